@@ -1,0 +1,671 @@
+"""Frechet distance between two sets of images, with the whole protocol printed beside the number.
+
+  what                             of                                    source
+  InceptionV3, load_inception      2048 features: FID                    TF graph of 2015, as in pytorch-fid
+  resize_tf1                       images to 299 x 299                   TF1 resize_bilinear: TTUR, EDM, ECT
+  DigitsNet, train_digits          64 features of digits: FD-digits      made here; never call that number FID
+  Statistics, measure              mean and covariance, streamed         EDM: float64 sums, N - 1
+  frechet_distance, protocol       two means and two covariances         Heusel et al. 2017, Eq. 6
+  read_images, digits, to_uint8    folder, .zip, .npz, .npy, .png sheet  EDM zip, ADM samples, digits.png
+  load_reference, read_statistics  .npz, .pkl (nothing in it is run)     EDM, EDM2, ADM, and what --save wrote
+
+  python fid.py A B                              images or statistics as above, or a name such as cifar10
+  python fid.py --save stats.npz A               statistics of A, for later
+  python fid.py --features digits A B            FD-digits; the default when A or B is a .png sheet of digits
+  torchrun --nproc_per_node=8 fid.py A B         each process takes every 8th image; same number
+  python fid.py --train-digits assets/fd_digits.npz
+
+The resize is part of the protocol; the two differ by 8.6 grey levels on CIFAR-10:
+  tf1         pixel i reads from i in/299, then (x - 128) / 128; the default: TTUR, EDM, ECT, torch-fidelity
+  half_pixel  pixel i reads from (i + 1/2) in/299 - 1/2, then x / 127.5 - 1: pytorch-fid
+FD-digits: half of the digits against the other half 0.78 +- 0.19, the mean image 197.6, uniform noise 119.5.
+Precision, recall and the like: reuse net(images). Exit codes: 0 done, 2 usage, 3 data or weights.
+"""
+import argparse
+import collections
+import contextlib
+import functools
+import hashlib
+import http.client
+import io
+import os
+import pickle
+import sys
+import time
+import urllib.request
+import zipfile
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+ASSETS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets")
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+INCEPTION_URLS = [f"https://github.com/{place}inception-2015-12-05-6726825d.pth" for place in (
+    "mseitzer/pytorch-fid/releases/download/fid_weights/pt_",
+    "toshas/torch-fidelity/releases/download/v0.2.0/weights-")]            # the same 95,628,359 bytes
+NVIDIA = "https://nvlabs-fi-cdn.nvidia.com/"
+REFERENCES = {         # nobody publishes their checksums, so the one found is printed beside every number
+    "cifar10": NVIDIA + "edm/fid-refs/cifar10-32x32.npz",
+    "ffhq": NVIDIA + "edm/fid-refs/ffhq-64x64.npz",
+    "afhqv2": NVIDIA + "edm/fid-refs/afhqv2-64x64.npz",
+    "imagenet64": NVIDIA + "edm2/dataset-refs/img64.pkl",                  # EDM2: Dhariwal's crop
+    "imagenet64-edm": NVIDIA + "edm/fid-refs/imagenet-64x64.npz",          # EDM: another crop, another FID
+    "imagenet512": NVIDIA + "edm2/dataset-refs/img512.pkl",
+    "imagenet256": "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/"
+                   "VIRTUAL_imagenet256_labeled.npz",                      # ADM, 2 GB
+}
+Reference = collections.namedtuple("Reference", "mu cov n features file sha256")    # not stated: n 0, text ""
+
+
+class DataError(ValueError):
+    """Images, statistics or weights that cannot be used: one line that names the file. Exit code 3."""
+
+
+@contextlib.contextmanager
+def blame(name):
+    """Turns whatever a foreign file provokes into one DataError line that begins with its name."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        text = getattr(error, "strerror", None) or f"{error} ({type(error).__name__})"
+        raise DataError(f"{name}: {' '.join(text.split())[:300]}") from error
+
+
+# ---- Inception-v3 ------------------------------------------------------------------------------
+# trap: FID's graph averages over pixels inside the image only; Mixed_7c takes the maximum where 7b averages
+average = functools.partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
+maximum = functools.partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
+halve = functools.partial(F.max_pool2d, kernel_size=3, stride=2)
+
+AT_35 = dict(branch1x1="64 1x1", branch5x5="48 1x1, 64 5x5", branch3x3dbl="64 1x1, 96 3x3, 96 3x3",
+             branch_pool="c 1x1")
+AT_17 = dict(branch1x1="192 1x1", branch7x7="c 1x1, c 1x7, 192 7x1",
+             branch7x7dbl="c 1x1, c 7x1, c 1x7, c 7x1, 192 1x7", branch_pool="192 1x1")
+AT_8 = dict(branch1x1="320 1x1", branch3x3="384 1x1, 384 1x3+3x1",
+            branch3x3dbl="448 1x1, 384 3x3, 384 1x3+3x1", branch_pool="192 1x1")
+TO_17 = dict(branch3x3="384 3x3/2", branch3x3dbl="64 1x1, 96 3x3, 96 3x3/2")
+TO_8 = dict(branch3x3="192 1x1, 320 3x3/2", branch7x7x3="192 1x1, 192 1x7, 192 7x1, 192 3x3/2")
+MIXED = {              # name: pool, branches, c
+    "Mixed_5b": (average, AT_35, 32), "Mixed_5c": (average, AT_35, 64), "Mixed_5d": (average, AT_35, 64),
+    "Mixed_6a": (halve, TO_17, 0), "Mixed_6b": (average, AT_17, 128), "Mixed_6c": (average, AT_17, 160),
+    "Mixed_6d": (average, AT_17, 160), "Mixed_6e": (average, AT_17, 192),
+    "Mixed_7a": (halve, TO_8, 0), "Mixed_7b": (average, AT_8, 0), "Mixed_7c": (maximum, AT_8, 0)}
+
+
+def conv_bn(c_in, c_out, kernel, stride=1, padding=0):
+    conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
+    bn = nn.BatchNorm2d(c_out, eps=1e-3)
+    return nn.Sequential(collections.OrderedDict(conv=conv, bn=bn, relu=nn.ReLU()))
+
+
+class Mixed(nn.Module):
+    """Branches of convolutions over one input, joined over channels; halving blocks join the pooled input.
+
+    A branch is a text: "48 1x1, 64 5x5" is 48 channels of 1x1, then 64 of 5x5, same padding; "/2" is stride 2
+    without padding; "384 1x3+3x1" joins two convolutions of one input. branch_pool reads the pooled input.
+    """
+
+    def __init__(self, c_in, pool, branches, width):
+        super().__init__()
+        self.pool, self.steps, self.channels = pool, {}, c_in if pool is halve else 0
+        for branch, text in branches.items():
+            c, self.steps[branch], steps = c_in, [], text.replace("c", str(width)).split(", ")
+            for i, step in enumerate(steps, 1):
+                c_out, kernels = step.split()
+                kernels, _, stride = kernels.partition("/")
+                names = []
+                for letter, kernel in zip("ab", kernels.split("+")):
+                    names.append(branch + f"_{i}" * (len(steps) > 1) + letter * ("+" in kernels))
+                    h, w = map(int, kernel.split("x"))
+                    padding = 0 if stride else (h // 2, w // 2)
+                    self.add_module(names[-1], conv_bn(c, int(c_out), (h, w), int(stride or 1), padding))
+                self.steps[branch].append(names)
+                c = int(c_out) * len(names)
+            self.channels += c
+
+    def forward(self, x):
+        joined = []
+        for branch, steps in self.steps.items():
+            h = self.pool(x) if branch == "branch_pool" else x
+            for names in steps:
+                h = torch.cat([getattr(self, name)(h) for name in names], 1)
+            joined.append(h)
+        return torch.cat(joined + [self.pool(x)] * (self.pool is halve), 1)
+
+
+RESIZES = {"tf1": "(x-128)/128", "half_pixel": "x/127.5-1"}                # and the scale that goes with it
+
+
+def resize_tf1(x, size=299):
+    """TF1's resize_bilinear: pixel i reads from i * in/out. x float (B, C, H, W) -> (B, C, size, size)."""
+    for dim in (3, 2):
+        at = torch.arange(size, device=x.device, dtype=torch.float32) * (x.shape[dim] / size)
+        low = at.long()
+        high = (low + 1).clamp(max=x.shape[dim] - 1)     # trap: the last pixels would read beyond the border
+        a, b = x.index_select(dim, low), x.index_select(dim, high)
+        x = a + (b - a) * (at - low).view(-1, *[1] * (3 - dim))
+    return x
+
+
+class InceptionV3(nn.Module):
+    """The 2015 FID network; names of parameters are those of pt_inception-2015-12-05-6726825d.pth.
+
+    state: its state dict, loaded strictly (None: untrained, for shapes). resize: "tf1" or "half_pixel".
+    forward: images uint8 (B, 3 or 1, H, W) -> pool3 features (B, 2048) float32, without gradient.
+    """
+    dim = 2048
+
+    @torch.random.fork_rng(devices=[])     # trap: building a net would draw from the numbers of training
+    def __init__(self, state=None, resize="tf1", weights="given by the caller"):
+        super().__init__()
+        if resize not in RESIZES:
+            raise ValueError(f"resize {resize}: one of {', '.join(RESIZES)} expected")
+        self.resize, self.weights = resize, weights
+        self.Conv2d_1a_3x3 = conv_bn(3, 32, 3, stride=2)
+        self.Conv2d_2a_3x3 = conv_bn(32, 32, 3)
+        self.Conv2d_2b_3x3 = conv_bn(32, 64, 3, padding=1)
+        self.Conv2d_3b_1x1 = conv_bn(64, 80, 1)
+        self.Conv2d_4a_3x3 = conv_bn(80, 192, 3)
+        channels = 192
+        for name, row in MIXED.items():
+            self.add_module(name, Mixed(channels, *row))
+            channels = getattr(self, name).channels
+        self.fc = nn.Linear(channels, 1008)              # in the file, not in FID
+        if state is not None:
+            with blame(f"Inception weights {weights}"):
+                self.load_state_dict(state)
+        self.eval().requires_grad_(False)
+
+    @property
+    def protocol(self):
+        resize = f"resize {self.resize} to 299, {RESIZES[self.resize]}"
+        return f"FID: inception-v3 2015-12-05, weights {self.weights}, {resize}"
+
+    @torch.no_grad()
+    def forward(self, images):
+        check_images(images, (1, 3))
+        # trap: TF32 or the caller's autocast would move the features, and the FID with them
+        fp32 = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+        with torch.autocast(images.device.type, enabled=False), fp32:
+            x = images.expand(-1, 3, -1, -1).float()
+            if self.resize == "tf1":
+                x = (resize_tf1(x) - 128) / 128
+            else:
+                x = F.interpolate(x, (299, 299), mode="bilinear", align_corners=False) / 127.5 - 1
+            x = halve(self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x))))
+            x = halve(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)))
+            for name in MIXED:
+                x = getattr(self, name)(x)
+            return x.mean((2, 3))
+
+
+def check_images(images, channels, size="H, W"):
+    """DataError unless images are uint8 (B, C, H, W), with such C and, where given, such (H, W)."""
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in channels \
+            or size not in ("H, W", images.shape[2:]):
+        given = f"{images.dtype} {tuple(images.shape)}"
+        raise DataError(f"images are {given}; expected uint8 (B, {channels}, {size})")
+
+
+def load_inception(path="", resize="tf1"):
+    """InceptionV3 with the weights of --inception FILE, or the published ones, downloaded once and checked.
+
+    DataError for a missing or damaged file; another than the published file is called so in the protocol.
+    """
+    file = path or fetch(INCEPTION_URLS, INCEPTION_SHA256, "give a copy with --inception FILE")
+    with blame(f"--inception {file}"):
+        found = sha256(file)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    foreign = "" if found == INCEPTION_SHA256 else " (not the published file)"
+    return InceptionV3(state, resize, f"{os.path.basename(file)} sha256 {found[:16]}{foreign}")
+
+
+# ---- digits ------------------------------------------------------------------------------------
+class DigitsNet(nn.Module):
+    """40k-parameter classifier: digits uint8 (B, 1, 8, 8) -> features (B, 64) float32, without gradient.
+
+    The Frechet distance of these features is called FD-digits. weights: an .npz; "" leaves the net untrained.
+    """
+    dim = 64
+
+    @torch.random.fork_rng(devices=[])
+    def __init__(self, weights=os.path.join(ASSETS, "fd_digits.npz")):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2),
+            nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(256, 64))
+        # choice: the features end before this ReLU, behind which some hardly ever leave zero
+        self.head = nn.Sequential(nn.ReLU(), nn.Linear(64, 10))
+        if weights:
+            with blame(weights), np.load(weights) as file:
+                self.load_state_dict({key: torch.from_numpy(file[key]) for key in file})
+            self.protocol = f"FD-digits: {os.path.basename(weights)} sha256 {sha256(weights)[:16]}"
+            self.eval().requires_grad_(False)
+
+    def logits(self, images):
+        """Class scores (B, 10); forward gives what its last layer reads."""
+        check_images(images, (1,), (8, 8))
+        return self.head(self.body(images.float() / 127.5 - 1))
+
+    @torch.no_grad()
+    def forward(self, images):
+        check_images(images, (1,), (8, 8))
+        with torch.autocast(images.device.type, enabled=False):
+            return self.body(images.float() / 127.5 - 1)
+
+
+def digits(path=os.path.join(ASSETS, "digits.png")):
+    """Digits of the sheet: uint8 (1797, 1, 8, 8), labels int64 (1797,); rows 3c to 3c + 2 hold class c."""
+    images, rows = tiles(path)
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(rows) // 3
+
+
+def train_digits(path, steps=800, seed=0):
+    """Makes assets/fd_digits.npz from four digits of five, moved by a pixel at most; prints its worth."""
+    images, labels = digits()
+    held = torch.arange(len(labels)) % 5 == 0            # never trained on: an honest accuracy
+    padded = F.pad(images[~held], (1, 1, 1, 1))
+    moved = torch.stack([padded[..., i:i + 8, j:j + 8] for i, j in ((1, 1), (0, 1), (2, 1), (1, 0), (1, 2))])
+    torch.manual_seed(seed)
+    net = DigitsNet("")
+    optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, steps)
+    for _ in range(steps):
+        move, i = torch.randint(5, (128,)), torch.randint(moved.shape[1], (128,))
+        loss = F.cross_entropy(net.logits(moved[move, i]), labels[~held][i], label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    np.savez(path, **{key: value.numpy() for key, value in net.state_dict().items()})
+    net = DigitsNet(path)
+    right = (net.logits(images[held]).argmax(1) == labels[held]).float().mean()
+    print(f"{path}: {os.path.getsize(path)} bytes, {100 * right:.1f}% of {held.sum()} held-out digits")
+
+    def fd(a, b):
+        return frechet_distance(*measure(net, [a])[:2], *measure(net, [b])[:2])
+    halves = [fd(images[i[::2]], images[i[1::2]]) for i in map(torch.randperm, [len(images)] * 20)]
+    noise, mean = torch.randint(256, images.shape).byte(), images.float().mean(0, keepdim=True).byte()
+    print(f"FD-digits: half against half {np.mean(halves):.2f} +- {np.std(halves):.2f} (20 random halves), "
+          f"mean image {fd(images, mean.expand_as(images)):.1f}, uniform noise {fd(images, noise):.1f}")
+
+
+# ---- statistics and distance -------------------------------------------------------------------
+class Statistics:
+    """Running n, mean and covariance of features (B, dim): float64 sums on the device of the features."""
+
+    def __init__(self, dim):
+        self.dim, self.n, self.reduced = dim, 0, False
+        self.sum, self.outer = torch.zeros(dim).double(), torch.zeros(dim, dim).double()
+
+    def update(self, features):
+        """Adds features (B, dim). Raises ValueError for another shape, NaN and infinity, and after reduce."""
+        if features.ndim != 2 or features.shape[1] != self.dim or self.reduced:
+            raise ValueError(f"features {tuple(features.shape)}; expected (B, {self.dim}), before reduce()")
+        f = features.detach().double()                   # trap: float32 sums spoil the covariance
+        if not f.isfinite().all():
+            raise DataError("features are not finite")
+        return self.add(len(f), f.sum(0), f.T @ f)
+
+    def add(self, n, total, outer):
+        self.n, self.sum, self.outer = self.n + n, self.sum.to(total) + total, self.outer.to(outer) + outer
+        return self
+
+    def merge(self, other):
+        """Adds what another Statistics has seen."""
+        return self.add(other.n, other.sum, other.outer)
+
+    def reduce(self):
+        """Sums over ranks in one all_reduce, which every rank must join; nothing without a process group."""
+        if dist.is_initialized() and not self.reduced:   # trap: twice would count every image world times
+            flat = torch.cat([torch.tensor([self.n]).to(self.sum), self.sum, self.outer.flatten()])
+            flat = flat.cuda() if dist.get_backend() == "nccl" else flat.cpu()
+            dist.all_reduce(flat)
+            self.n, self.sum = int(flat[0].item()), flat[1:self.dim + 1]
+            self.outer = flat[self.dim + 1:].view(self.dim, self.dim)
+        self.reduced = True
+        return self
+
+    @property
+    def mean(self):
+        return self.sum / self.n
+
+    @property
+    def cov(self):
+        """Unbiased, (dim, dim). Raises ValueError below two samples."""
+        if self.n < 2:
+            raise ValueError(f"{self.n} images, a covariance needs two at least")
+        return (self.outer - self.n * self.mean.outer(self.mean)) / (self.n - 1)
+
+    def save(self, path, protocol):
+        """Writes mu, sigma, n and the protocol of the features (net.protocol) as .npz."""
+        save_statistics(path, Reference(self.mean, self.cov, self.n, protocol, path, ""))
+
+    @classmethod
+    def load(cls, path):
+        """The sums behind a saved file, to go on with or to merge. DataError when it does not state n."""
+        mu, cov, n, *_ = read_statistics(path)
+        if n < 2:
+            raise DataError(f"{path}: does not state the number of its images")
+        return cls(len(mu)).add(n, n * mu, (n - 1) * cov + n * mu.outer(mu))
+
+
+def measure(net, batches, device="cpu", file=""):
+    """Reference made of uint8 batches, summed over ranks: every rank must call it, some may have no batch."""
+    stats = Statistics(net.dim)
+    for images in batches:
+        stats.update(net(images.to(device)))
+    stats.reduce()
+    with blame(file or "images"):
+        return Reference(stats.mean, stats.cov, stats.n, net.protocol, file, sha256(file))
+
+
+def root(cov):
+    """R (D, rank) with R R^T = cov: Cholesky's, or from the eigenvectors when cov is singular."""
+    R, info = torch.linalg.cholesky_ex(cov)
+    if info.item() == 0:
+        return R
+    w, V = torch.linalg.eigh(cov)
+    # trap: eigenvalues that should be zero come out near 1e-16 of either sign, and their roots add up
+    keep = w > len(w) * torch.finfo(w.dtype).eps * w[-1]
+    return V[:, keep] * w[keep].sqrt()
+
+
+def frechet_distance(mu1, cov1, mu2, cov2):
+    """|mu1 - mu2|^2 + Tr(cov1 + cov2 - 2 (cov1 cov2)^1/2), a float >= 0; (D,) and (D, D), numpy or torch.
+
+    With cov = R R^T, Tr (cov1 cov2)^1/2 is the sum of the singular values of R1^T R2: real, >= 0, symmetric.
+    Raises ValueError for dimensions that differ, for NaN and infinity.
+    """
+    given = [torch.as_tensor(a).to("cpu", torch.float64) for a in (mu1, cov1, mu2, cov2)]
+    (mu1, cov1, mu2, cov2), D = given, given[0].numel()
+    if [a.shape for a in given] != [(D,), (D, D)] * 2:
+        raise ValueError(f"dimensions differ: {[tuple(a.shape) for a in given]}; are the features the same?")
+    if not all(a.isfinite().all() for a in given):
+        raise ValueError("a mean or covariance is not finite")
+    # choice: not the roots of the eigenvalues of R1^T cov2 R1, where 1e-16 for a zero counts as 1e-8
+    trace = torch.linalg.svdvals(root(cov1).T @ root(cov2)).sum()
+    distance = (mu1 - mu2).square().sum() + cov1.trace() + cov2.trace() - 2 * trace
+    return max(distance.item(), 0.0)    # choice: equal sets come out at +-1e-12; a distance is not negative
+
+
+def protocol(a, b):
+    """One line that says what the distance of two References means, to print beside it.
+
+    Raises DataError when their features are stated and differ.
+    """
+    if a.features and b.features and a.features != b.features:
+        raise DataError(f"features differ: {a.file} has {a.features}; {b.file} has {b.features}")
+    sides = [f"{r.n or '?'} images {r.file or 'of this run'} (sha256 {r.sha256 or 'none'})" for r in (a, b)]
+    return f"{a.features or b.features or 'features not stated'}, covariance N-1, {' against '.join(sides)}"
+
+
+# ---- files -------------------------------------------------------------------------------------
+def to_uint8(x):
+    """[-1, 1] -> floor(127.5 x + 128) in 0..255, the rounding of EDM and ECT. DataError for NaN, infinity."""
+    if not x.isfinite().all():
+        raise DataError("samples are not finite")
+    return (x.float() * 127.5 + 128).clamp(0, 255).byte()     # trap: without clamp 256 becomes 0
+
+
+def sha256(file):
+    """Hexadecimal sum of a file; "" for a folder."""
+    if not os.path.isfile(file):
+        return ""
+    digest = hashlib.sha256()
+    with open(file, "rb") as f:
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def fetch(urls, expected="", remedy=""):
+    """Path of a file in $CMT_CACHE or ~/.cache/cmt; else downloaded to a temporary name, checked, renamed.
+
+    Processes that miss it at the same time download a copy each. DataError names urls, file, sums and remedy.
+    """
+    cache = os.environ.get("CMT_CACHE") or os.path.expanduser("~/.cache/cmt")
+    path, problems = os.path.join(cache, os.path.basename(urls[0])), ""
+    temporary = f"{path}.{os.getpid()}"
+    for url in urls if not os.path.exists(path) else ():
+        try:
+            os.makedirs(cache, exist_ok=True)
+            with urllib.request.urlopen(url, timeout=60) as page, open(temporary, "wb") as file:
+                file.write(page.read())                  # trap: in pieces, a connection cut short is no error
+            if expected and sha256(temporary) != expected:
+                raise OSError(f"what came has sha256 {sha256(temporary)}")
+            os.replace(temporary, path)
+            break
+        except (OSError, http.client.HTTPException) as error:
+            problems += f"{url}: {error}; "
+            with contextlib.suppress(OSError):
+                os.remove(temporary)
+    if not os.path.exists(path):
+        raise DataError(f"no {path} (sha256 {expected or 'not published'}), no download: {problems}{remedy}")
+    if expected and sha256(path) != expected:
+        raise DataError(f"{path}: sha256 is {sha256(path)}, not {expected}; delete it or {remedy}")
+    return path
+
+
+def decode(name, archive=None):
+    """An image file or member of a zip -> uint8 (H, W, C), C = 1 or 3. DataError unless 8-bit grey or RGB."""
+    label = f"{archive.filename}/{name}" if archive else name
+    with blame(label), Image.open(io.BytesIO(archive.read(name)) if archive else name) as image:
+        if image.mode not in ("L", "RGB"):
+            raise DataError(f"{label}: mode {image.mode}; convert it to 8-bit grey (L) or RGB")
+        return np.asarray(image).reshape(image.height, image.width, -1)
+
+
+def tiles(path):
+    """Sheet of grey 8x8 tiles -> those that are not blank, uint8 (n, 8, 8, 1), and the row of each (n,)."""
+    sheet = decode(path)
+    if sheet.shape[0] % 8 or sheet.shape[1] % 8 or sheet.shape[2] != 1:
+        raise DataError(f"{path}: {sheet.shape} is no sheet of grey 8x8 tiles; for images name a folder")
+    grid = sheet.reshape(sheet.shape[0] // 8, 8, -1, 8, 1).swapaxes(1, 2)
+    rows, columns = grid.any((2, 3, 4)).nonzero()        # trap: the blank tiles that fill a row are no digits
+    return grid[rows, columns], rows
+
+
+def array_images(path):
+    """Images of a .npy, or arr_0 or images of an .npz: uint8 (N, H, W, C) or (N, C, H, W) -> (N, H, W, C)."""
+    array = np.load(path, mmap_mode="r")
+    if path.lower().endswith(".npz"):
+        array = next((array[key] for key in ("arr_0", "images") if key in array), np.zeros(()))
+    if array.ndim == 4 and array.shape[3] not in (1, 3):
+        array = array.transpose(0, 2, 3, 1)
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] not in (1, 3):
+        raise DataError(f"{path}: neither mu and sigma nor uint8 images (N, H, W, C) as arr_0 or images")
+    return array
+
+
+def image_source(path):
+    """(names, read) of a path that holds images: read(name) -> uint8 (H, W, C)."""
+    kind = os.path.splitext(path)[1].lower()
+    if os.path.isdir(path):
+        names, read = [os.path.join(top, name) for top, _, files in os.walk(path) for name in files], decode
+    elif kind == ".zip":
+        archive = zipfile.ZipFile(path)
+        names, read = archive.namelist(), functools.partial(decode, archive=archive)
+    elif kind in (".npy", ".npz", ".png"):
+        array = tiles(path)[0] if kind == ".png" else array_images(path)
+        return range(len(array)), array.__getitem__
+    else:
+        os.stat(path)
+        raise DataError(f"{path}: expected a folder, .zip, .npz, .npy or .png of images, or statistics")
+    names = sorted(n for n in names if n.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".bmp")))
+    if not names:
+        raise DataError(f"{path}: holds no .png, .jpg, .jpeg, .webp or .bmp")
+    return names, read
+
+
+def read_images(path, batch=64, rank=0, world=1, progress=False):
+    """Yields images rank, rank + world, ... of a folder, .zip, .npz, .npy, .png sheet as uint8 (b, C, H, W).
+
+    All must have one size. DataError names the file. progress: a line on stderr every five seconds.
+    """
+    with blame(path):
+        names, read = image_source(path)
+        shape, told = read(names[0]).shape, 0
+    for i in range(rank, len(names), batch * world):
+        some = names[i:i + batch * world:world]
+        images = [read(name) for name in some]
+        for name, image in zip(some, images):
+            if image.shape != shape:
+                raise DataError(f"{path}: {name} is {image.shape}, but {names[0]} is {shape} (H, W, C)")
+        yield torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+        if progress and time.time() > told + 5:
+            told, done = time.time(), min(i + batch * world, len(names))
+            print(f"{path}: {done}/{len(names)} images, {100 * done // len(names)}%", file=sys.stderr)
+
+
+class Inert(list):
+    """Stands for a global of a pickle and for what it makes: the arguments and the state, nothing is run."""
+    __slots__ = ()
+
+    def __call__(self, *args):
+        return Inert(args)
+
+    def __setstate__(self, state):
+        self.extend(state)
+
+
+class ArrayUnpickler(pickle.Unpickler):
+    """Reads numbers, text, containers and numpy arrays (as Inert); refuses every other global by its name."""
+    ALLOWED = {("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"),
+               ("numpy", "ndarray"), ("numpy", "dtype")}
+
+    def find_class(self, module, name):
+        if (module, name) not in self.ALLOWED:           # trap: the stock one imports what the file names
+            raise DataError(f"refused {module}.{name}: only numbers and numpy arrays are read from a .pkl")
+        return Inert()
+
+
+def float_array(inert):
+    """What numpy's _reconstruct would have made of it, when its elements are floats: float64 (shape)."""
+    *_, shape, dtype, fortran, data = inert
+    if dtype[4] + dtype[0] not in ("<f4", "<f8"):
+        raise ValueError(f"array of {dtype[4]}{dtype[0]} where floats were expected")
+    return np.frombuffer(data, dtype[0]).reshape(shape, order="CF"[fortran]).astype(np.float64)
+
+
+def read_statistics(path):
+    """Reference of an .npz (mu, sigma, maybe n, protocol: EDM, ADM, ours) or of EDM2's .pkl (its "fid")."""
+    with blame(path):
+        if path.endswith(".pkl"):
+            with open(path, "rb") as file:
+                stats = ArrayUnpickler(file).load()
+            mu, cov = float_array(stats["fid"]["mu"]), float_array(stats["fid"]["sigma"])
+            n, features = stats["num_images"], ""
+        else:
+            with np.load(path) as file:
+                mu, cov = file["mu"].astype(np.float64), file["sigma"].astype(np.float64)
+                n, features = file.get("n", 0), str(file.get("protocol", ""))
+        if mu.ndim != 1 or cov.shape != mu.shape * 2:
+            raise DataError(f"{path}: mu is {mu.shape} and sigma {cov.shape}; expected (D,) and (D, D)")
+        return Reference(torch.from_numpy(mu), torch.from_numpy(cov), int(n), features, path, sha256(path))
+
+
+def save_statistics(path, reference):
+    """Writes a Reference as .npz (mu, sigma, n, protocol): to a temporary name, then renamed."""
+    with open(path + ".tmp", "wb") as file:
+        mu, cov, n, features, *_ = reference
+        np.savez(file, mu=mu.cpu(), sigma=cov.cpu(), n=n, protocol=features)
+    os.replace(path + ".tmp", path)
+
+
+def load_reference(name):
+    """Reference of a name in REFERENCES, downloaded to the cache once, or of a file of statistics."""
+    if name in REFERENCES and not os.path.exists(name):
+        name = fetch([REFERENCES[name]], remedy="give the path of a copy instead of the name")
+    return read_statistics(name)
+
+
+# ---- command line ------------------------------------------------------------------------------
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"fid.py: {message}; see python fid.py --help\n")
+    cuda = torch.cuda.is_available()
+    add = functools.partial(parser.add_argument, default="")
+    add("paths", nargs="*", metavar="A B", help="or one of " + ", ".join(REFERENCES))
+    add("--save", metavar="FILE.npz", help="write the statistics of A")
+    add("--features", choices=["inception", "digits"])
+    add("--inception", metavar="FILE", help="pt_inception-2015-12-05-6726825d.pth")
+    add("--resize", default="tf1", choices=list(RESIZES))
+    add("--batch", default=64, type=int, help="images at a time, in each process")
+    add("--device", default="cuda" if cuda else "cpu", choices=["cpu", "cuda"][:1 + cuda])
+    add("--train-digits", metavar="FILE.npz", help="make the weights of the digits net")
+    args = parser.parse_args()
+    want = 0 if args.train_digits else 1 if args.save else 2
+    if len(args.paths) != want:
+        parser.error(f"{want} paths expected, {len(args.paths)} given")
+    if args.batch < 1:
+        parser.error(f"--batch {args.batch} must be 1 at least")
+    for file in filter(None, (args.save, args.train_digits)):
+        if not file.endswith(".npz") or not os.path.isdir(os.path.dirname(file) or "."):
+            parser.error(f"{file} must be an .npz in a folder that exists")
+    sheet = any(path.endswith(".png") for path in args.paths)
+    args.features = args.features or ("digits" if sheet else "inception")
+    return args
+
+
+def references(args):
+    """References of the paths, read or measured; what cannot be used is found before anything is measured."""
+    found, images = {}, []
+    for path in dict.fromkeys(args.paths):
+        with blame(path):
+            named = path in REFERENCES and not os.path.exists(path)
+            if named or path.endswith(".pkl") or path.endswith(".npz") and "mu" in np.load(path):
+                found[path] = load_reference(path)
+            else:
+                image_source(path)
+                images.append(path)
+    if images:
+        net = DigitsNet() if args.features == "digits" else load_inception(args.inception, args.resize)
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    for path in images:
+        batches = read_images(path, args.batch, rank, world, progress=rank == 0)
+        found[path] = measure(net.to(args.device), batches, args.device, path)
+    return [found[path] for path in args.paths]
+
+
+def report(args):
+    a, *rest = references(args)
+    if os.environ.get("RANK", "0") != "0":
+        return
+    for r in (a, *rest):
+        if 0 < r.n < len(r.mu):
+            print(f"warning: {r.file}: {r.n} images are too few for {len(r.mu)} features", file=sys.stderr)
+    if args.save:
+        save_statistics(args.save, a)
+        print(f"{args.save}: {a.n or '?'} images {a.file}, {a.features or 'features not stated'}")
+    for b in rest:
+        with blame(f"{a.file} against {b.file}"):
+            line, distance = protocol(a, b), frechet_distance(*a[:2], *b[:2])
+        name = (a.features or b.features or "FID" * (len(a.mu) == 2048) or "Frechet distance").split(":")[0]
+        print(f"{name} {distance:.4f}\n{line}")
+
+
+def main():
+    args = parse()
+    if "RANK" in os.environ:
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    try:
+        train_digits(args.train_digits) if args.train_digits else report(args)
+    except ValueError as error:
+        sys.exit(print(f"fid.py: {error}", file=sys.stderr) or 3)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""Solvers: from a denoiser or a velocity to a whole trajectory, and few-step sampling. Pure functions, no network.
+
+  what                          of                           source
+  logsnr_sigmas, edm_sigmas     grids of noise levels        DPM-Solver (uniform log-SNR); EDM Eq. 5
+  dpmpp                         D(x, sigma) -> denoised      DPM-Solver++ multistep, data prediction, order 1-3
+  euler, heun, ode_step         D(x, sigma) -> denoised      EDM Alg. 1 without churn
+  flow_euler, flow_heun         v(x, t) -> velocity          flow matching, t = 1 noise, t = 0 data
+  mean_flow                     u(x, t, r) -> mean velocity  Mean Flow: x_r = x_t - (t - r) u
+  few_step                      f(x, sigma) -> clean         multistep consistency sampling
+  noise                         per-sample seeds             sample i depends on its own generator only
+
+Every solver returns all states, (steps+1, B, ...), noisiest first, because CMT regresses from each of them (Eq. 7, 8).
+Grids are float64 CPU tensors and become plain numbers before the first call, so a solve never waits for the GPU.
+"""
+import functools
+import math
+
+import torch
+
+
+# ---- grids -------------------------------------------------------------------------------------
+def logsnr_sigmas(steps, sigma_max=80.0, sigma_min=0.002):
+    """Noise levels uniform in log-SNR, lambda = -ln(sigma): (steps+1,) float64, decreasing (B.2, DPM-Solver)."""
+    lambdas = torch.linspace(-math.log(sigma_max), -math.log(sigma_min), steps + 1, dtype=torch.float64)
+    return torch.exp(-lambdas)
+
+
+def edm_sigmas(steps, sigma_max=80.0, sigma_min=0.002, rho=7):
+    """Noise levels of EDM Eq. 5 and a final 0: (steps+1,) float64. Heun on 18 of them is EDM's CIFAR-10 sampler."""
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+    sigmas = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
+    return torch.cat([sigmas, torch.zeros(1, dtype=torch.float64)])
+
+
+def noise(shape, generators):
+    """Unit Gaussian noise (len(generators), *shape) on the CPU; row i comes from generators[i] alone."""
+    return torch.stack([torch.randn(shape, generator=g) for g in generators])
+
+
+# ---- denoiser D(x, sigma) ----------------------------------------------------------------------
+@functools.lru_cache(maxsize=64)
+def dpmpp_coefficients(sigmas, order):
+    """Constants of DPM-Solver++ (multistep, data prediction) on a grid given as a tuple of floats.
+
+    One row (a, b0, b1, b2) per step: x_next = a x + b0 D_i + b1 D_{i-1} + b2 D_{i-2}. With h the step in lambda:
+    phi1 = e^-h - 1, phi2 = phi1/h + 1, phi3 = phi2/h - 1/2, and x_next = a x - phi1 D + phi2 D' - phi3 D'' where the
+    derivatives in lambda are backward differences. The first steps run at order 1, 2 and the last ones at 2, 1.
+    """
+    lambdas = [-math.log(s) if s > 0 else math.inf for s in sigmas]
+    rows, steps = [], len(sigmas) - 1
+    for i in range(steps):
+        # choice: the order falls at the end for any number of steps, as in the authors' copy of the solver; the
+        # reference solver does so below 10 steps only, so "third order" holds for 12 of the 16 steps of B.2.
+        k = min(order, i + 1, steps - i)
+        h = lambdas[i + 1] - lambdas[i]
+        phi1 = math.expm1(-h)
+        a, b = sigmas[i + 1] / sigmas[i], [-phi1, 0.0, 0.0]
+        if k == 2:
+            r0 = (lambdas[i] - lambdas[i - 1]) / h
+            b[0] -= 0.5 * phi1 / r0
+            b[1] += 0.5 * phi1 / r0
+        elif k == 3:
+            phi2 = phi1 / h + 1                       # trap: with the wrong sign of phi2 images still look fine
+            phi3 = phi2 / h - 0.5
+            r0, r1 = (lambdas[i] - lambdas[i - 1]) / h, (lambdas[i - 1] - lambdas[i - 2]) / h
+            first = phi2 * (1 + r0 / (r0 + r1)) - phi3 / (r0 + r1)       # weight of (D_i - D_{i-1}) / r0
+            second = -phi2 * r0 / (r0 + r1) + phi3 / (r0 + r1)           # weight of (D_{i-1} - D_{i-2}) / r1
+            b[0] += first / r0
+            b[1] += second / r1 - first / r0
+            b[2] -= second / r1
+        rows.append((a, *b))
+    return rows
+
+
+def dpmpp(D, x, sigmas, order=3):
+    """DPM-Solver++ multistep of the given order (1, 2, 3): the teacher's trajectory (B.2: order 3, 16 steps).
+
+    D(x, sigma (B,)) -> denoised, called exactly `steps` times. x (B, ...): state at sigmas[0], dtype kept.
+    sigmas (steps+1,): any decreasing grid, the last may be 0. Returns (steps+1, B, ...), xs[0] = x.
+    """
+    grid = check_decreasing(sigmas)
+    if order not in (1, 2, 3):
+        raise ValueError(f"dpmpp: order {order!r}; it must be 1, 2 or 3")
+    xs = x.new_empty((len(grid), *x.shape))
+    xs[0] = x
+    history = []                                      # D_i, D_{i-1}, D_{i-2}
+    for i, (a, *b) in enumerate(dpmpp_coefficients(grid, order)):
+        history = [D(xs[i], x.new_full((len(x),), grid[i])).to(x.dtype)] + history[:2]
+        torch.mul(xs[i], a, out=xs[i + 1])
+        for weight, D_x in zip(b, history):
+            if weight:
+                xs[i + 1].add_(D_x, alpha=weight)
+    return xs
+
+
+def ode_step(D, x_t, t, r, order):
+    """One step of dx/dsigma = (x - D)/sigma from t to r, both (B,): Euler (order 1) or Heun (order 2, EDM Alg. 1).
+
+    Levels may differ from sample to sample, as consistency distillation needs. Where r is 0 Heun ends as Euler (EDM).
+    """
+    t, r = (s.view(-1, *[1] * (x_t.ndim - 1)).to(x_t) for s in (t, r))
+    slope = (x_t - D(x_t, t.flatten()).to(x_t.dtype)) / t
+    x_r = x_t + (r - t) * slope
+    if order == 2:
+        level = torch.where(r > 0, r, t)              # trap: at r = 0 the second slope is 0/0
+        slope_r = (x_r - D(x_r, level.flatten()).to(x_t.dtype)) / level
+        x_r = torch.where(r > 0, x_t + (r - t) * (slope + slope_r) / 2, x_r)
+    return x_r
+
+
+def euler(D, x, sigmas):
+    """Euler on the probability-flow ODE. Shapes as dpmpp; one call of D a step."""
+    xs, grid = [x], check_decreasing(sigmas)
+    for s, s_next in zip(grid, grid[1:]):
+        xs.append(ode_step(D, xs[-1], x.new_full((len(x),), s), x.new_full((len(x),), s_next), order=1))
+    return torch.stack(xs)
+
+
+def heun(D, x, sigmas):
+    """Heun on the same ODE, without churn. Two calls of D a step, one where the step ends at sigma 0."""
+    xs, grid = [x], check_decreasing(sigmas)
+    for s, s_next in zip(grid, grid[1:]):
+        order = 2 if s_next > 0 else 1
+        xs.append(ode_step(D, xs[-1], x.new_full((len(x),), s), x.new_full((len(x),), s_next), order))
+    return torch.stack(xs)
+
+
+def few_step(f, x_T, sigmas, generator=None):
+    """Consistency sampling: one evaluation of f per noise level, fresh noise between them.
+
+    f(x, sigma (B,)) -> clean. x_T (B, ...): noise at sigmas[0]. sigmas: [80.] one step, [80., 0.821] two (B.2).
+    generator: None, one torch.Generator, or a list with one CPU generator per sample. Returns (B, ...), not clipped.
+    """
+    x = f(x_T, x_T.new_full((len(x_T),), float(sigmas[0])))
+    for s in sigmas[1:]:
+        if isinstance(generator, (list, tuple)):
+            eps = noise(x.shape[1:], generator).to(x)
+        else:
+            eps = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        x = f(x + float(s) * eps, x.new_full((len(x),), float(s)))
+    return x
+
+
+# ---- velocity v(x, t), average velocity u(x, t, r) ------------------------------------------------
+def flow_euler(v, x, times):
+    """Euler on dx/dt = v(x, t), times (steps+1,) falling from 1 (noise) to 0 (data). Returns (steps+1, B, ...)."""
+    grid = check_decreasing(times)
+    xs = [x]
+    for t, r in zip(grid, grid[1:]):
+        x = x - (t - r) * v(x, x.new_full((len(x),), t))
+        xs.append(x)
+    return torch.stack(xs)
+
+
+def flow_heun(v, x, times):
+    """Heun on dx/dt = v(x, t): order 2, two calls a step, at t = 0 as well. Shapes as flow_euler."""
+    grid = check_decreasing(times)
+    xs = [x]
+    for t, r in zip(grid, grid[1:]):
+        d = v(x, x.new_full((len(x),), t))
+        d_next = v(x - (t - r) * d, x.new_full((len(x),), r))
+        x = x - (t - r) * (d + d_next) / 2
+        xs.append(x)
+    return torch.stack(xs)
+
+
+def mean_flow(u, x, times):
+    """Mean-Flow roll-out: x_r = x_t - (t - r) u(x_t, t, r) from each time to the next, exact for an exact u."""
+    grid = check_decreasing(times)
+    xs = [x]
+    for t, r in zip(grid, grid[1:]):
+        x = x - (t - r) * u(x, x.new_full((len(x),), t), x.new_full((len(x),), r))
+        xs.append(x)
+    return torch.stack(xs)
+
+
+def check_decreasing(grid):
+    """A grid as a tuple of floats; ValueError unless it falls strictly, stays >= 0 and has at least one step."""
+    grid = tuple(float(g) for g in (grid.tolist() if torch.is_tensor(grid) else grid))
+    if len(grid) < 2 or any(b >= a for a, b in zip(grid, grid[1:])) or grid[-1] < 0:
+        raise ValueError(f"grid {grid}: it must have two or more values, fall strictly and end at 0 or above")
+    return grid

@@ -1,0 +1,626 @@
+"""Frechet distance: identities, golden numbers, the FID network, statistics over ranks, files good and bad.
+
+golden/ holds numbers of the official implementations: moments and distances, images and their features. The
+weights of the golden network are a rule: normal numbers seeded by the crc32 of the name of the parameter.
+"""
+import io
+import json
+import os
+import pathlib
+import pickle
+import subprocess
+import sys
+import threading
+import zipfile
+import zlib
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+import torch.multiprocessing as mp
+from PIL import Image
+
+import fid
+
+ROOT = pathlib.Path(fid.__file__).parent
+GOLDEN = ROOT / "tests" / "golden"
+
+
+def moments(n, dim, seed, shift=0.0):
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((n, dim)) @ rng.standard_normal((dim, dim)) + shift
+    return x.mean(0), np.cov(x.T)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """The command line in this process: (exit code, stdout, stderr)."""
+    def call(*args):
+        monkeypatch.setattr(sys, "argv", ["fid.py", *map(str, args)])
+        code = 0
+        try:
+            fid.main()
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+    return call
+
+
+# ---- distance ----------------------------------------------------------------------------------
+def test_equal_covariances_leave_the_squared_distance_of_the_means():
+    mu, cov = moments(500, 32, seed=0)
+    shift = np.arange(32) / 10
+    assert fid.frechet_distance(mu, cov, mu + shift, cov) == pytest.approx(shift @ shift, rel=1e-12)
+
+
+def test_diagonal_covariances_give_the_closed_form():
+    a, b = np.linspace(0.1, 3, 40), np.linspace(5, 0.2, 40)
+    distance = fid.frechet_distance(np.zeros(40), np.diag(a), np.zeros(40), np.diag(b))
+    assert distance == pytest.approx(((a ** 0.5 - b ** 0.5) ** 2).sum(), rel=1e-12)
+
+
+def test_distance_to_itself_is_zero_and_never_negative():
+    for n in (10, 300):
+        mu, cov = moments(n, 64, seed=n)
+        assert 0 <= fid.frechet_distance(mu, cov, mu, cov) < 1e-9 * np.trace(cov)
+
+
+def test_distance_is_symmetric():
+    a, b = moments(300, 32, seed=1), moments(20, 32, seed=2, shift=0.3)
+    assert fid.frechet_distance(*a, *b) == pytest.approx(fid.frechet_distance(*b, *a), rel=1e-12)
+
+
+@pytest.mark.parametrize("pair", ["ab", "ac"])
+def test_distance_agrees_with_golden_numbers(pair):
+    golden = np.load(GOLDEN / "frechet.npz")
+    sides = [golden[f"{name}_{side}"] for side in pair for name in ("mu", "cov")]
+    assert fid.frechet_distance(*sides) == pytest.approx(float(golden[f"fid_{pair}"]), rel=1e-6)
+    assert fid.frechet_distance(*map(torch.from_numpy, sides)) == fid.frechet_distance(*sides)
+
+
+def test_distance_agrees_with_sqrtm():
+    (mu1, cov1), (mu2, cov2) = moments(500, 48, seed=3), moments(400, 48, seed=4)
+    expected = ((mu1 - mu2) ** 2).sum() + np.trace(cov1 + cov2 - 2 * scipy.linalg.sqrtm(cov1 @ cov2).real)
+    assert fid.frechet_distance(mu1, cov1, mu2, cov2) == pytest.approx(expected, rel=1e-9)
+
+
+def test_singular_covariances_give_the_closed_form():
+    """In a rotated space; 1e-13 is out of reach of sqrtm, and of a root that keeps rounded zeros."""
+    q = np.linalg.qr(np.random.default_rng(5).standard_normal((256, 256)))[0]
+    a, b = np.zeros(256), np.zeros(256)
+    a[:20], b[10:40] = 7.0, 3.0
+    distance = fid.frechet_distance(a, q @ np.diag(a) @ q.T, a, q @ np.diag(b) @ q.T)
+    assert distance == pytest.approx(((a ** 0.5 - b ** 0.5) ** 2).sum(), rel=1e-13)
+    few, many = moments(40, 64, seed=6), moments(700, 64, seed=7)
+    root = scipy.linalg.sqrtm(few[1] @ many[1]).real
+    expected = ((few[0] - many[0]) ** 2).sum() + np.trace(few[1] + many[1] - 2 * root)
+    assert fid.frechet_distance(*few, *many) == pytest.approx(expected, rel=1e-6)
+
+
+def test_collapsed_samples_give_a_finite_distance():
+    mu, cov = moments(100, 16, seed=8)
+    assert fid.frechet_distance(mu, cov, mu, np.zeros((16, 16))) == pytest.approx(np.trace(cov))
+    assert fid.frechet_distance(mu, 0 * cov, mu, 0 * cov) == 0
+    rounding = -1e-12 * np.eye(16)
+    assert fid.frechet_distance(mu, cov, mu, rounding) == pytest.approx(np.trace(cov))
+
+
+def test_what_cannot_be_compared_is_a_value_error():
+    mu, cov = moments(100, 8, seed=9)
+    for wrong in ((mu[0], cov), (mu[:4], cov), (mu, cov[:4, :4]), (mu, cov[:, :4]), (mu[None], cov)):
+        with pytest.raises(ValueError, match="dimensions differ"):
+            fid.frechet_distance(mu, cov, *wrong)
+        with pytest.raises(ValueError, match="dimensions differ"):
+            fid.frechet_distance(*wrong, mu, cov)
+    for wrong in ((mu * np.nan, cov), (mu, cov * np.inf)):
+        with pytest.raises(ValueError, match="not finite"):
+            fid.frechet_distance(mu, cov, *wrong)
+
+
+# ---- Inception ---------------------------------------------------------------------------------
+def rule(name, shape):
+    """Weights of the golden network."""
+    z = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
+    if name.endswith("num_batches_tracked"):
+        z = np.zeros(())
+    elif len(shape) > 1:
+        z *= 1.5 / np.prod(shape[1:]) ** 0.5
+    elif name.endswith("running_var"):
+        z = 1 + 0.1 * np.abs(z)
+    else:
+        z = 0.1 * z + name.endswith("weight")
+    return torch.tensor(z, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return np.load(GOLDEN / "inception_pool3.npz")
+
+
+@pytest.fixture(scope="module")
+def state(golden):
+    return {name: rule(name, shape) for name, shape in json.loads(str(golden["state_names"])).items()}
+
+
+@pytest.fixture(scope="module")
+def half_pixel(state):
+    return fid.InceptionV3(state, resize="half_pixel")
+
+
+def test_names_and_shapes_are_those_of_the_published_file(golden, half_pixel):
+    ours = {name: list(value.shape) for name, value in half_pixel.state_dict().items()}
+    assert ours == json.loads(str(golden["state_names"]))
+
+
+def test_features_agree_with_golden_numbers(golden, half_pixel):
+    for images, features in (("images", "features"), ("images_b", "features_b")):
+        ours = half_pixel(torch.from_numpy(golden[images]))
+        assert ours.dtype == torch.float32 and ours.shape == golden[features].shape and not ours.requires_grad
+        assert np.abs(ours.numpy() - golden[features]).max() < 1e-4
+
+
+def test_precision_of_the_caller_does_not_reach_the_features(golden, half_pixel):
+    images, seen, cudnn = torch.from_numpy(golden["images_b"]), [], torch.backends.cudnn
+    def look(*_):
+        seen.extend((cudnn.enabled, cudnn.allow_tf32))
+    watch = half_pixel.Mixed_7c.register_forward_hook(look)
+    cudnn.allow_tf32 = True
+    with torch.autocast("cpu", torch.bfloat16):
+        features = half_pixel(images)
+    watch.remove()
+    assert seen == [True, False] and cudnn.allow_tf32
+    assert np.abs(features.numpy() - golden["features_b"]).max() < 1e-4
+
+
+def test_tf1_resize_by_hand():
+    """Two pixels to four: TF1 reads at 0, 1/2, 1, 3/2 and stops at the border; half-pixel reads elsewhere."""
+    x = torch.tensor([[0.0, 8.0], [16.0, 32.0]])[None, None]
+    rows = torch.tensor([[0, 4, 8, 8], [8, 14, 20, 20], [16, 24, 32, 32], [16, 24, 32, 32]]).float()
+    assert torch.equal(fid.resize_tf1(x, 4)[0, 0], rows)
+    other = torch.nn.functional.interpolate(x, (4, 4), mode="bilinear", align_corners=False)
+    assert not torch.allclose(other[0, 0], rows)
+    same = torch.randint(256, (1, 3, 299, 299)).float()
+    assert torch.equal(fid.resize_tf1(same), same)
+
+
+def test_tf1_is_the_default_and_each_resize_has_its_scale(golden, state, half_pixel):
+    net, images, seen = fid.InceptionV3(state), torch.from_numpy(golden["images_b"]), []
+    assert net.resize == "tf1" and "tf1" in net.protocol and "half_pixel" in half_pixel.protocol
+    for each in (net, half_pixel):
+        hook = each.Conv2d_1a_3x3.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+        features = each(images)
+        hook.remove()
+        assert (np.abs(features.numpy() - golden["features_b"]).max() > 1e-2) == (each is net)
+    other = torch.nn.functional.interpolate(images.float(), (299, 299), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(seen, [(fid.resize_tf1(images.float()) - 128) / 128, other / 127.5 - 1])
+    net.resize = "half_pixel"
+    assert net.protocol == half_pixel.protocol
+    with pytest.raises(ValueError, match="resize bicubic"):
+        fid.InceptionV3(resize="bicubic")
+
+
+def test_building_and_using_a_net_draws_no_random_numbers(golden, state):
+    before = torch.get_rng_state()
+    fid.InceptionV3(state)
+    fid.measure(fid.DigitsNet(), [fid.digits()[0]])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_grey_images_are_seen_as_rgb_and_floats_are_refused(half_pixel):
+    grey = torch.randint(256, (1, 1, 16, 16)).byte()
+    assert torch.equal(half_pixel(grey), half_pixel(grey.repeat(1, 3, 1, 1)))
+    for wrong in (grey.float(), grey[0], grey.repeat(1, 4, 1, 1)):
+        with pytest.raises(ValueError, match="expected uint8"):
+            half_pixel(wrong)
+
+
+def test_wrong_weights_are_one_clear_line(state, tmp_path):
+    some = {k: v for k, v in state.items() if k != "fc.bias"}
+    with pytest.raises(ValueError, match="fc.bias") as error:
+        fid.InceptionV3(some)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="size mismatch"):
+        fid.InceptionV3({**state, "fc.bias": torch.zeros(3)})
+    (tmp_path / "broken.pth").write_bytes(b"no weights")
+    with pytest.raises(ValueError, match="--inception .*broken.pth"):
+        fid.load_inception(str(tmp_path / "broken.pth"))
+    with pytest.raises(ValueError, match="--inception .*absent.pth: No such file"):
+        fid.load_inception(str(tmp_path / "absent.pth"))
+
+
+def test_published_weights_load():
+    cache = os.environ.get("CMT_CACHE") or os.path.expanduser("~/.cache/cmt")
+    path = os.path.join(cache, os.path.basename(fid.INCEPTION_URLS[0]))
+    if not os.path.exists(path):
+        pytest.skip(f"{path} is not there: 95 MB, published under {fid.INCEPTION_URLS[0]}")
+    net = fid.load_inception()
+    features = net(torch.randint(256, (2, 3, 32, 32)).byte())
+    assert net.protocol.count(fid.INCEPTION_SHA256[:16]) and "not the published" not in net.protocol
+    assert features.min() >= 0 and features.mean() < 2
+
+
+# ---- digits ------------------------------------------------------------------------------------
+def test_sheet_holds_1797_digits_in_order_of_class():
+    images, labels = fid.digits()
+    assert images.shape == (1797, 1, 8, 8) and images.dtype == torch.uint8 and labels.dtype == torch.int64
+    assert labels.bincount().tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    assert (labels.diff() >= 0).all() and images.flatten(1).any(1).all()
+
+
+def test_digits_net_is_small_and_right():
+    net, (images, labels) = fid.DigitsNet(), fid.digits()
+    held = torch.arange(len(labels)) % 5 == 0                      # what train_digits kept apart
+    assert os.path.getsize(ROOT / "assets" / "fd_digits.npz") <= 200_000
+    assert (net.logits(images[held]).argmax(1) == labels[held]).float().mean() > 0.98
+    assert net(images).shape == (1797, 64) and net(images).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert net(images[:9]).dtype == torch.float32
+    with pytest.raises(ValueError, match="8, 8"):
+        net(images.repeat(1, 1, 2, 2))
+
+
+def test_fd_digits_grows_with_the_fault():
+    net, (images, _) = fid.DigitsNet(), fid.digits()
+    reference = fid.measure(net, images.split(500), file="digits")
+    x = images / 127.5 - 1
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    distances = [fid.frechet_distance(*fid.measure(net, [fid.to_uint8(x + s * noise)])[:2], *reference[:2])
+                 for s in (0, 0.1, 0.3, 1)]
+    assert distances[0] < 1e-9 and distances == sorted(distances) and distances[3] > 30
+
+
+def test_training_the_digits_net_is_deterministic_and_writes_what_loads(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(fid, "measure", lambda *_: (torch.zeros(1), torch.eye(1)))     # its report is slow
+    for name in ("a.npz", "b.npz"):
+        fid.train_digits(str(tmp_path / name), steps=3)
+    a, b = fid.DigitsNet(str(tmp_path / "a.npz")), fid.DigitsNet(str(tmp_path / "b.npz"))
+    assert all(map(torch.equal, a.parameters(), b.parameters()))
+    assert "half against half" in capsys.readouterr().out
+
+
+def test_to_uint8_rounds_as_edm_does():
+    x = torch.tensor([-2.0, -1.0, -0.99, 0.0, 1 / 255, 1.0, 1.1])
+    assert fid.to_uint8(x).tolist() == [0, 0, 1, 128, 128, 255, 255]
+    images = torch.arange(256).byte()
+    assert torch.equal(fid.to_uint8(images / 127.5 - 1), images)
+    with pytest.raises(ValueError, match="not finite"):
+        fid.to_uint8(x * float("nan"))
+
+
+# ---- statistics --------------------------------------------------------------------------------
+def features(n=300, dim=16):
+    """Far from zero, as where float32 sums lose the covariance."""
+    return torch.from_numpy(100 + np.random.default_rng(1).standard_normal((n, dim)).astype(np.float32))
+
+
+def test_streaming_is_numpy():
+    x, stats = features(), fid.Statistics(16)
+    for part in x.split(70):
+        stats.update(part)
+    assert stats.n == 300 and stats.cov.dtype == torch.float64
+    np.testing.assert_allclose(stats.mean, x.double().mean(0), rtol=1e-12)
+    np.testing.assert_allclose(stats.cov, np.cov(x.double().T), rtol=0, atol=1e-9)
+
+
+def test_statistics_refuse_what_is_wrong():
+    stats = fid.Statistics(16)
+    with pytest.raises(ValueError, match="two at least"):
+        stats.update(features(1)).cov
+    for wrong in (features(dim=15), features()[0]):
+        with pytest.raises(ValueError, match="expected"):
+            stats.update(wrong)
+    with pytest.raises(ValueError, match="not finite"):
+        stats.update(features() / 0)
+    stats.reduce()
+    with pytest.raises(ValueError, match="before reduce"):
+        stats.update(features())
+
+
+def test_merged_and_saved_statistics_are_those_of_the_whole(tmp_path):
+    x, path = features(), str(tmp_path / "stats.npz")
+    whole = fid.Statistics(16).update(x)
+    fid.Statistics(16).update(x[:100]).save(path, "FD-digits: test")
+    both = fid.Statistics.load(path).merge(fid.Statistics(16).update(x[100:]))
+    assert both.n == 300 and fid.read_statistics(path).features == "FD-digits: test"
+    np.testing.assert_allclose(both.mean, whole.mean, rtol=1e-12)
+    np.testing.assert_allclose(both.cov, whole.cov, atol=1e-9)
+    assert os.listdir(tmp_path) == ["stats.npz"]
+
+
+def reduce_in_process(rank, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    net, (images, _) = fid.DigitsNet(), fid.digits()
+    made = fid.measure(net, fid.read_images(str(ROOT / "assets" / "digits.png"), 100, rank, 2))
+    stats = fid.Statistics(64)
+    if rank:                                                       # one rank has nothing
+        stats.update(net(images))
+    stats.reduce().reduce()
+    torch.save([made.mu, made.cov, made.n, stats.mean, stats.cov, stats.n], f"{folder}/rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_are_one(tmp_path):
+    mp.spawn(reduce_in_process, (str(tmp_path),), nprocs=2)
+    one = fid.measure(fid.DigitsNet(), [fid.digits()[0]])
+    for rank in range(2):
+        mu, cov, n, mu_once, cov_once, n_once = torch.load(tmp_path / f"rank{rank}.pt")
+        assert n == n_once == one.n
+        for a, b in ((mu, one.mu), (cov, one.cov), (mu_once, one.mu), (cov_once, one.cov)):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+        unit = torch.zeros(64), torch.eye(64)
+        two, single = fid.frechet_distance(mu, cov, *unit), fid.frechet_distance(*one[:2], *unit)
+        assert two == pytest.approx(single, rel=1e-10)
+
+
+# ---- images ------------------------------------------------------------------------------------
+@pytest.fixture
+def images():
+    return np.random.default_rng(2).integers(0, 256, (10, 6, 5, 3), dtype=np.uint8)
+
+
+def write_folder(folder, images):
+    for i, image in enumerate(images):
+        (folder / f"{i // 4:05d}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{i // 4:05d}" / f"img{i:08d}.png")
+
+
+def test_all_formats_give_the_same_images(images, tmp_path):
+    write_folder(tmp_path / "folder", images)
+    with zipfile.ZipFile(tmp_path / "edm.zip", "w") as archive:
+        for file in sorted((tmp_path / "folder").rglob("*.png")):
+            archive.write(file, file.relative_to(tmp_path / "folder"))
+        archive.writestr("dataset.json", "{}")
+    np.save(tmp_path / "a.npy", images)
+    np.savez(tmp_path / "adm.npz", images, np.arange(10))
+    np.savez_compressed(tmp_path / "named.npz", images=images.transpose(0, 3, 1, 2))
+    for name in ("folder", "edm.zip", "a.npy", "adm.npz", "named.npz"):
+        batches = list(fid.read_images(str(tmp_path / name), batch=4))
+        assert [len(b) for b in batches] == [4, 4, 2], name
+        assert np.array_equal(torch.cat(batches), images.transpose(0, 3, 1, 2)), name
+        mine = [torch.cat(list(fid.read_images(str(tmp_path / name), 2, rank, 3))) for rank in range(3)]
+        assert all(np.array_equal(mine[r], images[r::3].transpose(0, 3, 1, 2)) for r in range(3)), name
+
+
+@pytest.mark.parametrize("fault", ["cmyk", "16 bit", "palette", "cut", "text", "size", "channels"])
+def test_an_odd_image_is_named(fault, images, tmp_path):
+    write_folder(tmp_path / "set", images)
+    odd, image = tmp_path / "set" / "00001" / "odd.png", Image.fromarray(images[0])
+    if fault == "cmyk":
+        odd = odd.with_suffix(".jpg")
+        image.convert("CMYK").save(odd)
+    elif fault == "16 bit":
+        Image.fromarray(np.zeros((6, 5), np.uint16)).save(odd)
+    elif fault == "palette":
+        image.convert("P").save(odd)
+    elif fault == "cut":
+        image.save(odd)
+        odd.write_bytes(odd.read_bytes()[:80])
+    elif fault == "text":
+        odd.write_text("not an image")
+    else:
+        (image.resize((9, 9)) if fault == "size" else image.convert("L")).save(odd)
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        for file in sorted((tmp_path / "set").rglob("*.*")):
+            archive.write(file, file.name)
+    for path in ("set", "set.zip"):
+        with pytest.raises(fid.DataError, match=odd.name) as error:
+            list(fid.read_images(str(tmp_path / path)))
+        assert "\n" not in str(error.value)
+
+
+def test_a_path_without_usable_images_is_named(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("hello")
+    for name in ("broken.zip", "broken.npy", "broken.npz", "broken.png", "broken.pkl"):
+        (tmp_path / name).write_bytes(b"PK\x03\x04 nothing that anybody could read")
+    np.save(tmp_path / "float.npy", np.zeros((4, 8, 8, 3)))
+    np.savez(tmp_path / "other.npz", x=np.zeros(3))
+    np.save(tmp_path / "object.npy", np.array([{}], dtype=object))
+    Image.new("L", (12, 8)).save(tmp_path / "photo.png")
+    for name in ("absent", "absent.npz", "empty", "notes.txt", "broken.zip", "broken.npy", "broken.npz",
+                 "broken.png", "broken.pkl", "float.npy", "other.npz", "object.npy", "photo.png"):
+        with pytest.raises(fid.DataError, match=name) as error:
+            list(fid.read_images(str(tmp_path / name)))
+        assert "\n" not in str(error.value) and str(tmp_path / name) in str(error.value)
+
+
+def test_a_flipped_bit_in_a_zip_is_found(images, tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for i, image in enumerate(images):
+            file = io.BytesIO()
+            Image.fromarray(image).save(file, "bmp")
+            archive.writestr(f"{i}.bmp", file.getvalue())
+    data = bytearray((tmp_path / "a.zip").read_bytes())
+    data[100] ^= 1
+    (tmp_path / "a.zip").write_bytes(data)
+    with pytest.raises(fid.DataError, match="a.zip/0.bmp"):
+        list(fid.read_images(str(tmp_path / "a.zip")))
+
+
+# ---- references --------------------------------------------------------------------------------
+def edm2(mu, cov):
+    return {"num_images": 50_000, "fid": {"mu": mu, "sigma": cov}, "fd_dinov2": {"mu": mu, "sigma": cov}}
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_statistics_of_edm_adm_and_edm2_are_read(dtype, tmp_path):
+    mu, cov = (a.astype(dtype) for a in moments(50, 8, seed=10))
+    np.savez(tmp_path / "edm.npz", mu=mu, sigma=cov)
+    np.savez(tmp_path / "adm.npz", arr_0=np.zeros((2, 8, 8, 3), np.uint8), mu=mu, sigma=cov, mu_s=mu)
+    (tmp_path / "new.pkl").write_bytes(pickle.dumps(edm2(mu, np.asfortranarray(cov)), protocol=4))
+    old = pickle.dumps(edm2(mu, cov), protocol=3).replace(b"numpy._core", b"numpy.core")
+    (tmp_path / "old.pkl").write_bytes(old)
+    for name, n in (("edm.npz", 0), ("adm.npz", 0), ("new.pkl", 50_000), ("old.pkl", 50_000)):
+        found = fid.load_reference(str(tmp_path / name))
+        assert found.n == n and found.features == "" and found.mu.dtype == found.cov.dtype == torch.float64
+        assert np.array_equal(found.mu, mu) and np.array_equal(found.cov, cov)
+        assert len(found.sha256) == 64
+
+
+class Call:
+    """Pickles as a call."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("name", ["system", "eval", "getattr", "fromfile", "_reconstruct.__self__"])
+def test_a_malicious_pickle_is_refused_by_name_and_not_run(name, tmp_path):
+    marker, path = tmp_path / "ran", tmp_path / "img64.pkl"
+    calls = {"system": Call(os.system, f"touch {marker}"), "eval": Call(eval, f"open('{marker}', 'w')"),
+             "getattr": Call(getattr, marker, "touch"), "fromfile": Call(np.fromfile, str(marker))}
+    path.write_bytes(pickle.dumps({**edm2(*moments(50, 8, seed=11)), "extra": calls.get(name)}, protocol=4))
+    if name not in calls:      # protocol 4 may name attributes of attributes of what is allowed
+        path.write_bytes(b"\x80\x04\x8c\x16numpy._core.multiarray\x8c\x15_reconstruct.__self__\x93.")
+    with pytest.raises(fid.DataError, match=rf"refused .*\.{name}:"):
+        fid.load_reference(str(path))
+    assert not marker.exists()
+
+
+def test_statistics_that_are_none_are_named(tmp_path):
+    mu, cov = moments(50, 8, seed=12)
+    np.savez(tmp_path / "shape.npz", mu=mu, sigma=cov[:3])
+    np.savez(tmp_path / "half.npz", mu=mu)
+    (tmp_path / "text.pkl").write_bytes(pickle.dumps({"fid": {"mu": "a", "sigma": "b"}, "num_images": 3}))
+    (tmp_path / "int.pkl").write_bytes(pickle.dumps(edm2(np.arange(8), np.ones((8, 8), int)), protocol=4))
+    (tmp_path / "big.pkl").write_bytes(pickle.dumps(edm2(mu.astype(">f8"), cov), protocol=4))
+    for name in ("shape.npz", "half.npz", "text.pkl", "int.pkl", "big.pkl"):
+        with pytest.raises(fid.DataError, match=name):
+            fid.read_statistics(str(tmp_path / name))
+
+
+class Page(BaseHTTPRequestHandler):
+    """Serves /whole; /short promises more than comes; everything else is absent."""
+
+    def do_GET(self):
+        self.send_response(200 if self.path.startswith(("/whole", "/short")) else 404)
+        self.send_header("Content-Length", "100" if self.path.startswith("/short") else "5")
+        self.end_headers()
+        self.wfile.write(b"bytes")
+
+    def log_message(self, *_):
+        pass
+
+
+def test_downloads_are_whole_and_right_or_absent(tmp_path, monkeypatch):
+    monkeypatch.setenv("CMT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    server = HTTPServer(("127.0.0.1", 0), Page)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    site = f"http://127.0.0.1:{server.server_port}"
+    right = fid.hashlib.sha256(b"bytes").hexdigest()
+    path = fid.fetch([f"{site}/absent/a.npz", f"{site}/whole/a.npz"], right)
+    assert pathlib.Path(path).read_bytes() == b"bytes" and path == str(tmp_path / "cache" / "a.npz")
+    with pytest.raises(fid.DataError, match=f"{right}, not 00"):
+        fid.fetch([f"{site}/whole/a.npz"], "00" * 32)
+    with pytest.raises(fid.DataError, match=f"b.npz .*{'00' * 32}.*{right}"):
+        fid.fetch([f"{site}/whole/b.npz"], "00" * 32)
+    with pytest.raises(fid.DataError, match="IncompleteRead"):
+        fid.fetch([f"{site}/short/b.npz"])
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(fid.DataError, match=f"{site}/whole/b.npz.*refused.*put it there"):
+        fid.fetch([f"{site}/whole/b.npz"], right, "put it there")
+    assert os.listdir(tmp_path / "cache") == ["a.npz"]
+
+
+def test_without_network_the_error_says_what_to_fetch(tmp_path, monkeypatch):
+    def offline(*_, **__):
+        raise OSError("no network")
+    monkeypatch.setenv("CMT_CACHE", str(tmp_path))
+    monkeypatch.setattr(fid.urllib.request, "urlopen", offline)
+    with pytest.raises(fid.DataError) as error:
+        fid.load_inception()
+    for text in (*fid.INCEPTION_URLS, fid.INCEPTION_SHA256, str(tmp_path), "--inception FILE"):
+        assert text in str(error.value)
+    with pytest.raises(fid.DataError, match="cifar10-32x32.npz.*path of a copy"):
+        fid.load_reference("cifar10")
+    (tmp_path / os.path.basename(fid.INCEPTION_URLS[0])).write_bytes(b"damaged")
+    with pytest.raises(fid.DataError, match=f"not {fid.INCEPTION_SHA256}; delete it"):
+        fid.load_inception()
+
+
+# ---- command line ------------------------------------------------------------------------------
+def test_command_line_prints_the_number_and_its_protocol(run, tmp_path):
+    sheet = ROOT / "assets" / "digits.png"
+    env = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    code, out, err = run("--save", tmp_path / "half.npz", "--features", "digits", sheet)
+    assert code == 0 and "half.npz: 1797 images" in out and "FD-digits: fd_digits.npz" in out
+    done = subprocess.run([sys.executable, ROOT / "fid.py", sheet, tmp_path / "half.npz"], text=True,
+                          capture_output=True, env={**os.environ, **env, "OMP_NUM_THREADS": "1"})
+    code, out, err = done.returncode, done.stdout, done.stderr
+    assert code == 0 and out.startswith("FD-digits 0.0000\n") and "FID" not in out
+    for text in (fid.sha256(str(sheet)), fid.sha256(str(tmp_path / "half.npz")), "1797 images", "N-1",
+                 fid.sha256(str(ROOT / "assets" / "fd_digits.npz"))[:16]):
+        assert text in out
+    assert "digits.png: 64/1797 images, 3%" in err
+
+
+def of_means(mu1, cov1, mu2, cov2):
+    """The true one takes seconds in 2048 dimensions."""
+    return (mu1 - mu2).square().sum()
+
+
+def test_command_line_scores_images_with_given_inception_weights(run, images, state, tmp_path, monkeypatch):
+    monkeypatch.setattr(fid, "frechet_distance", of_means)
+    torch.save(state, tmp_path / "rule.pth")
+    write_folder(tmp_path / "a", images[:3])
+    np.save(tmp_path / "b.npy", images[3:6])
+    given = "--inception", tmp_path / "rule.pth"
+    code, out, err = run(*given, "--batch", 2, tmp_path / "a", tmp_path / "b.npy")
+    assert code == 0 and float(out.split()[1]) > 0 and out.startswith("FID ")
+    assert "resize tf1" in out and "(not the published file)" in out and out.count("3 images") == 2
+    assert err.count("warning") == 2 and "too few for 2048" in err
+
+
+def test_command_line_reads_statistics_of_unstated_origin(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(fid, "frechet_distance", of_means)
+    for dim, name in ((8, "Frechet distance"), (2048, "FID")):
+        np.savez(tmp_path / "a.npz", mu=np.zeros(dim), sigma=np.eye(dim))
+        np.savez(tmp_path / "b.npz", mu=np.ones(dim), sigma=np.eye(dim))
+        code, out, err = run(tmp_path / "a.npz", tmp_path / "b.npz")
+        assert (code, err) == (0, "") and "? images" in out
+        assert out.startswith(f"{name} {dim}.0000\nfeatures not stated")
+
+
+def test_numbers_of_different_features_are_not_compared(run, tmp_path):
+    fid.Statistics(64).update(torch.randn(90, 64)).save(str(tmp_path / "a.npz"), "FD-digits: other weights")
+    code, out, err = run(ROOT / "assets" / "digits.png", tmp_path / "a.npz")
+    assert (code, out) == (3, "") and "features differ" in err and "other weights" in err
+    np.savez(tmp_path / "b.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    code, out, err = run(ROOT / "assets" / "digits.png", tmp_path / "b.npz")
+    assert (code, out) == (3, "") and "dimensions differ" in err and "b.npz" in err
+
+
+def test_mistakes_are_one_line_and_an_exit_code(run, tmp_path):
+    sheet = ROOT / "assets" / "digits.png"
+    np.save(tmp_path / "one.npy", np.zeros((1, 8, 8, 1), np.uint8))
+    np.save(tmp_path / "rgb.npy", np.zeros((4, 8, 8, 3), np.uint8))
+    for code, text, args in (
+            (2, "--colour", ("--colour", sheet, sheet)),
+            (2, "2 paths", (sheet,)),
+            (2, "2 paths", ()),
+            (2, "1 paths", ("--save", tmp_path / "s.npz", sheet, sheet)),
+            (2, "--batch 0", ("--batch", 0, sheet, sheet)),
+            (2, "--resize", ("--resize", "bicubic", sheet, sheet)),
+            (2, "--device", ("--device", "tpu", sheet, sheet)),
+            (2, "s.npz", ("--save", tmp_path / "absent" / "s.npz", sheet)),
+            (2, "s.txt", ("--save", "s.txt", sheet)),
+            (3, "absent: No such file", (sheet, tmp_path / "absent")),
+            (3, "one.npy: 1 images", (sheet, tmp_path / "one.npy")),
+            (3, "expected uint8 (B, (1,)", (sheet, tmp_path / "rgb.npy")),
+            (3, "w.pth: No such file", ("--inception", "w.pth", tmp_path / "one.npy", tmp_path / "rgb.npy"))):
+        found, out, err = run(*args)
+        lines = [line for line in err.splitlines() if "%" not in line]
+        assert found == code and out == "" and len(lines) == 1 and text in lines[0], (args, found, out, err)
+
+
+def test_help_shows_the_module_docstring(run):
+    code, out, _ = run("--help")
+    assert code == 0 and "torchrun --nproc_per_node=8 fid.py A B" in out

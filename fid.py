@@ -156,13 +156,14 @@ def resize_tf1(x, size=299):
 class InceptionV3(nn.Module):
     """The 2015 FID network; names of parameters are those of pt_inception-2015-12-05-6726825d.pth.
 
-    state: its state dict, loaded strictly (None: untrained, for shapes). resize: "tf1" or "half_pixel".
+    state: its state dict, loaded strictly (None: untrained, for shapes). resize: "tf1" or "half_pixel"; the bare
+    class takes the public port's half_pixel, every score of ours comes from load_inception, whose default is tf1.
     forward: images uint8 (B, 3 or 1, H, W) -> pool3 features (B, 2048) float32, without gradient.
     """
     dim = 2048
 
     @torch.random.fork_rng(devices=[])     # trap: building a net would draw from the numbers of training
-    def __init__(self, state=None, resize="tf1", weights="given by the caller"):
+    def __init__(self, state=None, resize="half_pixel", weights="given by the caller"):
         super().__init__()
         if resize not in RESIZES:
             raise ValueError(f"resize {resize}: one of {', '.join(RESIZES)} expected")
@@ -390,8 +391,14 @@ def frechet_distance(mu1, cov1, mu2, cov2):
         raise ValueError(f"dimensions differ: {[tuple(a.shape) for a in given]}; are the features the same?")
     if not all(a.isfinite().all() for a in given):
         raise ValueError("a mean or covariance is not finite")
-    # choice: not the roots of the eigenvalues of R1^T cov2 R1, where 1e-16 for a zero counts as 1e-8
-    trace = torch.linalg.svdvals(root(cov1).T @ root(cov2)).sum()
+    # choice: singular values, not eigenvalues of R1^T cov2 R1, where 1e-16 of a rounded zero becomes 1e-8;
+    # and one thread, 5 s in 2048 dimensions: two take 3 s on idle cores, and took 90 s on busy ones
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        trace = torch.linalg.svdvals(root(cov1).T @ root(cov2)).sum()
+    finally:
+        torch.set_num_threads(threads)
     distance = (mu1 - mu2).square().sum() + cov1.trace() + cov2.trace() - 2 * trace
     return max(distance.item(), 0.0)    # choice: equal sets come out at +-1e-12; a distance is not negative
 

@@ -105,7 +105,7 @@ PRESETS = {  # (data, stage, method): matching rows are laid over each other, to
     ("afhqv2", "post", "*"): dict(q=1024),
     ("*", "post", "annealed"): dict(q=2, double=25_000, steps=200_000, decay="constant"),     # ECT, 25.6 Mimg
     ("digits", "*", "*"): dict(dropout=0.0, threads=1, log_every=50, save_every=250, samples=2_000),
-    ("digits", "pretrain", "*"): dict(steps=1_500, batch=64, lr=2e-3, decay="linear", warmup=50, ema_beta=0.995),
+    ("digits", "pretrain", "*"): dict(steps=1_500, batch=32, lr=2e-3, decay="linear", warmup=50, ema_beta=0.995),
     ("digits", "vgg", "*"): dict(steps=300, batch=128, lr=3e-3, optimizer="adam"),
     ("digits", "mid", "*"): dict(steps=800, batch=32, lr=2e-3, ema_beta=0.99),
     ("digits", "post", "*"): dict(steps=400, batch=32, lr=3e-4, ema_beta=0.99, q=64),
@@ -458,6 +458,9 @@ def resume(cfg, path):
     return state
 
 
+MAX_BAD = 10                                          # steps without a finite gradient in a row that end a run
+
+
 def update(opt, flat, grad, health, scale, cfg):
     """One optimiser step, or none if the loss or a gradient is not finite; decided on the device, which nobody waits for.
 
@@ -518,7 +521,7 @@ def teacher_state(cfg):
 
 def build(cfg, model, device, state=None, what="", train=False):
     """A DDPM++ from constructor arguments (those of an official file or SIZES), with weights by name if given."""
-    torch.manual_seed(fold(cfg.seed, "init"))
+    torch.manual_seed(fold(cfg.seed, cfg.stage, "init"))
     net = nets.EDMPrecond(**{**model, "augment_dim": 0, "dropout": cfg.dropout if train else 0.0,
                              "sigma_shift": cfg.sigma_shift})
     if state is not None:
@@ -638,7 +641,7 @@ def train(cfg, rank, world, device):
         # bookkeeping from here on
         done, stop = step + 1, any_stop(world)
         if stop or done % cfg.log_every == 0 or done % cfg.save_every == 0 or done == cfg.steps:
-            (_, row, skipped, loss, norm), n, took = health.tolist(), done - last, time.time() - clock
+            (_, worst, skipped, loss, norm), n, took = health.tolist(), done - last, time.time() - clock
             health[3:] = 0
             seconds, last, clock = seconds + took, done, time.time()
             rate, loss, norm = n * B / took, loss / n, norm / n
@@ -647,9 +650,9 @@ def train(cfg, rank, world, device):
                      f"{(cfg.steps - done) * B / rate / 60:.1f} min left",
                 stage=cfg.stage, step=done, images=done * B, loss=loss, grad=norm, skipped=int(skipped), lr=lr,
                 images_per_second=rate, seconds=seconds)
-            if row >= 10:
-                fail(4, f"{cfg.stage}: loss or gradient not finite in 10 steps in a row before step {done}; the last good "
-                        f"checkpoint stays in {cfg.out}; try a smaller --lr (now {cfg.lr}) with another --out")
+            if worst >= MAX_BAD:
+                fail(4, f"{cfg.stage}: loss or gradient not finite in {worst:.0f} steps in a row before step {done}; the last "
+                        f"good checkpoint stays in {cfg.out}; try a smaller --lr (now {cfg.lr}) with another --out")
         if rank == 0 and (stop or done % cfg.save_every == 0 or done == cfg.steps):
             save(path, step=done, net=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), model=model or
                  model_size(cfg, images), cfg=asdict(cfg), seconds=seconds, skipped=int(skipped), scale=scale.item(), data=checksum)
@@ -720,9 +723,10 @@ def evaluate(cfg, rank, world, device):
         digits = cfg.data == "digits"
         features = (fid.DigitsNet() if digits else fid.load_inception(cfg.inception)).to(device)
         images = load_data(cfg)
-        reference = fid.load_reference({"cifar10": "cifar10-32x32", "ffhq": "ffhq-64x64", "afhqv2": "afhqv2-64x64"}
-                                       [cfg.data]) if cfg.data in FILES else \
-            fid.measure(features, images[rank::world].split(250), device, file=f"{len(images)} of --data {cfg.data}")
+        if cfg.data in FILES:
+            reference = fid.load_reference(cfg.data)
+        else:
+            reference = fid.measure(features, images[rank::world].split(250), device, file=f"of --data {cfg.data}")
     metric, found, table = "FD-digits" if digits else "FID", candidates(cfg, device), []
     for name, net, kinds, ckpt in found:
         scores = {}

@@ -109,6 +109,7 @@ def test_collapsed_samples_give_a_finite_distance():
 
 def test_what_cannot_be_compared_is_a_value_error():
     mu, cov = moments(100, 8, seed=9)
+    threads = torch.get_num_threads()
     for wrong in ((mu[0], cov), (mu[:4], cov), (mu, cov[:4, :4]), (mu, cov[:, :4]), (mu[None], cov)):
         with pytest.raises(ValueError, match="dimensions differ"):
             fid.frechet_distance(mu, cov, *wrong)
@@ -117,6 +118,7 @@ def test_what_cannot_be_compared_is_a_value_error():
     for wrong in ((mu * np.nan, cov), (mu, cov * np.inf)):
         with pytest.raises(ValueError, match="not finite"):
             fid.frechet_distance(mu, cov, *wrong)
+    assert torch.get_num_threads() == threads
 
 
 # ---- Inception ---------------------------------------------------------------------------------
@@ -146,7 +148,7 @@ def state(golden):
 
 @pytest.fixture(scope="module")
 def half_pixel(state):
-    return fid.InceptionV3(state, resize="half_pixel")
+    return fid.InceptionV3(state)                     # the bare class agrees with the golden numbers
 
 
 def test_names_and_shapes_are_those_of_the_published_file(golden, half_pixel):
@@ -185,8 +187,9 @@ def test_tf1_resize_by_hand():
     assert torch.equal(fid.resize_tf1(same), same)
 
 
-def test_tf1_is_the_default_and_each_resize_has_its_scale(golden, state, half_pixel):
-    net, images, seen = fid.InceptionV3(state), torch.from_numpy(golden["images_b"]), []
+def test_tf1_is_the_default_of_scores_and_each_resize_has_its_scale(golden, state, half_pixel, tmp_path):
+    torch.save(state, tmp_path / "inception.pth")
+    net, images, seen = fid.load_inception(str(tmp_path / "inception.pth")), torch.from_numpy(golden["images_b"]), []
     assert net.resize == "tf1" and "tf1" in net.protocol and "half_pixel" in half_pixel.protocol
     for each in (net, half_pixel):
         hook = each.Conv2d_1a_3x3.register_forward_pre_hook(lambda _, x: seen.append(x[0]))

@@ -1,0 +1,344 @@
+"""The training script through its own command line: every stage, resume, kill, two processes, own data, bad input."""
+import json
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import nets
+import train_cmt_cifar as script
+
+ROOT = Path(__file__).parent.parent
+TINY = "--data digits --samples 16 --trajectories 2 --batch 16 --log_every 1 --threads 1".split()
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """Each test in an empty folder, offline, with signals as they were."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CMT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(script, "STOP", [])
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for s, handler in before.items():
+        signal.signal(s, handler)
+
+
+@pytest.fixture(scope="session")
+def road(tmp_path_factory):
+    """One whole run of a few steps: pretrain, vgg, mid, post, eval."""
+    out = tmp_path_factory.mktemp("road")
+    script.main([*TINY, "--out", str(out), "--steps", "3"])
+    return out
+
+
+def code(argv, capsys):
+    """Exit code and stderr of a command line."""
+    with pytest.raises(SystemExit) as e:
+        script.main([str(a) for a in argv])
+    return e.value.code, capsys.readouterr().err
+
+
+def run(argv, **kwargs):
+    return subprocess.Popen([sys.executable, str(ROOT / "train_cmt_cifar.py"), *map(str, argv)], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
+
+
+def weights(path):
+    """All numbers of a checkpoint that training depends on, as one vector."""
+    c = torch.load(path, weights_only=True)
+    opt = [v.float().reshape(-1) for s in c["opt"]["state"].values() for v in s.values()]
+    return torch.cat([v.float().reshape(-1) for k in ("net", "ema") for v in c[k].values()] + opt)
+
+
+# ---- the road ------------------------------------------------------------------------------------
+def test_all_stages_leave_checkpoints_pictures_and_a_table(road):
+    for stage in ("pretrain", "mid", "post"):
+        c = torch.load(road / f"{stage}.pt", weights_only=True)
+        assert c["step"] == 3 and all(torch.isfinite(v).all() for v in c["ema"].values())
+    table = (road / "results.md").read_text()
+    assert re.search(r"\| teacher \| 3 \| 48 \| \d+ \| - \| - \| \d+\.\d\d \|", table), table
+    assert re.search(r"\| post \| 3 \| 48 \| \d+ \| \d+\.\d\d \| \d+\.\d\d \| - \|", table), table
+    assert "FD-digits" in table and "FID" not in table.replace("fid", "")
+    for name in ("data", "teacher_16step", "mid_1step", "post_2step", "stages", "trajectory", "mid_0000003"):
+        assert Image.open(road / f"samples_{name}.png").size[0] > 100
+    lines = [json.loads(line) for line in (road / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in lines if m["stage"] == "mid"] == [1, 2, 3]
+    assert {"1-step FD-digits", "2-step FD-digits"} <= {m.get("metric") for m in lines}
+    log = (road / "log.txt").read_text()
+    assert "--data digits" in log and torch.__version__ in log and "min left" in log and "images/s" not in log
+
+
+def test_finished_stages_are_skipped_and_left_alone(road, capsys):
+    before = {p.name: p.stat().st_mtime_ns for p in road.glob("*.pt")}
+    script.main([*TINY, "--out", str(road), "--steps", "3"])
+    assert "nothing to do" in capsys.readouterr().out
+    assert before == {p.name: p.stat().st_mtime_ns for p in road.glob("*.pt")}
+
+
+@pytest.mark.parametrize("flags", ["--mid kd", "--mid slow", "--mid none --post annealed", "--mid none --init random",
+                                   "--mid none --post ecd", "--mid none --post ecd --ecd euler", "--loss huber",
+                                   "--loss l2 --trajectories 0", "--precision bf16 --batch_gpu 8 --clip 1"])
+def test_baselines_and_variants_train(road, tmp_path, flags):
+    base = [*TINY, "--out", str(tmp_path), "--teacher", str(road / "pretrain.pt"), "--steps", "2", *flags.split()]
+    stage = "post" if "--mid none" in flags else "mid"
+    if stage == "mid" and "--loss" not in flags:
+        script.main([*base, "--stage", "vgg"])
+    script.main([*base, "--stage", stage])
+    c = torch.load(tmp_path / f"{stage}.pt", weights_only=True)
+    assert c["step"] == 2 and c["skipped"] == 0
+    start = torch.load(road / "pretrain.pt", weights_only=True)["ema"]
+    assert ("random" in flags) == (not torch.allclose(c["net"]["model.map_layer1.weight"],
+                                                      start["model.map_layer1.weight"], atol=0.05))
+
+
+def test_student_of_post_starts_from_the_ema_of_mid(road, tmp_path):
+    cfg = script.parse([*TINY, "--stage", "post", "--out", str(road), "--steps", "3"])
+    ema = torch.load(road / "mid.pt", weights_only=True)["ema"]
+    net = script.student(cfg, nets.SIZES["ddpm++-8"], torch.device("cpu"))
+    assert all(torch.equal(v, ema[k]) for k, v in net.state_dict().items())
+
+
+def test_sample_writes_one_file_per_seed_that_depends_on_the_seed_alone(road, tmp_path):
+    script.main([*TINY, "--out", str(road), "--steps", "3", "--stage", "sample", "--seeds", "3-5"])
+    first = np.asarray(Image.open(road / "samples/post_2/000004.png"))
+    script.main([*TINY, "--out", str(road), "--steps", "3", "--stage", "sample", "--seeds", "4"])
+    assert (first == np.asarray(Image.open(road / "samples/post_2/000004.png"))).mean() > 0.9    # rounding of batches
+    assert {p.name for p in (road / "samples").iterdir()} == {"teacher_16", "mid_1", "mid_2", "post_1", "post_2"}
+
+
+def test_evaluation_inside_a_run_changes_no_weight(road, tmp_path):
+    for out, save in (("a", "1"), ("b", "3")):                                        # a save draws a sample grid
+        script.main([*TINY, "--out", out, "--stage", "pretrain", "--steps", "3", "--save_every", save])
+    assert torch.equal(weights("a/pretrain.pt"), weights("b/pretrain.pt"))
+
+
+# ---- resume --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("stage", ["pretrain", "mid", "post"])
+def test_signal_saves_the_step_and_the_same_command_goes_on_bit_for_bit(road, tmp_path, monkeypatch, capsys, stage):
+    argv = [*TINY, "--stage", stage, "--steps", "5", "--trajectories", "4", "--loss", "l2", "--dropout", "0.2"]
+    argv += [] if stage == "pretrain" else ["--teacher", road / "pretrain.pt", "--mid", "cmt" if stage == "mid" else "none"]
+    script.main([*map(str, argv), "--out", "whole"])
+    calls = []
+    monkeypatch.setattr(script, "any_stop", lambda world: calls.append(1) or len(calls) == 3)
+    exit_code, err = code([*argv, "--out", "cut"], capsys)
+    assert exit_code == 75 and "step 3 is saved" in err
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert torch.load(f"cut/{stage}.pt", weights_only=True)["step"] == 3
+    script.main([*map(str, argv), "--out", "cut"])
+    assert torch.equal(weights(f"whole/{stage}.pt"), weights(f"cut/{stage}.pt"))
+
+
+def test_kill_at_any_moment_loses_at_most_save_every_steps_and_nothing_else(road):
+    argv = [*TINY, "--stage", "mid", "--steps", "40", "--save_every", "4", "--teacher", road / "pretrain.pt", "--loss", "l2"]
+    whole = run([*argv, "--out", "whole"])
+    kills = 0
+    for seconds in (0.3, 0.7):                                                        # after the first checkpoint
+        p = run([*argv, "--out", "cut"])
+        while not os.path.exists("cut/mid.pt") and p.poll() is None:
+            time.sleep(0.05)
+        time.sleep(seconds)
+        p.kill()
+        kills += p.wait() == -signal.SIGKILL
+    assert run([*argv, "--out", "cut"]).wait() == 0 and whole.wait() == 0
+    assert kills and torch.equal(weights("whole/mid.pt"), weights("cut/mid.pt"))
+
+
+def test_sigterm_ends_with_code_75(road):
+    p = run([*TINY, "--stage", "pretrain", "--steps", "100000", "--out", "run"])
+    while "pretrain      1/" not in p.stdout.readline():
+        assert p.poll() is None
+    p.terminate()
+    _, err = p.communicate(timeout=60)
+    assert p.returncode == 75 and "run the same command again" in err, err
+    assert torch.load("run/pretrain.pt", weights_only=True)["step"] >= 1
+
+
+def test_two_processes_give_the_result_of_one(road):
+    argv = [*TINY, "--stage", "mid", "--steps", "3", "--teacher", road / "pretrain.pt", "--loss", "l2"]
+    script.main([*map(str, argv), "--out", "one"])
+    p = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                        str(ROOT / "train_cmt_cifar.py"), *map(str, argv), "--out", "two"], capture_output=True, text=True)
+    assert p.returncode == 0, p.stderr[-2000:]
+    one, two = (torch.load(f"{d}/mid.pt", weights_only=True)["net"] for d in ("one", "two"))
+    error = max((one[k] - two[k]).abs().max().item() for k in one)
+    assert error < 1e-5, error
+    losses = [[json.loads(line)["loss"] for line in open(f"{d}/metrics.jsonl")] for d in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)                            # the mean over both processes
+
+
+def test_not_finite_loss_is_skipped_counted_and_ends_the_run_after_ten_in_a_row(monkeypatch, capsys):
+    real, calls, bad = script.loss_dm, [], {2, 3}
+    monkeypatch.setattr(script, "loss_dm", lambda *a: real(*a) * (float("nan") if calls.append(1) or len(calls) in bad else 1))
+    argv = [*TINY, "--stage", "pretrain", "--steps", "14", "--save_every", "1"]
+    script.main([*argv, "--out", "few"])
+    assert torch.load("few/pretrain.pt", weights_only=True)["skipped"] == 2
+    assert "skipped 2" in capsys.readouterr().out
+    calls.clear()
+    bad.update(range(4, 30))
+    exit_code, err = code([*argv, "--out", "many"], capsys)
+    assert exit_code == 4 and "not finite in 10 steps" in err and "--lr" in err
+    last = torch.load("many/pretrain.pt", weights_only=True)
+    assert all(torch.isfinite(v).all() for v in last["net"].values())
+
+
+# ---- data ----------------------------------------------------------------------------------------
+def make_zip(path, sizes, broken=()):
+    rng = np.random.default_rng(0)
+    with zipfile.ZipFile(path, "w") as z:
+        for i, size in enumerate(sizes):
+            Image.fromarray(rng.integers(0, 255, (size, size, 3), np.uint8)).save("image.png")
+            data = Path("image.png").read_bytes()
+            z.writestr(f"00000/img{i:08d}.png", data[:60] if i in broken else data)
+        z.writestr("dataset.json", '{"labels": null}')
+
+
+def load(*argv):
+    return script.load_data(script.parse([*argv]))
+
+
+def test_own_images_from_zip_folder_and_npz_train():
+    make_zip("own.zip", [32] * 5)
+    zipfile.ZipFile("own.zip").extractall("folder")
+    x = load("--data", "own.zip")
+    assert x.shape == (5, 3, 32, 32) and x.dtype == torch.uint8 and torch.equal(x, load("--data", "folder"))
+    np.savez("own.npz", images=x.permute(0, 2, 3, 1).numpy())
+    assert torch.equal(x, load("--data", "own.npz"))
+    cfg = script.parse(["--data", "own.zip", "--stage", "pretrain", "--out", "own"])
+    assert script.model_size(cfg, x) == nets.SIZES["ddpm++-32"] and cfg.lr == 1e-3
+
+
+def test_larger_own_images_are_cropped_and_resized_smaller_ones_refused():
+    make_zip("own.zip", [48, 40, 32])
+    assert load("--data", "own.zip", "--res", "32").shape == (3, 3, 32, 32)
+    make_zip("own.zip", [48, 40, 31])
+    with pytest.raises(ValueError, match=r"img00000002.png is 31x31, smaller than --res 32"):
+        load("--data", "own.zip", "--res", "32")
+
+
+def test_cifar10_is_read_from_the_archive_without_unpickling(monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 256, (50_000, 3072), np.uint8)
+    evil = b"cos\nsystem\n(S'touch evil'\ntR."
+    with tarfile.open("cifar.tar.gz", "w:gz", compresslevel=1) as tar:
+        for i in range(5):
+            body = evil + b"U\x04dataT" + (30_720_000).to_bytes(4, "little") + pixels[i * 10_000:][:10_000].tobytes() + b"."
+            Path("batch").write_bytes(body)
+            tar.add("batch", f"cifar-10-batches-py/data_batch_{i + 1}")
+    with pytest.raises(ValueError, match="md5 is .* expected c58f30108f"):
+        script.read_cifar("cifar.tar.gz")
+    monkeypatch.setattr(nets, "check_sums", lambda *a: "")
+    x = script.read_cifar("cifar.tar.gz")
+    assert not os.path.exists("evil") and np.array_equal(x.reshape(50_000, 3072).numpy(), pixels)
+
+
+# ---- bad input -----------------------------------------------------------------------------------
+BAD = [  # (command line, exit code, what the line must say)
+    ("--dat digits", 2, "unknown flag --dat; did you mean --data?"),
+    ("--data digits --batch ten", 2, "--batch"),
+    ("--data digits --mid best", 2, "choose from"),
+    ("--data digits --lr -1", 2, "--lr -1.0 is not possible"),
+    ("--data digits --steps 0", 2, "--steps 0 is not possible"),
+    ("--data digits --seeds a-b", 2, "--seeds a-b"),
+    ("--data cifra10", 2, "not one of cifar10"),
+    ("--data ffhq --stage post --mid none --teacher none.pkl", 3, "data/ffhq-64x64.zip is not there"),
+    ("--data missing.zip --stage pretrain", 3, "missing.zip is not there"),
+    ("--data digits --stage mid --batch 30", 2, "--batch 30"),
+    ("--data digits --stage post --batch_gpu 5", 2, "--batch_gpu 5 must divide"),
+    ("--data digits --stage mid", 3, "run --stage pretrain first"),
+    ("--data digits --stage mid --teacher none.pt", 3, "none.pt: no such file"),
+    ("--data digits --stage eval", 3, "run --stage pretrain first"),
+]
+
+
+@pytest.mark.parametrize("line, expected, text", BAD, ids=[b[0] for b in BAD])
+def test_bad_input_is_one_line_with_its_exit_code(line, expected, text, capsys):
+    exit_code, err = code(line.split(), capsys)
+    assert exit_code == expected and text in err and len(err.strip().splitlines()) == 1, err
+
+
+def test_post_without_a_finished_mid_is_refused(road, capsys):
+    exit_code, err = code([*TINY, "--stage", "post", "--out", "x", "--teacher", road / "pretrain.pt"], capsys)
+    assert exit_code == 3 and "run --stage mid first" in err
+
+
+def test_weights_of_another_shape_are_refused_by_name(road, capsys):
+    state = torch.load(road / "pretrain.pt", weights_only=True)
+    torch.save({**state, "model": {**state["model"], "model_channels": 16}}, "small.pt")
+    exit_code, err = code([*TINY, "--stage", "mid", "--teacher", "small.pt", "--out", "x"], capsys)
+    assert exit_code == 3 and "does not fit the network" in err and "model.map_layer0.weight (128, 32)" in err
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch evil",)
+
+
+def test_malicious_teacher_is_refused_and_not_run(capsys):
+    Path("teacher.pkl").write_bytes(pickle.dumps({"ema": Evil()}))
+    exit_code, err = code([*TINY, "--stage", "mid", "--teacher", "teacher.pkl", "--out", "x"], capsys)
+    assert exit_code == 3 and "system" in err and not os.path.exists("evil")
+
+
+def test_broken_and_odd_images_are_named(capsys):
+    make_zip("own.zip", [32, 32, 32], broken=[1])
+    exit_code, err = code(["--data", "own.zip", "--stage", "pretrain", "--out", "x"], capsys)
+    assert exit_code == 3 and "img00000001.png" in err
+    make_zip("own.zip", [32, 32, 31])
+    exit_code, err = code(["--data", "own.zip", "--stage", "pretrain", "--out", "x"], capsys)
+    assert exit_code == 3 and "img00000002.png" in err and "31" in err
+    make_zip("own.zip", [48, 48])
+    exit_code, err = code(["--data", "own.zip", "--stage", "pretrain", "--out", "x"], capsys)
+    assert exit_code == 3 and "48x48" in err and "--res" in err
+
+
+def test_folder_of_another_configuration_is_refused_and_left_alone(road, capsys):
+    before = (road / "mid.pt").read_bytes()
+    exit_code, err = code([*TINY, "--out", road, "--steps", "3", "--stage", "mid", "--lr", "1"], capsys)
+    assert exit_code == 2 and "--lr" in err and "another --out" in err and (road / "mid.pt").read_bytes() == before
+
+
+def test_second_run_in_the_same_folder_is_refused(road, capsys):
+    lock = script.open_out(script.parse([*TINY, "--out", str(road)]), [])
+    exit_code, err = code([*TINY, "--out", road, "--steps", "3"], capsys)
+    lock.close()
+    assert exit_code == 2 and "another run is at work" in err
+
+
+def test_changed_data_is_refused(road, tmp_path, monkeypatch, capsys):
+    argv = [*TINY, "--out", "x", "--stage", "pretrain", "--steps", "4"]
+    monkeypatch.setattr(script, "any_stop", lambda world: True)
+    assert code(argv, capsys)[0] == 75
+    images = script.fid.digits()[0]
+    monkeypatch.setattr(script.fid, "digits", lambda: (images[1:], None))
+    exit_code, err = code(argv, capsys)
+    assert exit_code == 2 and "has changed" in err
+
+
+def test_damaged_checkpoint_falls_back_to_the_one_before_or_stops(road, tmp_path, capsys):
+    argv = [*TINY, "--out", "x", "--stage", "pretrain", "--steps", "4", "--save_every", "1"]
+    script.main(argv)
+    good = weights("x/pretrain.pt")
+    Path("x/pretrain.pt").write_bytes(Path("x/pretrain.pt").read_bytes()[:5000])
+    script.main(argv)
+    assert "is damaged" in capsys.readouterr().err and torch.equal(weights("x/pretrain.pt"), good)
+    for name in ("x/pretrain.pt", "x/pretrain.pt.prev"):
+        Path(name).write_bytes(b"nothing")
+    exit_code, err = code(argv, capsys)
+    assert exit_code == 3 and "so is the one before it" in err
+
+
+def test_help_shows_every_knob_with_its_comment():
+    text = subprocess.run([sys.executable, str(ROOT / "train_cmt_cifar.py"), "--help"], capture_output=True, text=True).stdout
+    assert "torchrun --nproc_per_node=8" in text and "# teacher steps per trajectory (B.2)" in text

@@ -36,7 +36,7 @@ from torch import nn
 SIZES = {  # EDMPrecond(**row); 55.7M and 61.8M parameters at 32 and 64 pixels (EDM, Table 7)
     "ddpm++-32": dict(img_resolution=32, img_channels=3, model_channels=128, channel_mult=(2, 2, 2)),
     "ddpm++-64": dict(img_resolution=64, img_channels=3, model_channels=128, channel_mult=(1, 2, 2, 2)),
-    "ddpm++-8": dict(img_resolution=8, img_channels=1, model_channels=32, channel_mult=(1, 2), num_blocks=1,
+    "ddpm++-8": dict(img_resolution=8, img_channels=1, model_channels=32, channel_mult=(1, 1), num_blocks=1,
                      attn_resolutions=()),
 }
 

@@ -105,11 +105,11 @@ PRESETS = {  # (data, stage, method): matching rows are laid over each other, to
     ("afhqv2", "post", "*"): dict(q=1024),
     ("*", "post", "annealed"): dict(q=2, double=25_000, steps=200_000, decay="constant"),     # ECT, 25.6 Mimg
     ("digits", "*", "*"): dict(dropout=0.0, threads=1, log_every=50, save_every=250, samples=2_000),
-    ("digits", "pretrain", "*"): dict(steps=1_500, batch=32, lr=2e-3, decay="linear", warmup=50, ema_beta=0.995),
+    ("digits", "pretrain", "*"): dict(steps=2_000, batch=32, lr=2e-3, decay="linear", warmup=50, ema_beta=0.995),
     ("digits", "vgg", "*"): dict(steps=300, batch=128, lr=3e-3, optimizer="adam"),
-    ("digits", "mid", "*"): dict(steps=800, batch=32, lr=2e-3, ema_beta=0.99),
-    ("digits", "post", "*"): dict(steps=400, batch=32, lr=3e-4, ema_beta=0.99, q=64),
-    ("digits", "post", "annealed"): dict(q=2, double=50, steps=1_200, lr=1e-3),
+    ("digits", "mid", "*"): dict(steps=900, batch=32, lr=2e-3, ema_beta=0.99),
+    ("digits", "post", "*"): dict(steps=600, batch=32, lr=3e-4, ema_beta=0.99, q=64),
+    ("digits", "post", "annealed"): dict(q=2, double=187, steps=1_500, lr=1e-3),
 }
 FILES = {"cifar10": "data/cifar-10-python.tar.gz", "ffhq": "data/ffhq-64x64.zip", "afhqv2": "data/afhqv2-64x64.zip"}
 CIFAR_URL, CIFAR_MD5 = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a"

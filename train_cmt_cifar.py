@@ -256,8 +256,7 @@ def loss_ect(net, x, x_t, x_r, t, r, mask_seed, huber=0.0):
     """
     torch.manual_seed(mask_seed)
     with torch.no_grad():
-        D_r = net(x_r, r.clamp(min=1e-6))             # trap: ln 0; where r = 0 the clean image takes its place
-        D_r = torch.where(r.view(-1, 1, 1, 1) > 0, D_r, x)
+        D_r = torch.where(r.view(-1, 1, 1, 1) > 0, net(x_r, r), x)    # trap: at r = 0 the net has ln 0, the answer is x
     torch.manual_seed(mask_seed)                      # trap: else two dropout masks, and their difference is the loss
     D_t = net(x_t, t)
     d = torch.linalg.vector_norm((D_t - D_r).flatten(1), dim=1)    # trap: sqrt(sum) has slope 0 * inf where D_t = D_r
@@ -413,10 +412,11 @@ def save(path, **state):
             torch.save(state, f)
             f.flush()
             os.fsync(f.fileno())
-    except OSError as e:                              # a full disk: what was saved before stays as it was
-        os.path.exists(path + ".tmp") and os.remove(path + ".tmp")
+    except (OSError, RuntimeError) as e:              # trap: torch turns a full disk into a RuntimeError
+        if os.path.exists(path + ".tmp"):
+            os.remove(path + ".tmp")
         size = sum(t.nbytes for v in state.values() if isinstance(v, dict) for t in v.values() if torch.is_tensor(t))
-        fail(3, f"{path}: cannot write about {size:,} bytes ({e.strerror or e}); free some space and run the same command again")
+        fail(3, f"{path}: cannot write about {size:,} bytes ({type(e).__name__}); free some space and run the same command again")
     if os.path.exists(path):
         os.replace(path, path + ".prev")
     os.replace(path + ".tmp", path)

@@ -1,0 +1,258 @@
+"""The losses by hand, the pairs of a trajectory, one update, one checkpoint."""
+import os
+import resource
+
+import pytest
+import torch
+from PIL import Image
+
+import nets
+import solvers
+import train_cmt_cifar as script
+
+
+def gaussian(x, sigma, mean=0.3, s0=0.5):
+    """Closed-form denoiser of N(mean, s0^2)."""
+    s = sigma.view(-1, 1, 1, 1)
+    return (s0**2 * x + s**2 * mean) / (s0**2 + s**2)
+
+
+def flow_map(x, sigma, end=0.002, mean=0.3, s0=0.5):
+    """Exact end at sigma = end of the trajectory through x."""
+    s = sigma.view(-1, 1, 1, 1)
+    return mean + (x - mean) * ((s0**2 + end**2) / (s0**2 + s**2)).sqrt()
+
+
+def config(*argv):
+    return script.parse(["--data", "digits", "--stage", "mid", *argv])
+
+
+def pairs(*argv, world=1, rank=0):
+    cfg = config("--batch", "16", "--trajectories", "4", "--nfe", "8", *argv)
+    images = torch.randint(0, 256, (20, 1, 8, 8), generator=torch.Generator().manual_seed(3)).byte()
+    sigmas = solvers.logsnr_sigmas(cfg.nfe)
+    return sigmas, script.teacher_pairs(cfg, gaussian, images, sigmas, (1, 8, 8), torch.Generator().manual_seed(0), rank, world)
+
+
+# ---- Eq. 7 ---------------------------------------------------------------------------------------
+def test_every_cmt_pair_lies_on_the_trajectory_that_ends_in_its_target():
+    sigmas, (x_t, t, x_0, owner) = pairs()
+    assert x_t.shape == (32, 1, 8, 8) and x_0.shape == (4, 1, 8, 8) and t.shape == owner.shape == (32,)
+    xs = solvers.dpmpp(gaussian, x_t[t == t.max()], sigmas)
+    for p in range(32):
+        i = (sigmas.float() - t[p]).abs().argmin()
+        assert torch.equal(x_t[p], xs[i, owner[p]]) and torch.equal(x_0[owner[p]], xs[-1, owner[p]])
+    assert sorted(set(t.tolist()), reverse=True) == pytest.approx(sigmas[:-1].tolist())
+
+
+def test_cmt_loss_is_zero_for_the_oracle_flow_map_and_grows_with_the_error():
+    """A fine solve is the exact flow map, so the exact student has nothing left to learn."""
+    _, (x_t, t, x_0, owner) = pairs("--nfe", "512", "--trajectories", "1")
+    distance = nets.PixelDistance()
+    zero = script.loss_cmt(flow_map, x_t, t, [x_0[owner]], distance)
+    assert zero < 1e-6
+    assert script.loss_cmt(lambda x, s: flow_map(x, s) + 0.1, x_t, t, [x_0[owner]], distance) == pytest.approx(0.01, rel=0.02)
+
+
+def test_distillation_uses_only_the_prior_and_slow_cmt_forward_perturbed_data():
+    sigmas, (x_t, t, x_0, owner) = pairs("--mid", "kd")
+    assert len(x_t) == len(x_0) == 16 and (t == 80).all() and x_t.std() == pytest.approx(80, rel=0.1)
+    assert torch.equal(owner, torch.arange(16))
+    assert torch.allclose(x_0, solvers.dpmpp(gaussian, x_t, sigmas)[-1])
+    sigmas, (x_t, t, x_0, owner) = pairs("--mid", "slow")
+    assert len(x_t) == len(x_0) == 16 and torch.equal(owner, torch.arange(16))
+    assert sorted(t.tolist()) == pytest.approx(sorted(sigmas[:-1].tolist() * 2))
+    quiet = t < 0.01
+    assert ((x_t[quiet] + 1) * 127.5).frac().abs().mean() > 0 and x_t[quiet].abs().max() < 1.1       # data, and a little noise
+    for i in range(8):
+        mine = t == sigmas[i].float()
+        assert torch.allclose(x_0[mine], solvers.dpmpp(gaussian, x_t[mine], sigmas[i:])[-1])
+
+
+def test_random_numbers_are_those_of_the_whole_batch_on_every_process(monkeypatch):
+    """Each process solves its share; gathered, they are the trajectories of one process."""
+    monkeypatch.setattr(script, "gather", lambda x, world: x)
+    _, (whole, *_) = pairs()
+    for rank in (0, 1):
+        _, (x_t, *_) = pairs(world=2, rank=rank)
+        assert torch.equal(x_t[:2], whole.view(8, 4, 1, 8, 8)[0, 2 * rank:2 * rank + 2])
+
+
+# ---- Eq. 3 ---------------------------------------------------------------------------------------
+def tanh_net(x, s):
+    s = s.view(-1, 1, 1, 1)
+    return torch.tanh(x) * s / (1 + s)
+
+
+@pytest.mark.parametrize("q, r, losses", [(4096, [7.255404, 0.184891], [0.1276461, 1.1986251]),
+                                          (256, [7.228678, 0.181752], [0.1281061, 1.2003199]),
+                                          (2, [3.608140, 0.0], [0.2060538, 9.9151134])])
+def test_ect_loss_equals_the_official_numbers(q, r, losses):
+    x = torch.linspace(-1, 1, 24).view(2, 3, 2, 2)
+    torch.manual_seed(0)
+    t = (torch.randn(2, 1, 1, 1) * 2.0 - 1.1).exp().flatten()
+    eps = torch.randn_like(x)
+    assert t.tolist() == pytest.approx([7.257186, 0.185100], rel=1e-5)
+    level = script.ect_step(t, q)
+    assert level.tolist() == pytest.approx(r, rel=1e-5, abs=1e-7)
+    x_t, x_r = x + t.view(-1, 1, 1, 1) * eps, x + level.view(-1, 1, 1, 1) * eps
+    each = [script.loss_ect(tanh_net, x[i:i + 1], x_t[i:i + 1], x_r[i:i + 1], t[i:i + 1], level[i:i + 1], 0).item()
+            for i in range(2)]
+    assert each == pytest.approx(losses, rel=2e-3)    # float32: t - r has three digits left at q = 4096
+
+
+class Scale(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = torch.nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x, s):
+        return self.a * x * s.view(-1, 1, 1, 1)
+
+
+def test_ect_gradient_stops_at_the_target():
+    net, x = Scale(), torch.full((1, 1, 1, 1), 3.0)
+    script.loss_ect(net, x, x, x, torch.tensor([2.0]), torch.tensor([1.0]), 0).backward()
+    assert net.a.grad.item() == pytest.approx(6.0)    # d/da |a 3 2 - stop(a 3 1)| / 1; with gradient in both it would be 3
+
+
+def test_ect_has_no_nan_where_both_answers_agree():
+    net = Scale()
+    zero = torch.zeros(2, 1, 2, 2)
+    loss = script.loss_ect(net, zero, zero, zero, torch.tensor([2.0, 1.0]), torch.tensor([1.0, 0.5]), 0)
+    loss.backward()
+    assert loss.item() == 0 and net.a.grad.item() == 0
+
+
+def test_ect_target_at_r_zero_is_the_clean_image():
+    x = torch.full((1, 1, 1, 1), 0.7)
+    nan_at_zero = lambda y, s: y + 0 * torch.log(s).view(-1, 1, 1, 1)                  # noqa: E731
+    loss = script.loss_ect(nan_at_zero, x, x + 1.0, x, torch.tensor([2.0]), torch.tensor([0.0]), 0)
+    assert loss.item() == pytest.approx(0.5)
+
+
+def test_ect_draws_one_dropout_mask_for_both_answers():
+    drop = lambda x, s: torch.nn.functional.dropout(torch.ones_like(x), 0.5)          # noqa: E731
+    x, t = torch.zeros(4, 1, 8, 8), torch.full((4,), 2.0)
+    torch.manual_seed(1)
+    assert script.loss_ect(drop, x, x, x, t, t / 2, mask_seed=7).item() == 0
+
+
+def test_pseudo_huber_and_denoising_loss_by_hand():
+    net = lambda x, s: x                                                              # noqa: E731
+    x, one = torch.zeros(1, 1, 1, 2), torch.tensor([1.0])
+    x_t = torch.tensor([3.0, 4.0]).view(1, 1, 1, 2)
+    assert script.loss_ect(net, x, x_t, x, one * 2, one, 0, huber=12.0).item() == pytest.approx(1.0)
+    eps = torch.tensor([1.0, 2.0]).view(1, 1, 1, 2)
+    assert script.loss_dm(net, x, one, eps).item() == pytest.approx(5 * 2.5)          # (1 + 1/4) / (1/4) = 5
+
+
+# ---- plumbing ------------------------------------------------------------------------------------
+def test_flat_vectors_are_the_weights_and_gradients_of_the_net():
+    net = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    before, strides = net.weight.detach().clone(), net.weight.stride()
+    flat, grad = script.flatten(net)
+    assert torch.equal(net.weight, before) and net.weight.stride() == net.weight.grad.stride() == strides
+    net(torch.ones(1, 3, 5, 5)).sum().backward()
+    assert torch.equal(grad[:-1].sum(), net.weight.grad.sum() + net.bias.grad.sum()) and len(grad) == len(flat) + 1
+    flat.zero_()
+    assert net.weight.abs().sum() == 0
+
+
+def make_update(*argv, optimizer=torch.optim.RAdam):
+    torch.manual_seed(0)
+    net = torch.nn.Linear(5, 3)
+    flat, grad = script.flatten(net)
+    flat.grad = grad[:-1]
+    opt, health, scale = optimizer([flat], lr=0.1), torch.zeros(5), torch.tensor(1.0)
+
+    def step(value):
+        grad[:-1] = value
+        grad[-1] = 0.25
+        script.update(opt, flat, grad, health, scale, config(*argv))
+        return health.tolist()
+    return flat, step
+
+
+def test_update_equals_the_optimiser_parameter_by_parameter():
+    flat, step = make_update()
+    torch.manual_seed(0)
+    net = torch.nn.Linear(5, 3)
+    opt = torch.optim.RAdam(net.parameters(), lr=0.1)
+    for k in range(8):
+        g = torch.randn(18, generator=torch.Generator().manual_seed(k))
+        step(g)
+        net.weight.grad, net.bias.grad = g[:15].view(3, 5), g[15:]
+        opt.step()
+    assert torch.allclose(flat, torch.cat([net.weight.flatten(), net.bias]), atol=1e-6)
+
+
+def test_a_gradient_that_is_not_finite_changes_no_weight_and_is_counted():
+    flat, step = make_update()
+    for _ in range(8):
+        step(torch.ones(18))
+    before = flat.clone()
+    for k, bad in enumerate([float("nan"), float("inf"), -float("inf")]):
+        assert step(torch.tensor([0.0] * 17 + [bad]))[:3] == [k + 1, k + 1, k + 1]
+        assert torch.equal(flat, before)              # trap: momentum would move them
+    row, most, skipped, loss, norm = step(torch.ones(18))
+    assert (row, most, skipped) == (0, 3, 3) and loss == pytest.approx(9 * 0.25) and not torch.equal(flat, before)
+
+
+def test_clip_bounds_the_norm_that_the_optimiser_sees():
+    sgd = lambda p, lr: torch.optim.SGD(p, lr=lr)                                     # noqa: E731
+    flat, step = make_update("--clip", "0.5", optimizer=sgd)
+    before = flat.clone()
+    assert step(torch.ones(18))[4] == pytest.approx(18**0.5)                          # what is logged is the true norm
+    assert (flat - before).norm().item() == pytest.approx(0.1 * 0.5, rel=1e-5)
+
+
+def test_seeds_are_a_fixed_function_of_their_key():
+    assert script.fold(0, "mid", 1) == script.fold(0, "mid", 1) != script.fold(0, "mid", 2)
+    assert script.fold(0, "mid", 1) == 5910107087388579277
+
+
+def test_flipped_bits_are_found_or_harmless(tmp_path, capsys):
+    """Every byte that holds a number is covered by a CRC: no flip ever gives other weights."""
+    path = str(tmp_path / "a.pt")
+    good = torch.randn(500)
+    script.save(path, step=1, ema={"w": good})
+    data, found = bytearray(open(path, "rb").read()), 0
+    for k in range(60):
+        position = (k * 7919) % (8 * len(data))
+        data[position // 8] ^= 1 << position % 8
+        open(path, "wb").write(data)
+        try:
+            assert torch.equal(script.load(path)["ema"]["w"], good)
+        except SystemExit:
+            found += 1
+        data[position // 8] ^= 1 << position % 8
+    assert found > 30
+
+
+def test_a_full_disk_keeps_what_was_saved(tmp_path, capsys):
+    path = str(tmp_path / "a.pt")
+    script.save(path, step=1, ema={"w": torch.ones(10)})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(SystemExit) as e:
+            script.save(path, step=2, ema={"w": torch.ones(1_000_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert e.value.code == 3 and "4,000,000 bytes" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["a.pt"] and script.load(path)["step"] == 1
+
+
+def test_a_grid_is_one_png(tmp_path):
+    path = str(tmp_path / "grid.png")
+    script.save_grid(torch.zeros(5, 3, 32, 32), path, columns=3)
+    assert Image.open(path).size == (99, 66) and Image.open(path).mode == "RGB"
+
+
+def test_trained_vgg_sees_a_change_of_digit_as_larger_than_noise():
+    images, labels = script.fid.digits()
+    torch.manual_seed(0)
+    vgg = nets.VGG()
+    x = script.to_float(images[:64], "cpu")
+    assert vgg(x, x.flip(0)).mean() > vgg(x, x + 0.02 * torch.randn(x.shape)).mean()

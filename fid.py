@@ -99,6 +99,7 @@ MIXED = {              # name: pool, branches, c
 
 
 def conv_bn(c_in, c_out, kernel, stride=1, padding=0):
+    """Convolution without bias, batch norm (eps 1e-3); the names are the checkpoint's."""
     conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
     bn = nn.BatchNorm2d(c_out, eps=1e-3)
     return nn.Sequential(collections.OrderedDict(conv=conv, bn=bn, relu=nn.ReLU()))
@@ -596,6 +597,7 @@ def load_reference(name):
 
 # ---- command line ------------------------------------------------------------------------------
 def parse():
+    """Command line -> namespace; exit code 2 with one line for what it does not know."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"fid.py: {message}; see python fid.py --help\n")
@@ -644,6 +646,7 @@ def references(args):
 
 
 def report(args):
+    """What the command line prints, and saves with --save."""
     a, *rest = references(args)
     if os.environ.get("RANK", "0") != "0":
         return
@@ -661,6 +664,7 @@ def report(args):
 
 
 def main():
+    """Command line; exit codes 0, 2 usage, 3 data or weights."""
     args = parse()
     if "RANK" in os.environ:
         if args.device == "cuda":

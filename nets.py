@@ -1,4 +1,4 @@
-"""Networks: what the four scripts train, what they learn from and what they measure distance with. No losses, no loops.
+"""Networks: what the scripts train, learn from and measure distance with. No losses, no loops.
 
   what                            of                              source
   EDMPrecond, SongUNet            D(x, sigma), pixels             DDPM++ of Score-SDE with the preconditioning of EDM

@@ -1,14 +1,14 @@
-"""CMT on CIFAR-10, FFHQ-64 and AFHQv2-64: a diffusion teacher becomes a one-step generator (Sec. 4.2, App. B.2).
+"""CMT on CIFAR-10, FFHQ-64, AFHQv2-64: a diffusion teacher becomes a one-step generator (Sec. 4.2, App. B.2).
 
-  python train_cmt_cifar.py --data digits                          # laptop: the whole road in minutes, no download
-  torchrun --nproc_per_node=8 train_cmt_cifar.py                   # CIFAR-10: fetches data and teacher, mid, post, eval
+  python train_cmt_cifar.py --data digits                   # laptop: the whole road in minutes, no download
+  torchrun --nproc_per_node=8 train_cmt_cifar.py            # CIFAR-10: fetch data and teacher, mid, post, eval
   torchrun --nproc_per_node=8 train_cmt_cifar.py --data ffhq --stage mid
-  python train_cmt_cifar.py --data my_images.zip --res 32          # your own images: .zip, folder, .npz
-  python train_cmt_cifar.py --data digits --mid none --post annealed --out out/ect     # baseline: vanilla ECT
+  python train_cmt_cifar.py --data my_images.zip --res 32   # your own images: .zip, folder, .npz
+  python train_cmt_cifar.py --data digits --mid none --post annealed --out out/ect        # vanilla ECT
   python train_cmt_cifar.py --data digits --stage sample --seeds 0-63
 
-pretrain (or fetch) the teacher, mid: regress the student onto the ends of the teacher's trajectories (Eq. 7), post:
-ECT with a fixed step (Eq. 3). The paper: 1/2-step FID 2.74/1.97 on CIFAR-10 after 38.4 + 12.8 million images.
+pretrain: train or fetch the teacher. mid: regress the student onto the ends of the teacher's trajectories
+(Eq. 7). post: ECT with a fixed step (Eq. 3). Paper: 1/2-step FID 2.74/1.97 on CIFAR-10, 38.4 + 12.8 Mimg.
 Run the same command again to resume. Copy and fork as you please.
 """
 import argparse
@@ -45,15 +45,15 @@ import solvers
 
 # ---- knobs -------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Config:                   # field default < matching rows of PRESETS < command line; --flag is the field's name
-    data: str = "cifar10"       # cifar10 | ffhq | afhqv2 | digits | a folder, .zip or .npz of your own images
-    stage: Literal["all", "pretrain", "vgg", "mid", "post", "sample", "eval"] = "all"    # all: what is missing, in order
+class Config:                   # field default < matching rows of PRESETS < command line; --flag is the field
+    data: str = "cifar10"       # cifar10 | ffhq | afhqv2 | digits | folder, .zip or .npz of your own images
+    stage: Literal["all", "pretrain", "vgg", "mid", "post", "sample", "eval"] = "all"    # all: what is missing
     out: str = ""               # folder of the run; "" = out/<data>
-    teacher: str = ""           # FILE or URL of its weights; "" = <out>/pretrain.pt or the official one; scratch = train it
-    mid: Literal["cmt", "kd", "slow", "none"] = "cmt"    # Eq. 7; Sec. 4.3: only x_T, or a solve for each pair; or no mid
-    post: Literal["ect", "ecd", "annealed"] = "ect"      # Eq. 3 with a fixed step; distillation; ECT's own schedule
-    init: str = "teacher"       # the student's first weights: teacher | random | FILE; sample, eval: FILE to look at
-    res: int = 0                # own images are centre-cropped and resized (LANCZOS) to this; 0 = they have one size
+    teacher: str = ""           # FILE or URL; "" = <out>/pretrain.pt, else the official one; scratch = train it
+    mid: Literal["cmt", "kd", "slow", "none"] = "cmt"    # Eq. 7; Sec. 4.3: from x_T only, a solve per pair; none
+    post: Literal["ect", "ecd", "annealed"] = "ect"      # Eq. 3, fixed step; distillation; ECT's own schedule
+    init: str = "teacher"       # student's first weights: teacher | random | FILE; sample, eval: FILE to look at
+    res: int = 0                # own images are cropped and resized (LANCZOS) to this; 0 = they have one size
 
     steps: int = 300_000        # optimiser steps; x batch 128 = 38.4 Mimg (Sec. 4.2)
     batch: int = 128            # images or pairs (x_t, x_0) per step, over all processes (B.2)
@@ -66,27 +66,27 @@ class Config:                   # field default < matching rows of PRESETS < com
     ema_beta: float = 0.999     # choice: the number is missing in B.2; the authors' run script passes 0.999
     dropout: float = 0.2        # of the student (B.2)
 
-    loss: Literal["lpips", "huber", "l2"] = "lpips"      # mid: d of Eq. 7; the alternatives are those of App. D
+    loss: Literal["lpips", "huber", "l2"] = "lpips"      # mid: d of Eq. 7; the others are those of App. D
     vgg: str = ""               # VGG-16 weights for lpips; "" = fetched; digits: a small VGG of their own
     nfe: int = 16               # teacher steps per trajectory (B.2)
-    trajectories: int = 128     # solved at once, pairs shuffled over several steps; 0 = batch / nfe, the paper's grouping
+    trajectories: int = 128     # per solve, their pairs shuffled over several steps; 0 = batch / nfe, the paper's
     q: int = 4096               # post: the step in t is n(t) t / q (B.2: 1/4096)
-    double: int = 0             # post: steps after which q is multiplied by its first value again; 0 = never (B.2)
+    double: int = 0             # post: steps until q grows by its first value again; 0 = never (B.2)
     huber: float = 0.0          # post: c of the pseudo-Huber norm; 0 = plain L2 norm, as ECT on CIFAR-10
     ecd: Literal["heun", "euler"] = "heun"               # post ecd: the teacher's step from t to r
     P_mean: float = -1.1        # ln sigma ~ N(P_mean, P_std^2), not cut off (ECT)
     P_std: float = 2.0
 
     mid_sigma: float = 0.821    # second noise level of 2-step sampling (ECT)
-    sigma_shift: float = 0.0    # choice: sample the trained function; 0.003 scores official CMT files as published
+    sigma_shift: float = 0.0    # choice: sample the trained function; 0.003 scores official files as published
     seeds: str = "0-63"         # sample: one image per seed, FIRST-LAST
     samples: int = 50_000       # eval: images per score
-    repeat: int = 1             # eval: scores with fresh seeds; mean, standard deviation and minimum are reported
+    repeat: int = 1             # eval: scores with fresh seeds, reported as mean, deviation and minimum
     inception: str = ""         # eval: Inception weights; "" = fetched
 
-    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"    # trap: q = 4096 is a step of 1e-3, TF32's rounding
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"    # TF32 rounds by 1e-3, the step of q = 4096
     compile: bool = False
-    threads: int = 0            # CPU threads; 0 = torch's default (OMP_NUM_THREADS). The last bits depend on it
+    threads: int = 0            # CPU threads; 0 = torch's default. choice: not measured, bits depend on it
     timeout: int = 600          # seconds after which a process that does not answer ends the run
     seed: int = 0
     log_every: int = 100
@@ -94,29 +94,34 @@ class Config:                   # field default < matching rows of PRESETS < com
 
 
 PRESETS = {  # (data, stage, method): matching rows are laid over each other, top to bottom; "own" = a path
-    ("*", "pretrain", "*"): dict(optimizer="adam", decay="constant", P_mean=-1.2, P_std=1.2, ema_beta=0.99929,  # EDM
-                                 loss="l2", steps=390_625, batch=512, lr=1e-3, warmup=19_531, dropout=0.13),    # Table 7
-    ("ffhq", "pretrain", "*"): dict(steps=781_250, batch=256, lr=2e-4, warmup=39_062, dropout=0.05, ema_beta=0.99964),
-    ("afhqv2", "pretrain", "*"): dict(steps=781_250, batch=256, lr=2e-4, warmup=39_062, dropout=0.25, ema_beta=0.99964),
-    ("*", "post", "*"): dict(steps=100_000, lr=1e-4, ema_beta=0.9999),                                           # B.2
+    ("*", "pretrain", "*"): dict(optimizer="adam", decay="constant", P_mean=-1.2, P_std=1.2, ema_beta=0.99929,
+                                 steps=390_625, batch=512, lr=1e-3, warmup=19_531, dropout=0.13),  # EDM Table 7
     ("ffhq", "*", "*"): dict(res=64),
     ("afhqv2", "*", "*"): dict(res=64),
+    ("ffhq", "pretrain", "*"): dict(steps=781_250, batch=256, lr=2e-4, warmup=39_062, dropout=0.05,
+                                    ema_beta=0.99964),
+    ("afhqv2", "pretrain", "*"): dict(steps=781_250, batch=256, lr=2e-4, warmup=39_062, dropout=0.25,
+                                      ema_beta=0.99964),
+    ("*", "post", "*"): dict(steps=100_000, lr=1e-4, ema_beta=0.9999),                             # B.2
     ("ffhq", "post", "*"): dict(q=512),
     ("afhqv2", "post", "*"): dict(q=1024),
-    ("*", "post", "annealed"): dict(q=2, double=25_000, steps=200_000, decay="constant"),     # ECT, 25.6 Mimg
+    ("*", "post", "annealed"): dict(q=2, double=25_000, steps=200_000, decay="constant"),          # ECT, 25.6 Mimg
     ("digits", "*", "*"): dict(dropout=0.0, threads=1, log_every=50, save_every=250, samples=2_000),
     ("digits", "pretrain", "*"): dict(steps=2_000, batch=32, lr=2e-3, decay="linear", warmup=50, ema_beta=0.995),
-    ("digits", "vgg", "*"): dict(steps=300, batch=128, lr=3e-3, optimizer="adam"),
+    ("digits", "vgg", "*"): dict(steps=300, batch=128, lr=3e-3),
     ("digits", "mid", "*"): dict(steps=900, batch=32, lr=2e-3, ema_beta=0.99),
     ("digits", "post", "*"): dict(steps=600, batch=32, lr=3e-4, ema_beta=0.99, q=64),
     ("digits", "post", "annealed"): dict(q=2, double=187, steps=1_500, lr=1e-3),
 }
 FILES = {"cifar10": "data/cifar-10-python.tar.gz", "ffhq": "data/ffhq-64x64.zip", "afhqv2": "data/afhqv2-64x64.zip"}
-CIFAR_URL, CIFAR_MD5 = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a"
-GRAPH = {  # which fields a stage's weights do not depend on: they may change between two runs in one folder
-    "": "stage out vgg inception seeds samples repeat mid_sigma sigma_shift compile batch_gpu timeout log_every save_every",
+CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+CIFAR_MD5 = "c58f30108f718f92721af3b95e74349a"
+FREE = {  # fields that a stage's weights do not depend on: they may differ between two runs in one folder
+    "*": "stage out vgg inception seeds samples repeat mid_sigma sigma_shift compile batch_gpu timeout "
+         "log_every save_every",
     "pretrain": "teacher mid post init nfe trajectories q double huber ecd loss",
-    "mid": "teacher post q double huber ecd P_mean P_std", "post": "teacher mid init trajectories loss nfe",
+    "mid": "teacher post q double huber ecd P_mean P_std",
+    "post": "teacher mid init trajectories loss nfe",
 }
 
 
@@ -135,40 +140,51 @@ def parse(argv=None):
     flags, unknown = p.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], [f"--{f.name}" for f in fields(Config)], 1)
-        fail(2, f"unknown flag {unknown[0]}{f'; did you mean {near[0]}?' if near else '; --help lists every flag'}")
+        fail(2, f"unknown flag {unknown[0]}; " + (f"did you mean {near[0]}?" if near else "--help lists all"))
     flags = vars(flags)                               # only what was typed
     given = {f.name: flags.get(f.name, f.default) for f in fields(Config)}
     name = given["data"] if given["data"] in (*FILES, "digits") else "own"
     key = name, given["stage"], given.get(given["stage"], "*")
     rows = [row for pattern, row in PRESETS.items() if all(a in ("*", b) for a, b in zip(pattern, key))]
-    cfg = Config(**{"out": f"out/{given['data'] if name != 'own' else name}"} | {k: v for row in rows for k, v in row.items()} | flags)
-    problems = {"batch": cfg.batch < 1, "steps": cfg.steps < 1, "nfe": cfg.nfe < 1, "q": cfg.q < 2, "repeat": cfg.repeat < 1,
-                "lr": not 0 < cfg.lr < math.inf, "ema_beta": not 0 <= cfg.ema_beta < 1, "dropout": not 0 <= cfg.dropout < 1,
-                "samples": cfg.samples < 2, "log_every": cfg.log_every < 1, "save_every": cfg.save_every < 1,
-                "P_std": not cfg.P_std > 0, "mid_sigma": not cfg.mid_sigma > 0, "seeds": not seed_range(cfg.seeds)}
-    for name, bad in problems.items():
-        if bad:
-            fail(2, f"--{name} {getattr(cfg, name)} is not possible; its default is {getattr(Config, name)}")
+    cfg = Config(**{"out": f"out/{name}"} | {k: v for row in rows for k, v in row.items()} | flags)
+    for field in ("batch", "steps", "nfe", "repeat", "log_every", "save_every", "lr", "P_std", "mid_sigma"):
+        if not 0 < getattr(cfg, field) < math.inf:
+            fail(2, f"--{field} {getattr(cfg, field)} is not possible; it must be above 0")
+    for field in ("ema_beta", "dropout"):
+        if not 0 <= getattr(cfg, field) < 1:
+            fail(2, f"--{field} {getattr(cfg, field)} is not possible; it must be in [0, 1)")
+    for field in ("q", "samples"):
+        if getattr(cfg, field) < 2:
+            fail(2, f"--{field} {getattr(cfg, field)} is not possible; it must be 2 at least")
+    if not seed_range(cfg.seeds):
+        fail(2, f"--seeds {cfg.seeds} is not possible; write 7 or 0-63")
     if name == "own" and os.sep not in cfg.data and "." not in cfg.data and not os.path.exists(cfg.data):
         fail(2, f"--data {cfg.data}: not one of {', '.join([*FILES, 'digits'])}, and no such file or folder")
     return cfg
 
 
+def seed_range(text):
+    """"0-63" or "7" -> list of ints; empty if it is neither."""
+    first, _, last = text.partition("-")
+    last = last or first
+    return list(range(int(first), int(last) + 1)) if first.isdigit() and last.isdigit() else []
+
+
 # ---- data --------------------------------------------------------------------------------------
 def load_data(cfg):
-    """Images of --data as uint8 (N, C, H, W), whole in memory; exit code 3 with the remedy if missing or broken."""
+    """Images of --data as uint8 (N, C, H, W), whole in memory. Missing: exit code 3 with the remedy."""
     if cfg.data == "digits":
         return fid.digits()[0]
     path = FILES.get(cfg.data, cfg.data)
     if cfg.data == "cifar10" and not os.path.exists(path):
         path = nets.fetch(CIFAR_URL, md5=CIFAR_MD5)
     if not os.path.exists(path):
-        fail(3, f"--data {cfg.data}: {path} is not there; put (or link) the images there as an EDM zip, or pass their path")
+        fail(3, f"--data {cfg.data}: {path} is not there; put or link an EDM zip there, or pass --data PATH")
     return read_cifar(path) if path.endswith(".tar.gz") else read_own(path, cfg.res)
 
 
 def read_cifar(path):
-    """The 50,000 training images of cifar-10-python.tar.gz. Its pickles are not run: the pixels lie in one piece."""
+    """The 50,000 training images of cifar-10-python.tar.gz, without unpickling: the pixels lie in one piece."""
     nets.check_sums(path, f"{path} (delete it to download it again)", "", CIFAR_MD5)
     marker = b"T" + (10_000 * 3072).to_bytes(4, "little")          # BINSTRING and its length
     with tarfile.open(path) as tar:
@@ -178,9 +194,9 @@ def read_cifar(path):
 
 
 def read_own(path, res):
-    """A folder, .zip or .npz of images. With res > 0: centre crop, then Pillow's LANCZOS; smaller ones are refused."""
+    """A folder, .zip or .npz. res > 0: centre crop and Pillow's LANCZOS to res, smaller images are refused."""
     if not res:
-        return torch.cat(list(fid.read_images(path, batch=256)))
+        return torch.cat(list(fid.read_images(path, batch=256))).contiguous()
     names, read = fid.image_source(path)
     images = np.empty((len(names), 3, res, res), np.uint8)
     for i, name in enumerate(names):
@@ -202,18 +218,18 @@ def to_float(images, device):
 
 # ---- losses ------------------------------------------------------------------------------------
 def loss_dm(net, x, sigma, eps, sigma_data=0.5):
-    """EDM Eq. 5: denoising with weight (sigma^2 + sd^2) / (sigma sd)^2. x, eps (B, C, H, W), sigma (B,). Mean over pixels."""
+    """EDM Eq. 8: denoising, weight (sigma^2 + sd^2) / (sigma sd)^2, mean over pixels. x, eps as images, sigma (B,)."""
     s = sigma.view(-1, 1, 1, 1)
     weight = (s**2 + sigma_data**2) / (s * sigma_data) ** 2
     return (weight * (net(x + s * eps, sigma) - x) ** 2).mean()
 
 
 def teacher_pairs(cfg, teacher, images, sigmas, shape, g, rank, world):
-    """Eq. 7: one solve of the frozen teacher gives nfe pairs (state, end) per trajectory. The same for any world size.
+    """Eq. 7: one solve of the frozen teacher gives nfe pairs (state, end) per trajectory, for any world size the same.
 
-    sigmas (nfe+1,): decreasing grid; shape: of one image; g: Generator. Returns x_t (P, C, H, W), t (P,), the ends
-    x_0 (n, C, H, W), and owner (P,): pair p is regressed onto x_0[owner[p]].
-    kd: only x_T, slow: x_t = x + t eps of data, each with a solve of its own (Sec. 4.3); both give as many pairs as batch.
+    sigmas (nfe+1,): decreasing grid; shape: of one image; g: Generator. Returns x_t (P, C, H, W), t (P,), the
+    ends x_0 (n, C, H, W), and owner (P,): pair p is regressed onto x_0[owner[p]]. Sec. 4.3: kd takes x_T alone,
+    slow takes x_t = x + t eps of data, each with a solve of its own; both give as many pairs as --batch.
     """
     device, levels = g.device, sigmas.to(g.device, torch.float32)
     n = (cfg.trajectories or cfg.batch // cfg.nfe) if cfg.mid == "cmt" else cfg.batch
@@ -221,21 +237,21 @@ def teacher_pairs(cfg, teacher, images, sigmas, shape, g, rank, world):
         if cfg.mid == "slow":
             n = n // cfg.nfe
             mine = slice(rank * n // world, (rank + 1) * n // world)
-            x = to_float(images[torch.randint(len(images), (cfg.nfe * n,), generator=g, device=device)], device)
-            x_t = x.view(cfg.nfe, n, *shape) + levels[:-1].view(-1, 1, 1, 1, 1) * randn((cfg.nfe, n, *shape), g)
-            x_t = x_t[:, mine]
+            x = draw(images, cfg.nfe * n, g).view(cfg.nfe, n, *shape)
+            x_t = (x + levels[:-1].view(-1, 1, 1, 1, 1) * randn((cfg.nfe, n, *shape), g))[:, mine]
             x_0 = torch.stack([solvers.dpmpp(teacher, x_t[i], sigmas[i:])[-1] for i in range(cfg.nfe)])
             x_t, x_0 = gather(x_t, world).flatten(0, 1), gather(x_0, world).flatten(0, 1)
             return x_t, levels[:-1].repeat_interleave(n), x_0, torch.arange(len(x_0), device=device)
-        # choice: x_T is pure noise (Eq. 7, and the authors' 512-pixel code); their CIFAR code adds a training image
+        # choice: x_T is pure noise (Eq. 7, the authors' 512-pixel code); their CIFAR code adds a training image
         x_T = levels[0] * randn((n, *shape), g)[rank * n // world:(rank + 1) * n // world]
         xs = gather(solvers.dpmpp(teacher, x_T, sigmas, order=3), world)             # (nfe+1, n, C, H, W)
     N = 1 if cfg.mid == "kd" else cfg.nfe
-    return xs[:N].flatten(0, 1), levels[:N].repeat_interleave(n), xs[-1], torch.arange(n, device=device).repeat(N)
+    owner = torch.arange(n, device=device).repeat(N)
+    return xs[:N].flatten(0, 1), levels[:N].repeat_interleave(n), xs[-1], owner
 
 
 def loss_cmt(net, x_t, t, target, distance):
-    """Eq. 7: every state x_t (B, C, H, W) of a teacher trajectory, at noise level t (B,), onto that trajectory's end.
+    """Eq. 7: states x_t (B, C, H, W) of teacher trajectories at noise levels t (B,), onto their trajectory's end.
 
     target: distance.features of the ends, computed once per trajectory. Unit weight, mean over pairs (B.2).
     The target is fixed data: no stop-gradient is needed (Sec. 3.2).
@@ -244,29 +260,29 @@ def loss_cmt(net, x_t, t, target, distance):
 
 
 def ect_step(t, q, k=8.0, b=1.0):
-    """ECT's second noise level r < t: r = t (1 - n(t) / q), at least 0, with n(t) = 1 + k sigmoid(-b t).   (t, r): (B,)"""
+    """ECT's second noise level: r = t (1 - n(t) / q), at least 0, with n(t) = 1 + k sigmoid(-b t). t, r: (B,)."""
     return t * (1 - (1 + k * torch.sigmoid(-b * t)) / q).clamp(min=0)
 
 
 def loss_ect(net, x, x_t, x_r, t, r, mask_seed, huber=0.0):
     """Eq. 3: |f(x_t, t) - stop_gradient f(x_r, r)| / (t - r), mean over images; ECT's weight and norm.
 
-    x clean, x_t and x_r the same image with the same noise at t > r (ECT) or joined by a teacher's step (ECD). huber:
-    c of sqrt(d^2 + c^2) - c, 0 for the norm itself. mask_seed: of dropout, the same at t and r.
+    x clean; x_t, x_r the same image with the same noise at t > r (ECT), or joined by a teacher's step (ECD).
+    huber: c of sqrt(d^2 + c^2) - c, 0 for the norm itself. mask_seed: of dropout, the same at t and r.
     """
     torch.manual_seed(mask_seed)
     with torch.no_grad():
-        D_r = torch.where(r.view(-1, 1, 1, 1) > 0, net(x_r, r), x)    # trap: at r = 0 the net has ln 0, the answer is x
-    torch.manual_seed(mask_seed)                      # trap: else two dropout masks, and their difference is the loss
+        D_r = torch.where(r.view(-1, 1, 1, 1) > 0, net(x_r, r), x)    # trap: at r = 0 the net sees ln 0
+    torch.manual_seed(mask_seed)                      # trap: else the loss is the difference of two dropout masks
     D_t = net(x_t, t)
-    d = torch.linalg.vector_norm((D_t - D_r).flatten(1), dim=1)    # trap: sqrt(sum) has slope 0 * inf where D_t = D_r
+    d = torch.linalg.vector_norm((D_t - D_r).flatten(1), dim=1)       # trap: sqrt has slope 0 * inf at D_t = D_r
     if huber:
         d = (d.square() + huber**2).sqrt() - huber
     return (d / (t - r)).mean()
 
 
 def make_distance(cfg, channels, device):
-    """d of Eq. 7: LPIPS on the images as they are (B.2), on digits a small VGG of their own labels, or pixels."""
+    """d of Eq. 7: LPIPS on the images as they are (B.2), on digits a small VGG of their labels, or pixels."""
     if cfg.loss != "lpips":
         return nets.PixelDistance(0.06 if cfg.loss == "huber" else 0.0)
     if cfg.data == "digits":
@@ -281,7 +297,7 @@ def make_distance(cfg, channels, device):
 
 
 def train_vgg(cfg, device):
-    """The small VGG of --data digits, trained on their labels (the idea of App. B.5), saved as <out>/vgg.pt."""
+    """The small VGG of --data digits, trained on their labels (the idea of App. B.5): <out>/vgg.pt."""
     images, labels = fid.digits()
     torch.manual_seed(fold(cfg.seed, "vgg"))
     vgg = nets.VGG()
@@ -302,11 +318,11 @@ def train_vgg(cfg, device):
 
 # ---- sample ------------------------------------------------------------------------------------
 def make_sampler(cfg, net, kind, device):
-    """kind: "16" = teacher's solver with that many steps, "1", "2" = few-step. Returns f(seeds) -> (B, C, H, W)."""
+    """kind: "teacher" = its solver with nfe steps, "1", "2" = few-step. Returns f(seeds) -> (B, C, H, W)."""
     shape = net.img_channels, net.img_resolution, net.img_resolution
 
     @torch.no_grad()
-    def sample(seeds):                                # image i depends on seed i alone, not on its batch or rank
+    def sample(seeds):                                # image i depends on seed i alone, not on batch or rank
         generators = [torch.Generator().manual_seed(fold("sample", s)) for s in seeds]
         x_T = 80.0 * solvers.noise(shape, generators).to(device)
         if kind == "teacher":
@@ -323,24 +339,25 @@ def save_grid(images, path, columns=8):
     sheet[:n, :h, :w] = images.transpose(0, 2, 3, 1)
     sheet = sheet.reshape(-1, columns, h + 1, w + 1, c).swapaxes(1, 2).reshape(-1, columns * (w + 1), c)
     zoom = max(1, 32 // h)
-    image = Image.fromarray(sheet.squeeze()).resize((sheet.shape[1] * zoom, sheet.shape[0] * zoom), Image.NEAREST)
-    image.save(path + ".tmp", format="PNG")
+    sheet = sheet.repeat(zoom, 0).repeat(zoom, 1)
+    Image.fromarray(sheet.squeeze()).save(path + ".tmp", format="PNG")
     os.replace(path + ".tmp", path)
 
 
 # ---- plumbing ----------------------------------------------------------------------------------
 def fail(code, message):
-    """One line on stderr, then exit: 2 usage or config, 3 data or weights, 4 diverged, 75 stopped after saving."""
+    """One line on stderr, then exit: 2 usage or config, 3 data or weights, 4 diverged, 75 stopped, saved."""
     if os.environ.get("RANK", "0") == "0":
         print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
     raise SystemExit(code)
 
 
 def ddp_init(cfg):
-    """(rank, world, device). Without torchrun one process and no process group; gloo on CPUs, NCCL on GPUs."""
+    """(rank, world, device). Without torchrun one process and no group; gloo on CPUs, NCCL on GPUs."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.precision == "tf32"
@@ -367,8 +384,13 @@ def files():
 
 
 def randn(shape, g):
-    """Unit Gaussian noise on the generator's device. Every process draws the whole batch and keeps its share."""
+    """Unit Gaussian noise on the generator's device. Every process draws the whole batch, keeps its share."""
     return torch.randn(shape, generator=g, device=g.device)
+
+
+def draw(images, n, g):
+    """n of the images, with replacement, in [-1, 1] on the generator's device."""
+    return to_float(images[torch.randint(len(images), (n,), generator=g, device=g.device)], g.device)
 
 
 def gather(x, world):
@@ -381,8 +403,10 @@ def gather(x, world):
 
 
 def flatten(net):
-    """Make net's weights views of one vector, and its gradients of another: returns both. Then the optimiser, EMA,
-    gradient norm and all-reduce are one operation each. The gradient has one more element, for the loss."""
+    """Make net's weights views of one vector and its gradients of another; returns both.
+
+    Optimiser, EMA, norm and all-reduce are then one operation each. The gradient has one more element: the loss.
+    """
     params = list(net.parameters())
     flat = torch.empty(sum(p.numel() for p in params), device=params[0].device)
     grad = torch.zeros(len(flat) + 1, device=flat.device)
@@ -395,7 +419,7 @@ def flatten(net):
 
 
 def log(cfg, text, **numbers):
-    """A line on the screen and in log.txt; numbers, if any, also as one line of metrics.jsonl. First process only."""
+    """A line on the screen and in log.txt; numbers, if any, as a line of metrics.jsonl. First process only."""
     if os.environ.get("RANK", "0") == "0":
         print(text, flush=True)
         with open(f"{cfg.out}/log.txt", "a") as f:
@@ -406,7 +430,7 @@ def log(cfg, text, **numbers):
 
 
 def save(path, **state):
-    """Write a checkpoint so that a kill at any moment leaves a whole one: temporary file, flush, rename, keep the last."""
+    """Write a checkpoint; a kill at any moment leaves a whole one: temporary file, flush, rename, keep the last."""
     try:
         with open(path + ".tmp", "wb") as f:
             torch.save(state, f)
@@ -415,8 +439,9 @@ def save(path, **state):
     except (OSError, RuntimeError) as e:              # trap: torch turns a full disk into a RuntimeError
         if os.path.exists(path + ".tmp"):
             os.remove(path + ".tmp")
-        size = sum(t.nbytes for v in state.values() if isinstance(v, dict) for t in v.values() if torch.is_tensor(t))
-        fail(3, f"{path}: cannot write about {size:,} bytes ({type(e).__name__}); free some space and run the same command again")
+        tensors = [t for v in state.values() if isinstance(v, dict) for t in v.values() if torch.is_tensor(t)]
+        size = sum(t.nbytes for t in tensors)
+        fail(3, f"{path}: cannot write {size:,} bytes ({type(e).__name__}); free some space, run the same again")
     if os.path.exists(path):
         os.replace(path, path + ".prev")
     os.replace(path + ".tmp", path)
@@ -426,10 +451,10 @@ def save(path, **state):
 
 
 def load(path):
-    """The checkpoint at path, or the one before it if that is damaged (with a warning), or None if there is none.
+    """The checkpoint at path, or the one before if that is damaged (with a warning), or None if there is none.
 
-    A zip file holds a CRC of every tensor, which torch itself does not check: 9 in 10 flipped bits would load silently.
-    Exit code 3 if there are checkpoints and none is whole: never a fresh start.
+    A checkpoint is a zip file with a CRC of every tensor, which torch does not check: 9 in 10 flipped bits would
+    load in silence. Exit code 3 if there are checkpoints and none is whole: never a fresh start.
     """
     found = [p for p in (path, path + ".prev") if os.path.exists(p)]
     for p in found:
@@ -449,12 +474,13 @@ def load(path):
 
 
 def resume(cfg, path):
-    """load(path), after a check that it was made by this configuration; exit code 2 names the field that differs."""
+    """load(path), if it was made by this configuration; else exit code 2 names the field that differs."""
     state = load(path)
-    ignored = f"{GRAPH['']} {GRAPH.get(cfg.stage, '')}".split()
-    for name, value in (state or {"cfg": {}})["cfg"].items():
-        if name not in ignored and getattr(cfg, name, value) != value:
-            fail(2, f"{path} was made with --{name} {value}, now it is {getattr(cfg, name)}; use another --out")
+    free = f"{FREE['*']} {FREE.get(cfg.stage, '')}".split()
+    for name, value in state["cfg"].items() if state else ():
+        now = getattr(cfg, name, value)
+        if name not in free and now != value:
+            fail(2, f"{path} was made with --{name} {value}, now it is {now}; use another --out")
     return state
 
 
@@ -462,10 +488,10 @@ MAX_BAD = 10                                          # steps without a finite g
 
 
 def update(opt, flat, grad, health, scale, cfg):
-    """One optimiser step, or none if the loss or a gradient is not finite; decided on the device, which nobody waits for.
+    """One optimiser step, or none if loss or gradient is not finite; decided on the device, nobody waits for it.
 
-    health (5,): steps skipped in a row, the most so far, skipped in all; sums of loss and gradient norm since the last log.
-    A skipped step leaves the weights as they are, bit for bit; the moments of the optimiser see a zero gradient.
+    health (5,): steps skipped in a row, the most so far, skipped in all; sums of loss and norm since the last log.
+    A skipped step leaves the weights as they are, bit for bit; the optimiser's moments see a zero gradient.
     """
     grad.div_(scale)
     norm, loss = torch.linalg.vector_norm(grad[:-1]), grad[-1].clone()
@@ -477,10 +503,9 @@ def update(opt, flat, grad, health, scale, cfg):
     opt.step()
     flat.copy_(torch.where(ok, flat, before))         # trap: the moments alone would still move the weights
     grad.zero_()
-    row = (health[0] + 1) * ~ok
-    health.copy_(torch.stack([row, torch.maximum(row, health[1]), health[2] + ~ok,
-                              health[3] + torch.where(ok, loss, 0.0), health[4] + torch.where(ok, norm, 0.0)]))
-    if cfg.precision == "fp16":                       # loss scale: halved at an overflow, doubled in 2,000 good steps
+    row, finite = (health[0] + 1) * ~ok, torch.where(ok, torch.stack([loss, norm]), 0.0)
+    health.copy_(torch.stack([row, torch.maximum(row, health[1]), health[2] + ~ok, *(health[3:] + finite)]))
+    if cfg.precision == "fp16":                       # loss scale: halved at overflow, doubled in 2,000 good steps
         scale.mul_(torch.where(ok, 2 ** (1 / 2000), 0.5))
 
 
@@ -494,7 +519,7 @@ def on_signal(number, frame):
 
 
 def any_stop(world):
-    """True on every process as soon as one got a signal. On CPU tensors (gloo), so the GPU is not waited for."""
+    """True on every process as soon as one got a signal. A CPU tensor (gloo), so the GPU is not waited for."""
     flag = torch.tensor([float(bool(STOP))])
     if world > 1:
         dist.all_reduce(flag)
@@ -509,18 +534,18 @@ def finished(path):
 
 
 def teacher_state(cfg):
-    """(weights, constructor arguments) of the teacher: --teacher, else <out>/pretrain.pt, else the official one."""
+    """(weights, constructor arguments) of --teacher, else <out>/pretrain.pt, else the official teacher."""
     if cfg.teacher not in ("", "scratch"):
         return nets.load_pretrained(cfg.teacher)
     if state := finished(f"{cfg.out}/pretrain.pt"):
         return state["ema"], state["model"]
     if cfg.teacher or cfg.data not in nets.PRETRAINED:
-        fail(3, f"no finished teacher at {cfg.out}/pretrain.pt; run --stage pretrain first, or pass --teacher FILE")
+        fail(3, f"no finished teacher in {cfg.out}; run --stage pretrain first, or pass --teacher FILE")
     return nets.load_pretrained(nets.PRETRAINED[cfg.data])
 
 
 def build(cfg, model, device, state=None, what="", train=False):
-    """A DDPM++ from constructor arguments (those of an official file or SIZES), with weights by name if given."""
+    """A DDPM++ from constructor arguments (of an official file or SIZES), with weights by name if given."""
     torch.manual_seed(fold(cfg.seed, cfg.stage, "init"))
     net = nets.EDMPrecond(**{**model, "augment_dim": 0, "dropout": cfg.dropout if train else 0.0,
                              "sigma_shift": cfg.sigma_shift})
@@ -532,13 +557,13 @@ def build(cfg, model, device, state=None, what="", train=False):
 
 
 def student(cfg, model, device):
-    """What a stage trains, with its first weights: post goes on from mid.pt unless --init FILE or --mid none."""
+    """What a stage trains, with its first weights: post goes on from mid.pt but for --init FILE or --mid none."""
     mid = f"{cfg.out}/mid.pt"
     if cfg.stage != "pretrain" and cfg.init not in ("teacher", "random"):
         with files():
             return build(cfg, model, device, nets.load_pretrained(cfg.init)[0], cfg.init, train=True)
     if cfg.stage == "post" and cfg.mid != "none":
-        state = finished(mid) or fail(3, f"{mid} is not there or not finished; run --stage mid first, or pass --mid none")
+        state = finished(mid) or fail(3, f"{mid} is not finished; run --stage mid first, or pass --mid none")
         return build(cfg, model, device, state["ema"], mid, train=True)
     if cfg.stage == "pretrain" or cfg.init == "random":
         return build(cfg, model, device, train=True)
@@ -549,13 +574,12 @@ def model_size(cfg, images):
     """Constructor arguments of a teacher from scratch: the DDPM++ of the images' size."""
     _, channels, height, width = images.shape
     if height != width or f"ddpm++-{height}" not in nets.SIZES:
-        fail(3, f"--data {cfg.data}: its images are {width}x{height}; DDPM++ is here for "
-                f"{', '.join(k[7:] for k in nets.SIZES if k.startswith('ddpm++'))} pixels squared, pass --res")
+        fail(3, f"--data {cfg.data}: its images are {width}x{height}, not one of {', '.join(nets.SIZES)}; pass --res")
     return {**nets.SIZES[f"ddpm++-{height}"], "img_channels": channels}
 
 
 def train(cfg, rank, world, device):
-    """One stage (pretrain, mid or post) from its last checkpoint to its end. Method first, bookkeeping last."""
+    """One stage (pretrain, mid, post) from its last checkpoint to its end. Method first, bookkeeping last."""
     path, B = f"{cfg.out}/{cfg.stage}.pt", cfg.batch
     ckpt = resume(cfg, path)
     if ckpt and ckpt["step"] >= cfg.steps:
@@ -570,9 +594,10 @@ def train(cfg, rank, world, device):
     if cfg.stage != "pretrain":
         with files():
             weights, model = teacher_state(cfg)
+    model = model or model_size(cfg, images)
     if cfg.stage == "mid" or cfg.stage == "post" and cfg.post == "ecd":
-        teacher = build(cfg, model or model_size(cfg, images), device, weights, "the teacher")
-    net = student(cfg, model or model_size(cfg, images), device).train()
+        teacher = build(cfg, model, device, weights, "the teacher")
+    net = student(cfg, model, device).train()
     if images is not None:
         images = images.to(device)
     ema = deepcopy(net).requires_grad_(False).eval()
@@ -595,27 +620,26 @@ def train(cfg, rank, world, device):
         with files():
             distance = make_distance(cfg, shape[0], device)
     micro = torch.arange(B // world, device=device).add(rank * (B // world)).split(cfg.batch_gpu or B)
-    log(cfg, f"{cfg.stage}: {len(flat):,} parameters, steps {start} to {cfg.steps}, {world} process(es) on {device}, "
-             f"{torch.get_num_threads()} CPU thread(s) each")
+    log(cfg, f"{cfg.stage}: {len(flat):,} parameters, steps {start} to {cfg.steps}, {world} process(es) on "
+             f"{device}, {torch.get_num_threads()} CPU thread(s) each")
 
     clock, last = time.time(), start
     for step in range(start, cfg.steps):
         decay = 1 - step / cfg.steps if cfg.decay == "linear" else 1.0                # linear to zero (B.2)
         opt.param_groups[0]["lr"] = lr = cfg.lr * decay * min(1.0, (step + 1) / (cfg.warmup + 1))
         g = torch.Generator(device).manual_seed(fold(cfg.seed, cfg.stage, step))
-        at = step * B % pairs                                                         # place in the trajectories
-        if cfg.stage == "mid" and (at == 0 or step == start):                         # one solve feeds several steps
+        at = step * B % pairs
+        if cfg.stage == "mid" and (at == 0 or step == start):                     # one solve feeds several steps
             g.manual_seed(fold(cfg.seed, "solve", step * B // pairs))
             x_t, t, x_0, owner = teacher_pairs(cfg, teacher, images, sigmas, shape, g, rank, world)
-            target = distance.features(x_0)                                           # once per trajectory
+            target = distance.features(x_0)                                       # once per trajectory
             order = torch.randperm(pairs, generator=g, device=device)
         if cfg.stage != "mid":
-            x = to_float(images[torch.randint(len(images), (B,), generator=g, device=device)], device)
-            eps = randn((B, *shape), g)
+            x, eps = draw(images, B, g), randn((B, *shape), g)
             sigma = (cfg.P_mean + cfg.P_std * randn(B, g)).exp()
             q = cfg.q ** (1 + step // cfg.double) if cfg.double else cfg.q
 
-        for k, i in enumerate(micro):                                                 # this process's share
+        for k, i in enumerate(micro):                                             # this process's share
             mask_seed = fold(cfg.seed, cfg.stage, step, "dropout", rank * len(micro) + k)
             torch.manual_seed(mask_seed)              # trap: else every process has the same dropout mask
             with torch.autocast(device.type, cast, enabled=cast is not None):
@@ -623,18 +647,18 @@ def train(cfg, rank, world, device):
                     loss = loss_dm(f, x[i], sigma[i], eps[i], net.sigma_data)
                 elif cfg.stage == "mid":
                     p = order[at + i]
-                    loss = loss_cmt(f, x_t[p], t[p], [m[owner[p]] for m in target], distance)         # Eq. 7
+                    loss = loss_cmt(f, x_t[p], t[p], [m[owner[p]] for m in target], distance)     # Eq. 7
                 else:
                     r = ect_step(sigma[i], q)
-                    x_s, x_r = (x[i] + level.view(-1, 1, 1, 1) * eps[i] for level in (sigma[i], r))   # same noise
+                    x_s, x_r = (x[i] + s.view(-1, 1, 1, 1) * eps[i] for s in (sigma[i], r))       # same noise
                     if cfg.post == "ecd":
                         with torch.no_grad():
                             x_r = solvers.ode_step(teacher, x_s, sigma[i], r, 2 if cfg.ecd == "heun" else 1)
-                    loss = loss_ect(f, x[i], x_s, x_r, sigma[i], r, mask_seed, cfg.huber)             # Eq. 3
+                    loss = loss_ect(f, x[i], x_s, x_r, sigma[i], r, mask_seed, cfg.huber)         # Eq. 3
             (loss * (len(i) / B) * scale).backward()
             grad[-1] += loss.detach() * (len(i) / B) * scale
         if world > 1:
-            dist.all_reduce(grad)                     # trap: process 0's own loss is not the loss, so it rides along
+            dist.all_reduce(grad)                     # trap: process 0's own loss is not the loss: it rides along
         update(opt, flat, grad, health, scale, cfg)
         flat_ema.lerp_(flat, 1 - cfg.ema_beta)
 
@@ -645,17 +669,17 @@ def train(cfg, rank, world, device):
             health[3:] = 0
             seconds, last, clock = seconds + took, done, time.time()
             rate, loss, norm = n * B / took, loss / n, norm / n
-            log(cfg, f"{cfg.stage} {done:6d}/{cfg.steps} {done / cfg.steps:4.0%} | loss {loss:.5f} | grad {norm:.3g} | "
-                     f"skipped {skipped:.0f} | lr {lr:.2e} | {done * B / 1e6:.3f} Mimg | {rate:.0f} img/s | "
+            log(cfg, f"{cfg.stage} {done:6d}/{cfg.steps} {done / cfg.steps:4.0%} | loss {loss:.5f} | grad {norm:.3g} "
+                     f"| skipped {skipped:.0f} | lr {lr:.2e} | {done * B / 1e6:.3f} Mimg | {rate:.0f} img/s | "
                      f"{(cfg.steps - done) * B / rate / 60:.1f} min left",
                 stage=cfg.stage, step=done, images=done * B, loss=loss, grad=norm, skipped=int(skipped), lr=lr,
                 images_per_second=rate, seconds=seconds)
             if worst >= MAX_BAD:
-                fail(4, f"{cfg.stage}: loss or gradient not finite in {worst:.0f} steps in a row before step {done}; the last "
-                        f"good checkpoint stays in {cfg.out}; try a smaller --lr (now {cfg.lr}) with another --out")
+                fail(4, f"{cfg.stage}: loss or gradient not finite in {worst:.0f} steps in a row before step {done}; "
+                        f"the last good checkpoint stays in {cfg.out}; try a smaller --lr with another --out")
         if rank == 0 and (stop or done % cfg.save_every == 0 or done == cfg.steps):
-            save(path, step=done, net=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), model=model or
-                 model_size(cfg, images), cfg=asdict(cfg), seconds=seconds, skipped=int(skipped), scale=scale.item(), data=checksum)
+            save(path, step=done, net=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), model=model,
+                 cfg=asdict(cfg), seconds=seconds, skipped=int(skipped), scale=scale.item(), data=checksum)
             grid = make_sampler(cfg, ema, "teacher" if cfg.stage == "pretrain" else "1", device)(range(64))
             save_grid(grid, f"{cfg.out}/samples_{cfg.stage}_{done:07d}.png")
             clock = time.time()
@@ -666,30 +690,34 @@ def train(cfg, rank, world, device):
 
 
 def pairs_per_solve(cfg):
-    """Pairs that one call of teacher_pairs gives: trajectories x nfe, or one batch (paper's grouping, kd, slow)."""
+    """Pairs that a call of teacher_pairs gives: trajectories x nfe, or a batch (paper's grouping, kd, slow)."""
     return cfg.trajectories * cfg.nfe if cfg.mid == "cmt" and cfg.trajectories else cfg.batch
 
 
 def check_batch(cfg, world):
     """Everything that must divide, before anything is trained; exit code 2."""
-    pairs, share = pairs_per_solve(cfg), cfg.batch // world
-    n = dict(cmt=cfg.trajectories or cfg.batch // cfg.nfe, slow=cfg.batch // cfg.nfe).get(cfg.mid, cfg.batch)
+    share = cfg.batch // world
     if cfg.batch % world:
         fail(2, f"--batch {cfg.batch} must be a multiple of the {world} processes")
     if cfg.batch_gpu and share % cfg.batch_gpu:
         fail(2, f"--batch_gpu {cfg.batch_gpu} must divide the {share} images of a process (--batch / processes)")
-    if cfg.stage == "mid" and (pairs % cfg.batch or n % world or not n or
-                               cfg.batch % cfg.nfe and not (cfg.mid == "cmt" and cfg.trajectories or cfg.mid == "kd")):
-        fail(2, f"--trajectories {cfg.trajectories} x --nfe {cfg.nfe} pairs must fill whole batches of --batch {cfg.batch}, "
-                f"and the {n} trajectories of a solve whole processes ({world})")
+    if cfg.stage != "mid" or cfg.mid == "none":
+        return
+    by_batch = cfg.mid == "slow" or cfg.mid == "cmt" and not cfg.trajectories    # batch / nfe solves at a time
+    n = cfg.batch if cfg.mid == "kd" else cfg.batch // cfg.nfe if by_batch else cfg.trajectories
+    if by_batch and cfg.batch % cfg.nfe or pairs_per_solve(cfg) % cfg.batch:
+        fail(2, f"--nfe {cfg.nfe} and --trajectories {cfg.trajectories} must fill whole batches of --batch {cfg.batch}")
+    if n % world:
+        fail(2, f"the {n} trajectories of a solve must be a multiple of the {world} processes; change --trajectories")
 
 
 def candidates(cfg, device):
-    """What there is to sample from: (name, net, kinds of sampler, checkpoint). With --init FILE that file alone."""
+    """What there is to sample from: (name, net, kinds of sampler, checkpoint); --init FILE: that file alone."""
     with files():
         if cfg.init not in ("teacher", "random"):
             state, model = nets.load_pretrained(cfg.init)
-            return [("init", build(cfg, model or nets.SIZES["ddpm++-32"], device, state, cfg.init), ("1", "2"), {})]
+            model = model or nets.SIZES[f"ddpm++-{cfg.res or 32}"]
+            return [("init", build(cfg, model, device, state, cfg.init), ("1", "2"), {})]
         state, model = teacher_state(cfg)
         found = [("teacher", build(cfg, model, device, state, "the teacher"), ("teacher",),
                   load(f"{cfg.out}/pretrain.pt") or {})]
@@ -718,36 +746,32 @@ def sample(cfg, rank, world, device):
 
 
 def evaluate(cfg, rank, world, device):
-    """Score every net there is: the teacher with its solver, the students in 1 and 2 steps. Table in results.md."""
+    """Score every net there is: the teacher with its solver, the students in 1 and 2 steps; table in results.md."""
+    metric = "FD-digits" if cfg.data == "digits" else "FID"
     with files():
-        digits = cfg.data == "digits"
-        features = (fid.DigitsNet() if digits else fid.load_inception(cfg.inception)).to(device)
         images = load_data(cfg)
+        features = fid.DigitsNet() if cfg.data == "digits" else fid.load_inception(cfg.inception)
+        features = features.to(device)
         if cfg.data in FILES:
             reference = fid.load_reference(cfg.data)
         else:
             reference = fid.measure(features, images[rank::world].split(250), device, file=f"of --data {cfg.data}")
-    metric, found, table = "FD-digits" if digits else "FID", candidates(cfg, device), []
+    found, table = candidates(cfg, device), []
     for name, net, kinds, ckpt in found:
-        scores = {}
+        row = dict.fromkeys(("1", "2", "teacher"), "-")
         for kind in kinds:
-            draw, values = make_sampler(cfg, net, kind, device), []
-            for j in range(cfg.repeat):
-                seeds = range(j * cfg.samples + rank, (j + 1) * cfg.samples, world)
-                batches = (fid.to_uint8(draw(seeds[i:i + 250])) for i in range(0, len(seeds), 250))
-                ours = fid.measure(features, batches, device)
-                values.append(fid.frechet_distance(ours.mu, ours.cov, reference.mu, reference.cov))
-            v = torch.tensor(values)
-            scores[kind] = f"{v.mean():.2f}" + (f" +- {v.std():.2f}, min {v.min():.2f}" if cfg.repeat > 1 else "")
-            steps = f"{cfg.nfe}-step" if kind == "teacher" else f"{kind}-step"
-            log(cfg, f"eval: {name} {steps} {metric} {scores[kind]}", stage="eval", net=name, metric=f"{steps} {metric}", values=values)
-        images_seen = ckpt["step"] * ckpt["cfg"]["batch"] if ckpt else 0
-        table.append([name, ckpt.get("step", "-"), f"{images_seen:,}", f"{ckpt.get('seconds', 0):.0f}",
-                      *(scores.get(k, "-") for k in ("1", "2", "teacher"))])
-    head = ["stage", "steps", "images", "seconds", f"1-step {metric}", f"2-step {metric}", f"{cfg.nfe}-step {metric}"]
+            scores, ours = score(cfg, make_sampler(cfg, net, kind, device), features, reference, rank, world, device)
+            row[kind] = f"{scores.mean():.2f}"
+            if cfg.repeat > 1:
+                row[kind] += f" +- {scores.std():.2f}, min {scores.min():.2f}"
+            what = f"{cfg.nfe if kind == 'teacher' else kind}-step {metric}"
+            log(cfg, f"eval: {name} {what} {row[kind]}", stage="eval", net=name, metric=what, values=scores.tolist())
+        seen = ckpt["step"] * ckpt["cfg"]["batch"] if ckpt else 0
+        table.append([name, ckpt.get("step", "-"), f"{seen:,}", f"{ckpt.get('seconds', 0):.0f}", *row.values()])
+    head = ["stage", "steps", "images", "seconds", *(f"{k}-step {metric}" for k in ("1", "2", cfg.nfe))]
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *table]]
-    lines += ["", fid.protocol(ours, reference), f"{cfg.samples} samples a score, seeds from 0, EMA weights, second noise level "
-              f"{cfg.mid_sigma}, sigma_shift {cfg.sigma_shift}."]
+    lines += ["", fid.protocol(ours, reference), f"{cfg.samples} samples a score, seeds from 0, EMA weights, second "
+              f"noise level {cfg.mid_sigma}, sigma_shift {cfg.sigma_shift}."]
     log(cfg, "\n".join(lines))
     if rank == 0:
         with open(f"{cfg.out}/results.md", "w") as f:
@@ -755,9 +779,20 @@ def evaluate(cfg, rank, world, device):
         sheets(cfg, images, found, device)
 
 
+def score(cfg, sampler, features, reference, rank, world, device):
+    """Frechet distances of --repeat sets of --samples images (float64 tensor), and the last set's Reference."""
+    distances = []
+    for j in range(cfg.repeat):
+        seeds = range(j * cfg.samples + rank, (j + 1) * cfg.samples, world)
+        batches = (fid.to_uint8(sampler(seeds[i:i + 250])) for i in range(0, len(seeds), 250))
+        ours = fid.measure(features, batches, device)
+        distances.append(fid.frechet_distance(ours.mu, ours.cov, reference.mu, reference.cov))
+    return torch.tensor(distances, dtype=torch.float64), ours
+
+
 @torch.no_grad()
 def sheets(cfg, images, found, device):
-    """Pictures of a run: data.png, a sheet per net, the same noises through the stages, the trajectory and the answers."""
+    """Pictures: data, a sheet per net, the same noises through the stages, trajectories and what students answer."""
     save_grid(to_float(images[::len(images) // 64][:64], "cpu"), f"{cfg.out}/samples_data.png")
     rows = []
     for name, net, kinds, _ in found:
@@ -768,34 +803,47 @@ def sheets(cfg, images, found, device):
     save_grid(torch.cat(rows), f"{cfg.out}/samples_stages.png", columns=16)
     net, sigmas, rows = found[0][1], solvers.logsnr_sigmas(cfg.nfe), []
     shape = net.img_channels, net.img_resolution, net.img_resolution
-    x_T = 80.0 * solvers.noise(shape, [torch.Generator().manual_seed(fold("sample", s)) for s in range(3)]).to(device)
-    xs = solvers.dpmpp(net, x_T, sigmas)                                              # (nfe+1, 3, C, H, W)
-    shown = xs / sigmas.clamp(min=1).to(xs).view(-1, 1, 1, 1, 1)                      # states at unit scale
+    generators = [torch.Generator().manual_seed(fold("sample", s)) for s in range(3)]
+    xs = solvers.dpmpp(net, 80.0 * solvers.noise(shape, generators).to(device), sigmas)      # (nfe+1, 3, C, H, W)
+    shown = xs / sigmas.clamp(min=1).to(xs).view(-1, 1, 1, 1, 1)                  # states at unit scale
     for j in range(3):
         rows.append(shown[:, j])
-        rows += [f(xs[:, j], sigmas.to(device, torch.float32)) for _, f, _, _ in found[1:]]     # D at each state
+        rows += [student(xs[:, j], sigmas.to(xs)) for _, student, _, _ in found[1:]]         # D_x of each state
     save_grid(torch.cat(rows), f"{cfg.out}/samples_trajectory.png", columns=cfg.nfe + 1)
 
 
-def seed_range(text):
-    """"0-63" or "7" -> list of ints; empty if it is neither."""
-    first, _, last = text.partition("-")
-    return list(range(int(first), int(last or first) + 1)) if first.isdigit() and (last or first).isdigit() else []
-
-
 def open_out(cfg, argv):
-    """Make <out>, hold its lock (two runs in one folder would mix), say what runs here in log.txt. First process only."""
+    """Make <out>, lock it (two runs in one folder would mix), say in log.txt what runs here. First process only."""
     os.makedirs(cfg.out, exist_ok=True)
     lock = open(f"{cfg.out}/.lock", "a")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)    # released by the system, however the process ends
     except OSError:
         fail(2, f"another run is at work in {cfg.out}; use another --out")
-    commit = subprocess.run(["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "--short", "HEAD"],
-                            capture_output=True, text=True).stdout.strip() or "none"
+    here = os.path.dirname(os.path.abspath(__file__))
+    commit = subprocess.run(["git", "-C", here, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    log(cfg, f"{' '.join([os.path.basename(__file__), *argv])} | commit {commit} | torch {torch.__version__} | {device}")
+    log(cfg, f"{' '.join([os.path.basename(__file__), *argv])} | commit {commit.stdout.strip() or 'none'} | "
+             f"torch {torch.__version__} | {device}")
     return lock
+
+
+def run_stage(cfg, rank, world, device):
+    """The stage that cfg names; nothing, if it is finished or not wanted."""
+    if cfg.stage == "vgg":
+        wanted = cfg.data == "digits" and cfg.loss == "lpips" and cfg.mid != "none"
+        if wanted and rank == 0 and not resume(cfg, f"{cfg.out}/vgg.pt"):
+            train_vgg(cfg, device)
+        if world > 1:
+            dist.barrier()
+    elif cfg.stage in ("sample", "eval"):
+        (sample if cfg.stage == "sample" else evaluate)(cfg, rank, world, device)
+    elif cfg.stage == "pretrain" and cfg.teacher != "scratch" and (cfg.teacher or cfg.data in nets.PRETRAINED):
+        with files():
+            teacher_state(cfg)                                                    # fetched and checked, not trained
+    elif cfg.stage != "mid" or cfg.mid != "none":
+        log(cfg, f"{cfg.stage}: {json.dumps(asdict(cfg))}")
+        train(cfg, rank, world, device)
 
 
 def main(argv=None):
@@ -810,21 +858,12 @@ def main(argv=None):
     lock = open_out(cfg, argv) if rank == 0 else None
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
-    for c in configs:
-        log(c, f"{c.stage}: {json.dumps(asdict(c))}") if c.stage in ("pretrain", "mid", "post") else None
-        if c.stage == "pretrain" and c.teacher != "scratch" and (c.teacher or c.data in nets.PRETRAINED):
-            with files():
-                teacher_state(c)                                                      # fetched and checked, not trained
-        elif c.stage == "vgg":
-            wanted = c.data == "digits" and c.loss == "lpips" and c.mid != "none"
-            if wanted and rank == 0 and not resume(c, f"{c.out}/vgg.pt"):
-                train_vgg(c, device)
-            world > 1 and dist.barrier()
-        elif c.stage in ("pretrain", "mid", "post"):
-            if (c.stage, c.mid) != ("mid", "none"):
-                train(c, rank, world, device)
-        else:
-            (sample if c.stage == "sample" else evaluate)(c, rank, world, device)
+    try:
+        for c in configs:
+            run_stage(c, rank, world, device)
+    finally:
+        if lock:
+            lock.close()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -142,7 +142,7 @@ def test_signal_saves_the_step_and_the_same_command_goes_on_bit_for_bit(road, tm
 
 
 def test_kill_at_any_moment_loses_at_most_save_every_steps_and_nothing_else(road):
-    argv = [*TINY, "--stage", "mid", "--steps", "40", "--save_every", "4", "--teacher", road / "pretrain.pt", "--loss", "l2"]
+    argv = [*TINY, "--stage", "mid", "--steps", "24", "--save_every", "4", "--teacher", road / "pretrain.pt", "--loss", "l2"]
     whole = run([*argv, "--out", "whole"])
     kills = 0
     for seconds in (0.3, 0.7):                                                        # after the first checkpoint
@@ -182,7 +182,7 @@ def test_two_processes_give_the_result_of_one(road):
 def test_not_finite_loss_is_skipped_counted_and_ends_the_run_after_ten_in_a_row(monkeypatch, capsys):
     real, calls, bad = script.loss_dm, [], {2, 3}
     monkeypatch.setattr(script, "loss_dm", lambda *a: real(*a) * (float("nan") if calls.append(1) or len(calls) in bad else 1))
-    argv = [*TINY, "--stage", "pretrain", "--steps", "14", "--save_every", "1"]
+    argv = [*TINY, "--stage", "pretrain", "--steps", "14", "--save_every", "7"]
     script.main([*argv, "--out", "few"])
     assert torch.load("few/pretrain.pt", weights_only=True)["skipped"] == 2
     assert "skipped 2" in capsys.readouterr().out
@@ -229,7 +229,8 @@ def test_larger_own_images_are_cropped_and_resized_smaller_ones_refused():
 
 
 def test_cifar10_is_read_from_the_archive_without_unpickling(monkeypatch):
-    pixels = np.random.default_rng(0).integers(0, 256, (50_000, 3072), np.uint8)
+    pixels = np.zeros((50_000, 3072), np.uint8)
+    pixels[::1000] = np.random.default_rng(0).integers(0, 256, (50, 3072), np.uint8)
     evil = b"cos\nsystem\n(S'touch evil'\ntR."
     with tarfile.open("cifar.tar.gz", "w:gz", compresslevel=1) as tar:
         for i in range(5):

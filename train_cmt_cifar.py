@@ -110,7 +110,7 @@ PRESETS = {  # (data, stage, method): matching rows are laid over each other, to
     ("digits", "pretrain", "*"): dict(steps=2_000, batch=32, lr=2e-3, decay="linear", warmup=50, ema_beta=0.995),
     ("digits", "vgg", "*"): dict(steps=300, batch=128, lr=3e-3),
     ("digits", "mid", "*"): dict(steps=900, batch=32, lr=2e-3, ema_beta=0.99),
-    ("digits", "post", "*"): dict(steps=600, batch=32, lr=3e-4, ema_beta=0.99, q=64),
+    ("digits", "post", "*"): dict(steps=600, batch=32, lr=3e-4, ema_beta=0.99, q=512),
     ("digits", "post", "annealed"): dict(q=2, double=187, steps=1_500, lr=1e-3),
 }
 FILES = {"cifar10": "data/cifar-10-python.tar.gz", "ffhq": "data/ffhq-64x64.zip", "afhqv2": "data/afhqv2-64x64.zip"}
@@ -570,8 +570,21 @@ def student(cfg, model, device):
     return build(cfg, model, device, teacher_state(cfg)[0], "the teacher", train=True)
 
 
+def forward(cfg, net, device):
+    """net as the losses call it: compiled with --compile, its inside in --precision; the losses stay in fp32."""
+    net = torch.compile(net) if cfg.compile else net
+    cast = dict(bf16=torch.bfloat16, fp16=torch.float16).get(cfg.precision)
+
+    def f(x, sigma):
+        with torch.autocast(device.type, cast, enabled=cast is not None):
+            return net(x, sigma)
+    return f
+
+
 def model_size(cfg, images):
-    """Constructor arguments of a teacher from scratch: the DDPM++ of the images' size."""
+    """Constructor arguments of the DDPM++ of the images' size; without images, of the size that --data has."""
+    if images is None:
+        return nets.SIZES[f"ddpm++-{dict(digits=8, cifar10=32).get(cfg.data, cfg.res or 32)}"]
     _, channels, height, width = images.shape
     if height != width or f"ddpm++-{height}" not in nets.SIZES:
         fail(3, f"--data {cfg.data}: its images are {width}x{height}, not one of {', '.join(nets.SIZES)}; pass --res")
@@ -612,8 +625,7 @@ def train(cfg, rank, world, device):
         opt.load_state_dict(ckpt["opt"])
         start, seconds, skipped, scale = (ckpt[k] for k in ("step", "seconds", "skipped", "scale"))
     scale, health = torch.tensor(scale, device=device), torch.tensor([0.0, 0, skipped, 0, 0], device=device)
-    cast = dict(bf16=torch.bfloat16, fp16=torch.float16).get(cfg.precision)
-    f = torch.compile(net) if cfg.compile else net
+    f = forward(cfg, net, device)
     shape = net.img_channels, net.img_resolution, net.img_resolution
     sigmas, pairs = solvers.logsnr_sigmas(cfg.nfe), pairs_per_solve(cfg)
     if cfg.stage == "mid":
@@ -642,19 +654,18 @@ def train(cfg, rank, world, device):
         for k, i in enumerate(micro):                                             # this process's share
             mask_seed = fold(cfg.seed, cfg.stage, step, "dropout", rank * len(micro) + k)
             torch.manual_seed(mask_seed)              # trap: else every process has the same dropout mask
-            with torch.autocast(device.type, cast, enabled=cast is not None):
-                if cfg.stage == "pretrain":
-                    loss = loss_dm(f, x[i], sigma[i], eps[i], net.sigma_data)
-                elif cfg.stage == "mid":
-                    p = order[at + i]
-                    loss = loss_cmt(f, x_t[p], t[p], [m[owner[p]] for m in target], distance)     # Eq. 7
-                else:
-                    r = ect_step(sigma[i], q)
-                    x_s, x_r = (x[i] + s.view(-1, 1, 1, 1) * eps[i] for s in (sigma[i], r))       # same noise
-                    if cfg.post == "ecd":
-                        with torch.no_grad():
-                            x_r = solvers.ode_step(teacher, x_s, sigma[i], r, 2 if cfg.ecd == "heun" else 1)
-                    loss = loss_ect(f, x[i], x_s, x_r, sigma[i], r, mask_seed, cfg.huber)         # Eq. 3
+            if cfg.stage == "pretrain":
+                loss = loss_dm(f, x[i], sigma[i], eps[i], net.sigma_data)
+            elif cfg.stage == "mid":
+                p = order[at + i]
+                loss = loss_cmt(f, x_t[p], t[p], [m[owner[p]] for m in target], distance)         # Eq. 7
+            else:
+                r = ect_step(sigma[i], q)
+                x_t, x_r = (x[i] + s.view(-1, 1, 1, 1) * eps[i] for s in (sigma[i], r))           # same noise
+                if cfg.post == "ecd":
+                    with torch.no_grad():
+                        x_r = solvers.ode_step(teacher, x_t, sigma[i], r, 2 if cfg.ecd == "heun" else 1)
+                loss = loss_ect(f, x[i], x_t, x_r, sigma[i], r, mask_seed, cfg.huber)             # Eq. 3
             (loss * (len(i) / B) * scale).backward()
             grad[-1] += loss.detach() * (len(i) / B) * scale
         if world > 1:

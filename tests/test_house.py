@@ -12,7 +12,7 @@ import train_cmt_cifar
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(ROOT.glob("train_*.py"))
 MODULES = ["nets", "solvers", "fid"]
-OWN = {"Config", "load_data", "main", "train", "candidates", "evaluate", "sheets", "build", "student", "model_size",
+OWN = {"forward", "Config", "load_data", "main", "train", "candidates", "evaluate", "sheets", "build", "student", "model_size",
        "teacher_state", "make_distance", "make_sampler", "check_batch", "sample"}    # what a script may say in its own way
 README = (ROOT / "README.md").read_text()
 

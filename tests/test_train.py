@@ -180,7 +180,7 @@ def test_two_processes_give_the_result_of_one_dropout_included(road):
     assert p.returncode == 0, p.stderr[-2000:]
     one, two = (torch.load(f"{d}/mid.pt", weights_only=True)["net"] for d in ("one", "two"))
     error = max((one[k] - two[k]).abs().max().item() for k in one)
-    assert error < 1e-5, error
+    assert error < 3e-6, error
     losses = [[json.loads(line)["loss"] for line in open(f"{d}/metrics.jsonl")] for d in ("one", "two")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)                            # the mean over both processes
 

@@ -197,17 +197,18 @@ def read_own(path, res):
     """A folder, .zip or .npz. res > 0: centre crop and Pillow's LANCZOS to res, smaller images are refused."""
     if not res:
         return torch.cat(list(fid.read_images(path, batch=256))).contiguous()
-    names, read = fid.image_source(path)
-    images = np.empty((len(names), 3, res, res), np.uint8)
-    for i, name in enumerate(names):
-        image = Image.fromarray(read(name).squeeze()).convert("RGB")
-        side = min(image.size)
-        if side < res:
-            raise ValueError(f"{path}: {name} is {image.size[0]}x{image.size[1]}, smaller than --res {res}")
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        if image.size != (res, res):
-            image = image.resize((res, res), Image.LANCZOS, box=(left, top, left + side, top + side))
-        images[i] = np.asarray(image).transpose(2, 0, 1)
+    with fid.blame(path):
+        names, read = fid.image_source(path)
+        images = np.empty((len(names), 3, res, res), np.uint8)
+        for i, name in enumerate(names):
+            image = Image.fromarray(read(name).squeeze()).convert("RGB")
+            (w, h), side = image.size, min(image.size)
+            if side < res:
+                raise fid.DataError(f"{path}: {name} is {w}x{h}, smaller than --res {res}")
+            if (w, h) != (res, res):
+                box = (w - side) // 2, (h - side) // 2, (w + side) // 2, (h + side) // 2
+                image = image.resize((res, res), Image.LANCZOS, box=box)
+            images[i] = np.asarray(image).transpose(2, 0, 1)
     return torch.from_numpy(images)
 
 

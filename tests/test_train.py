@@ -310,6 +310,14 @@ def test_broken_and_odd_images_are_named(capsys):
     assert exit_code == 3 and "48x48" in err and "--res" in err
 
 
+@pytest.mark.parametrize("flags", [[], ["--res", "32"]])
+def test_a_cut_zip_is_named(flags, capsys):
+    make_zip("own.zip", [32, 32])
+    Path("own.zip").write_bytes(Path("own.zip").read_bytes()[:900])
+    exit_code, err = code(["--data", "own.zip", "--stage", "pretrain", "--out", "x", *flags], capsys)
+    assert exit_code == 3 and "own.zip" in err and len(err.strip().splitlines()) == 1
+
+
 def test_folder_of_another_configuration_is_refused_and_left_alone(road, capsys):
     before = (road / "mid.pt").read_bytes()
     exit_code, err = code([*TINY, "--out", road, "--steps", "3", "--stage", "mid", "--lr", "1"], capsys)

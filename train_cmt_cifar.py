@@ -1,7 +1,7 @@
 """CMT on CIFAR-10, FFHQ-64, AFHQv2-64: a diffusion teacher becomes a one-step generator (Sec. 4.2, App. B.2).
 
   python train_cmt_cifar.py --data digits                   # laptop: the whole road in minutes, no download
-  torchrun --nproc_per_node=8 train_cmt_cifar.py            # CIFAR-10: fetch data and teacher, mid, post, eval
+  torchrun --nproc_per_node=8 train_cmt_cifar.py            # CIFAR-10: fetch all, mid, post, eval
   torchrun --nproc_per_node=8 train_cmt_cifar.py --data ffhq --stage mid
   python train_cmt_cifar.py --data my_images.zip --res 32   # your own images: .zip, folder, .npz
   python train_cmt_cifar.py --data digits --mid none --post annealed --out out/ect        # vanilla ECT
@@ -26,7 +26,7 @@ import tarfile
 import time
 import zipfile
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
@@ -43,16 +43,16 @@ import nets
 import solvers
 
 
-# ---- knobs -------------------------------------------------------------------------------------
+# ---- knobs ------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Config:                   # field default < matching rows of PRESETS < command line; --flag is the field
     data: str = "cifar10"       # cifar10 | ffhq | afhqv2 | digits | folder, .zip or .npz of your own images
-    stage: Literal["all", "pretrain", "vgg", "mid", "post", "sample", "eval"] = "all"    # all: what is missing
+    stage: Literal["all", "pretrain", "vgg", "mid", "post", "sample", "eval"] = "all"   # all: the missing
     out: str = ""               # folder of the run; "" = out/<data>
-    teacher: str = ""           # FILE or URL; "" = <out>/pretrain.pt, else the official one; scratch = train it
-    mid: Literal["cmt", "kd", "slow", "none"] = "cmt"    # Eq. 7; Sec. 4.3: from x_T only, a solve per pair; none
+    teacher: str = ""           # FILE, URL; "" = <out>/pretrain.pt, else the official one; scratch = train it
+    mid: Literal["cmt", "kd", "slow", "none"] = "cmt"    # Eq. 7; Sec. 4.3: x_T only; a solve per pair; none
     post: Literal["ect", "ecd", "annealed"] = "ect"      # Eq. 3, fixed step; distillation; ECT's own schedule
-    init: str = "teacher"       # student's first weights: teacher | random | FILE; sample, eval: FILE to look at
+    init: str = "teacher"       # student's first weights: teacher | random | FILE; sample, eval: show FILE
     res: int = 0                # own images are cropped and resized (LANCZOS) to this; 0 = they have one size
 
     steps: int = 300_000        # optimiser steps; x batch 128 = 38.4 Mimg (Sec. 4.2)
@@ -69,7 +69,7 @@ class Config:                   # field default < matching rows of PRESETS < com
     loss: Literal["lpips", "huber", "l2"] = "lpips"      # mid: d of Eq. 7; the others are those of App. D
     vgg: str = ""               # VGG-16 weights for lpips; "" = fetched; digits: a small VGG of their own
     nfe: int = 16               # teacher steps per trajectory (B.2)
-    trajectories: int = 128     # per solve, their pairs shuffled over several steps; 0 = batch / nfe, the paper's
+    trajectories: int = 128     # choice: per solve, pairs shuffled over several steps; 0 = batch/nfe (paper)
     q: int = 4096               # post: the step in t is n(t) t / q (B.2: 1/4096)
     double: int = 0             # post: steps until q grows by its first value again; 0 = never (B.2)
     huber: float = 0.0          # post: c of the pseudo-Huber norm; 0 = plain L2 norm, as ECT on CIFAR-10
@@ -78,7 +78,7 @@ class Config:                   # field default < matching rows of PRESETS < com
     P_std: float = 2.0
 
     mid_sigma: float = 0.821    # second noise level of 2-step sampling (ECT)
-    sigma_shift: float = 0.0    # choice: sample the trained function; 0.003 scores official files as published
+    sigma_shift: float = 0.0    # choice: sample the trained function; 0.003 gives official files their scores
     seeds: str = "0-63"         # sample: one image per seed, FIRST-LAST
     samples: int = 50_000       # eval: images per score
     repeat: int = 1             # eval: scores with fresh seeds, reported as mean, deviation and minimum
@@ -94,26 +94,29 @@ class Config:                   # field default < matching rows of PRESETS < com
 
 
 PRESETS = {  # (data, stage, method): matching rows are laid over each other, top to bottom; "own" = a path
-    ("*", "pretrain", "*"): dict(optimizer="adam", decay="constant", P_mean=-1.2, P_std=1.2, ema_beta=0.99929,
-                                 steps=390_625, batch=512, lr=1e-3, warmup=19_531, dropout=0.13),  # EDM Table 7
+    ("*", "pretrain", "*"): dict(steps=390_625, batch=512, lr=1e-3, warmup=19_531, dropout=0.13,
+                                 ema_beta=0.99929, optimizer="adam", decay="constant",
+                                 P_mean=-1.2, P_std=1.2),                                   # EDM Table 7
     ("ffhq", "*", "*"): dict(res=64),
     ("afhqv2", "*", "*"): dict(res=64),
     ("ffhq", "pretrain", "*"): dict(steps=781_250, batch=256, lr=2e-4, warmup=39_062, dropout=0.05,
                                     ema_beta=0.99964),
     ("afhqv2", "pretrain", "*"): dict(steps=781_250, batch=256, lr=2e-4, warmup=39_062, dropout=0.25,
                                       ema_beta=0.99964),
-    ("*", "post", "*"): dict(steps=100_000, lr=1e-4, ema_beta=0.9999),                             # B.2
+    ("*", "post", "*"): dict(steps=100_000, lr=1e-4, ema_beta=0.9999),                    # B.2
     ("ffhq", "post", "*"): dict(q=512),
     ("afhqv2", "post", "*"): dict(q=1024),
-    ("*", "post", "annealed"): dict(q=2, double=25_000, steps=200_000, decay="constant"),          # ECT, 25.6 Mimg
+    ("*", "post", "annealed"): dict(q=2, double=25_000, steps=200_000, decay="constant"),  # ECT, 25.6 Mimg
     ("digits", "*", "*"): dict(dropout=0.0, threads=1, log_every=50, save_every=250, samples=2_000),
-    ("digits", "pretrain", "*"): dict(steps=2_000, batch=32, lr=2e-3, decay="linear", warmup=50, ema_beta=0.995),
+    ("digits", "pretrain", "*"): dict(steps=2_000, batch=32, lr=2e-3, warmup=50, decay="linear",
+                                      ema_beta=0.995),
     ("digits", "vgg", "*"): dict(steps=300, batch=128, lr=3e-3),
     ("digits", "mid", "*"): dict(steps=900, batch=32, lr=2e-3, ema_beta=0.99),
     ("digits", "post", "*"): dict(steps=600, batch=32, lr=3e-4, ema_beta=0.99, q=512),
     ("digits", "post", "annealed"): dict(q=2, double=187, steps=1_500, lr=1e-3),
 }
-FILES = {"cifar10": "data/cifar-10-python.tar.gz", "ffhq": "data/ffhq-64x64.zip", "afhqv2": "data/afhqv2-64x64.zip"}
+FILES = {"cifar10": "data/cifar-10-python.tar.gz",
+         "ffhq": "data/ffhq-64x64.zip", "afhqv2": "data/afhqv2-64x64.zip"}
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 CIFAR_MD5 = "c58f30108f718f92721af3b95e74349a"
 FREE = {  # fields that a stage's weights do not depend on: they may differ between two runs in one folder
@@ -126,23 +129,22 @@ FREE = {  # fields that a stage's weights do not depend on: they may differ betw
 
 
 def parse(argv=None):
-    """argv (list of str, None = sys.argv[1:]) -> Config. Unknown flags and bad values: one line, exit code 2."""
+    """argv (list of str, None = sys.argv[1:]) -> Config. Unknown flag or bad value: one line, exit code 2."""
     p = argparse.ArgumentParser(description=__doc__, epilog=inspect.getsource(Config), allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter,
                                 argument_default=argparse.SUPPRESS, usage="%(prog)s [--field value ...]")
     p.error = lambda message: fail(2, f"{message}; --help lists every flag")
     for f in fields(Config):
+        how = dict(type=f.type if f.type in (int, float) else str, choices=get_args(f.type) or None)
         if f.type is bool:
-            p.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, help=argparse.SUPPRESS)
-        else:
-            p.add_argument(f"--{f.name}", type=f.type if f.type in (int, float) else str,
-                           choices=get_args(f.type) or None, help=argparse.SUPPRESS)
+            how = dict(action=argparse.BooleanOptionalAction)
+        p.add_argument(f"--{f.name}", help=argparse.SUPPRESS, **how)
     flags, unknown = p.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], [f"--{f.name}" for f in fields(Config)], 1)
         fail(2, f"unknown flag {unknown[0]}; " + (f"did you mean {near[0]}?" if near else "--help lists all"))
     flags = vars(flags)                               # only what was typed
-    given = {f.name: flags.get(f.name, f.default) for f in fields(Config)}
+    given = asdict(Config(**flags))
     name = given["data"] if given["data"] in (*FILES, "digits") else "own"
     key = name, given["stage"], given.get(given["stage"], "*")
     rows = [row for pattern, row in PRESETS.items() if all(a in ("*", b) for a, b in zip(pattern, key))]
@@ -170,7 +172,7 @@ def seed_range(text):
     return list(range(int(first), int(last) + 1)) if first.isdigit() and last.isdigit() else []
 
 
-# ---- data --------------------------------------------------------------------------------------
+# ---- data -------------------------------------------------------------------------------------
 def load_data(cfg):
     """Images of --data as uint8 (N, C, H, W), whole in memory. Missing: exit code 3 with the remedy."""
     if cfg.data == "digits":
@@ -184,7 +186,7 @@ def load_data(cfg):
 
 
 def read_cifar(path):
-    """The 50,000 training images of cifar-10-python.tar.gz, without unpickling: the pixels lie in one piece."""
+    """The 50,000 training images in cifar-10-python.tar.gz, not unpickled: the pixels lie in one piece."""
     nets.check_sums(path, f"{path} (delete it to download it again)", "", CIFAR_MD5)
     marker = b"T" + (10_000 * 3072).to_bytes(4, "little")          # BINSTRING and its length
     with tarfile.open(path) as tar:
@@ -194,7 +196,7 @@ def read_cifar(path):
 
 
 def read_own(path, res):
-    """A folder, .zip or .npz. res > 0: centre crop and Pillow's LANCZOS to res, smaller images are refused."""
+    """A folder, .zip or .npz. res > 0: centre crop and LANCZOS to res; smaller images are refused."""
     if not res:
         return torch.cat(list(fid.read_images(path, batch=256))).contiguous()
     with fid.blame(path):
@@ -217,42 +219,40 @@ def to_float(images, device):
     return (images.to(device).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
-# ---- losses ------------------------------------------------------------------------------------
+# ---- losses -----------------------------------------------------------------------------------
 def loss_dm(net, x, sigma, eps, sigma_data=0.5):
-    """EDM Eq. 8: denoising, weight (sigma^2 + sd^2) / (sigma sd)^2, mean over pixels. x, eps as images, sigma (B,)."""
+    """EDM Eq. 8: denoising, weight (sigma^2 + sd^2) / (sigma sd)^2, mean over pixels. sigma: (B,)."""
     s = sigma.view(-1, 1, 1, 1)
     weight = (s**2 + sigma_data**2) / (s * sigma_data) ** 2
     return (weight * (net(x + s * eps, sigma) - x) ** 2).mean()
 
 
+@torch.no_grad()
 def teacher_pairs(cfg, teacher, images, sigmas, shape, g, rank, world):
-    """Eq. 7: one solve of the frozen teacher gives nfe pairs (state, end) per trajectory, for any world size the same.
+    """Eq. 7: one solve of the frozen teacher gives nfe pairs (state, end) per trajectory, for any world size.
 
     sigmas (nfe+1,): decreasing grid; shape: of one image; g: Generator. Returns x_t (P, C, H, W), t (P,), the
-    ends x_0 (n, C, H, W), and owner (P,): pair p is regressed onto x_0[owner[p]]. Sec. 4.3: kd takes x_T alone,
-    slow takes x_t = x + t eps of data, each with a solve of its own; both give as many pairs as --batch.
+    ends x_0 (n, C, H, W) and owner (P,): pair p is regressed onto x_0[owner[p]]. Sec. 4.3: kd takes only x_T,
+    slow takes x_t = x + t eps of data, each with its own solve; both give as many pairs as --batch.
     """
     device, levels = g.device, sigmas.to(g.device, torch.float32)
-    n = (cfg.trajectories or cfg.batch // cfg.nfe) if cfg.mid == "cmt" else cfg.batch
-    with torch.no_grad():
-        if cfg.mid == "slow":
-            n = n // cfg.nfe
-            mine = slice(rank * n // world, (rank + 1) * n // world)
-            x = draw(images, cfg.nfe * n, g).view(cfg.nfe, n, *shape)
-            x_t = (x + levels[:-1].view(-1, 1, 1, 1, 1) * randn((cfg.nfe, n, *shape), g))[:, mine]
-            x_0 = torch.stack([solvers.dpmpp(teacher, x_t[i], sigmas[i:])[-1] for i in range(cfg.nfe)])
-            x_t, x_0 = gather(x_t, world).flatten(0, 1), gather(x_0, world).flatten(0, 1)
-            return x_t, levels[:-1].repeat_interleave(n), x_0, torch.arange(len(x_0), device=device)
-        # choice: x_T is pure noise (Eq. 7, the authors' 512-pixel code); their CIFAR code adds a training image
-        x_T = levels[0] * randn((n, *shape), g)[rank * n // world:(rank + 1) * n // world]
-        xs = gather(solvers.dpmpp(teacher, x_T, sigmas, order=3), world)             # (nfe+1, n, C, H, W)
-    N = 1 if cfg.mid == "kd" else cfg.nfe
-    owner = torch.arange(n, device=device).repeat(N)
-    return xs[:N].flatten(0, 1), levels[:N].repeat_interleave(n), xs[-1], owner
+    n, N = solves(cfg)[0], 1 if cfg.mid == "kd" else cfg.nfe
+    mine = slice(rank * n // world, (rank + 1) * n // world)
+    t = levels[:N].repeat_interleave(n)
+    if cfg.mid == "slow":
+        x = draw(images, N * n, g).view(N, n, *shape)
+        x_t = (x + levels[:-1].view(-1, 1, 1, 1, 1) * randn((N, n, *shape), g))[:, mine]
+        x_0 = torch.stack([solvers.dpmpp(teacher, x_t[i], sigmas[i:])[-1] for i in range(N)])
+        x_t, x_0 = gather(x_t, world).flatten(0, 1), gather(x_0, world).flatten(0, 1)
+        return x_t, t, x_0, torch.arange(N * n, device=device)
+    # choice: x_T is pure noise (Eq. 7, the authors' 512-pixel code); their CIFAR code adds a training image
+    x_T = levels[0] * randn((n, *shape), g)[mine]
+    xs = gather(solvers.dpmpp(teacher, x_T, sigmas, order=3), world)                 # (nfe+1, n, C, H, W)
+    return xs[:N].flatten(0, 1), t, xs[-1], torch.arange(n, device=device).repeat(N)
 
 
 def loss_cmt(net, x_t, t, target, distance):
-    """Eq. 7: states x_t (B, C, H, W) of teacher trajectories at noise levels t (B,), onto their trajectory's end.
+    """Eq. 7: states x_t (B, C, H, W) of teacher trajectories, at noise levels t (B,), onto their ends.
 
     target: distance.features of the ends, computed once per trajectory. Unit weight, mean over pairs (B.2).
     The target is fixed data: no stop-gradient is needed (Sec. 3.2).
@@ -261,7 +261,7 @@ def loss_cmt(net, x_t, t, target, distance):
 
 
 def ect_step(t, q, k=8.0, b=1.0):
-    """ECT's second noise level: r = t (1 - n(t) / q), at least 0, with n(t) = 1 + k sigmoid(-b t). t, r: (B,)."""
+    """ECT's second noise level: r = t (1 - n(t) / q), at least 0; n(t) = 1 + k sigmoid(-b t). t, r: (B,)."""
     return t * (1 - (1 + k * torch.sigmoid(-b * t)) / q).clamp(min=0)
 
 
@@ -274,9 +274,9 @@ def loss_ect(net, x, x_t, x_r, t, r, mask_seed, huber=0.0):
     torch.manual_seed(mask_seed)
     with torch.no_grad():
         D_r = torch.where(r.view(-1, 1, 1, 1) > 0, net(x_r, r), x)    # trap: at r = 0 the net sees ln 0
-    torch.manual_seed(mask_seed)                      # trap: else the loss is the difference of two dropout masks
+    torch.manual_seed(mask_seed)                  # trap: else the loss is the difference of two dropout masks
     D_t = net(x_t, t)
-    d = torch.linalg.vector_norm((D_t - D_r).flatten(1), dim=1)       # trap: sqrt has slope 0 * inf at D_t = D_r
+    d = torch.linalg.vector_norm((D_t - D_r).flatten(1), dim=1)   # trap: sqrt has slope 0 * inf at D_t = D_r
     if huber:
         d = (d.square() + huber**2).sqrt() - huber
     return (d / (t - r)).mean()
@@ -317,15 +317,19 @@ def train_vgg(cfg, device):
     log(cfg, f"vgg: {cfg.steps} steps, cross-entropy {loss.item():.4f}, {right:.1%} of the digits right")
 
 
-# ---- sample ------------------------------------------------------------------------------------
+# ---- sample -----------------------------------------------------------------------------------
+def prior(net, seeds, device):
+    """x_T (B, C, H, W) and a generator per seed: image i depends on seed i alone, not on batch or rank."""
+    generators = [torch.Generator().manual_seed(fold("sample", s)) for s in seeds]
+    shape = net.img_channels, net.img_resolution, net.img_resolution
+    return 80.0 * solvers.noise(shape, generators).to(device), generators
+
+
 def make_sampler(cfg, net, kind, device):
     """kind: "teacher" = its solver with nfe steps, "1", "2" = few-step. Returns f(seeds) -> (B, C, H, W)."""
-    shape = net.img_channels, net.img_resolution, net.img_resolution
-
     @torch.no_grad()
-    def sample(seeds):                                # image i depends on seed i alone, not on batch or rank
-        generators = [torch.Generator().manual_seed(fold("sample", s)) for s in seeds]
-        x_T = 80.0 * solvers.noise(shape, generators).to(device)
+    def sample(seeds):
+        x_T, generators = prior(net, seeds, device)
         if kind == "teacher":
             return solvers.dpmpp(net, x_T, solvers.logsnr_sigmas(cfg.nfe))[-1]
         return solvers.few_step(net, x_T, [80.0, cfg.mid_sigma][:int(kind)], generators)
@@ -345,7 +349,7 @@ def save_grid(images, path, columns=8):
     os.replace(path + ".tmp", path)
 
 
-# ---- plumbing ----------------------------------------------------------------------------------
+# ---- plumbing ---------------------------------------------------------------------------------
 def fail(code, message):
     """One line on stderr, then exit: 2 usage or config, 3 data or weights, 4 diverged, 75 stopped, saved."""
     if os.environ.get("RANK", "0") == "0":
@@ -390,7 +394,8 @@ def randn(shape, g):
 
 
 def draw(images, n, g):
-    """n of the images, with replacement, in [-1, 1] on the generator's device."""
+    """n of the images in [-1, 1] on the generator's device."""
+    # choice: drawn with replacement, no augmentation: a batch is then a function of its step alone
     return to_float(images[torch.randint(len(images), (n,), generator=g, device=g.device)], g.device)
 
 
@@ -406,7 +411,7 @@ def gather(x, world):
 def flatten(net):
     """Make net's weights views of one vector and its gradients of another; returns both.
 
-    Optimiser, EMA, norm and all-reduce are then one operation each. The gradient has one more element: the loss.
+    Optimiser, EMA, norm and all-reduce are then one operation each. The gradient's last element is the loss.
     """
     params = list(net.parameters())
     flat = torch.empty(sum(p.numel() for p in params), device=params[0].device)
@@ -420,7 +425,7 @@ def flatten(net):
 
 
 def log(cfg, text, **numbers):
-    """A line on the screen and in log.txt; numbers, if any, as a line of metrics.jsonl. First process only."""
+    """A line on the screen and in log.txt; numbers, if any, go to metrics.jsonl. First process only."""
     if os.environ.get("RANK", "0") == "0":
         print(text, flush=True)
         with open(f"{cfg.out}/log.txt", "a") as f:
@@ -431,18 +436,18 @@ def log(cfg, text, **numbers):
 
 
 def save(path, **state):
-    """Write a checkpoint; a kill at any moment leaves a whole one: temporary file, flush, rename, keep the last."""
+    """Write a checkpoint by temporary file, flush, rename: a kill at any moment leaves a whole one."""
     try:
         with open(path + ".tmp", "wb") as f:
             torch.save(state, f)
             f.flush()
             os.fsync(f.fileno())
     except (OSError, RuntimeError) as e:              # trap: torch turns a full disk into a RuntimeError
-        if os.path.exists(path + ".tmp"):
+        with suppress(FileNotFoundError):
             os.remove(path + ".tmp")
         tensors = [t for v in state.values() if isinstance(v, dict) for t in v.values() if torch.is_tensor(t)]
         size = sum(t.nbytes for t in tensors)
-        fail(3, f"{path}: cannot write {size:,} bytes ({type(e).__name__}); free some space, run the same again")
+        fail(3, f"{path}: cannot write {size:,} bytes ({type(e).__name__}); free some space, run again")
     if os.path.exists(path):
         os.replace(path, path + ".prev")
     os.replace(path + ".tmp", path)
@@ -452,10 +457,10 @@ def save(path, **state):
 
 
 def load(path):
-    """The checkpoint at path, or the one before if that is damaged (with a warning), or None if there is none.
+    """The checkpoint at path, or the one before (with a warning) if that is damaged; None if there is none.
 
-    A checkpoint is a zip file with a CRC of every tensor, which torch does not check: 9 in 10 flipped bits would
-    load in silence. Exit code 3 if there are checkpoints and none is whole: never a fresh start.
+    The file is a zip with a CRC per tensor, which torch does not check: 9 in 10 flipped bits would load in
+    silence. Exit code 3 if there are checkpoints and none is whole: never a fresh start.
     """
     found = [p for p in (path, path + ".prev") if os.path.exists(p)]
     for p in found:
@@ -485,13 +490,13 @@ def resume(cfg, path):
     return state
 
 
-MAX_BAD = 10                                          # steps without a finite gradient in a row that end a run
+MAX_BAD = 10                                          # steps in a row without a finite gradient: give up
 
 
 def update(opt, flat, grad, health, scale, cfg):
-    """One optimiser step, or none if loss or gradient is not finite; decided on the device, nobody waits for it.
+    """One optimiser step, or none if loss or gradient is not finite; decided on the device, without waiting.
 
-    health (5,): steps skipped in a row, the most so far, skipped in all; sums of loss and norm since the last log.
+    health (5,): steps skipped in a row, the most so far, in all; sums of loss and norm since the last log.
     A skipped step leaves the weights as they are, bit for bit; the optimiser's moments see a zero gradient.
     """
     grad.div_(scale)
@@ -506,7 +511,7 @@ def update(opt, flat, grad, health, scale, cfg):
     grad.zero_()
     row, finite = (health[0] + 1) * ~ok, torch.where(ok, torch.stack([loss, norm]), 0.0)
     health.copy_(torch.stack([row, torch.maximum(row, health[1]), health[2] + ~ok, *(health[3:] + finite)]))
-    if cfg.precision == "fp16":                       # loss scale: halved at overflow, doubled in 2,000 good steps
+    if cfg.precision == "fp16":                       # loss scale: halved at overflow, doubled by 2,000 steps
         scale.mul_(torch.where(ok, 2 ** (1 / 2000), 0.5))
 
 
@@ -520,14 +525,14 @@ def on_signal(number, frame):
 
 
 def any_stop(world):
-    """True on every process as soon as one got a signal. A CPU tensor (gloo), so the GPU is not waited for."""
+    """True on every process as soon as one got a signal. A CPU tensor (gloo): nobody waits for the GPU."""
     flag = torch.tensor([float(bool(STOP))])
     if world > 1:
         dist.all_reduce(flag)
     return flag.item() > 0
 
 
-# ---- main --------------------------------------------------------------------------------------
+# ---- main -------------------------------------------------------------------------------------
 def finished(path):
     """The checkpoint at path, or None if there is none or its stage has not come to its end."""
     state = load(path)
@@ -547,7 +552,7 @@ def teacher_state(cfg):
 
 def build(cfg, model, device, state=None, what="", train=False):
     """A DDPM++ from constructor arguments (of an official file or SIZES), with weights by name if given."""
-    torch.manual_seed(fold(cfg.seed, cfg.stage, "init"))
+    torch.manual_seed(fold(cfg.seed, cfg.stage, "init"))    # choice: a random student has a start of its own
     net = nets.EDMPrecond(**{**model, "augment_dim": 0, "dropout": cfg.dropout if train else 0.0,
                              "sigma_shift": cfg.sigma_shift})
     if state is not None:
@@ -558,21 +563,27 @@ def build(cfg, model, device, state=None, what="", train=False):
 
 
 def student(cfg, model, device):
-    """What a stage trains, with its first weights: post goes on from mid.pt but for --init FILE or --mid none."""
-    mid = f"{cfg.out}/mid.pt"
-    if cfg.stage != "pretrain" and cfg.init not in ("teacher", "random"):
-        with files():
-            return build(cfg, model, device, nets.load_pretrained(cfg.init)[0], cfg.init, train=True)
-    if cfg.stage == "post" and cfg.mid != "none":
-        state = finished(mid) or fail(3, f"{mid} is not finished; run --stage mid first, or pass --mid none")
-        return build(cfg, model, device, state["ema"], mid, train=True)
-    if cfg.stage == "pretrain" or cfg.init == "random":
+    """The net to train, with its first weights: post starts from mid.pt but for --init FILE, --mid none."""
+    if cfg.stage == "pretrain":
         return build(cfg, model, device, train=True)
-    return build(cfg, model, device, teacher_state(cfg)[0], "the teacher", train=True)
+    with files():
+        if cfg.init not in ("teacher", "random"):
+            state, what = nets.load_pretrained(cfg.init)[0], cfg.init
+        elif cfg.stage == "post" and cfg.mid != "none":
+            what = f"{cfg.out}/mid.pt"
+            ckpt = finished(what)
+            if not ckpt:
+                fail(3, f"{what} is not finished; run --stage mid first, or pass --mid none")
+            state = ckpt["ema"]
+        elif cfg.init == "teacher":
+            state, what = teacher_state(cfg)[0], "the teacher"
+        else:
+            state, what = None, ""
+    return build(cfg, model, device, state, what, train=True)
 
 
 def forward(cfg, net, device):
-    """net as the losses call it: compiled with --compile, its inside in --precision; the losses stay in fp32."""
+    """net as the losses call it: compiled by --compile, inside in --precision; the losses stay in fp32."""
     net = torch.compile(net) if cfg.compile else net
     cast = dict(bf16=torch.bfloat16, fp16=torch.float16).get(cfg.precision)
 
@@ -583,12 +594,12 @@ def forward(cfg, net, device):
 
 
 def model_size(cfg, images):
-    """Constructor arguments of the DDPM++ of the images' size; without images, of the size that --data has."""
+    """Constructor arguments of the DDPM++ for images of this size; None: for the size that --data has."""
     if images is None:
         return nets.SIZES[f"ddpm++-{dict(digits=8, cifar10=32).get(cfg.data, cfg.res or 32)}"]
     _, channels, height, width = images.shape
     if height != width or f"ddpm++-{height}" not in nets.SIZES:
-        fail(3, f"--data {cfg.data}: its images are {width}x{height}, not one of {', '.join(nets.SIZES)}; pass --res")
+        fail(3, f"--data {cfg.data}: {width}x{height} fit none of {', '.join(nets.SIZES)}; pass --res")
     return {**nets.SIZES[f"ddpm++-{height}"], "img_channels": channels}
 
 
@@ -598,22 +609,20 @@ def train(cfg, rank, world, device):
     ckpt = resume(cfg, path)
     if ckpt and ckpt["step"] >= cfg.steps:
         return log(cfg, f"{cfg.stage}: {path} is finished, nothing to do")
-    images, model, teacher = None, None, None
-    if cfg.stage != "mid" or cfg.mid == "slow":                                       # CMT needs no data
-        with files():
+    images, checksum, model = None, 0, None
+    with files():
+        if cfg.stage != "mid" or cfg.mid == "slow":                               # CMT needs no data
             images = load_data(cfg)
-    checksum = zlib.crc32(images.numpy()) if images is not None else 0
-    if ckpt and ckpt["data"] != checksum:
-        fail(2, f"--data {cfg.data} has changed since {path} was saved; use another --out")
-    if cfg.stage != "pretrain":
-        with files():
+            checksum = zlib.crc32(images.numpy())
+        if ckpt and ckpt["data"] != checksum:
+            fail(2, f"--data {cfg.data} has changed since {path} was saved; use another --out")
+        if cfg.stage != "pretrain":
             weights, model = teacher_state(cfg)
     model = model or model_size(cfg, images)
     if cfg.stage == "mid" or cfg.stage == "post" and cfg.post == "ecd":
         teacher = build(cfg, model, device, weights, "the teacher")
     net = student(cfg, model, device).train()
-    if images is not None:
-        images = images.to(device)
+    images = images.to(device) if images is not None else None
     ema = deepcopy(net).requires_grad_(False).eval()
     (flat, grad), (flat_ema, _) = flatten(net), flatten(ema)
     flat.grad = grad[:-1]
@@ -628,7 +637,7 @@ def train(cfg, rank, world, device):
     scale, health = torch.tensor(scale, device=device), torch.tensor([0.0, 0, skipped, 0, 0], device=device)
     f = forward(cfg, net, device)
     shape = net.img_channels, net.img_resolution, net.img_resolution
-    sigmas, pairs = solvers.logsnr_sigmas(cfg.nfe), pairs_per_solve(cfg)
+    sigmas, (_, pairs) = solvers.logsnr_sigmas(cfg.nfe), solves(cfg)
     if cfg.stage == "mid":
         with files():
             distance = make_distance(cfg, shape[0], device)
@@ -638,16 +647,17 @@ def train(cfg, rank, world, device):
 
     clock, last = time.time(), start
     for step in range(start, cfg.steps):
-        decay = 1 - step / cfg.steps if cfg.decay == "linear" else 1.0                # linear to zero (B.2)
+        decay = 1 - step / cfg.steps if cfg.decay == "linear" else 1.0            # linear to zero (B.2)
         opt.param_groups[0]["lr"] = lr = cfg.lr * decay * min(1.0, (step + 1) / (cfg.warmup + 1))
         g = torch.Generator(device).manual_seed(fold(cfg.seed, cfg.stage, step))
-        at = step * B % pairs
-        if cfg.stage == "mid" and (at == 0 or step == start):                     # one solve feeds several steps
-            g.manual_seed(fold(cfg.seed, "solve", step * B // pairs))
-            x_t, t, x_0, owner = teacher_pairs(cfg, teacher, images, sigmas, shape, g, rank, world)
-            target = distance.features(x_0)                                       # once per trajectory
-            order = torch.randperm(pairs, generator=g, device=device)
-        if cfg.stage != "mid":
+        if cfg.stage == "mid":
+            solve, at = divmod(step * B, pairs)
+            if at == 0 or step == start:                                         # a solve feeds several steps
+                g.manual_seed(fold(cfg.seed, "solve", solve))
+                x_t, t, x_0, owner = teacher_pairs(cfg, teacher, images, sigmas, shape, g, rank, world)
+                target = distance.features(x_0)                                   # once per trajectory
+                order = torch.randperm(pairs, generator=g, device=device)
+        else:
             x, eps = draw(images, B, g), randn((B, *shape), g)
             sigma = (cfg.P_mean + cfg.P_std * randn(B, g)).exp()
             q = cfg.q ** (1 + step // cfg.double) if cfg.double else cfg.q
@@ -659,39 +669,42 @@ def train(cfg, rank, world, device):
                 loss = loss_dm(f, x[i], sigma[i], eps[i], net.sigma_data)
             elif cfg.stage == "mid":
                 p = order[at + i]
-                loss = loss_cmt(f, x_t[p], t[p], [m[owner[p]] for m in target], distance)         # Eq. 7
+                loss = loss_cmt(f, x_t[p], t[p], [m[owner[p]] for m in target], distance)     # Eq. 7
             else:
                 r = ect_step(sigma[i], q)
-                x_t, x_r = (x[i] + s.view(-1, 1, 1, 1) * eps[i] for s in (sigma[i], r))           # same noise
+                x_t, x_r = (x[i] + s.view(-1, 1, 1, 1) * eps[i] for s in (sigma[i], r))       # same noise
                 if cfg.post == "ecd":
                     with torch.no_grad():
                         x_r = solvers.ode_step(teacher, x_t, sigma[i], r, 2 if cfg.ecd == "heun" else 1)
-                loss = loss_ect(f, x[i], x_t, x_r, sigma[i], r, mask_seed, cfg.huber)             # Eq. 3
+                loss = loss_ect(f, x[i], x_t, x_r, sigma[i], r, mask_seed, cfg.huber)         # Eq. 3
             (loss * (len(i) / B) * scale).backward()
             grad[-1] += loss.detach() * (len(i) / B) * scale
         if world > 1:
-            dist.all_reduce(grad)                     # trap: process 0's own loss is not the loss: it rides along
+            # choice: one all-reduce of one vector, no DDP wrapper: any number of processes, one result
+            dist.all_reduce(grad)                 # trap: process 0's own loss is not the loss: it rides along
         update(opt, flat, grad, health, scale, cfg)
         flat_ema.lerp_(flat, 1 - cfg.ema_beta)
 
         # bookkeeping from here on
         done, stop = step + 1, any_stop(world)
-        if stop or done % cfg.log_every == 0 or done % cfg.save_every == 0 or done == cfg.steps:
+        to_save = stop or done % cfg.save_every == 0 or done == cfg.steps
+        if to_save or done % cfg.log_every == 0:
             (_, worst, skipped, loss, norm), n, took = health.tolist(), done - last, time.time() - clock
             health[3:] = 0
             seconds, last, clock = seconds + took, done, time.time()
             rate, loss, norm = n * B / took, loss / n, norm / n
-            log(cfg, f"{cfg.stage} {done:6d}/{cfg.steps} {done / cfg.steps:4.0%} | loss {loss:.5f} | grad {norm:.3g} "
-                     f"| skipped {skipped:.0f} | lr {lr:.2e} | {done * B / 1e6:.3f} Mimg | {rate:.0f} img/s | "
-                     f"{(cfg.steps - done) * B / rate / 60:.1f} min left",
-                stage=cfg.stage, step=done, images=done * B, loss=loss, grad=norm, skipped=int(skipped), lr=lr,
-                images_per_second=rate, seconds=seconds)
+            log(cfg, f"{cfg.stage} {done:6d}/{cfg.steps} {done / cfg.steps:4.0%} | loss {loss:.5f} | "
+                     f"grad {norm:.3g} | skipped {skipped:.0f} | lr {lr:.2e} | {done * B / 1e6:.3f} Mimg | "
+                     f"{rate:.0f} img/s | {(cfg.steps - done) * B / rate / 60:.1f} min left",
+                stage=cfg.stage, step=done, images=done * B, loss=loss, grad=norm, skipped=int(skipped),
+                lr=lr, images_per_second=rate, seconds=seconds)
             if worst >= MAX_BAD:
-                fail(4, f"{cfg.stage}: loss or gradient not finite in {worst:.0f} steps in a row before step {done}; "
-                        f"the last good checkpoint stays in {cfg.out}; try a smaller --lr with another --out")
-        if rank == 0 and (stop or done % cfg.save_every == 0 or done == cfg.steps):
-            save(path, step=done, net=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), model=model,
-                 cfg=asdict(cfg), seconds=seconds, skipped=int(skipped), scale=scale.item(), data=checksum)
+                fail(4, f"{cfg.stage}: loss or gradient not finite in {worst:.0f} steps in a row before step "
+                        f"{done}; {cfg.out} keeps the last good one; try a smaller --lr with another --out")
+        if to_save and rank == 0:
+            save(path, step=done, net=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(),
+                 model=model, cfg=asdict(cfg), data=checksum,
+                 seconds=seconds, skipped=int(skipped), scale=scale.item())
             grid = make_sampler(cfg, ema, "teacher" if cfg.stage == "pretrain" else "1", device)(range(64))
             save_grid(grid, f"{cfg.out}/samples_{cfg.stage}_{done:07d}.png")
             clock = time.time()
@@ -701,9 +714,12 @@ def train(cfg, rank, world, device):
         dist.barrier()
 
 
-def pairs_per_solve(cfg):
-    """Pairs that a call of teacher_pairs gives: trajectories x nfe, or a batch (paper's grouping, kd, slow)."""
-    return cfg.trajectories * cfg.nfe if cfg.mid == "cmt" and cfg.trajectories else cfg.batch
+def solves(cfg):
+    """Trajectories that a call of teacher_pairs solves (slow: per level), and the pairs they give."""
+    if cfg.mid == "kd":
+        return cfg.batch, cfg.batch
+    n = cfg.trajectories if cfg.mid == "cmt" and cfg.trajectories else cfg.batch // cfg.nfe
+    return n, n * cfg.nfe
 
 
 def check_batch(cfg, world):
@@ -712,30 +728,31 @@ def check_batch(cfg, world):
     if cfg.batch % world:
         fail(2, f"--batch {cfg.batch} must be a multiple of the {world} processes")
     if cfg.batch_gpu and share % cfg.batch_gpu:
-        fail(2, f"--batch_gpu {cfg.batch_gpu} must divide the {share} images of a process (--batch / processes)")
+        fail(2, f"--batch_gpu {cfg.batch_gpu} must divide the {share} images of --batch in a process")
+    n, pairs = solves(cfg)
     if cfg.stage != "mid" or cfg.mid == "none":
         return
-    by_batch = cfg.mid == "slow" or cfg.mid == "cmt" and not cfg.trajectories    # batch / nfe solves at a time
-    n = cfg.batch if cfg.mid == "kd" else cfg.batch // cfg.nfe if by_batch else cfg.trajectories
-    if by_batch and cfg.batch % cfg.nfe or pairs_per_solve(cfg) % cfg.batch:
-        fail(2, f"--nfe {cfg.nfe} and --trajectories {cfg.trajectories} must fill whole batches of --batch {cfg.batch}")
+    if pairs < 1 or pairs % cfg.batch:
+        fail(2, f"--nfe {cfg.nfe} and --trajectories {cfg.trajectories} must fill whole batches of "
+                f"--batch {cfg.batch}")
     if n % world:
-        fail(2, f"the {n} trajectories of a solve must be a multiple of the {world} processes; change --trajectories")
+        fail(2, f"the {n} --trajectories of a solve must be a multiple of the {world} processes")
 
 
 def candidates(cfg, device):
-    """What there is to sample from: (name, net, kinds of sampler, checkpoint); --init FILE: that file alone."""
+    """What to sample from: (name, net, {kind of sampler: steps}, checkpoint); --init FILE: it alone."""
+    few = {"1": 1, "2": 2}
     with files():
         if cfg.init not in ("teacher", "random"):
             state, model = nets.load_pretrained(cfg.init)
-            model = model or nets.SIZES[f"ddpm++-{cfg.res or 32}"]
-            return [("init", build(cfg, model, device, state, cfg.init), ("1", "2"), {})]
+            model = model or model_size(cfg, None)
+            return [("init", build(cfg, model, device, state, cfg.init), few, {})]
         state, model = teacher_state(cfg)
-        found = [("teacher", build(cfg, model, device, state, "the teacher"), ("teacher",),
-                  load(f"{cfg.out}/pretrain.pt") or {})]
+        net = build(cfg, model, device, state, "the teacher")
+        found = [("teacher", net, {"teacher": cfg.nfe}, load(f"{cfg.out}/pretrain.pt") or {})]
     for stage in ("mid", "post"):
         if ckpt := finished(f"{cfg.out}/{stage}.pt"):
-            found.append((stage, build(cfg, ckpt["model"], device, ckpt["ema"], stage), ("1", "2"), ckpt))
+            found.append((stage, build(cfg, ckpt["model"], device, ckpt["ema"], stage), few, ckpt))
     return found
 
 
@@ -743,22 +760,22 @@ def sample(cfg, rank, world, device):
     """One PNG per seed in <out>/samples/<net>_<steps>, and a sheet of them all: samples_<net>_<steps>.png."""
     seeds = seed_range(cfg.seeds)
     for name, net, kinds, _ in candidates(cfg, device):
-        for kind in kinds:
-            folder = f"{cfg.out}/samples/{name}_{cfg.nfe if kind == 'teacher' else kind}"
+        for kind, n in kinds.items():
+            folder = f"{cfg.out}/samples/{name}_{n}"
             os.makedirs(folder, exist_ok=True)
-            images, draw = [], make_sampler(cfg, net, kind, device)
+            sampler, images = make_sampler(cfg, net, kind, device), []
             for i in range(0, len(seeds), 64):
-                images.append(draw(seeds[i:i + 64]).cpu())
-                for seed, image in zip(seeds[i:i + 64], fid.to_uint8(images[-1])):
+                images.append(sampler(seeds[i:i + 64]).cpu())
+                for seed, image in zip(seeds[i:i + 64], fid.to_uint8(images[-1]).permute(0, 2, 3, 1).numpy()):
                     if seed % world == rank:
-                        Image.fromarray(image.permute(1, 2, 0).numpy().squeeze()).save(f"{folder}/{seed:06d}.png")
+                        Image.fromarray(image.squeeze()).save(f"{folder}/{seed:06d}.png")
             if rank == 0:
-                save_grid(torch.cat(images)[:1024], f"{folder.replace('/samples/', '/samples_')}.png")
+                save_grid(torch.cat(images)[:1024], f"{cfg.out}/samples_{name}_{n}.png")
             log(cfg, f"sample: {len(seeds)} images in {folder}")
 
 
 def evaluate(cfg, rank, world, device):
-    """Score every net there is: the teacher with its solver, the students in 1 and 2 steps; table in results.md."""
+    """Score every net there is: the teacher with its solver, the students in 1 and 2 steps."""
     metric = "FD-digits" if cfg.data == "digits" else "FID"
     with files():
         images = load_data(cfg)
@@ -767,32 +784,29 @@ def evaluate(cfg, rank, world, device):
         if cfg.data in FILES:
             reference = fid.load_reference(cfg.data)
         else:
-            reference = fid.measure(features, images[rank::world].split(250), device, file=f"of --data {cfg.data}")
+            mine = images[rank::world].split(250)
+            reference = fid.measure(features, mine, device, file=f"of --data {cfg.data}")
     found, table = candidates(cfg, device), []
     for name, net, kinds, ckpt in found:
         row = dict.fromkeys(("1", "2", "teacher"), "-")
-        for kind in kinds:
-            scores, ours = score(cfg, make_sampler(cfg, net, kind, device), features, reference, rank, world, device)
+        for kind, n in kinds.items():
+            sampler = make_sampler(cfg, net, kind, device)
+            scores, ours = score(cfg, sampler, features, reference, rank, world, device)
             row[kind] = f"{scores.mean():.2f}"
             if cfg.repeat > 1:
                 row[kind] += f" +- {scores.std():.2f}, min {scores.min():.2f}"
-            what = f"{cfg.nfe if kind == 'teacher' else kind}-step {metric}"
-            log(cfg, f"eval: {name} {what} {row[kind]}", stage="eval", net=name, metric=what, values=scores.tolist())
+            log(cfg, f"eval: {name} {n}-step {metric} {row[kind]}",
+                stage="eval", net=name, metric=f"{n}-step {metric}", values=scores.tolist())
         seen = ckpt["step"] * ckpt["cfg"]["batch"] if ckpt else 0
-        table.append([name, ckpt.get("step", "-"), f"{seen:,}", f"{ckpt.get('seconds', 0):.0f}", *row.values()])
-    head = ["stage", "steps", "images", "seconds", *(f"{k}-step {metric}" for k in ("1", "2", cfg.nfe))]
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *table]]
-    lines += ["", fid.protocol(ours, reference), f"{cfg.samples} samples a score, seeds from 0, EMA weights, second "
-              f"noise level {cfg.mid_sigma}, sigma_shift {cfg.sigma_shift}."]
-    log(cfg, "\n".join(lines))
+        seconds = f"{ckpt.get('seconds', 0):.0f}"
+        table.append([name, ckpt.get("step", "-"), f"{seen:,}", seconds, *row.values()])
     if rank == 0:
-        with open(f"{cfg.out}/results.md", "w") as f:
-            f.write("\n".join(lines) + "\n")
+        results(cfg, metric, table, fid.protocol(ours, reference))
         sheets(cfg, images, found, device)
 
 
 def score(cfg, sampler, features, reference, rank, world, device):
-    """Frechet distances of --repeat sets of --samples images (float64 tensor), and the last set's Reference."""
+    """Frechet distances of --repeat sets of --samples images (float64), and the last set's fid.Reference."""
     distances = []
     for j in range(cfg.repeat):
         seeds = range(j * cfg.samples + rank, (j + 1) * cfg.samples, world)
@@ -802,38 +816,48 @@ def score(cfg, sampler, features, reference, rank, world, device):
     return torch.tensor(distances, dtype=torch.float64), ours
 
 
+def results(cfg, metric, table, protocol):
+    """The table of scores and how they were measured: on the screen, in log.txt and in <out>/results.md."""
+    head = ["stage", "steps", "images", "seconds", *(f"{k}-step {metric}" for k in ("1", "2", cfg.nfe))]
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *table]]
+    lines += ["", protocol, f"{cfg.samples} samples a score, seeds from 0, EMA weights, second noise level "
+                            f"{cfg.mid_sigma}, sigma_shift {cfg.sigma_shift}."]
+    log(cfg, "\n".join(lines))
+    with open(f"{cfg.out}/results.md", "w") as f:
+        f.write("\n".join(lines) + "\n")
+
+
 @torch.no_grad()
 def sheets(cfg, images, found, device):
-    """Pictures: data, a sheet per net, the same noises through the stages, trajectories and what students answer."""
+    """Pictures: data, a sheet per net, one noise through the stages, trajectories with students' answers."""
     save_grid(to_float(images[::len(images) // 64][:64], "cpu"), f"{cfg.out}/samples_data.png")
     rows = []
     for name, net, kinds, _ in found:
-        for kind in kinds:
+        for kind, n in kinds.items():
             x = make_sampler(cfg, net, kind, device)(range(64)).cpu()
-            save_grid(x, f"{cfg.out}/samples_{name}_{cfg.nfe if kind == 'teacher' else kind}step.png")
+            save_grid(x, f"{cfg.out}/samples_{name}_{n}step.png")
             rows.append(x[:16])
     save_grid(torch.cat(rows), f"{cfg.out}/samples_stages.png", columns=16)
-    net, sigmas, rows = found[0][1], solvers.logsnr_sigmas(cfg.nfe), []
-    shape = net.img_channels, net.img_resolution, net.img_resolution
-    generators = [torch.Generator().manual_seed(fold("sample", s)) for s in range(3)]
-    xs = solvers.dpmpp(net, 80.0 * solvers.noise(shape, generators).to(device), sigmas)      # (nfe+1, 3, C, H, W)
-    shown = xs / sigmas.clamp(min=1).to(xs).view(-1, 1, 1, 1, 1)                  # states at unit scale
+    (_, teacher, *_), *students = found
+    sigmas, rows = solvers.logsnr_sigmas(cfg.nfe), []
+    xs = solvers.dpmpp(teacher, prior(teacher, range(3), device)[0], sigmas)         # (nfe+1, 3, C, H, W)
+    shown = xs / sigmas.clamp(min=1).to(xs).view(-1, 1, 1, 1, 1)                     # states at unit scale
     for j in range(3):
         rows.append(shown[:, j])
-        rows += [student(xs[:, j], sigmas.to(xs)) for _, student, _, _ in found[1:]]         # D_x of each state
+        rows += [net(xs[:, j], sigmas.to(xs)) for _, net, *_ in students]            # D_x of each state
     save_grid(torch.cat(rows), f"{cfg.out}/samples_trajectory.png", columns=cfg.nfe + 1)
 
 
 def open_out(cfg, argv):
-    """Make <out>, lock it (two runs in one folder would mix), say in log.txt what runs here. First process only."""
+    """Make <out>, lock it (two runs in it would mix), say in log.txt what runs. First process only."""
     os.makedirs(cfg.out, exist_ok=True)
     lock = open(f"{cfg.out}/.lock", "a")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)    # released by the system, however the process ends
     except OSError:
         fail(2, f"another run is at work in {cfg.out}; use another --out")
-    here = os.path.dirname(os.path.abspath(__file__))
-    commit = subprocess.run(["git", "-C", here, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     log(cfg, f"{' '.join([os.path.basename(__file__), *argv])} | commit {commit.stdout.strip() or 'none'} | "
              f"torch {torch.__version__} | {device}")
@@ -848,11 +872,14 @@ def run_stage(cfg, rank, world, device):
             train_vgg(cfg, device)
         if world > 1:
             dist.barrier()
-    elif cfg.stage in ("sample", "eval"):
-        (sample if cfg.stage == "sample" else evaluate)(cfg, rank, world, device)
-    elif cfg.stage == "pretrain" and cfg.teacher != "scratch" and (cfg.teacher or cfg.data in nets.PRETRAINED):
+    elif cfg.stage == "sample":
+        sample(cfg, rank, world, device)
+    elif cfg.stage == "eval":
+        evaluate(cfg, rank, world, device)
+    elif cfg.stage == "pretrain" and cfg.teacher != "scratch" and (
+            cfg.teacher or cfg.data in nets.PRETRAINED):
         with files():
-            teacher_state(cfg)                                                    # fetched and checked, not trained
+            teacher_state(cfg)                        # fetched and checked, not trained
     elif cfg.stage != "mid" or cfg.mid != "none":
         log(cfg, f"{cfg.stage}: {json.dumps(asdict(cfg))}")
         train(cfg, rank, world, device)
@@ -867,15 +894,11 @@ def main(argv=None):
     configs = [parse([*argv, "--stage", stage]) for stage in stages]
     for c in configs:
         check_batch(c, world)
-    lock = open_out(cfg, argv) if rank == 0 else None
-    signal.signal(signal.SIGTERM, on_signal)
-    signal.signal(signal.SIGINT, on_signal)
-    try:
+    with open_out(cfg, argv) if rank == 0 else nullcontext():                        # holds the lock of <out>
+        signal.signal(signal.SIGTERM, on_signal)
+        signal.signal(signal.SIGINT, on_signal)
         for c in configs:
             run_stage(c, rank, world, device)
-    finally:
-        if lock:
-            lock.close()
     if dist.is_initialized():
         dist.destroy_process_group()
 

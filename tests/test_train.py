@@ -124,6 +124,19 @@ def test_evaluation_inside_a_run_changes_no_weight(road, tmp_path):
     assert torch.equal(weights("a/pretrain.pt"), weights("b/pretrain.pt"))
 
 
+def test_every_readme_command_on_digits_runs(road, capsys):
+    """As printed, but for a few steps; the first one makes the teacher that the others name."""
+    from test_house import ALL, README
+    tiny = ["--steps", "2", "--samples", "8", "--trajectories", "2", "--batch", "16"]
+    lines = sorted((c for c in ALL if "--data digits" in c and c in README), key=len)
+    for line in lines:
+        script.main([*line.split()[2:], *tiny])
+    assert len(lines) >= 10 and len(list(Path("out").glob("*/results.md"))) >= 6
+    scored = subprocess.run([sys.executable, "fid.py", "--features", "digits", "assets/digits.png", "assets/digits.png"],
+                            cwd=ROOT, capture_output=True, text=True)
+    assert scored.returncode == 0 and "FD-digits 0.0000" in scored.stdout
+
+
 # ---- resume --------------------------------------------------------------------------------------
 @pytest.mark.parametrize("stage", ["pretrain", "mid", "post"])
 def test_signal_saves_the_step_and_the_same_command_goes_on_bit_for_bit(road, tmp_path, monkeypatch, capsys, stage):

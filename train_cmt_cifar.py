@@ -749,7 +749,8 @@ def candidates(cfg, device):
             return [("init", build(cfg, model, device, state, cfg.init), few, {})]
         state, model = teacher_state(cfg)
         net = build(cfg, model, device, state, "the teacher")
-        found = [("teacher", net, {"teacher": cfg.nfe}, load(f"{cfg.out}/pretrain.pt") or {})]
+        own = cfg.teacher in ("", "scratch") and load(f"{cfg.out}/pretrain.pt")       # else trained elsewhere
+        found = [("teacher", net, {"teacher": cfg.nfe}, own or {})]
     for stage in ("mid", "post"):
         if ckpt := finished(f"{cfg.out}/{stage}.pt"):
             found.append((stage, build(cfg, ckpt["model"], device, ckpt["ema"], stage), few, ckpt))
@@ -830,7 +831,7 @@ def results(cfg, metric, table, protocol):
 @torch.no_grad()
 def sheets(cfg, images, found, device):
     """Pictures: data, a sheet per net, one noise through the stages, trajectories with students' answers."""
-    save_grid(to_float(images[::len(images) // 64][:64], "cpu"), f"{cfg.out}/samples_data.png")
+    save_grid(to_float(images[::max(1, len(images) // 64)][:64], "cpu"), f"{cfg.out}/samples_data.png")
     rows = []
     for name, net, kinds, _ in found:
         for kind, n in kinds.items():

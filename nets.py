@@ -213,7 +213,7 @@ class EDMPrecond(nn.Module):
         for name, value in FIXED.items():
             given = unet.pop(name, value)
             if (list(given) if isinstance(given, tuple) else given) != value:
-                raise ValueError(f"{name}={given!r}: DDPM++ has {value!r}; other SongUNet variants are not here")
+                raise WeightsError(f"{name}={given!r}: DDPM++ has {value!r}; other SongUNet variants are not here")
         unet = {name: value for name, value in unet.items() if name not in IGNORED}
         self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
         self.sigma_data, self.sigma_shift = sigma_data, sigma_shift
@@ -370,7 +370,11 @@ CHECKSUMS = {  # url -> sha256; NVIDIA publishes none, so `fetch` prints it: pin
 INTERFACE = ("img_resolution", "img_channels", "label_dim")    # how the constructors of EDM and EDM2 begin
 
 
-class UnsafePickle(ValueError):
+class WeightsError(ValueError):
+    """Weights that cannot be used; the message is one line with the file, what is wrong and the remedy."""
+
+
+class UnsafePickle(WeightsError):
     """A file asks for something that is not on the allow-list. Nothing that it asked for was done."""
 
 
@@ -557,7 +561,7 @@ def load_pretrained(path_or_url):
         raise
     except Exception as e:                            # a cut file can fail anywhere; the cause is chained
         reason = f"{type(e).__name__}: {e}".splitlines()[0][:200]
-        raise ValueError(f"{path}: damaged, cut short or of another kind ({reason})") from e
+        raise WeightsError(f"{path}: damaged, cut short or of another kind ({reason})") from e
 
 
 def load_weights(net, state, what):
@@ -573,7 +577,7 @@ def load_weights(net, state, what):
                                   for k in own if k in state and state[k].shape != own[k].shape]}
     text = [f"{len(w)} {how}: {', '.join(w[:5])}{', ...' * (len(w) > 5)}" for how, w in wrong.items() if w]
     if text:                                          # trap: before any copy, or a failed load is half a load
-        raise ValueError(f"{what} does not fit the network: {'; '.join(text)}")
+        raise WeightsError(f"{what} does not fit the network: {'; '.join(text)}")
     for k, tensor in own.items():
         tensor.copy_(state[k])
 
@@ -582,7 +586,7 @@ def fetch(url, sha256="", md5=""):
     """Path of url's file in the cache ($CMT_CACHE, else ~/.cache/cmt), downloaded if it is not there yet.
 
     The sums given (sha256 defaults to CHECKSUMS) are checked, of a cached file too. A download gets its final
-    name only when it is whole and right. OSError names url, file and remedy; ValueError names both sums.
+    name only when it is whole and right. OSError names url, file and remedy; WeightsError names both sums.
     """
     sha256 = sha256 or CHECKSUMS.get(url, "")
     cache = os.environ.get("CMT_CACHE") or os.path.expanduser("~/.cache/cmt")
@@ -612,7 +616,7 @@ def fetch(url, sha256="", md5=""):
 
 
 def check_sums(path, what, sha256, md5):
-    """sha256 of a file. ValueError with `what` and both sums if it or the md5 is not as given ("" = any)."""
+    """sha256 of a file. WeightsError with `what` and both sums if it or the md5 is not as given ("" = any)."""
     sums = hashlib.sha256(), hashlib.md5()
     with open(path, "rb") as f:
         while block := f.read(1 << 20):
@@ -620,5 +624,5 @@ def check_sums(path, what, sha256, md5):
                 s.update(block)
     for s, wanted in zip(sums, (sha256, md5)):
         if wanted and s.hexdigest() != wanted.lower():
-            raise ValueError(f"{what}: its {s.name} is {s.hexdigest()}, expected {wanted}")
+            raise WeightsError(f"{what}: its {s.name} is {s.hexdigest()}, expected {wanted}")
     return sums[0].hexdigest()

@@ -13,6 +13,7 @@ Run the same command again to resume. Copy and fork as you please.
 """
 import argparse
 import difflib
+import errno
 import fcntl
 import hashlib
 import inspect
@@ -20,10 +21,12 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
 import time
+import traceback
 import zipfile
 import zlib
 from contextlib import contextmanager, nullcontext, suppress
@@ -158,6 +161,8 @@ def parse(argv=None):
     for field in ("q", "samples"):
         if getattr(cfg, field) < 2:
             fail(2, f"--{field} {getattr(cfg, field)} is not possible; it must be 2 at least")
+    if os.path.isfile(cfg.out):
+        fail(2, f"--out {cfg.out} is a file; name a folder")
     if not seed_range(cfg.seeds):
         fail(2, f"--seeds {cfg.seeds} is not possible; write 7 or 0-63")
     if name == "own" and os.sep not in cfg.data and "." not in cfg.data and not os.path.exists(cfg.data):
@@ -351,8 +356,8 @@ def save_grid(images, path, columns=8):
 
 # ---- plumbing ---------------------------------------------------------------------------------
 def fail(code, message):
-    """One line on stderr, then exit: 2 usage or config, 3 data or weights, 4 diverged, 75 stopped, saved."""
-    if os.environ.get("RANK", "0") == "0":
+    """One line, then exit: 1 crash, 2 usage or config, 3 data or weights, 4 diverged, 75 stopped and saved."""
+    if code == 1 or os.environ.get("RANK", "0") == "0":
         print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
     raise SystemExit(code)
 
@@ -380,12 +385,21 @@ def fold(*key):
 
 
 @contextmanager
-def files():
-    """Turn the one-line errors of reading data and weights into exit code 3; anything else stays a crash."""
+def one_line(cfg, world):
+    """What a user can mend ends as one line with its exit code; anything else stays a crash with its trace."""
     try:
         yield
-    except (OSError, ValueError, EOFError, tarfile.TarError) as e:
-        fail(3, str(e).splitlines()[0])
+    except (fid.DataError, nets.WeightsError, OSError) as e:
+        full = getattr(e, "errno", 0) in (errno.EFBIG, errno.ENOSPC, errno.EDQUOT)
+        fail(3, str(e).splitlines()[0] + f"; free some space for {cfg.out} and run again" * full)
+    except torch.OutOfMemoryError:
+        now = cfg.batch_gpu or cfg.batch // world
+        fail(1, f"out of memory with {now} images at once; run again with --batch_gpu {max(1, now // 2)}")
+    except RuntimeError as e:
+        calls = [f.line for f in traceback.extract_tb(e.__traceback__) if "dist." in f.line]
+        if not calls:
+            raise
+        fail(1, f"{calls[0]}: another process died, or did not answer for --timeout {cfg.timeout} s; run again")
 
 
 def randn(shape, g):
@@ -445,9 +459,9 @@ def save(path, **state):
     except (OSError, RuntimeError) as e:              # trap: torch turns a full disk into a RuntimeError
         with suppress(FileNotFoundError):
             os.remove(path + ".tmp")
-        tensors = [t for v in state.values() if isinstance(v, dict) for t in v.values() if torch.is_tensor(t)]
-        size = sum(t.nbytes for t in tensors)
-        fail(3, f"{path}: cannot write {size:,} bytes ({type(e).__name__}); free some space, run again")
+        def size(x):
+            return sum(map(size, x.values())) if isinstance(x, dict) else x.nbytes if torch.is_tensor(x) else 0
+        fail(3, f"{path}: cannot write {size(state):,} bytes ({type(e).__name__}); free some space, run again")
     if os.path.exists(path):
         os.replace(path, path + ".prev")
     os.replace(path + ".tmp", path)
@@ -556,29 +570,25 @@ def build(cfg, model, device, state=None, what="", train=False):
     net = nets.EDMPrecond(**{**model, "augment_dim": 0, "dropout": cfg.dropout if train else 0.0,
                              "sigma_shift": cfg.sigma_shift})
     if state is not None:
-        with files():
-            nets.load_weights(net, state, what)
+        nets.load_weights(net, state, what)
     net = net.to(device, memory_format=torch.channels_last)
     return net if train else net.requires_grad_(False).eval()
 
 
-def student(cfg, model, device):
-    """The net to train, with its first weights: post starts from mid.pt but for --init FILE, --mid none."""
+def student(cfg, model, device, teacher):
+    """The net to train. First weights: the teacher's, mid.pt's in post (unless --mid none), or --init FILE's."""
+    state, what = teacher, "the teacher"
     if cfg.stage == "pretrain":
-        return build(cfg, model, device, train=True)
-    with files():
-        if cfg.init not in ("teacher", "random"):
-            state, what = nets.load_pretrained(cfg.init)[0], cfg.init
-        elif cfg.stage == "post" and cfg.mid != "none":
-            what = f"{cfg.out}/mid.pt"
-            ckpt = finished(what)
-            if not ckpt:
-                fail(3, f"{what} is not finished; run --stage mid first, or pass --mid none")
-            state = ckpt["ema"]
-        elif cfg.init == "teacher":
-            state, what = teacher_state(cfg)[0], "the teacher"
-        else:
-            state, what = None, ""
+        state = None
+    elif cfg.init not in ("teacher", "random"):
+        state, what = nets.load_pretrained(cfg.init)[0], cfg.init
+    elif cfg.stage == "post" and cfg.mid != "none":
+        what = f"{cfg.out}/mid.pt"
+        if not (ckpt := finished(what)):
+            fail(3, f"{what} is not finished; run --stage mid first, or pass --mid none")
+        state = ckpt["ema"]
+    elif cfg.init == "random":
+        state = None
     return build(cfg, model, device, state, what, train=True)
 
 
@@ -609,19 +619,18 @@ def train(cfg, rank, world, device):
     ckpt = resume(cfg, path)
     if ckpt and ckpt["step"] >= cfg.steps:
         return log(cfg, f"{cfg.stage}: {path} is finished, nothing to do")
-    images, checksum, model = None, 0, None
-    with files():
-        if cfg.stage != "mid" or cfg.mid == "slow":                               # CMT needs no data
-            images = load_data(cfg)
-            checksum = zlib.crc32(images.numpy())
-        if ckpt and ckpt["data"] != checksum:
-            fail(2, f"--data {cfg.data} has changed since {path} was saved; use another --out")
-        if cfg.stage != "pretrain":
-            weights, model = teacher_state(cfg)
+    images, data, weights, model = None, "none", None, None
+    if cfg.stage != "mid" or cfg.mid == "slow":                                   # CMT needs no data
+        images = load_data(cfg)
+        data = f"{len(images)} images, crc32 {zlib.crc32(images.numpy()):08x}"
+    if ckpt and ckpt["data"] != data:
+        fail(2, f"--data {cfg.data} has changed: {path} saw {ckpt['data']}, now {data}; use another --out")
+    if cfg.stage != "pretrain":
+        weights, model = teacher_state(cfg)
     model = model or model_size(cfg, images)
     if cfg.stage == "mid" or cfg.stage == "post" and cfg.post == "ecd":
         teacher = build(cfg, model, device, weights, "the teacher")
-    net = student(cfg, model, device).train()
+    net = student(cfg, model, device, weights).train()
     images = images.to(device) if images is not None else None
     ema = deepcopy(net).requires_grad_(False).eval()
     (flat, grad), (flat_ema, _) = flatten(net), flatten(ema)
@@ -629,9 +638,8 @@ def train(cfg, rank, world, device):
     opt = dict(radam=torch.optim.RAdam, adam=torch.optim.Adam)[cfg.optimizer]([flat], lr=cfg.lr)
     start, seconds, skipped, scale = 0, 0.0, 0, 2.0**15 if cfg.precision == "fp16" else 1.0
     if ckpt:
-        with files():
-            nets.load_weights(net, ckpt["net"], path)
-            nets.load_weights(ema, ckpt["ema"], path)
+        nets.load_weights(net, ckpt["net"], path)
+        nets.load_weights(ema, ckpt["ema"], path)
         opt.load_state_dict(ckpt["opt"])
         start, seconds, skipped, scale = (ckpt[k] for k in ("step", "seconds", "skipped", "scale"))
     scale, health = torch.tensor(scale, device=device), torch.tensor([0.0, 0, skipped, 0, 0], device=device)
@@ -639,8 +647,7 @@ def train(cfg, rank, world, device):
     shape = net.img_channels, net.img_resolution, net.img_resolution
     sigmas, (_, pairs) = solvers.logsnr_sigmas(cfg.nfe), solves(cfg)
     if cfg.stage == "mid":
-        with files():
-            distance = make_distance(cfg, shape[0], device)
+        distance = make_distance(cfg, shape[0], device)
     micro = torch.arange(B // world, device=device).add(rank * (B // world)).split(cfg.batch_gpu or B)
     log(cfg, f"{cfg.stage}: {len(flat):,} parameters, steps {start} to {cfg.steps}, {world} process(es) on "
              f"{device}, {torch.get_num_threads()} CPU thread(s) each")
@@ -703,7 +710,7 @@ def train(cfg, rank, world, device):
                         f"{done}; {cfg.out} keeps the last good one; try a smaller --lr with another --out")
         if to_save and rank == 0:
             save(path, step=done, net=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(),
-                 model=model, cfg=asdict(cfg), data=checksum,
+                 model=model, cfg=asdict(cfg), data=data,
                  seconds=seconds, skipped=int(skipped), scale=scale.item())
             grid = make_sampler(cfg, ema, "teacher" if cfg.stage == "pretrain" else "1", device)(range(64))
             save_grid(grid, f"{cfg.out}/samples_{cfg.stage}_{done:07d}.png")
@@ -742,15 +749,14 @@ def check_batch(cfg, world):
 def candidates(cfg, device):
     """What to sample from: (name, net, {kind of sampler: steps}, checkpoint); --init FILE: it alone."""
     few = {"1": 1, "2": 2}
-    with files():
-        if cfg.init not in ("teacher", "random"):
-            state, model = nets.load_pretrained(cfg.init)
-            model = model or model_size(cfg, None)
-            return [("init", build(cfg, model, device, state, cfg.init), few, {})]
-        state, model = teacher_state(cfg)
-        net = build(cfg, model, device, state, "the teacher")
-        own = cfg.teacher in ("", "scratch") and load(f"{cfg.out}/pretrain.pt")       # else trained elsewhere
-        found = [("teacher", net, {"teacher": cfg.nfe}, own or {})]
+    if cfg.init not in ("teacher", "random"):
+        state, model = nets.load_pretrained(cfg.init)
+        model = model or model_size(cfg, None)
+        return [("init", build(cfg, model, device, state, cfg.init), few, {})]
+    state, model = teacher_state(cfg)
+    net = build(cfg, model, device, state, "the teacher")
+    own = cfg.teacher in ("", "scratch") and load(f"{cfg.out}/pretrain.pt")           # else trained elsewhere
+    found = [("teacher", net, {"teacher": cfg.nfe}, own or {})]
     for stage in ("mid", "post"):
         if ckpt := finished(f"{cfg.out}/{stage}.pt"):
             found.append((stage, build(cfg, ckpt["model"], device, ckpt["ema"], stage), few, ckpt))
@@ -778,15 +784,12 @@ def sample(cfg, rank, world, device):
 def evaluate(cfg, rank, world, device):
     """Score every net there is: the teacher with its solver, the students in 1 and 2 steps."""
     metric = "FD-digits" if cfg.data == "digits" else "FID"
-    with files():
-        images = load_data(cfg)
-        features = fid.DigitsNet() if cfg.data == "digits" else fid.load_inception(cfg.inception)
-        features = features.to(device)
-        if cfg.data in FILES:
-            reference = fid.load_reference(cfg.data)
-        else:
-            mine = images[rank::world].split(250)
-            reference = fid.measure(features, mine, device, file=f"of --data {cfg.data}")
+    images = load_data(cfg)
+    features = (fid.DigitsNet() if cfg.data == "digits" else fid.load_inception(cfg.inception)).to(device)
+    if cfg.data in FILES:
+        reference = fid.load_reference(cfg.data)
+    else:
+        reference = fid.measure(features, images[rank::world].split(250), device, file=f"of --data {cfg.data}")
     found, table = candidates(cfg, device), []
     for name, net, kinds, ckpt in found:
         row = dict.fromkeys(("1", "2", "teacher"), "-")
@@ -852,11 +855,14 @@ def sheets(cfg, images, found, device):
 def open_out(cfg, argv):
     """Make <out>, lock it (two runs in it would mix), say in log.txt what runs. First process only."""
     os.makedirs(cfg.out, exist_ok=True)
-    lock = open(f"{cfg.out}/.lock", "a")
+    lock = open(f"{cfg.out}/.lock", "a+")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)    # released by the system, however the process ends
     except OSError:
-        fail(2, f"another run is at work in {cfg.out}; use another --out")
+        lock.seek(0)
+        fail(2, f"another run ({lock.read()}) is at work in {cfg.out}; use another --out")
+    lock.truncate(0)
+    print(f"process {os.getpid()} on {socket.gethostname()}", end="", file=lock, flush=True)
     git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
@@ -879,8 +885,7 @@ def run_stage(cfg, rank, world, device):
         evaluate(cfg, rank, world, device)
     elif cfg.stage == "pretrain" and cfg.teacher != "scratch" and (
             cfg.teacher or cfg.data in nets.PRETRAINED):
-        with files():
-            teacher_state(cfg)                        # fetched and checked, not trained
+        teacher_state(cfg)                            # fetched and checked, not trained
     elif cfg.stage != "mid" or cfg.mid != "none":
         log(cfg, f"{cfg.stage}: {json.dumps(asdict(cfg))}")
         train(cfg, rank, world, device)
@@ -895,9 +900,9 @@ def main(argv=None):
     configs = [parse([*argv, "--stage", stage]) for stage in stages]
     for c in configs:
         check_batch(c, world)
-    with open_out(cfg, argv) if rank == 0 else nullcontext():                        # holds the lock of <out>
-        signal.signal(signal.SIGTERM, on_signal)
-        signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, on_signal)
+    with one_line(cfg, world), open_out(cfg, argv) if rank == 0 else nullcontext():      # holds the lock of <out>
         for c in configs:
             run_stage(c, rank, world, device)
     if dist.is_initialized():

@@ -1,11 +1,87 @@
-"""One thread, so that results do not depend on the machine; the repository on the path."""
+"""One thread, so that results do not depend on the machine; the repository on the path; what the script tests share."""
 import os
+import signal
 import sys
+import traceback
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 
+import train_cmt_cifar as script  # noqa: E402
+
 torch.set_num_threads(1)
+TINY = "--data digits --samples 16 --trajectories 2 --batch 16 --log_every 1 --threads 1".split()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="the fault tests at full length, and the soak")
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty folder, offline, with signals as they were."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CMT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(script, "STOP", [])
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for s, handler in before.items():
+        signal.signal(s, handler)
+
+
+@pytest.fixture(scope="session")
+def road(tmp_path_factory):
+    """One whole run of a few steps: pretrain, vgg, mid, post, eval."""
+    out = tmp_path_factory.mktemp("road")
+    script.main([*TINY, "--out", str(out), "--steps", "3"])
+    return out
+
+
+def code(argv, capsys):
+    """Exit code and stderr of a command line."""
+    with pytest.raises(SystemExit) as e:
+        script.main([str(a) for a in argv])
+    return e.value.code, capsys.readouterr().err
+
+
+def fork(argv, log, rank=None, world=1, port=0, patch=lambda: None):
+    """Process id of a copy of this process that runs a command line; its output goes to the file `log`.
+
+    A copy starts at once, where a new Python imports torch for seconds; patch() runs in it first.
+    """
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
+        os.dup2(1, 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
+        if rank is not None:
+            os.environ |= dict(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
+                               MASTER_PORT=str(port))
+        patch()
+        script.main([str(a) for a in argv])
+        status = 0
+    except SystemExit as e:
+        status = e.code
+    except BaseException:
+        traceback.print_exc()
+    os._exit(status)
+
+
+def wait(pid):
+    """Exit code of a child, or minus the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def weights(path):
+    """All numbers of a checkpoint that training depends on, as one vector."""
+    c = torch.load(path, weights_only=True)
+    opt = [v.float().reshape(-1) for s in c["opt"]["state"].values() for v in s.values()]
+    return torch.cat([v.float().reshape(-1) for k in ("net", "ema") for v in c[k].values()] + opt)

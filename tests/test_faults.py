@@ -1,0 +1,469 @@
+"""Faults of long runs on shared machines, F1 to F18: each is made to happen, and what must survive is compared.
+
+The default is short; `python -m pytest tests/test_faults.py --long` runs every fault as often as the README's
+table says, and a soak of 20,000 steps with 25 faults.
+"""
+import json
+import os
+import pickle
+import random
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, code, fork, wait, weights
+from PIL import Image
+
+import train_cmt_cifar as script
+
+pytestmark = pytest.mark.usefixtures("here")
+PRETRAIN = [*TINY, "--stage", "pretrain", "--nfe", "2"]        # nfe: of the sample grid at every save
+
+
+@pytest.fixture
+def often(request):
+    """often(short, full): how many times a fault happens, by default and with --long."""
+    return lambda short, full: full if request.config.getoption("--long") else short
+
+
+def same(a, b):
+    return torch.equal(weights(a), weights(b))
+
+
+def last_step(out):
+    """The newest step in metrics.jsonl; 0 without one."""
+    path = Path(out, "metrics.jsonl")
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return json.loads(lines[-1])["step"] if lines else 0
+
+
+def wait_for_step(out, step, pid):
+    while last_step(out) < step:
+        assert os.waitpid(pid, os.WNOHANG) == (0, 0), Path("log").read_text()[-2000:]
+        time.sleep(0.005)
+
+
+def pair(argv, patches=(None, None)):
+    """Two processes of one run, as torchrun would start them."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    return [fork(argv, f"log{r}", r, 2, port, patches[r] or (lambda: None)) for r in range(2)]
+
+
+def stop_after(step):
+    """A patch: the run is asked to stop after `step` steps, as a signal would."""
+    calls = []
+    return lambda: setattr(script, "any_stop", lambda world: calls.append(1) or len(calls) == step)
+
+
+# ---- a process ends ------------------------------------------------------------------------------
+@pytest.mark.parametrize("stage", ["pretrain", "mid", "post"])
+def test_f1_kill_at_random_times(road, stage, often):
+    """Every restart succeeds, loses at most --save_every steps, and the end is the undisturbed run's, bit for bit."""
+    kills, steps = often(2, 10), often(24, 200)
+    argv = [*TINY, "--stage", stage, "--steps", steps, "--save_every", 3, "--dropout", 0.2, "--nfe", 4, "--trajectories", 8]
+    argv += [] if stage == "pretrain" else ["--teacher", road / "pretrain.pt", "--loss", "l2"]
+    argv += ["--mid", "none"] if stage == "post" else []
+    assert wait(fork([*argv, "--out", "whole"], "log")) == 0
+    rng = random.Random(0)
+    for k in range(kills):
+        pid = fork([*argv, "--out", "cut"], "log")
+        wait_for_step("cut", max(4, steps * k // kills), pid)
+        time.sleep(rng.random() * 0.05)
+        os.kill(pid, signal.SIGKILL)
+        assert wait(pid) == -signal.SIGKILL
+        reached, saved = last_step("cut"), script.load(f"cut/{stage}.pt")["step"]
+        assert 0 <= reached - saved <= 3
+    assert wait(fork([*argv, "--out", "cut"], "log")) == 0 and same(f"whole/{stage}.pt", f"cut/{stage}.pt")
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "mid", "post"])
+def test_f2_signal_saves_the_current_step(road, stage, often):
+    """SIGTERM: exit code 75, a checkpoint of the step just done, nothing lost, the same end."""
+    argv = [*TINY, "--stage", stage, "--steps", "10", "--save_every", 1000, "--trajectories", "4", "--loss", "l2"]
+    argv += [] if stage == "pretrain" else ["--teacher", road / "pretrain.pt", "--mid", "cmt" if stage == "mid" else "none"]
+    assert wait(fork([*argv, "--out", "whole"], "log")) == 0
+    for k in range(often(1, 5)):
+        pid = fork([*argv, "--out", "cut"], "log")
+        wait_for_step("cut", 2 + k, pid)
+        os.kill(pid, signal.SIGTERM)
+        sent = time.time()
+        assert wait(pid) == 75 and time.time() - sent < 5
+        assert script.load(f"cut/{stage}.pt")["step"] == last_step("cut")
+    assert "is saved, run the same command again" in Path("log").read_text()
+    assert wait(fork([*argv, "--out", "cut"], "log")) == 0 and same(f"whole/{stage}.pt", f"cut/{stage}.pt")
+
+
+def test_f2_signal_to_one_of_two_processes_stops_both():
+    argv = [*PRETRAIN, "--steps", "5000", "--save_every", "5000", "--out", "run"]
+    pids = pair(argv)
+    wait_for_step("run", 3, pids[0])
+    os.kill(pids[1], signal.SIGTERM)
+    assert [wait(p) for p in pids] == [75, 75]
+    assert script.load("run/pretrain.pt")["step"] == last_step("run") < 5000
+
+
+def test_f3_kill_inside_a_save(often):
+    """At every point of a save the old or the new checkpoint is whole; after the last rename the new one is."""
+    Path("run").mkdir()
+    script.save("run/a.pt", step=0, ema={"w": torch.zeros(5000)})
+
+    def half(state, f):
+        f.write(bytes(10_000))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def at_call(name, k):
+        real, calls = getattr(os, name), []
+
+        def killing(*a):
+            if len(calls) == k:
+                os.kill(os.getpid(), signal.SIGKILL)
+            calls.append(1)
+            return real(*a)
+        setattr(os, name, killing)
+    points = [lambda: setattr(torch, "save", half), *(lambda n=n, k=k: at_call(n, k) for n, k in
+              [("fsync", 0), ("replace", 0), ("replace", 1), ("fsync", 1)])]
+    old = 0
+    for step in range(1, 1 + often(10, 20)):
+        pid = os.fork()
+        if not pid:
+            points[step % 5]()
+            script.save("run/a.pt", step=step, ema={"w": torch.full((5000,), float(step))})
+            os._exit(0)
+        assert wait(pid) == -signal.SIGKILL
+        state = script.load("run/a.pt")
+        assert state["step"] == (step if step % 5 == 4 else old)
+        assert (state["ema"]["w"] == state["step"]).all()
+        old = state["step"]
+
+
+def test_f7_a_dead_process_ends_the_run_and_a_restart_finishes_it():
+    argv = [*PRETRAIN, "--steps", "30", "--save_every", "4", "--batch_gpu", 4]
+    for pid in pair([*argv, "--out", "whole"]):
+        assert wait(pid) == 0
+    pids = pair([*argv, "--out", "cut"])
+    wait_for_step("cut", 9, pids[0])
+    os.kill(pids[1], signal.SIGKILL)
+    died = time.time()
+    assert [wait(p) for p in pids] == [1, -signal.SIGKILL] and time.time() - died < 30
+    lines = Path("log0").read_text().splitlines()
+    assert "another process died" in lines[-1] and "dist." in lines[-1] and "Traceback" not in Path("log0").read_text()
+    for pid in pair([*argv, "--out", "cut"]):
+        assert wait(pid) == 0
+    assert same("whole/pretrain.pt", "cut/pretrain.pt")
+
+
+def test_f7_torchrun_restarts_by_itself(request):
+    if not request.config.getoption("--long"):
+        pytest.skip("15 s of torchrun; --long runs it")
+    argv = [str(a) for a in [*PRETRAIN, "--steps", "400", "--save_every", "20", "--batch_gpu", 4]]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1",
+              str(ROOT / "train_cmt_cifar.py")]
+    assert subprocess.run([*launch, *argv, "--out", "whole"], capture_output=True).returncode == 0
+    p = subprocess.Popen([*launch, *argv, "--out", "cut"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while last_step("cut") < 50:
+        time.sleep(0.01)
+    children = subprocess.run(["pgrep", "-P", str(p.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    assert p.wait(timeout=120) == 0 and same("whole/pretrain.pt", "cut/pretrain.pt")
+
+
+def test_f8_a_hung_process_ends_the_run():
+    """Within --timeout + 15 s, with a line that names the call that waited in vain."""
+    def hang():
+        real, calls = script.any_stop, []
+        script.any_stop = lambda world: time.sleep(100) if len(calls) == 3 else calls.append(1) or real(world)
+    pids = pair([*PRETRAIN, "--steps", "30", "--timeout", "3", "--out", "run"], (None, hang))
+    began = time.time()
+    assert wait(pids[0]) == 1 and time.time() - began < 3 + 15
+    os.kill(pids[1], signal.SIGKILL)
+    wait(pids[1])
+    line = Path("log0").read_text().splitlines()[-1]
+    assert "dist.all_reduce(flag)" in line and "did not answer for --timeout 3 s; run again" in line
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "mid", "post"])
+def test_f9_two_processes_then_one_then_two(road, stage):
+    """With two micro-batches a step, the sums have one order: 1 = 2 = 2 -> 1 -> 2 processes, bit for bit."""
+    argv = [*TINY, "--stage", stage, "--steps", "9", "--batch_gpu", "8", "--dropout", "0.2", "--loss", "l2",
+            "--trajectories", "16", "--nfe", "4"]
+    argv += [] if stage == "pretrain" else ["--teacher", road / "pretrain.pt", "--mid", "cmt" if stage == "mid" else "none"]
+    assert wait(fork([*argv, "--out", "one"], "log")) == 0
+    for pid in pair([*argv, "--out", "mixed"], (stop_after(3), stop_after(3))):
+        assert wait(pid) == 75
+    assert wait(fork([*argv, "--out", "mixed"], "log", patch=stop_after(3))) == 75
+    for pid in pair([*argv, "--out", "mixed"]):
+        assert wait(pid) == 0
+    assert same(f"one/{stage}.pt", f"mixed/{stage}.pt")
+
+
+def test_f9_four_micro_batches_agree_to_rounding():
+    argv = [*PRETRAIN, "--steps", "6", "--batch_gpu", "4", "--dropout", "0.2"]
+    assert wait(fork([*argv, "--out", "one"], "log")) == 0
+    for pid in pair([*argv, "--out", "two"]):
+        assert wait(pid) == 0
+    a, b = (torch.cat([v.flatten() for v in script.load(f"{d}/pretrain.pt")["net"].values()]) for d in ("one", "two"))
+    assert 0 <= (a - b).norm() / a.norm() < 1e-5
+    a, b = ([json.loads(line)["loss"] for line in open(f"{d}/metrics.jsonl")] for d in ("one", "two"))
+    assert a == pytest.approx(b, rel=1e-4)                                            # the mean over both processes
+
+
+def test_f16_ctrl_c_saves_and_a_second_one_leaves_at_once():
+    def slow():
+        real = script.save
+        script.save = lambda *a, **k: (print("saving", flush=True), time.sleep(30 if Path("slow").exists() else 0), real(*a, **k))
+    argv = [*PRETRAIN, "--steps", "5000", "--save_every", "5000", "--out", "run"]
+    pid = fork(argv, "log", patch=slow)
+    wait_for_step("run", 2, pid)
+    os.kill(pid, signal.SIGINT)
+    assert wait(pid) == 75
+    first = script.load("run/pretrain.pt")["step"]
+    Path("slow").touch()
+    pid = fork(argv, "log", patch=slow)
+    wait_for_step("run", first + 2, pid)
+    os.kill(pid, signal.SIGINT)
+    while Path("log").read_text().count("saving") < 2:
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGINT)
+    sent = time.time()
+    assert wait(pid) == -signal.SIGINT and time.time() - sent < 2 and script.load("run/pretrain.pt")["step"] == first
+
+
+# ---- the disk ------------------------------------------------------------------------------------
+def test_f4_full_disk_is_one_line_and_keeps_what_was_saved():
+    """A write limit stands in for a full disk: torch fails in the middle of a checkpoint."""
+    argv = [*PRETRAIN, "--steps", "9", "--save_every", "3", "--out", "run"]
+    assert wait(fork(argv, "log", patch=stop_after(4))) == 75
+    before = Path("run/pretrain.pt").read_bytes()
+    limit = lambda size: lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))    # noqa: E731
+    assert wait(fork(argv, "log", patch=limit(500_000))) == 3
+    lines = Path("log").read_text()
+    assert "run/pretrain.pt: cannot write 4,8" in lines.splitlines()[-1] and "free some space" in lines
+    assert Path("run/pretrain.pt").read_bytes() == before and not list(Path("run").glob("*.tmp"))
+    assert wait(fork(argv, "second", patch=limit(Path("run/log.txt").stat().st_size + 100))) == 3    # no room for a line
+    assert "free some space for run" in Path("second").read_text().splitlines()[-1]
+    assert Path("run/pretrain.pt").read_bytes() == before and "Traceback" not in lines + Path("second").read_text()
+
+
+def test_f5_truncated_checkpoints_fall_back_to_the_one_before(capsys):
+    argv = [*PRETRAIN, "--out", "run", "--steps", "4", "--save_every", "1"]
+    script.main(argv)
+    good, data = weights("run/pretrain.pt"), Path("run/pretrain.pt").read_bytes()
+    for part in (0, 0.01, 0.5, 0.999):
+        Path("run/pretrain.pt").write_bytes(data[:int(part * len(data))])
+        assert script.load("run/pretrain.pt")["step"] == 3
+        assert "is damaged" in capsys.readouterr().err
+    script.main(argv)
+    assert torch.equal(weights("run/pretrain.pt"), good)
+    for name in ("run/pretrain.pt", "run/pretrain.pt.prev"):
+        Path(name).write_bytes(b"nothing")
+    exit_code, err = code(argv, capsys)
+    assert exit_code == 3 and "so is the one before it" in err                        # never a fresh start
+
+
+def test_f5_flipped_bits_are_found_or_harmless(often, capsys):
+    """Every byte that holds a number is covered by a CRC: no flip ever gives other weights."""
+    good = torch.randn(500)
+    script.save("a.pt", step=1, ema={"w": good})
+    data, found, flips = bytearray(Path("a.pt").read_bytes()), 0, often(60, 200)
+    for k in range(flips):
+        position = (k * 7919) % (8 * len(data))
+        data[position // 8] ^= 1 << position % 8
+        Path("a.pt").write_bytes(data)
+        try:
+            assert torch.equal(script.load("a.pt")["ema"]["w"], good)
+        except SystemExit:
+            found += 1
+        data[position // 8] ^= 1 << position % 8
+    assert found > flips // 2
+
+
+# ---- the data ------------------------------------------------------------------------------------
+def picture(kind):
+    """The bytes of a 32x32 image file that is not what it should be."""
+    rgb = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
+    images = {"good": Image.fromarray(rgb), "CMYK": Image.fromarray(rgb).convert("CMYK"),
+              "16-bit": Image.fromarray(rgb[..., 0].astype(np.uint16) * 256), "small": Image.fromarray(rgb[:31])}
+    image = images.get(kind, images["good"])
+    image.save("picture", format="TIFF" if kind == "CMYK" else "PNG")
+    data = Path("picture").read_bytes()
+    return {"empty": b"", "cut": data[:len(data) // 2], "text": b"<html>not found</html>"}.get(kind, data)
+
+
+@pytest.mark.parametrize("form", ["zip", "folder"])
+@pytest.mark.parametrize("kind", ["CMYK", "16-bit", "small", "empty", "cut", "text"])
+def test_f6_one_bad_image_of_many_is_named_before_the_first_step(kind, form, capsys):
+    with zipfile.ZipFile("own.zip", "w") as z:
+        for i in range(20):
+            z.writestr(f"00000/img{i:08d}.png", picture(kind if i == 13 else "good"))
+    zipfile.ZipFile("own.zip").extractall("folder")
+    for flags in ([], ["--res", "32"]):
+        argv = ["--data", "own.zip" if form == "zip" else "folder", "--stage", "pretrain", "--out", "x", *flags]
+        exit_code, err = code(argv, capsys)
+        assert exit_code == 3 and "img00000013.png" in err and len(err.strip().splitlines()) == 1, err
+    assert not Path("x/pretrain.pt").exists()
+
+
+def test_f18_changed_data_is_refused_with_both_counts(monkeypatch, capsys):
+    argv = [*PRETRAIN, "--out", "x", "--steps", "4"]
+    monkeypatch.setattr(script, "any_stop", lambda world: True)
+    assert code(argv, capsys)[0] == 75
+    images = script.fid.digits()[0]
+    for changed, count in ((images[1:], 1796), (images.flip(0), 1797)):               # a file less; another order
+        monkeypatch.setattr(script.fid, "digits", lambda: (changed, None))
+        exit_code, err = code(argv, capsys)
+        assert exit_code == 2 and "saw 1797 images, crc32" in err and f"now {count} images" in err
+
+
+# ---- the numbers ---------------------------------------------------------------------------------
+def faulty(monkeypatch, bad, factor):
+    """The loss times factor at the steps in bad (from 1)."""
+    real, calls = script.loss_dm, []
+    monkeypatch.setattr(script, "loss_dm", lambda *a: real(*a) * (factor if calls.append(1) or len(calls) in bad else 1))
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf")])
+def test_f10_a_batch_that_is_not_finite_is_skipped_and_counted(monkeypatch, capsys, factor):
+    seen, real = [], script.update
+    monkeypatch.setattr(script, "update", lambda opt, flat, *a: (seen.append(flat.clone()), real(opt, flat, *a)))
+    faulty(monkeypatch, {2, 4}, factor)
+    script.main([*PRETRAIN, "--steps", "6", "--out", "few"])
+    assert script.load("few/pretrain.pt")["skipped"] == 2 and "skipped 2" in capsys.readouterr().out
+    assert [torch.equal(a, b) for a, b in zip(seen, seen[1:])] == [False, True, False, True, False]
+
+
+def test_f10_ten_in_a_row_end_the_run_with_the_last_good_checkpoint(monkeypatch, capsys):
+    faulty(monkeypatch, range(5, 99), float("nan"))
+    exit_code, err = code([*PRETRAIN, "--steps", "30", "--save_every", "4", "--out", "many"], capsys)
+    assert exit_code == 4 and "not finite in 10 steps" in err and "--lr" in err
+    state = script.load("many/pretrain.pt")
+    assert all(torch.isfinite(v).all() for v in state["net"].values()) and state["step"] <= 12
+
+
+def test_f11_a_loss_spike_is_logged_clipped_and_moves_no_later_batch(monkeypatch):
+    """A loss of 1,000 times its size: with --clip the run ends near the undisturbed one, and the samples are the same."""
+    drawn, real = [], script.draw
+    monkeypatch.setattr(script, "draw", lambda *a: drawn.append(real(*a)) or drawn[-1])
+    argv = [*PRETRAIN, "--steps", "12", "--clip", "1"]
+    script.main([*argv, "--out", "calm"])
+    calm = script.load("calm/pretrain.pt")["net"]
+    faulty(monkeypatch, {6}, 1000.0)
+    script.main([*argv, "--out", "clipped"])
+    assert all(torch.equal(a, b) for a, b in zip(drawn[:12], drawn[12:]))
+    grads = [json.loads(line)["grad"] for line in open("clipped/metrics.jsonl")]
+    assert grads[5] > 100 * grads[4]
+    net = script.load("clipped/pretrain.pt")["net"]
+    moved = torch.stack([(net[k] - v).norm() for k, v in calm.items()]).norm()
+    assert moved < 0.05 * torch.stack([v.norm() for v in calm.values()]).norm()
+
+
+def test_f17_evaluation_inside_a_run_changes_no_weight():
+    for out, save in (("a", "1"), ("b", "3")):                                        # a save draws a sample grid
+        script.main([*PRETRAIN, "--out", out, "--steps", "3", "--save_every", save])
+    assert same("a/pretrain.pt", "b/pretrain.pt")
+
+
+# ---- the command ---------------------------------------------------------------------------------
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch evil",)
+
+
+@pytest.mark.parametrize("flag", ["--teacher", "--init"])
+def test_f12_malicious_weights_are_refused_and_not_run(road, flag, capsys):
+    """One attack through the command line; test_load_pretrained.py holds the others, by name."""
+    Path("evil.pkl").write_bytes(pickle.dumps({"ema": Evil()}))
+    torch.save({"ema": Evil()}, "evil.pt")
+    for name in ("evil.pkl", "evil.pt"):
+        argv = [*TINY, "--stage", "mid", "--loss", "l2", "--teacher", road / "pretrain.pt", flag, name, "--out", "x"]
+        exit_code, err = code(argv, capsys)
+        assert exit_code == 3 and "system" in err and not os.path.exists("evil"), err
+
+
+def test_f13_weights_of_another_shape_are_refused_by_name(road, capsys):
+    state = torch.load(road / "pretrain.pt", weights_only=True)
+    torch.save({**state, "model": {**state["model"], "model_channels": 16}}, "small.pt")
+    exit_code, err = code([*TINY, "--stage", "mid", "--teacher", "small.pt", "--out", "x"], capsys)
+    assert exit_code == 3 and "does not fit the network" in err and "model.map_layer0.weight (128, 32)" in err
+
+
+@pytest.mark.parametrize("flag", ["--teacher", "--init"])
+@pytest.mark.parametrize("what", ["missing.pt", "folder", "bytes.pkl"])
+def test_f14_weights_that_are_not_there_are_never_a_fresh_start(road, flag, what, capsys):
+    Path("folder").mkdir()
+    Path("bytes.pkl").write_bytes(b"nothing")
+    argv = [*TINY, "--stage", "mid", "--loss", "l2", "--teacher", road / "pretrain.pt", flag, what, "--out", "x"]
+    exit_code, err = code(argv, capsys)
+    assert exit_code == 3 and what in err and len(err.strip().splitlines()) == 1 and not Path("x/mid.pt").exists()
+
+
+def test_f14_an_out_that_is_a_file_is_refused(capsys):
+    Path("taken").write_bytes(b"mine")
+    exit_code, err = code([*PRETRAIN, "--out", "taken"], capsys)
+    assert exit_code == 2 and "--out taken is a file" in err and Path("taken").read_bytes() == b"mine"
+
+
+def test_f14_a_folder_of_another_configuration_is_refused_and_left_alone(road, capsys):
+    before = (road / "mid.pt").read_bytes()
+    exit_code, err = code([*TINY, "--out", road, "--steps", "3", "--stage", "mid", "--lr", "1"], capsys)
+    assert exit_code == 2 and "--lr" in err and "another --out" in err and (road / "mid.pt").read_bytes() == before
+
+
+def test_f15_a_second_run_in_the_same_folder_is_refused():
+    argv = [*PRETRAIN, "--steps", "5000", "--save_every", "5000", "--out", "run"]
+    first = fork(argv, "log")
+    wait_for_step("run", 2, first)
+    assert wait(fork(argv, "second")) == 2
+    line = Path("second").read_text()
+    assert "another run" in line and str(first) in line and len(line.splitlines()) == 1
+    os.kill(first, signal.SIGKILL)
+    wait(first)
+    assert wait(fork(argv, "third", patch=stop_after(1))) == 75                        # a dead run holds no lock
+
+
+# ---- all of it -----------------------------------------------------------------------------------
+def test_soak(request):
+    """20,000 steps, 20 kills and 5 other faults at random times: the end of the undisturbed run, memory flat."""
+    if not request.config.getoption("--long"):
+        pytest.skip("half an hour; --long runs it")
+    argv = "--data digits --stage pretrain --steps 20000 --batch 4 --save_every 200 --log_every 50 --dropout 0.1".split()
+    whole = fork([*argv, "--out", "whole"], "whole.log")
+    rng, memory = random.Random(1), []
+    faults = ["kill"] * 20 + ["term", "int", "cut", "flip", "full"]
+    rng.shuffle(faults)
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, resource.RLIM_INFINITY))
+    for k, fault in enumerate(faults):
+        pid = fork([*argv, "--out", "cut"], "log", patch=limit if fault == "full" else lambda: None)
+        if fault == "full":
+            assert wait(pid) == 3
+            continue
+        wait_for_step("cut", 20_000 * (k + 1) // 27 + rng.randrange(300), pid)
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        memory.append(pages * resource.getpagesize() / 2**20)
+        time.sleep(rng.random() * 0.3)
+        number = dict(term=signal.SIGTERM, int=signal.SIGINT).get(fault, signal.SIGKILL)
+        os.kill(pid, number)
+        assert wait(pid) == (-number if number == signal.SIGKILL else 75)
+        path = Path("cut/pretrain.pt")
+        if fault == "cut":
+            path.write_bytes(path.read_bytes()[:rng.randrange(1000, 100_000)])
+        if fault == "flip":
+            data = bytearray(path.read_bytes())
+            data[len(data) // 2] ^= 4
+            path.write_bytes(data)
+    pid = fork([*argv, "--out", "cut"], "log")
+    wait_for_step("cut", 19_900, pid)
+    assert wait(pid) == 0 and wait(whole) == 0
+    print(f"memory at each fault, MiB: {[round(m) for m in memory]}")
+    assert same("whole/pretrain.pt", "cut/pretrain.pt") and max(memory) < 1.1 * memory[0] + 20

@@ -2,8 +2,15 @@
 
   what                            of                              source
   EDMPrecond, SongUNet            D(x, sigma), pixels             DDPM++ of Score-SDE with the preconditioning of EDM
+  EDM2Precond, EDM2UNet           D(x, sigma, y), pixels, latents EDM2, normalised weights
+  force_weight_norm, hoist,       its weights: once per step,     9 to 36 ms per forward of EDM2-XL
+  freeze                          once per micro-batches, for good
+  DiT                             v or u(x, t, r, y), latents     DiT, SiT with REPA's projector, Mean Flow
+  MMDiT                           v or u(x, t, text, r), latents  MM-DiT of SD3 in the size of REPA
+  load_flow                       their official checkpoints      SiT, REPA, Mean Flow: turned to one clock
   LPIPS                           distance of images in [-1, 1]   VGG-16 and the linear heads of the lpips package
   VGG                             distance of latents, digits     CMT App. B.5: trained on the data's own labels
+  ELatentLPIPS                    distance of latents             CMT App. B.5: VGG-16 with GroupNorm
   PixelDistance                   squared, pseudo-Huber           ECT
   load_pretrained, load_weights   official checkpoints            read without running what the file holds
   fetch                           downloads                       checked, then renamed into the cache
@@ -12,6 +19,7 @@
 Parameter names are the official ones, so that official checkpoints load by name. D_x is what EDM calls the denoised
 image; sigma is a noise level per sample, (B,); images are (B, C, H, W) in [-1, 1].
 """
+import contextlib
 import hashlib
 import http.client
 import importlib.util
@@ -38,6 +46,21 @@ SIZES = {  # EDMPrecond(**row); 55.7M and 61.8M parameters at 32 and 64 pixels (
     "ddpm++-64": dict(img_resolution=64, img_channels=3, model_channels=128, channel_mult=(1, 2, 2, 2)),
     "ddpm++-8": dict(img_resolution=8, img_channels=1, model_channels=32, channel_mult=(1, 1), num_blocks=1,
                      attn_resolutions=()),
+    # EDM2Precond(resolution, channels, labels, **row)
+    **{f"edm2-{name}": dict(model_channels=width) for name, width in
+       dict(xxs=64, xs=128, s=192, m=256, l=320, xl=384, xxl=448).items()},
+    "edm2-8": dict(model_channels=32, channel_mult=(1, 1), channel_mult_emb=4, num_blocks=1, attn_resolutions=(4,),
+                   channels_per_head=32),
+    # DiT(**row), MMDiT(**row)
+    "dit-s/4": dict(patch_size=4, hidden_size=384, depth=12, num_heads=6),
+    "dit-b/4": dict(patch_size=4, hidden_size=768, depth=12, num_heads=12),
+    "dit-b/2": dict(patch_size=2, hidden_size=768, depth=12, num_heads=12),
+    "dit-m/2": dict(patch_size=2, hidden_size=1024, depth=16, num_heads=16),
+    "dit-l/2": dict(patch_size=2, hidden_size=1024, depth=24, num_heads=16),
+    "dit-xl/2": dict(patch_size=2, hidden_size=1152, depth=28, num_heads=16),
+    "dit-8": dict(input_size=8, in_channels=1, patch_size=2, hidden_size=64, depth=4, num_heads=4, num_classes=10),
+    "mmdit/2": dict(patch_size=2, depth=24, context_dim=768),
+    "mmdit-8": dict(input_size=8, in_channels=1, patch_size=2, depth=2, context_dim=32, repa_dim=0),
 }
 
 
@@ -233,6 +256,283 @@ class EDMPrecond(nn.Module):
         return c_skip * x + c_out * F_x.float()
 
 
+# ---- EDM2 ----------------------------------------------------------------------------------------
+# Karras et al. 2024, arXiv 2312.02696: activations and weights keep magnitude 1. No biases, no norm layers.
+EPS = 1e-4                                            # added to a root mean square before it divides
+
+
+def row_norm(w):
+    """eps sqrt(fan_in) + |row| of a weight (out, in, ...), float32; w / row_norm(w) is what a layer applies."""
+    dims = tuple(range(1, w.ndim))
+    norm = torch.linalg.vector_norm(w, dim=dims, keepdim=True, dtype=torch.float32)
+    return norm + EPS * math.sqrt(w[0].numel())       # normalised to RMS 1, then over sqrt(fan_in): EDM2 Eq. 47
+
+
+def normalize(x, dim):
+    """x with root mean square 1 over dim; the mean square is taken in float32."""
+    norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float32)
+    # trap: eps is added to the RMS, not to the norm or to its square
+    return x / (norm / math.sqrt(x.shape[dim]) + EPS).to(x.dtype)
+
+
+def mp_silu(x):
+    """SiLU over its root mean square on N(0, 1): EDM2 Eq. 81."""
+    return F.silu(x) / 0.596
+
+
+def mp_sum(a, b, t):
+    """(1 - t) a + t b at unit magnitude: EDM2 Eq. 88."""
+    return torch.lerp(a, b, t) / math.sqrt((1 - t) ** 2 + t**2)
+
+
+def mp_cat(a, b, t):
+    """Channels of a and b, the share t of the magnitude being b's: EDM2 Eq. 103."""
+    n_a, n_b = a.shape[1], b.shape[1]
+    c = math.sqrt((n_a + n_b) / ((1 - t) ** 2 + t**2))
+    return torch.cat([a * (c * (1 - t) / math.sqrt(n_a)), b * (c * t / math.sqrt(n_b))], 1)
+
+
+class MPFourier(nn.Module):
+    """Random features sqrt(2) cos(f x + p) of x (B,) -> (B, channels), float32: EDM2 Eq. 75. f, p: in checkpoints."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.register_buffer("freqs", 2 * math.pi * torch.randn(channels))
+        self.register_buffer("phases", 2 * math.pi * torch.rand(channels))
+
+    def forward(self, x):
+        return (x.float()[:, None] * self.freqs.float() + self.phases.float()).cos() * math.sqrt(2)
+
+
+class MPConv(nn.Module):
+    """Convolution (kernel (k, k)) or linear layer (kernel ()) whose rows are normalised in the graph: EDM2 Eq. 47.
+
+    weight is normalised at every call, unless `hoist` or `freeze` has put what comes out of that into `hoisted`.
+    """
+
+    def __init__(self, in_channels, out_channels, kernel=()):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *kernel))
+        self.register_buffer("hoisted", None, persistent=False)
+
+    def forward(self, x, gain=None):
+        w = (self.weight / row_norm(self.weight) if self.hoisted is None else self.hoisted).to(x.dtype)
+        y = F.linear(x, w) if w.ndim == 2 else F.conv2d(x, w, padding=w.shape[-1] // 2)
+        return y if gain is None else y * gain        # not w * gain: w would be another one for each gain
+
+    @torch.no_grad()
+    def effective(self, dtype):
+        """What forward applies, computed in one pass; dtype is for convolutions, the embedding stays float32."""
+        w = self.weight.detach()
+        dtype = torch.float32 if dtype is None or w.ndim == 2 else dtype
+        return torch.div(w, row_norm(w), out=torch.empty_like(w, dtype=dtype))
+
+    @torch.no_grad()
+    def pull_back(self, g):
+        """Add to weight.grad the gradient g of effective(): g / d - w (w . g) / (|w| d^2), d = row_norm(w)."""
+        w, dims = self.weight, tuple(range(1, self.weight.ndim))
+        d = row_norm(w)
+        norm = (d - EPS * math.sqrt(w[0].numel())).clamp_min(1e-30)
+        along = (w * g).sum(dims, keepdim=True)
+        if w.grad is None:
+            w.grad = torch.zeros_like(w)
+        w.grad.addcmul_(g.float(), 1 / d).addcmul_(w, along / (norm * d**2), value=-1)    # trap: in place, flat views
+
+
+@torch.no_grad()
+def force_weight_norm(net):
+    """Rows of every MPConv to root mean square 1, in place (EDM2 Eq. 66): once per step, before its first forward.
+
+    trap: not in forward, as in the official code; there a second forward alters what the first one's backward needs.
+    """
+    for m in trainable(net):
+        m.weight.div_(row_norm(m.weight) / math.sqrt(m.weight[0].numel()))
+
+
+def trainable(net):
+    """MPConv layers of net that are not frozen."""
+    return [m for m in net.modules() if isinstance(m, MPConv) and m.weight is not None]
+
+
+@contextlib.contextmanager
+def hoist(net):
+    """Inside, every forward of net uses weights normalised once, in net.compute_dtype; backward must be inside too.
+
+    At the end the gradient they collected over all micro-batches goes through the normalisation once, into
+    weight.grad; after an exception it is dropped. The weights must not change inside. No need of it when frozen.
+    """
+    layers, dtype = trainable(net), getattr(net, "compute_dtype", None)
+    try:
+        for m in layers:
+            m.hoisted = m.effective(dtype).requires_grad_(m.weight.requires_grad)
+        yield net
+        for m in layers:
+            if m.hoisted.grad is not None:
+                m.pull_back(m.hoisted.grad)
+            m.hoisted = None
+    finally:
+        for m in layers:
+            m.hoisted = None
+
+
+def freeze(net, dtype=None):
+    """net for inference alone, returned: weights normalised for good, one copy, in dtype (None: net.compute_dtype).
+
+    The trainable weights are gone: state_dict() is refused, so a frozen network is neither saved nor loaded into.
+    """
+    if dtype is not None:
+        net.compute_dtype = dtype
+    for m in trainable(net):
+        m.hoisted = m.effective(getattr(net, "compute_dtype", None))
+        m.weight = None
+    net.register_state_dict_pre_hook(refuse_state)
+    return net.requires_grad_(False).eval()
+
+
+def refuse_state(net, prefix, keep_vars):
+    """state_dict() of a frozen network: what it holds would load as other weights than those it was made from."""
+    raise WeightsError("this network is frozen and has no weights to save or load; keep the state dict it came from")
+
+
+class Block(nn.Module):
+    """Residual block of EDM2, flavor "enc" (pixel norm first) or "dec", optional cosine attention.
+
+    forward: x (B, in, H, W), emb (B, emb_channels) float32 -> (B, out, H', W'), |values| <= clip_act.
+    """
+
+    def __init__(self, in_channels, out_channels, emb_channels, flavor="enc", resample="keep", attention=False,
+                 channels_per_head=64, dropout=0.0, res_balance=0.3, attn_balance=0.3, clip_act=256):
+        super().__init__()
+        self.flavor, self.resample, self.dropout = flavor, resample, dropout
+        self.res_balance, self.attn_balance, self.clip_act = res_balance, attn_balance, clip_act
+        self.heads = out_channels // channels_per_head if attention else 0
+        self.emb_gain = nn.Parameter(torch.zeros([]))
+        self.conv_res0 = MPConv(out_channels if flavor == "enc" else in_channels, out_channels, (3, 3))
+        self.emb_linear = MPConv(emb_channels, out_channels)
+        self.conv_res1 = MPConv(out_channels, out_channels, (3, 3))
+        self.conv_skip = MPConv(in_channels, out_channels, (1, 1)) if in_channels != out_channels else None
+        self.attn_qkv = MPConv(out_channels, 3 * out_channels, (1, 1)) if self.heads else None
+        self.attn_proj = MPConv(out_channels, out_channels, (1, 1)) if self.heads else None
+
+    def forward(self, x, emb):
+        if self.resample == "up":
+            x = F.interpolate(x, scale_factor=2, mode="nearest")
+        elif self.resample == "down":
+            x = F.avg_pool2d(x, 2)
+        skip = (lambda x: x) if self.conv_skip is None else self.conv_skip
+        if self.flavor == "enc":
+            x = normalize(skip(x), 1)                 # trap: pixel norm after the skip convolution, before the branch
+        y = self.conv_res0(mp_silu(x))
+        c = (self.emb_linear(emb, self.emb_gain) + 1).to(y.dtype)
+        y = self.conv_res1(F.dropout(mp_silu(y * c[:, :, None, None]), self.dropout, self.training))
+        x = mp_sum(skip(x) if self.flavor == "dec" else x, y, self.res_balance)
+        if self.heads:
+            x = mp_sum(x, self.attn_proj(self.attend(x)), self.attn_balance)
+        return x if self.clip_act is None else x.clip(-self.clip_act, self.clip_act)
+
+    def attend(self, x):
+        """Softmax attention of q, k, v with unit magnitude per head; the result is channels_last."""
+        # trap: channel 3 (head channels_per_head + c) + {0, 1, 2} is q, k, v; they are not three contiguous blocks
+        qkv = self.attn_qkv(x).unflatten(1, (self.heads, -1, 3)).flatten(4)              # (B, heads, C, 3, HW)
+        q, k, v = normalize(qkv.permute(3, 0, 1, 4, 2).contiguous(), -1)                 # (B, heads, HW, C) each
+        a = F.scaled_dot_product_attention(q, k, v)
+        return a.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, x.shape[2:])    # (B, heads C, H, W)
+
+
+class EDM2UNet(nn.Module):
+    """U-Net of EDM2. forward(x (B, C, H, W), noise_labels (B,), class_labels (B, label_dim) or None) -> F_x.
+
+    The embedding is float32, the rest has x's dtype. block: the balances, clip_act and channels_per_head of Block.
+    dropout applies at resolutions up to dropout_res, everywhere if None (ECT: 16).
+    """
+
+    def __init__(self, img_resolution, img_channels, label_dim, model_channels=192, channel_mult=(1, 2, 3, 4),
+                 channel_mult_noise=None, channel_mult_emb=None, num_blocks=3, attn_resolutions=(16, 8),
+                 label_balance=0.5, concat_balance=0.5, dropout=0.0, dropout_res=None, **block):
+        super().__init__()
+        widths = [model_channels * m for m in channel_mult]
+        noise = model_channels * channel_mult_noise if channel_mult_noise is not None else widths[0]
+        emb = model_channels * channel_mult_emb if channel_mult_emb is not None else max(widths)
+        self.label_dim, self.label_balance, self.concat_balance = label_dim, label_balance, concat_balance
+        self.out_gain = nn.Parameter(torch.zeros([]))
+        self.emb_fourier = MPFourier(noise)
+        self.emb_noise = MPConv(noise, emb)
+        self.emb_label = MPConv(label_dim, emb) if label_dim else None
+
+        def make(c_in, c_out, **kwargs):              # at the resolution of the loops below
+            p = dropout if dropout_res is None or res <= dropout_res else 0.0
+            return Block(c_in, c_out, emb, dropout=p, **kwargs, **block)
+
+        self.enc, self.dec, skips, c = nn.ModuleDict(), nn.ModuleDict(), [], widths[0]
+        for level, width in enumerate(widths):
+            res = img_resolution >> level
+            if level == 0:
+                self.enc[f"{res}x{res}_conv"] = MPConv(img_channels + 1, c, (3, 3))
+            else:
+                self.enc[f"{res}x{res}_down"] = make(c, c, resample="down")
+            skips.append(c)
+            for i in range(num_blocks):
+                self.enc[f"{res}x{res}_block{i}"] = make(c, width, attention=res in attn_resolutions)
+                skips.append(c := width)
+        for level, width in reversed(list(enumerate(widths))):
+            res = img_resolution >> level
+            if level == len(widths) - 1:
+                self.dec[f"{res}x{res}_in0"] = make(c, c, flavor="dec", attention=True)
+                self.dec[f"{res}x{res}_in1"] = make(c, c, flavor="dec")
+            else:
+                self.dec[f"{res}x{res}_up"] = make(c, c, flavor="dec", resample="up")
+            for i in range(num_blocks + 1):
+                self.dec[f"{res}x{res}_block{i}"] = make(c + skips.pop(), width, flavor="dec",
+                                                         attention=res in attn_resolutions)
+                c = width
+        self.out_conv = MPConv(c, img_channels, (3, 3))
+
+    def forward(self, x, noise_labels, class_labels=None):
+        emb = self.emb_noise(self.emb_fourier(noise_labels))
+        if self.emb_label is not None:
+            emb = mp_sum(emb, self.emb_label(class_labels * math.sqrt(self.label_dim)), self.label_balance)
+        emb = mp_silu(emb)
+        x, skips = torch.cat([x, torch.ones_like(x[:, :1])], 1), []       # a channel of ones stands for the biases
+        for name, block in self.enc.items():
+            x = block(x) if name.endswith("_conv") else block(x, emb)
+            skips.append(x)
+        for name, block in self.dec.items():
+            x = block(mp_cat(x, skips.pop(), self.concat_balance) if "_block" in name else x, emb)
+        return self.out_conv(x, self.out_gain)
+
+
+class EDM2Precond(nn.Module):
+    """EDM preconditioning around EDM2's U-Net: D_x = c_skip x + c_out F(c_in x, ln(sigma) / 4).
+
+    forward(x (B, C, H, W), sigma (B,), class_labels (B, label_dim) one-hot, None = zeros = no class) -> D_x float32;
+    with return_logvar (D_x, u (B, 1, 1, 1)), the log variance of EDM2's loss. sigma > 0; as it falls to 0, D_x -> x.
+    compute_dtype: of the U-Net's activations and, cast, its weights; None = float32. The rest is always float32.
+    logvar_channels = 0: without the head of u, which ECT and CMT do not use. ValueError for another resample_filter.
+    """
+
+    def __init__(self, img_resolution, img_channels, label_dim, sigma_data=0.5, logvar_channels=128,
+                 compute_dtype=None, use_fp16=None, resample_filter=(1, 1), **unet):    # use_fp16: in files, no meaning
+        super().__init__()
+        if list(resample_filter) != [1, 1]:
+            raise WeightsError(f"resample_filter={resample_filter!r}: EDM2 has [1, 1]; others are not here")
+        self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
+        self.sigma_data, self.compute_dtype = sigma_data, compute_dtype
+        self.unet = EDM2UNet(img_resolution, img_channels, label_dim, **unet)
+        self.logvar_fourier = MPFourier(logvar_channels) if logvar_channels else None
+        self.logvar_linear = MPConv(logvar_channels, 1) if logvar_channels else None
+
+    def forward(self, x, sigma, class_labels=None, return_logvar=False):
+        x, sigma = x.float(), sigma.float().reshape(-1, 1, 1, 1)
+        if self.label_dim:
+            class_labels = x.new_zeros(len(x), self.label_dim) if class_labels is None else class_labels.float()
+        variance = sigma**2 + self.sigma_data**2
+        c_skip, c_in = self.sigma_data**2 / variance, variance.rsqrt()
+        c_out, c_noise = sigma * self.sigma_data * c_in, sigma.flatten().log() / 4
+        F_x = self.unet((c_in * x).to(self.compute_dtype or torch.float32), c_noise, class_labels)
+        D_x = c_skip * x + c_out * F_x.float()
+        return (D_x, self.logvar_linear(self.logvar_fourier(c_noise)).view(-1, 1, 1, 1)) if return_logvar else D_x
+
+
 # ---- distances -----------------------------------------------------------------------------------
 # Each has .features(x) -> list of tensors, .distance(features_a, features_b) -> (B,), .forward(a, b) -> (B,), so that
 # the features of a target that many states share are computed once.
@@ -323,32 +623,35 @@ def lpips_heads():
 class VGG(nn.Module):
     """VGG with GroupNorm, trained on the labels of the data it will measure (App. B.5); LPIPS form without heads.
 
-    widths: one tuple of channels per resolution, halved between them. .logits(x) -> (B, num_classes) trains it;
-    the distance is the squared difference of unit feature maps, summed over channels and slices, mean over pixels.
+    widths: one tuple of channels per slice; pools: slices that begin by halving the resolution. The distance is the
+    squared difference of unit feature maps, summed over channels and slices, mean over pixels. groups = 0: of 8
+    channels each. .logits(x) -> (B, num_classes) trains it; num_classes = 0: without that head.
     """
 
-    def __init__(self, in_channels=1, widths=((16, 16), (32, 32), (64, 64)), num_classes=10):
+    def __init__(self, in_channels=1, widths=((16, 16), (32, 32), (64, 64)), num_classes=10, pools=(1, 2), groups=0):
         super().__init__()
         self.slices, c = nn.ModuleList(), in_channels
         for k, slice_ in enumerate(widths):
-            layers = [nn.MaxPool2d(2)] if k else []
+            layers = [nn.MaxPool2d(2)] if k in pools else []
             for width in slice_:
-                layers += [nn.Conv2d(c, width, 3, padding=1), nn.GroupNorm(width // 8, width), nn.ReLU()]
+                layers += [nn.Conv2d(c, width, 3, padding=1), nn.GroupNorm(groups or width // 8, width), nn.ReLU()]
                 c = width
             self.slices.append(nn.Sequential(*layers))
-        self.head = nn.Linear(c, num_classes)
+        self.head = nn.Linear(c, num_classes) if num_classes else None
+
+    def maps(self, x):
+        """What each slice ends with."""
+        out = []
+        for slice_ in self.slices:
+            x = slice_(x)
+            out.append(x)
+        return out
 
     def logits(self, x):
-        for slice_ in self.slices:
-            x = slice_(x)
-        return self.head(x.mean((2, 3)))
+        return self.head(self.maps(x)[-1].mean((2, 3)))
 
     def features(self, x):
-        maps = []
-        for slice_ in self.slices:
-            x = slice_(x)
-            maps.append(unit(x, 1e-8))
-        return maps
+        return [unit(f, 1e-8) for f in self.maps(x)]
 
     def distance(self, features_a, features_b):
         return sum((a - b).square().sum(1).mean((1, 2)) for a, b in zip(features_a, features_b))
@@ -357,10 +660,141 @@ class VGG(nn.Module):
         return self.distance(self.features(a), self.features(b))
 
 
+class ELatentLPIPS(VGG):
+    """VGG-16 with GroupNorm on latents of deviation 0.5, (B, 4, 64, 64); taps of 64, 64, 64, 32, 16 pixels (B.5).
+
+    vgg_state: state dict of one that .logits has trained; None = random weights. num_classes: with VGG-16's head,
+    trainable; 0 = the distance alone, frozen. ensemble: the random transformations of E-LatentLPIPS, a name of
+    ENSEMBLES; .forward(a, b, generator) draws them once per sample and treats a and b alike, .features never does,
+    so features of a target can be kept only without. colour: "rgb", or "all" for any channels, all treated alike.
+    """
+    WIDTHS = ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3)
+    # blit, geometry, colour, filter, noise, cutout (o)
+    ENSEMBLES = {"none": "", "bg": "bg", "bgc": "bgc", "bgcfnc": "bgcfno"}
+
+    def __init__(self, vgg_state=None, in_channels=4, num_classes=0, ensemble="none", colour="rgb"):
+        super().__init__(in_channels, self.WIDTHS, 0, pools=(3, 4), groups=32)
+        if ensemble not in self.ENSEMBLES or (colour, in_channels) != ("rgb", 4) and colour != "all":
+            raise ValueError(f"ensemble={ensemble!r}, colour={colour!r}, {in_channels} channels: ensembles are "
+                             f"{', '.join(self.ENSEMBLES)}; colours are all, and with 4 channels rgb")
+        self.parts, self.colour = self.ENSEMBLES[ensemble], colour
+        if num_classes:
+            self.head = nn.Sequential(
+                nn.AdaptiveAvgPool2d(7), nn.Flatten(), nn.Linear(512 * 49, 4096), nn.ReLU(), nn.Dropout(),
+                nn.Linear(4096, 4096), nn.ReLU(), nn.Dropout(), nn.Linear(4096, num_classes))
+        for m in self.modules():                      # torchvision's initialisation of VGG
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(m, nn.Linear):
+                nn.init.normal_(m.weight, 0, 0.01)
+            if isinstance(m, (nn.Conv2d, nn.Linear)):
+                nn.init.zeros_(m.bias)
+        if vgg_state is not None:
+            state = {k: v for k, v in vgg_state.items() if num_classes or not k.startswith("head.")}
+            load_weights(self, state, "the VGG of latents")
+        if not num_classes:
+            self.requires_grad_(False).eval()
+
+    def logits(self, x):
+        return self.head(self.maps(x)[-1])
+
+    def forward(self, a, b, generator=None):
+        if self.parts and generator is not None:
+            draw = self.draw(a, generator)
+            a, b = self.augment(a, draw), self.augment(b, draw)
+        return super().forward(a, b)
+
+    def draw(self, x, generator):
+        """A dict: one random transformation per sample of x, every part always; distributions of StyleGAN2-ADA."""
+        def N(*shape, law=torch.randn):
+            return law(len(x), *shape, generator=generator, device=generator.device).to(x)
+
+        def U(*shape):
+            return N(*shape, law=torch.rand)
+
+        (C, H, W), draw = x.shape[1:], {}
+        size = x.new_tensor([W, H])                   # affine maps work on [-1, 1]: a pixel is 2 / size
+        if "b" in self.parts:
+            pixels = ((U(2) - 0.5) * size / 4).round()
+            draw["affine"] = affine((U() * 4).floor() / 4, U().round() * 2 - 1, 1, pixels * 2 / size)
+        if "g" in self.parts:
+            scale, aspect = 2 ** (0.2 * N()), 2 ** (0.2 * N())
+            draw["affine"] = draw["affine"] @ affine(U(), scale * aspect, scale / aspect, N(2) / 4) @ affine(U())
+        if "c" in self.parts:
+            bright, contrast = 0.2 * N(), 2 ** (0.5 * N())
+            if self.colour == "all":
+                draw["colour"] = contrast[:, None, None] * torch.linalg.qr(N(C, C))[0]
+                draw["offset"] = (contrast * bright).view(-1, 1, 1, 1)
+            else:
+                draw["colour"] = rgb_matrix(bright, contrast, U().round() * 2 - 1, U(), 2 ** N())
+        if "f" in self.parts:                         # one band after the other, the power of a 1/f spectrum kept
+            draw["gains"], power = x.new_ones(len(x), 4), x.new_tensor([10, 1, 1, 1]) / 13
+            for band in range(4):
+                draw["gains"][:, band] *= 2 ** N()
+                draw["gains"] /= (draw["gains"] ** 2 * power).sum(1, keepdim=True).sqrt()
+        if "n" in self.parts:
+            draw["noise"] = 0.1 * N(1, 1, 1).abs() * N(C, H, W)
+        if "o" in self.parts:                         # a rectangle of half the height and half the width is zero
+            rows, columns = ((torch.arange(n).to(x) + 0.5 - U(1) * n).abs() >= n / 4 for n in (H, W))
+            draw["mask"] = (rows[:, None, :, None] | columns[:, None, None, :]).to(x)
+        return draw
+
+    @staticmethod
+    def augment(x, draw):
+        """x after what .draw returned; differentiable in x."""
+        if "affine" in draw:
+            # choice: bilinear sampling, reflection at the borders; the authors resample through a sym6 wavelet
+            grid = F.affine_grid(draw["affine"][:, :2], x.shape, align_corners=False)
+            x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
+        if "colour" in draw:
+            x = torch.einsum("bij,bjhw->bihw", draw["colour"], x) + draw.get("offset", 0)
+        if "gains" in draw:
+            # choice: four bands by binomial blurs of reach 1, 2, 4; the authors filter with a sym2 wavelet
+            fine = blur(x, 1)
+            middle = blur(fine, 2)
+            low = blur(middle, 4)
+            bands = zip(draw["gains"].unbind(1), (low, middle - low, fine - middle, x - fine))
+            x = sum(gain[:, None, None, None] * band for gain, band in bands)
+        return (x + draw.get("noise", 0)) * draw.get("mask", 1)
+
+
+def affine(turns, sx=1, sy=1, shift=0):
+    """(B, 3, 3): scale by sx, sy, turn by so many full turns (B,), move by shift (B, 2)."""
+    c, s, last = (2 * math.pi * turns).cos(), (2 * math.pi * turns).sin(), turns.new_tensor([0, 0, 1])
+    linear = torch.stack([c * sx, -s * sy, s * sx, c * sy], 1).view(-1, 2, 2)
+    moved = torch.cat([linear, (shift + torch.zeros_like(linear[:, 0]))[:, :, None]], 2)
+    return torch.cat([moved, last.expand(len(c), 1, 3)], 1)
+
+
+def rgb_matrix(bright, contrast, luma, hue, saturation):
+    """(B, 4, 4) matrix of StyleGAN2-ADA's colour changes, each (B,): luma is 1 or -1 (flipped), hue in turns."""
+    # choice: the matrix of RGB pixels acts on 4 latent channels, as the authors ran it; channel 4 is where RGB has 1
+    grey, eye = bright.new_full((3, 3), 1 / 3), torch.eye(4).to(bright)
+    cross = bright.new_tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
+    bright, contrast, luma, hue, saturation = (v.view(-1, 1, 1) for v in (bright, contrast, luma, hue, saturation))
+    hue = 2 * math.pi * hue                           # turns around grey; saturation scales away from it
+    around = hue.cos() * (eye[:3, :3] - grey) + hue.sin() * cross
+    matrix = eye.repeat(len(bright), 1, 1)
+    matrix[:, :3, :3] = contrast * (luma * grey + saturation * around)
+    matrix[:, :3, 3:] = contrast * luma * bright
+    return matrix
+
+
+def blur(x, reach):
+    """[1, 2, 1] / 4 along both axes at distance reach, reflected at the borders."""
+    x = F.pad(x, (reach,) * 4, mode="reflect")
+    x = (x[..., :-2 * reach] + 2 * x[..., reach:-reach] + x[..., 2 * reach:]) / 4
+    return (x[..., :-2 * reach, :] + 2 * x[..., reach:-reach, :] + x[..., 2 * reach:, :]) / 4
+
+
 # ---- checkpoint import ------------------------------------------------------------------------
 EDM_URL = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-%s-uncond-vp.pkl"
+EDM2_URL = "https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions/%s.pkl"
 PRETRAINED = {"cifar10": EDM_URL % "cifar10-32x32", "ffhq": EDM_URL % "ffhq-64x64",
-              "afhqv2": EDM_URL % "afhqv2-64x64"}
+              "afhqv2": EDM_URL % "afhqv2-64x64",
+              # choice: 64's teacher is not named; this one has the FID the paper quotes, 1.33 in 63 calls
+              "imagenet64": EDM2_URL % "edm2-img64-xl-0671088-0.040",
+              "imagenet512": EDM2_URL % "edm2-img512-xxl-0939524-0.070"}
 CHECKSUMS = {  # url -> sha256; NVIDIA publishes none, so `fetch` prints it: pin it here once you trust a file
     "https://download.pytorch.org/models/vgg16-397923af.pth":
         "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
@@ -626,3 +1060,242 @@ def check_sums(path, what, sha256, md5):
         if wanted and s.hexdigest() != wanted.lower():
             raise WeightsError(f"{what}: its {s.name} is {s.hexdigest()}, expected {wanted}")
     return sums[0].hexdigest()
+
+
+# ---- DiT, SiT, MM-DiT ----------------------------------------------------------------------------
+# One clock for all: z_t = (1 - t) data + t noise, so t = 1 is noise and the velocity is v = noise - data.
+# Mean Flow's average velocity is u(z_t, t, r) = (z_t - z_r) / (t - r), 0 <= r <= t <= 1; u(z, t, t) is v.
+class TimestepEmbedder(nn.Module):
+    """t (B,), not times 1000 -> (B, hidden_size): cosines, sines of w t, w = 10000^(-k/128), and an MLP."""
+
+    def __init__(self, hidden_size):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+
+    def forward(self, t):
+        with torch.autocast(t.device.type, enabled=False):    # trap: bf16 rounds t, and t - r, to 0.004
+            t = t.to(self.mlp[0].weight.dtype)
+            angles = t[:, None] * frequencies(t)
+            return self.mlp(torch.cat([angles.cos(), angles.sin()], 1))
+
+
+def frequencies(like):
+    """w (128,) of the time features, in the dtype and on the device of `like`."""
+    return 1e-4 ** (torch.arange(128, device=like.device, dtype=like.dtype) / 128)
+
+
+def sincos(grid, dim):
+    """Position table (1, grid * grid, dim), row-major tokens: first half the column, second half the row."""
+    angles = torch.arange(grid).double()[:, None] * 1e-4 ** (torch.arange(dim // 4).double() / (dim // 4))
+    axis = torch.cat([angles.sin(), angles.cos()], 1)                                # (grid, dim / 2)
+    return torch.cat([axis.repeat(grid, 1), axis.repeat_interleave(grid, 0)], 1)[None].float()
+
+
+def modulate(x, shift, scale):
+    """Layer norm without weights of x (B, N, D), then shift and scale (B, 1, D)."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
+def attention(qkv):
+    """qkv (B, N, 3, heads, d) -> (B, N, heads * d): a fused kernel, or plain softmax in torch.func.jvp."""
+    q, k, v = qkv.transpose(1, 3).unbind(2)                                          # (B, heads, N, d)
+    # trap: no fused kernel has a forward derivative. The level is private, -1 outside forward mode; unlike a
+    # look for tangents it also works under vmap and torch.compile
+    if torch.autograd.forward_ad._current_level < 0:
+        a = F.scaled_dot_product_attention(q, k, v)
+    else:
+        a = (q @ k.transpose(2, 3) * q.shape[-1] ** -0.5).softmax(-1) @ v
+    return a.transpose(1, 2).flatten(2)
+
+
+class DiTBlock(nn.Module):
+    """Transformer block with adaptive layer norm, cut at its attention, where MM-DiT joins two streams.
+
+    x (B, N, D), m = modulation(c (B, D)). pre_only: the text of MM-DiT's last block, read by the image, then
+    dropped.
+    """
+
+    def __init__(self, hidden_size, num_heads, mlp_ratio=4.0, pre_only=False):
+        super().__init__()
+        self.num_heads, self.chunks, wide = num_heads, 2 if pre_only else 6, int(hidden_size * mlp_ratio)
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(hidden_size, 3 * hidden_size)})
+        if not pre_only:
+            self.attn["proj"] = nn.Linear(hidden_size, hidden_size)
+            self.mlp = nn.ModuleDict({"fc1": nn.Linear(hidden_size, wide),
+                                      "fc2": nn.Linear(wide, hidden_size)})
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, self.chunks * hidden_size))
+
+    def modulation(self, c):
+        return self.adaLN_modulation(c)[:, None].chunk(self.chunks, 2)    # shift, scale, gate; attention, MLP
+
+    def qkv(self, x, m):
+        return self.attn.qkv(modulate(x, m[0], m[1])).unflatten(2, (3, self.num_heads, -1))
+
+    def update(self, x, a, m):
+        x = x + m[2] * self.attn.proj(a)
+        h = F.gelu(self.mlp.fc1(modulate(x, m[3], m[4])), approximate="tanh")
+        return x + m[5] * self.mlp.fc2(h)
+
+    def forward(self, x, c):
+        m = self.modulation(c)
+        return self.update(x, attention(self.qkv(x, m)), m)
+
+
+class FlowTransformer(nn.Module):
+    """What DiT and MM-DiT share: patches in, one clock or two, REPA's projector, patches out."""
+
+    def __init__(self, input_size, patch_size, in_channels, hidden_size, average_velocity):
+        super().__init__()
+        self.patch_size, self.grid = patch_size, input_size // patch_size
+        self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(in_channels, hidden_size, patch_size, patch_size)})
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.r_embedder = TimestepEmbedder(hidden_size) if average_velocity else None
+
+    def tokens(self, x):                                           # (B, C, H, W) -> (B, N, D)
+        return self.x_embedder.proj(x).flatten(2).transpose(1, 2) + self.pos_embed
+
+    def clock(self, x, t, r):
+        t = t.expand(len(x))
+        c = self.t_embedder(t)
+        if self.r_embedder is not None:                            # embeds t - r, the length of the interval
+            c = c + self.r_embedder((t - (t if r is None else r)).expand(len(x)))
+        return c
+
+    def add_projector(self, hidden_size, repa_dim, repa_depth, projector_dim, depth):
+        """REPA (Yu et al. 2025): an MLP after block repa_depth, counted from 1. repa_dim = 0: none."""
+        if repa_dim and not 1 <= repa_depth <= depth:
+            raise ValueError(f"repa_depth={repa_depth}: the network has {depth} blocks")
+        self.repa_depth = repa_depth if repa_dim else 0
+        widths = [hidden_size, projector_dim, projector_dim, repa_dim]
+        if repa_dim:
+            layers = [layer for a, b in zip(widths, widths[1:]) for layer in (nn.Linear(a, b), nn.SiLU())]
+            self.projectors = nn.ModuleList([nn.Sequential(*layers[:-1])])
+
+    def add_final_layer(self, hidden_size, out_channels):
+        self.final_layer = nn.ModuleDict({
+            "linear": nn.Linear(hidden_size, self.patch_size**2 * out_channels),
+            "adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))})
+
+    def read_out(self, h, c, x, z):                                # -> u (B, C, H, W) | (u, z), in x's dtype
+        shift, scale = self.final_layer.adaLN_modulation(c)[:, None].chunk(2, 2)
+        h = self.final_layer.linear(modulate(h, shift, scale))     # (B, grid * grid, patch * patch * C)
+        h = h.unflatten(2, (self.patch_size, self.patch_size, -1)).unflatten(1, (self.grid, self.grid))
+        u = h.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3).to(x.dtype)
+        return u if z is None else (u, z.to(x.dtype))
+
+
+class DiT(FlowTransformer):
+    """DiT (Peebles & Xie 2023): the velocity of SiT (one clock) or the average velocity of Mean Flow (two).
+
+    forward(x (B, C, H, W), t (B,), r (B,) or None = t, y (B,) integers or None) -> u (B, C, H, W).
+    y = num_classes, or None, is the null class. average_velocity=False: t only, r is ignored. With repa_dim
+    the result is (u, z (B, N, repa_dim)); repa=False leaves the projector out and gives u alone, for sampling
+    and the Jacobian product.
+    """
+
+    def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
+                 mlp_ratio=4.0, num_classes=1000, average_velocity=True, repa_dim=0, repa_depth=8,
+                 projector_dim=2048):
+        super().__init__(input_size, patch_size, in_channels, hidden_size, average_velocity)
+        self.num_classes = num_classes
+        self.pos_embed = nn.Parameter(sincos(self.grid, hidden_size), requires_grad=False)
+        self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, hidden_size)})
+        self.blocks = nn.ModuleList([DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)])
+        self.add_projector(hidden_size, repa_dim, repa_depth, projector_dim, depth)
+        self.add_final_layer(hidden_size, in_channels)
+        self.reset()
+
+    def reset(self):
+        """DiT's start: Xavier, small embeddings; no block acts and u = 0, for what scales them is zero."""
+        for m in self.modules():
+            if isinstance(m, nn.Linear):
+                xavier_(m, 1.0)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))              # a view
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        times = [e.mlp[i] for e in (self.t_embedder, self.r_embedder) if e is not None for i in (0, 2)]
+        for m in (self.y_embedder.embedding_table, *times):
+            nn.init.normal_(m.weight, std=0.02)
+        gates = [b.adaLN_modulation[1] for b in (*self.blocks, self.final_layer)]
+        for m in (*gates, self.final_layer.linear):
+            nn.init.zeros_(m.weight)
+
+    def forward(self, x, t, r=None, y=None, repa=True):
+        y = torch.full((len(x),), self.num_classes, device=x.device) if y is None else y
+        c, h, z = self.clock(x, t, r) + self.y_embedder.embedding_table(y), self.tokens(x), None
+        for i, block in enumerate(self.blocks, 1):
+            h = block(h, c)
+            if repa and i == self.repa_depth:
+                z = self.projectors[0](h)
+        return self.read_out(h, c, x, z)
+
+
+class MMDiT(FlowTransformer):
+    """MM-DiT (Esser et al. 2024) as in REPA: text and image tokens with weights of their own, one attention.
+
+    forward(x (B, C, H, W), t (B,), context (B, L, context_dim), r (B,) or None = t) -> u | (u, z), as DiT.
+    Width 32 * depth, depth heads, torch's own initialisation. The text has no mask and no pooled vector.
+    """
+
+    def __init__(self, input_size=32, patch_size=2, in_channels=4, depth=24, context_dim=768,
+                 average_velocity=False, repa_dim=768, repa_depth=8, projector_dim=2048):
+        hidden_size = 32 * depth
+        super().__init__(input_size, patch_size, in_channels, hidden_size, average_velocity)
+        self.register_buffer("pos_embed", sincos(self.grid, hidden_size))
+        self.context_embedder = nn.Linear(context_dim, hidden_size)
+        self.joint_blocks = nn.ModuleList([nn.ModuleDict({
+            "context_block": DiTBlock(hidden_size, depth, pre_only=i == depth - 1),
+            "x_block": DiTBlock(hidden_size, depth)}) for i in range(depth)])
+        self.add_final_layer(hidden_size, in_channels)
+        self.add_projector(hidden_size, repa_dim, repa_depth, projector_dim, depth)
+
+    def forward(self, x, t, context, r=None, repa=True):
+        c, text, h, z = self.clock(x, t, r), self.context_embedder(context), self.tokens(x), None
+        for i, block in enumerate(self.joint_blocks, 1):
+            m_text, m = block.context_block.modulation(c), block.x_block.modulation(c)
+            qkv = torch.cat([block.context_block.qkv(text, m_text), block.x_block.qkv(h, m)], 1)
+            a_text, a = attention(qkv).split([text.shape[1], h.shape[1]], 1)
+            h = block.x_block.update(h, a, m)
+            if i < len(self.joint_blocks):
+                text = block.context_block.update(text, a_text, m_text)
+            if repa and i == self.repa_depth:
+                z = self.projectors[0](h)
+        return self.read_out(h, c, x, z)
+
+
+TURNED = ("final_layer.linear.weight", "final_layer.linear.bias", "t_embedder.mlp.0.weight")
+
+
+def load_flow(net, state, what):
+    """Copy a checkpoint of SiT, REPA or Mean Flow (PyTorch, or ported from JAX) into a DiT or MMDiT of ours.
+
+    what: the file's name. An official SiT has t = 1 at the data, velocity data - noise and twice the output
+    channels, by which it is known; `turned` gives its weights our clock, exactly. DiT's own files, noise
+    predictors with t = 0..999, have the same names and shapes and cannot be told from it. Without a second
+    embedder in the file, u(x, t, r) starts as v(x, t) for every r; without a projector the net keeps its own,
+    and one that the net has not is dropped. WeightsError, from load_weights, for any other difference.
+    """
+    state = {re.sub(r"^h_embedder\.", "r_embedder.", k): v for k, v in state.items()}    # the JAX port's name
+    own, old = net.state_dict(), "r_embedder.mlp.0.weight" not in state
+    if old and set(TURNED) <= set(state) and len(state[TURNED[0]]) == 2 * len(own[TURNED[0]]):
+        state = turned(state, net.x_embedder.proj.in_channels)
+    state = {k: v for k, v in state.items() if k in own or not k.startswith("projectors.")}
+    fresh = {k: v for k, v in own.items() if k.startswith("pos_embed")}
+    if not any(k.startswith("projectors.") for k in state):
+        fresh |= {k: v for k, v in own.items() if k.startswith("projectors.")}
+    if old:    # trap: only the last layer is zero; were the first too, no gradient would reach the weights
+        fresh |= {k: v * ("mlp.2" not in k) for k, v in own.items() if k.startswith("r_embedder.")}
+    load_weights(net, {**fresh, **state}, what)
+
+
+def turned(state, channels):
+    """Weights of an official v_sit(x, s) -> those of our v(x, t) = -v_sit(x, 1 - t), extra channels dropped.
+
+    cos and sin of w (1 - t) are sums of cos(w t) and sin(w t): the clock's first layer takes them in.
+    """
+    state, first = dict(state), state[TURNED[2]]
+    for k in TURNED[:2]:    # trap: the channel is a row's fastest index, so the extra ones lie between ours
+        state[k] = -state[k].unflatten(0, (-1, 2, channels))[:, 0].flatten(0, 1)
+    (cos, sin), w = first.double().chunk(2, 1), frequencies(first.double())
+    turn = [cos * w.cos() + sin * w.sin(), cos * w.sin() - sin * w.cos()]
+    state[TURNED[2]] = torch.cat(turn, 1).to(first.dtype)
+    return state

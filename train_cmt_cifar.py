@@ -147,19 +147,19 @@ def parse(argv=None):
         near = difflib.get_close_matches(unknown[0].split("=")[0], [f"--{f.name}" for f in fields(Config)], 1)
         fail(2, f"unknown flag {unknown[0]}; " + (f"did you mean {near[0]}?" if near else "--help lists all"))
     flags = vars(flags)                               # only what was typed
-    given = asdict(Config(**flags))
-    name = given["data"] if given["data"] in (*FILES, "digits") else "own"
+    name = data_name(Config(**flags))
+    given = asdict(Config(**{**PRESETS.get((name, "*", "*"), {}), **flags}))
     key = name, given["stage"], given.get(given["stage"], "*")
     rows = [row for pattern, row in PRESETS.items() if all(a in ("*", b) for a, b in zip(pattern, key))]
     cfg = Config(**{"out": f"out/{name}"} | {k: v for row in rows for k, v in row.items()} | flags)
     for field in ("batch", "steps", "nfe", "repeat", "log_every", "save_every", "lr", "P_std", "mid_sigma"):
-        if not 0 < getattr(cfg, field) < math.inf:
+        if not 0 < getattr(cfg, field, 1) < math.inf:
             fail(2, f"--{field} {getattr(cfg, field)} is not possible; it must be above 0")
     for field in ("ema_beta", "dropout"):
         if not 0 <= getattr(cfg, field) < 1:
             fail(2, f"--{field} {getattr(cfg, field)} is not possible; it must be in [0, 1)")
     for field in ("q", "samples"):
-        if getattr(cfg, field) < 2:
+        if getattr(cfg, field, 2) < 2:
             fail(2, f"--{field} {getattr(cfg, field)} is not possible; it must be 2 at least")
     if os.path.isfile(cfg.out):
         fail(2, f"--out {cfg.out} is a file; name a folder")
@@ -168,6 +168,11 @@ def parse(argv=None):
     if name == "own" and os.sep not in cfg.data and "." not in cfg.data and not os.path.exists(cfg.data):
         fail(2, f"--data {cfg.data}: not one of {', '.join([*FILES, 'digits'])}, and no such file or folder")
     return cfg
+
+
+def data_name(cfg):
+    """The name of --data in PRESETS and in the default --out."""
+    return cfg.data if cfg.data in (*FILES, "digits") else "own"
 
 
 def seed_range(text):
@@ -270,8 +275,8 @@ def ect_step(t, q, k=8.0, b=1.0):
     return t * (1 - (1 + k * torch.sigmoid(-b * t)) / q).clamp(min=0)
 
 
-def loss_ect(net, x, x_t, x_r, t, r, mask_seed, huber=0.0):
-    """Eq. 3: |f(x_t, t) - stop_gradient f(x_r, r)| / (t - r), mean over images; ECT's weight and norm.
+def loss_ect(net, x, x_t, x_r, t, r, mask_seed, huber=0.0, weight=None):
+    """Eq. 3: w |f(x_t, t) - stop_gradient f(x_r, r)|, mean over images. weight (B,): None = ECT's 1 / (t - r).
 
     x clean; x_t, x_r the same image with the same noise at t > r (ECT), or joined by a teacher's step (ECD).
     huber: c of sqrt(d^2 + c^2) - c, 0 for the norm itself. mask_seed: of dropout, the same at t and r.
@@ -284,7 +289,7 @@ def loss_ect(net, x, x_t, x_r, t, r, mask_seed, huber=0.0):
     d = torch.linalg.vector_norm((D_t - D_r).flatten(1), dim=1)   # trap: sqrt has slope 0 * inf at D_t = D_r
     if huber:
         d = (d.square() + huber**2).sqrt() - huber
-    return (d / (t - r)).mean()
+    return (d / (t - r) if weight is None else d * weight).mean()
 
 
 def make_distance(cfg, channels, device):
@@ -609,7 +614,7 @@ def model_size(cfg, images):
         return nets.SIZES[f"ddpm++-{dict(digits=8, cifar10=32).get(cfg.data, cfg.res or 32)}"]
     _, channels, height, width = images.shape
     if height != width or f"ddpm++-{height}" not in nets.SIZES:
-        fail(3, f"--data {cfg.data}: {width}x{height} fit none of {', '.join(nets.SIZES)}; pass --res")
+        fail(3, f"--data {cfg.data}: {width}x{height} fit no DDPM++ of nets.SIZES (8, 32, 64); pass --res")
     return {**nets.SIZES[f"ddpm++-{height}"], "img_channels": channels}
 
 
@@ -805,7 +810,8 @@ def evaluate(cfg, rank, world, device):
         seconds = f"{ckpt.get('seconds', 0):.0f}"
         table.append([name, ckpt.get("step", "-"), f"{seen:,}", seconds, *row.values()])
     if rank == 0:
-        results(cfg, metric, table, fid.protocol(ours, reference))
+        note = f"second noise level {cfg.mid_sigma}, sigma_shift {cfg.sigma_shift}"
+        results(cfg, metric, table, fid.protocol(ours, reference), note)
         sheets(cfg, images, found, device)
 
 
@@ -820,12 +826,11 @@ def score(cfg, sampler, features, reference, rank, world, device):
     return torch.tensor(distances, dtype=torch.float64), ours
 
 
-def results(cfg, metric, table, protocol):
+def results(cfg, metric, table, protocol, note):
     """The table of scores and how they were measured: on the screen, in log.txt and in <out>/results.md."""
     head = ["stage", "steps", "images", "seconds", *(f"{k}-step {metric}" for k in ("1", "2", cfg.nfe))]
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *table]]
-    lines += ["", protocol, f"{cfg.samples} samples a score, seeds from 0, EMA weights, second noise level "
-                            f"{cfg.mid_sigma}, sigma_shift {cfg.sigma_shift}."]
+    lines += ["", protocol, f"{cfg.samples} samples a score, seeds from 0, EMA weights, {note}."]
     log(cfg, "\n".join(lines))
     with open(f"{cfg.out}/results.md", "w") as f:
         f.write("\n".join(lines) + "\n")

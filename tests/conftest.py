@@ -13,6 +13,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 import train_cmt_cifar as script  # noqa: E402
+import train_cmt_imagenet  # noqa: E402
 
 torch.set_num_threads(1)
 TINY = "--data digits --samples 16 --trajectories 2 --batch 16 --log_every 1 --threads 1".split()
@@ -27,7 +28,8 @@ def here(tmp_path, monkeypatch):
     """An empty folder, offline, with signals as they were."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CMT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(script, "STOP", [])
+    for module in (script, train_cmt_imagenet):
+        monkeypatch.setattr(module, "STOP", [])
     before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
     yield
     for s, handler in before.items():
@@ -42,14 +44,14 @@ def road(tmp_path_factory):
     return out
 
 
-def code(argv, capsys):
+def code(argv, capsys, main=script.main):
     """Exit code and stderr of a command line."""
     with pytest.raises(SystemExit) as e:
-        script.main([str(a) for a in argv])
+        main([str(a) for a in argv])
     return e.value.code, capsys.readouterr().err
 
 
-def fork(argv, log, rank=None, world=1, port=0, patch=lambda: None):
+def fork(argv, log, rank=None, world=1, port=0, patch=lambda: None, main=script.main):
     """Process id of a copy of this process that runs a command line; its output goes to the file `log`.
 
     A copy starts at once, where a new Python imports torch for seconds; patch() runs in it first.
@@ -66,7 +68,7 @@ def fork(argv, log, rank=None, world=1, port=0, patch=lambda: None):
             os.environ |= dict(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
                                MASTER_PORT=str(port))
         patch()
-        script.main([str(a) for a in argv])
+        main([str(a) for a in argv])
         status = 0
     except SystemExit as e:
         status = e.code

@@ -1,0 +1,327 @@
+"""train_cmt_imagenet.py: every stage on digits, both --post, EDM2's data, encoding, guidance, resume, two processes."""
+import io
+import json
+import os
+import re
+import signal
+import socket
+import time
+import types
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import code, fork, wait, weights
+from PIL import Image
+
+import nets
+import solvers
+import train_cmt_imagenet as script
+
+pytestmark = pytest.mark.usefixtures("here")
+TINY = "--data digits --samples 16 --trajectories 2 --batch 16 --log_every 1 --threads 1 --nfe 8".split()
+
+
+@pytest.fixture(scope="module")
+def road(tmp_path_factory):
+    """One whole run of a few steps: pretrain, vgg, mid, post, eval."""
+    out = tmp_path_factory.mktemp("imagenet")
+    script.main([*TINY, "--out", str(out), "--steps", "3"])
+    return out
+
+
+def cfg(*argv):
+    return script.parse([str(a) for a in argv])
+
+
+# ---- the road ------------------------------------------------------------------------------------
+def test_all_stages_leave_checkpoints_pictures_and_a_table(road):
+    for stage in ("pretrain", "vgg", "mid", "post"):
+        c = torch.load(road / f"{stage}.pt", weights_only=True)
+        assert c["step"] == 3 and all(torch.isfinite(v).all() for v in c["ema"].values())
+    table = (road / "results.md").read_text()
+    assert re.search(r"\| teacher \| 3 \| 48 \| \d+ \| - \| - \| \d+\.\d\d \|", table), table
+    assert re.search(r"\| post \| 3 \| 48 \| \d+ \| \d+\.\d\d \| \d+\.\d\d \| - \|", table), table
+    assert "balanced labels" in table and "FID" not in table.replace("fid", "")
+    for name in ("teacher_8step", "mid_1step", "post_2step", "stages", "trajectory", "mid_0000003"):
+        assert Image.open(road / f"samples_{name}.png").size[0] > 100
+    assert "memory a process" in (road / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("flags", ["--post ecd --mid none", "--post ecd_code --ecd euler --mid none", "--init random --mid none",
+                                   "--loss l2 --batch_gpu 8 --precision bf16", "--loss huber --dropout 0.3 --dropout_res 4"])
+def test_variants_train(road, tmp_path, flags):
+    stage = "post" if "--mid none" in flags else "mid"
+    script.main([*TINY, "--out", str(tmp_path), "--teacher", str(road / "pretrain.pt"), "--steps", "2", "--stage", stage,
+                 *flags.split()])
+    assert torch.load(tmp_path / f"{stage}.pt", weights_only=True)["skipped"] == 0
+
+
+def test_guide_changes_the_teacher_of_ecd_and_its_samples(road, tmp_path):
+    torch.manual_seed(0)
+    state = torch.load(road / "pretrain.pt", weights_only=True)
+    guide = {k: v + 0.3 * torch.randn_like(v) if v.ndim else v + 0.5 for k, v in state["ema"].items()}
+    torch.save({"ema": guide, "model": state["model"]}, "guide.pt")
+    base = [*TINY, "--teacher", road / "pretrain.pt", "--guide", "guide.pt", "--w", "2.0", "--steps", "1", "--stage", "post",
+            "--mid", "none", "--post"]
+    for post in ("ecd", "ect"):
+        script.main([str(a) for a in [*base, post, "--out", post]])
+    assert not torch.equal(weights("ecd/post.pt"), weights("ect/post.pt"))
+    c = cfg(*base[:-1])
+    net = script.build(c, state["model"], "cpu", state["ema"], "teacher")
+    plain, led = (script.make_sampler(c, net, "teacher", "cpu", g)([0, 1]) for g in (None, script.weak_model(c, "cpu")))
+    assert (plain - led).abs().max() > 1e-3
+
+
+def test_a_frozen_teacher_equals_the_net_that_was_saved(road):
+    state = torch.load(road / "pretrain.pt", weights_only=True)
+    c = cfg(*TINY, "--stage", "mid")
+    frozen = script.build(c, state["model"], "cpu", state["ema"], "teacher")
+    net = nets.EDM2Precond(**state["model"]).eval()
+    nets.load_weights(net, state["ema"], "")
+    x, sigma, y = torch.randn(4, 1, 8, 8), torch.tensor([0.1, 1.0, 10.0, 80.0]), torch.eye(10)[:4]
+    with torch.no_grad():
+        assert torch.allclose(frozen(x, sigma, y), net(x, sigma, y), atol=1e-5)
+
+
+def test_samples_depend_on_their_seed_alone_and_labels_are_as_named(road):
+    state = torch.load(road / "post.pt", weights_only=True)
+    c = cfg(*TINY, "--stage", "sample")
+    net = script.build(c, state["model"], "cpu", state["ema"], "post")
+    f = script.make_sampler(c, net, "2", "cpu")
+    assert torch.allclose(f([5, 6, 7])[1], f([6])[0], atol=1e-5)
+    _, y, _ = script.class_prior(net, range(25), "cpu", "balanced")
+    assert y.argmax(1).tolist() == [s % 10 for s in range(25)]
+    x_T, y, _ = script.class_prior(net, range(200), "cpu", "random")
+    assert len(set(y.argmax(1).tolist())) == 10 and torch.equal(x_T, script.class_prior(net, range(200), "cpu", "balanced")[0])
+
+
+# ---- the losses ----------------------------------------------------------------------------------
+def test_ecd_takes_one_guided_heun_step():
+    """By hand: D_g = g + w (m - g); d = (x - D_g(x, t)) / t; x' = x + (r - t) d; x_r = x + (r - t) (d + d') / 2."""
+    def main(x, s, y):
+        return x / (1 + s.view(-1, 1, 1, 1)) + y.sum()
+
+    def weak(x, s, y):
+        return x / (2 + s.view(-1, 1, 1, 1))
+    w, t, r = 1.7, torch.tensor([2.0, 0.5]), torch.tensor([1.9, 0.4])
+    x, y = torch.randn(2, 3, 4, 4), torch.full((2, 1), 0.25)
+    D = script.guided(main, weak, w)
+    T, R = t.view(-1, 1, 1, 1), r.view(-1, 1, 1, 1)
+    d = (x - (weak(x, t, y) + w * (main(x, t, y) - weak(x, t, y)))) / T
+    x_ = x + (R - T) * d
+    d_ = (x_ - (weak(x_, r, y) + w * (main(x_, r, y) - weak(x_, r, y)))) / R
+    assert torch.allclose(solvers.ode_step(lambda x, s: D(x, s, y), x, t, r, 2), x + (R - T) * (d + d_) / 2, atol=1e-5)
+    assert script.guided(main, None, 3.0) is main and script.guided(main, weak, 1) is main
+
+
+def test_pairs_carry_the_class_of_their_trajectory():
+    def teacher(x, s, y):                             # pulls each trajectory to the number of its class
+        return y.argmax(1).float().view(-1, 1, 1, 1).expand_as(x)
+    c = cfg(*TINY, "--stage", "mid", "--trajectories", "6", "--nfe", "8")
+    g = torch.Generator().manual_seed(0)
+    x_t, t, x_0, owner, y = script.teacher_pairs(c, teacher, 10, solvers.logsnr_sigmas(8), (1, 8, 8), g, 0, 1)
+    assert x_t.shape == (48, 1, 8, 8) and len(set(y.argmax(1).tolist())) > 2
+    assert torch.allclose(x_0.mean((1, 2, 3)), y.argmax(1).float(), atol=1e-2)
+    late = t < 0.01
+    assert torch.allclose(x_t[late].mean((1, 2, 3)), y[owner[late]].argmax(1).float(), atol=1e-2)
+
+
+def test_edm2_loss_by_hand_and_its_weight():
+    def net(x, sigma, y, return_logvar):
+        return torch.zeros_like(x), torch.full((len(x), 1, 1, 1), 0.5)
+    net.sigma_data = 0.5
+    x, sigma = torch.ones(2, 1, 2, 2), torch.tensor([0.5, 0.5])
+    weight = (0.25 + 0.25) / 0.0625
+    assert script.loss_edm2(net, x, sigma, x, None).item() == pytest.approx(4 * (weight / np.exp(0.5) + 0.5))
+    assert script.inverse_c_out(sigma).tolist() == pytest.approx([weight] * 2)
+
+
+@pytest.mark.parametrize("std, gamma", [(0.010, 96.995), (0.050, 16.972), (0.075, 10.289), (0.100, 6.937)])
+def test_power_function_ema_has_the_published_exponents(std, gamma):
+    assert script.power_ema(std, 1000, 500) == pytest.approx(0.5 ** (gamma + 1), rel=1e-3)
+    assert script.power_ema(std, 500, 500) == 0
+
+
+def test_learning_rates():
+    c = cfg("--stage", "pretrain")
+    assert script.lr_at(c, 0) == pytest.approx(7e-3 / 4884) and script.lr_at(c, 35_000 * 4) == pytest.approx(3.5e-3)
+    c = cfg("--res", "512", "--stage", "vgg")
+    assert [round(script.lr_at(c, int(p * c.steps)), 5) for p in (0.29, 0.31, 0.61, 0.91)] == [0.1, 0.01, 0.001, 0.0001]
+    c = cfg("--stage", "mid")
+    assert script.lr_at(c, 0) == 7e-4 and script.lr_at(c, 25_000) == pytest.approx(3.5e-4)
+
+
+def test_presets_are_those_of_the_paper():
+    c = cfg("--res", "64", "--stage", "mid")
+    assert (c.steps * c.batch, c.lr, c.dropout, c.dropout_res, c.nfe, c.loss) == (6_400_000, 7e-4, 0.5, 16, 16, "lpips")
+    c = cfg("--res", "64", "--stage", "post")
+    assert (c.steps * c.batch, c.lr, c.q, c.huber, c.ema_beta, c.decay) == (6_400_000, 1e-4, 512, 0.06, 0.9999, "linear")
+    c = cfg("--res", "64", "--stage", "post", "--post", "ecd")
+    assert (c.steps * c.batch, c.q, c.decay, c.w) == (12_800_000, 256, "constant", 1.7)
+    c = cfg("--res", "512", "--stage", "mid")
+    assert (c.steps * c.batch, c.lr, c.dropout, c.beta2, c.loss, c.ensemble) == (12_800_000, 2e-4, 0, 0.999, "elatent", "bgcfnc")
+    c = cfg("--res", "512", "--stage", "post")
+    assert (c.post, c.steps * c.batch, c.q, c.lr, c.decay, c.w) == ("ecd", 12_800_000, 1024, 1e-4, "constant", 2.05)
+    c = cfg("--res", "512", "--stage", "post", "--post", "ecd_code")
+    assert (c.steps * c.batch, c.q, c.lr) == (16_000_000, 1024, 1e-6)
+
+
+def test_ensembled_distance_sees_both_images_alike():
+    elatent = nets.ELatentLPIPS(ensemble="bgcfnc")
+    x = torch.randn(1, 4, 64, 64)
+    d = script.Ensembled(elatent, x, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert d.distance(d.features(x), d.features(x)).abs().max() == 0
+        assert (d.features(x)[0] - elatent.features(x)[0]).abs().max() > 0.1
+
+
+# ---- data ----------------------------------------------------------------------------------------
+def folder_of_pictures(counts, size=(80, 70)):
+    """A folder with a folder of pictures per class, as ImageNet's."""
+    rng = np.random.default_rng(0)
+    for k, n in enumerate(counts):
+        os.makedirs(f"in/n{k:08d}")
+        for i in range(n):
+            Image.fromarray(rng.integers(0, 255, (*size, 3), np.uint8)).save(f"in/n{k:08d}/{i}.png")
+
+
+def test_encode_at_64_crops_labels_and_goes_on_where_it_was(monkeypatch, capsys):
+    folder_of_pictures([3, 2])
+    os.makedirs("data")
+    argv = ["--stage", "encode", "--res", "64", "--source", "in", "--out", "x"]
+    real, parts = script.encode_part, []
+    monkeypatch.setattr(script, "encode_part", lambda *a: parts.append(a[3]) or real(*a))
+    script.main(argv)
+    images = script.load_data(cfg("--res", "64"))
+    assert images.labels.tolist() == [0, 0, 0, 1, 1] and images.read(torch.tensor([0, 4])).shape == (2, 3, 64, 64)
+    expected = script.crop(Image.open("in/n00000001/1.png").convert("RGB"), 64)
+    assert np.array_equal(images.image(4).permute(1, 2, 0).numpy(), np.asarray(expected))
+    script.main(argv)
+    assert len(parts) == 1                            # the part was there
+    zipfile.ZipFile("data/imagenet64.zip").extractall("folder")
+    same = script.load_data(cfg("--data", "folder"))
+    assert torch.equal(same.read(torch.arange(5)), images.read(torch.arange(5))) and same.names == images.names
+    exit_code, err = code(["--res", "512", "--data", "folder", "--stage", "post", "--mid", "none", "--out", "y", "--loss", "l2",
+                           "--ensemble", "none", "--guide", "", "--main", ""], capsys, script.main)
+    assert exit_code == 3 and "(3, 64, 64); --res 512 needs (8, 64, 64)" in err
+
+
+class Vae:
+    """Encodes an image to its 8x8 mean colour (4 channels, deviation 0.1), decodes by repeating it."""
+
+    def encode(self, x):
+        assert x.shape[1:] == (3, 512, 512) and 0 <= x.min() and 0.9 < x.max() <= 1
+        mean = torch.nn.functional.avg_pool2d(x[:, [0, 1, 2, 0]], 8)
+        return types.SimpleNamespace(latent_dist=types.SimpleNamespace(mean=mean, std=torch.full_like(mean, 0.1)))
+
+    def decode(self, z):
+        return types.SimpleNamespace(sample=z[:, :3].repeat_interleave(8, 2).repeat_interleave(8, 3))
+
+
+def test_latents_are_encoded_and_decoded_as_edm2_does(monkeypatch):
+    folder_of_pictures([1], (520, 600))
+    os.makedirs("data")
+    monkeypatch.setattr(script, "vae_of", lambda *a: Vae())
+    script.main(["--stage", "encode", "--res", "512", "--source", "in", "--out", "x"])
+    images = script.load_data(cfg("--res", "512"))
+    raw = images.read(torch.tensor([0]))
+    assert raw.shape == (1, 8, 64, 64) and images.names == ["00000/img-mean-std-00000000.npy"] and (raw[:, 4:] == 0.1).all()
+    zero, one = torch.zeros(1, 4, 64, 64), torch.ones(1, 4, 64, 64)
+    x = script.to_input(raw, zero, "cpu")
+    assert x[0, 0, 0, 0].item() == pytest.approx(raw[0, 0, 0, 0].item() * 0.11990407 - 0.69664264, abs=1e-6)
+    assert x[0, 3, 0, 0].item() == pytest.approx(raw[0, 3, 0, 0].item() * 0.15243903 + 0.32774392, abs=1e-6)
+    assert (script.to_input(raw, one, "cpu") - x)[0, 1].mean().item() == pytest.approx(0.1 * 0.10822511, rel=1e-3)
+    back = script.to_images(x, Vae())
+    assert torch.allclose(back, raw[:, :3].repeat_interleave(8, 2).repeat_interleave(8, 3) * 2 - 1, atol=1e-4)
+
+
+def test_own_zip_trains_and_a_bad_picture_is_named(capsys):
+    rng = np.random.default_rng(0)
+    with zipfile.ZipFile("own.zip", "w") as z:
+        for i in range(4):
+            buffer = io.BytesIO()
+            Image.fromarray(rng.integers(0, 255, (16, 16, 3), np.uint8)).save(buffer, "PNG")
+            z.writestr(f"00000/img{i:08d}.png", buffer.getvalue() if i != 2 else b"broken")
+        z.writestr("dataset.json", json.dumps({"labels": [[f"00000/img{i:08d}.png", i % 2] for i in range(4)]}))
+    argv = ["--data", "own.zip", "--res", "16", "--stage", "post", "--mid", "none", "--batch", "8", "--out", "x", "--steps", "3"]
+    model = dict(img_resolution=16, img_channels=3, label_dim=2, **nets.SIZES["edm2-8"])
+    torch.save({"ema": nets.EDM2Precond(**model).state_dict(), "model": model}, "teacher.pt")
+    exit_code, err = code([*argv, "--teacher", "teacher.pt"], capsys, script.main)
+    assert exit_code == 3 and "img00000002.png" in err and len(err.strip().splitlines()) == 1
+    with zipfile.ZipFile("own.zip") as old, zipfile.ZipFile("bad.zip", "w") as new:
+        new.writestr("00000/img00000000.png", old.read("00000/img00000000.png"))
+        new.writestr("dataset.json", '{"labels": [["00000/other.png", 1]]}')
+    argv[1] = "bad.zip"
+    exit_code, err = code([*argv, "--teacher", "teacher.pt"], capsys, script.main)
+    assert exit_code == 3 and "no label for 00000/img00000000.png" in err
+
+
+def test_nothing_in_place_says_what_is_needed_and_mid_needs_no_data(capsys, monkeypatch):
+    exit_code, err = code(["--res", "64"], capsys, script.main)
+    lines = err.strip().splitlines()
+    assert exit_code == 3 and "data/imagenet64.zip is not there" in lines[0] and "--res 64 --stage encode --source FOLDER" in lines[0]
+    asked = []
+    monkeypatch.setattr(nets, "fetch", lambda url, *a: asked.append(url) or script.fail(3, url))
+    exit_code, err = code(["--res", "64", "--stage", "mid"], capsys, script.main)
+    assert exit_code == 3 and asked == [nets.PRETRAINED["imagenet64"]] and "edm2-img64-xl-0671088-0.040.pkl" in err
+    exit_code, err = code(["--res", "64", "--stage", "post", "--guide", "weak.pkl", "--post", "ecd"], capsys, script.main)
+    assert exit_code == 3 and "weak.pkl: no such file" in err and "imagenet64.zip" in err
+
+
+@pytest.mark.parametrize("line, text", [
+    ("--res 64 --stage mid --loss elatent --teacher t", "--loss elatent does not measure --res 64"),
+    ("--res 64 --stage mid --ensemble bg", "--ensemble bg belongs to --loss elatent"),
+    ("--data digits --batch 30 --stage mid", "must fill whole batches of --batch 30"),
+    ("--data imagenot", "not one of")])
+def test_bad_input_is_one_line(line, text, capsys):
+    exit_code, err = code(line.split(), capsys, script.main)
+    assert exit_code == 2 and text in err and len(err.strip().splitlines()) == 1
+
+
+# ---- scale ---------------------------------------------------------------------------------------
+def test_memory_plan_counts_activations_of_the_full_size_net_without_building_it(capsys):
+    """XL: 22 GB of weights, gradients, Adam, EMA and hoisted weights, under 0.9 GB of activations per image in float32."""
+    os.makedirs("x")
+    model = dict(img_resolution=64, img_channels=3, label_dim=1000, **nets.SIZES["edm2-xl"])
+    for precision, least, most in (("fp32", 0.5, 1.0), ("bf16", 0.25, 0.5)):
+        c = cfg("--res", "64", "--out", "x", "--batch_gpu", "16", "--precision", precision)
+        script.memory_plan(c, model, [], 1, torch.device("cpu"))
+        total, fixed, frozen, one = [float(v) for v in re.findall(r"\d+\.\d+", capsys.readouterr().out)]
+        assert fixed == pytest.approx(6 * 1.1193 * 4, rel=0.01) and least < one < most
+        assert total == pytest.approx(fixed + 16 * one, rel=0.01)
+
+
+def test_micro_batches_give_the_result_of_the_whole_batch(road):
+    argv = [*TINY, "--stage", "post", "--mid", "none", "--steps", "3", "--teacher", str(road / "pretrain.pt")]
+    for n in ("16", "4"):
+        script.main([*argv, "--batch_gpu", n, "--out", n])
+    a, b = (torch.load(f"{n}/post.pt", weights_only=True)["net"] for n in ("16", "4"))
+    assert max((a[k] - b[k]).abs().max() for k in a) < 1e-4
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "vgg", "mid", "post"])
+def test_kill_and_signal_leave_the_undisturbed_result_and_two_processes_agree(road, stage):
+    """Kill -9, then SIGTERM (code 75), then to the end: bit for bit one quiet run. Two processes: to rounding."""
+    argv = [*TINY, "--stage", stage, "--steps", "10", "--batch_gpu", "8", "--save_every", "3", "--trajectories", "16",
+            "--dropout", "0.2", "--loss", "l2" if stage == "mid" else "lpips", "--nfe", "2"]
+    argv += ["--teacher", road / "pretrain.pt", "--mid", "none" if stage == "post" else "cmt"] if stage in ("mid", "post") else []
+
+    def start(out, log="log", **kwargs):
+        return fork([*argv, "--out", out], log, main=script.main, **kwargs)
+    whole, pid, path, calls = start("whole"), start("cut", "log1"), Path("cut/metrics.jsonl"), []
+    while not path.exists() or '"step": 4,' not in path.read_text():
+        time.sleep(0.005)
+    os.kill(pid, signal.SIGKILL)
+    assert wait(pid) == -signal.SIGKILL
+    stop = lambda: setattr(script, "any_stop", lambda world: calls.append(1) or len(calls) == 2)     # noqa: E731
+    assert wait(start("cut", patch=stop)) == 75 and wait(start("cut")) == 0 and wait(whole) == 0
+    a = weights(f"whole/{stage}.pt")
+    assert torch.equal(a, weights(f"cut/{stage}.pt"))
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    assert [wait(p) for p in [start("two", f"log{r}", rank=r, world=2, port=port) for r in range(2)]] == [0, 0]
+    assert (a - weights(f"two/{stage}.pt")).norm() / a.norm() < 1e-5

@@ -129,7 +129,7 @@ PRESETS = {  # (data, stage, method): matching rows are laid over each other, to
                                       P_mean=-1.2, P_std=1.2),
     ("digits", "vgg", "*"): dict(steps=300, batch=128, lr=3e-3, ema_beta=0.0),
     ("digits", "mid", "*"): dict(steps=900, batch=32, lr=3e-3, ema_beta=0.99),
-    ("digits", "post", "*"): dict(steps=600, batch=32, lr=1e-3, ema_beta=0.99, q=512, decay="linear",
+    ("digits", "post", "*"): dict(steps=600, batch=32, lr=3e-4, ema_beta=0.99, q=512, decay="linear",
                                   guide="", w=1.0),
 }
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -389,7 +389,7 @@ def inverse_c_out(sigma, sigma_data=0.5):
     return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
 
 
-def guided(main, guide, w):
+def autoguided(main, guide, w):
     """Autoguidance (Karras et al. 2024): D = guide + w (main - guide), as a function of (x, sigma, y)."""
     if guide is None or w == 1:
         return main
@@ -507,7 +507,7 @@ def make_sampler(cfg, net, kind, device, guide=None):
     @torch.no_grad()
     def sample(seeds, labels=cfg.labels):
         x_T, y, generators = class_prior(net, seeds, device, labels)
-        D = guided(net, guide, cfg.w) if kind == "teacher" else net
+        D = autoguided(net, guide, cfg.w) if kind == "teacher" else net
 
         def f(x, sigma):
             return D(x, sigma, y)
@@ -923,7 +923,7 @@ def train(cfg, rank, world, device):
                     x_t, x_r = (x[i] + level.view(-1, 1, 1, 1) * eps[i] for level in (s, r))           # same noise
                     if frozen:
                         with torch.no_grad():
-                            D = guided(frozen[0], frozen[-1], cfg.w)
+                            D = autoguided(frozen[0], frozen[-1], cfg.w)
                             order = 2 if cfg.ecd == "heun" else 1
                             x_r = solvers.ode_step(lambda x, s: D(x, s, y[i]), x_t, s, r, order)
                     loss = loss_ect(lambda x, s: net(x, s, y[i]), x[i], x_t, x_r, s, r, mask_seed, cfg.huber,

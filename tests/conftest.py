@@ -23,6 +23,16 @@ def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="the fault tests at full length, and the soak")
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "long: only with --long")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if "long" in item.keywords and not config.getoption("--long"):
+            item.add_marker(pytest.mark.skip(reason="--long runs it"))
+
+
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """An empty folder, offline, with signals as they were."""

@@ -25,6 +25,7 @@ from PIL import Image
 import train_cmt_cifar as script
 
 pytestmark = pytest.mark.usefixtures("here")
+LONG = pytest.mark.long
 PRETRAIN = [*TINY, "--stage", "pretrain", "--nfe", "2"]        # nfe: of the sample grid at every save
 
 
@@ -66,7 +67,7 @@ def stop_after(step):
 
 
 # ---- a process ends ------------------------------------------------------------------------------
-@pytest.mark.parametrize("stage", ["pretrain", "mid", "post"])
+@pytest.mark.parametrize("stage", [pytest.param("pretrain", marks=LONG), "mid", pytest.param("post", marks=LONG)])
 def test_f1_kill_at_random_times(road, stage, often):
     """Every restart succeeds, loses at most --save_every steps, and the end is the undisturbed run's, bit for bit."""
     kills, steps = often(2, 10), often(24, 200)
@@ -86,15 +87,16 @@ def test_f1_kill_at_random_times(road, stage, often):
     assert wait(fork([*argv, "--out", "cut"], "log")) == 0 and same(f"whole/{stage}.pt", f"cut/{stage}.pt")
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "mid", "post"])
+@pytest.mark.parametrize("stage", [pytest.param("pretrain", marks=LONG), pytest.param("mid", marks=LONG), "post"])
 def test_f2_signal_saves_the_current_step(road, stage, often):
     """SIGTERM: exit code 75, a checkpoint of the step just done, nothing lost, the same end."""
-    argv = [*TINY, "--stage", stage, "--steps", "10", "--save_every", 1000, "--trajectories", "4", "--loss", "l2"]
+    argv = [*TINY, "--stage", stage, "--steps", often(12, 40), "--save_every", 1000, "--trajectories", "4", "--loss", "l2"]
     argv += [] if stage == "pretrain" else ["--teacher", road / "pretrain.pt", "--mid", "cmt" if stage == "mid" else "none"]
     assert wait(fork([*argv, "--out", "whole"], "log")) == 0
-    for k in range(often(1, 5)):
+    for _ in range(often(1, 5)):
+        before = last_step("cut")
         pid = fork([*argv, "--out", "cut"], "log")
-        wait_for_step("cut", 2 + k, pid)
+        wait_for_step("cut", before + 2, pid)
         os.kill(pid, signal.SIGTERM)
         sent = time.time()
         assert wait(pid) == 75 and time.time() - sent < 5
@@ -147,7 +149,7 @@ def test_f3_kill_inside_a_save(often):
 
 
 def test_f7_a_dead_process_ends_the_run_and_a_restart_finishes_it():
-    argv = [*PRETRAIN, "--steps", "30", "--save_every", "4", "--batch_gpu", 4]
+    argv = [*PRETRAIN, "--steps", "16", "--save_every", "4", "--batch_gpu", 4]
     for pid in pair([*argv, "--out", "whole"]):
         assert wait(pid) == 0
     pids = pair([*argv, "--out", "cut"])
@@ -162,9 +164,8 @@ def test_f7_a_dead_process_ends_the_run_and_a_restart_finishes_it():
     assert same("whole/pretrain.pt", "cut/pretrain.pt")
 
 
-def test_f7_torchrun_restarts_by_itself(request):
-    if not request.config.getoption("--long"):
-        pytest.skip("15 s of torchrun; --long runs it")
+@LONG
+def test_f7_torchrun_restarts_by_itself():
     argv = [str(a) for a in [*PRETRAIN, "--steps", "400", "--save_every", "20", "--batch_gpu", 4]]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1",
               str(ROOT / "train_cmt_cifar.py")]
@@ -191,7 +192,7 @@ def test_f8_a_hung_process_ends_the_run():
     assert "dist.all_reduce(flag)" in line and "did not answer for --timeout 3 s; run again" in line
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "mid", "post"])
+@pytest.mark.parametrize("stage", [pytest.param("pretrain", marks=LONG), "mid", pytest.param("post", marks=LONG)])
 def test_f9_two_processes_then_one_then_two(road, stage):
     """With two micro-batches a step, the sums have one order: 1 = 2 = 2 -> 1 -> 2 processes, bit for bit."""
     argv = [*TINY, "--stage", stage, "--steps", "9", "--batch_gpu", "8", "--dropout", "0.2", "--loss", "l2",
@@ -431,10 +432,9 @@ def test_f15_a_second_run_in_the_same_folder_is_refused():
 
 
 # ---- all of it -----------------------------------------------------------------------------------
-def test_soak(request):
+@LONG
+def test_soak():
     """20,000 steps, 20 kills and 5 other faults at random times: the end of the undisturbed run, memory flat."""
-    if not request.config.getoption("--long"):
-        pytest.skip("half an hour; --long runs it")
     argv = "--data digits --stage pretrain --steps 20000 --batch 4 --save_every 200 --log_every 50 --dropout 0.1".split()
     whole = fork([*argv, "--out", "whole"], "whole.log")
     rng, memory = random.Random(1), []

@@ -40,6 +40,7 @@ def test_same_name_same_text():
 def test_imports_follow_the_house(path):
     allowed = {"nets": {"torch", "numpy"}, "solvers": {"torch"}, "fid": {"torch", "numpy", "PIL"}}
     allowed = allowed.get(path.stem, {"torch", "numpy", "PIL", *MODULES})
+    allowed = allowed | {p.stem for p in SCRIPTS} if path.stem == "bench" else allowed
     def roots(nodes):
         return {name.split(".")[0] for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))
                 for name in ([node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names])}
@@ -79,7 +80,7 @@ def commands(text):
     for line in text.splitlines():
         found = re.match(r"\s*(?:pip install \S+ \S+ && )?((?:python|torchrun)\b.*?)(?:\s{2,}#.*)?$", line)
         for command in [found[1]] if found else re.findall(r"`((?:python|torchrun)[^`]*)`", line):
-            if re.search(r"\b(train_\w+|fid)\.py\b", command):
+            if re.search(r"\b(train_\w+|fid|bench)\.py\b", command):
                 yield command
 
 

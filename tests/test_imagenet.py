@@ -108,13 +108,13 @@ def test_ecd_takes_one_guided_heun_step():
         return x / (2 + s.view(-1, 1, 1, 1))
     w, t, r = 1.7, torch.tensor([2.0, 0.5]), torch.tensor([1.9, 0.4])
     x, y = torch.randn(2, 3, 4, 4), torch.full((2, 1), 0.25)
-    D = script.guided(main, weak, w)
+    D = script.autoguided(main, weak, w)
     T, R = t.view(-1, 1, 1, 1), r.view(-1, 1, 1, 1)
     d = (x - (weak(x, t, y) + w * (main(x, t, y) - weak(x, t, y)))) / T
     x_ = x + (R - T) * d
     d_ = (x_ - (weak(x_, r, y) + w * (main(x_, r, y) - weak(x_, r, y)))) / R
     assert torch.allclose(solvers.ode_step(lambda x, s: D(x, s, y), x, t, r, 2), x + (R - T) * (d + d_) / 2, atol=1e-5)
-    assert script.guided(main, None, 3.0) is main and script.guided(main, weak, 1) is main
+    assert script.autoguided(main, None, 3.0) is main and script.autoguided(main, weak, 1) is main
 
 
 def test_pairs_carry_the_class_of_their_trajectory():
@@ -302,7 +302,8 @@ def test_micro_batches_give_the_result_of_the_whole_batch(road):
     assert max((a[k] - b[k]).abs().max() for k in a) < 1e-4
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "vgg", "mid", "post"])
+@pytest.mark.parametrize("stage", [pytest.param("pretrain", marks=pytest.mark.long), "vgg", "mid",
+                                   pytest.param("post", marks=pytest.mark.long)])
 def test_kill_and_signal_leave_the_undisturbed_result_and_two_processes_agree(road, stage):
     """Kill -9, then SIGTERM (code 75), then to the end: bit for bit one quiet run. Two processes: to rounding."""
     argv = [*TINY, "--stage", stage, "--steps", "10", "--batch_gpu", "8", "--save_every", "3", "--trajectories", "16",
@@ -325,3 +326,24 @@ def test_kill_and_signal_leave_the_undisturbed_result_and_two_processes_agree(ro
         port = s.getsockname()[1]
     assert [wait(p) for p in [start("two", f"log{r}", rank=r, world=2, port=port) for r in range(2)]] == [0, 0]
     assert (a - weights(f"two/{stage}.pt")).norm() / a.norm() < 1e-5
+
+
+@pytest.mark.long
+def test_512_runs_every_stage_on_latents_with_a_small_net(monkeypatch):
+    """encode, vgg (the full one, 138M parameters), mid with an ensemble, ECD with autoguidance, samples decoded."""
+    folder_of_pictures([3, 3], (520, 520))
+    os.makedirs("data")
+    monkeypatch.setattr(script, "vae_of", lambda *a: Vae())
+    script.main(["--stage", "encode", "--res", "512", "--source", "in", "--out", "x"])
+    model = dict(img_resolution=64, img_channels=4, label_dim=2, model_channels=16, channel_mult=(1, 1), num_blocks=1,
+                 attn_resolutions=(), channels_per_head=16)
+    for name in ("teacher", "guide"):
+        torch.save({"ema": nets.EDM2Precond(**model).state_dict(), "model": model}, f"{name}.pt")
+    base = ["--res", "512", "--out", "x", "--teacher", "teacher.pt", "--main", "teacher.pt", "--guide", "guide.pt", "--steps", "2",
+            "--batch", "4", "--log_every", "1", "--threads", "1", "--trajectories", "2", "--nfe", "2"]
+    for stage in ("vgg", "mid", "post"):
+        script.main([*base, "--stage", stage])
+        state = torch.load(f"x/{stage}.pt", weights_only=True)
+        assert state["skipped"] == 0 and all(torch.isfinite(v).all() for v in state["net"].values())
+    script.main([*base, "--stage", "sample", "--seeds", "0-1"])
+    assert Image.open("x/samples/post_2/000001.png").size == (512, 512)

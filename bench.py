@@ -1,0 +1,206 @@
+"""What a training pair costs, measured here beside the paper's numbers: one run, interleaved, median and spread.
+
+  python bench.py pairs                    # the digits net: CMT, ECT, ECD, KD, Slow CMT, and a straightforward loop
+  python bench.py pairs --data cifar10     # the 32x32 DDPM++ (random weights and images: nothing is downloaded)
+  python bench.py weights                  # EDM2: weight normalisation at every call, once per step, or for good
+
+Loss, trajectory and update are the functions of train_cmt_cifar.py. Calls are counted by hooks; FLOPs by torch's counter.
+"""
+import argparse
+import copy
+import statistics
+import time
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import nets
+import solvers
+import train_cmt_cifar as script
+
+PAPER = {"cmt": 1.0, "ect": 0.79, "ecd euler": 0.98, "ecd heun": 1.17}                # C.1, CIFAR-10, A100
+
+
+class Pairs:
+    """One training method on its own student: cycle() does as many optimiser steps as one solve feeds."""
+
+    def __init__(self, method, args, device):
+        mid = dict(kd="kd", slow="slow").get(method, "cmt")
+        ecd = method.split()[-1] if method.startswith("ecd") else "heun"
+        stage = "post" if method.startswith("ec") else "mid"
+        flags = ["--data", args.data, "--stage", stage, "--mid", mid, "--ecd", ecd, "--threads", "1"]
+        flags += ["--batch", str(args.batch)] if args.batch else []
+        self.cfg = cfg = script.parse([*flags, "--loss", args.loss] if args.loss else flags)
+        self.method, self.device = method, device
+        model = nets.SIZES["ddpm++-8" if args.data == "digits" else "ddpm++-32"]
+        script.check_batch(cfg, 1)
+        self.net = script.build(cfg, model, device, train=True).train()
+        self.teacher = script.build(cfg, model, device)
+        self.ema = copy.deepcopy(self.net).requires_grad_(False).eval()
+        self.shape = self.net.img_channels, self.net.img_resolution, self.net.img_resolution
+        self.images = torch.randint(0, 256, (2000, *self.shape), dtype=torch.uint8, device=device)
+        self.distance = nets.PixelDistance(0.0)
+        if cfg.loss == "lpips":
+            self.distance = (nets.VGG() if args.data == "digits" else nets.LPIPS()).to(device).requires_grad_(False).eval()
+        if method == "plain":
+            self.opt = torch.optim.RAdam(self.net.parameters(), lr=1e-5, foreach=False)
+        else:
+            (self.flat, self.grad), (self.flat_ema, _) = script.flatten(self.net), script.flatten(self.ema)
+            self.flat.grad = self.grad[:-1]
+            self.opt = torch.optim.RAdam([self.flat], lr=1e-5)
+        self.scale, self.health = torch.tensor(1.0, device=device), torch.zeros(5, device=device)
+        self.sigmas, self.g = solvers.logsnr_sigmas(cfg.nfe), torch.Generator(device).manual_seed(0)
+        self.count = dict(teacher=0, forward=0, backward=0)
+        self.teacher.register_forward_hook(lambda m, a, out: self.add("teacher", len(out)))
+        self.net.register_forward_hook(self.student_called)
+
+    def add(self, name, n):
+        self.count[name] += n
+
+    def student_called(self, module, args, out):
+        self.add("forward", len(out))
+        if out.requires_grad:
+            out.register_hook(lambda g: self.add("backward", len(g)))
+
+    def pairs(self):
+        """Pairs of one cycle."""
+        return self.cfg.batch if self.method[:3] in ("ect", "ecd", "pla") else script.solves(self.cfg)[1]
+
+    def cycle(self):
+        if self.method == "plain":
+            return self.plain()
+        cfg, B = self.cfg, self.cfg.batch
+        if cfg.stage == "mid":
+            x_t, t, x_0, owner = script.teacher_pairs(cfg, self.teacher, self.images, self.sigmas, self.shape, self.g, 0, 1)
+            target = self.distance.features(x_0)
+            for p in torch.randperm(len(t), generator=self.g, device=self.device).split(B):
+                ends = [m[owner[p]] for m in target]
+                self.step(script.loss_cmt(self.net, x_t[p], t[p], ends, self.distance))
+            return
+        x, eps = script.draw(self.images, B, self.g), script.randn((B, *self.shape), self.g)
+        t = (cfg.P_mean + cfg.P_std * script.randn(B, self.g)).exp()
+        r = script.ect_step(t, cfg.q)
+        x_t, x_r = (x + s.view(-1, 1, 1, 1) * eps for s in (t, r))
+        if self.method != "ect":
+            with torch.no_grad():
+                x_r = solvers.ode_step(self.teacher, x_t, t, r, 2 if cfg.ecd == "heun" else 1)
+        self.step(script.loss_ect(self.net, x, x_t, x_r, t, r, 0, cfg.huber))
+
+    def step(self, loss):
+        loss.backward()
+        script.update(self.opt, self.flat, self.grad, self.health, self.scale, self.cfg)
+        self.flat_ema.lerp_(self.flat, 1 - self.cfg.ema_beta)
+
+    def plain(self):
+        """CMT as a first version would have it: a solve per step, tiled targets, a loop over parameters."""
+        n = max(1, self.cfg.batch // self.cfg.nfe)
+        with torch.no_grad():
+            xs = solvers.dpmpp(self.teacher, 80.0 * script.randn((n, *self.shape), self.g), self.sigmas)
+        t = self.sigmas[:-1].to(self.device, torch.float32).repeat_interleave(n)
+        ends = self.distance.features(xs[-1].repeat(self.cfg.nfe, 1, 1, 1))
+        loss = script.loss_cmt(self.net, xs[:-1].flatten(0, 1), t, ends, self.distance)
+        self.opt.zero_grad()
+        loss.backward()
+        for p in self.net.parameters():
+            torch.nan_to_num(p.grad, 0, 1e5, -1e5, out=p.grad)
+        self.opt.step()
+        with torch.no_grad():
+            for p, q in zip(self.net.parameters(), self.ema.parameters()):
+                q.copy_(p.lerp(q, self.cfg.ema_beta))
+
+
+def synchronize(device):
+    """Wait for the GPU, so that a clock read next to it means something."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def interleaved(tasks, rounds, device):
+    """{name: function} -> {name: [seconds per round]}; every round runs each once, so that noise hits all alike."""
+    times = {name: [] for name in tasks}
+    for k in range(rounds + 1):
+        for name, task in tasks.items():
+            synchronize(device)
+            start = time.perf_counter()
+            task()
+            synchronize(device)
+            times[name] += [time.perf_counter() - start] * (k > 0)                   # the first round warms up
+    return times
+
+
+def ceiling(device):
+    """FLOP/s of a large square float32 matrix product: what a step could reach."""
+    n = 4096 if device.type == "cuda" else 768
+    a = torch.randn(n, n, device=device)
+    times = interleaved({"matmul": lambda: [a @ a for _ in range(4)]}, 8, device)["matmul"]
+    return 4 * 2 * n**3 / min(times)
+
+
+def pairs(args, device):
+    """Table C.1 and the accounting of C.2: time, calls and FLOPs per training pair of each method."""
+    methods = {m: Pairs(m, args, device) for m in args.methods.split(",")}
+    top, times = ceiling(device), interleaved({m: p.cycle for m, p in methods.items()}, args.rounds, device)
+    print(f"{args.data}, batch {next(iter(methods.values())).cfg.batch}, {args.rounds} rounds, torch {torch.__version__}, "
+          f"{torch.cuda.get_device_name() if device.type == 'cuda' else f'CPU, {torch.get_num_threads()} thread(s)'}, "
+          f"matmul {top / 1e9:.0f} GFLOP/s")
+    print("| method | us per pair | range | of CMT | paper | teacher calls | forwards | backwards | MFLOP | share of matmul |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    base = statistics.median(times["cmt"]) / methods["cmt"].pairs()
+    for name, p in methods.items():
+        p.count = dict.fromkeys(p.count, 0)
+        with FlopCounterMode(display=False) as counter:
+            p.cycle()
+        n, each = p.pairs(), [t / p.pairs() * 1e6 for t in times[name]]
+        middle, flops = statistics.median(each), counter.get_total_flops() / n
+        calls = " | ".join(f"{v / n:.2f}" for v in p.count.values())
+        print(f"| {name} | {middle:.0f} | {min(each):.0f}-{max(each):.0f} | {middle / base / 1e6:.2f} | {PAPER.get(name, '-')} | "
+              f"{calls} | {flops / 1e6:.1f} | {flops / middle / top * 1e6:.0%} |")
+
+
+def weights(args, device):
+    """EDM2: one step of micro-batches with weights normalised at every call or hoisted; a forward, frozen or not."""
+    model = dict(img_resolution=16, img_channels=4, label_dim=10, model_channels=128, channel_mult=(1, 2), num_blocks=1,
+                 attn_resolutions=(8,))
+    net = nets.EDM2Precond(**model).to(device, memory_format=torch.channels_last)
+    frozen = nets.freeze(copy.deepcopy(net))
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    x, sigma = torch.randn(args.batch or 1, 4, 16, 16, device=device), torch.ones(args.batch or 1, device=device)
+
+    def step():
+        for _ in range(4):
+            net(x, sigma).square().mean().backward()
+
+    def hoisted():
+        with nets.hoist(net):
+            step()
+
+    @torch.no_grad()
+    def forward(n):
+        n(x, sigma)
+    tasks = {"step of 4 micro-batches, normalised at every call": step, "the same, hoisted": hoisted,
+             "forward, normalised": lambda: forward(net), "forward, frozen": lambda: forward(frozen),
+             "forced normalisation, once per step": lambda: nets.force_weight_norm(net)}
+    print(f"EDM2 of {sum(p.numel() for p in net.parameters()) / 1e6:.1f}M parameters, micro-batch {len(x)}, 16x16 latents")
+    for name, times in interleaved(tasks, args.rounds, device).items():
+        print(f"{name:50s} {statistics.median(times) * 1e3:8.1f} ms ({min(times) * 1e3:.1f}-{max(times) * 1e3:.1f})")
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("what", choices=["pairs", "weights"])
+    p.add_argument("--data", default="digits", choices=["digits", "cifar10"])
+    p.add_argument("--methods", default="cmt,ect,ecd euler,ecd heun,kd,slow,plain")
+    p.add_argument("--batch", type=int, default=0, help="0 = the script's own; weights: 1")
+    p.add_argument("--loss", default="", help="of mid-training; default: the script's own")
+    p.add_argument("--rounds", type=int, default=5)
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = p.parse_args(argv)
+    device = torch.device(args.device)
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    dict(pairs=pairs, weights=weights)[args.what](args, device)
+
+
+if __name__ == "__main__":
+    main()

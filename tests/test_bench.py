@@ -1,0 +1,27 @@
+"""bench.py: what it counts is what the methods cost, and every command of its docstring runs."""
+import re
+
+import pytest
+
+import bench
+
+
+def test_pairs_cost_the_calls_that_the_paper_counts(monkeypatch, capsys):
+    """C.2 per pair: CMT one teacher call and one forward; ECT none and two; ECD two for Heun; KD a whole solve."""
+    monkeypatch.setitem(bench.script.PRESETS, ("digits", "mid", "*"), dict(batch=16, trajectories=1, lr=1e-3))
+    monkeypatch.setattr(bench, "ceiling", lambda device: 1e9)
+    bench.main(["pairs", "--rounds", "1", "--batch", "16"])
+    rows = {r[0]: list(map(float, r[1:])) for r in re.findall(
+        r"\| ([a-z ]+) \|.*?\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| [\d.]+ \| \d+% \|\n", capsys.readouterr().out)}
+    assert rows == {"cmt": [1, 1, 1], "ect": [0, 2, 1], "ecd euler": [1, 2, 1], "ecd heun": [2, 2, 1], "kd": [16, 1, 1],
+                    "slow": [8.5, 1, 1], "plain": [1, 1, 1]}
+
+
+def test_weights_prints_a_time_for_each_way(capsys):
+    bench.main(["weights", "--rounds", "1"])
+    assert len(re.findall(r"\d ms \(", capsys.readouterr().out)) == 5
+
+
+def test_an_unknown_word_is_refused():
+    with pytest.raises(SystemExit):
+        bench.main(["pears"])

@@ -159,8 +159,8 @@ def pairs(args, device):
 
 def weights(args, device):
     """EDM2: one step of micro-batches with weights normalised at every call or hoisted; a forward, frozen or not."""
-    model = dict(img_resolution=16, img_channels=4, label_dim=10, model_channels=128, channel_mult=(1, 2), num_blocks=1,
-                 attn_resolutions=(8,))
+    model = dict(img_resolution=16, img_channels=4, label_dim=10, model_channels=args.channels, channel_mult=(1, 2),
+                 num_blocks=1, attn_resolutions=(8,))
     net = nets.EDM2Precond(**model).to(device, memory_format=torch.channels_last)
     frozen = nets.freeze(copy.deepcopy(net))
     for p in net.parameters():
@@ -192,6 +192,7 @@ def main(argv=None):
     p.add_argument("--data", default="digits", choices=["digits", "cifar10"])
     p.add_argument("--methods", default="cmt,ect,ecd euler,ecd heun,kd,slow,plain")
     p.add_argument("--batch", type=int, default=0, help="0 = the script's own; weights: 1")
+    p.add_argument("--channels", type=int, default=128, help="weights: model_channels of the EDM2")
     p.add_argument("--loss", default="", help="of mid-training; default: the script's own")
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -20,6 +20,7 @@ Parameter names are the official ones, so that official checkpoints load by name
 image; sigma is a noise level per sample, (B,); images are (B, C, H, W) in [-1, 1].
 """
 import contextlib
+import fcntl
 import hashlib
 import http.client
 import importlib.util
@@ -1027,25 +1028,28 @@ def fetch(url, sha256="", md5=""):
     name = os.path.basename(urllib.parse.urlsplit(url).path)
     # trap: snapshots of two runs have one name, which alone would return the wrong network
     target = os.path.join(cache, f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}")
-    if os.path.exists(target):
-        check_sums(target, f"{target} (delete it to download it again)", sha256, md5)
-        return target
     os.makedirs(cache, exist_ok=True)
-    part = f"{target}.{os.getpid()}.part"
+    part, folder = f"{target}.{os.getpid()}.part", os.open(cache, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)    # trap: the processes of one machine would each download a copy
+    cached = os.path.exists(target)
     try:
-        with urllib.request.urlopen(url, timeout=60) as r, open(part, "wb") as f:
-            size = r.headers.get("Content-Length")
-            print(f"downloading {url}, {size or 'unknown number of'} bytes, to {target}", flush=True)
-            shutil.copyfileobj(r, f, 1 << 20)
-        if size and int(size) != os.path.getsize(part):    # trap: a lost connection looks like the file's end
-            raise OSError(f"{os.path.getsize(part)} of {size} bytes arrived")
-        print(f"sha256 {check_sums(part, url, sha256, md5)}  {target}", flush=True)
-        os.replace(part, target)
+        if not cached:
+            with urllib.request.urlopen(url, timeout=60) as r, open(part, "wb") as f:
+                size = r.headers.get("Content-Length")
+                print(f"downloading {url}, {size or 'unknown number of'} bytes, to {target}", flush=True)
+                shutil.copyfileobj(r, f, 1 << 20)
+            if size and int(size) != os.path.getsize(part):    # trap: a lost connection looks like the file's end
+                raise OSError(f"{os.path.getsize(part)} of {size} bytes arrived")
+            print(f"sha256 {check_sums(part, url, sha256, md5)}  {target}", flush=True)
+            os.replace(part, target)
     except (OSError, http.client.HTTPException) as e:
         raise OSError(f"cannot download {url} ({e}): download it yourself and save it as {target}") from None
     finally:
+        os.close(folder)
         if os.path.exists(part):
             os.remove(part)
+    if cached:
+        check_sums(target, f"{target} (delete it to download it again)", sha256, md5)
     return target
 
 

@@ -185,6 +185,8 @@ def parse(argv=None):
 
 def data_name(cfg):
     """The name of --data in PRESETS and in the default --out."""
+    if cfg.data == "imagenet" and cfg.res not in (64, 512):
+        fail(2, f"--res {cfg.res} is not possible with --data imagenet; it is 64 or 512")
     return f"imagenet{cfg.res}" if cfg.data == "imagenet" else "digits" if cfg.data == "digits" else "own"
 
 

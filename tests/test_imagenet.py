@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import socket
+import sys
 import time
 import types
 import zipfile
@@ -209,6 +210,13 @@ def test_encode_at_64_crops_labels_and_goes_on_where_it_was(monkeypatch, capsys)
     assert exit_code == 3 and "(3, 64, 64); --res 512 needs (8, 64, 64)" in err
 
 
+def test_512_without_diffusers_names_the_line_that_installs_it(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    folder_of_pictures([1])
+    exit_code, err = code(["--res", "512", "--stage", "encode", "--source", "in", "--out", "x"], capsys, script.main)
+    assert exit_code == 3 and "pip install diffusers" in err and len(err.strip().splitlines()) == 1
+
+
 class Vae:
     """Encodes an image to its 8x8 mean colour (4 channels, deviation 0.1), decodes by repeating it."""
 
@@ -275,7 +283,7 @@ def test_nothing_in_place_says_what_is_needed_and_mid_needs_no_data(capsys, monk
     ("--res 64 --stage mid --loss elatent --teacher t", "--loss elatent does not measure --res 64"),
     ("--res 64 --stage mid --ensemble bg", "--ensemble bg belongs to --loss elatent"),
     ("--data digits --batch 30 --stage mid", "must fill whole batches of --batch 30"),
-    ("--data imagenot", "not one of")])
+    ("--data imagenot", "not one of"), ("--res 128", "--res 128 is not possible")])
 def test_bad_input_is_one_line(line, text, capsys):
     exit_code, err = code(line.split(), capsys, script.main)
     assert exit_code == 2 and text in err and len(err.strip().splitlines()) == 1

@@ -535,6 +535,16 @@ def test_good_file_is_fetched_once_and_its_sum_printed(server, capsys):
         nets.fetch(url, "0000")
 
 
+def test_many_that_ask_at_once_download_one_copy(server):
+    server.body["/net.bin"] = os.urandom(8 << 20)
+    threads = [threading.Thread(target=nets.fetch, args=(server.url + "/net.bin",)) for _ in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert server.hits == 1 and len(list(server.cache.iterdir())) == 1
+
+
 def test_one_name_at_two_places_is_two_files(server):
     server.body.update({"/a/net.bin": b"first", "/b/net.bin": b"second"})
     paths = [nets.fetch(server.url + p) for p in ("/a/net.bin", "/b/net.bin", "/a/net.bin?x=1")]

@@ -53,7 +53,7 @@ class Config:                   # field default < matching rows of PRESETS < com
     data: str = "imagenet"      # imagenet | digits | an EDM2 .zip or folder: PNG or latent .npy, dataset.json
     res: int = 64               # 64: pixels; 512: latents 4x64x64
     stage: Literal["all", "encode", "pretrain", "vgg", "mid", "post", "sample", "eval"] = "all"
-    out: str = ""               # folder of the run; "" = out/<data><res>
+    out: str = ""               # folder of the run; "" = out/<data><res>, out/digits-imagenet
     source: str = ""            # encode: folder of ImageNet's class folders
     teacher: str = ""           # FILE, URL, name of an EDM2 snapshot; "" = the official one; scratch = train it
     mid: Literal["cmt", "none"] = "cmt"                  # Eq. 7
@@ -123,8 +123,9 @@ PRESETS = {  # (data, stage, method): matching rows are laid over each other, to
                                        guide="edm2-img512-m-0268435-0.155", w=2.05),
     # choice: B.5 says lr 1e-4 and 12.8 Mimg, the authors' script 1e-6, Table 8 16 Mimg
     ("imagenet512", "post", "ecd_code"): dict(steps=125_000, lr=1e-6),
-    ("digits", "*", "*"): dict(dropout=0.0, threads=1, log_every=50, save_every=250, samples=2_000, beta2=0.99,
-                               guide="", w=1.0, labels="balanced"),
+    ("digits", "*", "*"): dict(out="out/digits-imagenet", dropout=0.0, threads=1, log_every=50,
+                               save_every=250, samples=2_000, beta2=0.99, guide="", w=1.0,
+                               labels="balanced"),
     ("digits", "pretrain", "*"): dict(steps=2_000, batch=32, lr=1e-2, decay_from=500, warmup=50, ema_std=0.1,
                                       P_mean=-1.2, P_std=1.2),
     ("digits", "vgg", "*"): dict(steps=300, batch=128, lr=3e-3, ema_beta=0.0),

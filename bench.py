@@ -1,14 +1,20 @@
-"""What a training pair costs, measured here beside the paper's numbers: one run, interleaved, median and spread.
+"""What a training pair costs, beside the paper's numbers; and the paper's claims, tried on digits.
 
-  python bench.py pairs                    # the digits net: CMT, ECT, ECD, KD, Slow CMT, and a straightforward loop
-  python bench.py pairs --data cifar10     # the 32x32 DDPM++ (random weights and images: nothing is downloaded)
-  python bench.py weights                  # EDM2: weight normalisation at every call, once per step, or for good
+  python bench.py pairs                  # the digits net: CMT, ECT, ECD, KD, Slow CMT, a plain loop
+  python bench.py pairs --data cifar10   # the 32x32 DDPM++ (random weights and images: nothing is downloaded)
+  python bench.py weights                # EDM2: weights normalised at every call, once per step, or for good
+  python bench.py claims                 # the paper's claims on digits, three seeds of every run (hours)
 
-Loss, trajectory and update are the functions of train_cmt_cifar.py. Calls are counted by hooks; FLOPs by torch's counter.
+Loss, trajectory and update are the functions of train_cmt_cifar.py; calls are counted by hooks, FLOPs by torch.
 """
 import argparse
 import copy
+import json
+import os
+import shutil
 import statistics
+import subprocess
+import sys
 import time
 
 import torch
@@ -19,6 +25,8 @@ import solvers
 import train_cmt_cifar as script
 
 PAPER = {"cmt": 1.0, "ect": 0.79, "ecd euler": 0.98, "ecd heun": 1.17}                # C.1, CIFAR-10, A100
+
+METHODS = "cmt,ect,ecd euler,ecd heun,kd,slow,plain"
 
 
 class Pairs:
@@ -41,7 +49,8 @@ class Pairs:
         self.images = torch.randint(0, 256, (2000, *self.shape), dtype=torch.uint8, device=device)
         self.distance = nets.PixelDistance(0.0)
         if cfg.loss == "lpips":
-            self.distance = (nets.VGG() if args.data == "digits" else nets.LPIPS()).to(device).requires_grad_(False).eval()
+            self.distance = nets.VGG() if args.data == "digits" else nets.LPIPS()
+            self.distance = self.distance.to(device).requires_grad_(False).eval()
         if method == "plain":
             self.opt = torch.optim.RAdam(self.net.parameters(), lr=1e-5, foreach=False)
         else:
@@ -71,7 +80,8 @@ class Pairs:
             return self.plain()
         cfg, B = self.cfg, self.cfg.batch
         if cfg.stage == "mid":
-            x_t, t, x_0, owner = script.teacher_pairs(cfg, self.teacher, self.images, self.sigmas, self.shape, self.g, 0, 1)
+            x_t, t, x_0, owner = script.teacher_pairs(cfg, self.teacher, self.images, self.sigmas, self.shape,
+                                                      self.g, 0, 1)
             target = self.distance.features(x_0)
             for p in torch.randperm(len(t), generator=self.g, device=self.device).split(B):
                 ends = [m[owner[p]] for m in target]
@@ -116,7 +126,7 @@ def synchronize(device):
 
 
 def interleaved(tasks, rounds, device):
-    """{name: function} -> {name: [seconds per round]}; every round runs each once, so that noise hits all alike."""
+    """{name: function} -> {name: [seconds per round]}; every round runs each once: noise hits all alike."""
     times = {name: [] for name in tasks}
     for k in range(rounds + 1):
         for name, task in tasks.items():
@@ -124,7 +134,7 @@ def interleaved(tasks, rounds, device):
             start = time.perf_counter()
             task()
             synchronize(device)
-            times[name] += [time.perf_counter() - start] * (k > 0)                   # the first round warms up
+            times[name] += [time.perf_counter() - start] * (k > 0)         # the first round warms up
     return times
 
 
@@ -138,12 +148,13 @@ def ceiling(device):
 
 def pairs(args, device):
     """Table C.1 and the accounting of C.2: time, calls and FLOPs per training pair of each method."""
-    methods = {m: Pairs(m, args, device) for m in args.methods.split(",")}
+    methods = {m: Pairs(m, args, device) for m in (args.methods or METHODS).split(",")}
     top, times = ceiling(device), interleaved({m: p.cycle for m, p in methods.items()}, args.rounds, device)
-    print(f"{args.data}, batch {next(iter(methods.values())).cfg.batch}, {args.rounds} rounds, torch {torch.__version__}, "
-          f"{torch.cuda.get_device_name() if device.type == 'cuda' else f'CPU, {torch.get_num_threads()} thread(s)'}, "
-          f"matmul {top / 1e9:.0f} GFLOP/s")
-    print("| method | us per pair | range | of CMT | paper | teacher calls | forwards | backwards | MFLOP | share of matmul |")
+    where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU, one thread"
+    print(f"{args.data}, batch {next(iter(methods.values())).cfg.batch}, {args.rounds} rounds, "
+          f"torch {torch.__version__}, {where}, matmul {top / 1e9:.0f} GFLOP/s")
+    print("| method | us per pair | range | of CMT | paper | teacher calls | forwards | backwards | MFLOP | "
+          "share of matmul |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     base = statistics.median(times["cmt"]) / methods["cmt"].pairs()
     for name, p in methods.items():
@@ -153,19 +164,20 @@ def pairs(args, device):
         n, each = p.pairs(), [t / p.pairs() * 1e6 for t in times[name]]
         middle, flops = statistics.median(each), counter.get_total_flops() / n
         calls = " | ".join(f"{v / n:.2f}" for v in p.count.values())
-        print(f"| {name} | {middle:.0f} | {min(each):.0f}-{max(each):.0f} | {middle / base / 1e6:.2f} | {PAPER.get(name, '-')} | "
-              f"{calls} | {flops / 1e6:.1f} | {flops / middle / top * 1e6:.0%} |")
+        print(f"| {name} | {middle:.0f} | {min(each):.0f}-{max(each):.0f} | {middle / base / 1e6:.2f} | "
+              f"{PAPER.get(name, '-')} | {calls} | {flops / 1e6:.1f} | {flops / middle / top * 1e6:.0%} |")
 
 
 def weights(args, device):
-    """EDM2: one step of micro-batches with weights normalised at every call or hoisted; a forward, frozen or not."""
-    model = dict(img_resolution=16, img_channels=4, label_dim=10, model_channels=args.channels, channel_mult=(1, 2),
-                 num_blocks=1, attn_resolutions=(8,))
+    """EDM2: a step of micro-batches, weights normalised at every call or hoisted; a forward, frozen or not."""
+    model = dict(img_resolution=16, img_channels=4, label_dim=10, model_channels=args.channels,
+                 channel_mult=(1, 2), num_blocks=1, attn_resolutions=(8,))
     net = nets.EDM2Precond(**model).to(device, memory_format=torch.channels_last)
     frozen = nets.freeze(copy.deepcopy(net))
     for p in net.parameters():
         p.grad = torch.zeros_like(p)
-    x, sigma = torch.randn(args.batch or 1, 4, 16, 16, device=device), torch.ones(args.batch or 1, device=device)
+    n = args.batch or 1
+    x, sigma = torch.randn(n, 4, 16, 16, device=device), torch.ones(n, device=device)
 
     def step():
         for _ in range(4):
@@ -181,16 +193,78 @@ def weights(args, device):
     tasks = {"step of 4 micro-batches, normalised at every call": step, "the same, hoisted": hoisted,
              "forward, normalised": lambda: forward(net), "forward, frozen": lambda: forward(frozen),
              "forced normalisation, once per step": lambda: nets.force_weight_norm(net)}
-    print(f"EDM2 of {sum(p.numel() for p in net.parameters()) / 1e6:.1f}M parameters, micro-batch {len(x)}, 16x16 latents")
+    size = sum(p.numel() for p in net.parameters()) / 1e6
+    print(f"EDM2 of {size:.1f}M parameters, micro-batch {n}, 16x16 latents")
     for name, times in interleaved(tasks, args.rounds, device).items():
-        print(f"{name:50s} {statistics.median(times) * 1e3:8.1f} ms ({min(times) * 1e3:.1f}-{max(times) * 1e3:.1f})")
+        middle, low, high = (f(times) * 1e3 for f in (statistics.median, min, max))
+        print(f"{name:50s} {middle:8.1f} ms ({low:.1f}-{high:.1f})")
+
+
+CLAIMS = {  # row: (script, row whose teacher and, with "mid", mid-training it goes on from, a list of calls)
+    "CMT + ECT": ("cmt_cifar", "", [""]),
+    "CMT alone, all images": ("cmt_cifar", "CMT + ECT", ["--stage mid --steps 1500"]),
+    "CMT short + ECT": ("cmt_cifar", "CMT + ECT", ["--stage mid --steps 450", "--stage post --steps 1050"]),
+    "CMT long + ECT": ("cmt_cifar", "CMT + ECT", ["--stage mid --steps 1200", "--stage post --steps 300"]),
+    "CMT + ECD": ("cmt_cifar", "CMT + ECT mid", ["--stage post --post ecd"]),
+    "ECT": ("cmt_cifar", "CMT + ECT", ["--mid none --steps 1500 --lr 1e-3"]),
+    "ECT, annealed": ("cmt_cifar", "CMT + ECT", ["--mid none --post annealed --decay linear"]),
+    "ECT, annealed, random start": ("cmt_cifar", "CMT + ECT", [
+        "--mid none --init random --post annealed --decay linear"]),
+    "KD + ECT": ("cmt_cifar", "CMT + ECT", ["--mid kd"]),
+    "Slow CMT + ECT": ("cmt_cifar", "CMT + ECT", ["--mid slow"]),
+    "CMT by L2 + ECT": ("cmt_cifar", "CMT + ECT", ["--loss l2"]),
+    "CMT by pseudo-Huber + ECT": ("cmt_cifar", "CMT + ECT", ["--loss huber"]),
+    "CMT from 4 steps + ECT": ("cmt_cifar", "CMT + ECT", ["--nfe 4"]),
+    "CMT from 8 steps + ECT": ("cmt_cifar", "CMT + ECT", ["--nfe 8"]),
+    "CMT from 32 steps + ECT": ("cmt_cifar", "CMT + ECT", ["--nfe 32"]),
+    "EDM2: CMT + ECT": ("cmt_imagenet", "", [""]),
+    "EDM2: ECT": ("cmt_imagenet", "EDM2: CMT + ECT", ["--mid none --steps 1500 --lr 1e-2 --q 64"]),
+}
+
+
+def claim(row, seed, out):
+    """Run one row with one seed, unless its results are there: {"net steps": score}, seconds of mid + post."""
+    name, base, calls = CLAIMS[row]
+    folder, source = (f"{out}/{seed}/{r.removesuffix(' mid').replace(' ', '_')}" for r in (row, base))
+    os.makedirs(folder, exist_ok=True)
+    flags = ["--data", "digits", "--seed", str(seed), "--out", folder]
+    if base:
+        flags += ["--teacher", f"{source}/pretrain.pt"]
+    if base.endswith(" mid"):
+        shutil.copy(f"{source}/mid.pt", folder)
+    finished = os.path.exists(f"{folder}/results.md")
+    for call in [] if finished else calls if "--stage" not in calls[-1] else [*calls, "--stage eval"]:
+        line = [sys.executable, f"train_{name}.py", *flags, *call.split()]
+        subprocess.run(line, check=True, stdout=subprocess.DEVNULL)
+    with open(f"{folder}/metrics.jsonl") as f:
+        lines = [json.loads(line) for line in f]
+    scored = [m for m in lines if m["stage"] == "eval"]
+    scores = {f"{m['net']} {m['metric'].split('-')[0]}": m["values"][0] for m in scored}
+    return scores, sum({m["stage"]: m["seconds"] for m in lines if m["stage"] in ("mid", "post")}.values())
+
+
+def claims(args, device):
+    """Every row of CLAIMS with every seed, one run after the other; what is finished is not run again."""
+    seeds = [int(s) for s in args.seeds.split(",")]
+    print("| run | " + " | ".join(f"seed {s}" for s in seeds) + " | median | seconds |")
+    print("|---" * (len(seeds) + 3) + "|")
+    for row in CLAIMS if not args.methods else args.methods.split(";"):
+        runs = [claim(row, seed, args.out) for seed in seeds]
+        last = "post" if "post 1" in runs[0][0] else "mid"
+        pairs = [[scores[f"{last} {k}"] for scores, _ in runs] for k in (1, 2)]
+        cells = [f"{a:.2f} / {b:.2f}" for a, b in zip(*pairs)]
+        middle = " / ".join(f"{statistics.median(p):.2f}" for p in pairs)
+        seconds = statistics.median(t for _, t in runs)
+        print(f"| {row} | {' | '.join(cells)} | {middle} | {seconds:.0f} |", flush=True)
 
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=["pairs", "weights"])
+    p.add_argument("what", choices=["pairs", "weights", "claims"])
     p.add_argument("--data", default="digits", choices=["digits", "cifar10"])
-    p.add_argument("--methods", default="cmt,ect,ecd euler,ecd heun,kd,slow,plain")
+    p.add_argument("--methods", default="", help="pairs: between commas; claims: rows, between semicolons")
+    p.add_argument("--seeds", default="0,1,2", help="claims: of the whole pipeline")
+    p.add_argument("--out", default="out/claims")
     p.add_argument("--batch", type=int, default=0, help="0 = the script's own; weights: 1")
     p.add_argument("--channels", type=int, default=128, help="weights: model_channels of the EDM2")
     p.add_argument("--loss", default="", help="of mid-training; default: the script's own")
@@ -200,7 +274,7 @@ def main(argv=None):
     device = torch.device(args.device)
     if device.type == "cpu":
         torch.set_num_threads(1)
-    dict(pairs=pairs, weights=weights)[args.what](args, device)
+    dict(pairs=pairs, weights=weights, claims=claims)[args.what](args, device)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ import solvers
 @dataclass(frozen=True)
 class Config:                   # field default < matching rows of PRESETS < command line; --flag is the field
     data: str = "cifar10"       # cifar10 | ffhq | afhqv2 | digits | folder, .zip or .npz of your own images
-    stage: Literal["all", "pretrain", "vgg", "mid", "post", "sample", "eval"] = "all"   # all: the missing
+    stage: Literal["all", "pretrain", "vgg", "mid", "post", "sample", "eval", "bias"] = "all"  # all: the missing
     out: str = ""               # folder of the run; "" = out/<data>
     teacher: str = ""           # FILE, URL; "" = <out>/pretrain.pt, else the official one; scratch = train it
     mid: Literal["cmt", "kd", "slow", "none"] = "cmt"    # Eq. 7; Sec. 4.3: x_T only; a solve per pair; none
@@ -290,6 +290,29 @@ def loss_ect(net, x, x_t, x_r, t, r, mask_seed, huber=0.0, weight=None):
     if huber:
         d = (d.square() + huber**2).sqrt() - huber
     return (d / (t - r) if weight is None else d * weight).mean()
+
+
+def gradient_bias(net, x_t, x_r, t, r, end):
+    """Theorem 5.1 measured at one start: |grad L_oracle - grad L_CM|^2, L_oracle, the relative bias, the cosine.
+
+    d = squared L2, w = 1, means over images (Eq. 12, 13, App. F.4). end (B, C, H, W): where the teacher's ODE
+    takes x_t; x_r the same image and noise at r < t. Relative: |difference| / |grad L_oracle|. Floats.
+    """
+    params = [p.requires_grad_() for p in net.parameters()]
+    oracle, cm, loss = 0.0, 0.0, 0.0
+    for a, b, t, r, e in zip(*(v.split(250) for v in (x_t, x_r, t, r, end))):
+        with torch.no_grad():
+            f_r = net(b, r)
+        f_t = net(a, t)
+        grads = []
+        for target in (e, f_r):
+            d = (f_t - target).square().sum() / len(x_t)
+            loss += d.item() * (target is e)
+            slopes = torch.autograd.grad(d, params, retain_graph=True)
+            grads.append(torch.cat([v.flatten() for v in slopes]).double())
+        oracle, cm = oracle + grads[0], cm + grads[1]
+    norm, gap = oracle.norm().item(), (oracle - cm).norm().item()
+    return gap**2, loss, gap / norm, (oracle @ cm).item() / (norm * cm.norm().item())
 
 
 def make_distance(cfg, channels, device):
@@ -815,6 +838,35 @@ def evaluate(cfg, rank, world, device):
         sheets(cfg, images, found, device)
 
 
+def bias(cfg, device):
+    """Gradient bias of Eq. 3 (Theorem 5.1) at every start there is and at a random one: <out>/bias.md.
+
+    The oracle end of (x_t, t) is the teacher's own ODE in 48 Heun steps on EDM's grid, scaled to end at 0.
+    """
+    images, g = load_data(cfg).to(device), torch.Generator(device).manual_seed(fold(cfg.seed, "bias"))
+    found, names = candidates(cfg, device), dict(teacher="diffusion", mid="CMT", post="CMT + ECT")
+    starts = {names.get(name, name): net for name, net, *_ in found}
+    starts["random"] = build(cfg, model_size(cfg, images), device)
+    x, t = draw(images, cfg.samples, g), (cfg.P_mean + cfg.P_std * randn(cfg.samples, g)).exp()
+    eps, end, ratios = randn(x.shape, g), [], solvers.edm_sigmas(48, 1.0, 0.002 / 80).tolist()
+    x_t = x + t.view(-1, 1, 1, 1) * eps
+    with torch.no_grad():
+        for state, level in zip(x_t.split(250), t.split(250)):
+            for high, low in zip(ratios, ratios[1:]):
+                state = solvers.ode_step(found[0][1], state, high * level, low * level, 2)
+            end.append(state)
+    lines = ["| start | step | squared bias | oracle loss | relative bias | cosine |", "|---|---|---|---|---|---|"]
+    for q in (4096, 64, 10):
+        r = ect_step(t, q)
+        x_r = x + r.view(-1, 1, 1, 1) * eps
+        for name, net in starts.items():
+            row = gradient_bias(net, x_t, x_r, t, r, torch.cat(end))
+            lines.append(f"| {name} | 1/{q} | {row[0]:.4g} | {row[1]:.3f} | {row[2]:.3f} | {row[3]:.3f} |")
+            log(cfg, lines[-1], stage="bias", start=name, q=q, values=row)
+    with open(f"{cfg.out}/bias.md", "w") as f:
+        f.write("\n".join([*lines, "", f"{cfg.samples} images, ln t ~ N({cfg.P_mean}, {cfg.P_std}^2)"]) + "\n")
+
+
 def score(cfg, sampler, features, reference, rank, world, device):
     """Frechet distances of --repeat sets of --samples images (float64), and the last set's fid.Reference."""
     distances = []
@@ -888,6 +940,9 @@ def run_stage(cfg, rank, world, device):
         sample(cfg, rank, world, device)
     elif cfg.stage == "eval":
         evaluate(cfg, rank, world, device)
+    elif cfg.stage == "bias":
+        if rank == 0:
+            bias(cfg, device)
     elif cfg.stage == "pretrain" and cfg.teacher != "scratch" and (
             cfg.teacher or cfg.data in nets.PRETRAINED):
         teacher_state(cfg)                            # fetched and checked, not trained

@@ -222,3 +222,22 @@ def test_trained_vgg_sees_a_change_of_digit_as_larger_than_noise():
     vgg = nets.VGG()
     x = script.to_float(images[:64], "cpu")
     assert vgg(x, x.flip(0)).mean() > vgg(x, x + 0.02 * torch.randn(x.shape)).mean()
+
+
+def test_gradient_bias_is_that_of_two_gradients():
+    """On a net of one weight: f = w x, so both gradients can be written down."""
+    class Scale(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.tensor(3.0, dtype=torch.float64))
+
+        def forward(self, x, sigma):
+            return self.w * x
+    g = torch.Generator().manual_seed(0)
+    x_t, x_r, end = torch.randn((3, 600, 1, 2, 2), generator=g, dtype=torch.float64)
+    t = torch.ones(600, dtype=torch.float64)
+    gap2, oracle, relative, cosine = script.gradient_bias(Scale(), x_t, x_r, t, t / 2, end)
+    a = (2 * x_t * (3 * x_t - end)).sum() / 600
+    b = (2 * x_t * (3 * x_t - 3 * x_r)).sum() / 600
+    assert gap2 == pytest.approx((a - b).item() ** 2) and oracle == pytest.approx((3 * x_t - end).square().sum() / 600)
+    assert relative == pytest.approx(abs(a - b) / abs(a)) and cosine == pytest.approx((a * b).sign().item())

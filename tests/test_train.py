@@ -99,6 +99,14 @@ def test_every_readme_command_on_digits_runs(road, capsys):
     assert scored.returncode == 0 and "FD-digits 0.0000" in scored.stdout
 
 
+def test_bias_has_a_row_for_every_start(road, capsys):
+    """Small steps: the relative bias is near 1 for every start (see README); a perfect student has none."""
+    script.main([*TINY, "--out", str(road), "--steps", "3", "--stage", "bias"])
+    rows = [line.split(" | ") for line in (road / "bias.md").read_text().splitlines()[2:14]]
+    assert [r[0][2:] for r in rows[:4]] == ["diffusion", "CMT", "CMT + ECT", "random"] and len(rows) == 12
+    assert {r[1] for r in rows} == {"1/4096", "1/64", "1/10"} and all(float(r[2]) > 0 for r in rows)
+
+
 # ---- resume --------------------------------------------------------------------------------------
 def test_sigterm_ends_with_code_75(road):
     p = run([*TINY, "--stage", "pretrain", "--steps", "100000", "--out", "run"])

@@ -3,6 +3,8 @@
   python bench.py pairs                  # the digits net: CMT, ECT, ECD, KD, Slow CMT, a plain loop
   python bench.py pairs --data cifar10   # the 32x32 DDPM++ (random weights and images: nothing is downloaded)
   python bench.py weights                # EDM2: weights normalised at every call, once per step, or for good
+  python bench.py precision --net out/digits/mid.pt    # what each precision leaves of ECT's D_t - D_r
+  python bench.py growth                 # pairs/s against batch, micro-batch, processes; start-up; a long run
   python bench.py claims                 # the paper's claims on digits, three seeds of every run (hours)
 
 Loss, trajectory and update are the functions of train_cmt_cifar.py; calls are counted by hooks, FLOPs by torch.
@@ -15,6 +17,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 
 import torch
@@ -26,6 +29,8 @@ import train_cmt_cifar as script
 
 PAPER = {"cmt": 1.0, "ect": 0.79, "ecd euler": 0.98, "ecd heun": 1.17}                # C.1, CIFAR-10, A100
 
+SIZE = dict(digits="ddpm++-8", cifar10="ddpm++-32")
+BATCHES = 16, 32, 64, 128, 256
 METHODS = "cmt,ect,ecd euler,ecd heun,kd,slow,plain"
 
 
@@ -40,7 +45,7 @@ class Pairs:
         flags += ["--batch", str(args.batch)] if args.batch else []
         self.cfg = cfg = script.parse([*flags, "--loss", args.loss] if args.loss else flags)
         self.method, self.device = method, device
-        model = nets.SIZES["ddpm++-8" if args.data == "digits" else "ddpm++-32"]
+        model = nets.SIZES[SIZE[args.data]]
         script.check_batch(cfg, 1)
         self.net = script.build(cfg, model, device, train=True).train()
         self.teacher = script.build(cfg, model, device)
@@ -200,6 +205,56 @@ def weights(args, device):
         print(f"{name:50s} {middle:8.1f} ms ({low:.1f}-{high:.1f})")
 
 
+def precision(args, device):
+    """Rounding of ECT's difference D_t - D_r, beside its size: it is the whole signal of Eq. 3."""
+    cfg = script.parse(["--data", args.data, "--stage", "post"])
+    state, model = nets.load_pretrained(args.net) if args.net else (None, None)
+    net = script.build(cfg, model or nets.SIZES[SIZE[args.data]], device, state, args.net)
+    shape, g = (64, net.img_channels, *[net.img_resolution] * 2), torch.Generator(device).manual_seed(0)
+    x, eps = 0.5 * script.randn(shape, g), script.randn(shape, g)
+    t = (cfg.P_mean + cfg.P_std * script.randn(64, g)).exp()
+
+    @torch.no_grad()
+    def difference(net, r, cast=None):
+        with torch.autocast(device.type, cast, enabled=cast is not None):
+            D_t, D_r = (net(x + s.view(-1, 1, 1, 1) * eps, s).double() for s in (t, r))
+        return D_t - D_r
+    print(f"{args.net or 'random weights'}, 64 images, root mean squares; fp32's own error: in another memory layout")
+    print("| step | D_t - D_r | error fp32 | error bf16 | error fp16 |\n|---|---|---|---|---|")
+    other = copy.deepcopy(net).to(memory_format=torch.contiguous_format)
+    for q in (4096, 512, 64):
+        r = script.ect_step(t, q)
+        true = difference(net, r)
+        errors = [difference(other, r), *(difference(net, r, cast) for cast in (torch.bfloat16, torch.float16))]
+        cells = [f"{(e - true).square().mean().sqrt():.1e}" for e in errors]
+        print(f"| 1/{q} | {true.square().mean().sqrt():.1e} | {' | '.join(cells)} |")
+
+
+def growth(args, device):
+    """Does a pair cost the same in large batches, in micro-batches, with two processes, late in a long run?"""
+    print("| batch | us per pair of CMT, range over rounds |\n|---|---|")
+    for batch in BATCHES:
+        args.batch = batch
+        p = Pairs("cmt", args, device)
+        times = [t / p.pairs() * 1e6 for t in interleaved({"cmt": p.cycle}, args.rounds, device)["cmt"]]
+        print(f"| {batch} | {statistics.median(times):.0f} ({min(times):.0f}-{max(times):.0f}) |", flush=True)
+    print("\n| pretrain | start-up, s | img/s, first quarter | last quarter |\n|---|---|---|---|")
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    for name, how, flags in (("one process", [], []), ("one process, --batch_gpu 8", [], ["--batch_gpu", "8"]),
+                             ("two processes", torchrun, [])):
+        with tempfile.TemporaryDirectory() as out:
+            line = [sys.executable, *how, script.__file__, "--data", "digits", "--stage", "pretrain", "--out", out]
+            start = time.time()
+            subprocess.run([*line, "--steps", str(args.steps), "--save_every", "1000000", *flags],
+                           check=True, stdout=subprocess.DEVNULL)
+            took = time.time() - start
+            with open(f"{out}/metrics.jsonl") as f:
+                rates = [m["images_per_second"] for m in map(json.loads, f)]
+        startup, k = took - args.steps * 32 / statistics.harmonic_mean(rates), max(1, len(rates) // 4)
+        first, last = statistics.median(rates[:k]), statistics.median(rates[-k:])
+        print(f"| {name} | {startup:.1f} | {first:.0f} | {last:.0f} |", flush=True)
+
+
 CLAIMS = {  # row: (script, row whose teacher and, with "mid", mid-training it goes on from, a list of calls)
     "CMT + ECT": ("cmt_cifar", "", [""]),
     "CMT alone, all images": ("cmt_cifar", "CMT + ECT", ["--stage mid --steps 1500"]),
@@ -260,9 +315,11 @@ def claims(args, device):
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=["pairs", "weights", "claims"])
+    p.add_argument("what", choices=["pairs", "weights", "precision", "growth", "claims"])
     p.add_argument("--data", default="digits", choices=["digits", "cifar10"])
     p.add_argument("--methods", default="", help="pairs: between commas; claims: rows, between semicolons")
+    p.add_argument("--net", default="", help="precision: checkpoint; default: random weights")
+    p.add_argument("--steps", type=int, default=10_000, help="growth: of the long run")
     p.add_argument("--seeds", default="0,1,2", help="claims: of the whole pipeline")
     p.add_argument("--out", default="out/claims")
     p.add_argument("--batch", type=int, default=0, help="0 = the script's own; weights: 1")
@@ -274,7 +331,7 @@ def main(argv=None):
     device = torch.device(args.device)
     if device.type == "cpu":
         torch.set_num_threads(1)
-    dict(pairs=pairs, weights=weights, claims=claims)[args.what](args, device)
+    {f.__name__: f for f in (pairs, weights, precision, growth, claims)}[args.what](args, device)
 
 
 if __name__ == "__main__":

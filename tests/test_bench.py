@@ -2,8 +2,10 @@
 import re
 
 import pytest
+import torch
 
 import bench
+import nets
 
 
 def test_pairs_cost_the_calls_that_the_paper_counts(monkeypatch, capsys):
@@ -41,6 +43,36 @@ def test_claims_run_every_row_once_and_print_what_they_scored(tmp_path, monkeypa
     assert ran == ["train_cmt_cifar.py"] * 3 and len(table) == 4 and table[:2] == table[2:]
     log = (tmp_path / "claims/5/b/log.txt").read_text()
     assert f"eval: post 1-step FD-digits {table[1][1].split(' ')[0]}" in log and "mid: " not in log
+
+
+def test_precision_says_that_bf16_rounds_the_step_away(tmp_path, capsys):
+    """At q = 4096 the difference is smaller than bf16's error and far larger than fp32's."""
+    net = nets.EDMPrecond(**nets.SIZES["ddpm++-8"])
+    torch.manual_seed(0)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, 0, p[0].numel() ** -0.5 if p.ndim > 1 else 0.1)
+    torch.save(dict(ema=net.state_dict(), model=nets.SIZES["ddpm++-8"]), tmp_path / "net.pt")
+    bench.main(["precision", "--net", str(tmp_path / "net.pt")])
+    found = re.findall(r"\| 1/\d+ \| (\S+) \| (\S+) \| (\S+) \| (\S+) \|", capsys.readouterr().out)
+    rows = [list(map(float, row)) for row in found]
+    assert len(rows) == 3 and rows[0][0] < rows[1][0] < rows[2][0]
+    assert all(fp32 < fp16 < bf16 for _, fp32, bf16, fp16 in rows)
+    assert 100 * rows[0][1] < rows[0][0] < rows[0][2]
+
+
+def test_growth_times_batches_and_runs(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "BATCHES", [16])
+    monkeypatch.setitem(bench.script.PRESETS, ("digits", "mid", "*"), dict(nfe=4, trajectories=4))
+    real = bench.subprocess.run
+
+    def run(line, **flags):
+        if line[0] != bench.sys.executable:
+            return real(line, **flags)
+        bench.script.main(line[line.index(bench.script.__file__) + 1:] + ["--log_every", "1", "--batch", "16"])
+    monkeypatch.setattr(bench.subprocess, "run", run)
+    bench.main(["growth", "--rounds", "1", "--steps", "4"])
+    out = capsys.readouterr().out
+    assert len(re.findall(r"^\| (16|one process|one process, --batch_gpu 8|two processes) \| -?[\d.]+ ", out, re.M)) == 4
 
 
 def test_an_unknown_word_is_refused():

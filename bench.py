@@ -5,6 +5,7 @@
   python bench.py weights                # EDM2: weights normalised at every call, once per step, or for good
   python bench.py precision --net out/digits/mid.pt    # what each precision leaves of ECT's D_t - D_r
   python bench.py growth                 # pairs/s against batch, micro-batch, processes; start-up; a long run
+  python bench.py curves                 # CMT + ECT beside ECT: score and gradient norm against images
   python bench.py claims                 # the paper's claims on digits, three seeds of every run (hours)
 
 Loss, trajectory and update are the functions of train_cmt_cifar.py; calls are counted by hooks, FLOPs by torch.
@@ -12,6 +13,7 @@ Loss, trajectory and update are the functions of train_cmt_cifar.py; calls are c
 import argparse
 import copy
 import json
+import math
 import os
 import shutil
 import statistics
@@ -21,8 +23,10 @@ import tempfile
 import time
 
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch.utils.flop_counter import FlopCounterMode
 
+import fid
 import nets
 import solvers
 import train_cmt_cifar as script
@@ -219,7 +223,7 @@ def precision(args, device):
         with torch.autocast(device.type, cast, enabled=cast is not None):
             D_t, D_r = (net(x + s.view(-1, 1, 1, 1) * eps, s).double() for s in (t, r))
         return D_t - D_r
-    print(f"{args.net or 'random weights'}, 64 images, root mean squares; fp32's own error: in another memory layout")
+    print(f"{args.net or 'random weights'}, 64 images, root mean squares; fp32's own: in another memory layout")
     print("| step | D_t - D_r | error fp32 | error bf16 | error fp16 |\n|---|---|---|---|---|")
     other = copy.deepcopy(net).to(memory_format=torch.contiguous_format)
     for q in (4096, 512, 64):
@@ -253,6 +257,72 @@ def growth(args, device):
         startup, k = took - args.steps * 32 / statistics.harmonic_mean(rates), max(1, len(rates) // 4)
         first, last = statistics.median(rates[:k]), statistics.median(rates[-k:])
         print(f"| {name} | {startup:.1f} | {first:.0f} | {last:.0f} |", flush=True)
+
+
+def chart(path, curves, title, x_label):
+    """{name: [(x, y)]} -> a PNG of lines, y logarithmic with its ticks at 1, 2, 5 times powers of ten."""
+    width, height, left, low = 900, 520, 70, 60
+    colours = ["#1f5fbf", "#6fa8f5", "#c0392b", "#f0a090", "#2e8b57", "#8e44ad"]
+    image = Image.new("RGB", (width, height), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(15)
+    xs, ys = zip(*(p for points in curves.values() for p in points))
+    ticks = [m * 10.0**e for e in range(-6, 7) for m in (1, 2, 5)]
+    ticks = [y for y, above, below in zip(ticks[1:], ticks[2:], ticks) if above > min(ys) and below < max(ys)]
+    bottom, top = math.log(ticks[0]), math.log(ticks[-1])
+
+    def at(x, y):
+        return (left + (width - left - 20) * x / max(xs),
+                height - low - (height - low - 50) * (math.log(y) - bottom) / (top - bottom))
+    for y in ticks:
+        draw.line([at(0, y), at(max(xs), y)], "#dddddd")
+        draw.text((left - 8, at(0, y)[1]), f"{y:g}", "black", font, anchor="rm")
+    for k in range(6):
+        x = max(xs) * k / 5
+        draw.text((at(x, ticks[0])[0], height - low + 8), f"{x:,.0f}", "black", font, anchor="mt")
+    draw.text((width / 2, height - 22), x_label, "black", font, anchor="mt")
+    draw.text((left, 14), title, "black", font)
+    for k, ((name, points), colour) in enumerate(zip(curves.items(), colours)):
+        draw.line([at(*p) for p in points], colour, 3, joint="curve")
+        draw.text((width - 30, 50 + 22 * k), name, colour, font, anchor="rt")
+    image.save(path)
+
+
+def curves(args, device):
+    """The paper's Figure 1 on digits, and the gradient norm of every step: <out>/curve.png, <out>/norms.png."""
+    teacher = args.net or "out/digits/pretrain.pt"
+    cfg = script.parse(["--data", "digits", "--stage", "eval"])
+    features, save, kept = fid.DigitsNet().to(device), script.save, []
+    reference = fid.measure(features, script.load_data(cfg).split(250), device)
+
+    def keep(path, **state):
+        save(path, **state)
+        kept.append({**state, "ema": {k: v.clone() for k, v in state["ema"].items()}})
+    scores, norms = {}, {}
+    for name, calls in {"CMT + ECT": ["--stage mid", "--stage post"],
+                        "ECT": ["--stage post --mid none --steps 1500 --lr 1e-3"]}.items():
+        folder, seen, before = f"{args.out}/{name.replace(' ', '_')}", 0, 0
+        flags = ["--data", "digits", "--teacher", teacher, "--out", folder]
+        script.main([*flags, "--stage", "vgg"])
+        for call in calls:
+            script.save, kept = keep, []
+            script.main([*flags, *call.split(), "--save_every", "150", "--log_every", "1"])
+            script.save = save
+            for state in kept:
+                net = script.build(cfg, state["model"], device, state["ema"])
+                for kind in "12":
+                    sampler = script.make_sampler(cfg, net, kind, device)
+                    found = script.score(cfg, sampler, features, reference, 0, 1, device)
+                    images = seen + state["step"] * state["cfg"]["batch"]
+                    scores.setdefault(f"{name}, {kind} step", []).append((images, found[0].item()))
+            seen += state["step"] * state["cfg"]["batch"]
+        with open(f"{folder}/metrics.jsonl") as f:
+            for m in map(json.loads, f):
+                before += m["images"] - before if m["stage"] == "mid" else 0
+                norms.setdefault(name, []).append((m["images"] + before * (m["stage"] == "post"), m["grad"]))
+    chart(f"{args.out}/curve.png", scores, "FD-digits against training images", "images (pairs) seen")
+    chart(f"{args.out}/norms.png", norms, "gradient norm of every step", "images (pairs) seen")
+    for name, points in scores.items():
+        print(f"{name}: " + ", ".join(f"{x:,} {y:.2f}" for x, y in points))
 
 
 CLAIMS = {  # row: (script, row whose teacher and, with "mid", mid-training it goes on from, a list of calls)
@@ -315,13 +385,13 @@ def claims(args, device):
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=["pairs", "weights", "precision", "growth", "claims"])
+    p.add_argument("what", choices=["pairs", "weights", "precision", "growth", "curves", "claims"])
     p.add_argument("--data", default="digits", choices=["digits", "cifar10"])
     p.add_argument("--methods", default="", help="pairs: between commas; claims: rows, between semicolons")
-    p.add_argument("--net", default="", help="precision: checkpoint; default: random weights")
+    p.add_argument("--net", default="", help="precision: checkpoint; curves: the teacher")
     p.add_argument("--steps", type=int, default=10_000, help="growth: of the long run")
     p.add_argument("--seeds", default="0,1,2", help="claims: of the whole pipeline")
-    p.add_argument("--out", default="out/claims")
+    p.add_argument("--out", default="out/claims", help="curves, claims: folder of the runs")
     p.add_argument("--batch", type=int, default=0, help="0 = the script's own; weights: 1")
     p.add_argument("--channels", type=int, default=128, help="weights: model_channels of the EDM2")
     p.add_argument("--loss", default="", help="of mid-training; default: the script's own")
@@ -331,7 +401,7 @@ def main(argv=None):
     device = torch.device(args.device)
     if device.type == "cpu":
         torch.set_num_threads(1)
-    {f.__name__: f for f in (pairs, weights, precision, growth, claims)}[args.what](args, device)
+    {f.__name__: f for f in (pairs, weights, precision, growth, curves, claims)}[args.what](args, device)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ import re
 
 import pytest
 import torch
+from PIL import Image
 
 import bench
 import nets
@@ -73,6 +74,23 @@ def test_growth_times_batches_and_runs(monkeypatch, capsys):
     bench.main(["growth", "--rounds", "1", "--steps", "4"])
     out = capsys.readouterr().out
     assert len(re.findall(r"^\| (16|one process|one process, --batch_gpu 8|two processes) \| -?[\d.]+ ", out, re.M)) == 4
+
+
+def test_curves_score_every_checkpoint_and_draw_two_pictures(tmp_path, monkeypatch, capsys):
+    """Trained weights move on after they are saved: what is scored must be what they were."""
+    tiny = "--steps 4 --batch 16 --nfe 4 --trajectories 4 --save_every 2 --lr 1e-2".split()
+    main, script = bench.script.main, bench.script
+    monkeypatch.setitem(script.PRESETS, ("digits", "eval", "*"), dict(samples=64))
+    main(["--data", "digits", "--stage", "pretrain", "--out", str(tmp_path / "t"), *tiny])
+    monkeypatch.setattr(script, "main", lambda argv: main([*argv, *tiny]))
+    bench.main(["curves", "--net", str(tmp_path / "t/pretrain.pt"), "--out", str(tmp_path)])
+    rows = re.findall(r"^(?:CMT \+ )?ECT, [12] step: (.*)$", capsys.readouterr().out, re.M)
+    points = [[tuple(p.split()) for p in row.split(", ")] for row in rows]
+    assert [len(p) for p in points] == [4, 4, 2, 2]
+    assert [x for x, _ in points[0]] == ["32", "64", "96", "128"] and len({y for _, y in points[0]}) == 4
+    for name in ("curve", "norms"):
+        with Image.open(tmp_path / f"{name}.png") as image:
+            assert image.size == (900, 520) and len(image.getcolors(1000000)) > 10
 
 
 def test_an_unknown_word_is_refused():

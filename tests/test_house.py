@@ -101,3 +101,25 @@ def test_readme_prints_commands_and_choices_of_the_code():
     for path in [*SCRIPTS, ROOT / "solvers.py", ROOT / "nets.py"]:
         for line in re.findall(r"# choice: (.{20})", path.read_text()):
             assert line.split(",")[0].split(";")[0][:14].strip().lower() in README.lower(), f"{path.name}: choice not in README: {line}"
+
+
+def test_the_loss_of_the_forking_guide_works():
+    """The README's code block, as printed: zero on equal images, one number per image, a gradient."""
+    import torch
+    space = {}
+    exec(re.search(r"```python\n(.*?)```", README, re.S)[1], space)
+    distance, x = space["Edges"](), torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    near = (x + 0.1 * x.roll(1, 0)).requires_grad_()
+    far = distance.distance(distance.features(near), distance.features(x))
+    assert distance.distance(distance.features(x), distance.features(x)).tolist() == [0, 0, 0] and far.shape == (3,)
+    far.sum().backward()
+    assert near.grad.abs().amin() >= 0 < near.grad.abs().amax()
+    assert distance.distance(distance.features(x + 1), distance.features(x)).abs().max() < 1e-10   # flat areas: nothing
+
+
+def test_links_of_the_readme_lead_to_their_lines():
+    """[`name`](file.py#L12) points at the line that defines name."""
+    links = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", README)
+    wrong = [link for link in links if not re.match(
+        rf"(def|class) {link[0]}\b", (ROOT / link[1]).read_text().splitlines()[int(link[2]) - 1])]
+    assert len(links) >= 8 and not wrong

@@ -278,10 +278,10 @@ def chart(path, curves, title, x_label):
         draw.text((left - 8, at(0, y)[1]), f"{y:g}", "black", font, anchor="rm")
     for k in range(6):
         x = max(xs) * k / 5
-        draw.text((at(x, ticks[0])[0], height - low + 8), f"{x:,.0f}", "black", font, anchor="mt")
+        draw.text((at(x, ticks[0])[0], height - low + 8), f"{x:,.0f}", "black", font, anchor="mt" if k < 5 else "rt")
     draw.text((width / 2, height - 22), x_label, "black", font, anchor="mt")
     draw.text((left, 14), title, "black", font)
-    for k, ((name, points), colour) in enumerate(zip(curves.items(), colours)):
+    for k, ((name, points), colour) in enumerate(zip(curves.items(), colours[::1 + (len(curves) < 4)])):
         draw.line([at(*p) for p in points], colour, 3, joint="curve")
         draw.text((width - 30, 50 + 22 * k), name, colour, font, anchor="rt")
     image.save(path)
@@ -327,9 +327,11 @@ def curves(args, device):
 
 CLAIMS = {  # row: (script, row whose teacher and, with "mid", mid-training it goes on from, a list of calls)
     "CMT + ECT": ("cmt_cifar", "", [""]),
-    "CMT alone, all images": ("cmt_cifar", "CMT + ECT", ["--stage mid --steps 1500"]),
-    "CMT short + ECT": ("cmt_cifar", "CMT + ECT", ["--stage mid --steps 450", "--stage post --steps 1050"]),
-    "CMT long + ECT": ("cmt_cifar", "CMT + ECT", ["--stage mid --steps 1200", "--stage post --steps 300"]),
+    "CMT alone, all images": ("cmt_cifar", "CMT + ECT", ["--stage vgg", "--stage mid --steps 1500"]),
+    "CMT short + ECT": ("cmt_cifar", "CMT + ECT", [
+        "--stage vgg", "--stage mid --steps 450", "--stage post --steps 1050"]),
+    "CMT long + ECT": ("cmt_cifar", "CMT + ECT", [
+        "--stage vgg", "--stage mid --steps 1200", "--stage post --steps 300"]),
     "CMT + ECD": ("cmt_cifar", "CMT + ECT mid", ["--stage post --post ecd"]),
     "ECT": ("cmt_cifar", "CMT + ECT", ["--mid none --steps 1500 --lr 1e-3"]),
     "ECT, annealed": ("cmt_cifar", "CMT + ECT", ["--mid none --post annealed --decay linear"]),
@@ -343,7 +345,7 @@ CLAIMS = {  # row: (script, row whose teacher and, with "mid", mid-training it g
     "CMT from 8 steps + ECT": ("cmt_cifar", "CMT + ECT", ["--nfe 8"]),
     "CMT from 32 steps + ECT": ("cmt_cifar", "CMT + ECT", ["--nfe 32"]),
     "EDM2: CMT + ECT": ("cmt_imagenet", "", [""]),
-    "EDM2: ECT": ("cmt_imagenet", "EDM2: CMT + ECT", ["--mid none --steps 1500 --lr 1e-2 --q 64"]),
+    "EDM2: ECT": ("cmt_imagenet", "EDM2: CMT + ECT", ["--mid none --steps 1500"]),
 }
 
 

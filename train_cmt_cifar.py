@@ -320,8 +320,10 @@ def make_distance(cfg, channels, device):
     if cfg.loss != "lpips":
         return nets.PixelDistance(0.06 if cfg.loss == "huber" else 0.0)
     if cfg.data == "digits":
-        distance = nets.VGG()
-        nets.load_weights(distance, load(f"{cfg.out}/vgg.pt")["ema"], f"{cfg.out}/vgg.pt")
+        distance, path = nets.VGG(), f"{cfg.out}/vgg.pt"
+        if not (state := load(path)):
+            fail(3, f"{path} is not there; run --stage vgg first, or pass --loss l2")
+        nets.load_weights(distance, state["ema"], path)
     else:
         if channels != 3:
             fail(2, f"--loss lpips needs 3 channels, {cfg.data} has {channels}; pass --loss huber")

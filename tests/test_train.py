@@ -99,6 +99,12 @@ def test_every_readme_command_on_digits_runs(road, capsys):
     assert scored.returncode == 0 and "FD-digits 0.0000" in scored.stdout
 
 
+def test_mid_without_its_vgg_names_the_stage_that_makes_it(road, capsys):
+    exit_code, err = code([*TINY, "--loss", "lpips", "--stage", "mid", "--teacher", str(road / "pretrain.pt"),
+                           "--out", "o"], capsys)
+    assert exit_code == 3 and "run --stage vgg first" in err and len(err.strip().splitlines()) == 1
+
+
 def test_bias_has_a_row_for_every_start(road, capsys):
     """Small steps: the relative bias is near 1 for every start (see README); a perfect student has none."""
     script.main([*TINY, "--out", str(road), "--steps", "3", "--stage", "bias"])

@@ -3,6 +3,7 @@
   python bench.py pairs                  # the digits net: CMT, ECT, ECD, KD, Slow CMT, a plain loop
   python bench.py pairs --data cifar10   # the 32x32 DDPM++ (random weights and images: nothing is downloaded)
   python bench.py weights                # EDM2: weights normalised at every call, once per step, or for good
+  python bench.py mf                     # a Mean Flow step, in flow-matching steps on the same net
   python bench.py precision --net out/digits/mid.pt    # what each precision leaves of ECT's D_t - D_r
   python bench.py growth                 # pairs/s against batch, micro-batch, processes; start-up; a long run
   python bench.py curves                 # CMT + ECT beside ECT: score and gradient norm against images
@@ -24,12 +25,14 @@ import time
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 import fid
 import nets
 import solvers
 import train_cmt_cifar as script
+import train_mf_imagenet256 as mean_flow
 
 PAPER = {"cmt": 1.0, "ect": 0.79, "ecd euler": 0.98, "ecd heun": 1.17}                # C.1, CIFAR-10, A100
 
@@ -207,6 +210,104 @@ def weights(args, device):
     for name, times in interleaved(tasks, args.rounds, device).items():
         middle, low, high = (f(times) * 1e3 for f in (statistics.median, min, max))
         print(f"{name:50s} {middle:8.1f} ms ({low:.1f}-{high:.1f})")
+
+
+class Calls:
+    """Samples that a net's forward passes see: recorded for backward, inside a product, for guidance."""
+
+    def __init__(self, net):
+        self.recorded = self.product = self.guidance = 0
+        net.register_forward_hook(self.count)
+
+    def count(self, net, args, out):
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(args[0]).tangent is not None:
+            self.product += len(out)
+        elif torch.is_grad_enabled() or out.requires_grad:
+            self.recorded += len(out)
+        else:
+            self.guidance += len(out)
+
+
+def flow_matching_step(net, z, v, t, r, y, null, led, cfg):
+    """The yardstick: |u(z, t, t) - v|^2, one forward and one backward pass."""
+    (net(z, t, t, y) - v).square().mean().backward()
+
+
+def mean_flow_step(net, z, v, t, r, y, null, led, cfg):
+    """Loss and gradient as the script takes them: the product on samples with r < t, guidance where it counts."""
+    f, slope = mean_flow.forward(cfg, net, z.device)
+    mean_flow.loss_mf(f, slope, z, v, t, r, y, null, led, cfg)[0].backward()
+
+
+def product_on_all_step(net, z, v, t, r, y, null, led, cfg):
+    """As the public PyTorch codes: one recorded jvp on every sample, guidance on every sample, then a mask."""
+    target = v
+    if cfg.omega != 1 or cfg.kappa:
+        with torch.no_grad():
+            asked = (1 - cfg.omega - cfg.kappa) * net(z, t, t, torch.full_like(y, null))
+            asked += cfg.kappa * net(z, t, t, y) if cfg.kappa else 0
+            target = torch.where(led.view(-1, 1, 1, 1), cfg.omega * v + asked, v)
+    u, dudt = torch.func.jvp(lambda z, t: net(z, t, r, y), (z, t), (target, torch.ones_like(t)))
+    square = (u - (target - (t - r).view(-1, 1, 1, 1) * dudt).detach()).square().flatten(1).sum(1)
+    (square / (square.detach() + cfg.weight_c)).mean().backward()
+
+
+def mf(args, device):
+    """Cost of a Mean Flow step (loss and gradient, no update) over a flow-matching step of the same round."""
+    size, batch, rounds, no = args.size, args.batch or 16, args.rounds, "--omega 1 --kappa 0"
+    xl, half = "--omega 0.2 --kappa 0.92 --guide_to 0.75", "--omega 1 --kappa 0.5 --guide_to 1"
+    rows = {"flow matching": (flow_matching_step, no), "loss_mf, --ratio 0": (mean_flow_step, no + " --ratio 0"),
+            "Mean Flow": (mean_flow_step, no),
+            "Mean Flow, omega 0.2, kappa 0.92, t in [0, 0.75]": (mean_flow_step, xl),
+            "Mean Flow, omega 1, kappa 0.5": (mean_flow_step, half),
+            "product on all": (product_on_all_step, no),
+            "product and guidance on all, 0.2, 0.92": (product_on_all_step, xl)}
+    rows = {name: (step, mean_flow.parse(["--stage", "post", "--size", size, "--batch", str(batch), *flags.split()]))
+            for name, (step, flags) in rows.items()}
+    cfg = rows["Mean Flow"][1]
+    model = mean_flow.model_size(cfg, dict(input_size=32, in_channels=4, num_classes=1000))
+    net = mean_flow.build(cfg, model, device, train=True)
+    for p in net.parameters():                            # zero at the start, where blocks would not act
+        p.data += 0.02 * torch.randn_like(p) * p.requires_grad
+    calls, times, flops, counts = Calls(net), {name: [] for name in rows}, {}, {}
+
+    def step(name, k):
+        f, cfg = rows[name]
+        g = torch.Generator().manual_seed(k)              # every row of a round sees the same samples
+        z, v = torch.randn(2, batch, 4, 32, 32, generator=g).to(device)
+        t, r = mean_flow.draw_times(batch, g, cfg.ratio, cfg.P_mean, cfg.P_std)
+        y = torch.randint(1000, (batch,), generator=g).masked_fill(torch.rand(batch, generator=g) < 0.1, 1000)
+        led = mean_flow.guided(cfg, 0, t, y, 1000)
+        if f is not mean_flow_step:                       # the script wants these on the CPU
+            t, r, y, led = (a.to(device) for a in (t, r, y, led))
+        net.zero_grad()
+        synchronize(device)
+        start = time.perf_counter()
+        f(net, z, v, t, r, y, 1000, led, cfg)
+        synchronize(device)
+        return time.perf_counter() - start
+    for name in rows:                                     # warm-up, and what a step does
+        with FlopCounterMode(display=False) as counter:
+            for k in range(3):
+                step(name, k)
+        flops[name] = counter.get_total_flops()
+    for k in range(rounds):
+        order = [*rows][k % len(rows):] + [*rows][:k % len(rows)]          # nobody is always the first
+        for name in order:
+            calls.recorded = calls.product = calls.guidance = 0
+            times[name].append(step(name, k))
+            counts.setdefault(name, []).append((calls.recorded, calls.product, calls.guidance))
+    where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU, one thread"
+    params, base = sum(p.numel() for p in net.parameters()) / 1e6, statistics.median(times["flow matching"]) * 1e3
+    print(f"{size} on 4x32x32 ({params:.1f}M parameters), batch {batch}, {rounds} rounds, "
+          f"torch {torch.__version__}, {where}; flow matching {base:.0f} ms")
+    print("| a step of | of a flow-matching step, median (range) | FLOPs | forwards recorded | in a product | "
+          "for guidance |\n|---|---|---|---|---|---|")
+    for name in rows:
+        ratios = [a / b for a, b in zip(times[name], times["flow matching"])]
+        n = [statistics.mean(c) / batch for c in zip(*counts[name])]
+        print(f"| {name} | {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}) | "
+              f"{flops[name] / flops['flow matching']:.2f} | {' | '.join(f'{x:.2f}' for x in n)} |", flush=True)
 
 
 def precision(args, device):
@@ -387,7 +488,7 @@ def claims(args, device):
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=["pairs", "weights", "precision", "growth", "curves", "claims"])
+    p.add_argument("what", choices=["pairs", "weights", "mf", "precision", "growth", "curves", "claims"])
     p.add_argument("--data", default="digits", choices=["digits", "cifar10"])
     p.add_argument("--methods", default="", help="pairs: between commas; claims: rows, between semicolons")
     p.add_argument("--net", default="", help="precision: checkpoint; curves: the teacher")
@@ -396,6 +497,7 @@ def main(argv=None):
     p.add_argument("--out", default="out/claims", help="curves, claims: folder of the runs")
     p.add_argument("--batch", type=int, default=0, help="0 = the script's own; weights: 1")
     p.add_argument("--channels", type=int, default=128, help="weights: model_channels of the EDM2")
+    p.add_argument("--size", default="4x256x8", help="mf: the DiT, PATCHxWIDTHxDEPTH or a row of nets.SIZES")
     p.add_argument("--loss", default="", help="of mid-training; default: the script's own")
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -403,7 +505,7 @@ def main(argv=None):
     device = torch.device(args.device)
     if device.type == "cpu":
         torch.set_num_threads(1)
-    {f.__name__: f for f in (pairs, weights, precision, growth, curves, claims)}[args.what](args, device)
+    {f.__name__: f for f in (pairs, weights, mf, precision, growth, curves, claims)}[args.what](args, device)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,18 @@ def test_pairs_cost_the_calls_that_the_paper_counts(monkeypatch, capsys):
                     "slow": [2.5, 1, 1], "plain": [1, 1, 1]}
 
 
+def test_a_mean_flow_step_is_a_forward_pass_and_a_quarter_of_a_product(capsys):
+    """Forwards by hooks: no guidance where none is asked; the product on a quarter; the textbook on all."""
+    bench.main(["mf", "--rounds", "1", "--size", "4x32x1"])
+    found = re.findall(r"^\| (.+?) \| [\d.]+ \(.*?\) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$",
+                       capsys.readouterr().out, re.M)
+    rows = {name: [float(x) for x in rest] for name, *rest in found}
+    assert len(rows) == 7 and rows["flow matching"] == [1, 1, 0, 0] == rows["loss_mf, --ratio 0"]
+    assert rows["Mean Flow"][1:] == [1, 0.25, 0] and rows["product on all"][2:] == [1, 0]
+    assert rows["Mean Flow"][0] < 1.3 < rows["product on all"][0]
+    assert 0.25 <= rows["Mean Flow, omega 0.2, kappa 0.92, t in [0, 0.75]"][3] <= 1.25
+
+
 def test_weights_prints_a_time_for_each_way(capsys):
     bench.main(["weights", "--rounds", "1", "--channels", "64"])
     assert len(re.findall(r"\d ms \(", capsys.readouterr().out)) == 5
@@ -61,6 +73,7 @@ def test_precision_says_that_bf16_rounds_the_step_away(tmp_path, capsys):
     assert 100 * rows[0][1] < rows[0][0] < rows[0][2]
 
 
+@pytest.mark.long
 def test_growth_times_batches_and_runs(monkeypatch, capsys):
     monkeypatch.setattr(bench, "BATCHES", [16])
     monkeypatch.setitem(bench.script.PRESETS, ("digits", "mid", "*"), dict(nfe=4, trajectories=4))
@@ -76,6 +89,7 @@ def test_growth_times_batches_and_runs(monkeypatch, capsys):
     assert len(re.findall(r"^\| (16|one process|one process, --batch_gpu 8|two processes) \| -?[\d.]+ ", out, re.M)) == 4
 
 
+@pytest.mark.long
 def test_curves_score_every_checkpoint_and_draw_two_pictures(tmp_path, monkeypatch, capsys):
     """Trained weights move on after they are saved: what is scored must be what they were."""
     tiny = "--steps 4 --batch 16 --nfe 4 --trajectories 4 --save_every 2 --lr 1e-2".split()

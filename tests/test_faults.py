@@ -207,6 +207,7 @@ def test_f9_two_processes_then_one_then_two(road, stage):
     assert same(f"one/{stage}.pt", f"mixed/{stage}.pt")
 
 
+@LONG
 def test_f9_four_micro_batches_agree_to_rounding():
     argv = [*PRETRAIN, "--steps", "6", "--batch_gpu", "4", "--dropout", "0.2"]
     assert wait(fork([*argv, "--out", "one"], "log")) == 0

@@ -310,7 +310,8 @@ def test_micro_batches_give_the_result_of_the_whole_batch(road):
     assert max((a[k] - b[k]).abs().max() for k in a) < 1e-4
 
 
-@pytest.mark.parametrize("stage", [pytest.param("pretrain", marks=pytest.mark.long), "vgg", "mid",
+@pytest.mark.parametrize("stage", [pytest.param("pretrain", marks=pytest.mark.long),
+                                   pytest.param("vgg", marks=pytest.mark.long), "mid",
                                    pytest.param("post", marks=pytest.mark.long)])
 def test_kill_and_signal_leave_the_undisturbed_result_and_two_processes_agree(road, stage):
     """Kill -9, then SIGTERM (code 75), then to the end: bit for bit one quiet run. Two processes: to rounding."""

@@ -500,7 +500,8 @@ def stages(road, stage):
     return [*TINY, "--stage", stage, "--batch_gpu", 8, *(extra if stage != "pretrain" else [])]
 
 
-@pytest.mark.parametrize("stage", [pytest.param("pretrain", marks=pytest.mark.long), "mid", "post"])
+@pytest.mark.parametrize("stage", [pytest.param("pretrain", marks=pytest.mark.long),
+                                   pytest.param("mid", marks=pytest.mark.long), "post"])
 def test_two_processes_give_the_result_of_one(road, stage):
     argv = [*stages(road, stage), "--steps", 4]
     run(*argv, "--out", "one")

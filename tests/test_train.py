@@ -3,6 +3,7 @@ import importlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -89,7 +90,7 @@ def test_every_readme_command_on_digits_runs(road, capsys):
     tiny = ["--steps", "2", "--samples", "8", "--trajectories", "4", "--batch", "16", "--nfe", "4"]
     lines = sorted((c for c in ALL if "--data digits" in c and c in README), key=len)
     for line in lines:
-        _, name, *flags = line.split()
+        _, name, *flags = shlex.split(line)
         known = {f"--{f.name}" for f in fields(importlib.import_module(name[:-3]).Config)}
         mine = [word for flag, value in zip(tiny[::2], tiny[1::2]) if flag in known for word in (flag, value)]
         importlib.import_module(name[:-3]).main([*flags, *mine])

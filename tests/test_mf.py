@@ -1,0 +1,566 @@
+"""train_mf_imagenet256.py: the Jacobian product, the losses against closed forms, pairs, latents, stages, faults."""
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import code, fork, wait, weights
+from PIL import Image
+
+import nets
+import solvers
+import train_mf_imagenet256 as script
+
+TINY = ("--data digits --samples 16 --trajectories 8 --batch 16 --log_every 1 --threads 1 --nfe 3 --omega 0.4 --kappa 0.5 "
+        "--guide_to 0.9 --weak 4x32x1 --size 4x64x1").split()
+
+
+@pytest.fixture(autouse=True)
+def fresh(here, monkeypatch):
+    monkeypatch.setattr(script, "STOP", [])
+
+
+@pytest.fixture(scope="module")
+def road(tmp_path_factory):
+    """One whole run of a few steps: pretrain, mid, post, eval."""
+    out = tmp_path_factory.mktemp("mf")
+    script.main([*TINY, "--out", str(out), "--steps", "3", "--labels", "both"])
+    return out
+
+
+def cfg(*argv):
+    return script.parse([str(a) for a in ("--data", "digits", *argv)])
+
+
+def tiny(seed=0, **kwargs):
+    """A small DiT in float64 whose every weight acts."""
+    torch.manual_seed(seed)
+    net = nets.DiT(**{**dict(input_size=4, in_channels=2, patch_size=2, hidden_size=16, depth=2, num_heads=2,
+                             num_classes=5), **kwargs}).double()
+    for p in net.parameters():
+        p.data += 0.3 * torch.randn_like(p) * p.requires_grad
+    return net
+
+
+def batch(n=16, seed=0, ratio=0.25, classes=5):
+    """z, v, t, r, y of float64 samples, some of the null class, a quarter with r < t."""
+    g = torch.Generator().manual_seed(seed)
+    z, v = torch.randn((2, n, 2, 4, 4), generator=g, dtype=torch.float64)
+    t, r = (a.double() for a in script.draw_times(n, g, ratio, -0.4, 1.0))
+    return z, v, t, r, torch.arange(n) % (classes + 1)
+
+
+def run(*argv):
+    script.main([str(a) for a in argv])
+
+
+# ---- the Jacobian product ------------------------------------------------------------------------
+def test_derivative_equals_finite_differences_and_float64():
+    """Along (v, 1, 0) of (z, t, r): any other direction fails by far."""
+    net, (z, v, t, r, y) = tiny(), batch(ratio=1.0)
+    exact, e = script.derivative(net, z, t, r, y, v), 1e-5
+    with torch.no_grad():
+        step = lambda a, b, c: (net(z + a * v, t + b, r + c, y) - net(z - a * v, t - b, r - c, y)) / (2 * e)    # noqa: E731
+        assert torch.allclose(exact, step(e, e, 0), rtol=1e-6, atol=1e-8)
+        for wrong in ((e, 0, 0), (e, 0, e), (e, e, e), (0, e, 0)):
+            assert (exact - step(*wrong)).abs().max() > 1e-3
+    single = script.derivative(net.float(), *(a.float() for a in (z, t, r)), y, v.float())
+    assert (single - exact).norm() < 1e-5 * exact.norm() and not exact.requires_grad
+
+
+def by_the_book(net, z, v, t, r, y, c):
+    """Mean Flow's loss with every forward and the product on every sample, as the paper writes it."""
+    null = torch.full_like(y, 5)
+    with torch.no_grad():
+        inside = (t >= c.guide_from) & (t <= c.guide_to) & (y != 5)
+        led = c.omega * v + c.kappa * net(z, t, t, y) + (1 - c.omega - c.kappa) * net(z, t, t, null)
+        v = torch.where(inside.view(-1, 1, 1, 1), led, v)
+    u, dudt = torch.func.jvp(lambda z, t, r: net(z, t, r, y), (z, t, r), (v, torch.ones_like(t), torch.zeros_like(r)))
+    error = ((u - (v - (t - r).view(-1, 1, 1, 1) * dudt).detach()) ** 2).sum((1, 2, 3))
+    return (error / (error.detach() + c.weight_c) ** c.power).mean(), error
+
+
+@pytest.mark.parametrize("omega, kappa, to", [(0.2, 0.92, 0.75), (1.0, 0.5, 1.0), (3.0, 0.0, 1.0), (1.0, 0.0, 1.0), (0.4, 0.6, 0.6)])
+def test_product_on_some_samples_is_the_loss_and_gradient_of_the_product_on_all(omega, kappa, to):
+    """And guidance asks the network only where it counts: half of the naive calls, and no product where r = t."""
+    net, (z, v, t, r, y) = tiny(), batch()
+    c, asked, products = cfg("--omega", omega, "--kappa", kappa, "--guide_to", to, "--power", 0.7), [], []
+
+    def f(*a):
+        asked.append(len(a[0]))
+        return net(*a)
+
+    def slope(*a):
+        products.append(len(a[0]))
+        return script.derivative(net, *a)
+    ours, raw = script.loss_mf(f, slope, z, v, t, r, y, 5, script.guided(c, 0, t, y, 5), c)
+    grads = torch.autograd.grad(ours, [p for p in net.parameters() if p.requires_grad])
+    book, error = by_the_book(net, z, v, t, r, y, c)
+    expected = torch.autograd.grad(book, [p for p in net.parameters() if p.requires_grad])
+    assert torch.allclose(ours, book, rtol=1e-12) and torch.allclose(raw, error, rtol=1e-12)
+    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(grads, expected))
+    led, far = script.guided(c, 0, t, y, 5), r < t
+    calls = (abs(1 - omega - kappa) > 1e-9) * led.sum() + (kappa > 0) * (led & far).sum()
+    assert products == [4] and sum(asked) == 16 + calls and (led.sum() > 0) == (omega != 1 or kappa > 0)
+
+
+def test_times_are_the_larger_and_smaller_of_two_draws():
+    t, r = script.draw_times(100_000, torch.Generator().manual_seed(0), 0.25, -0.4, 1.0)
+    assert (r <= t).all() and (r < t).sum() == 25_000 and 0 < r.min() and t.max() < 1
+    assert all((r < t)[k:k + 4].sum() == 1 for k in range(0, 96, 4))                  # every micro-batch has its share
+    assert t.mean() == pytest.approx(0.535, abs=0.003) and (t > 0.95).float().mean() < 2e-3
+    t, r = script.draw_times(10, torch.Generator().manual_seed(0), 0.0, -0.4, 1.0)
+    assert torch.equal(t, r)
+
+
+# ---- an analytic flow ----------------------------------------------------------------------------
+class Gaussian:
+    """Data N(0, s^2): v(z, t) = z s'(t)/s(t) with s(t)^2 = (1-t)^2 s^2 + t^2, so z_r = z_t s(r)/s(t), as a net."""
+    num_classes, grid, patch_size, s = 5, 2, 2, 0.5
+
+    def __init__(self, two_clocks=True):
+        self.r_embedder = two_clocks or None
+
+    def spread(self, t):
+        return ((1 - t) ** 2 * self.s**2 + t**2).sqrt().view(-1, 1, 1, 1)
+
+    def __call__(self, z, t, r=None, y=None, repa=False):
+        t = t.expand(len(z))
+        v = z * ((t - (1 - t) * self.s**2) / ((1 - t) ** 2 * self.s**2 + t**2)).view(-1, 1, 1, 1)
+        if self.r_embedder is None or r is None:
+            return v
+        h = (t - r).view(-1, 1, 1, 1)
+        return torch.where(h > 0, z * (1 - self.spread(r) / self.spread(t)) / h.where(h > 0, 1.0), v)
+
+
+def test_exact_flow_has_no_loss_and_u_at_r_equal_t_is_v():
+    """Mean Flow's identity with the exact velocity: the loss of the exact u is 0, for r = t and r < t."""
+    net, (z, _, t, r, y) = Gaussian(), batch(ratio=0.5)
+    _, error = script.loss_mf(net, lambda *a: script.derivative(net, *a), z, net(z, t), t, r, y, 5, y > 9, cfg())
+    assert error.max() < 1e-20
+    assert torch.equal(net(z, t, t), net(z, t))
+    dit, zeros = tiny(), torch.zeros(16, 2, 4, 4).double()
+    with torch.no_grad():                               # r = t: the target is v, whatever the net
+        raw = script.loss_mf(dit, None, z, zeros, t, t, y, 5, y > 9, cfg())[1]
+        assert torch.allclose(raw, dit(z, t, t, y).square().sum((1, 2, 3)))
+
+
+@pytest.mark.parametrize("nodes, pairs", [(8, 28), (9, 36)])
+def test_pairs_of_an_analytic_teacher_are_the_closed_form(nodes, pairs):
+    """States, times and targets travel together: every target is the closed form at its own z, t, r."""
+    c = cfg("--stage", "mid", "--nodes", nodes, "--trajectories", 5)
+    z, t, r, y, target = script.teacher_pairs(c, Gaussian(), (2, 4, 4), torch.Generator().manual_seed(0), 0, 1)
+    assert len(z) == 5 * pairs == script.solves(c)[1] and (r < t).all()
+    assert ((t == 1) & (r == 0)).sum() == 5 and (r == 0).sum() == 5 * (nodes - 1)
+    assert torch.allclose(target, Gaussian()(z, t, r), atol=2e-6)
+    assert torch.allclose(t.unique(), torch.linspace(0, 1, nodes)[1:])
+    first = z[:5]                                       # the same five noises, all at t = 1
+    assert torch.equal(first, z[5:10]) and t[:10].eq(1).all() and first.std() == pytest.approx(1, abs=0.2)
+    loss, raw = script.loss_cmt_mf(Gaussian(), z, t, r, y, target)
+    assert loss < 1e-11 and raw.shape == t.shape
+    loss, raw = script.loss_cmt_mf(lambda z, *a: z * 0, z, t, r, y, target)
+    assert loss == pytest.approx(target.square().mean()) and loss == pytest.approx(raw.mean() / 32)
+
+
+@pytest.mark.parametrize("solver", ["heun", "euler"])
+def test_pairs_of_a_flow_matching_teacher_join_the_states_of_its_solver(solver):
+    c = cfg("--stage", "mid", "--solver", solver, "--trajectories", 3)
+    z, t, r, y, target = script.teacher_pairs(c, Gaussian(False), (2, 4, 4), torch.Generator().manual_seed(0), 0, 1)
+    times = torch.linspace(1, 0, 8)
+    states = getattr(solvers, f"flow_{solver}")(Gaussian(False), z[:3], times.double())
+    place = lambda x: (x[:, None] - times).abs().argmin(1)                            # noqa: E731
+    own = torch.arange(len(z)) % 3
+    end, wide = states[place(r), own], (t - r).view(-1, 1, 1, 1)
+    assert torch.allclose(z, states[place(t), own], atol=1e-6) and torch.allclose(target, (z - end) / wide, atol=2e-5)
+
+
+def test_diagonal_pairs_carry_the_velocity_of_the_teacher():
+    for teacher in (Gaussian(), Gaussian(False)):
+        c = cfg("--stage", "mid", "--diagonal", 2, "--trajectories", 4)
+        z, t, r, _, target = script.teacher_pairs(c, teacher, (2, 4, 4), torch.Generator().manual_seed(0), 0, 1)
+        same = t == r
+        assert same.sum() == 2 * 8 * 4 and torch.allclose(target[same], teacher(z[same], t[same]), atol=1e-6)
+
+
+def test_labels_of_pairs_are_dropped_for_teacher_and_student_alike():
+    seen = []
+
+    class Teacher(Gaussian):
+        def __call__(self, z, t, r=None, y=None, repa=False):
+            seen.append(y)
+            return super().__call__(z, t, r)
+    c = cfg("--stage", "mid", "--trajectories", 400)
+    y = script.teacher_pairs(c, Teacher(), (2, 4, 4), torch.Generator().manual_seed(0), 0, 1)[3]
+    assert all(torch.equal(s, y[:400]) for s in seen) and torch.equal(y, y[:400].repeat(28))
+    assert 0.06 < (y == 5).float().mean() < 0.14 and set(y.tolist()) == set(range(6))
+
+
+def test_flow_matching_teacher_learns_the_velocity_alone(monkeypatch):
+    """One clock: r = t for every sample, whatever --ratio says, t uniform, squared error; SiT's training."""
+    seen, real = [], script.loss_mf
+    monkeypatch.setattr(script, "loss_mf", lambda *a: seen.append(a) or real(*a))
+    run(*TINY, "--stage", "pretrain", "--pretrain", "fm", "--ratio", 0.5, "--batch", 64, "--steps", 4, "--out", "fm")
+    t, r = (torch.cat([a[k] for a in seen]) for k in (4, 5))
+    assert torch.equal(t, r) and t.mean() == pytest.approx(0.5, abs=0.06) and (t > 0.95).sum() > 3
+    f, _, z, v, t, r, y, *_ = seen[-1]
+    assert torch.allclose(real(*seen[-1])[0], (f(z, t, r, y) - v).square().sum((1, 2, 3)).mean())
+    assert cfg("--stage", "pretrain").power == 1.0
+
+
+def test_flow_matching_teacher_is_guided_inside_the_interval():
+    """By hand, in the usual convention: v_null + s (v_y - v_null), s = omega / (1 - kappa)."""
+    net, (z, _, t, _, y) = tiny(average_velocity=False), batch()
+    c, null = cfg("--omega", 1.0, "--kappa", 0.5, "--guide_from", 0.3, "--guide_to", 0.8), torch.full((16,), 5)
+    u = script.velocity(c, net, y)
+    with torch.no_grad():
+        for level, scale in ((0.5, 2), (0.9, 1), (0.2, 1)):
+            t = torch.full((16,), level).double()
+            plain, own = net(z, t, y=null), net(z, t, y=y)
+            assert torch.allclose(u(z, t), plain + scale * (own - plain))
+
+
+# ---- weights -------------------------------------------------------------------------------------
+def official_sit(net):
+    """The state dict of an official SiT that means the same as `net`: t = 1 is data, extra output channels."""
+    state, channels = net.state_dict(), net.x_embedder.proj.in_channels
+    for k in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        rows = -state[k].unflatten(0, (-1, channels))
+        state[k] = torch.stack([rows, torch.randn_like(rows)], 1).flatten(0, 2)
+    cos, sin = state["t_embedder.mlp.0.weight"].chunk(2, 1)
+    w = nets.frequencies(cos)
+    state["t_embedder.mlp.0.weight"] = torch.cat([cos * w.cos() + sin * w.sin(), cos * w.sin() - sin * w.cos()], 1)
+    return state
+
+
+def test_an_official_sit_starts_the_student_exactly(monkeypatch):
+    """In float64, from the file through --init: v_ours(z, t) = -v_sit(z, 1 - t), for every r."""
+    one = tiny(average_velocity=False, num_heads=1)
+    torch.save(official_sit(one), "sit.pt")
+    monkeypatch.setattr(nets.DiT, "__init__", lambda self, *a, real=nets.DiT.__init__, **k: (real(self, *a, **k), self.double())[0])
+    for flags in (["--init", "sit", "--teacher", "sit.pt"], ["--init", "sit.pt"]):
+        c = cfg("--stage", "post", "--mid", "none", *flags)
+        state, model = script.read_net(c, "sit.pt")
+        net = script.student(c, {**model, "average_velocity": True}, torch.device("cpu"), state)
+        z, _, t, r, y = batch(ratio=1.0)
+        assert (net(z, t, r, y) - one(z, t, None, y)).abs().max() < 1e-12
+    assert script.shape_of(state, "")["average_velocity"] is False
+    big = {k: torch.empty(s) for k, s in (("x_embedder.proj.weight", (1152, 4, 2, 2)), ("pos_embed", (1, 256, 1152)),
+           ("blocks.27.attn.qkv.weight", (3456, 1152)), ("h_embedder.mlp.0.weight", (1152, 256)),
+           ("y_embedder.embedding_table.weight", (1001, 1152)))}
+    full = {**nets.SIZES["dit-xl/2"], "input_size": 32, "in_channels": 4, "num_classes": 1000, "average_velocity": True}
+    assert script.shape_of(big, "") == full
+    with pytest.raises(nets.WeightsError, match="x.pt: no DiT"):
+        script.shape_of({"w": torch.zeros(1)}, "x.pt")
+
+
+def test_a_net_of_another_kind_is_refused(capsys):
+    """A DDPM++ of another script as --teacher: one line, exit code 3."""
+    model = dict(img_resolution=8, img_channels=1, model_channels=16, channel_mult=(1,), num_blocks=1, attn_resolutions=())
+    state = nets.EDMPrecond(**model).state_dict()
+    torch.save(dict(net=state, ema=state, model=model, cfg=dict(stage="pretrain")), "ddpm.pt")
+    for flags in (["--stage", "mid", "--teacher", "ddpm.pt"], ["--stage", "eval", "--init", "ddpm.pt"]):
+        exit_code, err = code(["--data", "digits", *flags], capsys, main=script.main)
+        assert exit_code == 3 and "ddpm.pt: no DiT" in err and len(err.strip().splitlines()) == 1, err
+
+
+def test_stages_with_different_guidance_are_refused(road, tmp_path, capsys):
+    """Scale and interval are in the checkpoints; another (omega, kappa) of the same scale is the same flow."""
+    base = [*TINY, "--steps", "1", "--out", tmp_path, "--teacher", road / "pretrain.pt"]
+    for flags, text in ((["--omega", "0.5"], "guidance 0.8 for t in [0.0, 0.9], this stage has 1 in"),
+                        (["--guide_to", "0.8"], "this stage has 0.8 in [0.0, 0.8]")):
+        exit_code, err = code([*base, "--stage", "mid", *flags], capsys, main=script.main)
+        assert exit_code == 2 and text in err and len(err.strip().splitlines()) == 1, err
+    run(*base, "--stage", "mid", "--omega", "0.6", "--kappa", "0.25")
+    exit_code, err = code([*base, "--stage", "post", "--kappa", "0.6"], capsys, main=script.main)
+    assert exit_code == 2 and "mid.pt was trained with guidance 0.8" in err
+    exit_code, err = code([*base, "--stage", "post", "--mid", "none", "--init", "sit", "--kappa", "0.6", "--out", tmp_path / "x"],
+                          capsys, main=script.main)
+    assert exit_code == 2 and "pretrain.pt was trained with guidance" in err
+    exit_code, err = code([*TINY, "--steps", 3, "--out", road, "--stage", "eval", "--kappa", "0.6"], capsys, main=script.main)
+    assert exit_code == 2 and "was trained with guidance 0.8" in err                           # no table with a false note
+    run(*TINY, "--steps", 1, "--out", "fm", "--stage", "pretrain", "--pretrain", "fm")         # guided when rolled out
+    run(*TINY, "--steps", 1, "--out", "fm", "--stage", "mid", "--kappa", "0.6")
+
+
+# ---- the road ------------------------------------------------------------------------------------
+def test_all_stages_leave_checkpoints_pictures_and_a_table(road):
+    for stage in ("pretrain", "mid", "post"):
+        c = torch.load(road / f"{stage}.pt", weights_only=True)
+        assert c["step"] == 3 and all(torch.isfinite(v).all() for v in c["ema"].values())
+    table = (road / "results.md").read_text()
+    for name in ("teacher", "mid", "post"):
+        for labels in ("random", "balanced"):
+            assert re.search(rf"\| {name}, {labels} labels \| 3 \| 48 \| \d+ \|( \d+\.\d\d \|){{3}}", table), table
+    assert "decoder none" in table and "guidance 0.8" in table and "3-step FD-digits" in table
+    assert "FID" not in table.replace("fid", "")
+    for name in ("teacher_3step", "mid_1step", "post_2step", "stages", "trajectory", "mid_0000003"):
+        assert Image.open(road / f"samples_{name}.png").size[0] > 100
+    lines = [json.loads(line) for line in (road / "metrics.jsonl").read_text().splitlines()]
+    post = [m for m in lines if m["stage"] == "post"]
+    assert 0.9 < post[0]["loss"] <= 1 and len(post[0]["mse_gaps"]) == 4
+    assert all(0.2 < m["mse_same"] < 2 for m in post)                                 # the raw error: the loss is always near 1
+    mid = [m for m in lines if m["stage"] == "mid"]
+    assert all(np.isfinite(m["mse_gaps"]).all() and m["mse_same"] is None for m in mid)      # no such pair: null, not NaN
+    assert "nan" not in (road / "log.txt").read_text().lower() + (road / "metrics.jsonl").read_text().lower()
+
+
+@pytest.mark.parametrize("flags", ["--mid none --batch_gpu 4 --precision bf16 --product same --clip 1", "--mid none --post vanilla",
+                                   "--mid none --init sit --unguided 1 --size 4x32x1", "--nodes 9 --trajectories 16 --diagonal 3",
+                                   "--mid none --precision tf32 --ratio 1", "--solver euler --teacher fm"])
+def test_baselines_and_variants_train(road, tmp_path, flags):
+    stage, teacher = "post" if "--mid none" in flags else "mid", road / "pretrain.pt"
+    if flags.endswith("fm"):
+        teacher, flags = tmp_path / "pretrain.pt", flags.split(" --t")[0]
+        run(*TINY, "--out", tmp_path, "--stage", "pretrain", "--pretrain", "fm", "--steps", 1)
+    run(*TINY, "--out", tmp_path, "--teacher", teacher, "--steps", 2, "--stage", stage, *flags.split())
+    c = torch.load(tmp_path / f"{stage}.pt", weights_only=True)
+    assert c["step"] == 2 and c["skipped"] == 0
+
+
+def test_student_of_post_starts_from_the_ema_of_mid(road):
+    c = cfg(*TINY, "--stage", "post", "--out", road, "--steps", 3)
+    ckpt = torch.load(road / "mid.pt", weights_only=True)
+    net = script.student(c, ckpt["model"], torch.device("cpu"), None)
+    assert all(torch.equal(v, ckpt["ema"][k]) for k, v in net.state_dict().items())
+
+
+def test_first_steps_of_a_sit_start_are_unguided():
+    t, y = torch.full((8,), 0.5), torch.arange(8)
+    on = lambda step, *a: script.guided(cfg("--omega", 0.2, "--kappa", 0.92, "--stage", "post", *a), step, t, y, 7)    # noqa: E731
+    assert on(0).tolist() == [True] * 7 + [False]                                     # the null class never is
+    sit = "--init", "sit", "--unguided", 10
+    assert not on(9, *sit, "--mid", "none").any() and on(10, *sit, "--mid", "none").any()
+    assert on(0, *sit).any()                            # a mid-trained student has its guidance already
+    assert not on(0, "--guide_to", 0.4).any() and not on(0, "--guide_from", 0.6).any()
+
+
+def test_samples_depend_on_their_seed_alone_and_labels_are_as_named(road):
+    state = torch.load(road / "post.pt", weights_only=True)
+    net = script.build(cfg(*TINY), state["model"], "cpu", state["ema"], "post")
+    f = script.make_sampler(cfg(), net, 2, "cpu", "random")
+    assert torch.allclose(f([5, 6, 7])[1], f([6])[0], atol=1e-5)
+    assert script.noises(net, range(25), "cpu", "balanced")[1].tolist() == [s % 10 for s in range(25)]
+    z, y = script.noises(net, range(200), "cpu", "random")
+    assert len(set(y.tolist())) == 10 and torch.equal(z, script.noises(net, range(200), "cpu", "balanced")[0])
+    z, y = script.noises(net, [3], "cpu", "balanced")
+    t = torch.ones(1)
+    with torch.no_grad():
+        assert torch.equal(script.make_sampler(cfg(), net, 1, "cpu")([3]), z - net(z, t, 0 * t, y))
+    run(*TINY, "--out", road, "--steps", 3, "--stage", "sample", "--seeds", "3-5")
+    assert {p.name for p in (road / "samples").iterdir()} == {f"{n}_{k}" for n in ("teacher", "mid", "post") for k in (1, 2, 3)}
+    assert len(list((road / "samples/post_1").iterdir())) == 3
+
+
+def test_compiled_functions_hold_the_product_and_change_nothing(monkeypatch):
+    """Both functions reach the compiler (a module compiled inside jvp would not), and loss and gradient stay."""
+    graphs, real = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f: real(f, backend=lambda g, _: graphs.append(g) or g.forward))
+    net, (z, v, t, r, y) = tiny(depth=1), batch()
+    results, device = [], torch.device("cpu")
+    for flags in ([], ["--compile"]):
+        c = cfg("--stage", "post", *flags)
+        f, slope = script.forward(c, net, device)
+        loss = script.loss_mf(f, slope, z, v, t, r, y, 5, script.guided(c, 0, t, y, 5), c)[0]
+        results.append([loss, *torch.autograd.grad(loss, [p for p in net.parameters() if p.requires_grad])])
+        made = len(graphs)
+    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(*results))
+    products = sum("jvp" in g.code or "make_dual" in g.code for g in graphs)
+    assert made >= 2 and products >= 1
+
+
+# ---- the data ------------------------------------------------------------------------------------
+class FakeVAE(torch.nn.Module):
+    """Stands in for diffusers' AutoencoderKL: the mean is a small picture, the deviation a constant per side."""
+
+    @classmethod
+    def from_pretrained(cls, name):
+        return cls()
+
+    def encode(self, x):
+        mean = torch.nn.functional.avg_pool2d(x, 8)
+        mean = torch.cat([mean, mean[:, :1]], 1)
+        return types.SimpleNamespace(latent_dist=types.SimpleNamespace(mean=mean, std=torch.full_like(mean, 0.125)))
+
+    def decode(self, z):
+        return types.SimpleNamespace(sample=torch.nn.functional.interpolate(z[:, :3], scale_factor=8))
+
+
+def pictures(folder, n=6):
+    rng = np.random.default_rng(0)
+    for i in range(n):
+        os.makedirs(f"{folder}/n{i % 2:02d}", exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (270, 300 + i, 3), np.uint8)).save(f"{folder}/n{i % 2:02d}/{i}.png")
+
+
+def test_encoded_shards_resume_and_are_read_back(monkeypatch, capsys):
+    pictures("src")
+    monkeypatch.setitem(sys.modules, "diffusers", types.SimpleNamespace(AutoencoderKL=FakeVAE))
+    monkeypatch.setattr(script, "SHARD", 4)
+    argv = ["--data", "./lat", "--stage", "encode", "--source", "src", "--threads", 1, "--out", "o"]
+    run(*argv)
+    second = Path("lat/00001.npy").stat().st_mtime_ns
+    os.remove("lat/00000.npy")                           # as if it had been killed there
+    Path("lat/00000.npy.tmp").write_bytes(b"half")
+    run(*argv)
+    assert Path("lat/00001.npy").stat().st_mtime_ns == second
+    index = json.loads(Path("lat/index.json").read_text())
+    assert index["scale"] == 0.18215 and "sd-vae" in index["vae"] and index["kind"].startswith("mean, deviation")
+    data = script.load_data(script.parse(["--data", "lat"]))
+    assert data.labels.tolist() == [0, 0, 0, 1, 1, 1] and data.shape == (4, 32, 32) and data.classes == 2
+    raw = data.read(torch.tensor([4, 4]), torch.tensor([False, True]))
+    image = np.asarray(script.crop(Image.open("src/n01/3.png"), 256)).astype(np.float32) / 127.5 - 1
+    mean = torch.nn.functional.avg_pool2d(torch.from_numpy(image).permute(2, 0, 1)[None], 8)
+    assert torch.allclose(raw[0, :3], mean[0], atol=1e-3) and torch.allclose(raw[1, :3], mean[0].flip(2), atol=1e-3)
+    x = script.to_latents(raw, torch.ones(2, 4, 32, 32), "cpu")
+    assert torch.allclose(x, 0.18215 * (raw[:, :4] + 0.125))
+    assert torch.allclose(script.decoded(x, FakeVAE())[:, :, ::8, ::8], x[:, :3] / 0.18215)
+    Path("lat/index.json").write_text(json.dumps({**index, "scale": 0.18125}))
+    exit_code, err = code(["--data", "lat", "--stage", "pretrain", "--out", "x"], capsys, main=script.main)
+    assert exit_code == 3 and "0.18125" in err and len(err.strip().splitlines()) == 1
+
+
+def test_latents_train_and_are_scored(monkeypatch):
+    """The latent road on tiny moments: pretrain, mid, post, sample with a decoder."""
+    monkeypatch.setitem(sys.modules, "diffusers", types.SimpleNamespace(AutoencoderKL=FakeVAE))
+    os.makedirs("lat")
+    np.save("lat/labels.npy", np.arange(8) % 3)
+    np.save("lat/00000.npy", np.random.default_rng(0).random((8, 2, 8, 8, 8)).astype(np.float16))
+    Path("lat/index.json").write_text(json.dumps(dict(kind="mean, deviation; plain, flipped", scale=0.18215, shards=1)))
+    base = ["--data", "lat", "--out", "o", "--steps", 2, "--batch", 8, "--trajectories", 2, "--weak", "4x32x1", "--size", "4x32x1",
+            "--threads", 1, "--nfe", 2]
+    for stage in ("pretrain", "mid", "post"):
+        run(*base, "--stage", stage)
+    run(*base, "--stage", "sample", "--seeds", "0-1")
+    assert Image.open("o/samples/post_1/000001.png").size == (64, 64)
+    assert torch.load("o/post.pt", weights_only=True)["model"]["num_classes"] == 3
+
+
+def test_caches_of_others_are_read_as_what_they_are(capsys):
+    """Deviation or log variance, one file per image; an LMDB of pickles is refused."""
+    rng = np.random.default_rng(0)
+    mean, std = rng.normal(size=(4, 4, 4)).astype(np.float32), rng.random((4, 4, 4)).astype(np.float32) / 10 + 0.01
+    for name, second in (("a", std), ("b", 2 * np.log(std))):
+        os.makedirs(f"{name}/00")
+        np.save(f"{name}/00/img-mean-std-0.npy", np.concatenate([mean, second]))
+    Path("a/dataset.json").write_text(json.dumps({"labels": [["00/img-mean-std-0.npy", 7]]}))
+    os.makedirs("c/n01"), os.makedirs("c/n02"), os.makedirs("mdb")
+    for d in ("n01", "n02"):
+        torch.save(torch.from_numpy(np.concatenate([mean, std])), f"c/{d}/x.pt")
+    one, off = torch.tensor([0]), torch.tensor([False])
+    for name, label in (("a", 7), ("b", 0), ("c", 0)):
+        data = script.Latents(name)
+        assert data.labels[0] == label and torch.allclose(data.read(one, off)[0], torch.from_numpy(np.concatenate([mean, std])), atol=1e-6)
+        assert torch.equal(data.read(one, ~off), data.read(one, off).flip(3))
+    assert script.Latents("c").labels.tolist() == [0, 1]
+    Path("mdb/data.mdb").write_bytes(b"")
+    np.save("b/00/img-mean-std-0.npy", mean)
+    for name, text in (("mdb", "LMDB"), ("b", "not 8 channels"), ("none", "none")):
+        exit_code, err = code(["--data", f"./{name}", "--stage", "pretrain", "--out", "x"], capsys, main=script.main)
+        assert exit_code == 3 and text in err and len(err.strip().splitlines()) == 1, err
+
+
+# ---- faults --------------------------------------------------------------------------------------
+def pair(argv, patch=lambda: None):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    return [fork(argv, f"log{r}", r, 2, port, patch, main=script.main) for r in range(2)]
+
+
+def stages(road, stage):
+    extra = [] if stage == "pretrain" else ["--teacher", road / "pretrain.pt", "--mid", "cmt" if stage == "mid" else "none"]
+    return [*TINY, "--stage", stage, *extra]
+
+
+@pytest.mark.parametrize("stage", ["mid", "post"])
+def test_two_processes_give_the_result_of_one(road, stage):
+    """Bit for bit with the same micro-batches; and they differ if the gradients are not summed."""
+    argv = [*stages(road, stage), "--steps", 4, "--batch_gpu", 8]
+    run(*argv, "--out", "one")
+    assert [wait(p) for p in pair([*argv, "--out", "two"])] == [0, 0], Path("log0").read_text()
+    assert torch.equal(weights(f"one/{stage}.pt"), weights(f"two/{stage}.pt"))
+    a, b = ([json.loads(line) for line in open(f"{d}/metrics.jsonl")] for d in ("one", "two"))
+    for key in ("loss", "mse_same" if stage == "post" else "mse_gaps"):
+        assert [m[key] for m in a] == [pytest.approx(m[key], rel=1e-5) for m in b]
+    if stage == "post":
+        def alone():
+            real = torch.distributed.all_reduce
+            script.dist.all_reduce = lambda x: x if len(x) > 1000 else real(x)
+        assert [wait(p) for p in pair([*argv, "--out", "three"], alone)] == [0, 0]
+        assert not torch.equal(weights("one/post.pt"), weights("three/post.pt"))
+
+
+def last_step(out):
+    path = Path(out, "metrics.jsonl")
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return json.loads(lines[-1])["step"] if lines else 0
+
+
+@pytest.mark.parametrize("stage", ["mid", "post"])
+def test_killed_or_stopped_runs_end_as_the_undisturbed_one(road, stage):
+    """kill -9, then SIGTERM (exit code 75): the same command again, bit for bit the same end."""
+    argv = [*stages(road, stage), "--steps", 24, "--save_every", 3]
+    run(*argv, "--out", "whole")
+    for number, at in ((signal.SIGKILL, 5), (signal.SIGTERM, 12)):
+        pid = fork([*argv, "--out", "cut"], "log", main=script.main)
+        while last_step("cut") < at:
+            assert os.waitpid(pid, os.WNOHANG) == (0, 0), Path("log").read_text()[-2000:]
+            time.sleep(0.003)
+        os.kill(pid, number)
+        assert wait(pid) == (75 if number == signal.SIGTERM else -number), Path("log").read_text()[-2000:]
+    assert script.load(f"cut/{stage}.pt")["step"] == last_step("cut") < 24
+    run(*argv, "--out", "cut")
+    assert torch.equal(weights(f"whole/{stage}.pt"), weights(f"cut/{stage}.pt"))
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_ten_end_the_run(monkeypatch, capsys):
+    real, calls, bad = script.loss_mf, [], {2}
+
+    def faulty(*a):
+        loss, square = real(*a)
+        return loss * (float("nan") if calls.append(1) or len(calls) in bad else 1), square
+    monkeypatch.setattr(script, "loss_mf", faulty)
+    run(*TINY, "--stage", "pretrain", "--steps", 4, "--out", "few")
+    assert script.load("few/pretrain.pt")["skipped"] == 1
+    bad.update(range(8, 99))
+    exit_code, err = code([*TINY, "--stage", "pretrain", "--steps", 30, "--save_every", 2, "--out", "many"], capsys, main=script.main)
+    assert exit_code == 4 and "not finite in 10 steps" in err
+    assert all(torch.isfinite(v).all() for v in script.load("many/pretrain.pt")["net"].values())
+
+
+BAD = [
+    ("--omega 0", 2, "--omega 0.0"),
+    ("--kappa 1", 2, "kappa in [0, 1)"),
+    ("--guide_from 0.9", 2, "the interval inside"),
+    ("--ratio 2", 2, "--ratio 2.0"),
+    ("--nodes 1", 2, "--nodes 1"),
+    ("--size dit-q/2", 2, "--size dit-q/2"),
+    ("--size 4x100x2", 2, "multiple of 32"),
+    ("--stage pretrain --weak 3x64x2", 2, "do not fill the 8 pixels"),
+    ("--diagonal -1", 2, "--diagonal -1"),
+    ("--weight_c 0", 2, "--weight_c 0"),
+    ("--clip -1", 2, "--clip -1"),
+    ("--weak ddpm++-8", 2, "PATCHxWIDTHxDEPTH"),
+    ("--stage mid --trajectories 7", 2, "must fill whole batches"),
+    ("--stage mid", 3, "run --stage pretrain first"),
+    ("--stage mid --teacher none.pt", 3, "none.pt: no such file"),
+    ("--stage eval", 3, "no finished stage"),
+    ("--stage encode --source nowhere", 3, "--source 'nowhere'"),
+    ("--stage post", 3, "run --stage mid first"),
+    ("--data imagenet --stage pretrain", 3, "imagenet256-sd"),
+    ("--lable_drop 1", 2, "unknown flag"),
+]
+
+
+@pytest.mark.parametrize("line, expected, text", BAD, ids=[b[0] for b in BAD])
+def test_bad_input_is_one_line_with_its_exit_code(line, expected, text, capsys):
+    exit_code, err = code(["--data", "digits", *line.split()], capsys, main=script.main)
+    assert exit_code == expected and text in err and len(err.strip().splitlines()) == 1, err

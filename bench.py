@@ -1,7 +1,7 @@
 """What a training pair costs, beside the paper's numbers; and the paper's claims, tried on digits.
 
   python bench.py pairs                  # the digits net: CMT, ECT, ECD, KD, Slow CMT, a plain loop
-  python bench.py pairs --data cifar10   # the 32x32 DDPM++ (random weights and images: nothing is downloaded)
+  python bench.py pairs --data cifar10 --batch 16 --trajectories 1    # the 32x32 DDPM++, random weights
   python bench.py weights                # EDM2: weights normalised at every call, once per step, or for good
   python bench.py mf                     # a Mean Flow step, in flow-matching steps on the same net
   python bench.py precision --net out/digits/mid.pt    # what each precision leaves of ECT's D_t - D_r
@@ -50,6 +50,7 @@ class Pairs:
         stage = "post" if method.startswith("ec") else "mid"
         flags = ["--data", args.data, "--stage", stage, "--mid", mid, "--ecd", ecd, "--threads", "1"]
         flags += ["--batch", str(args.batch)] if args.batch else []
+        flags += ["--trajectories", str(args.trajectories)] if args.trajectories else []
         self.cfg = cfg = script.parse([*flags, "--loss", args.loss] if args.loss else flags)
         self.method, self.device = method, device
         model = nets.SIZES[SIZE[args.data]]
@@ -496,6 +497,7 @@ def main(argv=None):
     p.add_argument("--seeds", default="0,1,2", help="claims: of the whole pipeline")
     p.add_argument("--out", default="out/claims", help="curves, claims: folder of the runs")
     p.add_argument("--batch", type=int, default=0, help="0 = the script's own; weights: 1")
+    p.add_argument("--trajectories", type=int, default=0, help="pairs: per solve; 0 = the script's own")
     p.add_argument("--channels", type=int, default=128, help="weights: model_channels of the EDM2")
     p.add_argument("--size", default="4x256x8", help="mf: the DiT, PATCHxWIDTHxDEPTH or a row of nets.SIZES")
     p.add_argument("--loss", default="", help="of mid-training; default: the script's own")

@@ -37,6 +37,7 @@ def test_weights_prints_a_time_for_each_way(capsys):
     assert len(re.findall(r"\d ms \(", capsys.readouterr().out)) == 5
 
 
+@pytest.mark.long
 def test_claims_run_every_row_once_and_print_what_they_scored(tmp_path, monkeypatch, capsys):
     """Two rows, the second from the first one's teacher and mid-training; a second call runs nothing again."""
     tiny = "--steps 2 --samples 64 --batch 16 --nfe 4 --trajectories 4"

@@ -480,7 +480,7 @@ def stages(road, stage):
     return [*TINY, "--stage", stage, *extra]
 
 
-@pytest.mark.parametrize("stage", ["mid", "post"])
+@pytest.mark.parametrize("stage", [pytest.param("mid", marks=pytest.mark.long), "post"])
 def test_two_processes_give_the_result_of_one(road, stage):
     """Bit for bit with the same micro-batches; and they differ if the gradients are not summed."""
     argv = [*stages(road, stage), "--steps", 4, "--batch_gpu", 8]
@@ -504,7 +504,7 @@ def last_step(out):
     return json.loads(lines[-1])["step"] if lines else 0
 
 
-@pytest.mark.parametrize("stage", ["mid", "post"])
+@pytest.mark.parametrize("stage", [pytest.param("mid", marks=pytest.mark.long), "post"])
 def test_killed_or_stopped_runs_end_as_the_undisturbed_one(road, stage):
     """kill -9, then SIGTERM (exit code 75): the same command again, bit for bit the same end."""
     argv = [*stages(road, stage), "--steps", 24, "--save_every", 3]

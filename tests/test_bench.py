@@ -9,6 +9,7 @@ import bench
 import nets
 
 
+@pytest.mark.long
 def test_pairs_cost_the_calls_that_the_paper_counts(monkeypatch, capsys):
     """C.2 per pair: CMT one teacher call and one forward; ECT none and two; ECD two for Heun; KD a whole solve (of 4)."""
     monkeypatch.setitem(bench.script.PRESETS, ("digits", "mid", "*"), dict(batch=16, nfe=4, trajectories=4))
@@ -59,6 +60,7 @@ def test_claims_run_every_row_once_and_print_what_they_scored(tmp_path, monkeypa
     assert f"eval: post 1-step FD-digits {table[1][1].split(' ')[0]}" in log and "mid: " not in log
 
 
+@pytest.mark.long
 def test_precision_says_that_bf16_rounds_the_step_away(tmp_path, capsys):
     """At q = 4096 the difference is smaller than bf16's error and far larger than fp32's."""
     net = nets.EDMPrecond(**nets.SIZES["ddpm++-8"])

@@ -20,7 +20,8 @@ README = (ROOT / "README.md").read_text()
 def toplevel(path):
     """name -> source of each function and class of a file."""
     text = path.read_text()
-    return {n.name: ast.get_source_segment(text, n) for n in ast.parse(text).body
+    lines = text.splitlines()
+    return {n.name: "\n".join(lines[n.lineno - 1:n.end_lineno]) for n in ast.parse(text).body
             if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
 
 

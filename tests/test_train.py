@@ -79,11 +79,12 @@ def test_sample_writes_one_file_per_seed_that_depends_on_the_seed_alone(road, tm
     assert {p.name for p in (road / "samples").iterdir()} == {"teacher_16", "mid_1", "mid_2", "post_1", "post_2"}
 
 
-def test_every_readme_command_on_digits_runs(road, monkeypatch):
+@pytest.mark.parametrize("scripts", ["train_cmt", pytest.param("train_", marks=pytest.mark.long)])
+def test_every_readme_command_on_digits_runs(road, monkeypatch, scripts):
     """As printed, but for a few steps; the first of a script makes its teacher, and alone draws its sheets."""
     from test_house import ALL, README
     tiny = ["--steps", "2", "--samples", "8", "--trajectories", "4", "--batch", "16", "--nfe", "4"]
-    lines = sorted((c for c in ALL if "--data digits" in c and c in README), key=len)
+    lines = sorted((c for c in ALL if scripts in c and "--data digits" in c and c in README), key=len)
     for line in lines:
         _, name, *flags = shlex.split(line)
         known = {f"--{f.name}" for f in fields(importlib.import_module(name[:-3]).Config)}

@@ -13,6 +13,7 @@ Loss, trajectory and update are the functions of train_cmt_cifar.py; calls are c
 """
 import argparse
 import copy
+import itertools
 import json
 import math
 import os
@@ -142,13 +143,27 @@ def interleaved(tasks, rounds, device):
     """{name: function} -> {name: [seconds per round]}; every round runs each once: noise hits all alike."""
     times = {name: [] for name in tasks}
     for k in range(rounds + 1):
-        for name, task in tasks.items():
+        order = [*tasks][k % len(tasks):] + [*tasks][:k % len(tasks)]      # nobody is always the first
+        for name in order:
             synchronize(device)
             start = time.perf_counter()
-            task()
+            tasks[name]()
             synchronize(device)
             times[name] += [time.perf_counter() - start] * (k > 0)         # the first round warms up
     return times
+
+
+def peak_memory(task, device):
+    """Bytes allocated at the worst moment of task(), above what was there before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        task()
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.autograd.profiler.profile(profile_memory=True) as seen:
+        task()
+    events = sorted((e.start_ns(), e.nbytes()) for e in seen.kineto_results.events() if e.name() == "[memory]")
+    return max(itertools.accumulate(size for _, size in events))
 
 
 def ceiling(device):
@@ -160,25 +175,26 @@ def ceiling(device):
 
 
 def pairs(args, device):
-    """Table C.1 and the accounting of C.2: time, calls and FLOPs per training pair of each method."""
+    """Table C.1 and the accounting of C.2: time, calls, FLOPs and memory per training pair of each method."""
     methods = {m: Pairs(m, args, device) for m in (args.methods or METHODS).split(",")}
     top, times = ceiling(device), interleaved({m: p.cycle for m, p in methods.items()}, args.rounds, device)
+    times = {m: [t / methods[m].pairs() * 1e6 for t in times[m]] for m in methods}
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU, one thread"
     print(f"{args.data}, batch {next(iter(methods.values())).cfg.batch}, {args.rounds} rounds, "
           f"torch {torch.__version__}, {where}, matmul {top / 1e9:.0f} GFLOP/s")
-    print("| method | us per pair | range | of CMT | paper | teacher calls | forwards | backwards | MFLOP | "
-          "share of matmul |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
-    base = statistics.median(times["cmt"]) / methods["cmt"].pairs()
+    print("| method | us per pair, median (range) | of CMT, median over rounds (range) | paper | teacher calls | "
+          "forwards | backwards | MFLOP | share of matmul | peak MB |\n|---|---|---|---|---|---|---|---|---|---|")
     for name, p in methods.items():
         p.count = dict.fromkeys(p.count, 0)
         with FlopCounterMode(display=False) as counter:
             p.cycle()
-        n, each = p.pairs(), [t / p.pairs() * 1e6 for t in times[name]]
-        middle, flops = statistics.median(each), counter.get_total_flops() / n
-        calls = " | ".join(f"{v / n:.2f}" for v in p.count.values())
-        print(f"| {name} | {middle:.0f} | {min(each):.0f}-{max(each):.0f} | {middle / base / 1e6:.2f} | "
-              f"{PAPER.get(name, '-')} | {calls} | {flops / 1e6:.1f} | {flops / middle / top * 1e6:.0%} |")
+        calls = " | ".join(f"{v / p.pairs():.2f}" for v in p.count.values())
+        each, of_cmt = times[name], [a / b for a, b in zip(times[name], times["cmt"])]
+        middle, flops = statistics.median(each), counter.get_total_flops() / p.pairs()
+        print(f"| {name} | {middle:.0f} ({min(each):.0f}-{max(each):.0f}) | "
+              f"{statistics.median(of_cmt):.2f} ({min(of_cmt):.2f}-{max(of_cmt):.2f}) | "
+              f"{PAPER.get(name, '-')} | {calls} | {flops / 1e6:.1f} | {flops / middle / top * 1e6:.0%} | "
+              f"{peak_memory(p.cycle, device) / 1e6:.0f} |", flush=True)
 
 
 def weights(args, device):

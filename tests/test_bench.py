@@ -16,7 +16,7 @@ def test_pairs_cost_the_calls_that_the_paper_counts(monkeypatch, capsys):
     monkeypatch.setattr(bench, "ceiling", lambda device: 1e9)
     bench.main(["pairs", "--rounds", "1", "--batch", "16", "--loss", "l2"])
     rows = {r[0]: list(map(float, r[1:])) for r in re.findall(
-        r"\| ([a-z ]+) \|.*?\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| [\d.]+ \| \d+% \|\n", capsys.readouterr().out)}
+        r"\| ([a-z ]+) \|.*?\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| [\d.]+ \| \d+% \| \d+ \|\n", capsys.readouterr().out)}
     assert rows == {"cmt": [1, 1, 1], "ect": [0, 2, 1], "ecd euler": [1, 2, 1], "ecd heun": [2, 2, 1], "kd": [4, 1, 1],
                     "slow": [2.5, 1, 1], "plain": [1, 1, 1]}
 

@@ -160,7 +160,7 @@ def peak_memory(task, device):
         before = torch.cuda.memory_allocated(device)
         task()
         return torch.cuda.max_memory_allocated(device) - before
-    with torch.autograd.profiler.profile(profile_memory=True) as seen:
+    with torch.autograd.profiler.profile(profile_memory=True) as seen:         # writes two lines of its own to stderr
         task()
     events = sorted((e.start_ns(), e.nbytes()) for e in seen.kineto_results.events() if e.name() == "[memory]")
     return max(itertools.accumulate(size for _, size in events))
@@ -179,6 +179,7 @@ def pairs(args, device):
     methods = {m: Pairs(m, args, device) for m in (args.methods or METHODS).split(",")}
     top, times = ceiling(device), interleaved({m: p.cycle for m, p in methods.items()}, args.rounds, device)
     times = {m: [t / methods[m].pairs() * 1e6 for t in times[m]] for m in methods}
+    peak = {m: peak_memory(p.cycle, device) / 1e6 for m, p in methods.items()}
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU, one thread"
     print(f"{args.data}, batch {next(iter(methods.values())).cfg.batch}, {args.rounds} rounds, "
           f"torch {torch.__version__}, {where}, matmul {top / 1e9:.0f} GFLOP/s")
@@ -194,7 +195,7 @@ def pairs(args, device):
         print(f"| {name} | {middle:.0f} ({min(each):.0f}-{max(each):.0f}) | "
               f"{statistics.median(of_cmt):.2f} ({min(of_cmt):.2f}-{max(of_cmt):.2f}) | "
               f"{PAPER.get(name, '-')} | {calls} | {flops / 1e6:.1f} | {flops / middle / top * 1e6:.0%} | "
-              f"{peak_memory(p.cycle, device) / 1e6:.0f} |", flush=True)
+              f"{peak[name]:.0f} |", flush=True)
 
 
 def weights(args, device):
@@ -360,21 +361,25 @@ def growth(args, device):
         p = Pairs("cmt", args, device)
         times = [t / p.pairs() * 1e6 for t in interleaved({"cmt": p.cycle}, args.rounds, device)["cmt"]]
         print(f"| {batch} | {statistics.median(times):.0f} ({min(times):.0f}-{max(times):.0f}) |", flush=True)
-    print("\n| pretrain | start-up, s | img/s, first quarter | last quarter |\n|---|---|---|---|")
+    print("\n| pretrain | steps | start-up, s | img/s, first quarter | last | MiB, first quarter | last |")
+    print("|---" * 7 + "|")
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    for name, how, flags in (("one process", [], []), ("one process, --batch_gpu 8", [], ["--batch_gpu", "8"]),
-                             ("two processes", torchrun, [])):
+    for name, steps, how, flags in (("one process", args.steps, [], []),
+                                    ("one process, --batch_gpu 8", args.steps // 10, [], ["--batch_gpu", "8"]),
+                                    ("two processes", args.steps // 10, torchrun, [])):
         with tempfile.TemporaryDirectory() as out:
             line = [sys.executable, *how, script.__file__, "--data", "digits", "--stage", "pretrain", "--out", out]
             start = time.time()
-            subprocess.run([*line, "--steps", str(args.steps), "--save_every", "1000000", *flags],
+            subprocess.run([*line, "--steps", str(steps), "--save_every", "1000000", *flags],
                            check=True, stdout=subprocess.DEVNULL)
             took = time.time() - start
             with open(f"{out}/metrics.jsonl") as f:
-                rates = [m["images_per_second"] for m in map(json.loads, f)]
-        startup, k = took - args.steps * 32 / statistics.harmonic_mean(rates), max(1, len(rates) // 4)
-        first, last = statistics.median(rates[:k]), statistics.median(rates[-k:])
-        print(f"| {name} | {startup:.1f} | {first:.0f} | {last:.0f} |", flush=True)
+                lines = [json.loads(line) for line in f]
+        k, cells = max(1, len(lines) // 4), []
+        for what in ("images_per_second", "memory"):
+            seen = [m[what] for m in lines]
+            cells += [f"{statistics.median(seen[:k]):.0f}", f"{statistics.median(seen[-k:]):.0f}"]
+        print(f"| {name} | {steps:,} | {took - lines[-1]['seconds']:.1f} | {' | '.join(cells)} |", flush=True)
 
 
 def chart(path, curves, title, x_label):
@@ -462,8 +467,26 @@ CLAIMS = {  # row: (script, row whose teacher and, with "mid", mid-training it g
     "CMT from 4 steps + ECT": ("cmt_cifar", "CMT + ECT", ["--nfe 4"]),
     "CMT from 8 steps + ECT": ("cmt_cifar", "CMT + ECT", ["--nfe 8"]),
     "CMT from 32 steps + ECT": ("cmt_cifar", "CMT + ECT", ["--nfe 32"]),
+    "CMT + ECT, step 1/64": ("cmt_cifar", "CMT + ECT mid", ["--stage post --q 64"]),
+    "CMT + ECT, step 1/4096": ("cmt_cifar", "CMT + ECT mid", ["--stage post --q 4096"]),
+    "ECT, step 1/64": ("cmt_cifar", "CMT + ECT", ["--mid none --steps 1500 --lr 1e-3 --q 64"]),
+    "ECT, step 1/4096": ("cmt_cifar", "CMT + ECT", ["--mid none --steps 1500 --lr 1e-3 --q 4096"]),
+    "CMT by pseudo-Huber + ECT, half": ("cmt_cifar", "CMT + ECT", [
+        "--stage mid --loss huber --steps 450", "--stage post --steps 300"]),
+    "CMT by pseudo-Huber + ECT, twice": ("cmt_cifar", "CMT + ECT", [
+        "--stage mid --loss huber --steps 1800", "--stage post --steps 1200"]),
+    "ECT, annealed, half": ("cmt_cifar", "CMT + ECT", [
+        "--mid none --post annealed --decay linear --steps 750 --double 94"]),
+    "ECT, annealed, twice": ("cmt_cifar", "CMT + ECT", [
+        "--mid none --post annealed --decay linear --steps 3000 --double 375"]),
     "EDM2: CMT + ECT": ("cmt_imagenet", "", [""]),
     "EDM2: ECT": ("cmt_imagenet", "EDM2: CMT + ECT", ["--mid none --steps 1500"]),
+    "EDM2: ECT tuned": ("cmt_imagenet", "EDM2: CMT + ECT", ["--mid none --steps 1500 --lr 2e-2 --q 64"]),
+    "Mean Flow: CMT + Mean Flow": ("mf_imagenet256", "", [""]),
+    "Mean Flow from scratch": ("mf_imagenet256", "Mean Flow: CMT + Mean Flow", ["--mid none --post vanilla"]),
+    "Text: CMT + Mean Flow": ("t2i_coco", "", [""]),
+    "Text: Mean Flow from SiT": ("t2i_coco", "Text: CMT + Mean Flow", [
+        "--mid none --post vanilla --steps 1500"]),
 }
 
 

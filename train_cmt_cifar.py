@@ -20,6 +20,7 @@ import inspect
 import json
 import math
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -559,6 +560,29 @@ def update(opt, flat, grad, health, scale, cfg):
         scale.mul_(torch.where(ok, 2 ** (1 / 2000), 0.5))
 
 
+def report(cfg, step, lr, health, since, text="", **numbers):
+    """The line of a step: means of loss and norm since the last one, speed, time left.
+
+    health: of update; since: {step, clock, seconds}, moved on; text, numbers: what a script adds to the line.
+    Exit code 4 after MAX_BAD steps in a row without a finite gradient.
+    """
+    (_, worst, skipped, loss, norm), n = health.tolist(), step - since["step"]
+    took = time.time() - since["clock"]
+    health[3:] = 0
+    since.update(step=step, clock=time.time(), seconds=since["seconds"] + took)
+    images, rate, loss, norm = step * cfg.batch, n * cfg.batch / took, loss / n, norm / n
+    memory = torch.cuda.max_memory_allocated() / 2**20               # MiB, the most so far
+    memory = memory or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    log(cfg, f"{cfg.stage} {step:6d}/{cfg.steps} {step / cfg.steps:4.0%} | loss {loss:.5f} | {text}"
+             f"grad {norm:.3g} | skipped {skipped:.0f} | lr {lr:.2e} | {images / 1e6:.3f} Mimg | "
+             f"{memory:.0f} MiB | {rate:.0f} img/s | {(cfg.steps - step) * cfg.batch / rate / 60:.1f} min left",
+        stage=cfg.stage, step=step, images=images, loss=loss, grad=norm, skipped=int(skipped),
+        lr=lr, images_per_second=rate, seconds=since["seconds"], memory=memory, **numbers)
+    if worst >= MAX_BAD:
+        fail(4, f"{cfg.stage}: loss or gradient not finite in {worst:.0f} steps in a row before step "
+                f"{step}; {cfg.out} keeps the last good one; try a smaller --lr with another --out")
+
+
 STOP = []                                             # signals received: SIGTERM, or Ctrl-C once
 
 
@@ -682,7 +706,7 @@ def train(cfg, rank, world, device):
     log(cfg, f"{cfg.stage}: {len(flat):,} parameters, steps {start} to {cfg.steps}, {world} process(es) on "
              f"{device}, {torch.get_num_threads()} CPU thread(s) each")
 
-    clock, last = time.time(), start
+    since = dict(step=start, clock=time.time(), seconds=seconds)
     for step in range(start, cfg.steps):
         decay = 1 - step / cfg.steps if cfg.decay == "linear" else 1.0            # linear to zero (B.2)
         opt.param_groups[0]["lr"] = lr = cfg.lr * decay * min(1.0, (step + 1) / (cfg.warmup + 1))
@@ -726,25 +750,14 @@ def train(cfg, rank, world, device):
         done, stop = step + 1, any_stop(world)
         to_save = stop or done % cfg.save_every == 0 or done == cfg.steps
         if to_save or done % cfg.log_every == 0:
-            (_, worst, skipped, loss, norm), n, took = health.tolist(), done - last, time.time() - clock
-            health[3:] = 0
-            seconds, last, clock = seconds + took, done, time.time()
-            rate, loss, norm = n * B / took, loss / n, norm / n
-            log(cfg, f"{cfg.stage} {done:6d}/{cfg.steps} {done / cfg.steps:4.0%} | loss {loss:.5f} | "
-                     f"grad {norm:.3g} | skipped {skipped:.0f} | lr {lr:.2e} | {done * B / 1e6:.3f} Mimg | "
-                     f"{rate:.0f} img/s | {(cfg.steps - done) * B / rate / 60:.1f} min left",
-                stage=cfg.stage, step=done, images=done * B, loss=loss, grad=norm, skipped=int(skipped),
-                lr=lr, images_per_second=rate, seconds=seconds)
-            if worst >= MAX_BAD:
-                fail(4, f"{cfg.stage}: loss or gradient not finite in {worst:.0f} steps in a row before step "
-                        f"{done}; {cfg.out} keeps the last good one; try a smaller --lr with another --out")
+            report(cfg, done, lr, health, since)
         if to_save and rank == 0:
             save(path, step=done, net=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(),
                  model=model, cfg=asdict(cfg), data=data,
-                 seconds=seconds, skipped=int(skipped), scale=scale.item())
+                 seconds=since["seconds"], skipped=int(health[2]), scale=scale.item())
             grid = make_sampler(cfg, ema, "teacher" if cfg.stage == "pretrain" else "1", device)(range(64))
             save_grid(grid, f"{cfg.out}/samples_{cfg.stage}_{done:07d}.png")
-            clock = time.time()
+            since["clock"] = time.time()
         if stop:
             fail(75, f"stopped by a signal; step {done} is saved, run the same command again to go on")
     if world > 1:

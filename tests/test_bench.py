@@ -87,9 +87,12 @@ def test_growth_times_batches_and_runs(monkeypatch, capsys):
             return real(line, **flags)
         bench.script.main(line[line.index(bench.script.__file__) + 1:] + ["--log_every", "1", "--batch", "16"])
     monkeypatch.setattr(bench.subprocess, "run", run)
-    bench.main(["growth", "--rounds", "1", "--steps", "4"])
+    bench.main(["growth", "--rounds", "1", "--steps", "40"])
     out = capsys.readouterr().out
-    assert len(re.findall(r"^\| (16|one process|one process, --batch_gpu 8|two processes) \| -?[\d.]+ ", out, re.M)) == 4
+    assert len(re.findall(r"^\| 16 \| \d+ \(\d+-\d+\) \|$", out, re.M)) == 1
+    rows = re.findall(r"^\| (one|two) process.* \| (\d+) \| -?[\d.]+ \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", out, re.M)
+    assert [r[:2] for r in rows] == [("one", "40"), ("one", "4"), ("two", "4")]
+    assert all(0 < int(first) <= int(last) for *_, first, last in rows)
 
 
 @pytest.mark.long

@@ -1,7 +1,7 @@
 """What a training pair costs, beside the paper's numbers; and the paper's claims, tried on digits.
 
   python bench.py pairs                  # the digits net: CMT, ECT, ECD, KD, Slow CMT, a plain loop
-  python bench.py pairs --data cifar10 --batch 16 --trajectories 1    # the 32x32 DDPM++, random weights
+  python bench.py pairs --data cifar10 --batch 16 --batch_gpu 4 --trajectories 1     # the 32x32 DDPM++
   python bench.py weights                # EDM2: weights normalised at every call, once per step, or for good
   python bench.py mf                     # a Mean Flow step, in flow-matching steps on the same net
   python bench.py precision --net out/digits/mid.pt    # what each precision leaves of ECT's D_t - D_r
@@ -51,6 +51,7 @@ class Pairs:
         stage = "post" if method.startswith("ec") else "mid"
         flags = ["--data", args.data, "--stage", stage, "--mid", mid, "--ecd", ecd, "--threads", "1"]
         flags += ["--batch", str(args.batch)] if args.batch else []
+        flags += ["--batch_gpu", str(args.batch_gpu)] if args.batch_gpu else []
         flags += ["--trajectories", str(args.trajectories)] if args.trajectories else []
         self.cfg = cfg = script.parse([*flags, "--loss", args.loss] if args.loss else flags)
         self.method, self.device = method, device
@@ -70,7 +71,7 @@ class Pairs:
         else:
             (self.flat, self.grad), (self.flat_ema, _) = script.flatten(self.net), script.flatten(self.ema)
             self.flat.grad = self.grad[:-1]
-            self.opt = torch.optim.RAdam([self.flat], lr=1e-5)
+            self.opt = torch.optim.RAdam([self.flat], lr=1e-5, foreach=True)
         self.scale, self.health = torch.tensor(1.0, device=device), torch.zeros(5, device=device)
         self.sigmas, self.g = solvers.logsnr_sigmas(cfg.nfe), torch.Generator(device).manual_seed(0)
         self.count = dict(teacher=0, forward=0, backward=0)
@@ -93,25 +94,30 @@ class Pairs:
         if self.method == "plain":
             return self.plain()
         cfg, B = self.cfg, self.cfg.batch
+        micro = torch.arange(B, device=self.device).split(cfg.batch_gpu or B)
         if cfg.stage == "mid":
             x_t, t, x_0, owner = script.teacher_pairs(cfg, self.teacher, self.images, self.sigmas, self.shape,
                                                       self.g, 0, 1)
             target = self.distance.features(x_0)
             for p in torch.randperm(len(t), generator=self.g, device=self.device).split(B):
-                ends = [m[owner[p]] for m in target]
-                self.step(script.loss_cmt(self.net, x_t[p], t[p], ends, self.distance))
+                self.step(micro, lambda i: script.loss_cmt(
+                    self.net, x_t[p[i]], t[p[i]], [m[owner[p[i]]] for m in target], self.distance))
             return
         x, eps = script.draw(self.images, B, self.g), script.randn((B, *self.shape), self.g)
         t = (cfg.P_mean + cfg.P_std * script.randn(B, self.g)).exp()
         r = script.ect_step(t, cfg.q)
-        x_t, x_r = (x + s.view(-1, 1, 1, 1) * eps for s in (t, r))
-        if self.method != "ect":
-            with torch.no_grad():
-                x_r = solvers.ode_step(self.teacher, x_t, t, r, 2 if cfg.ecd == "heun" else 1)
-        self.step(script.loss_ect(self.net, x, x_t, x_r, t, r, 0, cfg.huber))
 
-    def step(self, loss):
-        loss.backward()
+        def loss(i):
+            x_t, x_r = (x[i] + s[i].view(-1, 1, 1, 1) * eps[i] for s in (t, r))
+            if self.method != "ect":
+                with torch.no_grad():
+                    x_r = solvers.ode_step(self.teacher, x_t, t[i], r[i], 2 if cfg.ecd == "heun" else 1)
+            return script.loss_ect(self.net, x[i], x_t, x_r, t[i], r[i], 0, cfg.huber)
+        self.step(micro, loss)
+
+    def step(self, micro, loss):
+        for i in micro:
+            (loss(i) * (len(i) / self.cfg.batch)).backward()
         script.update(self.opt, self.flat, self.grad, self.health, self.scale, self.cfg)
         self.flat_ema.lerp_(self.flat, 1 - self.cfg.ema_beta)
 
@@ -461,7 +467,11 @@ CLAIMS = {  # row: (script, row whose teacher and, with "mid", mid-training it g
     "ECT, annealed, random start": ("cmt_cifar", "CMT + ECT", [
         "--mid none --init random --post annealed --decay linear"]),
     "KD + ECT": ("cmt_cifar", "CMT + ECT", ["--mid kd"]),
+    "KD + ECT, equal time": ("cmt_cifar", "CMT + ECT", [
+        "--stage vgg", "--stage mid --mid kd --steps 206", "--stage post"]),
     "Slow CMT + ECT": ("cmt_cifar", "CMT + ECT", ["--mid slow"]),
+    "Slow CMT + ECT, equal time": ("cmt_cifar", "CMT + ECT", [
+        "--stage vgg", "--stage mid --mid slow --steps 78", "--stage post"]),
     "CMT by L2 + ECT": ("cmt_cifar", "CMT + ECT", ["--loss l2"]),
     "CMT by pseudo-Huber + ECT": ("cmt_cifar", "CMT + ECT", ["--loss huber"]),
     "CMT from 4 steps + ECT": ("cmt_cifar", "CMT + ECT", ["--nfe 4"]),
@@ -536,6 +546,7 @@ def main(argv=None):
     p.add_argument("--seeds", default="0,1,2", help="claims: of the whole pipeline")
     p.add_argument("--out", default="out/claims", help="curves, claims: folder of the runs")
     p.add_argument("--batch", type=int, default=0, help="0 = the script's own; weights: 1")
+    p.add_argument("--batch_gpu", type=int, default=0, help="pairs: of a forward pass; 0 = the batch")
     p.add_argument("--trajectories", type=int, default=0, help="pairs: per solve; 0 = the script's own")
     p.add_argument("--channels", type=int, default=128, help="weights: model_channels of the EDM2")
     p.add_argument("--size", default="4x256x8", help="mf: the DiT, PATCHxWIDTHxDEPTH or a row of nets.SIZES")

@@ -706,10 +706,10 @@ def update(opt, flat, grad, health, scale, cfg):
     ok = (norm + loss).isfinite()
     if cfg.clip:
         grad.mul_((cfg.clip / (norm + 1e-12)).clamp(max=1))
-    grad.copy_(torch.where(ok, grad, 0.0))
+    torch.where(ok, grad, torch.zeros_like(norm), out=grad)
     before = flat.clone()
     opt.step()
-    flat.copy_(torch.where(ok, flat, before))         # trap: the moments alone would still move the weights
+    torch.where(ok, flat, before, out=flat)           # trap: the moments alone would still move the weights
     grad.zero_()
     row, finite = (health[0] + 1) * ~ok, torch.where(ok, torch.stack([loss, norm]), 0.0)
     health.copy_(torch.stack([row, torch.maximum(row, health[1]), health[2] + ~ok, *(health[3:] + finite)]))

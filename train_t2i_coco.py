@@ -917,10 +917,10 @@ def update(opt, flat, grad, health, scale, cfg):
     ok = (norm + loss).isfinite()
     if cfg.clip:
         grad.mul_((cfg.clip / (norm + 1e-12)).clamp(max=1))
-    grad.copy_(torch.where(ok, grad, 0.0))
+    torch.where(ok, grad, torch.zeros_like(norm), out=grad)
     before = flat.clone()
     opt.step()
-    flat.copy_(torch.where(ok, flat, before))         # trap: the moments alone would still move the weights
+    torch.where(ok, flat, before, out=flat)           # trap: the moments alone would still move the weights
     grad.zero_()
     row, finite = (health[0] + 1) * ~ok, torch.where(ok, torch.stack([loss, norm]), 0.0)
     health.copy_(torch.stack([row, torch.maximum(row, health[1]), health[2] + ~ok, *(health[3:] + finite)]))
@@ -1117,7 +1117,7 @@ def train(cfg, rank, world, device):
     ema = deepcopy(net).requires_grad_(False).eval()
     (flat, grad), (flat_ema, _) = flatten(net), flatten(ema)
     flat.grad = grad[:-1]
-    opt = torch.optim.Adam([flat], lr=cfg.lr, betas=(0.9, cfg.beta2))
+    opt = torch.optim.Adam([flat], lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
     start, seconds, skipped, scale = 0, 0.0, 0, 2.0**15 if cfg.precision == "fp16" else 1.0
     if ckpt:
         nets.load_weights(net, ckpt["net"], path)

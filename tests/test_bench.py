@@ -14,7 +14,7 @@ def test_pairs_cost_the_calls_that_the_paper_counts(monkeypatch, capsys):
     """C.2 per pair: CMT one teacher call and one forward; ECT none and two; ECD two for Heun; KD a whole solve (of 4)."""
     monkeypatch.setitem(bench.script.PRESETS, ("digits", "mid", "*"), dict(batch=16, nfe=4, trajectories=4))
     monkeypatch.setattr(bench, "ceiling", lambda device: 1e9)
-    bench.main(["pairs", "--rounds", "1", "--batch", "16", "--loss", "l2"])
+    bench.main(["pairs", "--rounds", "1", "--batch", "16", "--batch_gpu", "8", "--loss", "l2"])
     rows = {r[0]: list(map(float, r[1:])) for r in re.findall(
         r"\| ([a-z ]+) \|.*?\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| [\d.]+ \| \d+% \| \d+ \|\n", capsys.readouterr().out)}
     assert rows == {"cmt": [1, 1, 1], "ect": [0, 2, 1], "ecd euler": [1, 2, 1], "ecd heun": [2, 2, 1], "kd": [4, 1, 1],

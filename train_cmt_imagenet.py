@@ -951,8 +951,8 @@ def train(cfg, rank, world, device):
                     if frozen:
                         with torch.no_grad():
                             D = autoguided(frozen[0], frozen[-1], cfg.w)
-                            order = 2 if cfg.ecd == "heun" else 1
-                            x_r = solvers.ode_step(lambda x, s: D(x, s, y[i]), x_t, s, r, order)
+                            x_r = solvers.ode_step(lambda x, s: D(x, s, y[i]), x_t, s, r,
+                                                   2 if cfg.ecd == "heun" else 1)
                     loss = loss_ect(lambda x, s: net(x, s, y[i]), x[i], x_t, x_r, s, r, mask_seed, cfg.huber,
                                     inverse_c_out(s, net.sigma_data))                                  # Eq. 3
                 (loss * (len(i) / B) * scale).backward()

@@ -335,7 +335,7 @@ def mf(args, device):
 
 
 def precision(args, device):
-    """Rounding of ECT's difference D_t - D_r, beside its size: it is the whole signal of Eq. 3."""
+    """Rounding of ECT's difference D_t - D_r, the whole signal of Eq. 3; and of the ends of a teacher's trajectory."""
     cfg = script.parse(["--data", args.data, "--stage", "post"])
     state, model = nets.load_pretrained(args.net) if args.net else (None, None)
     net = script.build(cfg, model or nets.SIZES[SIZE[args.data]], device, state, args.net)
@@ -357,6 +357,17 @@ def precision(args, device):
         errors = [difference(other, r), *(difference(net, r, cast) for cast in (torch.bfloat16, torch.float16))]
         cells = [f"{(e - true).square().mean().sqrt():.1e}" for e in errors]
         print(f"| 1/{q} | {true.square().mean().sqrt():.1e} | {' | '.join(cells)} |")
+
+    @torch.no_grad()
+    def ends(net, steps=cfg.nfe, cast=None):
+        with torch.autocast(device.type, cast, enabled=cast is not None):
+            return solvers.dpmpp(net, 80 * eps, solvers.logsnr_sigmas(steps))[-1].double()
+    true, others = ends(net), dict(fp32=ends(other), bf16=ends(net, cast=torch.bfloat16),
+                                   fp16=ends(net, cast=torch.float16), twice=ends(net, 2 * cfg.nfe))
+    moved = {name: f"{(end - true).square().mean().sqrt():.1e}" for name, end in others.items()}
+    print(f"\n| as a teacher: ends of {cfg.nfe} steps | moved by fp32 | bf16 | fp16 | by {2 * cfg.nfe} steps |")
+    print("|---|---|---|---|---|")
+    print(f"| {true.square().mean().sqrt():.1e} | {' | '.join(moved.values())} |")
 
 
 def growth(args, device):

@@ -683,7 +683,8 @@ def train(cfg, rank, world, device):
         weights, model = teacher_state(cfg)
     model = model or model_size(cfg, images)
     if cfg.stage == "mid" or cfg.stage == "post" and cfg.post == "ecd":
-        teacher = build(cfg, model, device, weights, "the teacher")
+        # choice: the teacher too in --precision: bf16 moves its ends less than a finer solve would
+        teacher = forward(cfg, build(cfg, model, device, weights, "the teacher"), device)
     net = student(cfg, model, device, weights).train()
     images = images.to(device) if images is not None else None
     ema = deepcopy(net).requires_grad_(False).eval()

@@ -948,7 +948,8 @@ def train(cfg, rank, world, device):
             solve, at = divmod(step * B, pairs)
             if at == 0 or step == start:                                         # a solve feeds several steps
                 g.manual_seed(fold(cfg.seed, "solve", solve))
-                bank = teacher_pairs(cfg, teacher, shape, g, rank, world)
+                with torch.autocast(device.type, HALF.get(cfg.precision), enabled=cfg.precision in HALF):
+                    bank = teacher_pairs(cfg, teacher, shape, g, rank, world)
                 order = torch.randperm(pairs, generator=g, device=device)
             z, t, r, y, target = (a[order[at:at + B][mine]] for a in bank)
         else:

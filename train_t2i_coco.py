@@ -1161,7 +1161,8 @@ def train(cfg, rank, world, device):
                 g.manual_seed(fold(cfg.seed, "solve", solve))
                 index, pick, drop = draw(n, torch.Generator().manual_seed(fold(cfg.seed, "captions", solve)))
                 texts = caption(images.texts(index, pick), drop)
-                bank = teacher_pairs(cfg, teacher, texts, null, images.shape, g, rank, world)
+                with torch.autocast(device.type, HALF.get(cfg.precision), enabled=cfg.precision in HALF):
+                    bank = teacher_pairs(cfg, teacher, texts, null, images.shape, g, rank, world)
                 order = torch.randperm(pairs, generator=g, device=device)
             z, t, r, number, target = (a[order[at:at + B][mine]] for a in bank)
             text = texts[number]

@@ -54,6 +54,20 @@ def road(tmp_path_factory):
     return out
 
 
+def frozen_calls(script, monkeypatch):
+    """The set of precisions in which the nets that script builds to be frozen are called from now on."""
+    seen, build = set(), script.build
+
+    def watched(*args, train=False, **more):
+        net = build(*args, train=train, **more)
+        if not train:
+            net.register_forward_pre_hook(
+                lambda *_: seen.add(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None))
+        return net
+    monkeypatch.setattr(script, "build", watched)
+    return seen
+
+
 def code(argv, capsys, main=script.main):
     """Exit code and stderr of a command line."""
     with pytest.raises(SystemExit) as e:

@@ -69,11 +69,14 @@ def test_precision_says_that_bf16_rounds_the_step_away(tmp_path, capsys):
         torch.nn.init.normal_(p, 0, p[0].numel() ** -0.5 if p.ndim > 1 else 0.1)
     torch.save(dict(ema=net.state_dict(), model=nets.SIZES["ddpm++-8"]), tmp_path / "net.pt")
     bench.main(["precision", "--net", str(tmp_path / "net.pt")])
-    found = re.findall(r"\| 1/\d+ \| (\S+) \| (\S+) \| (\S+) \| (\S+) \|", capsys.readouterr().out)
+    out = capsys.readouterr().out
+    found = re.findall(r"\| 1/\d+ \| (\S+) \| (\S+) \| (\S+) \| (\S+) \|", out)
     rows = [list(map(float, row)) for row in found]
     assert len(rows) == 3 and rows[0][0] < rows[1][0] < rows[2][0]
     assert all(fp32 < fp16 < bf16 for _, fp32, bf16, fp16 in rows)
     assert 100 * rows[0][1] < rows[0][0] < rows[0][2]
+    size, fp32, bf16, fp16, twice = map(float, re.search(r"\n\| (\S+) \| (\S+) \| (\S+) \| (\S+) \| (\S+) \|\n$", out).groups())
+    assert 0 < fp32 < fp16 < bf16 < twice < size
 
 
 @pytest.mark.long

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import code, fork, wait, weights
+from conftest import code, fork, frozen_calls, wait, weights
 from PIL import Image
 
 import nets
@@ -323,6 +323,12 @@ def test_baselines_and_variants_train(road, tmp_path, flags):
     run(*TINY, "--out", tmp_path, "--teacher", teacher, "--steps", 2, "--stage", stage, *flags.split())
     c = torch.load(tmp_path / f"{stage}.pt", weights_only=True)
     assert c["step"] == 2 and c["skipped"] == 0
+
+
+def test_the_teacher_runs_in_the_precision_of_the_student(road, monkeypatch):
+    seen = frozen_calls(script, monkeypatch)
+    run(*TINY, "--stage", "mid", "--teacher", road / "pretrain.pt", "--steps", 1, "--precision", "bf16", "--out", "half")
+    assert seen == {torch.bfloat16}
 
 
 def test_student_of_post_starts_from_the_ema_of_mid(road):

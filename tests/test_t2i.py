@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import code, fork, wait, weights
+from conftest import code, fork, frozen_calls, wait, weights
 from PIL import Image
 
 import fid
@@ -290,6 +290,12 @@ def test_baselines_and_variants_train(road, tmp_path, flags):
     flags = flags.replace("FILE", str(road / "mid.pt")).split()
     run(*TINY, "--out", tmp_path, "--teacher", road / "pretrain.pt", "--steps", 2, "--stage", stage, *flags)
     assert torch.load(tmp_path / f"{stage}.pt", weights_only=True)["skipped"] == 0
+
+
+def test_the_teacher_runs_in_the_precision_of_the_student(road, monkeypatch):
+    seen = frozen_calls(script, monkeypatch)
+    run(*TINY, "--stage", "mid", "--teacher", road / "pretrain.pt", "--steps", 1, "--precision", "bf16", "--out", "half")
+    assert seen == {torch.bfloat16}
 
 
 def test_micro_batches_give_the_result_of_the_whole_batch(road):

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, code
+from conftest import ROOT, TINY, code, frozen_calls
 from PIL import Image
 
 import nets
@@ -62,6 +62,13 @@ def test_baselines_and_variants_train(road, tmp_path, flags):
     start = torch.load(road / "pretrain.pt", weights_only=True)["ema"]
     assert ("random" in flags) == (not torch.allclose(c["net"]["model.map_layer1.weight"],
                                                       start["model.map_layer1.weight"], atol=0.05))
+
+
+def test_the_teacher_runs_in_the_precision_of_the_student(road, monkeypatch):
+    seen = frozen_calls(script, monkeypatch)
+    script.main([*TINY, "--stage", "mid", "--loss", "l2", "--teacher", str(road / "pretrain.pt"), "--steps", "1",
+                 "--precision", "bf16", "--out", "half"])
+    assert seen == {torch.bfloat16}
 
 
 def test_student_of_post_starts_from_the_ema_of_mid(road, tmp_path):

@@ -2,6 +2,7 @@
 
   python bench.py pairs                  # the digits net: CMT, ECT, ECD, KD, Slow CMT, a plain loop
   python bench.py pairs --data cifar10 --batch 16 --batch_gpu 4 --trajectories 1     # the 32x32 DDPM++
+  python bench.py pairs --data edm2      # EDM2 on digits; --data imagenet64 --precision bf16: XL
   python bench.py weights                # EDM2: weights normalised at every call, once per step, or for good
   python bench.py mf                     # a Mean Flow step, in flow-matching steps on the same net
   python bench.py precision --net out/digits/mid.pt    # what each precision leaves of ECT's D_t - D_r
@@ -9,9 +10,10 @@
   python bench.py curves                 # CMT + ECT beside ECT: score and gradient norm against images
   python bench.py claims                 # the paper's claims on digits, three seeds of every run (hours)
 
-Loss, trajectory and update are the functions of train_cmt_cifar.py; calls are counted by hooks, FLOPs by torch.
+Losses, trajectories and updates are the functions of the scripts; calls are counted by hooks, FLOPs by torch.
 """
 import argparse
+import contextlib
 import copy
 import itertools
 import json
@@ -33,11 +35,14 @@ import fid
 import nets
 import solvers
 import train_cmt_cifar as script
+import train_cmt_imagenet as imagenet
 import train_mf_imagenet256 as mean_flow
 
 PAPER = {"cmt": 1.0, "ect": 0.79, "ecd euler": 0.98, "ecd heun": 1.17}                # C.1, CIFAR-10, A100
 
-SIZE = dict(digits="ddpm++-8", cifar10="ddpm++-32")
+MODELS = dict(digits=nets.SIZES["ddpm++-8"], cifar10=nets.SIZES["ddpm++-32"], edm2=nets.SIZES["edm2-8"] | dict(
+    img_resolution=8, img_channels=1, label_dim=10), imagenet64=nets.SIZES["edm2-xl"] | dict(
+    img_resolution=64, img_channels=3, label_dim=1000))
 BATCHES = 16, 32, 64, 128, 256
 METHODS = "cmt,ect,ecd euler,ecd heun,kd,slow,plain"
 
@@ -49,22 +54,22 @@ class Pairs:
         mid = dict(kd="kd", slow="slow").get(method, "cmt")
         ecd = method.split()[-1] if method.startswith("ecd") else "heun"
         stage = "post" if method.startswith("ec") else "mid"
-        flags = ["--data", args.data, "--stage", stage, "--mid", mid, "--ecd", ecd, "--threads", "1"]
-        flags += ["--batch", str(args.batch)] if args.batch else []
-        flags += ["--batch_gpu", str(args.batch_gpu)] if args.batch_gpu else []
-        flags += ["--trajectories", str(args.trajectories)] if args.trajectories else []
-        self.cfg = cfg = script.parse([*flags, "--loss", args.loss] if args.loss else flags)
-        self.method, self.device = method, device
-        model = nets.SIZES[SIZE[args.data]]
-        script.check_batch(cfg, 1)
-        self.net = script.build(cfg, model, device, train=True).train()
-        self.teacher = script.build(cfg, model, device)
+        self.script = imagenet if args.data in ("edm2", "imagenet64") else script
+        flags = ["--data", dict(edm2="digits", imagenet64="imagenet").get(args.data, args.data), "--stage", stage,
+                 "--mid", mid, "--ecd", ecd, "--threads", "1", "--precision", args.precision]
+        for name in ("batch", "batch_gpu", "trajectories", "loss"):
+            flags += [f"--{name}", str(getattr(args, name))] if getattr(args, name) else []
+        self.cfg = cfg = self.script.parse(flags)
+        self.method, self.device, self.classes = method, device, MODELS[args.data].get("label_dim", 0)
+        self.script.check_batch(cfg, 1)
+        self.net = self.script.build(cfg, MODELS[args.data], device, train=True).train()
+        self.teacher = self.script.build(cfg, MODELS[args.data], device)
         self.ema = copy.deepcopy(self.net).requires_grad_(False).eval()
         self.shape = self.net.img_channels, self.net.img_resolution, self.net.img_resolution
         self.images = torch.randint(0, 256, (2000, *self.shape), dtype=torch.uint8, device=device)
         self.distance = nets.PixelDistance(0.0)
         if cfg.loss == "lpips":
-            self.distance = nets.VGG() if args.data == "digits" else nets.LPIPS()
+            self.distance = nets.VGG() if cfg.data == "digits" else nets.LPIPS()
             self.distance = self.distance.to(device).requires_grad_(False).eval()
         if method == "plain":
             self.opt = torch.optim.RAdam(self.net.parameters(), lr=1e-5, foreach=False)
@@ -72,6 +77,8 @@ class Pairs:
             (self.flat, self.grad), (self.flat_ema, _) = script.flatten(self.net), script.flatten(self.ema)
             self.flat.grad = self.grad[:-1]
             self.opt = torch.optim.RAdam([self.flat], lr=1e-5, foreach=True)
+            if self.classes:
+                self.opt = torch.optim.Adam([self.flat], lr=1e-5, fused=True)
         self.scale, self.health = torch.tensor(1.0, device=device), torch.zeros(5, device=device)
         self.sigmas, self.g = solvers.logsnr_sigmas(cfg.nfe), torch.Generator(device).manual_seed(0)
         self.count = dict(teacher=0, forward=0, backward=0)
@@ -88,36 +95,60 @@ class Pairs:
 
     def pairs(self):
         """Pairs of one cycle."""
-        return self.cfg.batch if self.method[:3] in ("ect", "ecd", "pla") else script.solves(self.cfg)[1]
+        return self.cfg.batch if self.method[:3] in ("ect", "ecd", "pla") else self.script.solves(self.cfg)[1]
+
+    def solve(self):
+        """x_t, t, x_0, owner of the script's teacher_pairs, and classes (DDPM++: None)."""
+        if self.classes:
+            return imagenet.teacher_pairs(self.cfg, self.teacher, self.classes, self.sigmas, self.shape, self.g, 0, 1)
+        f = script.forward(self.cfg, self.teacher, self.device)
+        return *script.teacher_pairs(self.cfg, f, self.images, self.sigmas, self.shape, self.g, 0, 1), None
+
+    def given(self, net, y):
+        """net as a function of (x, sigma), for these classes."""
+        if y is None:
+            return script.forward(self.cfg, net, self.device)
+        return lambda x, sigma: net(x, sigma, y)
 
     def cycle(self):
         if self.method == "plain":
             return self.plain()
-        cfg, B = self.cfg, self.cfg.batch
+        cfg, B, net = self.cfg, self.cfg.batch, self.net
         micro = torch.arange(B, device=self.device).split(cfg.batch_gpu or B)
         if cfg.stage == "mid":
-            x_t, t, x_0, owner = script.teacher_pairs(cfg, self.teacher, self.images, self.sigmas, self.shape,
-                                                      self.g, 0, 1)
+            x_t, t, x_0, owner, y = self.solve()
             target = self.distance.features(x_0)
             for p in torch.randperm(len(t), generator=self.g, device=self.device).split(B):
-                self.step(micro, lambda i: script.loss_cmt(
-                    self.net, x_t[p[i]], t[p[i]], [m[owner[p[i]]] for m in target], self.distance))
+                def loss(i):
+                    p_i, own = p[i], owner[p[i]]
+                    f = self.given(net, None if y is None else y[own])
+                    return script.loss_cmt(f, x_t[p_i], t[p_i], [m[own] for m in target], self.distance)
+                self.step(micro, loss)
             return
         x, eps = script.draw(self.images, B, self.g), script.randn((B, *self.shape), self.g)
         t = (cfg.P_mean + cfg.P_std * script.randn(B, self.g)).exp()
-        r = script.ect_step(t, cfg.q)
+        r, y = script.ect_step(t, cfg.q), None
+        if self.classes:
+            labels = torch.randint(self.classes, (B,), generator=self.g, device=self.device)
+            y = imagenet.one_hot(labels, self.classes)
 
         def loss(i):
+            own = None if y is None else y[i]
             x_t, x_r = (x[i] + s[i].view(-1, 1, 1, 1) * eps[i] for s in (t, r))
             if self.method != "ect":
                 with torch.no_grad():
-                    x_r = solvers.ode_step(self.teacher, x_t, t[i], r[i], 2 if cfg.ecd == "heun" else 1)
-            return script.loss_ect(self.net, x[i], x_t, x_r, t[i], r[i], 0, cfg.huber)
+                    D, order = self.given(self.teacher, own), 2 if cfg.ecd == "heun" else 1
+                    x_r = solvers.ode_step(D, x_t, t[i], r[i], order)
+            weight = imagenet.inverse_c_out(t[i], net.sigma_data) if self.classes else None
+            return script.loss_ect(self.given(net, own), x[i], x_t, x_r, t[i], r[i], 0, cfg.huber, weight)
         self.step(micro, loss)
 
     def step(self, micro, loss):
-        for i in micro:
-            (loss(i) * (len(i) / self.cfg.batch)).backward()
+        if self.classes:
+            nets.force_weight_norm(self.net)
+        with nets.hoist(self.net) if self.classes else contextlib.nullcontext():
+            for i in micro:
+                (loss(i) * (len(i) / self.cfg.batch)).backward()
         script.update(self.opt, self.flat, self.grad, self.health, self.scale, self.cfg)
         self.flat_ema.lerp_(self.flat, 1 - self.cfg.ema_beta)
 
@@ -182,14 +213,17 @@ def ceiling(device):
 
 def pairs(args, device):
     """Table C.1 and the accounting of C.2: time, calls, FLOPs and memory per training pair of each method."""
-    methods = {m: Pairs(m, args, device) for m in (args.methods or METHODS).split(",")}
+    names = (args.methods or METHODS).split(",")
+    if "label_dim" in MODELS[args.data]:                  # EDM2 has no KD, no Slow CMT, no plain loop
+        names = [m for m in names if m[:2] in ("cm", "ec")]
+    methods = {m: Pairs(m, args, device) for m in names}
     top, times = ceiling(device), interleaved({m: p.cycle for m, p in methods.items()}, args.rounds, device)
     times = {m: [t / methods[m].pairs() * 1e6 for t in times[m]] for m in methods}
     peak = {m: peak_memory(p.cycle, device) / 1e6 for m, p in methods.items()}
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU, one thread"
     print(f"{args.data}, batch {next(iter(methods.values())).cfg.batch}, {args.rounds} rounds, "
           f"torch {torch.__version__}, {where}, matmul {top / 1e9:.0f} GFLOP/s")
-    print("| method | us per pair, median (range) | of CMT, median over rounds (range) | paper | teacher calls | "
+    print("| method | us per pair, median (range) | of CMT, median over rounds (range) | paper, CIFAR-10 | teacher calls | "
           "forwards | backwards | MFLOP | share of matmul | peak MB |\n|---|---|---|---|---|---|---|---|---|---|")
     for name, p in methods.items():
         p.count = dict.fromkeys(p.count, 0)
@@ -335,10 +369,10 @@ def mf(args, device):
 
 
 def precision(args, device):
-    """Rounding of ECT's difference D_t - D_r, the whole signal of Eq. 3; and of the ends of a teacher's trajectory."""
+    """Rounding of ECT's difference D_t - D_r, the whole signal of Eq. 3, and of a teacher's ends."""
     cfg = script.parse(["--data", args.data, "--stage", "post"])
     state, model = nets.load_pretrained(args.net) if args.net else (None, None)
-    net = script.build(cfg, model or nets.SIZES[SIZE[args.data]], device, state, args.net)
+    net = script.build(cfg, model or MODELS[args.data], device, state, args.net)
     shape, g = (64, net.img_channels, *[net.img_resolution] * 2), torch.Generator(device).manual_seed(0)
     x, eps = 0.5 * script.randn(shape, g), script.randn(shape, g)
     t = (cfg.P_mean + cfg.P_std * script.randn(64, g)).exp()
@@ -550,7 +584,7 @@ def claims(args, device):
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("what", choices=["pairs", "weights", "mf", "precision", "growth", "curves", "claims"])
-    p.add_argument("--data", default="digits", choices=["digits", "cifar10"])
+    p.add_argument("--data", default="digits", choices=[*MODELS], help="edm2: digits by EDM2")
     p.add_argument("--methods", default="", help="pairs: between commas; claims: rows, between semicolons")
     p.add_argument("--net", default="", help="precision: checkpoint; curves: the teacher")
     p.add_argument("--steps", type=int, default=10_000, help="growth: of the long run")
@@ -562,6 +596,7 @@ def main(argv=None):
     p.add_argument("--channels", type=int, default=128, help="weights: model_channels of the EDM2")
     p.add_argument("--size", default="4x256x8", help="mf: the DiT, PATCHxWIDTHxDEPTH or a row of nets.SIZES")
     p.add_argument("--loss", default="", help="of mid-training; default: the script's own")
+    p.add_argument("--precision", default="fp32", help="pairs: of student and teacher")
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = p.parse_args(argv)

@@ -572,7 +572,8 @@ def report(cfg, step, lr, health, since, text="", **numbers):
     since.update(step=step, clock=time.time(), seconds=since["seconds"] + took)
     images, rate, loss, norm = step * cfg.batch, n * cfg.batch / took, loss / n, norm / n
     memory = torch.cuda.max_memory_allocated() / 2**20               # MiB, the most so far
-    memory = memory or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    unit = 2**20 if sys.platform == "darwin" else 2**10              # macOS counts bytes, Linux KiB
+    memory = memory or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     log(cfg, f"{cfg.stage} {step:6d}/{cfg.steps} {step / cfg.steps:4.0%} | loss {loss:.5f} | {text}"
              f"grad {norm:.3g} | skipped {skipped:.0f} | lr {lr:.2e} | {images / 1e6:.3f} Mimg | "
              f"{memory:.0f} MiB | {rate:.0f} img/s | {(cfg.steps - step) * cfg.batch / rate / 60:.1f} min left",

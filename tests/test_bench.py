@@ -21,6 +21,17 @@ def test_pairs_cost_the_calls_that_the_paper_counts(monkeypatch, capsys):
                     "slow": [2.5, 1, 1], "plain": [1, 1, 1]}
 
 
+@pytest.mark.long
+def test_pairs_of_edm2_cost_the_same_calls(monkeypatch, capsys):
+    monkeypatch.setitem(bench.imagenet.PRESETS, ("digits", "mid", "*"), dict(batch=16, nfe=4, trajectories=4))
+    monkeypatch.setattr(bench, "ceiling", lambda device: 1e9)
+    bench.main(["pairs", "--data", "edm2", "--rounds", "1", "--batch", "16", "--batch_gpu", "8", "--loss", "l2"])
+    found = re.findall(r"^\| ([a-z ]+) \|.*?\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| [\d.]+ \| \d+% \| \d+ \|$",
+                       capsys.readouterr().out, re.M)
+    assert {name: list(map(float, calls)) for name, *calls in found} == {
+        "cmt": [1, 1, 1], "ect": [0, 2, 1], "ecd euler": [1, 2, 1], "ecd heun": [2, 2, 1]}
+
+
 def test_a_mean_flow_step_is_a_forward_pass_and_a_quarter_of_a_product(capsys):
     """Forwards by hooks: no guidance where none is asked; the product on a quarter; the textbook on all."""
     bench.main(["mf", "--rounds", "1", "--size", "4x32x1"])

@@ -36,6 +36,7 @@ def test_all_stages_leave_checkpoints_pictures_and_a_table(road):
         assert Image.open(road / f"samples_{name}.png").size[0] > 100
     lines = [json.loads(line) for line in (road / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in lines if m["stage"] == "mid"] == [1, 2, 3]
+    assert all(50 < m["memory"] < 50_000 for m in lines if m["stage"] == "mid")           # MiB
     assert {"1-step FD-digits", "2-step FD-digits"} <= {m.get("metric") for m in lines}
     log = (road / "log.txt").read_text()
     assert "--data digits" in log and torch.__version__ in log and "min left" in log and "images/s" not in log

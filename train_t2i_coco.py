@@ -1323,14 +1323,7 @@ def evaluate(cfg, rank, world, device):
         row, reads = dict.fromkeys(("1", "2", "many"), "-"), dict.fromkeys(("1", "2", "many"), "-")
         for kind, n in kinds.items():
             latents, right = make_sampler(cfg, net, n, device, null), torch.zeros(2)
-
-            def sampler(seeds):
-                captions, text = asked(images, encoder, seeds)
-                x = decoded(latents(seeds, text), vae)
-                if digits:
-                    said = features.logits(fid.to_uint8(x)).argmax(1).cpu() == digit_of(captions)
-                    right.add_(torch.tensor([said.sum(), len(said)]))
-                return x
+            sampler = captioned(latents, images, encoder, vae, digits and features, right)
             scores, ours = score(cfg, sampler, features, reference, rank, world, device)
             row[kind] = f"{scores.mean():.2f}"
             if cfg.repeat > 1:
@@ -1352,6 +1345,18 @@ def evaluate(cfg, rank, world, device):
                 f"teacher by {cfg.solver}")
         results(cfg, metric, table, fid.protocol(ours, reference), note)
         sheets(cfg, found, images, encoder, vae, device)
+
+
+def captioned(latents, images, encoder, vae, reader, right):
+    """f(seeds) -> an image of each caption; right (2,) counts those that the reader, if any, reads so, and all."""
+    def sampler(seeds):
+        captions, text = asked(images, encoder, seeds)
+        x = decoded(latents(seeds, text), vae)
+        if reader:
+            said = reader.logits(fid.to_uint8(x)).argmax(1).cpu() == digit_of(captions)
+            right.add_(torch.tensor([said.sum(), len(said)]))
+        return x
+    return sampler
 
 
 def score(cfg, sampler, features, reference, rank, world, device):

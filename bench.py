@@ -5,10 +5,11 @@
   python bench.py pairs --data edm2      # EDM2 on digits; --data imagenet64 --precision bf16: XL
   python bench.py weights                # EDM2: weights normalised at every call, once per step, or for good
   python bench.py mf                     # a Mean Flow step, in flow-matching steps on the same net
-  python bench.py precision --net out/digits/mid.pt    # what each precision leaves of ECT's D_t - D_r
+  python bench.py precision --net out/digits/mid.pt    # what each precision leaves of ECT's D_t - D_r; --data edm2
   python bench.py growth                 # pairs/s against batch, micro-batch, processes; start-up; a long run
   python bench.py curves                 # CMT + ECT beside ECT: score and gradient norm against images
   python bench.py claims                 # the paper's claims on digits, three seeds of every run (hours)
+  python bench.py photos --data cifar10.zip --out out/photos     # CMT + ECT beside ECT on 16x16 photos, from an EDM zip
 
 Losses, trajectories and updates are the functions of the scripts; calls are counted by hooks, FLOPs by torch.
 """
@@ -25,7 +26,9 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch.autograd import forward_ad
@@ -370,38 +373,50 @@ def mf(args, device):
 
 def precision(args, device):
     """Rounding of ECT's difference D_t - D_r, the whole signal of Eq. 3, and of a teacher's ends."""
-    cfg = script.parse(["--data", args.data, "--stage", "post"])
-    state, model = nets.load_pretrained(args.net) if args.net else (None, None)
-    net = script.build(cfg, model or MODELS[args.data], device, state, args.net)
-    shape, g = (64, net.img_channels, *[net.img_resolution] * 2), torch.Generator(device).manual_seed(0)
+    edm2 = "label_dim" in MODELS[args.data]
+    home, state, model = imagenet if edm2 else script, None, MODELS[args.data]
+    if args.net:
+        state, model = nets.load_pretrained(args.net)
+    flags = ["--data", dict(edm2="digits", imagenet64="imagenet").get(args.data, args.data), "--stage", "post"]
+
+    def net_in(name, layout=torch.channels_last):
+        """The net in a precision, as (x, sigma) -> D_x of 64 images."""
+        cfg = home.parse([*flags, "--precision", name])
+        net = home.build(cfg, model, device, state, args.net).to(memory_format=layout)
+        if not edm2:
+            return script.forward(cfg, net, device)
+        y = imagenet.one_hot(torch.arange(64, device=device) % net.label_dim, net.label_dim)
+        return lambda x, sigma: net(x, sigma, y)
+    cfg, forms = home.parse(flags), dict(fp32=net_in("fp32", torch.contiguous_format), bf16=net_in("bf16"),
+                                         fp16=net_in("fp16"))
+    true_net, side = net_in("fp32"), model["img_resolution"]
+    shape, g = (64, model["img_channels"], side, side), torch.Generator(device).manual_seed(0)
     x, eps = 0.5 * script.randn(shape, g), script.randn(shape, g)
     t = (cfg.P_mean + cfg.P_std * script.randn(64, g)).exp()
 
     @torch.no_grad()
-    def difference(net, r, cast=None):
-        with torch.autocast(device.type, cast, enabled=cast is not None):
-            D_t, D_r = (net(x + s.view(-1, 1, 1, 1) * eps, s).double() for s in (t, r))
+    def difference(f, r):
+        D_t, D_r = (f(x + s.view(-1, 1, 1, 1) * eps, s).double() for s in (t, r))
         return D_t - D_r
-    print(f"{args.net or 'random weights'}, 64 images, root mean squares; fp32's own: in another memory layout")
-    print("| step | D_t - D_r | error fp32 | error bf16 | error fp16 |\n|---|---|---|---|---|")
-    other = copy.deepcopy(net).to(memory_format=torch.contiguous_format)
-    for q in (4096, 512, 64):
-        r = script.ect_step(t, q)
-        true = difference(net, r)
-        errors = [difference(other, r), *(difference(net, r, cast) for cast in (torch.bfloat16, torch.float16))]
-        cells = [f"{(e - true).square().mean().sqrt():.1e}" for e in errors]
-        print(f"| 1/{q} | {true.square().mean().sqrt():.1e} | {' | '.join(cells)} |")
 
     @torch.no_grad()
-    def ends(net, steps=cfg.nfe, cast=None):
-        with torch.autocast(device.type, cast, enabled=cast is not None):
-            return solvers.dpmpp(net, 80 * eps, solvers.logsnr_sigmas(steps))[-1].double()
-    true, others = ends(net), dict(fp32=ends(other), bf16=ends(net, cast=torch.bfloat16),
-                                   fp16=ends(net, cast=torch.float16), twice=ends(net, 2 * cfg.nfe))
-    moved = {name: f"{(end - true).square().mean().sqrt():.1e}" for name, end in others.items()}
+    def ends(f, steps=cfg.nfe):
+        return solvers.dpmpp(f, 80 * eps, solvers.logsnr_sigmas(steps))[-1].double()
+
+    def size(x):
+        return f"{x.square().mean().sqrt():.1e}"
+    print(f"{args.net or 'random weights'}, 64 images, root mean squares; fp32's own: in another memory layout")
+    print("| step | D_t - D_r | error fp32 | error bf16 | error fp16 |\n|---|---|---|---|---|")
+    for q in (4096, 1024, 512, 256, 64):
+        r = script.ect_step(t, q)
+        true = difference(true_net, r)
+        errors = [size(difference(f, r) - true) for f in forms.values()]
+        print(f"| 1/{q} | {size(true)} | {' | '.join(errors)} |")
+    true = ends(true_net)
+    moved = [size(ends(f) - true) for f in forms.values()] + [size(ends(true_net, 2 * cfg.nfe) - true)]
     print(f"\n| as a teacher: ends of {cfg.nfe} steps | moved by fp32 | bf16 | fp16 | by {2 * cfg.nfe} steps |")
     print("|---|---|---|---|---|")
-    print(f"| {true.square().mean().sqrt():.1e} | {' | '.join(moved.values())} |")
+    print(f"| {size(true)} | {' | '.join(moved)} |")
 
 
 def growth(args, device):
@@ -475,7 +490,7 @@ def curves(args, device):
     for name, calls in {"CMT + ECT": ["--stage mid", "--stage post"],
                         "ECT": ["--stage post --mid none --steps 1500 --lr 1e-3"]}.items():
         folder, seen, before = f"{args.out}/{name.replace(' ', '_')}", 0, 0
-        flags = ["--data", "digits", "--teacher", teacher, "--out", folder]
+        flags = ["--data", "digits", "--teacher", teacher, "--out", folder, "--q", "4096"]       # CIFAR-10's step
         script.main([*flags, "--stage", "vgg"])
         for call in calls:
             script.save, kept = keep, []
@@ -508,7 +523,13 @@ CLAIMS = {  # row: (script, row whose teacher and, with "mid", mid-training it g
         "--stage vgg", "--stage mid --steps 1200", "--stage post --steps 300"]),
     "CMT + ECD": ("cmt_cifar", "CMT + ECT mid", ["--stage post --post ecd"]),
     "ECT": ("cmt_cifar", "CMT + ECT", ["--mid none --steps 1500 --lr 1e-3"]),
+    "ECT, no warm-up": ("cmt_cifar", "CMT + ECT", ["--mid none --steps 1500 --lr 1e-3 --warmup 0"]),
+    "CMT + ECT, no warm-up": ("cmt_cifar", "CMT + ECT mid", ["--stage post --warmup 0"]),
     "ECT, annealed": ("cmt_cifar", "CMT + ECT", ["--mid none --post annealed --decay linear"]),
+    "ECT, annealed, pseudo-Huber": ("cmt_cifar", "CMT + ECT", [
+        "--mid none --post annealed --decay linear --huber 0.06"]),
+    "CMT by pseudo-Huber + ECT, pseudo-Huber": ("cmt_cifar", "CMT by pseudo-Huber + ECT mid", [
+        "--stage post --huber 0.06"]),
     "ECT, annealed, random start": ("cmt_cifar", "CMT + ECT", [
         "--mid none --init random --post annealed --decay linear"]),
     "KD + ECT": ("cmt_cifar", "CMT + ECT", ["--mid kd"]),
@@ -516,14 +537,17 @@ CLAIMS = {  # row: (script, row whose teacher and, with "mid", mid-training it g
         "--stage vgg", "--stage mid --mid kd --steps 206", "--stage post"]),
     "Slow CMT + ECT": ("cmt_cifar", "CMT + ECT", ["--mid slow"]),
     "Slow CMT + ECT, equal time": ("cmt_cifar", "CMT + ECT", [
-        "--stage vgg", "--stage mid --mid slow --steps 78", "--stage post"]),
+        "--stage vgg", "--stage mid --mid slow --steps 310", "--stage post"]),
     "CMT by L2 + ECT": ("cmt_cifar", "CMT + ECT", ["--loss l2"]),
     "CMT by pseudo-Huber + ECT": ("cmt_cifar", "CMT + ECT", ["--loss huber"]),
+    "CMT in bf16 + ECT": ("cmt_cifar", "CMT + ECT", ["--stage vgg", "--stage mid --precision bf16", "--stage post"]),
     "CMT from 4 steps + ECT": ("cmt_cifar", "CMT + ECT", ["--nfe 4"]),
     "CMT from 8 steps + ECT": ("cmt_cifar", "CMT + ECT", ["--nfe 8"]),
     "CMT from 32 steps + ECT": ("cmt_cifar", "CMT + ECT", ["--nfe 32"]),
     "CMT + ECT, step 1/64": ("cmt_cifar", "CMT + ECT mid", ["--stage post --q 64"]),
     "CMT + ECT, step 1/4096": ("cmt_cifar", "CMT + ECT mid", ["--stage post --q 4096"]),
+    "CMT by pseudo-Huber + ECT, step 1/4096": ("cmt_cifar", "CMT by pseudo-Huber + ECT mid", [
+        "--stage post --q 4096"]),
     "ECT, step 1/64": ("cmt_cifar", "CMT + ECT", ["--mid none --steps 1500 --lr 1e-3 --q 64"]),
     "ECT, step 1/4096": ("cmt_cifar", "CMT + ECT", ["--mid none --steps 1500 --lr 1e-3 --q 4096"]),
     "CMT by pseudo-Huber + ECT, half": ("cmt_cifar", "CMT + ECT", [
@@ -537,9 +561,16 @@ CLAIMS = {  # row: (script, row whose teacher and, with "mid", mid-training it g
     "EDM2: CMT + ECT": ("cmt_imagenet", "", [""]),
     "EDM2: ECT": ("cmt_imagenet", "EDM2: CMT + ECT", ["--mid none --steps 1500"]),
     "EDM2: ECT tuned": ("cmt_imagenet", "EDM2: CMT + ECT", ["--mid none --steps 1500 --lr 2e-2 --q 64"]),
+    "EDM2: CMT in bf16 + ECT": ("cmt_imagenet", "EDM2: CMT + ECT", [
+        "--stage vgg", "--stage mid --precision bf16", "--stage post"]),
+    "EDM2: CMT + ECT in fp16": ("cmt_imagenet", "EDM2: CMT + ECT mid", ["--stage post --precision fp16"]),
     "Mean Flow: CMT + Mean Flow": ("mf_imagenet256", "", [""]),
     "Mean Flow from scratch": ("mf_imagenet256", "Mean Flow: CMT + Mean Flow", ["--mid none --post vanilla"]),
+    "Mean Flow: CMT in bf16 + Mean Flow": ("mf_imagenet256", "Mean Flow: CMT + Mean Flow", [
+        "--stage mid --precision bf16", "--stage post"]),
     "Text: CMT + Mean Flow": ("t2i_coco", "", [""]),
+    "Text: CMT in bf16 + Mean Flow": ("t2i_coco", "Text: CMT + Mean Flow", [
+        "--stage mid --precision bf16", "--stage post"]),
     "Text: Mean Flow from SiT": ("t2i_coco", "Text: CMT + Mean Flow", [
         "--mid none --post vanilla --steps 1500"]),
 }
@@ -550,9 +581,11 @@ def claim(row, seed, out):
     name, base, calls = CLAIMS[row]
     folder, source = (f"{out}/{seed}/{r.removesuffix(' mid').replace(' ', '_')}" for r in (row, base))
     os.makedirs(folder, exist_ok=True)
-    flags = ["--data", "digits", "--seed", str(seed), "--out", folder]
+    flags, first = ["--data", "digits", "--seed", str(seed), "--out", folder], base
+    while first and CLAIMS[first.removesuffix(" mid")][1]:
+        first = CLAIMS[first.removesuffix(" mid")][1]     # whose teacher they all share
     if base:
-        flags += ["--teacher", f"{source}/pretrain.pt"]
+        flags += ["--teacher", f"{out}/{seed}/{first.removesuffix(' mid').replace(' ', '_')}/pretrain.pt"]
     if base.endswith(" mid"):
         shutil.copy(f"{source}/mid.pt", folder)
     finished = os.path.exists(f"{folder}/results.md")
@@ -581,10 +614,93 @@ def claims(args, device):
         print(f"| {row} | {' | '.join(cells)} | {middle} | {seconds:.0f} |", flush=True)
 
 
+class PhotoNet(torch.nn.Module):
+    """What scores photos: uint8 (B, 3, 16, 16) -> features (B, 128) of a small VGG trained on labels, here and now."""
+    dim = 128
+
+    def __init__(self, images, labels, path, steps=2000, batch=128):
+        super().__init__()
+        self.vgg = nets.VGG(3, ((32, 32), (64, 64), (128, 128)))
+        if os.path.exists(path):
+            self.vgg.load_state_dict(torch.load(path, weights_only=True))
+        else:
+            known, opt = len(images) * 9 // 10, torch.optim.Adam(self.vgg.parameters(), lr=2e-3)
+            torch.manual_seed(0)
+            for step in range(steps):
+                opt.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)
+                i = torch.randint(known, (batch,))
+                x = images[i] if step % 2 else images[i].flip(3)
+                loss = torch.nn.functional.cross_entropy(self.vgg.logits(script.to_float(x, "cpu")), labels[i])
+                opt.zero_grad()
+                loss.backward()
+                opt.step()
+            torch.save(self.vgg.state_dict(), path)
+        with torch.no_grad():
+            parts = zip(images.split(500), labels.split(500))
+            right = [self.vgg.logits(script.to_float(x, "cpu")).argmax(1) == y for x, y in parts]
+        held = torch.cat(right)[len(images) * 9 // 10:].float().mean()
+        self.protocol = f"FD-photos: {held:.1%} of a tenth never trained on are read right"
+
+    @torch.no_grad()
+    def forward(self, images):
+        return self.vgg.maps(script.to_float(images, "cpu"))[-1].mean((2, 3))
+
+
+PHOTOS = {  # row: calls (stage, flags), laid over the settings of digits; the last net is scored in 1 and 2 steps
+    "teacher": [("pretrain", "--steps 3000")],
+    "after CMT": [("mid", "--loss huber")],
+    "CMT + ECT": [("mid", "--loss huber"), ("post", "")],
+    "CMT + ECT, step 1/4096": [("mid", "--loss huber"), ("post", "--q 4096")],
+    "ECT": [("post", "--mid none --steps 1500 --lr 1e-3")],
+    "ECT, step 1/4096": [("post", "--mid none --steps 1500 --lr 1e-3 --q 4096")],
+    "ECT, step 1/64": [("post", "--mid none --steps 1500 --lr 1e-3 --q 64")],
+    "ECT, annealed": [("post", "--mid none --post annealed --decay linear")],
+}
+SHARED = "steps batch lr decay warmup ema_beta q double dropout threads precision log_every save_every".split()
+
+
+def photos(args, device):
+    """CMT + ECT beside ECT on 16x16 photos (--data: an EDM zip with labels), the settings of digits, every seed."""
+    os.makedirs(args.out, exist_ok=True)
+    small = f"{args.out}/photos.npz"
+    if not os.path.exists(small):
+        with zipfile.ZipFile(args.data) as z:
+            listed = dict(json.loads(z.read("dataset.json"))["labels"])
+        names, pixels = fid.image_source(args.data)[0], script.read_own(args.data, 16)
+        np.savez(small, images=pixels.permute(0, 2, 3, 1).numpy(), labels=[listed[n] for n in names])
+    with np.load(small) as f:
+        images, labels = torch.from_numpy(f["images"]).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(f["labels"])
+    features = PhotoNet(images, labels, f"{args.out}/features.pt")
+    reference = fid.measure(features, images.split(500))
+    print(f"{len(images):,} images; {features.protocol}\n| run | seed | FD-photos, 1 / 2 steps | seconds |\n|---|---|---|---|")
+    for seed in args.seeds.split(","):
+        for row in args.methods.split(";") if args.methods else PHOTOS:
+            folder = f"{args.out}/{seed}/{row.replace(' ', '_').replace('/', '_')}"
+            own = ["--data", small, "--seed", seed, "--samples", "5000", "--out", folder]
+            if row != "teacher":
+                own += ["--teacher", f"{args.out}/{seed}/teacher/pretrain.pt"]
+            if row.startswith("CMT") and not os.path.exists(f"{folder}/mid.pt"):
+                os.makedirs(folder, exist_ok=True)        # mid-training is that of the row above
+                shutil.copy(f"{args.out}/{seed}/after_CMT/mid.pt", folder)
+            for stage, flags in PHOTOS[row]:
+                digits = script.parse(["--data", "digits", "--stage", stage, *flags.split()])
+                same = [word for name in SHARED for word in (f"--{name}", str(getattr(digits, name)))]
+                with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+                    script.main([*own, "--stage", stage, *same, *flags.split()])
+            state, cfg = torch.load(f"{folder}/{stage}.pt", weights_only=True), script.parse(own)
+            net, found = script.build(cfg, state["model"], device, state["ema"]), []
+            for kind in ["teacher"] if row == "teacher" else "12":
+                sampler = script.make_sampler(cfg, net, kind, device)
+                found.append(script.score(cfg, sampler, features, reference, 0, 1, device)[0].item())
+                script.save_grid(sampler(range(64)), f"{folder}/samples_{kind}.png", columns=16)
+            text = " / ".join(f"{x:.2f}" for x in found)
+            print(f"| {row} | {seed} | {text} | {state['seconds']:.0f} |", flush=True)
+
+
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=["pairs", "weights", "mf", "precision", "growth", "curves", "claims"])
-    p.add_argument("--data", default="digits", choices=[*MODELS], help="edm2: digits by EDM2")
+    p.add_argument("what", choices=["pairs", "weights", "mf", "precision", "growth", "curves", "claims", "photos"])
+    p.add_argument("--data", default="digits", help=f"{', '.join(MODELS)} (edm2: digits); photos: an EDM zip with labels")
     p.add_argument("--methods", default="", help="pairs: between commas; claims: rows, between semicolons")
     p.add_argument("--net", default="", help="precision: checkpoint; curves: the teacher")
     p.add_argument("--steps", type=int, default=10_000, help="growth: of the long run")
@@ -603,7 +719,7 @@ def main(argv=None):
     device = torch.device(args.device)
     if device.type == "cpu":
         torch.set_num_threads(1)
-    {f.__name__: f for f in (pairs, weights, mf, precision, growth, curves, claims)}[args.what](args, device)
+    {f.__name__: f for f in (pairs, weights, mf, precision, growth, curves, claims, photos)}[args.what](args, device)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,8 @@ SIZES = {  # EDMPrecond(**row); 55.7M and 61.8M parameters at 32 and 64 pixels (
     "ddpm++-64": dict(img_resolution=64, img_channels=3, model_channels=128, channel_mult=(1, 2, 2, 2)),
     "ddpm++-8": dict(img_resolution=8, img_channels=1, model_channels=32, channel_mult=(1, 1), num_blocks=1,
                      attn_resolutions=()),
+    "ddpm++-16": dict(img_resolution=16, img_channels=3, model_channels=32, channel_mult=(1, 1, 1), num_blocks=1,
+                      attn_resolutions=()),
     # EDM2Precond(resolution, channels, labels, **row)
     **{f"edm2-{name}": dict(model_channels=width) for name, width in
        dict(xxs=64, xs=128, s=192, m=256, l=320, xl=384, xxl=448).items()},

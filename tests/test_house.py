@@ -76,6 +76,23 @@ def test_every_knob_is_used_and_explained(path):
     assert set(" ".join(script.FREE.values()).split()) <= {f.name for f in fields(script.Config)}
 
 
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
+def test_mid_training_is_bf16_and_post_training_keeps_its_step(path, tmp_path, monkeypatch):
+    """Defaults; and TF32 is a switch of the process: every stage sets it for itself."""
+    import torch
+    script, seen = __import__(path.stem), {}
+    data = script.Config.data
+    given = {s: script.parse(["--data", data, "--stage", s]).precision for s in ("pretrain", "mid", "post", "eval")}
+    exact = "fp32" if path.stem == "train_cmt_cifar" else "tf32"        # q = 4096 there: TF32 rounds as much as it is
+    assert given == {"pretrain": exact, "mid": "bf16", "post": exact, "eval": exact}
+    assert {script.parse(["--data", "digits", "--stage", s]).precision for s in given} == {"fp32"}
+    monkeypatch.setattr(script, "run_stage", lambda c, *_: seen.update({c.precision: torch.backends.cudnn.allow_tf32}))
+    for name in ("tf32", "fp32", "bf16"):
+        script.main(["--data", "digits", "--stage", "eval", "--precision", name, "--out", str(tmp_path)])
+    assert seen == {"tf32": True, "fp32": False, "bf16": True}
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
 def commands(text):
     """Every command line of a text that runs one of our files."""
     for line in text.splitlines():

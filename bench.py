@@ -528,6 +528,7 @@ CLAIMS = {  # row: (script, row whose teacher and, with "mid", mid-training it g
     "ECT, annealed": ("cmt_cifar", "CMT + ECT", ["--mid none --post annealed --decay linear"]),
     "ECT, annealed, pseudo-Huber": ("cmt_cifar", "CMT + ECT", [
         "--mid none --post annealed --decay linear --huber 0.06"]),
+    "ECT, pseudo-Huber": ("cmt_cifar", "CMT + ECT", ["--mid none --steps 1500 --lr 1e-3 --huber 0.06"]),
     "CMT by pseudo-Huber + ECT, pseudo-Huber": ("cmt_cifar", "CMT by pseudo-Huber + ECT mid", [
         "--stage post --huber 0.06"]),
     "ECT, annealed, random start": ("cmt_cifar", "CMT + ECT", [
@@ -676,7 +677,7 @@ def photos(args, device):
     for seed in args.seeds.split(","):
         for row in args.methods.split(";") if args.methods else PHOTOS:
             folder = f"{args.out}/{seed}/{row.replace(' ', '_').replace('/', '_')}"
-            own = ["--data", small, "--seed", seed, "--samples", "5000", "--out", folder]
+            own = ["--data", small, "--seed", seed, "--samples", str(args.samples), "--out", folder]
             if row != "teacher":
                 own += ["--teacher", f"{args.out}/{seed}/teacher/pretrain.pt"]
             if row.startswith("CMT") and not os.path.exists(f"{folder}/mid.pt"):
@@ -706,6 +707,7 @@ def main(argv=None):
     p.add_argument("--steps", type=int, default=10_000, help="growth: of the long run")
     p.add_argument("--seeds", default="0,1,2", help="claims: of the whole pipeline")
     p.add_argument("--out", default="out/claims", help="curves, claims: folder of the runs")
+    p.add_argument("--samples", type=int, default=5_000, help="photos: images per score")
     p.add_argument("--batch", type=int, default=0, help="0 = the script's own; weights: 1")
     p.add_argument("--batch_gpu", type=int, default=0, help="pairs: of a forward pass; 0 = the batch")
     p.add_argument("--trajectories", type=int, default=0, help="pairs: per solve; 0 = the script's own")

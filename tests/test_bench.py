@@ -1,6 +1,9 @@
 """bench.py: what it counts is what the methods cost, and every command of its docstring runs."""
+import json
 import re
+import zipfile
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -72,18 +75,19 @@ def test_claims_run_every_row_once_and_print_what_they_scored(tmp_path, monkeypa
 
 
 @pytest.mark.long
-def test_precision_says_that_bf16_rounds_the_step_away(tmp_path, capsys):
+@pytest.mark.parametrize("data", ["digits", "edm2"])
+def test_precision_says_that_bf16_rounds_the_step_away(tmp_path, capsys, data):
     """At q = 4096 the difference is smaller than bf16's error and far larger than fp32's."""
-    net = nets.EDMPrecond(**nets.SIZES["ddpm++-8"])
+    net = (nets.EDMPrecond if data == "digits" else nets.EDM2Precond)(**bench.MODELS[data])
     torch.manual_seed(0)
     for p in net.parameters():
-        torch.nn.init.normal_(p, 0, p[0].numel() ** -0.5 if p.ndim > 1 else 0.1)
-    torch.save(dict(ema=net.state_dict(), model=nets.SIZES["ddpm++-8"]), tmp_path / "net.pt")
-    bench.main(["precision", "--net", str(tmp_path / "net.pt")])
+        torch.nn.init.normal_(p, 0, p[0].numel() ** -0.5 if p.ndim > 1 else 0.1) if p.ndim else p.data.fill_(1)
+    torch.save(dict(ema=net.state_dict(), model=bench.MODELS[data]), tmp_path / "net.pt")
+    bench.main(["precision", "--data", data, "--net", str(tmp_path / "net.pt")])
     out = capsys.readouterr().out
     found = re.findall(r"\| 1/\d+ \| (\S+) \| (\S+) \| (\S+) \| (\S+) \|", out)
     rows = [list(map(float, row)) for row in found]
-    assert len(rows) == 3 and rows[0][0] < rows[1][0] < rows[2][0]
+    assert len(rows) == 5 and [row[0] for row in rows] == sorted(row[0] for row in rows)
     assert all(fp32 < fp16 < bf16 for _, fp32, bf16, fp16 in rows)
     assert 100 * rows[0][1] < rows[0][0] < rows[0][2]
     size, fp32, bf16, fp16, twice = map(float, re.search(r"\n\| (\S+) \| (\S+) \| (\S+) \| (\S+) \| (\S+) \|\n$", out).groups())
@@ -125,6 +129,27 @@ def test_curves_score_every_checkpoint_and_draw_two_pictures(tmp_path, monkeypat
     for name in ("curve", "norms"):
         with Image.open(tmp_path / f"{name}.png") as image:
             assert image.size == (900, 520) and len(image.getcolors(1000000)) > 10
+
+
+@pytest.mark.long
+def test_photos_train_and_score_every_row(tmp_path, monkeypatch, capsys):
+    """Every net but the teacher starts from the teacher's weights; CMT's post-training from the mid-training above it."""
+    rng, names = np.random.default_rng(0), [f"00000/img{i:08d}.png" for i in range(40)]
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as z:
+        for name in names:
+            Image.fromarray(rng.integers(0, 255, (32, 32, 3), np.uint8)).save(tmp_path / "image.png")
+            z.write(tmp_path / "image.png", name)
+        z.writestr("dataset.json", json.dumps({"labels": [[n, i % 10] for i, n in enumerate(names)]}))
+    tiny = " --steps 2 --batch 16 --nfe 4 --trajectories 4"
+    rows = {row: [(stage, flags + tiny) for stage, flags in calls] for row, calls in bench.PHOTOS.items()}
+    monkeypatch.setattr(bench, "PHOTOS", rows)
+    monkeypatch.setattr(bench.PhotoNet.__init__, "__defaults__", (2, 16))
+    out = tmp_path / "out"
+    bench.main(["photos", "--data", str(tmp_path / "photos.zip"), "--out", str(out), "--seeds", "3", "--samples", "200"])
+    found = re.findall(r"^\| (.+) \| 3 \| ([\d.]+)(?: / ([\d.]+))? \| \d+ \|$", capsys.readouterr().out, re.M)
+    assert [name for name, *_ in found] == list(rows) and (found[0][2] == "") and all(two for _, _, two in found[1:])
+    first, second = (torch.load(out / "3" / d / "mid.pt", weights_only=True)["net"] for d in ("after_CMT", "CMT_+_ECT"))
+    assert all(torch.equal(v, second[k]) for k, v in first.items())
 
 
 def test_an_unknown_word_is_refused():

@@ -121,7 +121,7 @@ class Pairs:
         if cfg.stage == "mid":
             x_t, t, x_0, owner, y = self.solve()
             target = self.distance.features(x_0)
-            for p in torch.randperm(len(t), generator=self.g, device=self.device).split(B):
+            for p in torch.arange(len(t), device=self.device).split(B):
                 def loss(i):
                     p_i, own = p[i], owner[p[i]]
                     f = self.given(net, None if y is None else y[own])
@@ -477,7 +477,10 @@ def chart(path, curves, title, x_label):
 
 
 def curves(args, device):
-    """The paper's Figure 1 on digits, and the gradient norm of every step: <out>/curve.png, <out>/norms.png."""
+    """The paper's Figure 1 on digits, and the gradient norm of every step: <out>/curve.png, <out>/norms.png.
+
+    Both sides at their best in `claims`: pseudo-Huber losses, ECT annealed.
+    """
     teacher = args.net or "out/digits/pretrain.pt"
     cfg = script.parse(["--data", "digits", "--stage", "eval"])
     features, save, kept = fid.DigitsNet().to(device), script.save, []
@@ -487,11 +490,10 @@ def curves(args, device):
         save(path, **state)
         kept.append({**state, "ema": {k: v.clone() for k, v in state["ema"].items()}})
     scores, norms = {}, {}
-    for name, calls in {"CMT + ECT": ["--stage mid", "--stage post"],
-                        "ECT": ["--stage post --mid none --steps 1500 --lr 1e-3"]}.items():
+    for name, calls in {"CMT + ECT": ["--stage mid --loss huber", "--stage post --huber 0.06"],
+                        "ECT": ["--stage post --mid none --post annealed --decay linear --huber 0.06"]}.items():
         folder, seen, before = f"{args.out}/{name.replace(' ', '_')}", 0, 0
-        flags = ["--data", "digits", "--teacher", teacher, "--out", folder, "--q", "4096"]       # CIFAR-10's step
-        script.main([*flags, "--stage", "vgg"])
+        flags = ["--data", "digits", "--teacher", teacher, "--out", folder]
         for call in calls:
             script.save, kept = keep, []
             script.main([*flags, *call.split(), "--save_every", "150", "--log_every", "1"])
@@ -721,6 +723,7 @@ def main(argv=None):
     device = torch.device(args.device)
     if device.type == "cpu":
         torch.set_num_threads(1)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     {f.__name__: f for f in (pairs, weights, mf, precision, growth, curves, claims, photos)}[args.what](args, device)
 
 

@@ -259,7 +259,8 @@ class DigitsNet(nn.Module):
     @torch.no_grad()
     def forward(self, images):
         check_images(images, (1,), (8, 8))
-        with torch.autocast(images.device.type, enabled=False):
+        fp32 = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+        with fp32, torch.autocast(images.device.type, enabled=False):
             return self.body(images.float() / 127.5 - 1)
 
 

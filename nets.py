@@ -361,8 +361,9 @@ def trainable(net):
 def hoist(net):
     """Inside, every forward of net uses weights normalised once, in net.compute_dtype; backward must be inside too.
 
-    At the end the gradient they collected over all micro-batches goes through the normalisation once, into
-    weight.grad; after an exception it is dropped. The weights must not change inside. No need of it when frozen.
+    At the end the gradient they collected over all micro-batches, in that precision, goes through the normalisation
+    once, into weight.grad; after an exception it is dropped. The weights must not change inside. No need of it when
+    frozen.
     """
     layers, dtype = trainable(net), getattr(net, "compute_dtype", None)
     try:

@@ -51,10 +51,10 @@ import solvers
 @dataclass(frozen=True)
 class Config:                   # field default < matching rows of PRESETS < command line; --flag is the field
     data: str = "cifar10"       # cifar10 | ffhq | afhqv2 | digits | folder, .zip or .npz of your own images
-    stage: Literal["all", "pretrain", "vgg", "mid", "post", "sample", "eval", "bias"] = "all"  # all: the missing
+    stage: Literal["all", "pretrain", "vgg", "mid", "post", "sample", "eval", "bias"] = "all"  # all: each not finished
     out: str = ""               # folder of the run; "" = out/<data>
     teacher: str = ""           # FILE, URL; "" = <out>/pretrain.pt, else the official one; scratch = train it
-    mid: Literal["cmt", "kd", "slow", "none"] = "cmt"    # Eq. 7; Sec. 4.3: x_T only; a solve per pair; none
+    mid: Literal["cmt", "kd", "slow", "none"] = "cmt"    # cmt: Eq. 7; kd: x_T only; slow: a solve per pair (4.3)
     post: Literal["ect", "ecd", "annealed"] = "ect"      # Eq. 3, fixed step; distillation; ECT's own schedule
     init: str = "teacher"       # student's first weights: teacher | random | FILE; sample, eval: show FILE
     res: int = 0                # own images are cropped and resized (LANCZOS) to this; 0 = they have one size
@@ -107,7 +107,7 @@ PRESETS = {  # (data, stage, method): matching rows are laid over each other, to
                                     ema_beta=0.99964),
     ("afhqv2", "pretrain", "*"): dict(steps=781_250, batch=256, lr=2e-4, warmup=39_062, dropout=0.25,
                                       ema_beta=0.99964),
-    # choice: a fixed target is learned as well in bf16, and drawn as well: measured on digits, three seeds
+    # choice: a fixed target is drawn and learned in bf16 no worse than in fp32: measured on digits
     ("*", "mid", "*"): dict(precision="bf16"),
     ("*", "post", "*"): dict(steps=100_000, lr=1e-4, ema_beta=0.9999),                    # B.2
     ("ffhq", "post", "*"): dict(q=512),
@@ -126,12 +126,13 @@ FILES = {"cifar10": "data/cifar-10-python.tar.gz",
          "ffhq": "data/ffhq-64x64.zip", "afhqv2": "data/afhqv2-64x64.zip"}
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 CIFAR_MD5 = "c58f30108f718f92721af3b95e74349a"
-FREE = {  # fields that a stage's weights do not depend on: they may differ between two runs in one folder
+FREE = {  # fields that may differ when a stage goes on, or is found finished; of --teacher only the path may
     "*": "stage out vgg inception seeds samples repeat mid_sigma sigma_shift compile batch_gpu timeout "
          "log_every save_every",
     "pretrain": "teacher mid post init nfe trajectories q double huber ecd loss",
+    "vgg": "teacher mid post init nfe trajectories q double huber ecd loss P_mean P_std dropout",
     "mid": "teacher post q double huber ecd P_mean P_std",
-    "post": "teacher mid init trajectories loss nfe",
+    "post": "teacher trajectories loss nfe",
 }
 
 
@@ -156,9 +157,13 @@ def parse(argv=None):
     key = name, given["stage"], given.get(given["stage"], "*")
     rows = [row for pattern, row in PRESETS.items() if all(a in ("*", b) for a, b in zip(pattern, key))]
     cfg = Config(**{"out": f"out/{name}"} | {k: v for row in rows for k, v in row.items()} | flags)
-    for field in ("batch", "steps", "nfe", "repeat", "log_every", "save_every", "lr", "P_std", "mid_sigma"):
+    for field in ("batch", "steps", "nfe", "repeat", "log_every", "save_every", "lr", "P_std", "mid_sigma",
+                  "timeout"):
         if not 0 < getattr(cfg, field, 1) < math.inf:
             fail(2, f"--{field} {getattr(cfg, field)} is not possible; it must be above 0")
+    for field in ("batch_gpu", "warmup", "clip", "double", "huber", "threads", "trajectories", "diagonal", "power"):
+        if not 0 <= getattr(cfg, field, 0) < math.inf:
+            fail(2, f"--{field} {getattr(cfg, field)} is not possible; it must not be negative")
     for field in ("ema_beta", "dropout"):
         if not 0 <= getattr(cfg, field) < 1:
             fail(2, f"--{field} {getattr(cfg, field)} is not possible; it must be in [0, 1)")
@@ -191,12 +196,18 @@ def load_data(cfg):
     """Images of --data as uint8 (N, C, H, W), whole in memory. Missing: exit code 3 with the remedy."""
     if cfg.data == "digits":
         return fid.digits()[0]
-    path = FILES.get(cfg.data, cfg.data)
-    if cfg.data == "cifar10" and not os.path.exists(path):
-        path = nets.fetch(CIFAR_URL, md5=CIFAR_MD5)
+    path = data_file(cfg)
     if not os.path.exists(path):
-        fail(3, f"--data {cfg.data}: {path} is not there; put or link an EDM zip there, or pass --data PATH")
+        path = nets.fetch(CIFAR_URL, md5=CIFAR_MD5)
     return read_cifar(path) if path.endswith(".tar.gz") else read_own(path, cfg.res)
+
+
+def data_file(cfg):
+    """Where the images of --data are; exit code 3 if they are not, and cannot be fetched."""
+    path = FILES.get(cfg.data, cfg.data)
+    if cfg.data not in ("digits", "cifar10") and not os.path.exists(path):
+        fail(3, f"--data {cfg.data}: {path} is not there; put or link an EDM zip there, or pass --data PATH")
+    return path
 
 
 def read_cifar(path):
@@ -230,7 +241,7 @@ def read_own(path, res):
 
 def to_float(images, device):
     """uint8 (B, C, H, W) -> [-1, 1], channels_last, on device."""
-    return (images.to(device).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+    return (images.to(device, non_blocking=True).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
 # ---- losses -----------------------------------------------------------------------------------
@@ -245,9 +256,9 @@ def loss_dm(net, x, sigma, eps, sigma_data=0.5):
 def teacher_pairs(cfg, teacher, images, sigmas, shape, g, rank, world):
     """Eq. 7: one solve of the frozen teacher gives nfe pairs (state, end) per trajectory, for any world size.
 
-    sigmas (nfe+1,): decreasing grid; shape: of one image; g: Generator. Returns x_t (P, C, H, W), t (P,), the
-    ends x_0 (n, C, H, W) and owner (P,): pair p is regressed onto x_0[owner[p]]. Sec. 4.3: kd takes only x_T,
-    a batch at a time; slow takes x_t = x + t eps of data, and solves from each of them to its own end.
+    sigmas (nfe+1,): decreasing grid; shape: of one image; g: Generator. Returns, shuffled, x_t (P, C, H, W), t (P,)
+    and owner (P,), and the ends x_0 (n, C, H, W): pair p is regressed onto x_0[owner[p]]. Sec. 4.3: kd takes only
+    x_T, a batch at a time; slow takes x_t = x + t eps of data, and solves from each of them to its own end.
     """
     device, levels = g.device, sigmas.to(g.device, torch.float32)
     n, N = solves(cfg)[0], 1 if cfg.mid == "kd" else cfg.nfe
@@ -258,11 +269,13 @@ def teacher_pairs(cfg, teacher, images, sigmas, shape, g, rank, world):
         x_t = (x + levels[:-1].view(-1, 1, 1, 1, 1) * randn((N, n, *shape), g))[:, mine]
         x_0 = torch.stack([solvers.dpmpp(teacher, x_t[i], sigmas[i:])[-1] for i in range(N)])
         x_t, x_0 = gather(x_t, world).flatten(0, 1), gather(x_0, world).flatten(0, 1)
-        return x_t, t, x_0, torch.arange(N * n, device=device)
+        order = torch.randperm(N * n, generator=g, device=device)
+        return x_t[order], t[order], x_0, order
     # choice: x_T is pure noise (Eq. 7, the authors' 512-pixel code); their CIFAR code adds a training image
     x_T = levels[0] * randn((n, *shape), g)[mine]
     xs = gather(solvers.dpmpp(teacher, x_T, sigmas, order=3), world)                 # (nfe+1, n, C, H, W)
-    return xs[:N].flatten(0, 1), t, xs[-1], torch.arange(n, device=device).repeat(N)
+    order = torch.randperm(N * n, generator=g, device=device)
+    return xs[:N].flatten(0, 1)[order], t[order], xs[-1], order % n
 
 
 def loss_cmt(net, x_t, t, target, distance):
@@ -389,9 +402,12 @@ def save_grid(images, path, columns=8):
 
 
 # ---- plumbing ---------------------------------------------------------------------------------
-def fail(code, message):
-    """One line, then exit: 1 crash, 2 usage or config, 3 data or weights, 4 diverged, 75 stopped and saved."""
-    if code == 1 or os.environ.get("RANK", "0") == "0":
+def fail(code, message, every=False):
+    """One line, then exit: 1 crash, 2 usage or config, 3 data or weights, 4 diverged, 75 stopped and saved.
+
+    every: from each process that comes here, not only the first: another one may not meet this fault.
+    """
+    if every or code == 1 or os.environ.get("RANK", "0") == "0":
         print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
     raise SystemExit(code)
 
@@ -424,7 +440,7 @@ def one_line(cfg, world):
         yield
     except (fid.DataError, nets.WeightsError, OSError) as e:
         full = getattr(e, "errno", 0) in (errno.EFBIG, errno.ENOSPC, errno.EDQUOT)
-        fail(3, str(e).splitlines()[0] + f"; free some space for {cfg.out} and run again" * full)
+        fail(3, str(e).splitlines()[0] + f"; free some space for {cfg.out} and run again" * full, every=True)
     except torch.OutOfMemoryError:
         now = cfg.batch_gpu or cfg.batch // world
         fail(1, f"out of memory with {now} images at once; run again with --batch_gpu {max(1, now // 2)}")
@@ -456,17 +472,18 @@ def gather(x, world):
 
 
 def flatten(net):
-    """Make net's weights views of one vector and its gradients of another; returns both.
+    """Make net's weights views of one vector and its gradients of another; returns both (frozen: None).
 
     Optimiser, EMA, norm and all-reduce are then one operation each. The gradient's last element is the loss.
     """
-    params = list(net.parameters())
+    params, offset = list(net.parameters()), 0
     flat = torch.empty(sum(p.numel() for p in params), device=params[0].device)
-    grad = torch.zeros(len(flat) + 1, device=flat.device)
-    offset = 0
+    frozen = not any(p.requires_grad for p in params)
+    grad = None if frozen else torch.zeros(len(flat) + 1, device=flat.device)
     for p in params:
-        view = flat.as_strided(p.shape, p.stride(), offset).copy_(p.detach())
-        p.data, p.grad = view, grad.as_strided(p.shape, p.stride(), offset)
+        p.data = flat.as_strided(p.shape, p.stride(), offset).copy_(p.detach())
+        if not frozen:
+            p.grad = grad.as_strided(p.shape, p.stride(), offset)
         offset += p.numel()
     return flat, grad
 
@@ -601,6 +618,7 @@ def report(cfg, step, lr, health, since, text="", **numbers):
                 f"{step}; {cfg.out} keeps the last good one; try a smaller --lr with another --out")
 
 
+TRAINED = "pretrain", "mid", "post"                   # stages with a loop that saves when it is asked to stop
 STOP = []                                             # signals received: SIGTERM, or Ctrl-C once
 
 
@@ -648,19 +666,17 @@ def build(cfg, model, device, state=None, what="", train=False):
 
 
 def student(cfg, model, device, teacher):
-    """The net to train. First weights: the teacher's, mid.pt's in post (unless --mid none), or --init FILE's."""
+    """The net to train. First weights: mid.pt's in post (unless --mid none), else the teacher's or --init FILE's."""
     state, what = teacher, "the teacher"
-    if cfg.stage == "pretrain":
-        state = None
-    elif cfg.init not in ("teacher", "random"):
-        state, what = nets.load_pretrained(cfg.init)[0], cfg.init
-    elif cfg.stage == "post" and cfg.mid != "none":
+    if cfg.stage == "post" and cfg.mid != "none":
         what = f"{cfg.out}/mid.pt"
         if not (ckpt := finished(what)):
             fail(3, f"{what} is not finished; run --stage mid first, or pass --mid none")
         state = ckpt["ema"]
-    elif cfg.init == "random":
+    elif cfg.stage == "pretrain" or cfg.init == "random":
         state = None
+    elif cfg.init != "teacher":
+        state, what = nets.load_pretrained(cfg.init)[0], cfg.init
     return build(cfg, model, device, state, what, train=True)
 
 
@@ -706,11 +722,11 @@ def train(cfg, rank, world, device):
     net = student(cfg, model, device, weights).train()
     images = images.to(device) if images is not None else None
     ema = deepcopy(net).requires_grad_(False).eval()
-    (flat, grad), (flat_ema, _) = flatten(net), flatten(ema)
+    (flat, grad), flat_ema = flatten(net), flatten(ema)[0]
     flat.grad = grad[:-1]
     opt = torch.optim.Adam([flat], lr=cfg.lr, fused=True)
     if cfg.optimizer == "radam":
-        opt = torch.optim.RAdam([flat], lr=cfg.lr, foreach=True)          # in place: a third of the time on a CPU
+        opt = torch.optim.RAdam([flat], lr=cfg.lr, foreach=True)          # in a third of foreach=False's time
     f = forward(cfg, net, device)
     shape = net.img_channels, net.img_resolution, net.img_resolution
     sigmas, (_, pairs) = solvers.logsnr_sigmas(cfg.nfe), solves(cfg)
@@ -718,6 +734,7 @@ def train(cfg, rank, world, device):
         distance = make_distance(cfg, shape[0], device)
     micro = torch.arange(B // world, device=device).add(rank * (B // world)).split(cfg.batch_gpu or B)
     start, since, scale, health = restore(cfg, ckpt, path, net, ema, opt, device)
+    ckpt = weights = None                             # as large as the net, and needed no more
     log(cfg, f"{cfg.stage}: {len(flat):,} parameters, steps {start} to {cfg.steps}, {world} process(es) on "
              f"{device}, {torch.get_num_threads()} CPU thread(s) each")
 
@@ -731,7 +748,6 @@ def train(cfg, rank, world, device):
                 g.manual_seed(fold(cfg.seed, "solve", solve))
                 x_t, t, x_0, owner = teacher_pairs(cfg, teacher, images, sigmas, shape, g, rank, world)
                 target = distance.features(x_0)                                   # once per trajectory
-                order = torch.randperm(pairs, generator=g, device=device)
         else:
             x, eps = draw(images, B, g), randn((B, *shape), g)
             sigma = (cfg.P_mean + cfg.P_std * randn(B, g)).exp()
@@ -743,7 +759,7 @@ def train(cfg, rank, world, device):
             if cfg.stage == "pretrain":
                 loss = loss_dm(f, x[i], sigma[i], eps[i], net.sigma_data)
             elif cfg.stage == "mid":
-                p = order[at + i]
+                p = at + i
                 loss = loss_cmt(f, x_t[p], t[p], [m[owner[p]] for m in target], distance)     # Eq. 7
             else:
                 r = ect_step(sigma[i], q)
@@ -841,11 +857,12 @@ def sample(cfg, rank, world, device):
 def evaluate(cfg, rank, world, device):
     """Score every net there is: the teacher with its solver, the students in 1 and 2 steps."""
     metric = "FD-digits" if cfg.data == "digits" else "FID"
-    images = load_data(cfg)
+    images = None
     features = (fid.DigitsNet() if cfg.data == "digits" else fid.load_inception(cfg.inception)).to(device)
     if cfg.data in FILES:
         reference = fid.load_reference(cfg.data)
     else:
+        images = load_data(cfg)
         reference = fid.measure(features, images[rank::world].split(250), device, file=f"of --data {cfg.data}")
     found, table = candidates(cfg, device), []
     for name, net, kinds, ckpt in found:
@@ -863,7 +880,7 @@ def evaluate(cfg, rank, world, device):
         table.append([name, ckpt.get("step", "-"), f"{seen:,}", seconds, *row.values()])
     if rank == 0:
         note = f"second noise level {cfg.mid_sigma}, sigma_shift {cfg.sigma_shift}"
-        results(cfg, metric, table, fid.protocol(ours, reference), note)
+        results(cfg, metric, table, fid.protocol(ours, reference), note, cfg.nfe)
         sheets(cfg, images, found, device)
 
 
@@ -907,9 +924,9 @@ def score(cfg, sampler, features, reference, rank, world, device):
     return torch.tensor(distances, dtype=torch.float64), ours
 
 
-def results(cfg, metric, table, protocol, note):
+def results(cfg, metric, table, protocol, note, steps):
     """The table of scores and how they were measured: on the screen, in log.txt and in <out>/results.md."""
-    head = ["stage", "steps", "images", "seconds", *(f"{k}-step {metric}" for k in ("1", "2", cfg.nfe))]
+    head = ["stage", "steps", "images", "seconds", *(f"{k}-step {metric}" for k in ("1", "2", steps))]
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *table]]
     lines += ["", protocol, f"{cfg.samples} samples a score, seeds from 0, EMA weights, {note}."]
     log(cfg, "\n".join(lines))
@@ -920,7 +937,8 @@ def results(cfg, metric, table, protocol, note):
 @torch.no_grad()
 def sheets(cfg, images, found, device):
     """Pictures: data, a sheet per net, one noise through the stages, trajectories with students' answers."""
-    save_grid(to_float(images[::max(1, len(images) // 64)][:64], "cpu"), f"{cfg.out}/samples_data.png")
+    if images is not None:
+        save_grid(to_float(images[::max(1, len(images) // 64)][:64], "cpu"), f"{cfg.out}/samples_data.png")
     rows = []
     for name, net, kinds, _ in found:
         for kind, n in kinds.items():
@@ -950,9 +968,11 @@ def open_out(cfg, argv):
     lock.truncate(0)
     print(f"process {os.getpid()} on {socket.gethostname()}", end="", file=lock, flush=True)
     git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True)
+    commit = ""
+    with suppress(OSError):                           # no git on this machine
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    log(cfg, f"{' '.join([os.path.basename(__file__), *argv])} | commit {commit.stdout.strip() or 'none'} | "
+    log(cfg, f"{' '.join([os.path.basename(__file__), *argv])} | commit {commit or 'none'} | "
              f"torch {torch.__version__} | {device}")
     return lock
 
@@ -987,13 +1007,18 @@ def main(argv=None):
     rank, world, device = ddp_init(cfg)
     stages = ["pretrain", "vgg", "mid", "post", "eval"] if cfg.stage == "all" else [cfg.stage]
     configs = [parse([*argv, "--stage", stage]) for stage in stages]
+    if cfg.stage == "all":                            # --init FILE: what started from it is scored, not the file
+        configs[-1] = parse([*argv, "--stage", "eval", "--init", Config.init])
     for c in configs:
         check_batch(c, world)
-    signal.signal(signal.SIGTERM, on_signal)
-    signal.signal(signal.SIGINT, on_signal)
+        own = c.stage == "post" or c.stage == "mid" and c.mid == "slow"
+        if own and not os.path.exists(f"{c.out}/{c.stage}.pt"):
+            data_file(c)                              # not after days of mid-training, which needs no data
     with one_line(cfg, world), open_out(cfg, argv) if rank == 0 else nullcontext():      # holds the lock of <out>
         for c in configs:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = c.precision != "fp32"
+            for number in (signal.SIGTERM, signal.SIGINT):          # training saves first, the rest just ends
+                signal.signal(number, on_signal if c.stage in TRAINED else signal.SIG_DFL)
             run_stage(c, rank, world, device)
     if dist.is_initialized():
         dist.destroy_process_group()

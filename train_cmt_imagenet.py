@@ -115,36 +115,34 @@ PRESETS = {  # (data, stage, method): matching rows are laid over each other, to
                                            P_std=1.0, dropout=0.1),                         # XXL
     ("imagenet512", "vgg", "*"): dict(steps=500_400, batch=256, lr=0.1, optimizer="sgd", decay="steps",
                                       ema_beta=0.0),                                        # B.5: 100 epochs
-    # choice: a fixed target is learned as well in bf16, and drawn as well: measured on digits, three seeds
+    # choice: a fixed target is drawn and learned in bf16 no worse than in fp32: measured on digits
     ("*", "mid", "*"): dict(precision="bf16"),
     ("imagenet512", "mid", "*"): dict(steps=100_000, lr=2e-4, beta2=0.999),                 # B.5
     ("*", "post", "*"): dict(lr=1e-4, ema_beta=0.9999),                                     # B.3
     # choice: the nets of 64's ECD teacher are not named; XL by its cost, the guide of EDM2's own preset
-    ("*", "post", "ecd"): dict(steps=100_000, decay="constant", q=256,
-                               guide="edm2-img64-xs-0134217-0.110", w=1.7),
+    ("*", "post", "ecd"): dict(steps=100_000, decay="constant", q=256),
+    ("imagenet64", "post", "ecd"): dict(guide="edm2-img64-xs-0134217-0.110", w=1.7),
     ("imagenet512", "post", "*"): dict(decay="constant", q=1024, main="edm2-img512-xxl-0939524-0.075",
                                        guide="edm2-img512-m-0268435-0.155", w=2.05),
     # choice: B.5 says lr 1e-4 and 12.8 Mimg, the authors' script 1e-6, Table 8 16 Mimg
     ("imagenet512", "post", "ecd_code"): dict(steps=125_000, lr=1e-6),
     ("digits", "*", "*"): dict(out="out/digits-imagenet", precision="fp32", dropout=0.0, threads=1,
-                               log_every=50, save_every=250, samples=2_000, beta2=0.99, guide="", w=1.0,
-                               labels="balanced"),
+                               log_every=50, save_every=250, samples=2_000, beta2=0.99, labels="balanced"),
     ("digits", "pretrain", "*"): dict(steps=2_000, batch=32, lr=1e-2, decay_from=500, warmup=50, ema_std=0.1,
                                       P_mean=-1.2, P_std=1.2),
     ("digits", "vgg", "*"): dict(steps=300, batch=128, lr=3e-3, ema_beta=0.0),
     ("digits", "mid", "*"): dict(steps=900, batch=32, lr=3e-3, ema_beta=0.99),
-    ("digits", "post", "*"): dict(steps=600, batch=32, lr=3e-4, ema_beta=0.99, q=512, decay="linear",
-                                  guide="", w=1.0),
+    ("digits", "post", "*"): dict(steps=600, batch=32, lr=3e-4, ema_beta=0.99, q=512, decay="linear"),
 }
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 FILES = {"imagenet64": "data/imagenet64.zip", "imagenet512": "data/imagenet512-sd.zip"}
-FREE = {  # fields that a stage's weights do not depend on: they may differ between two runs in one folder
+FREE = {  # fields that may differ when a stage goes on, or is found finished; of --teacher only the path may
     "*": "stage out source vgg inception vae seeds samples repeat mid_sigma sampler labels batch_gpu timeout "
          "log_every save_every",
     "pretrain": "teacher mid post init nfe trajectories q huber ecd main guide w loss ensemble",
     "vgg": "teacher mid post init nfe trajectories q huber ecd main guide w loss ensemble P_mean P_std dropout",
     "mid": "teacher post q huber ecd main guide w P_mean P_std",
-    "post": "teacher mid init trajectories loss ensemble nfe",
+    "post": "teacher trajectories loss ensemble nfe",
 }
 
 
@@ -169,9 +167,13 @@ def parse(argv=None):
     key = name, given["stage"], given.get(given["stage"], "*")
     rows = [row for pattern, row in PRESETS.items() if all(a in ("*", b) for a, b in zip(pattern, key))]
     cfg = Config(**{"out": f"out/{name}"} | {k: v for row in rows for k, v in row.items()} | flags)
-    for field in ("batch", "steps", "nfe", "repeat", "log_every", "save_every", "lr", "P_std", "mid_sigma"):
+    for field in ("batch", "steps", "nfe", "repeat", "log_every", "save_every", "lr", "P_std", "mid_sigma",
+                  "timeout"):
         if not 0 < getattr(cfg, field, 1) < math.inf:
             fail(2, f"--{field} {getattr(cfg, field)} is not possible; it must be above 0")
+    for field in ("batch_gpu", "warmup", "clip", "double", "huber", "threads", "trajectories", "diagonal", "power"):
+        if not 0 <= getattr(cfg, field, 0) < math.inf:
+            fail(2, f"--{field} {getattr(cfg, field)} is not possible; it must not be negative")
     for field in ("ema_beta", "dropout"):
         if not 0 <= getattr(cfg, field) < 1:
             fail(2, f"--{field} {getattr(cfg, field)} is not possible; it must be in [0, 1)")
@@ -208,7 +210,7 @@ MEAN, STD = (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)    # of raw late
 class Images:
     """Pictures of an EDM2 zip or folder, read when they are asked for: uint8 pixels, or float32 latent moments.
 
-    labels (N,) int64, or None where dataset.json has none; stamp: one line that changes when the data does.
+    labels (N,) int64, 0 where dataset.json has none; classes: how many; stamp: changes when the data does.
     """
 
     def __init__(self, path):
@@ -227,7 +229,8 @@ class Images:
         given = dict(listed or ())
         if listed and (missing := [n for n in self.names if n not in given]):
             raise fid.DataError(f"{path}: dataset.json has no label for {missing[0]} and {len(missing) - 1} others")
-        self.labels = torch.tensor([given[n] for n in self.names]) if listed else None
+        self.labels = torch.tensor([given.get(n, 0) for n in self.names])
+        self.classes = int(self.labels.max()) + 1 if listed else 0
         key = repr([(n, stamps[n]) for n in self.names]) + repr(listed and self.labels.tolist())
         self.stamp, self.shape = f"{len(self.names)} images, crc32 {zlib.crc32(key.encode()):08x}", None
         self.shape = self.image(0).shape
@@ -258,7 +261,7 @@ class Digits:
     """The bundled digits with the interface of Images, whole in memory."""
 
     def __init__(self):
-        self.pixels, self.labels = fid.digits()
+        (self.pixels, self.labels), self.classes = fid.digits(), 10
         self.stamp = f"{len(self.pixels)} images, crc32 {zlib.crc32(self.pixels.numpy()):08x}"
         self.shape, self.pool = self.pixels[0].shape, ThreadPoolExecutor(1)
 
@@ -286,13 +289,13 @@ def to_input(raw, noise, device):
     if raw.dtype == torch.uint8:
         return to_float(raw, device)
     mean, std = raw.to(device, non_blocking=True).chunk(2, 1)
-    mu, sd = (torch.tensor(v, device=device).view(1, 4, 1, 1) for v in (MEAN, STD))
+    mu, sd = (torch.tensor(v).to(device, non_blocking=True).view(1, 4, 1, 1) for v in (MEAN, STD))
     return ((mean + noise * std - mu) * (0.5 / sd)).contiguous(memory_format=torch.channels_last)
 
 
 def to_float(images, device):
     """uint8 (B, C, H, W) -> [-1, 1], channels_last, on device."""
-    return (images.to(device).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+    return (images.to(device, non_blocking=True).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
 def vae_of(cfg, device):
@@ -406,8 +409,9 @@ def autoguided(main, guide, w):
 def teacher_pairs(cfg, teacher, classes, sigmas, shape, g, rank, world):
     """Eq. 7: one solve of the frozen teacher gives nfe pairs (state, end) per trajectory, for any world size.
 
-    sigmas (nfe+1,): decreasing grid; shape: of one input; g: Generator. Returns x_t (P, C, H, W), t (P,), the ends
-    x_0 (n, C, H, W), owner (P,): pair p is regressed onto x_0[owner[p]], and one-hot classes y (n, classes).
+    sigmas (nfe+1,): decreasing grid; shape: of one input; g: Generator. Returns, shuffled, x_t (P, C, H, W), t (P,)
+    and owner (P,), the ends x_0 (n, C, H, W) and one-hot classes y (n, classes): pair p is regressed onto
+    x_0[owner[p]], given y[owner[p]].
     """
     levels = sigmas.to(g.device, torch.float32)
     n, N = solves(cfg)[0], cfg.nfe
@@ -415,8 +419,8 @@ def teacher_pairs(cfg, teacher, classes, sigmas, shape, g, rank, world):
     x_T = levels[0] * randn((n, *shape), g)[mine]     # choice: pure noise, no guidance, uniform classes
     y = one_hot(torch.randint(max(classes, 1), (n,), generator=g, device=g.device), classes)
     xs = gather(solvers.dpmpp(lambda x, s: teacher(x, s, y[mine]), x_T, sigmas, order=3), world)
-    owner = torch.arange(n, device=g.device).repeat(N)
-    return xs[:N].flatten(0, 1), levels[:N].repeat_interleave(n), xs[-1], owner, y
+    order = torch.randperm(N * n, generator=g, device=g.device)
+    return xs[:N].flatten(0, 1)[order], levels[:N].repeat_interleave(n)[order], xs[-1], order % n, y
 
 
 def one_hot(labels, classes):
@@ -453,16 +457,6 @@ def loss_ect(net, x, x_t, x_r, t, r, mask_seed, huber=0.0, weight=None):
     if huber:
         d = (d.square() + huber**2).sqrt() - huber
     return (d / (t - r) if weight is None else d * weight).mean()
-
-
-class Ensembled:
-    """E-LatentLPIPS: distance of two latents under one random transformation per sample, drawn for latents like x."""
-
-    def __init__(self, distance, x, g):
-        self.inner, self.drawn, self.distance = distance, distance.draw(x, g), distance.distance
-
-    def features(self, x):
-        return self.inner.features(self.inner.augment(x, self.drawn))
 
 
 def make_distance(cfg, device):
@@ -539,9 +533,12 @@ def save_grid(images, path, columns=8):
 
 
 # ---- plumbing ---------------------------------------------------------------------------------
-def fail(code, message):
-    """One line, then exit: 1 crash, 2 usage or config, 3 data or weights, 4 diverged, 75 stopped and saved."""
-    if code == 1 or os.environ.get("RANK", "0") == "0":
+def fail(code, message, every=False):
+    """One line, then exit: 1 crash, 2 usage or config, 3 data or weights, 4 diverged, 75 stopped and saved.
+
+    every: from each process that comes here, not only the first: another one may not meet this fault.
+    """
+    if every or code == 1 or os.environ.get("RANK", "0") == "0":
         print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
     raise SystemExit(code)
 
@@ -574,7 +571,7 @@ def one_line(cfg, world):
         yield
     except (fid.DataError, nets.WeightsError, OSError) as e:
         full = getattr(e, "errno", 0) in (errno.EFBIG, errno.ENOSPC, errno.EDQUOT)
-        fail(3, str(e).splitlines()[0] + f"; free some space for {cfg.out} and run again" * full)
+        fail(3, str(e).splitlines()[0] + f"; free some space for {cfg.out} and run again" * full, every=True)
     except torch.OutOfMemoryError:
         now = cfg.batch_gpu or cfg.batch // world
         fail(1, f"out of memory with {now} images at once; run again with --batch_gpu {max(1, now // 2)}")
@@ -600,17 +597,18 @@ def gather(x, world):
 
 
 def flatten(net):
-    """Make net's weights views of one vector and its gradients of another; returns both.
+    """Make net's weights views of one vector and its gradients of another; returns both (frozen: None).
 
     Optimiser, EMA, norm and all-reduce are then one operation each. The gradient's last element is the loss.
     """
-    params = list(net.parameters())
+    params, offset = list(net.parameters()), 0
     flat = torch.empty(sum(p.numel() for p in params), device=params[0].device)
-    grad = torch.zeros(len(flat) + 1, device=flat.device)
-    offset = 0
+    frozen = not any(p.requires_grad for p in params)
+    grad = None if frozen else torch.zeros(len(flat) + 1, device=flat.device)
     for p in params:
-        view = flat.as_strided(p.shape, p.stride(), offset).copy_(p.detach())
-        p.data, p.grad = view, grad.as_strided(p.shape, p.stride(), offset)
+        p.data = flat.as_strided(p.shape, p.stride(), offset).copy_(p.detach())
+        if not frozen:
+            p.grad = grad.as_strided(p.shape, p.stride(), offset)
         offset += p.numel()
     return flat, grad
 
@@ -745,6 +743,7 @@ def report(cfg, step, lr, health, since, text="", **numbers):
                 f"{step}; {cfg.out} keeps the last good one; try a smaller --lr with another --out")
 
 
+TRAINED = "pretrain", "vgg", "mid", "post"            # stages with a loop that saves when it is asked to stop
 STOP = []                                             # signals received: SIGTERM, or Ctrl-C once
 
 
@@ -806,22 +805,20 @@ def build(cfg, model, device, state=None, what="", train=False):
 
 
 def student(cfg, model, device, teacher):
-    """The net to train. First weights: the teacher's, mid.pt's in post (unless --mid none), or --init FILE's."""
+    """The net to train. First weights: mid.pt's in post (unless --mid none), else the teacher's or --init FILE's."""
     state, what = teacher, "the teacher"
     if cfg.stage == "vgg":
         torch.manual_seed(fold(cfg.seed, "vgg"))
         return latent_vgg(cfg, model["label_dim"]).to(device)
-    if cfg.stage == "pretrain":
-        state = None
-    elif cfg.init not in ("teacher", "random"):
-        state, what = snapshot(cfg.init)[0], cfg.init
-    elif cfg.stage == "post" and cfg.mid != "none":
+    if cfg.stage == "post" and cfg.mid != "none":
         what = f"{cfg.out}/mid.pt"
         if not (ckpt := finished(what)):
             fail(3, f"{what} is not finished; run --stage mid first, or pass --mid none")
         state = ckpt["ema"]
-    elif cfg.init == "random":
+    elif cfg.stage == "pretrain" or cfg.init == "random":
         state = None
+    elif cfg.init != "teacher":
+        state, what = snapshot(cfg.init)[0], cfg.init
     return build(cfg, model, device, state, what, train=True)
 
 
@@ -829,9 +826,8 @@ def model_size(cfg, images):
     """Constructor arguments of the EDM2 for --data: XL at 64 pixels, XXL for latents, the tiny one for digits."""
     size = dict(digits="edm2-8", imagenet512="edm2-xxl").get(data_name(cfg), "edm2-xl")
     channels, _, side = images.shape
-    classes = int(images.labels.max()) + 1 if images.labels is not None else 0
-    return dict(img_resolution=side, img_channels=channels // 2 if channels == 8 else channels, label_dim=classes,
-                **nets.SIZES[size])
+    return dict(img_resolution=side, img_channels=channels // 2 if channels == 8 else channels,
+                label_dim=images.classes, **nets.SIZES[size])
 
 
 def power_ema(std, done, batch):
@@ -861,10 +857,11 @@ def memory_plan(cfg, model, frozen, world, device):
             own = {t.untyped_storage()._cdata for t in [*twin.parameters(), *twin.buffers()]}
     one = sum(t.untyped_storage().nbytes() for k, t in seen.items() if k not in own) / 1e9
     size = sum(p.numel() for p in twin.parameters()) * 4 / 1e9
+    held = 6 if twin.compute_dtype else 7             # weights, gradients, Adam's two, EMA; hoisted and its gradient
     n, others = cfg.batch_gpu or cfg.batch // world, sum(t.nbytes for m in frozen for t in m.buffers()) / 1e9
-    total = 6 * size + others + one * n
-    text = (f"memory a process: {total:.1f} GB = {6 * size:.1f} weights, gradients, Adam, EMA, hoisted + {others:.1f} "
-            f"frozen nets + {n} images at once of {one:.3f}")
+    total = held * size + others + one * n
+    text = (f"memory a process: {total:.1f} GB = {held * size:.1f} weights, gradients, Adam, EMA, hoisted + "
+            f"{others:.1f} frozen nets + {n} images at once of {one:.3f}")
     if device.type == "cuda" and total * 1e9 > (room := torch.cuda.get_device_properties(device).total_memory):
         fit = max(1, int((room / 1e9 - total + one * n) / one))
         text += f"; this device has {room / 1e9:.0f} GB: pass --batch_gpu {2 ** int(math.log2(fit))}"
@@ -899,7 +896,7 @@ def train(cfg, rank, world, device):
     if cfg.stage != "vgg":
         memory_plan(cfg, model, frozen, world, device)
     ema = deepcopy(net).requires_grad_(False).eval()
-    (flat, grad), (flat_ema, _) = flatten(net), flatten(ema)
+    (flat, grad), flat_ema = flatten(net), flatten(ema)[0]
     flat.grad = grad[:-1]
     opt = torch.optim.Adam([flat], lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
     if cfg.optimizer == "sgd":
@@ -915,6 +912,7 @@ def train(cfg, rank, world, device):
         index = torch.randint(len(images.labels), (B,), generator=g)[mine]
         return images.read(index), images.labels[index]
     start, since, scale, health = restore(cfg, ckpt, path, net, ema, opt, device)
+    ckpt = weights = main = state = None              # as large as the net, and needed no more
     reader = ThreadPoolExecutor(1)                                                # one step ahead
     ahead = reader.submit(read, start) if images is not None else None
     log(cfg, f"{cfg.stage}: {len(flat):,} parameters, steps {start} to {cfg.steps}, {world} process(es) on "
@@ -929,12 +927,10 @@ def train(cfg, rank, world, device):
                 g.manual_seed(fold(cfg.seed, "solve", solve))
                 x_t, t, x_0, owner, y = teacher_pairs(cfg, frozen[0], classes, sigmas, shape, g, rank, world)
                 target = distance.features(x_0) if cfg.ensemble == "none" else None       # once per trajectory
-                order = torch.randperm(pairs, generator=g, device=device)
-            share = order[at:at + B][mine]
         else:
             (raw, labels), ahead = ahead.result(), reader.submit(read, step + 1)
             noise, eps = randn((B, *shape), g)[mine], randn((B, *shape), g)[mine]
-            x, labels = to_input(raw, noise, device), labels.to(device)
+            x, labels = to_input(raw, noise, device), labels.to(device, non_blocking=True)
             sigma, y = (cfg.P_mean + cfg.P_std * randn(B, g))[mine].exp(), one_hot(labels, classes)
 
         nets.force_weight_norm(net)                               # EDM2 Eq. 66, once per step
@@ -948,19 +944,19 @@ def train(cfg, rank, world, device):
                 elif cfg.stage == "vgg":
                     loss = loss_vgg(net, x[i], labels[i], cfg, g)
                 elif cfg.stage == "mid":
-                    p = share[i]
-                    if target is None:                # ensembling: another view of each pair, its target included
-                        d = Ensembled(distance, x_0[owner[p]], g)
-                        ends = d.features(x_0[owner[p]])
+                    p = at + mine.start + i
+                    def f(x, s, own=y[owner[p]]):
+                        return net(x, s, own)
+                    if target is None:                # ensembling: one random view of both, drawn for each pair
+                        loss = distance(f(x_t[p], t[p]), x_0[owner[p]], g).mean()
                     else:
-                        d, ends = distance, [m[owner[p]] for m in target]
-                    loss = loss_cmt(lambda x, s: net(x, s, y[owner[p]]), x_t[p], t[p], ends, d)        # Eq. 7
+                        loss = loss_cmt(f, x_t[p], t[p], [m[owner[p]] for m in target], distance)      # Eq. 7
                 else:
                     s, r = sigma[i], ect_step(sigma[i], cfg.q)
                     x_t, x_r = (x[i] + level.view(-1, 1, 1, 1) * eps[i] for level in (s, r))           # same noise
                     if frozen:
                         with torch.no_grad():
-                            D = autoguided(frozen[0], frozen[-1], cfg.w)
+                            D = autoguided(frozen[0], frozen[1] if len(frozen) > 1 else None, cfg.w)
                             x_r = solvers.ode_step(lambda x, s: D(x, s, y[i]), x_t, s, r,
                                                    2 if cfg.ecd == "heun" else 1)
                     loss = loss_ect(lambda x, s: net(x, s, y[i]), x[i], x_t, x_r, s, r, mask_seed, cfg.huber,
@@ -1100,8 +1096,10 @@ def evaluate(cfg, rank, world, device):
         reference = fid.load_reference(name)
     else:
         images = load_data(cfg)
-        batches = (torch.arange(rank, len(images.labels), world).split(250))
-        reference = fid.measure(features, map(images.read, batches), device, file=f"of --data {cfg.data}")
+        raws = map(images.read, torch.arange(rank, len(images.labels), world).split(250))
+        if vae is not None:                           # latents are decoded at their mean
+            raws = (fid.to_uint8(to_images(to_input(raw, 0.0, device), vae)) for raw in raws)
+        reference = fid.measure(features, raws, device, file=f"of --data {cfg.data}")
     found, guide, table = candidates(cfg, device), weak_model(cfg, device), []
     for name, net, kinds, ckpt in found:
         row = dict.fromkeys(("1", "2", "teacher"), "-")
@@ -1120,7 +1118,7 @@ def evaluate(cfg, rank, world, device):
     if rank == 0:
         note = (f"second noise level {cfg.mid_sigma}, {cfg.labels} labels, teacher by {cfg.sampler}, guide "
                 f"{cfg.guide or 'none'}, w {cfg.w}")
-        results(cfg, metric, table, fid.protocol(ours, reference), note)
+        results(cfg, metric, table, fid.protocol(ours, reference), note, found[0][2].get("teacher", cfg.nfe))
         sheets(cfg, found, vae, device)
 
 
@@ -1156,9 +1154,9 @@ def score(cfg, sampler, features, reference, rank, world, device):
     return torch.tensor(distances, dtype=torch.float64), ours
 
 
-def results(cfg, metric, table, protocol, note):
+def results(cfg, metric, table, protocol, note, steps):
     """The table of scores and how they were measured: on the screen, in log.txt and in <out>/results.md."""
-    head = ["stage", "steps", "images", "seconds", *(f"{k}-step {metric}" for k in ("1", "2", cfg.nfe))]
+    head = ["stage", "steps", "images", "seconds", *(f"{k}-step {metric}" for k in ("1", "2", steps))]
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *table]]
     lines += ["", protocol, f"{cfg.samples} samples a score, seeds from 0, EMA weights, {note}."]
     log(cfg, "\n".join(lines))
@@ -1178,9 +1176,11 @@ def open_out(cfg, argv):
     lock.truncate(0)
     print(f"process {os.getpid()} on {socket.gethostname()}", end="", file=lock, flush=True)
     git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True)
+    commit = ""
+    with suppress(OSError):                           # no git on this machine
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    log(cfg, f"{' '.join([os.path.basename(__file__), *argv])} | commit {commit.stdout.strip() or 'none'} | "
+    log(cfg, f"{' '.join([os.path.basename(__file__), *argv])} | commit {commit or 'none'} | "
              f"torch {torch.__version__} | {device}")
     return lock
 
@@ -1210,14 +1210,16 @@ def main(argv=None):
     rank, world, device = ddp_init(cfg)
     stages = ["pretrain", "vgg", "mid", "post", "eval"] if cfg.stage == "all" else [cfg.stage]
     configs = [parse([*argv, "--stage", stage]) for stage in stages]
+    if cfg.stage == "all":                            # --init FILE: what started from it is scored, not the file
+        configs[-1] = parse([*argv, "--stage", "eval", "--init", Config.init])
     for c in configs:
         check_batch(c, world)
     check_files(configs)
-    signal.signal(signal.SIGTERM, on_signal)
-    signal.signal(signal.SIGINT, on_signal)
     with one_line(cfg, world), open_out(cfg, argv) if rank == 0 else nullcontext():      # holds the lock of <out>
         for c in configs:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = c.precision != "fp32"
+            for number in (signal.SIGTERM, signal.SIGINT):          # training saves first, the rest just ends
+                signal.signal(number, on_signal if c.stage in TRAINED else signal.SIG_DFL)
             run_stage(c, rank, world, device)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -55,7 +55,7 @@ import solvers
 @dataclass(frozen=True)
 class Config:                   # field default < matching rows of PRESETS < command line; --flag is the field
     data: str = "coco"          # coco | digits | folder: shards of --stage encode, or U-ViT's features
-    stage: Literal["all", "encode", "pretrain", "mid", "post", "sample", "eval"] = "all"   # all: the missing
+    stage: Literal["all", "encode", "pretrain", "mid", "post", "sample", "eval"] = "all"   # all: each not finished
     out: str = ""               # folder of the run; "" = out/<data>, out/digits-t2i
     source: str = ""            # encode: folder with COCO's train2014, val2014 and annotations
     cache_text: bool = False    # encode: CLIP's features of every caption (49 GB) beside their token ids
@@ -108,7 +108,7 @@ class Config:                   # field default < matching rows of PRESETS < com
     text: str = "openai/clip-vit-large-patch14"          # U-ViT
     vision: str = "facebook/dinov2-base"                 # REPA
 
-    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "tf32"    # of the network, not its clocks; mid: bf16
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "tf32"    # of the network; clocks never in 16 bits; mid: bf16
     product: Literal["fp32", "same"] = "fp32"            # precision of du/dt; same = that of --precision
     compile: bool = False       # the network, and the function that holds the Jacobian product
     threads: int = 0            # CPU threads; 0 = torch's default. choice: not measured, bits depend on it
@@ -122,7 +122,7 @@ PRESETS = {  # (data, stage, method): matching rows are laid over each other, to
     ("*", "pretrain", "*"): dict(beta2=0.999, clip=1.0),                                   # REPA
     ("*", "pretrain", "plain"): dict(repa=0.0),
     # choice: steps of mid and post: Table 5's hours at the teacher's FLOP/s; EMA of mid-training
-    # choice: a fixed target is learned as well in bf16, and drawn as well: measured on digits, three seeds
+    # choice: a fixed target is drawn and learned in bf16 no worse than in fp32: measured on digits
     ("*", "mid", "*"): dict(steps=4_400, batch=112, ema_beta=0.999, precision="bf16"),
     ("*", "post", "*"): dict(steps=9_500),
     ("*", "post", "vanilla"): dict(steps=63_000),                                          # from SiT: 40,000
@@ -136,7 +136,7 @@ PRESETS = {  # (data, stage, method): matching rows are laid over each other, to
 }
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 FILES = {"coco": "data/coco256-sd"}
-FREE = {  # fields that a stage's weights do not depend on: they may differ between two runs in one folder
+FREE = {  # fields that may differ when a stage goes on, or is found finished; of --teacher only the path may
     "*": "stage out source cache_text vae inception reference prompts seeds samples repeat nfe compile "
          "batch_gpu timeout log_every save_every",
     "pretrain": "teacher mid post init omega kappa guide_from guide_to nodes trajectories diagonal solver",
@@ -166,9 +166,13 @@ def parse(argv=None):
     key = name, given["stage"], given.get(given["stage"], "*")
     rows = [row for pattern, row in PRESETS.items() if all(a in ("*", b) for a, b in zip(pattern, key))]
     cfg = Config(**{"out": f"out/{name}"} | {k: v for row in rows for k, v in row.items()} | flags)
-    for field in ("batch", "steps", "nfe", "repeat", "log_every", "save_every", "lr", "P_std", "mid_sigma"):
+    for field in ("batch", "steps", "nfe", "repeat", "log_every", "save_every", "lr", "P_std", "mid_sigma",
+                  "timeout"):
         if not 0 < getattr(cfg, field, 1) < math.inf:
             fail(2, f"--{field} {getattr(cfg, field)} is not possible; it must be above 0")
+    for field in ("batch_gpu", "warmup", "clip", "double", "huber", "threads", "trajectories", "diagonal", "power"):
+        if not 0 <= getattr(cfg, field, 0) < math.inf:
+            fail(2, f"--{field} {getattr(cfg, field)} is not possible; it must not be negative")
     for field in ("ema_beta", "dropout"):
         if not 0 <= getattr(cfg, field) < 1:
             fail(2, f"--{field} {getattr(cfg, field)} is not possible; it must be in [0, 1)")
@@ -330,7 +334,7 @@ def to_latents(raw, noise, device):
 
 def to_float(images, device):
     """uint8 (B, C, H, W) -> [-1, 1], channels_last, on device."""
-    return (images.to(device).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+    return (images.to(device, non_blocking=True).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
 def sd_vae(cfg, device):
@@ -585,7 +589,7 @@ def derivative(net, z, t, r, y, v):
 
 def loss_repa(h, tokens):
     """REPA: minus the mean cosine of h (B, N, D), projected, and DINOv2's tokens of the clean image; fp32."""
-    return -F.cosine_similarity(h.float(), tokens.to(h.device).float(), dim=2).mean()
+    return -F.cosine_similarity(h.float(), tokens.to(h.device, non_blocking=True).float(), dim=2).mean()
 
 
 def loss_sit(f, z, v, t, text):
@@ -607,8 +611,9 @@ def loss_mf_text(f, slope, z, v, t, r, text, null, led, cfg):
     far, rest = r < t, 1 - cfg.omega - cfg.kappa
     ask_null = led if abs(rest) > 1e-9 else torch.zeros_like(led)
     ask_own = led & far if cfg.kappa else torch.zeros_like(led)
-    near, far, i, j = (m.nonzero()[:, 0].to(z.device) for m in (led & ~far, far, ask_null, ask_own))
-    t, r, share = (a.to(z.device) for a in (t, r, 1 + (cfg.omega - 1) * led.to(v.dtype)))
+    near, far, i, j = (m.nonzero()[:, 0].to(z.device, non_blocking=True) for m in (led & ~far, far, ask_null, ask_own))
+    share = 1 + (cfg.omega - 1) * led.to(v.dtype)
+    t, r, share = (a.to(z.device, non_blocking=True) for a in (t, r, share))
     target = share.view(-1, 1, 1, 1) * v
     with torch.no_grad():
         if len(i) + len(j):
@@ -761,9 +766,12 @@ def save_captioned(images, captions, path):
 
 
 # ---- plumbing ---------------------------------------------------------------------------------
-def fail(code, message):
-    """One line, then exit: 1 crash, 2 usage or config, 3 data or weights, 4 diverged, 75 stopped and saved."""
-    if code == 1 or os.environ.get("RANK", "0") == "0":
+def fail(code, message, every=False):
+    """One line, then exit: 1 crash, 2 usage or config, 3 data or weights, 4 diverged, 75 stopped and saved.
+
+    every: from each process that comes here, not only the first: another one may not meet this fault.
+    """
+    if every or code == 1 or os.environ.get("RANK", "0") == "0":
         print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
     raise SystemExit(code)
 
@@ -796,7 +804,7 @@ def one_line(cfg, world):
         yield
     except (fid.DataError, nets.WeightsError, OSError) as e:
         full = getattr(e, "errno", 0) in (errno.EFBIG, errno.ENOSPC, errno.EDQUOT)
-        fail(3, str(e).splitlines()[0] + f"; free some space for {cfg.out} and run again" * full)
+        fail(3, str(e).splitlines()[0] + f"; free some space for {cfg.out} and run again" * full, every=True)
     except torch.OutOfMemoryError:
         now = cfg.batch_gpu or cfg.batch // world
         fail(1, f"out of memory with {now} images at once; run again with --batch_gpu {max(1, now // 2)}")
@@ -822,17 +830,18 @@ def gather(x, world):
 
 
 def flatten(net):
-    """Make net's weights views of one vector and its gradients of another; returns both.
+    """Make net's weights views of one vector and its gradients of another; returns both (frozen: None).
 
     Optimiser, EMA, norm and all-reduce are then one operation each. The gradient's last element is the loss.
     """
-    params = list(net.parameters())
+    params, offset = list(net.parameters()), 0
     flat = torch.empty(sum(p.numel() for p in params), device=params[0].device)
-    grad = torch.zeros(len(flat) + 1, device=flat.device)
-    offset = 0
+    frozen = not any(p.requires_grad for p in params)
+    grad = None if frozen else torch.zeros(len(flat) + 1, device=flat.device)
     for p in params:
-        view = flat.as_strided(p.shape, p.stride(), offset).copy_(p.detach())
-        p.data, p.grad = view, grad.as_strided(p.shape, p.stride(), offset)
+        p.data = flat.as_strided(p.shape, p.stride(), offset).copy_(p.detach())
+        if not frozen:
+            p.grad = grad.as_strided(p.shape, p.stride(), offset)
         offset += p.numel()
     return flat, grad
 
@@ -983,6 +992,7 @@ def mse_by_gap(errors, world, *names):
     return text, dict(mse_same=means[0], mse_gaps=means[1:5], **dict(zip(names, means[5:])))
 
 
+TRAINED = "pretrain", "mid", "post"                   # stages with a loop that saves when it is asked to stop
 STOP = []                                             # signals received: SIGTERM, or Ctrl-C once
 
 
@@ -1104,11 +1114,13 @@ def forward(cfg, net, device):
             return derivative(swapped, z, t, r, text, v)
 
     def exact(*a):
-        tf32, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
+        matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+        before, matmul.allow_tf32 = matmul.allow_tf32, False
+        cudnn.allow_tf32 = False                      # trap: the patches are embedded by a convolution
         try:
             return inner(*a)
         finally:
-            torch.backends.cuda.matmul.allow_tf32 = tf32
+            matmul.allow_tf32 = cudnn.allow_tf32 = before
     # trap: a compiled module inside jvp runs eager, in silence; so the functions are compiled, never the module
     f, inner = (torch.compile(f), torch.compile(slope)) if cfg.compile else (f, slope)
     return f, inner if same else exact
@@ -1131,7 +1143,7 @@ def train(cfg, rank, world, device):
     net, null = student(cfg, model, device, weights).train(), encoder(images.null[None])
     asking = asked(images, encoder, range(64))[1] if rank == 0 else None          # captions of the pictures
     ema = deepcopy(net).requires_grad_(False).eval()
-    (flat, grad), (flat_ema, _) = flatten(net), flatten(ema)
+    (flat, grad), flat_ema = flatten(net), flatten(ema)[0]
     flat.grad = grad[:-1]
     opt = torch.optim.Adam([flat], lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
     f, slope = forward(cfg, net, device)
@@ -1153,8 +1165,9 @@ def train(cfg, rank, world, device):
         return *images.read(index[mine], pick[mine]), drop[mine], t[mine], r[mine]
 
     def caption(words, drop):
-        return torch.where(drop.to(device).view(-1, 1, 1), null, encoder(words))
+        return torch.where(drop.to(device, non_blocking=True).view(-1, 1, 1), null, encoder(words))
     start, since, scale, health = restore(cfg, ckpt, path, net, ema, opt, device)
+    ckpt = weights = None                             # as large as the net, and needed no more
     reader = ThreadPoolExecutor(1)                                                # one step ahead
     ahead = reader.submit(read, start) if cfg.stage != "mid" else None
     log(cfg, f"{cfg.stage}: {len(flat):,} parameters, steps {start} to {cfg.steps}, {world} process(es) on "
@@ -1179,16 +1192,17 @@ def train(cfg, rank, world, device):
             (raw, tokens, words, drop, t, r), ahead = ahead.result(), reader.submit(read, step + 1)
             noise, eps = (randn((B, *images.shape), g)[mine] for _ in range(2))
             x, text = to_latents(raw, noise, device), caption(words, drop)
-            level = t.to(device).view(-1, 1, 1, 1)
+            level = t.to(device, non_blocking=True).view(-1, 1, 1, 1)
             z, v = (1 - level) * x + level * eps, eps - x
             led = (t >= cfg.guide_from) & (t <= cfg.guide_to) & ~drop & (cfg.omega != 1 or cfg.kappa != 0)
 
+        gaps = (4 * (t - r)).ceil().long().to(device, non_blocking=True)          # 0, or the quarter of t - r
         for i in micro:                                                           # this process's share
             h = None
             if cfg.stage == "mid":
                 loss, square = loss_cmt_mf(f, z[i], t[i], r[i], text[i], target[i])               # Eq. 8
             elif cfg.stage == "pretrain":
-                loss, square, h = loss_sit(f, z[i], v[i], t[i].to(device), text[i])
+                loss, square, h = loss_sit(f, z[i], v[i], level[i].flatten(), text[i])
             else:
                 loss, square, h = loss_mf_text(f, slope, z[i], v[i], t[i], r[i], text[i], null, led[i], cfg)
             if h is not None:
@@ -1197,9 +1211,9 @@ def train(cfg, rank, world, device):
                 errors[:, 5] += torch.stack([-away.detach(), torch.ones_like(away)]).nan_to_num() * len(i)
             (loss * (len(i) / B) * scale).backward()
             grad[-1] += loss.detach() * (len(i) / B) * scale
-            gap, ok = (4 * (t - r)[i]).ceil().long().to(device), square.isfinite()
-            errors[0].index_add_(0, gap, torch.where(ok, square / z[0].numel(), 0.0))
-            errors[1].index_add_(0, gap, ok.float())
+            ok = square.isfinite()
+            errors[0].index_add_(0, gaps[i], torch.where(ok, square / z[0].numel(), 0.0))
+            errors[1].index_add_(0, gaps[i], ok.float())
         if world > 1:
             # choice: one all-reduce of one vector, no DDP wrapper: any number of processes, one result
             dist.all_reduce(grad)                 # trap: process 0's own loss is not the loss: it rides along
@@ -1351,7 +1365,7 @@ def evaluate(cfg, rank, world, device):
         note = (f"decoder {cfg.vae if vae else 'none (pixels)'}, guidance {cfg.omega / (1 - cfg.kappa):.4g} "
                 f"(omega {cfg.omega}, kappa {cfg.kappa}) for t in [{cfg.guide_from}, {cfg.guide_to}], "
                 f"teacher by {cfg.solver}")
-        results(cfg, metric, table, fid.protocol(ours, reference), note)
+        results(cfg, metric, table, fid.protocol(ours, reference), note, cfg.nfe)
         sheets(cfg, found, images, encoder, vae, device)
 
 
@@ -1378,9 +1392,9 @@ def score(cfg, sampler, features, reference, rank, world, device):
     return torch.tensor(distances, dtype=torch.float64), ours
 
 
-def results(cfg, metric, table, protocol, note):
+def results(cfg, metric, table, protocol, note, steps):
     """The table of scores and how they were measured: on the screen, in log.txt and in <out>/results.md."""
-    head = ["stage", "steps", "images", "seconds", *(f"{k}-step {metric}" for k in ("1", "2", cfg.nfe))]
+    head = ["stage", "steps", "images", "seconds", *(f"{k}-step {metric}" for k in ("1", "2", steps))]
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *table]]
     lines += ["", protocol, f"{cfg.samples} samples a score, seeds from 0, EMA weights, {note}."]
     log(cfg, "\n".join(lines))
@@ -1425,9 +1439,11 @@ def open_out(cfg, argv):
     lock.truncate(0)
     print(f"process {os.getpid()} on {socket.gethostname()}", end="", file=lock, flush=True)
     git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True)
+    commit = ""
+    with suppress(OSError):                           # no git on this machine
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    log(cfg, f"{' '.join([os.path.basename(__file__), *argv])} | commit {commit.stdout.strip() or 'none'} | "
+    log(cfg, f"{' '.join([os.path.basename(__file__), *argv])} | commit {commit or 'none'} | "
              f"torch {torch.__version__} | {device}")
     return lock
 
@@ -1456,13 +1472,15 @@ def main(argv=None):
     if cfg.stage == "all" and cfg.mid == "none" and cfg.init != "sit":
         stages = stages[1:]                           # nothing learns from a teacher
     configs = [parse([*argv, "--stage", stage]) for stage in stages]
+    if cfg.stage == "all":                            # --init FILE: what started from it is scored, not the file
+        configs[-1] = parse([*argv, "--stage", "eval", "--init", Config.init])
     for c in configs:
         check_batch(c, world)
-    signal.signal(signal.SIGTERM, on_signal)
-    signal.signal(signal.SIGINT, on_signal)
     with one_line(cfg, world), open_out(cfg, argv) if rank == 0 else nullcontext():      # holds the lock of <out>
         for c in configs:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = c.precision != "fp32"
+            for number in (signal.SIGTERM, signal.SIGINT):          # training saves first, the rest just ends
+                signal.signal(number, on_signal if c.stage in TRAINED else signal.SIG_DFL)
             run_stage(c, rank, world, device)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -2,6 +2,7 @@
 import ast
 import re
 import shlex
+import signal
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -13,7 +14,7 @@ SCRIPTS = sorted(ROOT.glob("train_*.py"))
 MODULES = ["nets", "solvers", "fid"]
 OWN = {"forward", "Config", "load_data", "main", "train", "candidates", "evaluate", "sheets", "build", "student", "model_size",
        "teacher_state", "make_distance", "make_sampler", "check_batch", "sample",
-       "data_name", "teacher_pairs", "run_stage", "solves"}    # what a script may say in its own way
+       "data_name", "data_file", "teacher_pairs", "run_stage", "solves"}    # what a script may say in its own way
 README = (ROOT / "README.md").read_text()
 
 
@@ -87,10 +88,18 @@ def test_mid_training_is_bf16_and_post_training_keeps_its_step(path, tmp_path, m
     assert given == {"pretrain": exact, "mid": "bf16", "post": exact, "eval": exact}
     assert {script.parse(["--data", "digits", "--stage", s]).precision for s in given} == {"fp32"}
     monkeypatch.setattr(script, "run_stage", lambda c, *_: seen.update({c.precision: torch.backends.cudnn.allow_tf32}))
+    before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
     for name in ("tf32", "fp32", "bf16"):
         script.main(["--data", "digits", "--stage", "eval", "--precision", name, "--out", str(tmp_path)])
     assert seen == {"tf32": True, "fp32": False, "bf16": True}
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    seen.clear()
+    monkeypatch.setattr(script, "run_stage", lambda c, *_: seen.update({c.stage: (c.init, signal.getsignal(signal.SIGTERM))}))
+    script.main(["--data", "digits", "--init", "mine.pt", "--out", str(tmp_path)])
+    assert {s for s, (_, f) in seen.items() if f == script.on_signal} == {*script.TRAINED} & {*seen}     # eval just ends
+    assert seen["mid"][0] == "mine.pt" and seen["eval"][0] == script.Config.init        # what was trained is scored
+    for number, handler in zip((signal.SIGTERM, signal.SIGINT), before):
+        signal.signal(number, handler)
 
 
 def commands(text):

@@ -173,10 +173,12 @@ def test_presets_are_those_of_the_paper():
 def test_ensembled_distance_sees_both_images_alike():
     elatent = nets.ELatentLPIPS(ensemble="bgcfnc")
     x = torch.randn(1, 4, 64, 64)
-    d = script.Ensembled(elatent, x, torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        assert d.distance(d.features(x), d.features(x)).abs().max() == 0
-        assert (d.features(x)[0] - elatent.features(x)[0]).abs().max() > 0.1
+    y = x + 0.5 * torch.randn_like(x)
+
+    def seen(a, b, seed):
+        return elatent(a, b, torch.Generator().manual_seed(seed)).item()
+    assert seen(x, x, 1) == 0 < seen(x, y, 1) == seen(x, y, 1)
+    assert len({elatent(x, y).item(), seen(x, y, 1), seen(x, y, 2)}) == 3
 
 
 # ---- data ----------------------------------------------------------------------------------------
@@ -291,14 +293,14 @@ def test_bad_input_is_one_line(line, text, capsys):
 
 # ---- scale ---------------------------------------------------------------------------------------
 def test_memory_plan_counts_activations_of_the_full_size_net_without_building_it(capsys):
-    """XL: 22 GB of weights, gradients, Adam, EMA and hoisted weights, under 0.9 GB of activations per image in float32."""
+    """XL: 31 GB (bf16 27) of weights, gradients, Adam, EMA, hoisted weights and theirs, under 0.9 GB of activations per image in float32."""
     os.makedirs("x")
     model = dict(img_resolution=64, img_channels=3, label_dim=1000, **nets.SIZES["edm2-xl"])
-    for precision, least, most in (("fp32", 0.5, 1.0), ("bf16", 0.25, 0.5)):
+    for precision, held, least, most in (("fp32", 7, 0.5, 1.0), ("bf16", 6, 0.25, 0.5)):
         c = cfg("--res", "64", "--out", "x", "--batch_gpu", "16", "--precision", precision)
         script.memory_plan(c, model, [], 1, torch.device("cpu"))
         total, fixed, frozen, one = [float(v) for v in re.findall(r"\d+\.\d+", capsys.readouterr().out)]
-        assert fixed == pytest.approx(6 * 1.1193 * 4, rel=0.01) and least < one < most
+        assert fixed == pytest.approx(held * 1.1193 * 4, rel=0.01) and least < one < most
         assert total == pytest.approx(fixed + 16 * one, rel=0.01)
 
 

@@ -200,6 +200,11 @@ BAD = [  # (command line, exit code, what the line must say)
     ("--data cifra10", 2, "not one of cifar10"),
     ("--data ffhq --stage post --mid none --teacher none.pkl", 3, "data/ffhq-64x64.zip is not there"),
     ("--data missing.zip --stage pretrain", 3, "missing.zip is not there"),
+    ("--data missing.zip --teacher none.pkl", 3, "missing.zip is not there"),
+    ("--data digits --clip -1", 2, "--clip -1.0 is not possible; it must not be negative"),
+    ("--data digits --batch_gpu -4", 2, "--batch_gpu -4"),
+    ("--data digits --warmup -1", 2, "--warmup -1"),
+    ("--data digits --timeout 0", 2, "--timeout 0"),
     ("--data digits --stage mid --batch 30", 2, "--batch 30"),
     ("--data digits --stage post --batch_gpu 5", 2, "--batch_gpu 5 must divide"),
     ("--data digits --stage mid", 3, "run --stage pretrain first"),
@@ -217,6 +222,34 @@ def test_bad_input_is_one_line_with_its_exit_code(line, expected, text, capsys):
 def test_post_without_a_finished_mid_is_refused(road, capsys):
     exit_code, err = code([*TINY, "--stage", "post", "--out", "x", "--teacher", road / "pretrain.pt"], capsys)
     assert exit_code == 3 and "run --stage mid first" in err
+
+
+def test_a_finished_stage_of_another_road_is_not_taken_for_this_one(road, capsys):
+    """In one folder: post from CMT's weights is not ECT from the teacher's; the VGG does not depend on either."""
+    for flags, name in (["--mid", "none"], "--mid"), (["--init", "random"], "--init"):
+        exit_code, err = code([*TINY, "--out", road, "--steps", "3", "--stage", "post", *flags], capsys)
+        assert exit_code == 2 and f"was made with {name}" in err
+    script.main([*TINY, "--out", str(road), "--steps", "3", "--stage", "vgg", "--teacher", str(road / "pretrain.pt"), "--nfe", "8"])
+
+
+def test_every_process_names_the_fault_it_meets(monkeypatch, capsys):
+    """A broken image is met by one process of eight: its line must not be lost with its rank."""
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit), script.one_line(script.parse(["--data", "digits"]), 2):
+        raise script.fid.DataError("img00000007.png is broken")
+    assert "img00000007.png is broken" in capsys.readouterr().err
+
+
+def test_a_machine_without_git_runs_all_the_same(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    script.open_out(script.parse(["--data", "digits", "--out", "x"]), []).close()
+    assert "commit none" in Path("x/log.txt").read_text()
+
+
+def test_the_average_has_no_gradients():
+    net = torch.nn.Linear(3, 2)
+    (flat, grad), (average, none) = script.flatten(net), script.flatten(torch.nn.Linear(3, 2).requires_grad_(False))
+    assert len(grad) == len(flat) + 1 and len(average) == len(flat) and none is None
 
 
 class Evil:

@@ -3,8 +3,8 @@
   what                            of                              source
   EDMPrecond, SongUNet            D(x, sigma), pixels             DDPM++ of Score-SDE with the preconditioning of EDM
   EDM2Precond, EDM2UNet           D(x, sigma, y), pixels, latents EDM2, normalised weights
-  force_weight_norm, hoist,       its weights: once per step,     9 to 36 ms per forward of EDM2-XL
-  freeze                          once per micro-batches, for good
+  force_weight_norm, hoist,       its weights normalised once     EDM2 Eq. 47, 66
+  freeze                          per step, per batch, for good
   DiT                             v or u(x, t, r, y), latents     DiT, SiT with REPA's projector, Mean Flow
   MMDiT                           v or u(x, t, text, r), latents  MM-DiT of SD3 in the size of REPA
   load_flow                       their official checkpoints      SiT, REPA, Mean Flow: turned to one clock
@@ -61,9 +61,7 @@ SIZES = {  # EDMPrecond(**row); 55.7M and 61.8M parameters at 32 and 64 pixels (
     "dit-m/2": dict(patch_size=2, hidden_size=1024, depth=16, num_heads=16),
     "dit-l/2": dict(patch_size=2, hidden_size=1024, depth=24, num_heads=16),
     "dit-xl/2": dict(patch_size=2, hidden_size=1152, depth=28, num_heads=16),
-    "dit-8": dict(input_size=8, in_channels=1, patch_size=2, hidden_size=64, depth=4, num_heads=4, num_classes=10),
     "mmdit/2": dict(patch_size=2, depth=24, context_dim=768),
-    "mmdit-8": dict(input_size=8, in_channels=1, patch_size=2, depth=2, context_dim=32, repa_dim=0),
 }
 
 

@@ -690,7 +690,8 @@ def restore(cfg, ckpt, path, net, ema, opt, device):
         nets.load_weights(ema, ckpt["ema"], path)
         opt.load_state_dict(ckpt["opt"])
         start, seconds, skipped, scale = (ckpt[k] for k in ("step", "seconds", "skipped", "scale"))
-    since, health = dict(step=start, clock=time.time(), seconds=seconds), [0.0, 0, skipped, 0, 0]
+    since = dict(step=start, clock=time.time(), seconds=seconds, skipped=skipped)
+    health = [0.0, 0, skipped, 0, 0]
     return start, since, torch.tensor(scale, device=device), torch.tensor(health, device=device)
 
 
@@ -722,14 +723,14 @@ def update(opt, flat, grad, health, scale, cfg):
 def report(cfg, step, lr, health, since, text="", **numbers):
     """The line of a step: means of loss and norm since the last one, speed, time left.
 
-    health: of update; since: {step, clock, seconds}, moved on; text, numbers: what a script adds to the line.
+    health: of update; since: {step, clock, seconds, skipped}, moved on; text, numbers: what a script adds to the line.
     Exit code 4 after MAX_BAD steps in a row without a finite gradient.
     """
     (_, worst, skipped, loss, norm), n = health.tolist(), step - since["step"]
-    took = time.time() - since["clock"]
+    took, good = time.time() - since["clock"], max(1, n - skipped + since["skipped"])
     health[3:] = 0
-    since.update(step=step, clock=time.time(), seconds=since["seconds"] + took)
-    images, rate, loss, norm = step * cfg.batch, n * cfg.batch / took, loss / n, norm / n
+    since.update(step=step, clock=time.time(), seconds=since["seconds"] + took, skipped=skipped)
+    images, rate, loss, norm = step * cfg.batch, n * cfg.batch / took, loss / good, norm / good
     memory = torch.cuda.max_memory_allocated() / 2**20               # MiB, the most so far
     unit = 2**20 if sys.platform == "darwin" else 2**10              # macOS counts bytes, Linux KiB
     memory = memory or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

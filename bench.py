@@ -553,14 +553,20 @@ CLAIMS = {  # row: (script, row whose teacher and, with "mid", mid-training it g
         "--stage post --q 4096"]),
     "ECT, step 1/64": ("cmt_cifar", "CMT + ECT", ["--mid none --steps 1500 --lr 1e-3 --q 64"]),
     "ECT, step 1/4096": ("cmt_cifar", "CMT + ECT", ["--mid none --steps 1500 --lr 1e-3 --q 4096"]),
-    "CMT by pseudo-Huber + ECT, half": ("cmt_cifar", "CMT + ECT", [
-        "--stage mid --loss huber --steps 450", "--stage post --steps 300"]),
-    "CMT by pseudo-Huber + ECT, twice": ("cmt_cifar", "CMT + ECT", [
-        "--stage mid --loss huber --steps 1800", "--stage post --steps 1200"]),
-    "ECT, annealed, half": ("cmt_cifar", "CMT + ECT", [
-        "--mid none --post annealed --decay linear --steps 750 --double 94"]),
-    "ECT, annealed, twice": ("cmt_cifar", "CMT + ECT", [
-        "--mid none --post annealed --decay linear --steps 3000 --double 375"]),
+    "CMT + ECT, pseudo-Huber, a quarter": ("cmt_cifar", "CMT + ECT", [
+        "--stage mid --loss huber --steps 225", "--stage post --steps 150 --huber 0.06"]),
+    "CMT + ECT, pseudo-Huber, half": ("cmt_cifar", "CMT + ECT", [
+        "--stage mid --loss huber --steps 450", "--stage post --steps 300 --huber 0.06"]),
+    "CMT + ECT, pseudo-Huber, twice": ("cmt_cifar", "CMT + ECT", [
+        "--stage mid --loss huber --steps 1800", "--stage post --steps 1200 --huber 0.06"]),
+    "ECT, a quarter": ("cmt_cifar", "CMT + ECT", ["--mid none --steps 375 --lr 1e-3"]),
+    "ECT, half": ("cmt_cifar", "CMT + ECT", ["--mid none --steps 750 --lr 1e-3"]),
+    "ECT, annealed, pseudo-Huber, a quarter": ("cmt_cifar", "CMT + ECT", [
+        "--mid none --post annealed --decay linear --huber 0.06 --steps 375 --double 47"]),
+    "ECT, annealed, pseudo-Huber, half": ("cmt_cifar", "CMT + ECT", [
+        "--mid none --post annealed --decay linear --huber 0.06 --steps 750 --double 94"]),
+    "ECT, annealed, pseudo-Huber, twice": ("cmt_cifar", "CMT + ECT", [
+        "--mid none --post annealed --decay linear --huber 0.06 --steps 3000 --double 375"]),
     "EDM2: CMT + ECT": ("cmt_imagenet", "", [""]),
     "EDM2: ECT": ("cmt_imagenet", "EDM2: CMT + ECT", ["--mid none --steps 1500"]),
     "EDM2: ECT tuned": ("cmt_imagenet", "EDM2: CMT + ECT", ["--mid none --steps 1500 --lr 2e-2 --q 64"]),

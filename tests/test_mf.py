@@ -527,6 +527,24 @@ def test_killed_or_stopped_runs_end_as_the_undisturbed_one(road, stage):
     assert torch.equal(weights(f"whole/{stage}.pt"), weights(f"cut/{stage}.pt"))
 
 
+@pytest.mark.parametrize("name", ["train_mf_imagenet256", "train_t2i_coco"])
+def test_the_fp32_product_is_fp32_in_every_layer(name):
+    """TF32 of the stage is off for matrix products and convolutions inside, and back on afterwards."""
+    home, seen, switches = __import__(name), [], (torch.backends.cuda.matmul, torch.backends.cudnn)
+
+    def net(z, *a, **k):
+        seen.append([s.allow_tf32 for s in switches])
+        return z * z
+    slope = home.forward(home.parse(["--data", "digits", "--stage", "post", "--precision", "tf32"]), net, torch.device("cpu"))[1]
+    for s in switches:
+        s.allow_tf32 = True
+    z, t = torch.ones(2, 1, 2, 2), torch.ones(2)
+    assert torch.equal(slope(z, t, t, t, 3 * z), 6 * z) and seen == [[False, False]]
+    assert [s.allow_tf32 for s in switches] == [True, True]
+    for s in switches:
+        s.allow_tf32 = False
+
+
 def test_a_step_that_is_not_finite_is_skipped_and_ten_end_the_run(monkeypatch, capsys):
     real, calls, bad = script.loss_mf, [], {2}
 

@@ -6,6 +6,9 @@
   DigitsNet, train_digits          64 features of digits: FD-digits      made here; never call that number FID
   Statistics, measure              mean and covariance, streamed         EDM: float64 sums, N - 1
   frechet_distance, protocol       two means and two covariances         Heusel et al. 2017, Eq. 6
+  crop, square                     photos to train on                    ADM and EDM2, U-ViT
+  draw, score, save_images,        what a sampler makes
+  save_grid, table                 one PNG a seed, sheets, Markdown
   read_images, digits, to_uint8    folder, .zip, .npz, .npy, .png sheet  EDM zip, ADM samples, digits.png
   load_reference, read_statistics  .npz, .pkl (nothing in it is run)     EDM, EDM2, ADM, and what --save wrote
 
@@ -24,6 +27,7 @@ Precision, recall and the like: reuse net(images). Exit codes: 0 done, 2 usage, 
 import argparse
 import collections
 import contextlib
+import fcntl
 import functools
 import hashlib
 import http.client
@@ -39,7 +43,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import nn
 
 ASSETS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets")
@@ -438,14 +442,16 @@ def sha256(file):
 def fetch(urls, expected="", remedy=""):
     """Path of a file in $CMT_CACHE or ~/.cache/cmt; else downloaded to a temporary name, checked, renamed.
 
-    Processes that miss it at the same time download a copy each. DataError names urls, file, sums and remedy.
+    Processes that miss it at the same time wait for the first of them. DataError names urls, file, sums and remedy.
     """
     cache = os.environ.get("CMT_CACHE") or os.path.expanduser("~/.cache/cmt")
     path, problems = os.path.join(cache, os.path.basename(urls[0])), ""
     temporary = f"{path}.{os.getpid()}"
+    os.makedirs(cache, exist_ok=True)
+    folder = os.open(cache, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)                   # trap: eight processes would download eight copies
     for url in urls if not os.path.exists(path) else ():
         try:
-            os.makedirs(cache, exist_ok=True)
             with urllib.request.urlopen(url, timeout=60) as page, open(temporary, "wb") as file:
                 file.write(page.read())                  # trap: in pieces, a connection cut short is no error
             if expected and sha256(temporary) != expected:
@@ -456,6 +462,7 @@ def fetch(urls, expected="", remedy=""):
             problems += f"{url}: {error}; "
             with contextlib.suppress(OSError):
                 os.remove(temporary)
+    os.close(folder)
     if not os.path.exists(path):
         raise DataError(f"no {path} (sha256 {expected or 'not published'}), no download: {problems}{remedy}")
     if expected and sha256(path) != expected:
@@ -594,6 +601,110 @@ def load_reference(name):
     if name in REFERENCES and not os.path.exists(name):
         name = fetch([REFERENCES[name]], remedy="give the path of a copy instead of the name")
     return read_statistics(name)
+
+
+def load_images(path, res=0):
+    """Images of a folder, .zip or .npz, uint8 (N, C, H, W), whole in memory.
+
+    res > 0: the middle square of each, RGB, LANCZOS to res. DataError for a smaller one; without res, for unequal ones.
+    """
+    if not res:
+        return torch.cat(list(read_images(path, batch=256))).contiguous()
+    with blame(path):
+        names, read = image_source(path)
+        images = np.empty((len(names), 3, res, res), np.uint8)
+        for i, name in enumerate(names):
+            image = Image.fromarray(read(name).squeeze()).convert("RGB")
+            if min(image.size) < res:
+                raise DataError(f"{path}: {name} is {image.width}x{image.height}, smaller than --res {res}")
+            images[i] = np.asarray(square(image, res)).transpose(2, 0, 1)
+    return torch.from_numpy(images)
+
+
+def prefetch(name):
+    """Download what a score against a name in REFERENCES needs, before hours of training and not after them."""
+    fetch(INCEPTION_URLS, INCEPTION_SHA256, "save a copy of it there")
+    if name in REFERENCES:
+        fetch([REFERENCES[name]], remedy="save a copy of it there")
+
+
+# ---- images to train on ------------------------------------------------------------------------
+def crop(image, res):
+    """Centre crop of ADM and EDM2: halve (BOX) while twice too large, BICUBIC to res, cut. RGB in, RGB out."""
+    while min(image.size) >= 2 * res:
+        image = image.resize(tuple(n // 2 for n in image.size), Image.BOX)
+    scale = res / min(image.size)
+    image = image.resize(tuple(round(n * scale) for n in image.size), Image.BICUBIC)
+    left, top = (image.width - res) // 2, (image.height - res) // 2
+    return image.crop((left, top, left + res, top + res))
+
+
+def square(image, res):
+    """The middle square, LANCZOS to res (U-ViT; own images). RGB in, RGB out."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side)).resize((res, res), Image.LANCZOS)
+
+
+# ---- images of a sampler -----------------------------------------------------------------------
+# A sampler is a function: seeds (a range) -> images (B, C, H, W) in [-1, 1]; image i follows from seed i alone.
+def draw(sampler, seeds, batch=64):
+    """Images of all seeds, `batch` at a time."""
+    return torch.cat([sampler(seeds[i:i + batch]) for i in range(0, len(seeds), batch)])
+
+
+def score(sampler, features, reference, samples, repeat=1, batch=250):
+    """Frechet distances of `repeat` sets of `samples` images, fresh seeds each; every process draws its share.
+
+    Returns their mean as text (with deviation and minimum if there are several), the list, and the last Reference.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    distances, device = [], next(features.parameters()).device
+    for j in range(repeat):
+        seeds = range(j * samples + rank, (j + 1) * samples, world)
+        batches = (to_uint8(sampler(seeds[i:i + batch])) for i in range(0, len(seeds), batch))
+        ours = measure(features, batches, device)
+        distances.append(frechet_distance(ours.mu, ours.cov, reference.mu, reference.cov))
+    text = f"{np.mean(distances):.2f}"
+    if repeat > 1:
+        text += f" +- {np.std(distances, ddof=1):.2f}, min {min(distances):.2f}"
+    return text, distances, ours
+
+
+def save_images(sampler, seeds, prefix, batch=64):
+    """One PNG a seed, prefix000007.png; every process draws and writes its share."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    os.makedirs(os.path.dirname(prefix), exist_ok=True)
+    mine = seeds[rank::world]
+    for i in range(0, len(mine), batch):
+        images = to_uint8(sampler(mine[i:i + batch])).permute(0, 2, 3, 1).cpu().numpy()
+        for seed, image in zip(mine[i:i + batch], images):
+            Image.fromarray(image.squeeze()).save(f"{prefix}{seed:06d}.png")
+
+
+def save_grid(images, path, columns=8, captions=()):
+    """(N, C, H, W) in [-1, 1] -> one PNG, rows of `columns`, small images enlarged; a caption above each row."""
+    x = to_uint8(images.cpu()).permute(0, 2, 3, 1).numpy()
+    zoom = max(1, 32 // x.shape[1])
+    x = x.repeat(zoom, 1).repeat(zoom, 2)
+    n, h, w, c = x.shape
+    top, gap = 18 if captions else 0, 2
+    sheet = np.zeros((-(-n // columns), top + h + gap, columns, w + gap, c), np.uint8)
+    for k, image in enumerate(x):
+        sheet[k // columns, top:top + h, k % columns, :w] = image
+    picture = Image.fromarray(sheet.reshape(-1, columns * (w + gap), c).squeeze())
+    pen = ImageDraw.Draw(picture)
+    for row, caption in enumerate(captions):          # Pillow's own font has no other letters
+        shown = caption.encode("latin-1", "replace").decode("latin-1")
+        pen.text((2, row * (top + h + gap) + 2), shown, fill="white")
+    picture.save(path + ".tmp", format="PNG")
+    os.replace(path + ".tmp", path)
+
+
+def table(rows):
+    """A list of dicts with the same keys as a Markdown table."""
+    lines = [rows[0].keys(), ["---"] * len(rows[0]), *(row.values() for row in rows)]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 # ---- command line ------------------------------------------------------------------------------

@@ -14,6 +14,10 @@
   PixelDistance                   squared, pseudo-Huber           ECT
   load_pretrained, load_weights   official checkpoints            read without running what the file holds
   fetch                           downloads                       checked, then renamed into the cache
+  sd_vae, CLIPText, dinov2        encoders of images, captions    diffusers and transformers, imported when called
+  save_checkpoint,                our own files                   whole after a kill at any moment
+  load_checkpoint, flatten
+  dropout_masks                   masks by place in the batch     one result for any number of processes
   SIZES                           constructor arguments           one row per model of the paper, and the digits
 
 Parameter names are the official ones, so that official checkpoints load by name. D_x is what EDM calls the denoised
@@ -23,6 +27,7 @@ import contextlib
 import fcntl
 import hashlib
 import http.client
+import importlib
 import importlib.util
 import io
 import math
@@ -33,8 +38,10 @@ import pickletools
 import re
 import shutil
 import struct
+import sys
 import urllib.parse
 import urllib.request
+import zipfile
 
 import numpy as np
 import torch
@@ -108,6 +115,43 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(min(32, channels // 4), channels, eps=1e-6)
 
 
+def dropout(block, x, kept):
+    """Dropout of a block in training. kept (B, C H W) bool: what stays, drawn by dropout_masks; None: torch draws."""
+    if kept is None or not block.training:
+        return F.dropout(x, block.dropout, block.training)
+    B, C, H, W = x.shape
+    return x * kept.view(B, H, W, C).permute(0, 3, 1, 2) / (1 - block.dropout)
+
+
+def mask_sizes(unet):
+    """Numbers that dropout decides on in each block, in the order of the forward pass; 0 = the block has none."""
+    blocks = [(name, block) for name, block in [*unet.enc.items(), *unet.dec.items()] if hasattr(block, "dropout")]
+    return [block.width * int(name.split("x")[0]) ** 2 if block.dropout else 0 for name, block in blocks]
+
+
+def dropout_masks(net, seeds):
+    """What dropout keeps in an EDMPrecond or EDM2Precond, (B, n) bool; None if it has no dropout or does not train.
+
+    Row i follows from seeds[i] alone, so a sample's masks depend on its place in the whole batch, and not on the
+    number of processes or micro-batches. The two calls of Eq. 3 share one.
+    """
+    size, p = sum(next(m.sizes for m in net.modules() if hasattr(m, "sizes"))), max((getattr(m, "dropout", 0) for m in net.modules()), default=0)
+    if not size or not net.training:
+        return None
+    device = next(net.parameters()).device
+    masks = torch.empty(len(seeds), size, dtype=torch.bool, device=device)
+    for row, seed in zip(masks, seeds):
+        row.bernoulli_(1 - p, generator=torch.Generator(device).manual_seed(seed))
+    return masks
+
+
+def split_masks(masks, sizes):
+    """dropout_masks -> an iterator over the part of each block, None for blocks without dropout."""
+    if masks is None:
+        return iter([None] * len(sizes))
+    return iter([part if size else None for part, size in zip(masks.split(sizes, 1), sizes)])
+
+
 class UNetBlock(nn.Module):
     """Residual block of DDPM++: two 3x3 convolutions, the noise embedding added between, optional self-attention.
 
@@ -120,7 +164,7 @@ class UNetBlock(nn.Module):
         self.conv0 = Conv2d(in_channels, out_channels, 3, up=up, down=down)
         self.affine = Linear(emb_channels, out_channels)
         self.norm1 = GroupNorm(out_channels)
-        self.dropout = dropout
+        self.dropout, self.width = dropout, out_channels
         self.conv1 = Conv2d(out_channels, out_channels, 3, init_weight=1e-5)
         self.skip = None
         if in_channels != out_channels or up or down:
@@ -131,10 +175,10 @@ class UNetBlock(nn.Module):
             self.qkv = Conv2d(out_channels, 3 * out_channels, 1, init_weight=math.sqrt(0.2))
             self.proj = Conv2d(out_channels, out_channels, 1, init_weight=1e-5)
 
-    def forward(self, x, emb):
+    def forward(self, x, emb, kept=None):
         h = self.conv0(F.silu(self.norm0(x)))
         h = F.silu(self.norm1(h + self.affine(emb)[:, :, None, None]))
-        h = self.conv1(F.dropout(h, self.dropout, self.training))
+        h = self.conv1(dropout(self, h, kept))
         x = (h + (x if self.skip is None else self.skip(x))) * math.sqrt(0.5)
         if self.norm2 is not None:
             # trap: channel 3c + {0, 1, 2} is q, k, v of channel c; they are not three contiguous blocks
@@ -191,8 +235,9 @@ class SongUNet(nn.Module):
                 self.dec[f"{res}x{res}_block{i}"] = UNetBlock(c_in, c, emb, attention=attention, dropout=dropout)
         self.dec[f"{res}x{res}_aux_norm"] = GroupNorm(c)
         self.dec[f"{res}x{res}_aux_conv"] = Conv2d(c, out_channels, 3, init_weight=1e-5)
+        self.sizes = mask_sizes(self)
 
-    def forward(self, x, noise_labels, class_labels=None, augment_labels=None):
+    def forward(self, x, noise_labels, class_labels=None, augment_labels=None, masks=None):
         half = self.model_channels // 2
         freqs = 1e-4 ** (torch.arange(half, device=x.device) / (half - 1))
         angles = noise_labels[:, None] * freqs
@@ -206,15 +251,15 @@ class SongUNet(nn.Module):
             emb = emb + self.map_augment(augment_labels)
         emb = F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
 
-        skips = []
+        skips, kept = [], split_masks(masks, self.sizes)
         for name, block in self.enc.items():
-            x = block(x) if name.endswith("_conv") else block(x, emb)
+            x = block(x) if name.endswith("_conv") else block(x, emb, next(kept))
             skips.append(x)
         for name, block in self.dec.items():
             if "_aux_" in name:
                 x = F.silu(block(x)) if name.endswith("norm") else block(x)
             else:
-                x = block(torch.cat([x, skips.pop()], 1) if "_block" in name else x, emb)
+                x = block(torch.cat([x, skips.pop()], 1) if "_block" in name else x, emb, next(kept))
         return x
 
 
@@ -226,7 +271,8 @@ IGNORED = {"use_fp16", "sigma_min", "sigma_max"}                  # in official 
 class EDMPrecond(nn.Module):
     """EDM preconditioning around DDPM++: D_x = c_skip x + c_out F(c_in x, c_noise)   (EDM Table 1, Eq. 7).
 
-    forward(x (B, C, H, W), sigma (B,), class_labels=None, augment_labels=None) -> D_x, float32.
+    forward(x (B, C, H, W), sigma (B,), class_labels=None, augment_labels=None, masks=None) -> D_x, float32.
+    masks: of dropout_masks; None: dropout as torch draws it.
     sigma_shift (same unit as sigma): outside training sigma - sigma_shift replaces sigma in the numerators, as the
     official CMT and ECT checkpoints are sampled (0.003); 0, our default, samples the function that was trained.
     ValueError for constructor arguments that are not DDPM++.
@@ -243,7 +289,7 @@ class EDMPrecond(nn.Module):
         self.sigma_data, self.sigma_shift = sigma_data, sigma_shift
         self.model = SongUNet(img_resolution, img_channels, img_channels, label_dim, **unet)
 
-    def forward(self, x, sigma, class_labels=None, augment_labels=None):
+    def forward(self, x, sigma, class_labels=None, augment_labels=None, masks=None):
         x, sigma = x.float(), sigma.float().reshape(-1, 1, 1, 1)
         if self.label_dim and class_labels is None:
             class_labels = x.new_zeros(len(x), self.label_dim)
@@ -253,7 +299,7 @@ class EDMPrecond(nn.Module):
         c_out = shifted * self.sigma_data / variance.sqrt()
         c_in = variance.rsqrt()
         c_noise = sigma.flatten().log() / 4
-        F_x = self.model(c_in * x, c_noise, class_labels, augment_labels)
+        F_x = self.model(c_in * x, c_noise, class_labels, augment_labels, masks)
         return c_skip * x + c_out * F_x.float()
 
 
@@ -405,7 +451,7 @@ class Block(nn.Module):
     def __init__(self, in_channels, out_channels, emb_channels, flavor="enc", resample="keep", attention=False,
                  channels_per_head=64, dropout=0.0, res_balance=0.3, attn_balance=0.3, clip_act=256):
         super().__init__()
-        self.flavor, self.resample, self.dropout = flavor, resample, dropout
+        self.flavor, self.resample, self.dropout, self.width = flavor, resample, dropout, out_channels
         self.res_balance, self.attn_balance, self.clip_act = res_balance, attn_balance, clip_act
         self.heads = out_channels // channels_per_head if attention else 0
         self.emb_gain = nn.Parameter(torch.zeros([]))
@@ -416,7 +462,7 @@ class Block(nn.Module):
         self.attn_qkv = MPConv(out_channels, 3 * out_channels, (1, 1)) if self.heads else None
         self.attn_proj = MPConv(out_channels, out_channels, (1, 1)) if self.heads else None
 
-    def forward(self, x, emb):
+    def forward(self, x, emb, kept=None):
         if self.resample == "up":
             x = F.interpolate(x, scale_factor=2, mode="nearest")
         elif self.resample == "down":
@@ -426,7 +472,7 @@ class Block(nn.Module):
             x = normalize(skip(x), 1)                 # trap: pixel norm after the skip convolution, before the branch
         y = self.conv_res0(mp_silu(x))
         c = (self.emb_linear(emb, self.emb_gain) + 1).to(y.dtype)
-        y = self.conv_res1(F.dropout(mp_silu(y * c[:, :, None, None]), self.dropout, self.training))
+        y = self.conv_res1(dropout(self, mp_silu(y * c[:, :, None, None]), kept))
         x = mp_sum(skip(x) if self.flavor == "dec" else x, y, self.res_balance)
         if self.heads:
             x = mp_sum(x, self.attn_proj(self.attend(x)), self.attn_balance)
@@ -488,18 +534,20 @@ class EDM2UNet(nn.Module):
                                                          attention=res in attn_resolutions)
                 c = width
         self.out_conv = MPConv(c, img_channels, (3, 3))
+        self.sizes = mask_sizes(self)
 
-    def forward(self, x, noise_labels, class_labels=None):
+    def forward(self, x, noise_labels, class_labels=None, masks=None):
         emb = self.emb_noise(self.emb_fourier(noise_labels))
         if self.emb_label is not None:
             emb = mp_sum(emb, self.emb_label(class_labels * math.sqrt(self.label_dim)), self.label_balance)
         emb = mp_silu(emb)
         x, skips = torch.cat([x, torch.ones_like(x[:, :1])], 1), []       # a channel of ones stands for the biases
+        kept = split_masks(masks, self.sizes)
         for name, block in self.enc.items():
-            x = block(x) if name.endswith("_conv") else block(x, emb)
+            x = block(x) if name.endswith("_conv") else block(x, emb, next(kept))
             skips.append(x)
         for name, block in self.dec.items():
-            x = block(mp_cat(x, skips.pop(), self.concat_balance) if "_block" in name else x, emb)
+            x = block(mp_cat(x, skips.pop(), self.concat_balance) if "_block" in name else x, emb, next(kept))
         return self.out_conv(x, self.out_gain)
 
 
@@ -523,14 +571,14 @@ class EDM2Precond(nn.Module):
         self.logvar_fourier = MPFourier(logvar_channels) if logvar_channels else None
         self.logvar_linear = MPConv(logvar_channels, 1) if logvar_channels else None
 
-    def forward(self, x, sigma, class_labels=None, return_logvar=False):
+    def forward(self, x, sigma, class_labels=None, return_logvar=False, masks=None):
         x, sigma = x.float(), sigma.float().reshape(-1, 1, 1, 1)
         if self.label_dim:
             class_labels = x.new_zeros(len(x), self.label_dim) if class_labels is None else class_labels.float()
         variance = sigma**2 + self.sigma_data**2
         c_skip, c_in = self.sigma_data**2 / variance, variance.rsqrt()
         c_out, c_noise = sigma * self.sigma_data * c_in, sigma.flatten().log() / 4
-        F_x = self.unet((c_in * x).to(self.compute_dtype or torch.float32), c_noise, class_labels)
+        F_x = self.unet((c_in * x).to(self.compute_dtype or torch.float32), c_noise, class_labels, masks)
         D_x = c_skip * x + c_out * F_x.float()
         return (D_x, self.logvar_linear(self.logvar_fourier(c_noise)).view(-1, 1, 1, 1)) if return_logvar else D_x
 
@@ -1304,3 +1352,131 @@ def turned(state, channels):
     turn = [cos * w.cos() + sin * w.sin(), cos * w.sin() - sin * w.cos()]
     state[TURNED[2]] = torch.cat(turn, 1).to(first.dtype)
     return state
+
+
+# ---- encoders ----------------------------------------------------------------------------------
+SD_SCALE = 0.18215                                    # latents of the SD-VAE times this have a deviation near 1
+
+
+def library(name):
+    """diffusers or transformers, which requirements.txt leaves out. WeightsError with the line that installs them."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise WeightsError(f"{name} is not installed: pip install diffusers transformers accelerate") from None
+
+
+def sd_vae(name, device):
+    """The SD-VAE (a folder, or a name on the hub), frozen, float32."""
+    return library("diffusers").AutoencoderKL.from_pretrained(name).to(device).requires_grad_(False).eval()
+
+
+def decode_latents(vae, z):
+    """Latents z (B, 4, h, w), not scaled -> what the VAE draws, (B, 3, 8 h, 8 w), 16 at a time."""
+    return torch.cat([vae.decode(part).sample for part in z.split(16)])
+
+
+class CLIPText:
+    """CLIP's text tower, frozen, float32: last hidden states of 77 tokens (U-ViT). Loaded when first asked."""
+
+    def __init__(self, name, device):
+        self.name, self.device, self.model = name, device, None
+
+    def load(self):
+        if self.model is None:
+            transformers = library("transformers")
+            self.tokenizer = transformers.CLIPTokenizer.from_pretrained(self.name)
+            self.model = transformers.CLIPTextModel.from_pretrained(self.name).to(self.device)
+            self.model.requires_grad_(False).eval()
+
+    def ids(self, captions):
+        """Captions -> token ids (B, 77), cut or filled."""
+        self.load()
+        return self.tokenizer(list(captions), padding="max_length", truncation=True, max_length=77,
+                              return_tensors="pt").input_ids
+
+    @torch.no_grad()
+    def __call__(self, words):
+        """Token ids (B, 77) -> features (B, 77, 768); features that were cached pass."""
+        words = words.to(self.device, non_blocking=True)
+        if words.is_floating_point():
+            return words.float()
+        self.load()
+        return self.model(input_ids=words.long()).last_hidden_state.float()
+
+
+def dinov2(name, device):
+    """f(uint8 (B, 3, 256, 256)) -> (B, 256, 768): the normed patch tokens of DINOv2 (REPA)."""
+    # choice: transformers' resampling of the table of positions to 16x16; REPA calls timm's
+    model = library("transformers").Dinov2Model.from_pretrained(name).to(device).requires_grad_(False).eval()
+    mean, std = (torch.tensor(c, device=device).view(3, 1, 1)
+                 for c in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+
+    @torch.no_grad()
+    def tokens(images):
+        x = (images.to(device).float() / 255 - mean) / std
+        return model(F.interpolate(x, 224, mode="bicubic")).last_hidden_state[:, 1:]
+    return tokens
+
+
+# ---- our own checkpoints -----------------------------------------------------------------------
+def flatten(net, tail=2):
+    """Make net's weights views of one vector and its gradients of another; returns both (frozen: None).
+
+    Optimiser, EMA, norm and all-reduce are then one operation each. The gradient is `tail` numbers longer: the loss
+    and whatever else is to be summed over the processes rides along.
+    """
+    params, offset = list(net.parameters()), 0
+    flat = torch.empty(sum(p.numel() for p in params), device=params[0].device)
+    frozen = not any(p.requires_grad for p in params)
+    grad = None if frozen else torch.zeros(len(flat) + tail, device=flat.device)
+    for p in params:
+        p.data = flat.as_strided(p.shape, p.stride(), offset).copy_(p.detach())
+        if not frozen:
+            p.grad = grad.as_strided(p.shape, p.stride(), offset)
+        offset += p.numel()
+    return flat, grad
+
+
+def save_checkpoint(path, **state):
+    """By temporary file, flush, rename: a kill at any moment leaves this one or the one before whole.
+
+    The one before stays as path.prev. OSError where it cannot be written; what was there stays.
+    """
+    try:
+        with open(path + ".tmp", "wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+    except (OSError, RuntimeError) as e:              # trap: torch turns a full disk into a RuntimeError
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path + ".tmp")
+        raise OSError(f"{path}: cannot be written ({type(e).__name__}); free some space, run again") from e
+    if os.path.exists(path):
+        os.replace(path, path + ".prev")
+    os.replace(path + ".tmp", path)
+    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def load_checkpoint(path, whole=False):
+    """The checkpoint at path, else (with a warning) the one before, memory-mapped; None if there is none.
+
+    whole: check every byte; torch does not, and 9 in 10 flipped bits would load in silence. WeightsError if there
+    are checkpoints and none is whole: never a fresh start.
+    """
+    found = [p for p in (path, path + ".prev") if os.path.exists(p)]
+    for p in found:
+        try:
+            if whole and zipfile.ZipFile(p).testzip():
+                raise ValueError("wrong CRC")
+            state = torch.load(p, map_location="cpu", weights_only=True, mmap=True)
+            if p != path:
+                print(f"warning: {path} is missing or damaged; going on from {p}", file=sys.stderr)
+            return state
+        except Exception as e:                        # damage can surface as any error
+            print(f"warning: {p} is damaged ({type(e).__name__}: {str(e)[:80]!r})", file=sys.stderr)
+    if found:
+        raise WeightsError(f"{path}: damaged, and so is the one before; move both away to start this stage again")
+    return None

@@ -1438,6 +1438,11 @@ def flatten(net, tail=2):
     return flat, grad
 
 
+def tensors_in(x):
+    """Every tensor in a dict of dicts."""
+    return [t for v in x.values() for t in tensors_in(v)] if isinstance(x, dict) else [x] if torch.is_tensor(x) else []
+
+
 def save_checkpoint(path, **state):
     """By temporary file, flush, rename: a kill at any moment leaves this one or the one before whole.
 
@@ -1451,7 +1456,8 @@ def save_checkpoint(path, **state):
     except (OSError, RuntimeError) as e:              # trap: torch turns a full disk into a RuntimeError
         with contextlib.suppress(FileNotFoundError):
             os.remove(path + ".tmp")
-        raise OSError(f"{path}: cannot be written ({type(e).__name__}); free some space, run again") from e
+        size = sum(t.nbytes for t in tensors_in(state))
+        raise OSError(f"{path}: cannot write {size:,} bytes ({type(e).__name__}); free some space, run again") from e
     if os.path.exists(path):
         os.replace(path, path + ".prev")
     os.replace(path + ".tmp", path)

@@ -13,6 +13,7 @@ Run the same command again to resume. Copy and fork as you please.
 """
 import argparse
 import difflib
+import errno
 import fcntl
 import hashlib
 import inspect
@@ -371,6 +372,8 @@ def pictures(cfg, found):
 # ---- plumbing ---------------------------------------------------------------------------------
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 STOP = []                                             # signals received: the loop saves, then ends
+# choice: half an hour for an answer: process 0 may be writing 24 GB while the others wait
+TIMEOUT = timedelta(minutes=30)
 KEPT = "step", "seconds", "skipped", "scale"          # counts of a stage that its checkpoint holds
 
 
@@ -385,9 +388,7 @@ def launch(cfg):
     if cfg.data == "digits":                          # small nets on many threads wait for each other
         torch.set_num_threads(1)
     if "RANK" in os.environ and not dist.is_initialized():
-        # choice: half an hour: the others wait while process 0 writes a checkpoint, 24 GB at the largest
-        dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo",
-                                timeout=timedelta(minutes=30))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo", timeout=TIMEOUT)
 
 
 def fail(code, message):
@@ -403,7 +404,8 @@ def one_line(cfg):
     try:
         yield
     except (fid.DataError, nets.WeightsError, OSError) as e:
-        fail(3, str(e).splitlines()[0])
+        full = getattr(e, "errno", 0) in (errno.EFBIG, errno.ENOSPC, errno.EDQUOT)
+        fail(3, str(e).splitlines()[0] + f"; free some space for {cfg.out} and run again" * full)
     except torch.OutOfMemoryError as e:
         now = cfg.batch_gpu or cfg.batch // WORLD
         fail(1, f"{str(e).splitlines()[0]} Run again with a --batch_gpu smaller than {now}")
@@ -476,6 +478,25 @@ def finished(path):
     """The checkpoint at path, or None if there is none or its stage has not come to its end."""
     ckpt = nets.load_checkpoint(path)
     return ckpt if ckpt and ckpt["step"] >= ckpt["cfg"]["steps"] else None
+
+
+def lr_at(cfg, step):
+    """Learning rate of a step: warm-up, and linear to zero unless --decay constant (B.2)."""
+    decay = 1 - step / cfg.steps if cfg.decay == "linear" else 1.0
+    return cfg.lr * decay * min(1.0, (step + 1) / (cfg.warmup + 1))
+
+
+def total(grad, scale):
+    """Sum over the processes the gradient and what rides behind it: the loss, and whether one has to stop.
+
+    Divides by the scale of the loss. Returns (norm, loss, stop) as numbers: here the host waits for the device.
+    """
+    grad[-1] = len(STOP) * scale
+    if WORLD > 1:
+        # choice: one all-reduce of one vector, no DDP wrapper: any number of processes, one result
+        dist.all_reduce(grad)                         # trap: process 0's own loss is not the loss
+    grad /= scale
+    return torch.stack([grad[:-2].norm(), grad[-2], grad[-1]]).tolist()
 
 
 def report(cfg, done, lr, since, **more):
@@ -650,8 +671,7 @@ def train(cfg):
     log(cfg, f"{cfg.stage}: {len(flat):,} parameters, {WORLD} process(es) on {DEVICE}")
 
     for step in range(start := since["step"], cfg.steps):
-        decay = 1 - step / cfg.steps if cfg.decay == "linear" else 1.0            # linear to zero (B.2)
-        opt.param_groups[0]["lr"] = lr = cfg.lr * decay * min(1.0, (step + 1) / (cfg.warmup + 1))
+        opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         if cfg.stage == "mid":
             solve, at = divmod(step * B, pairs)
@@ -686,12 +706,7 @@ def train(cfg):
                 loss = loss_ect(D, x[i], x_t, x_r, t, r, cfg.huber_c)         # Eq. 3
             (loss * weight).backward()
             grad[-2] += loss.detach() * weight
-        grad[-1] = len(STOP) * since["scale"]
-        if WORLD > 1:
-            # choice: one all-reduce of one vector, no DDP wrapper: any number of processes, one result
-            dist.all_reduce(grad)                 # trap: process 0's own loss is not the loss: it rides along
-        grad /= since["scale"]
-        norm, loss, stop = torch.stack([grad[:-2].norm(), grad[-2], grad[-1]]).tolist()   # the wait of a step
+        norm, loss, stop = total(grad, since["scale"])                        # the one wait of a step
         if math.isfinite(norm + loss):            # else: no step, and no trace of it in weights and moments
             opt.step()
         grad.zero_()
@@ -770,7 +785,8 @@ def evaluate(cfg):
             sampler, column = make_sampler(cfg, net, kind), f"{steps}-step {metric}"
             row[column], values, ours = fid.score(sampler, features, reference, cfg.samples, cfg.repeat,
                                                   cfg.batch_gpu or 250)
-            log(cfg, f"eval: {name} {column} {row[column]}", stage="eval", net=name, metric=column, values=values)
+            log(cfg, f"eval: {name} {column} {row[column]}",
+                stage="eval", net=name, metric=column, values=values)
         rows.append(row)
     note = f"{cfg.samples} samples a score, seeds from 0, EMA weights, second noise level {cfg.mid_sigma}"
     text = f"{fid.table(rows)}\n\n{fid.protocol(ours, reference)}\n{note}, sigma_shift {cfg.sigma_shift}."
@@ -785,18 +801,20 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     cfg = parse(argv)
     launch(cfg)
-    with one_line(cfg), open_out(cfg, argv) if RANK == 0 else nullcontext():       # holds the lock of <out>
-        stages = STAGES if cfg.stage == "all" else [cfg.stage]
-        configs = [parse([*argv, "--stage", stage]) for stage in stages]
+    stages = STAGES if cfg.stage == "all" else [cfg.stage]
+    configs = [parse([*argv, "--stage", stage]) for stage in stages]
+    with one_line(cfg):
         for c in configs:
             check(c)
-        for c in configs:
-            if cfg.stage == "all" and (c.stage == "eval" or c.stage == "post" and c.mid != "none"):
-                c = replace(c, init=Config.init)      # --init FILE starts the first stage, not all
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = c.precision != "fp32"
-            for number in (signal.SIGTERM, signal.SIGINT):        # training saves first, the rest just ends
-                signal.signal(number, signal.SIG_DFL if c.stage in RUN else on_signal)
-            RUN.get(c.stage, train)(c)
+        with open_out(cfg, argv) if RANK == 0 else nullcontext():     # holds the lock of <out>
+            for c in configs:
+                if cfg.stage == "all" and (c.stage == "eval" or c.stage == "post" and c.mid != "none"):
+                    c = replace(c, init=Config.init)  # --init FILE starts the first stage, not all
+                torch.backends.cuda.matmul.allow_tf32 = c.precision != "fp32"
+                torch.backends.cudnn.allow_tf32 = c.precision != "fp32"
+                for number in (signal.SIGTERM, signal.SIGINT):    # training saves first, the rest just ends
+                    signal.signal(number, signal.SIG_DFL if c.stage in RUN else on_signal)
+                RUN.get(c.stage, train)(c)
     if dist.is_initialized():
         dist.destroy_process_group()
 

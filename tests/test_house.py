@@ -12,10 +12,15 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(ROOT.glob("train_*.py"))
 MODULES = ["nets", "solvers", "fid"]
-OWN = {"forward", "Config", "load_data", "main", "train", "candidates", "evaluate", "sheets", "build", "student", "model_size",
-       "teacher_state", "make_distance", "make_sampler", "check_batch", "sample",
-       "data_name", "data_file", "teacher_pairs", "run_stage", "solves"}    # what a script may say in its own way
+OWN = {"Config", "load_data", "data_name", "check", "teacher_pairs", "make_sampler", "teacher_state", "first_weights",
+       "build", "train", "candidates", "evaluate"}    # what a script may say in its own way: its data, nets and science
+# Lines and flags at most (style.md 3.3). Raise one only in a commit that says what the lines are for.
+BUDGET = {"train_cmt_cifar.py": 800, "train_cmt_imagenet.py": 960, "train_mf_imagenet256.py": 940,
+          "train_t2i_coco.py": 1100, "nets.py": 1500, "fid.py": 820, "solvers.py": 200, "bench.py": 800, "claims.py": 500,
+          "README.md": 240}
+FLAGS = {"train_cmt_cifar.py": 34, "train_cmt_imagenet.py": 40, "train_mf_imagenet256.py": 41, "train_t2i_coco.py": 42}
 README = (ROOT / "README.md").read_text()
+DOCS = {p.name: p.read_text() for p in sorted((ROOT / "docs").glob("*.md"))}
 
 
 def toplevel(path):
@@ -35,20 +40,40 @@ def test_same_name_same_text():
                 first = seen.setdefault(name, (path.name, source))
                 compared += first[0] != path.name
                 assert source == first[1], f"{name} differs: {first[0]} and {path.name}"
-    assert compared >= 12 * (len(SCRIPTS) - 1)        # the guard must never run empty
+    assert compared >= 20 * (len(SCRIPTS) - 1) and len(OWN) <= 12         # the guard must never run empty
+
+
+@pytest.mark.parametrize("name", BUDGET)
+def test_files_stay_within_their_budget(name):
+    lines = (ROOT / name).read_text().splitlines()
+    assert len(lines) <= BUDGET[name]
+    assert name.endswith(".md") or max(map(len, lines)) <= 110
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
+def test_functions_are_short_and_take_few_parameters(path):
+    """The loop of train is one screen; only train is longer than a page; losses may take two parameters more."""
+    assert len(fields(__import__(path.stem).Config)) <= FLAGS[path.name]
+    for n in ast.walk(ast.parse(path.read_text())):
+        if isinstance(n, ast.FunctionDef):
+            assert n.end_lineno - n.lineno < (115 if n.name == "train" else 45), n.name
+            assert len(n.args.args) <= (8 if n.name.startswith("loss_") else 6), n.name
+            if n.name == "train":
+                loop = next(k for k in n.body if isinstance(k, ast.For))
+                assert loop.end_lineno - loop.lineno < 65, "the loop of train"
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda p: p.name)
 def test_imports_follow_the_house(path):
     allowed = {"nets": {"torch", "numpy"}, "solvers": {"torch"}, "fid": {"torch", "numpy", "PIL"}}
     allowed = allowed.get(path.stem, {"torch", "numpy", "PIL", *MODULES})
-    allowed = allowed | {p.stem for p in SCRIPTS} if path.stem == "bench" else allowed
+    allowed = allowed | {p.stem for p in SCRIPTS} if path.stem in ("bench", "claims") else allowed
     def roots(nodes):
         return {name.split(".")[0] for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))
                 for name in ([node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names])}
     tree = ast.parse(path.read_text())
     assert roots(tree.body) - set(sys.stdlib_module_names) <= allowed
-    optional = {"diffusers", "transformers"} if path in SCRIPTS else set()            # encoders: inside their functions
+    optional = {"lpips"} if path.stem == "nets" else set()          # diffusers, transformers: by importlib, when called
     assert roots(ast.walk(tree)) - set(sys.stdlib_module_names) <= allowed | optional
 
 
@@ -59,9 +84,8 @@ def test_six_banners_in_one_order(path):
 
 
 @pytest.mark.parametrize("path", [*SCRIPTS, *(ROOT / f"{m}.py" for m in MODULES)], ids=lambda p: p.name)
-def test_lines_are_short_and_functions_documented(path):
+def test_functions_are_documented(path):
     text = path.read_text()
-    assert max(map(len, text.splitlines())) <= 120
     missing = [n.name for n in ast.parse(text).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))
                and not ast.get_docstring(n) and n.name != "Config"]
     assert not missing
@@ -87,17 +111,23 @@ def test_mid_training_is_bf16_and_post_training_keeps_its_step(path, tmp_path, m
     exact = "fp32" if path.stem == "train_cmt_cifar" else "tf32"        # q = 4096 there: TF32 rounds as much as it is
     assert given == {"pretrain": exact, "mid": "bf16", "post": exact, "eval": exact}
     assert {script.parse(["--data", "digits", "--stage", s]).precision for s in given} == {"fp32"}
-    monkeypatch.setattr(script, "run_stage", lambda c, *_: seen.update({c.precision: torch.backends.cudnn.allow_tf32}))
+    def watch(note):
+        monkeypatch.setattr(script, "check", lambda c: None)
+        monkeypatch.setattr(script, "train", note)
+        for stage in script.RUN:
+            monkeypatch.setitem(script.RUN, stage, note)
+    watch(lambda c: seen.update({c.precision: torch.backends.cudnn.allow_tf32}))
     before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
     for name in ("tf32", "fp32", "bf16"):
         script.main(["--data", "digits", "--stage", "eval", "--precision", name, "--out", str(tmp_path)])
     assert seen == {"tf32": True, "fp32": False, "bf16": True}
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     seen.clear()
-    monkeypatch.setattr(script, "run_stage", lambda c, *_: seen.update({c.stage: (c.init, signal.getsignal(signal.SIGTERM))}))
+    watch(lambda c: seen.update({c.stage: (c.init, signal.getsignal(signal.SIGTERM))}))
     script.main(["--data", "digits", "--init", "mine.pt", "--out", str(tmp_path)])
-    assert {s for s, (_, f) in seen.items() if f == script.on_signal} == {*script.TRAINED} & {*seen}     # eval just ends
-    assert seen["mid"][0] == "mine.pt" and seen["eval"][0] == script.Config.init        # what was trained is scored
+    assert {s for s, (_, f) in seen.items() if f == script.on_signal} == {*script.STAGES} - {"eval"}     # eval just ends
+    assert seen["mid"][0] == "mine.pt"
+    assert seen["post"][0] == seen["eval"][0] == script.Config.init                   # what was trained goes on, is scored
     for number, handler in zip((signal.SIGTERM, signal.SIGINT), before):
         signal.signal(number, handler)
 
@@ -107,11 +137,11 @@ def commands(text):
     for line in text.splitlines():
         found = re.match(r"\s*(?:pip install \S+ \S+ && )?((?:python|torchrun)\b.*?)(?:\s{2,}#.*)?$", line)
         for command in [found[1]] if found else re.findall(r"`((?:python|torchrun)[^`]*)`", line):
-            if re.search(r"\b(train_\w+|fid|bench)\.py\b", command):
+            if re.search(r"\b(train_\w+|fid|bench|claims)\.py\b", command):
                 yield command
 
 
-ALL = sorted({c for text in [README, *(p.read_text().split('"""')[1] for p in SCRIPTS)] for c in commands(text)})
+ALL = sorted({c for text in [README, *DOCS.values(), *(p.read_text().split('"""')[1] for p in SCRIPTS)] for c in commands(text)})
 
 
 @pytest.mark.parametrize("command", [c for c in ALL if "train_" in c])
@@ -123,11 +153,11 @@ def test_every_printed_command_parses(command):
     __import__(name[:-3]).parse(words[words.index(name) + 1:])
 
 
-def test_readme_prints_commands_and_choices_of_the_code():
-    assert len([c for c in ALL if c in README]) >= 15
+def test_readme_prints_commands_and_docs_the_choices_of_the_code():
+    assert len([c for c in ALL if c in README]) >= 12
     for path in [*SCRIPTS, ROOT / "solvers.py", ROOT / "nets.py"]:
         for line in re.findall(r"# choice: (.{20})", path.read_text()):
-            assert line.split(",")[0].split(";")[0][:14].strip().lower() in README.lower(), f"{path.name}: choice not in README: {line}"
+            assert line.split(",")[0].split(";")[0][:14].strip().lower() in DOCS["choices.md"].lower(), f"{path.name}: not in docs/choices.md: {line}"
 
 
 def test_the_loss_of_the_forking_guide_works():
@@ -144,9 +174,17 @@ def test_the_loss_of_the_forking_guide_works():
     assert distance.distance(distance.features(x + 1), distance.features(x)).abs().max() < 1e-10   # flat areas: nothing
 
 
-def test_links_of_the_readme_lead_to_their_lines():
-    """[`name`](file.py#L12) points at the line that defines name."""
-    links = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", README)
-    wrong = [link for link in links if not re.match(
-        rf"(def|class) {link[0]}\b", (ROOT / link[1]).read_text().splitlines()[int(link[2]) - 1])]
-    assert len(links) >= 8 and not wrong
+@pytest.mark.parametrize("name", ["README.md", *(f"docs/{n}" for n in DOCS)])
+def test_links_lead_somewhere(name):
+    """[`name`](file.py) leads to a file that defines name, other links to a file, and to a heading where they name one."""
+    text, folder = (ROOT / name).read_text(), (ROOT / name).parent
+    for word, target, heading in re.findall(r"\[([^\]]+)\]\(([^)#\s]*)(#[^)]*)?\)", text):
+        if "://" in target:
+            continue
+        path = (folder / target).resolve() if target else ROOT / name
+        assert path.exists(), f"{name}: {target}"
+        if path.suffix == ".py" and re.fullmatch(r"`\w+`", word):
+            assert re.search(rf"^(def|class) {word[1:-1]}\b|^{word[1:-1]}\b.*=", path.read_text(), re.M), f"{word} {target}"
+        if heading and path.suffix == ".md":
+            titles = [re.sub(r"[^\w\- ]", "", t.lower()).replace(" ", "-") for t in re.findall(r"^#+ (.*)", path.read_text(), re.M)]
+            assert heading[1:] in titles, f"{name}: {target}{heading}"

@@ -161,9 +161,10 @@ def resize_tf1(x, size=299):
 class InceptionV3(nn.Module):
     """The 2015 FID network; names of parameters are those of pt_inception-2015-12-05-6726825d.pth.
 
-    state: its state dict, loaded strictly (None: untrained, for shapes). resize: "tf1" or "half_pixel"; the bare
-    class takes the public port's half_pixel, every score of ours comes from load_inception, whose default is tf1.
-    forward: images uint8 (B, 3 or 1, H, W) -> pool3 features (B, 2048) float32, without gradient.
+    state: its state dict, loaded strictly (None: untrained, for shapes). resize: "tf1" or "half_pixel"; the
+    bare class takes the public port's half_pixel, every score of ours comes from load_inception, whose
+    default is tf1. forward: images uint8 (B, 3 or 1, H, W) -> pool3 features (B, 2048) float32, without
+    gradient.
     """
     dim = 2048
 
@@ -442,7 +443,8 @@ def sha256(file):
 def fetch(urls, expected="", remedy=""):
     """Path of a file in $CMT_CACHE or ~/.cache/cmt; else downloaded to a temporary name, checked, renamed.
 
-    Processes that miss it at the same time wait for the first of them. DataError names urls, file, sums and remedy.
+    Processes that miss it at the same time wait for the first of them. DataError names urls, file, sums and
+    remedy.
     """
     cache = os.environ.get("CMT_CACHE") or os.path.expanduser("~/.cache/cmt")
     path, problems = os.path.join(cache, os.path.basename(urls[0])), ""
@@ -606,7 +608,8 @@ def load_reference(name):
 def load_images(path, res=0):
     """Images of a folder, .zip or .npz, uint8 (N, C, H, W), whole in memory.
 
-    res > 0: the middle square of each, RGB, LANCZOS to res. DataError for a smaller one; without res, for unequal ones.
+    res > 0: the middle square of each, RGB, LANCZOS to res. DataError for a smaller one; without res, for
+    unequal ones.
     """
     if not res:
         return torch.cat(list(read_images(path, batch=256))).contiguous()
@@ -622,7 +625,8 @@ def load_images(path, res=0):
 
 
 def prefetch(name):
-    """Download what a score against a name in REFERENCES needs, before hours of training and not after them."""
+    """Download what a score against a name in REFERENCES needs, before hours of training and not after them.
+    """
     fetch(INCEPTION_URLS, INCEPTION_SHA256, "save a copy of it there")
     if name in REFERENCES:
         fetch([REFERENCES[name]], remedy="save a copy of it there")
@@ -630,7 +634,8 @@ def prefetch(name):
 
 # ---- images to train on ------------------------------------------------------------------------
 def crop(image, res):
-    """Centre crop of ADM and EDM2: halve (BOX) while twice too large, BICUBIC to res, cut. RGB in, RGB out."""
+    """Centre crop of ADM and EDM2: halve (BOX) while twice too large, BICUBIC to res, cut. RGB in, RGB out.
+    """
     while min(image.size) >= 2 * res:
         image = image.resize(tuple(n // 2 for n in image.size), Image.BOX)
     scale = res / min(image.size)
@@ -647,16 +652,19 @@ def square(image, res):
 
 
 # ---- images of a sampler -----------------------------------------------------------------------
-# A sampler is a function: seeds (a range) -> images (B, C, H, W) in [-1, 1]; image i follows from seed i alone.
+# A sampler is a function: seeds (a range) -> images (B, C, H, W) in [-1, 1]; image i follows from seed i
+# alone.
 def draw(sampler, seeds, batch=64):
     """Images of all seeds, `batch` at a time."""
     return torch.cat([sampler(seeds[i:i + batch]) for i in range(0, len(seeds), batch)])
 
 
 def score(sampler, features, reference, samples, repeat=1, batch=250):
-    """Frechet distances of `repeat` sets of `samples` images, fresh seeds each; every process draws its share.
+    """Frechet distances of `repeat` sets of `samples` images, fresh seeds each; every process draws its
+    share.
 
-    Returns their mean as text (with deviation and minimum if there are several), the list, and the last Reference.
+    Returns their mean as text (with deviation and minimum if there are several), the list, and the last
+    Reference.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     distances, device = [], next(features.parameters()).device
@@ -683,7 +691,8 @@ def save_images(sampler, seeds, prefix, batch=64):
 
 
 def save_grid(images, path, columns=8, captions=()):
-    """(N, C, H, W) in [-1, 1] -> one PNG, rows of `columns`, small images enlarged; a caption above each row."""
+    """(N, C, H, W) in [-1, 1] -> one PNG, rows of `columns`, small images enlarged; a caption above each row.
+    """
     x = to_uint8(images.cpu()).permute(0, 2, 3, 1).numpy()
     zoom = max(1, 32 // x.shape[1])
     x = x.repeat(zoom, 1).repeat(zoom, 2)

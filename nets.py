@@ -1,27 +1,27 @@
 """Networks: what the scripts train, learn from and measure distance with. No losses, no loops.
 
-  what                            of                              source
-  EDMPrecond, SongUNet            D(x, sigma), pixels             DDPM++ of Score-SDE with the preconditioning of EDM
-  EDM2Precond, EDM2UNet           D(x, sigma, y), pixels, latents EDM2, normalised weights
-  force_weight_norm, hoist,       its weights normalised once     EDM2 Eq. 47, 66
-  freeze                          per step, per batch, for good
-  DiT                             v or u(x, t, r, y), latents     DiT, SiT with REPA's projector, Mean Flow
-  MMDiT                           v or u(x, t, text, r), latents  MM-DiT of SD3 in the size of REPA
-  load_flow                       their official checkpoints      SiT, REPA, Mean Flow: turned to one clock
-  LPIPS                           distance of images in [-1, 1]   VGG-16 and the linear heads of the lpips package
-  VGG                             distance of latents, digits     CMT App. B.5: trained on the data's own labels
-  ELatentLPIPS                    distance of latents             CMT App. B.5: VGG-16 with GroupNorm
-  PixelDistance                   squared, pseudo-Huber           ECT
-  load_pretrained, load_weights   official checkpoints            read without running what the file holds
-  fetch                           downloads                       checked, then renamed into the cache
-  sd_vae, CLIPText, dinov2        encoders of images, captions    diffusers and transformers, imported when called
-  save_checkpoint,                our own files                   whole after a kill at any moment
+  what                          of                            source
+  EDMPrecond, SongUNet          D(x, sigma)                   DDPM++ of Score-SDE, preconditioned as in EDM
+  EDM2Precond, EDM2UNet         D(x, sigma, y)                EDM2, normalised weights
+  force_weight_norm, hoist,     its weights normalised once   EDM2 Eq. 47, 66
+  freeze                        per step, batch, for good
+  DiT                           v or u(x, t, r, y)            DiT, SiT with REPA's projector, Mean Flow
+  MMDiT                         v or u(x, t, text, r)         MM-DiT of SD3 in the size of REPA
+  load_flow                     their official checkpoints    SiT, REPA, Mean Flow: turned to one clock
+  LPIPS                         distance of images in [-1, 1] VGG-16 and the linear heads of the lpips package
+  VGG                           distance of latents, digits   CMT App. B.5: trained on the data's own labels
+  ELatentLPIPS                  distance of latents           CMT App. B.5: VGG-16 with GroupNorm
+  PixelDistance                 squared, pseudo-Huber         ECT
+  load_pretrained, load_weights official checkpoints          read without running what the file holds
+  fetch                         downloads                     checked, then renamed into the cache
+  sd_vae, CLIPText, dinov2      encoders of images, captions  diffusers and transformers, imported when called
+  save_checkpoint,              our own files                 whole after a kill at any moment
   load_checkpoint, flatten
-  dropout_masks                   masks by place in the batch     one result for any number of processes
-  SIZES                           constructor arguments           one row per model of the paper, and the digits
+  dropout_masks                 masks by place in the batch   one result for any number of processes
+  SIZES                         constructor arguments         one row per model of the paper, and the digits
 
-Parameter names are the official ones, so that official checkpoints load by name. D_x is what EDM calls the denoised
-image; sigma is a noise level per sample, (B,); images are (B, C, H, W) in [-1, 1].
+Parameter names are the official ones, so that official checkpoints load by name. D_x is what EDM calls the
+denoised image; sigma is a noise level per sample, (B,); images are (B, C, H, W) in [-1, 1].
 """
 import contextlib
 import fcntl
@@ -54,13 +54,13 @@ SIZES = {  # EDMPrecond(**row); 55.7M and 61.8M parameters at 32 and 64 pixels (
     "ddpm++-64": dict(img_resolution=64, img_channels=3, model_channels=128, channel_mult=(1, 2, 2, 2)),
     "ddpm++-8": dict(img_resolution=8, img_channels=1, model_channels=32, channel_mult=(1, 1), num_blocks=1,
                      attn_resolutions=()),
-    "ddpm++-16": dict(img_resolution=16, img_channels=3, model_channels=32, channel_mult=(1, 1, 1), num_blocks=1,
-                      attn_resolutions=()),
+    "ddpm++-16": dict(img_resolution=16, img_channels=3, model_channels=32, channel_mult=(1, 1, 1),
+                      num_blocks=1, attn_resolutions=()),
     # EDM2Precond(resolution, channels, labels, **row)
     **{f"edm2-{name}": dict(model_channels=width) for name, width in
        dict(xxs=64, xs=128, s=192, m=256, l=320, xl=384, xxl=448).items()},
-    "edm2-8": dict(model_channels=32, channel_mult=(1, 1), channel_mult_emb=4, num_blocks=1, attn_resolutions=(4,),
-                   channels_per_head=32),
+    "edm2-8": dict(model_channels=32, channel_mult=(1, 1), channel_mult_emb=4, num_blocks=1,
+                   attn_resolutions=(4,), channels_per_head=32),
     # DiT(**row), MMDiT(**row)
     "dit-s/4": dict(patch_size=4, hidden_size=384, depth=12, num_heads=6),
     "dit-b/4": dict(patch_size=4, hidden_size=768, depth=12, num_heads=12),
@@ -82,14 +82,14 @@ class Linear(nn.Linear):
 
 
 class Conv2d(nn.Conv2d):
-    """Convolution that may halve or double the resolution first: 2x2 mean or nearest neighbour (filter [1, 1])."""
+    """Convolution that may first halve or double the resolution: 2x2 mean, nearest neighbour."""
 
     def __init__(self, in_channels, out_channels, kernel, up=False, down=False, init_weight=1.0):
         super().__init__(in_channels, out_channels, kernel, padding=kernel // 2)
         self.up, self.down = up, down
         xavier_(self, init_weight)
         if up or down:
-            self.register_buffer("resample_filter", torch.full((1, 1, 2, 2), 0.25))    # in official checkpoints
+            self.register_buffer("resample_filter", torch.full((1, 1, 2, 2), 0.25))  # in official checkpoints
 
     def forward(self, x):
         if self.up:
@@ -116,7 +116,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 def dropout(block, x, kept):
-    """Dropout of a block in training. kept (B, C H W) bool: what stays, drawn by dropout_masks; None: torch draws."""
+    """Dropout in training. kept (B, C H W) bool: what stays (dropout_masks); None: torch draws it."""
     if kept is None or not block.training:
         return F.dropout(x, block.dropout, block.training)
     B, C, H, W = x.shape
@@ -124,21 +124,22 @@ def dropout(block, x, kept):
 
 
 def mask_sizes(unet):
-    """Numbers that dropout decides on in each block, in the order of the forward pass; 0 = the block has none."""
-    blocks = [(name, block) for name, block in [*unet.enc.items(), *unet.dec.items()] if hasattr(block, "dropout")]
-    return [block.width * int(name.split("x")[0]) ** 2 if block.dropout else 0 for name, block in blocks]
+    """How many numbers dropout decides on in each block, in forward order; 0: it has no dropout."""
+    named = [*unet.enc.items(), *unet.dec.items()]
+    return [block.width * int(name.split("x")[0]) ** 2 * (block.dropout > 0)
+            for name, block in named if hasattr(block, "dropout")]
 
 
 def dropout_masks(net, seeds):
-    """What dropout keeps in an EDMPrecond or EDM2Precond, (B, n) bool; None if it has no dropout or does not train.
+    """What dropout keeps in an EDMPrecond or EDM2Precond, (B, n) bool; None where nothing drops.
 
-    Row i follows from seeds[i] alone, so a sample's masks depend on its place in the whole batch, and not on the
-    number of processes or micro-batches. The two calls of Eq. 3 share one.
+    Row i follows from seeds[i] alone, so a sample's masks depend on its place in the whole batch, and not on
+    the number of processes or micro-batches. The two calls of Eq. 3 share one.
     """
-    size, p = sum(next(m.sizes for m in net.modules() if hasattr(m, "sizes"))), max((getattr(m, "dropout", 0) for m in net.modules()), default=0)
+    size = sum(next(m.sizes for m in net.modules() if hasattr(m, "sizes")))
     if not size or not net.training:
         return None
-    device = next(net.parameters()).device
+    p, device = max(getattr(m, "dropout", 0) for m in net.modules()), next(net.parameters()).device
     masks = torch.empty(len(seeds), size, dtype=torch.bool, device=device)
     for row, seed in zip(masks, seeds):
         row.bernoulli_(1 - p, generator=torch.Generator(device).manual_seed(seed))
@@ -147,18 +148,19 @@ def dropout_masks(net, seeds):
 
 def split_masks(masks, sizes):
     """dropout_masks -> an iterator over the part of each block, None for blocks without dropout."""
-    if masks is None:
-        return iter([None] * len(sizes))
-    return iter([part if size else None for part, size in zip(masks.split(sizes, 1), sizes)])
+    parts = [None] * len(sizes) if masks is None else masks.split(sizes, 1)
+    return iter([part if size else None for part, size in zip(parts, sizes)])
 
 
 class UNetBlock(nn.Module):
-    """Residual block of DDPM++: two 3x3 convolutions, the noise embedding added between, optional self-attention.
+    """Residual block of DDPM++: two 3x3 convolutions, the noise embedding added between, optional
+    self-attention.
 
     forward: x (B, in, H, W), emb (B, emb_channels) -> (B, out, H', W'). Both sums are scaled by sqrt(1/2).
     """
 
-    def __init__(self, in_channels, out_channels, emb_channels, up=False, down=False, attention=False, dropout=0.0):
+    def __init__(self, in_channels, out_channels, emb_channels, up=False, down=False, attention=False,
+                 dropout=0.0):
         super().__init__()
         self.norm0 = GroupNorm(in_channels)
         self.conv0 = Conv2d(in_channels, out_channels, 3, up=up, down=down)
@@ -182,22 +184,24 @@ class UNetBlock(nn.Module):
         x = (h + (x if self.skip is None else self.skip(x))) * math.sqrt(0.5)
         if self.norm2 is not None:
             # trap: channel 3c + {0, 1, 2} is q, k, v of channel c; they are not three contiguous blocks
-            q, k, v = self.qkv(self.norm2(x)).unflatten(1, (-1, 3)).flatten(3).transpose(1, 3).unbind(2)  # (B, HW, C)
+            # (B, HW, C)
+            q, k, v = self.qkv(self.norm2(x)).unflatten(1, (-1, 3)).flatten(3).transpose(1, 3).unbind(2)
             a = F.scaled_dot_product_attention(q, k, v)
             x = (self.proj(a.transpose(1, 2).reshape(x.shape)) + x) * math.sqrt(0.5)
         return x
 
 
 class SongUNet(nn.Module):
-    """DDPM++ (Song et al. 2021, Table 7 of EDM): U-Net over resolutions, attention where attn_resolutions says.
+    """DDPM++ (Song et al. 2021, Table 7 of EDM): U-Net over resolutions, attention where attn_resolutions
+    says.
 
     forward(x (B, C, H, W), noise_labels (B,), class_labels (B, label_dim) one-hot or None,
     augment_labels (B, augment_dim) or None) -> F_x (B, C, H, W).
     """
 
-    def __init__(self, img_resolution, in_channels, out_channels, label_dim=0, augment_dim=0, model_channels=128,
-                 channel_mult=(1, 2, 2, 2), channel_mult_emb=4, num_blocks=4, attn_resolutions=(16,), dropout=0.1,
-                 label_dropout=0.0):
+    def __init__(self, img_resolution, in_channels, out_channels, label_dim=0, augment_dim=0,
+                 model_channels=128, channel_mult=(1, 2, 2, 2), channel_mult_emb=4, num_blocks=4,
+                 attn_resolutions=(16,), dropout=0.1, label_dropout=0.0):
         super().__init__()
         self.model_channels, self.label_dropout = model_channels, label_dropout
         emb = model_channels * channel_mult_emb
@@ -232,7 +236,8 @@ class SongUNet(nn.Module):
             for i in range(num_blocks + 1):
                 c_in, c = c + skips.pop(), model_channels * mult
                 attention = i == num_blocks and res in attn_resolutions
-                self.dec[f"{res}x{res}_block{i}"] = UNetBlock(c_in, c, emb, attention=attention, dropout=dropout)
+                self.dec[f"{res}x{res}_block{i}"] = UNetBlock(c_in, c, emb, attention=attention,
+                                                              dropout=dropout)
         self.dec[f"{res}x{res}_aux_norm"] = GroupNorm(c)
         self.dec[f"{res}x{res}_aux_conv"] = Conv2d(c, out_channels, 3, init_weight=1e-5)
         self.sizes = mask_sizes(self)
@@ -241,7 +246,7 @@ class SongUNet(nn.Module):
         half = self.model_channels // 2
         freqs = 1e-4 ** (torch.arange(half, device=x.device) / (half - 1))
         angles = noise_labels[:, None] * freqs
-        emb = torch.cat([angles.sin(), angles.cos()], 1)                                     # (B, model_channels)
+        emb = torch.cat([angles.sin(), angles.cos()], 1)                                 # (B, model_channels)
         if self.map_label is not None:
             if self.training and self.label_dropout:
                 keep = torch.rand(len(x), 1, device=x.device) >= self.label_dropout
@@ -263,8 +268,8 @@ class SongUNet(nn.Module):
         return x
 
 
-FIXED = dict(model_type="SongUNet", embedding_type="positional", encoder_type="standard", decoder_type="standard",
-             channel_mult_noise=1, resample_filter=[1, 1])        # what makes a SongUNet a DDPM++ (EDM Table 7)
+FIXED = dict(model_type="SongUNet", embedding_type="positional", encoder_type="standard",
+             decoder_type="standard", channel_mult_noise=1, resample_filter=[1, 1])    # a SongUNet that is a DDPM++
 IGNORED = {"use_fp16", "sigma_min", "sigma_max"}                  # in official files, without a meaning here
 
 
@@ -273,9 +278,9 @@ class EDMPrecond(nn.Module):
 
     forward(x (B, C, H, W), sigma (B,), class_labels=None, augment_labels=None, masks=None) -> D_x, float32.
     masks: of dropout_masks; None: dropout as torch draws it.
-    sigma_shift (same unit as sigma): outside training sigma - sigma_shift replaces sigma in the numerators, as the
-    official CMT and ECT checkpoints are sampled (0.003); 0, our default, samples the function that was trained.
-    ValueError for constructor arguments that are not DDPM++.
+    sigma_shift (same unit as sigma): outside training sigma - sigma_shift replaces sigma in the numerators,
+    as the official CMT and ECT checkpoints are sampled (0.003); 0, our default, samples the function that was
+    trained. ValueError for constructor arguments that are not DDPM++.
     """
 
     def __init__(self, img_resolution, img_channels, label_dim=0, sigma_data=0.5, sigma_shift=0.0, **unet):
@@ -283,7 +288,7 @@ class EDMPrecond(nn.Module):
         for name, value in FIXED.items():
             given = unet.pop(name, value)
             if (list(given) if isinstance(given, tuple) else given) != value:
-                raise WeightsError(f"{name}={given!r}: DDPM++ has {value!r}; other SongUNet variants are not here")
+                raise WeightsError(f"{name}={given!r}: DDPM++ has {value!r}; no other SongUNet is here")
         unet = {name: value for name, value in unet.items() if name not in IGNORED}
         self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
         self.sigma_data, self.sigma_shift = sigma_data, sigma_shift
@@ -309,10 +314,11 @@ EPS = 1e-4                                            # added to a root mean squ
 
 
 def row_norm(w):
-    """eps sqrt(fan_in) + |row| of a weight (out, in, ...), float32; w / row_norm(w) is what a layer applies."""
+    """eps sqrt(fan_in) + |row| of a weight (out, in, ...), float32; w / row_norm(w) is what a layer applies.
+    """
     dims = tuple(range(1, w.ndim))
     norm = torch.linalg.vector_norm(w, dim=dims, keepdim=True, dtype=torch.float32)
-    return norm + EPS * math.sqrt(w[0].numel())       # normalised to RMS 1, then over sqrt(fan_in): EDM2 Eq. 47
+    return norm + EPS * math.sqrt(w[0].numel())     # normalised to RMS 1, then over sqrt(fan_in): EDM2 Eq. 47
 
 
 def normalize(x, dim):
@@ -340,7 +346,7 @@ def mp_cat(a, b, t):
 
 
 class MPFourier(nn.Module):
-    """Random features sqrt(2) cos(f x + p) of x (B,) -> (B, channels), float32: EDM2 Eq. 75. f, p: in checkpoints."""
+    """Random features sqrt(2) cos(f x + p) of x (B,) -> (B, channels), float32: EDM2 Eq. 75."""
 
     def __init__(self, channels):
         super().__init__()
@@ -352,9 +358,11 @@ class MPFourier(nn.Module):
 
 
 class MPConv(nn.Module):
-    """Convolution (kernel (k, k)) or linear layer (kernel ()) whose rows are normalised in the graph: EDM2 Eq. 47.
+    """Convolution (kernel (k, k)) or linear layer (kernel ()) whose rows are normalised in the graph: EDM2
+    Eq. 47.
 
-    weight is normalised at every call, unless `hoist` or `freeze` has put what comes out of that into `hoisted`.
+    weight is normalised at every call, unless `hoist` or `freeze` has put what comes out of that into
+    `hoisted`.
     """
 
     def __init__(self, in_channels, out_channels, kernel=()):
@@ -369,28 +377,33 @@ class MPConv(nn.Module):
 
     @torch.no_grad()
     def effective(self, dtype):
-        """What forward applies, computed in one pass; dtype is for convolutions, the embedding stays float32."""
+        """What forward applies, computed in one pass; dtype is for convolutions, the embedding stays float32.
+        """
         w = self.weight.detach()
         dtype = torch.float32 if dtype is None or w.ndim == 2 else dtype
         return torch.div(w, row_norm(w), out=torch.empty_like(w, dtype=dtype))
 
     @torch.no_grad()
     def pull_back(self, g):
-        """Add to weight.grad the gradient g of effective(): g / d - w (w . g) / (|w| d^2), d = row_norm(w)."""
+        """Add to weight.grad the gradient g of effective(): g / d - w (w . g) / (|w| d^2), d = row_norm(w).
+        """
         w, dims = self.weight, tuple(range(1, self.weight.ndim))
         d = row_norm(w)
         norm = (d - EPS * math.sqrt(w[0].numel())).clamp_min(1e-30)
         along = (w * g).sum(dims, keepdim=True)
         if w.grad is None:
             w.grad = torch.zeros_like(w)
-        w.grad.addcmul_(g.float(), 1 / d).addcmul_(w, along / (norm * d**2), value=-1)    # trap: in place, flat views
+        # trap: in place, flat views
+        w.grad.addcmul_(g.float(), 1 / d).addcmul_(w, along / (norm * d**2), value=-1)
 
 
 @torch.no_grad()
 def force_weight_norm(net):
-    """Rows of every MPConv to root mean square 1, in place (EDM2 Eq. 66): once per step, before its first forward.
+    """Rows of every MPConv to root mean square 1, in place (EDM2 Eq. 66): once per step, before its first
+    forward.
 
-    trap: not in forward, as in the official code; there a second forward alters what the first one's backward needs.
+    trap: not in forward, as in the official code; there a second forward alters what the first one's backward
+    needs.
     """
     for m in trainable(net):
         m.weight.div_(row_norm(m.weight) / math.sqrt(m.weight[0].numel()))
@@ -403,11 +416,12 @@ def trainable(net):
 
 @contextlib.contextmanager
 def hoist(net):
-    """Inside, every forward of net uses weights normalised once, in net.compute_dtype; backward must be inside too.
+    """Inside, every forward of net uses weights normalised once, in net.compute_dtype; backward must be
+    inside too.
 
-    At the end the gradient they collected over all micro-batches, in that precision, goes through the normalisation
-    once, into weight.grad; after an exception it is dropped. The weights must not change inside. No need of it when
-    frozen.
+    At the end the gradient they collected over all micro-batches, in that precision, goes through the
+    normalisation once, into weight.grad; after an exception it is dropped. The weights must not change
+    inside. No need of it when frozen.
     """
     layers, dtype = trainable(net), getattr(net, "compute_dtype", None)
     try:
@@ -424,9 +438,11 @@ def hoist(net):
 
 
 def freeze(net, dtype=None):
-    """net for inference alone, returned: weights normalised for good, one copy, in dtype (None: net.compute_dtype).
+    """net for inference alone, returned: weights normalised for good, one copy, in dtype (None:
+    net.compute_dtype).
 
-    The trainable weights are gone: state_dict() is refused, so a frozen network is neither saved nor loaded into.
+    The trainable weights are gone: state_dict() is refused, so a frozen network is neither saved nor loaded
+    into.
     """
     if dtype is not None:
         net.compute_dtype = dtype
@@ -438,8 +454,8 @@ def freeze(net, dtype=None):
 
 
 def refuse_state(net, prefix, keep_vars):
-    """state_dict() of a frozen network: what it holds would load as other weights than those it was made from."""
-    raise WeightsError("this network is frozen and has no weights to save or load; keep the state dict it came from")
+    """state_dict() of a frozen network, which would load as other weights than it was made from."""
+    raise WeightsError("this network is frozen, without weights to save or load; keep the file it came from")
 
 
 class Block(nn.Module):
@@ -448,8 +464,9 @@ class Block(nn.Module):
     forward: x (B, in, H, W), emb (B, emb_channels) float32 -> (B, out, H', W'), |values| <= clip_act.
     """
 
-    def __init__(self, in_channels, out_channels, emb_channels, flavor="enc", resample="keep", attention=False,
-                 channels_per_head=64, dropout=0.0, res_balance=0.3, attn_balance=0.3, clip_act=256):
+    def __init__(self, in_channels, out_channels, emb_channels, flavor="enc", resample="keep",
+                 attention=False, channels_per_head=64, dropout=0.0, res_balance=0.3, attn_balance=0.3,
+                 clip_act=256):
         super().__init__()
         self.flavor, self.resample, self.dropout, self.width = flavor, resample, dropout, out_channels
         self.res_balance, self.attn_balance, self.clip_act = res_balance, attn_balance, clip_act
@@ -469,7 +486,7 @@ class Block(nn.Module):
             x = F.avg_pool2d(x, 2)
         skip = (lambda x: x) if self.conv_skip is None else self.conv_skip
         if self.flavor == "enc":
-            x = normalize(skip(x), 1)                 # trap: pixel norm after the skip convolution, before the branch
+            x = normalize(skip(x), 1)         # trap: pixel norm after the skip convolution, before the branch
         y = self.conv_res0(mp_silu(x))
         c = (self.emb_linear(emb, self.emb_gain) + 1).to(y.dtype)
         y = self.conv_res1(dropout(self, mp_silu(y * c[:, :, None, None]), kept))
@@ -480,9 +497,10 @@ class Block(nn.Module):
 
     def attend(self, x):
         """Softmax attention of q, k, v with unit magnitude per head; the result is channels_last."""
-        # trap: channel 3 (head channels_per_head + c) + {0, 1, 2} is q, k, v; they are not three contiguous blocks
-        qkv = self.attn_qkv(x).unflatten(1, (self.heads, -1, 3)).flatten(4)              # (B, heads, C, 3, HW)
-        q, k, v = normalize(qkv.permute(3, 0, 1, 4, 2).contiguous(), -1)                 # (B, heads, HW, C) each
+        # trap: channel 3 (head channels_per_head + c) + {0, 1, 2} is q, k, v; they are not three contiguous
+        # blocks
+        qkv = self.attn_qkv(x).unflatten(1, (self.heads, -1, 3)).flatten(4)             # (B, heads, C, 3, HW)
+        q, k, v = normalize(qkv.permute(3, 0, 1, 4, 2).contiguous(), -1)              # (B, heads, HW, C) each
         a = F.scaled_dot_product_attention(q, k, v)
         return a.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, x.shape[2:])    # (B, heads C, H, W)
 
@@ -490,8 +508,8 @@ class Block(nn.Module):
 class EDM2UNet(nn.Module):
     """U-Net of EDM2. forward(x (B, C, H, W), noise_labels (B,), class_labels (B, label_dim) or None) -> F_x.
 
-    The embedding is float32, the rest has x's dtype. block: the balances, clip_act and channels_per_head of Block.
-    dropout applies at resolutions up to dropout_res, everywhere if None (ECT: 16).
+    The embedding is float32, the rest has x's dtype. block: the balances, clip_act and channels_per_head of
+    Block. dropout applies at resolutions up to dropout_res, everywhere if None (ECT: 16).
     """
 
     def __init__(self, img_resolution, img_channels, label_dim, model_channels=192, channel_mult=(1, 2, 3, 4),
@@ -541,7 +559,7 @@ class EDM2UNet(nn.Module):
         if self.emb_label is not None:
             emb = mp_sum(emb, self.emb_label(class_labels * math.sqrt(self.label_dim)), self.label_balance)
         emb = mp_silu(emb)
-        x, skips = torch.cat([x, torch.ones_like(x[:, :1])], 1), []       # a channel of ones stands for the biases
+        x, skips = torch.cat([x, torch.ones_like(x[:, :1])], 1), []  # a channel of ones stands for the biases
         kept = split_masks(masks, self.sizes)
         for name, block in self.enc.items():
             x = block(x) if name.endswith("_conv") else block(x, emb, next(kept))
@@ -554,14 +572,16 @@ class EDM2UNet(nn.Module):
 class EDM2Precond(nn.Module):
     """EDM preconditioning around EDM2's U-Net: D_x = c_skip x + c_out F(c_in x, ln(sigma) / 4).
 
-    forward(x (B, C, H, W), sigma (B,), class_labels (B, label_dim) one-hot, None = zeros = no class) -> D_x float32;
-    with return_logvar (D_x, u (B, 1, 1, 1)), the log variance of EDM2's loss. sigma > 0; as it falls to 0, D_x -> x.
-    compute_dtype: of the U-Net's activations and, cast, its weights; None = float32. The rest is always float32.
-    logvar_channels = 0: without the head of u, which ECT and CMT do not use. ValueError for another resample_filter.
+    forward(x (B, C, H, W), sigma (B,), class_labels (B, label_dim) one-hot, None = zeros = no class) -> D_x
+    float32; with return_logvar (D_x, u (B, 1, 1, 1)), the log variance of EDM2's loss. sigma > 0; as it falls
+    to 0, D_x -> x. compute_dtype: of the U-Net's activations and, cast, its weights; None = float32. The rest
+    is always float32. logvar_channels = 0: without the head of u, which ECT and CMT do not use. ValueError
+    for another resample_filter.
     """
 
     def __init__(self, img_resolution, img_channels, label_dim, sigma_data=0.5, logvar_channels=128,
-                 compute_dtype=None, use_fp16=None, resample_filter=(1, 1), **unet):    # use_fp16: in files, no meaning
+                 # use_fp16: in files, no meaning
+                 compute_dtype=None, use_fp16=None, resample_filter=(1, 1), **unet):
         super().__init__()
         if list(resample_filter) != [1, 1]:
             raise WeightsError(f"resample_filter={resample_filter!r}: EDM2 has [1, 1]; others are not here")
@@ -574,20 +594,24 @@ class EDM2Precond(nn.Module):
     def forward(self, x, sigma, class_labels=None, return_logvar=False, masks=None):
         x, sigma = x.float(), sigma.float().reshape(-1, 1, 1, 1)
         if self.label_dim:
-            class_labels = x.new_zeros(len(x), self.label_dim) if class_labels is None else class_labels.float()
+            none = x.new_zeros(len(x), self.label_dim)
+            class_labels = none if class_labels is None else class_labels.float()
         variance = sigma**2 + self.sigma_data**2
         c_skip, c_in = self.sigma_data**2 / variance, variance.rsqrt()
         c_out, c_noise = sigma * self.sigma_data * c_in, sigma.flatten().log() / 4
         F_x = self.unet((c_in * x).to(self.compute_dtype or torch.float32), c_noise, class_labels, masks)
         D_x = c_skip * x + c_out * F_x.float()
-        return (D_x, self.logvar_linear(self.logvar_fourier(c_noise)).view(-1, 1, 1, 1)) if return_logvar else D_x
+        if not return_logvar:
+            return D_x
+        return D_x, self.logvar_linear(self.logvar_fourier(c_noise)).view(-1, 1, 1, 1)
 
 
 # ---- distances -----------------------------------------------------------------------------------
-# Each has .features(x) -> list of tensors, .distance(features_a, features_b) -> (B,), .forward(a, b) -> (B,), so that
-# the features of a target that many states share are computed once.
+# Each has .features(x) -> list of tensors, .distance(features_a, features_b) -> (B,), .forward(a, b) -> (B,),
+# so that the features of a target that many states share are computed once.
 class PixelDistance(nn.Module):
-    """Squared distance, mean over pixels (huber = 0), or pseudo-Huber sqrt(|a - b|^2 + c^2) - c, c = huber."""
+    """Squared distance, mean over pixels (huber = 0), or pseudo-Huber sqrt(|a - b|^2 + c^2) - c, c = huber.
+    """
 
     def __init__(self, huber=0.0):
         super().__init__()
@@ -607,19 +631,22 @@ class PixelDistance(nn.Module):
 
 
 def unit(f, eps):
-    """Feature map (B, C, H, W) with unit length over channels; eps keeps a zero pixel zero, gradient included."""
-    # trap: eps inside the root. Outside it, as in the lpips package, the derivative at a zero pixel is 0 * inf
+    """Feature map (B, C, H, W) of unit length over channels; eps keeps a zero pixel zero."""
+    # trap: eps inside the root. Outside it, as in the lpips package, the derivative at a zero pixel is 0 *
+    # inf
     return f * (f.square().sum(1, keepdim=True) + eps).rsqrt()
 
 
 class LPIPS(nn.Module):
     """LPIPS v0.1 with VGG-16: (B, 3, H, W) in [-1, 1], any size from 16 pixels; no resize, no clamp (B.2).
 
-    vgg_state: state dict of torchvision's VGG-16 (`features.*`; the classifier is left out); None = random weights.
-    The linear heads are read from the installed lpips package without importing it, because the import needs a
-    torchvision that matches torch to the build. The weights are frozen; gradients reach the images.
+    vgg_state: state dict of torchvision's VGG-16 (`features.*`; the classifier is left out); None = random
+    weights. The linear heads are read from the installed lpips package without importing it, because the
+    import needs a torchvision that matches torch to the build. The weights are frozen; gradients reach the
+    images.
     """
-    SLICES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))    # indices of convolutions in torchvision
+    # indices of convolutions in torchvision
+    SLICES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
     WIDTHS = (64, 128, 256, 512, 512)
 
     def __init__(self, vgg_state=None):
@@ -635,7 +662,8 @@ class LPIPS(nn.Module):
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
         if vgg_state is not None:
-            trunk = {k.removeprefix("features."): v for k, v in vgg_state.items() if k.startswith("features.")}
+            trunk = {k.removeprefix("features."): v for k, v in vgg_state.items()
+                     if k.startswith("features.")}
             load_weights(self.features_, trunk, "VGG-16")
         heads = torch.load(lpips_heads(), map_location="cpu", weights_only=True)
         for k in range(5):
@@ -671,20 +699,23 @@ def lpips_heads():
 
 
 class VGG(nn.Module):
-    """VGG with GroupNorm, trained on the labels of the data it will measure (App. B.5); LPIPS form without heads.
+    """VGG with GroupNorm, trained on the labels of the data it will measure (App. B.5); LPIPS form without
+    heads.
 
-    widths: one tuple of channels per slice; pools: slices that begin by halving the resolution. The distance is the
-    squared difference of unit feature maps, summed over channels and slices, mean over pixels. groups = 0: of 8
-    channels each. .logits(x) -> (B, num_classes) trains it; num_classes = 0: without that head.
+    widths: one tuple of channels per slice; pools: slices that begin by halving the resolution. The distance
+    is the squared difference of unit feature maps, summed over channels and slices, mean over pixels. groups
+    = 0: of 8 channels each. .logits(x) -> (B, num_classes) trains it; num_classes = 0: without that head.
     """
 
-    def __init__(self, in_channels=1, widths=((16, 16), (32, 32), (64, 64)), num_classes=10, pools=(1, 2), groups=0):
+    def __init__(self, in_channels=1, widths=((16, 16), (32, 32), (64, 64)), num_classes=10, pools=(1, 2),
+                 groups=0):
         super().__init__()
         self.slices, c = nn.ModuleList(), in_channels
         for k, slice_ in enumerate(widths):
             layers = [nn.MaxPool2d(2)] if k in pools else []
             for width in slice_:
-                layers += [nn.Conv2d(c, width, 3, padding=1), nn.GroupNorm(groups or width // 8, width), nn.ReLU()]
+                norm = nn.GroupNorm(groups or width // 8, width)
+                layers += [nn.Conv2d(c, width, 3, padding=1), norm, nn.ReLU()]
                 c = width
             self.slices.append(nn.Sequential(*layers))
         self.head = nn.Linear(c, num_classes) if num_classes else None
@@ -711,12 +742,14 @@ class VGG(nn.Module):
 
 
 class ELatentLPIPS(VGG):
-    """VGG-16 with GroupNorm on latents of deviation 0.5, (B, 4, 64, 64); taps of 64, 64, 64, 32, 16 pixels (B.5).
+    """VGG-16 with GroupNorm on latents of deviation 0.5, (B, 4, 64, 64); taps of 64, 64, 64, 32, 16 pixels
+    (B.5).
 
-    vgg_state: state dict of one that .logits has trained; None = random weights. num_classes: with VGG-16's head,
-    trainable; 0 = the distance alone, frozen. ensemble: the random transformations of E-LatentLPIPS, a name of
-    ENSEMBLES; .forward(a, b, generator) draws them once per sample and treats a and b alike, .features never does,
-    so features of a target can be kept only without. colour: "rgb", or "all" for any channels, all treated alike.
+    vgg_state: state dict of one that .logits has trained; None = random weights. num_classes: with VGG-16's
+    head, trainable; 0 = the distance alone, frozen. ensemble: the random transformations of E-LatentLPIPS, a
+    name of ENSEMBLES; .forward(a, b, generator) draws them once per sample and treats a and b alike,
+    .features never does, so features of a target can be kept only without. colour: "rgb", or "all" for any
+    channels, all treated alike.
     """
     WIDTHS = ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3)
     # blit, geometry, colour, filter, noise, cutout (o)
@@ -725,8 +758,8 @@ class ELatentLPIPS(VGG):
     def __init__(self, vgg_state=None, in_channels=4, num_classes=0, ensemble="none", colour="rgb"):
         super().__init__(in_channels, self.WIDTHS, 0, pools=(3, 4), groups=32)
         if ensemble not in self.ENSEMBLES or (colour, in_channels) != ("rgb", 4) and colour != "all":
-            raise ValueError(f"ensemble={ensemble!r}, colour={colour!r}, {in_channels} channels: ensembles are "
-                             f"{', '.join(self.ENSEMBLES)}; colours are all, and with 4 channels rgb")
+            raise ValueError(f"ensemble={ensemble!r}, colour={colour!r}, {in_channels} channels: ensembles "
+                             f"are {', '.join(self.ENSEMBLES)}; colours are all, and with 4 channels rgb")
         self.parts, self.colour = self.ENSEMBLES[ensemble], colour
         if num_classes:
             self.head = nn.Sequential(
@@ -755,7 +788,7 @@ class ELatentLPIPS(VGG):
         return super().forward(a, b)
 
     def draw(self, x, generator):
-        """A dict: one random transformation per sample of x, every part always; distributions of StyleGAN2-ADA."""
+        """A dict: one random transformation per sample of x, distributed as in StyleGAN2-ADA."""
         def N(*shape, law=torch.randn):
             return law(len(x), *shape, generator=generator, device=generator.device).to(x)
 
@@ -769,7 +802,8 @@ class ELatentLPIPS(VGG):
             draw["affine"] = affine((U() * 4).floor() / 4, U().round() * 2 - 1, 1, pixels * 2 / size)
         if "g" in self.parts:
             scale, aspect = 2 ** (0.2 * N()), 2 ** (0.2 * N())
-            draw["affine"] = draw["affine"] @ affine(U(), scale * aspect, scale / aspect, N(2) / 4) @ affine(U())
+            stretched = affine(U(), scale * aspect, scale / aspect, N(2) / 4)
+            draw["affine"] = draw["affine"] @ stretched @ affine(U())
         if "c" in self.parts:
             bright, contrast = 0.2 * N(), 2 ** (0.5 * N())
             if self.colour == "all":
@@ -777,14 +811,14 @@ class ELatentLPIPS(VGG):
                 draw["offset"] = (contrast * bright).view(-1, 1, 1, 1)
             else:
                 draw["colour"] = rgb_matrix(bright, contrast, U().round() * 2 - 1, U(), 2 ** N())
-        if "f" in self.parts:                         # one band after the other, the power of a 1/f spectrum kept
+        if "f" in self.parts:                     # one band after the other, the power of a 1/f spectrum kept
             draw["gains"], power = x.new_ones(len(x), 4), x.new_tensor([10, 1, 1, 1]) / 13
             for band in range(4):
                 draw["gains"][:, band] *= 2 ** N()
                 draw["gains"] /= (draw["gains"] ** 2 * power).sum(1, keepdim=True).sqrt()
         if "n" in self.parts:
             draw["noise"] = 0.1 * N(1, 1, 1).abs() * N(C, H, W)
-        if "o" in self.parts:                         # a rectangle of half the height and half the width is zero
+        if "o" in self.parts:                      # a rectangle of half the height and half the width is zero
             rows, columns = ((torch.arange(n).to(x) + 0.5 - U(1) * n).abs() >= n / 4 for n in (H, W))
             draw["mask"] = (rows[:, None, :, None] | columns[:, None, None, :]).to(x)
         return draw
@@ -793,7 +827,8 @@ class ELatentLPIPS(VGG):
     def augment(x, draw):
         """x after what .draw returned; differentiable in x."""
         if "affine" in draw:
-            # choice: bilinear sampling, reflection at the borders; the authors resample through a sym6 wavelet
+            # choice: bilinear sampling, reflection at the borders; the authors resample through a sym6
+            # wavelet
             grid = F.affine_grid(draw["affine"][:, :2], x.shape, align_corners=False)
             x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
         if "colour" in draw:
@@ -817,11 +852,14 @@ def affine(turns, sx=1, sy=1, shift=0):
 
 
 def rgb_matrix(bright, contrast, luma, hue, saturation):
-    """(B, 4, 4) matrix of StyleGAN2-ADA's colour changes, each (B,): luma is 1 or -1 (flipped), hue in turns."""
-    # choice: the matrix of RGB pixels acts on 4 latent channels, as the authors ran it; channel 4 is where RGB has 1
+    """(B, 4, 4) matrix of StyleGAN2-ADA's colour changes, each (B,): luma is 1 or -1 (flipped), hue in turns.
+    """
+    # choice: the matrix of RGB pixels acts on 4 latent channels, as the authors ran it; channel 4 is where
+    # RGB has 1
     grey, eye = bright.new_full((3, 3), 1 / 3), torch.eye(4).to(bright)
     cross = bright.new_tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
-    bright, contrast, luma, hue, saturation = (v.view(-1, 1, 1) for v in (bright, contrast, luma, hue, saturation))
+    given = bright, contrast, luma, hue, saturation
+    bright, contrast, luma, hue, saturation = (v.view(-1, 1, 1) for v in given)
     hue = 2 * math.pi * hue                           # turns around grey; saturation scales away from it
     around = hue.cos() * (eye[:3, :3] - grey) + hue.sin() * cross
     matrix = eye.repeat(len(bright), 1, 1)
@@ -1087,7 +1125,8 @@ def fetch(url, sha256="", md5=""):
                 size = r.headers.get("Content-Length")
                 print(f"downloading {url}, {size or 'unknown number of'} bytes, to {target}", flush=True)
                 shutil.copyfileobj(r, f, 1 << 20)
-            if size and int(size) != os.path.getsize(part):    # trap: a lost connection looks like the file's end
+            # trap: a lost connection looks like the file's end
+            if size and int(size) != os.path.getsize(part):
                 raise OSError(f"{os.path.getsize(part)} of {size} bytes arrived")
             print(f"sha256 {check_sums(part, url, sha256, md5)}  {target}", flush=True)
             os.replace(part, target)
@@ -1103,7 +1142,8 @@ def fetch(url, sha256="", md5=""):
 
 
 def check_sums(path, what, sha256, md5):
-    """sha256 of a file. WeightsError with `what` and both sums if it or the md5 is not as given ("" = any)."""
+    """sha256 of a file. WeightsError with `what` and both sums if it or the md5 is not as given ("" = any).
+    """
     sums = hashlib.sha256(), hashlib.md5()
     with open(path, "rb") as f:
         while block := f.read(1 << 20):
@@ -1355,15 +1395,16 @@ def turned(state, channels):
 
 
 # ---- encoders ----------------------------------------------------------------------------------
-SD_SCALE = 0.18215                                    # latents of the SD-VAE times this have a deviation near 1
+SD_SCALE = 0.18215                                  # latents of the SD-VAE times this have a deviation near 1
 
 
 def library(name):
-    """diffusers or transformers, which requirements.txt leaves out. WeightsError with the line that installs them."""
+    """diffusers or transformers, not in requirements.txt; WeightsError says how to install them."""
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise WeightsError(f"{name} is not installed: pip install diffusers transformers accelerate") from None
+        install = "pip install diffusers transformers accelerate"
+        raise WeightsError(f"{name} is not installed: {install}") from None
 
 
 def sd_vae(name, device):
@@ -1377,7 +1418,8 @@ def decode_latents(vae, z):
 
 
 class CLIPText:
-    """CLIP's text tower, frozen, float32: last hidden states of 77 tokens (U-ViT). Loaded when first asked."""
+    """CLIP's text tower, frozen, float32: last hidden states of 77 tokens (U-ViT). Loaded when first asked.
+    """
 
     def __init__(self, name, device):
         self.name, self.device, self.model = name, device, None
@@ -1423,8 +1465,8 @@ def dinov2(name, device):
 def flatten(net, tail=2):
     """Make net's weights views of one vector and its gradients of another; returns both (frozen: None).
 
-    Optimiser, EMA, norm and all-reduce are then one operation each. The gradient is `tail` numbers longer: the loss
-    and whatever else is to be summed over the processes rides along.
+    Optimiser, EMA, norm and all-reduce are then one operation each. The gradient is `tail` numbers longer:
+    the loss and whatever else is to be summed over the processes rides along.
     """
     params, offset = list(net.parameters()), 0
     flat = torch.empty(sum(p.numel() for p in params), device=params[0].device)
@@ -1440,7 +1482,9 @@ def flatten(net, tail=2):
 
 def tensors_in(x):
     """Every tensor in a dict of dicts."""
-    return [t for v in x.values() for t in tensors_in(v)] if isinstance(x, dict) else [x] if torch.is_tensor(x) else []
+    if isinstance(x, dict):
+        return [t for value in x.values() for t in tensors_in(value)]
+    return [x] if torch.is_tensor(x) else []
 
 
 def save_checkpoint(path, **state):
@@ -1457,7 +1501,8 @@ def save_checkpoint(path, **state):
         with contextlib.suppress(FileNotFoundError):
             os.remove(path + ".tmp")
         size = sum(t.nbytes for t in tensors_in(state))
-        raise OSError(f"{path}: cannot write {size:,} bytes ({type(e).__name__}); free some space, run again") from e
+        why = f"cannot write {size:,} bytes ({type(e).__name__})"
+        raise OSError(f"{path}: {why}; free some space, run again") from e
     if os.path.exists(path):
         os.replace(path, path + ".prev")
     os.replace(path + ".tmp", path)
@@ -1469,8 +1514,8 @@ def save_checkpoint(path, **state):
 def load_checkpoint(path, whole=False):
     """The checkpoint at path, else (with a warning) the one before, memory-mapped; None if there is none.
 
-    whole: check every byte; torch does not, and 9 in 10 flipped bits would load in silence. WeightsError if there
-    are checkpoints and none is whole: never a fresh start.
+    whole: check every byte; torch does not, and 9 in 10 flipped bits would load in silence. WeightsError if
+    there are checkpoints and none is whole: never a fresh start.
     """
     found = [p for p in (path, path + ".prev") if os.path.exists(p)]
     for p in found:
@@ -1484,5 +1529,5 @@ def load_checkpoint(path, whole=False):
         except Exception as e:                        # damage can surface as any error
             print(f"warning: {p} is damaged ({type(e).__name__}: {str(e)[:80]!r})", file=sys.stderr)
     if found:
-        raise WeightsError(f"{path}: damaged, and so is the one before; move both away to start this stage again")
+        raise WeightsError(f"{path}: damaged, and so is the one before; move both away to start again")
     return None

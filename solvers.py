@@ -1,16 +1,17 @@
-"""Solvers: from a denoiser or a velocity to a whole trajectory, and few-step sampling. Pure functions, no network.
+"""Solvers: from a denoiser or a velocity to a whole trajectory, and few-step sampling. Pure functions.
 
   what                          of                           source
   logsnr_sigmas, edm_sigmas     grids of noise levels        DPM-Solver (uniform log-SNR); EDM Eq. 5
-  dpmpp                         D(x, sigma) -> denoised      DPM-Solver++ multistep, data prediction, order 1-3
+  dpmpp                         D(x, sigma) -> denoised      DPM-Solver++ multistep, order 1 to 3
   euler, heun, ode_step         D(x, sigma) -> denoised      EDM Alg. 1 without churn
   flow_euler, flow_heun         v(x, t) -> velocity          flow matching, t = 1 noise, t = 0 data
   mean_flow                     u(x, t, r) -> mean velocity  Mean Flow: x_r = x_t - (t - r) u
   few_step                      f(x, sigma) -> clean         multistep consistency sampling
   noise                         per-sample seeds             sample i depends on its own generator only
 
-Every solver returns all states, (steps+1, B, ...), noisiest first, because CMT regresses from each of them (Eq. 7, 8).
-Grids are float64 CPU tensors and become plain numbers before the first call, so a solve never waits for the GPU.
+Every solver returns all states, (steps+1, B, ...), noisiest first, because CMT regresses from each of them
+(Eq. 7, 8). Grids are float64 CPU tensors and become plain numbers before the first call: a solve reads no
+number back from the GPU.
 """
 import functools
 import math
@@ -20,13 +21,14 @@ import torch
 
 # ---- grids -------------------------------------------------------------------------------------
 def logsnr_sigmas(steps, sigma_max=80.0, sigma_min=0.002):
-    """Noise levels uniform in log-SNR, lambda = -ln(sigma): (steps+1,) float64, decreasing (B.2, DPM-Solver)."""
+    """Noise levels uniform in log-SNR, lambda = -ln(sigma): (steps+1,) float64, decreasing (B.2, DPM-Solver).
+    """
     lambdas = torch.linspace(-math.log(sigma_max), -math.log(sigma_min), steps + 1, dtype=torch.float64)
     return torch.exp(-lambdas)
 
 
 def edm_sigmas(steps, sigma_max=80.0, sigma_min=0.002, rho=7):
-    """Noise levels of EDM Eq. 5 and a final 0: (steps+1,) float64. Heun on 18 of them is EDM's CIFAR-10 sampler."""
+    """Noise levels of EDM Eq. 5 and a final 0: (steps+1,) float64; EDM samples CIFAR-10 on 18."""
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     sigmas = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
     return torch.cat([sigmas, torch.zeros(1, dtype=torch.float64)])
@@ -42,15 +44,17 @@ def noise(shape, generators):
 def dpmpp_coefficients(sigmas, order):
     """Constants of DPM-Solver++ (multistep, data prediction) on a grid given as a tuple of floats.
 
-    One row (a, b0, b1, b2) per step: x_next = a x + b0 D_i + b1 D_{i-1} + b2 D_{i-2}. With h the step in lambda:
-    phi1 = e^-h - 1, phi2 = phi1/h + 1, phi3 = phi2/h - 1/2, and x_next = a x - phi1 D + phi2 D' - phi3 D'' where the
-    derivatives in lambda are backward differences. The first steps run at order 1, 2 and the last ones at 2, 1.
+    One row (a, b0, b1, b2) per step: x_next = a x + b0 D_i + b1 D_{i-1} + b2 D_{i-2}. With h the step in
+    lambda: phi1 = e^-h - 1, phi2 = phi1/h + 1, phi3 = phi2/h - 1/2, and x_next = a x - phi1 D + phi2 D' -
+    phi3 D'' where the derivatives in lambda are backward differences. The first steps run at order 1, 2 and
+    the last ones at 2, 1.
     """
     lambdas = [-math.log(s) if s > 0 else math.inf for s in sigmas]
     rows, steps = [], len(sigmas) - 1
     for i in range(steps):
-        # choice: the order falls at the end for any number of steps, as in the authors' copy of the solver; the
-        # reference solver does so below 10 steps only, so "third order" holds for 12 of the 16 steps of B.2.
+        # choice: the order falls at the end for any number of steps, as in the authors' copy of the solver;
+        # the reference solver does so below 10 steps only, so "third order" holds for 12 of the 16 steps of
+        # B.2.
         k = min(order, i + 1, steps - i)
         h = lambdas[i + 1] - lambdas[i]
         phi1 = math.expm1(-h)
@@ -60,7 +64,7 @@ def dpmpp_coefficients(sigmas, order):
             b[0] -= 0.5 * phi1 / r0
             b[1] += 0.5 * phi1 / r0
         elif k == 3:
-            phi2 = phi1 / h + 1                       # trap: with the wrong sign of phi2 images still look fine
+            phi2 = phi1 / h + 1                     # trap: with the wrong sign of phi2 images still look fine
             phi3 = phi2 / h - 0.5
             r0, r1 = (lambdas[i] - lambdas[i - 1]) / h, (lambdas[i - 1] - lambdas[i - 2]) / h
             first = phi2 * (1 + r0 / (r0 + r1)) - phi3 / (r0 + r1)       # weight of (D_i - D_{i-1}) / r0
@@ -94,9 +98,11 @@ def dpmpp(D, x, sigmas, order=3):
 
 
 def ode_step(D, x_t, t, r, order):
-    """One step of dx/dsigma = (x - D)/sigma from t to r, both (B,): Euler (order 1) or Heun (order 2, EDM Alg. 1).
+    """One step of dx/dsigma = (x - D)/sigma from t to r, both (B,): Euler (order 1) or Heun (order 2, EDM
+    Alg. 1).
 
-    Levels may differ from sample to sample, as consistency distillation needs. Where r is 0 Heun ends as Euler (EDM).
+    Levels may differ from sample to sample, as consistency distillation needs. Where r is 0 Heun ends as
+    Euler (EDM).
     """
     t, r = (s.view(-1, *[1] * (x_t.ndim - 1)).to(x_t) for s in (t, r))
     slope = (x_t - D(x_t, t.flatten()).to(x_t.dtype)) / t
@@ -128,8 +134,9 @@ def heun(D, x, sigmas):
 def few_step(f, x_T, sigmas, generator=None):
     """Consistency sampling: one evaluation of f per noise level, fresh noise between them.
 
-    f(x, sigma (B,)) -> clean. x_T (B, ...): noise at sigmas[0]. sigmas: [80.] one step, [80., 0.821] two (B.2).
-    generator: None, one torch.Generator, or a list with one CPU generator per sample. Returns (B, ...), not clipped.
+    f(x, sigma (B,)) -> clean. x_T (B, ...): noise at sigmas[0]. sigmas: [80.] one step, [80., 0.821] two
+    (B.2). generator: None, one torch.Generator, or a list with one CPU generator per sample. Returns (B,
+    ...), not clipped.
     """
     x = f(x_T, x_T.new_full((len(x_T),), float(sigmas[0])))
     for s in sigmas[1:]:
@@ -143,7 +150,7 @@ def few_step(f, x_T, sigmas, generator=None):
 
 # ---- velocity v(x, t), average velocity u(x, t, r) ------------------------------------------------
 def flow_euler(v, x, times):
-    """Euler on dx/dt = v(x, t), times (steps+1,) falling from 1 (noise) to 0 (data). Returns (steps+1, B, ...)."""
+    """Euler on dx/dt = v(x, t), times (steps+1,) from 1 (noise) to 0 (data) -> (steps+1, B, ...)."""
     grid = check_decreasing(times)
     xs = [x]
     for t, r in zip(grid, grid[1:]):
@@ -165,7 +172,8 @@ def flow_heun(v, x, times):
 
 
 def mean_flow(u, x, times):
-    """Mean-Flow roll-out: x_r = x_t - (t - r) u(x_t, t, r) from each time to the next, exact for an exact u."""
+    """Mean-Flow roll-out: x_r = x_t - (t - r) u(x_t, t, r) from each time to the next, exact for an exact u.
+    """
     grid = check_decreasing(times)
     xs = [x]
     for t, r in zip(grid, grid[1:]):
@@ -175,7 +183,8 @@ def mean_flow(u, x, times):
 
 
 def check_decreasing(grid):
-    """A grid as a tuple of floats; ValueError unless it falls strictly, stays >= 0 and has at least one step."""
+    """A grid as a tuple of floats; ValueError unless it falls strictly, stays >= 0 and has at least one step.
+    """
     grid = tuple(float(g) for g in (grid.tolist() if torch.is_tensor(grid) else grid))
     if len(grid) < 2 or any(b >= a for a, b in zip(grid, grid[1:])) or grid[-1] < 0:
         raise ValueError(f"grid {grid}: it must have two or more values, fall strictly and end at 0 or above")

@@ -489,7 +489,7 @@ def lr_at(cfg, step):
 def total(grad, scale):
     """Sum over the processes the gradient and what rides behind it: the loss, and whether one has to stop.
 
-    Divides by the scale of the loss. Returns (norm, loss, stop) as numbers: here the host waits for the device.
+    Divides by the scale of the loss. Returns (norm, loss, stop) as numbers: the host waits here.
     """
     grad[-1] = len(STOP) * scale
     if WORLD > 1:
@@ -726,9 +726,11 @@ def train(cfg):
             fid.save_grid(preview, f"{cfg.out}/samples_{cfg.stage}_{done:07d}.png")
             since["clock"] = time.time()
         if stop:
-            fail(75, f"stopped by a signal; step {done} is saved, run the same command again to go on")
+            break
     if WORLD > 1:
-        dist.barrier()
+        dist.barrier()                                # nobody leaves while process 0 saves
+    if stop:
+        fail(75, f"stopped by a signal; step {done} is saved, run the same command again to go on")
 
 
 def candidates(cfg):

@@ -698,14 +698,14 @@ def save_grid(images, path, columns=8, captions=()):
     x = x.repeat(zoom, 1).repeat(zoom, 2)
     n, h, w, c = x.shape
     top, gap = 18 if captions else 0, 2
-    sheet = np.zeros((-(-n // columns), top + h + gap, columns, w + gap, c), np.uint8)
+    sheet = np.full((-(-n // columns), top + h + gap, columns, w + gap, c), 255, np.uint8)
     for k, image in enumerate(x):
         sheet[k // columns, top:top + h, k % columns, :w] = image
     picture = Image.fromarray(sheet.reshape(-1, columns * (w + gap), c).squeeze())
     pen = ImageDraw.Draw(picture)
     for row, caption in enumerate(captions):          # Pillow's own font has no other letters
         shown = caption.encode("latin-1", "replace").decode("latin-1")
-        pen.text((2, row * (top + h + gap) + 2), shown, fill="white")
+        pen.text((2, row * (top + h + gap) + 2), shown, fill="black")
     picture.save(path + ".tmp", format="PNG")
     os.replace(path + ".tmp", path)
 

@@ -154,55 +154,6 @@ def data_name(cfg):
     return cfg.data if cfg.data in (*FILES, "digits") else "own"
 
 
-LIMITS = {  # (rule, least, below): fields
-    ("above 0", 1e-300, math.inf): "batch steps nfe repeat log_every save_every lr P_std mid_sigma",
-    ("0 or more", 0, math.inf): "batch_gpu warmup double huber_c trajectories",
-    ("in [0, 1)", 0, 1): "ema_beta dropout",
-    ("2 or more", 2, math.inf): "q samples",
-}
-
-
-def check(cfg):
-    """Everything that would stop this stage, before any stage starts: values (exit code 2), files (3)."""
-    check_values(cfg)
-    n, pairs = solves(cfg)
-    if cfg.stage == "mid" and cfg.mid != "none":
-        if not pairs or pairs % cfg.batch:
-            fail(2, f"--nfe {cfg.nfe} and --trajectories {cfg.trajectories} must fill whole batches of "
-                    f"--batch {cfg.batch}")
-        if n % WORLD:
-            fail(2, f"the {n} --trajectories of a solve must be a multiple of the {WORLD} processes")
-        if cfg.loss == "lpips" and cfg.data == "digits" or cfg.loss == "huber" and not cfg.huber_c:
-            fail(2, f"--loss {cfg.loss} --huber_c {cfg.huber_c}: digits need huber or l2; huber a c above 0")
-    if needs_data(cfg) and not os.path.exists(f"{cfg.out}/{cfg.stage}.pt"):
-        data_file(cfg)                                # not after days of mid-training, which needs no data
-    if cfg.stage == "eval" and cfg.data != "digits":
-        fid.prefetch(cfg.data)
-
-
-def check_values(cfg):
-    """What every stage asks of its knobs; exit code 2 names flag, value and remedy."""
-    for (rule, least, below), names in LIMITS.items():
-        for name in names.split():
-            if not least <= getattr(cfg, name) < below:
-                fail(2, f"--{name} {getattr(cfg, name)} is not possible; it must be {rule}")
-    if cfg.batch % WORLD:
-        fail(2, f"--batch {cfg.batch} must be a multiple of the {WORLD} processes")
-    if cfg.batch_gpu and cfg.batch // WORLD % cfg.batch_gpu:
-        fail(2, f"--batch_gpu {cfg.batch_gpu} must divide the {cfg.batch // WORLD} of --batch in a process")
-    if os.path.isfile(cfg.out):
-        fail(2, f"--out {cfg.out} is a file; name a folder")
-    if not seed_range(cfg.seeds):
-        fail(2, f"--seeds {cfg.seeds} is not possible; write 7 or 0-63")
-
-
-def seed_range(text):
-    """"0-63" or "7" -> range; empty if it is neither."""
-    first, _, last = text.partition("-")
-    last = last or first
-    return range(int(first), int(last) + 1) if first.isdigit() and last.isdigit() else range(0)
-
-
 # ---- data -------------------------------------------------------------------------------------
 def needs_data(cfg):
     """Whether this stage trains on images: CMT does not, it needs its teacher alone."""
@@ -555,6 +506,55 @@ def open_out(cfg, argv):
     log(cfg, f"{os.path.basename(__file__)} {' '.join(argv)} | commit {commit} | torch {torch.__version__} | "
              f"{device}")
     return lock
+
+
+LIMITS = {  # (rule, least, below): fields
+    ("above 0", 1e-300, math.inf): "batch steps nfe repeat log_every save_every lr P_std mid_sigma",
+    ("0 or more", 0, math.inf): "batch_gpu warmup double huber_c trajectories",
+    ("in [0, 1)", 0, 1): "ema_beta dropout",
+    ("2 or more", 2, math.inf): "q samples",
+}
+
+
+def check(cfg):
+    """Everything that would stop this stage, before any stage starts: values (exit code 2), files (3)."""
+    check_values(cfg)
+    n, pairs = solves(cfg)
+    if cfg.stage == "mid" and cfg.mid != "none":
+        if not pairs or pairs % cfg.batch:
+            fail(2, f"--nfe {cfg.nfe} and --trajectories {cfg.trajectories} must fill whole batches of "
+                    f"--batch {cfg.batch}")
+        if n % WORLD:
+            fail(2, f"the {n} --trajectories of a solve must be a multiple of the {WORLD} processes")
+        if cfg.loss == "lpips" and cfg.data == "digits" or cfg.loss == "huber" and not cfg.huber_c:
+            fail(2, f"--loss {cfg.loss} --huber_c {cfg.huber_c}: digits need huber or l2; huber a c above 0")
+    if needs_data(cfg) and not os.path.exists(f"{cfg.out}/{cfg.stage}.pt"):
+        data_file(cfg)                                # not after days of mid-training, which needs no data
+    if cfg.stage == "eval" and cfg.data != "digits":
+        fid.prefetch(cfg.data)
+
+
+def check_values(cfg):
+    """What every stage asks of its knobs; exit code 2 names flag, value and remedy."""
+    for (rule, least, below), names in LIMITS.items():
+        for name in names.split():
+            if not least <= getattr(cfg, name) < below:
+                fail(2, f"--{name} {getattr(cfg, name)} is not possible; it must be {rule}")
+    if cfg.batch % WORLD:
+        fail(2, f"--batch {cfg.batch} must be a multiple of the {WORLD} processes")
+    if cfg.batch_gpu and cfg.batch // WORLD % cfg.batch_gpu:
+        fail(2, f"--batch_gpu {cfg.batch_gpu} must divide the {cfg.batch // WORLD} of --batch in a process")
+    if os.path.isfile(cfg.out):
+        fail(2, f"--out {cfg.out} is a file; name a folder")
+    if not seed_range(cfg.seeds):
+        fail(2, f"--seeds {cfg.seeds} is not possible; write 7 or 0-63")
+
+
+def seed_range(text):
+    """"0-63" or "7" -> range; empty if it is neither."""
+    first, _, last = text.partition("-")
+    last = last or first
+    return range(int(first), int(last) + 1) if first.isdigit() and last.isdigit() else range(0)
 
 
 # ---- main -------------------------------------------------------------------------------------

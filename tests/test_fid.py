@@ -627,3 +627,56 @@ def test_mistakes_are_one_line_and_an_exit_code(run, tmp_path):
 def test_help_shows_the_module_docstring(run):
     code, out, _ = run("--help")
     assert code == 0 and "torchrun --nproc_per_node=8 fid.py A B" in out
+
+
+# ---- images of a sampler -------------------------------------------------------------------------
+def seeded(seeds):
+    """A sampler: each image is one grey level, that of its seed."""
+    return torch.stack([torch.full((1, 8, 8), s / 100 - 1) for s in seeds])
+
+
+def as_process(monkeypatch, rank, world):
+    """fid believes that it is one of several processes."""
+    for name, value in (("is_initialized", True), ("get_rank", rank), ("get_world_size", world)):
+        monkeypatch.setattr(fid.dist, name, lambda value=value: value)
+
+
+def test_each_process_draws_and_writes_its_share_of_the_images(tmp_path, monkeypatch):
+    """Every image is drawn once, and by its seed: not by every process, nor kept in memory."""
+    drawn = []
+    for rank in range(3):
+        as_process(monkeypatch, rank, 3)
+        fid.save_images(lambda seeds: drawn.extend(seeds) or seeded(seeds), range(5, 25), f"{tmp_path}/net_1/", batch=4)
+    assert sorted(drawn) == list(range(5, 25)) and len(list((tmp_path / "net_1").iterdir())) == 20
+    assert np.asarray(Image.open(tmp_path / "net_1/000007.png"))[0, 0] == fid.to_uint8(seeded([7]))[0, 0, 0, 0]
+
+
+def test_a_score_is_the_distance_of_its_samples_and_repeats_use_fresh_seeds(monkeypatch):
+    images, net, seen = fid.digits()[0], fid.DigitsNet(), []
+
+    def sampler(seeds):
+        seen.append(list(seeds))
+        return images[torch.tensor(list(seeds))].float() / 127.5 - 1
+    reference = fid.measure(net, images.split(300))
+    text, values, ours = fid.score(sampler, net, reference, 500, batch=200)
+    own = fid.measure(net, [images[:500]])
+    assert values == [pytest.approx(fid.frechet_distance(*own[:2], *reference[:2]))] and text == f"{values[0]:.2f}"
+    assert ours.n == 500 and [len(s) for s in seen] == [200, 200, 100]
+    text, values, _ = fid.score(sampler, net, reference, 500, repeat=3)
+    assert seen[-1][-1] == 1499 and text == f"{np.mean(values):.2f} +- {np.std(values, ddof=1):.2f}, min {min(values):.2f}"
+
+
+def test_sheets_have_rows_captions_and_enlarged_pixels(tmp_path):
+    fid.save_grid(seeded([0, 100, 200]), f"{tmp_path}/grid.png", columns=2)
+    sheet = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert sheet.shape == (2 * 34, 2 * 34) and (sheet[:32, 34:66] == sheet[5, 40]).all() and (sheet[36:, 36:] == 255).all()
+    fid.save_grid(seeded([0, 100]), f"{tmp_path}/words.png", columns=1, captions=["the digit seven", "zw\u00f6lf \u2014"])
+    assert Image.open(tmp_path / "words.png").size == (34, 2 * 52)
+    assert np.asarray(Image.open(tmp_path / "words.png"))[:18].min() < 50            # the words above the first row
+    assert fid.table([dict(stage="mid", steps=3)]) == "| stage | steps |\n| --- | --- |\n| mid | 3 |"
+
+
+def test_images_are_drawn_in_batches():
+    sizes = []
+    x = fid.draw(lambda seeds: sizes.append(len(seeds)) or seeded(seeds), range(10), batch=4)
+    assert sizes == [4, 4, 2] and torch.equal(x, seeded(range(10)))

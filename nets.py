@@ -688,6 +688,12 @@ class LPIPS(nn.Module):
         return self.distance(self.features(a), self.features(b))
 
 
+def pretrained_lpips():
+    """LPIPS with torchvision's VGG-16, downloaded to the cache once; frozen."""
+    vgg = fetch("https://download.pytorch.org/models/vgg16-397923af.pth")
+    return LPIPS(load_pretrained(vgg)[0]).requires_grad_(False).eval()
+
+
 def lpips_heads():
     """Path of the LPIPS heads inside the installed lpips package; FileNotFoundError with the install line."""
     spec = importlib.util.find_spec("lpips")
@@ -1531,3 +1537,24 @@ def load_checkpoint(path, whole=False):
     if found:
         raise WeightsError(f"{path}: damaged, and so is the one before; move both away to start again")
     return None
+
+
+def finished(path):
+    """The checkpoint at path, or None if there is none or its stage has not come to its end."""
+    ckpt = load_checkpoint(path)
+    return ckpt if ckpt and ckpt["step"] >= ckpt["cfg"]["steps"] else None
+
+
+def restore(ckpt, path, net, ema, opt):
+    """Put back the weights, their average and the optimiser's moments of the checkpoint that path names."""
+    load_weights(net, ckpt["net"], path)
+    load_weights(ema, ckpt["ema"], path)
+    opt.load_state_dict(ckpt["opt"])
+
+
+def cost(ckpt):
+    """Columns of a table: what the stage of a checkpoint took; dashes without one."""
+    if not ckpt:
+        return dict(steps="-", images="-", seconds="-")
+    images = ckpt["step"] * ckpt["cfg"]["batch"]
+    return dict(steps=ckpt["step"], images=f"{images:,}", seconds=f"{ckpt['seconds']:.0f}")

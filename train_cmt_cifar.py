@@ -21,7 +21,6 @@ import json
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
@@ -282,8 +281,7 @@ def make_distance(cfg, channels):
         return nets.PixelDistance(0.0)
     if channels != 3:
         fail(2, f"--loss lpips needs 3 channels, --data {cfg.data} has {channels}; pass --loss huber")
-    vgg = nets.fetch("https://download.pytorch.org/models/vgg16-397923af.pth")
-    return nets.LPIPS(nets.load_pretrained(vgg)[0]).to(DEVICE).requires_grad_(False).eval()
+    return nets.pretrained_lpips().to(DEVICE)
 
 
 # ---- sample -----------------------------------------------------------------------------------
@@ -325,7 +323,6 @@ RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch(
 STOP = []                                             # signals received: the loop saves, then ends
 # choice: half an hour for an answer: process 0 may be writing 24 GB while the others wait
 TIMEOUT = timedelta(minutes=30)
-KEPT = "step", "seconds", "skipped", "scale"          # counts of a stage that its checkpoint holds
 
 
 def launch(cfg):
@@ -404,13 +401,12 @@ def agree(what, facts):
 
 def log(cfg, text, **numbers):
     """A line on the screen and in log.txt; numbers, if any, go to metrics.jsonl. First process only."""
-    if os.environ.get("RANK", "0") == "0":
+    if RANK == 0:
         print(text, flush=True)
-        with open(f"{cfg.out}/log.txt", "a") as f:
-            f.write(text + "\n")
-        if numbers:
-            with open(f"{cfg.out}/metrics.jsonl", "a") as f:
-                f.write(json.dumps(numbers) + "\n")
+        lines = {"log.txt": text, "metrics.jsonl": numbers and json.dumps(numbers)}
+        for name in lines if numbers else ["log.txt"]:
+            with open(f"{cfg.out}/{name}", "a") as f:
+                f.write(lines[name] + "\n")
 
 
 def resume(cfg, path):
@@ -425,12 +421,6 @@ def resume(cfg, path):
     return ckpt
 
 
-def finished(path):
-    """The checkpoint at path, or None if there is none or its stage has not come to its end."""
-    ckpt = nets.load_checkpoint(path)
-    return ckpt if ckpt and ckpt["step"] >= ckpt["cfg"]["steps"] else None
-
-
 def lr_at(cfg, step):
     """Learning rate of a step: warm-up, and linear to zero unless --decay constant (B.2)."""
     decay = 1 - step / cfg.steps if cfg.decay == "linear" else 1.0
@@ -438,9 +428,9 @@ def lr_at(cfg, step):
 
 
 def total(grad, scale):
-    """Sum over the processes the gradient and what rides behind it: the loss, and whether one has to stop.
+    """(norm, loss, stop): of the gradient summed over processes, and of what rides behind it; scale divides.
 
-    Divides by the scale of the loss. Returns (norm, loss, stop) as numbers: the host waits here.
+    As numbers: this is where the host waits for the device. stop: some process was told to.
     """
     grad[-1] = len(STOP) * scale
     if WORLD > 1:
@@ -499,12 +489,11 @@ def open_out(cfg, argv):
     except OSError:
         print(f"warning: {cfg.out} cannot be locked; start no second run in it", file=sys.stderr)
     lock.truncate(0)
-    print(f"process {os.getpid()} on {socket.gethostname()}", end="", file=lock, flush=True)
-    here = os.path.dirname(os.path.abspath(__file__))
-    commit = subprocess.getoutput(f"git -C '{here}' rev-parse --short HEAD 2>/dev/null || echo none")
+    print(f"process {os.getpid()} on {os.uname().nodename}", end="", file=lock, flush=True)
+    git = f"git -C '{os.path.dirname(os.path.abspath(__file__))}' rev-parse --short HEAD 2>/dev/null"
     device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
-    log(cfg, f"{os.path.basename(__file__)} {' '.join(argv)} | commit {commit} | torch {torch.__version__} | "
-             f"{device}")
+    log(cfg, f"{os.path.basename(__file__)} {' '.join(argv)} | torch {torch.__version__} | {device} | commit "
+             f"{subprocess.getoutput(git + ' || echo none')}")
     return lock
 
 
@@ -567,7 +556,7 @@ def teacher_state(cfg):
     """(weights, constructor arguments) of --teacher, else <out>/pretrain.pt, else the official teacher."""
     if cfg.teacher not in ("", "scratch"):
         return nets.load_pretrained(cfg.teacher)
-    if ckpt := finished(f"{cfg.out}/pretrain.pt"):
+    if ckpt := nets.finished(f"{cfg.out}/pretrain.pt"):
         return ckpt["ema"], ckpt["model"]
     if cfg.teacher or cfg.data not in nets.PRETRAINED:
         fail(3, f"no finished teacher in {cfg.out}; run --stage pretrain first, or pass --teacher FILE")
@@ -592,7 +581,7 @@ def first_weights(cfg, teacher):
     if cfg.init not in ("teacher", "random"):
         return nets.load_pretrained(cfg.init)[0], cfg.init
     if cfg.stage == "post" and cfg.mid != "none":
-        if not (ckpt := finished(f"{cfg.out}/mid.pt")):
+        if not (ckpt := nets.finished(f"{cfg.out}/mid.pt")):
             fail(3, f"{cfg.out}/mid.pt is not finished; run --stage mid first, or pass --mid none")
         return ckpt["ema"], f"{cfg.out}/mid.pt"
     return (teacher, "the teacher") if cfg.init == "teacher" else (None, "")
@@ -615,17 +604,6 @@ def model_size(cfg, images):
     if height != width or f"ddpm++-{height}" not in nets.SIZES:
         fail(3, f"--data {cfg.data}: no DDPM++ of nets.SIZES draws {width}x{height}; pass --res 16, 32 or 64")
     return {**nets.SIZES[f"ddpm++-{height}"], "img_channels": channels}
-
-
-def restore(cfg, ckpt, path, net, ema, opt):
-    """Put back what the checkpoint at path holds, if there is one. Returns the counts for `report`."""
-    since = dict(step=0, seconds=0.0, skipped=0, bad=0, scale=2.0**15 if cfg.precision == "fp16" else 1.0)
-    if ckpt:
-        nets.load_weights(net, ckpt["net"], path)
-        nets.load_weights(ema, ckpt["ema"], path)
-        opt.load_state_dict(ckpt["opt"])
-        since.update({name: ckpt[name] for name in KEPT})
-    return dict(since, losses=[], norms=[], clock=time.time())
 
 
 def train(cfg):
@@ -661,8 +639,12 @@ def train(cfg):
     opt = torch.optim.RAdam([flat], foreach=True)                         # in a third of foreach=False's time
     if cfg.stage == "pretrain":
         opt = torch.optim.Adam([flat], fused=True)
-    since = restore(cfg, ckpt, path, net, ema, opt)
+    since = dict(step=0, seconds=0.0, skipped=0, scale=2.0**15 if cfg.precision == "fp16" else 1.0)
+    if ckpt:
+        nets.restore(ckpt, path, net, ema, opt)
+        since = {name: ckpt[name] for name in since}
     agree("data and sum of the first weights", (data, flat.double().sum().item()))
+    kept, since = list(since), dict(since, bad=0, losses=[], norms=[], clock=time.time())
     ckpt = weights = None                             # as large as the net, and needed no more
     shape = net.img_channels, net.img_resolution, net.img_resolution
     sigmas, (n, pairs), share = solvers.logsnr_sigmas(cfg.nfe), solves(cfg), B // WORLD
@@ -720,7 +702,7 @@ def train(cfg):
             report(cfg, done, lr, since)
         if to_save and RANK == 0:
             nets.save_checkpoint(path, net=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(),
-                                 data=data, model=model, cfg=asdict(cfg), **{k: since[k] for k in KEPT})
+                                 data=data, model=model, cfg=asdict(cfg), **{k: since[k] for k in kept})
             sampler = make_sampler(cfg, ema, 0 if cfg.stage == "pretrain" else 1)
             preview = fid.draw(sampler, range(64), cfg.batch_gpu or 64)
             fid.save_grid(preview, f"{cfg.out}/samples_{cfg.stage}_{done:07d}.png")
@@ -742,20 +724,12 @@ def candidates(cfg):
         return [("init", build(cfg, model, state, cfg.init), few, None)]
     state, model = teacher_state(cfg)
     model = model or model_size(cfg, load_data(cfg))
-    own = finished(f"{cfg.out}/pretrain.pt") if cfg.teacher in ("", "scratch") else None
+    own = nets.finished(f"{cfg.out}/pretrain.pt") if cfg.teacher in ("", "scratch") else None
     found = [("teacher", build(cfg, model, state, "the teacher"), {cfg.nfe: 0}, own)]
     for stage in ("mid", "post"):
-        if ckpt := finished(f"{cfg.out}/{stage}.pt"):
+        if ckpt := nets.finished(f"{cfg.out}/{stage}.pt"):
             found.append((stage, build(cfg, ckpt["model"], ckpt["ema"], stage), few, ckpt))
     return found
-
-
-def cost(ckpt):
-    """The columns of the table that say what a stage took."""
-    if not ckpt:
-        return dict(steps="-", images="-", seconds="-")
-    images = ckpt["step"] * ckpt["cfg"]["batch"]
-    return dict(steps=ckpt["step"], images=f"{images:,}", seconds=f"{ckpt['seconds']:.0f}")
 
 
 def sample(cfg):
@@ -782,7 +756,7 @@ def evaluate(cfg):
         images = load_data(cfg)[RANK::WORLD]
         reference = fid.measure(features, images.split(250), DEVICE, f"of --data {cfg.data}")
     for name, net, kinds, ckpt in found:
-        row = dict(stage=name, **cost(ckpt), **{f"{n}-step {metric}": "-" for n in (1, 2, cfg.nfe)})
+        row = dict(stage=name, **nets.cost(ckpt), **{f"{n}-step {metric}": "-" for n in (1, 2, cfg.nfe)})
         for steps, kind in kinds.items():
             sampler, column = make_sampler(cfg, net, kind), f"{steps}-step {metric}"
             row[column], values, ours = fid.score(sampler, features, reference, cfg.samples, cfg.repeat,

@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -15,11 +16,12 @@ import torch
 from conftest import code, fork, frozen_calls, wait, weights
 from PIL import Image
 
+import fid
 import nets
 import solvers
 import train_mf_imagenet256 as script
 
-TINY = ("--data digits --samples 16 --trajectories 8 --batch 16 --log_every 1 --threads 1 --nfe 3 --omega 0.4 --kappa 0.5 "
+TINY = ("--data digits --samples 16 --trajectories 8 --batch 16 --log_every 1 --nfe 3 --omega 0.4 --kappa 0.5 "
         "--guide_to 0.9 --weak 4x32x1 --size 4x64x1").split()
 
 
@@ -58,8 +60,17 @@ def batch(n=16, seed=0, ratio=0.25, classes=5):
     return z, v, t, r, torch.arange(n) % (classes + 1)
 
 
+def flow(net, slope=None):
+    """The script's Flow of a net in float64; slope: instead of the exact one."""
+    made = script.flow_of(cfg(), net, torch.tensor(5))
+    return made._replace(slope=slope) if slope else made
+
+
 def run(*argv):
     script.main([str(a) for a in argv])
+
+
+GAPS = {f"mse_gap{k}" for k in range(1, 5)}
 
 
 # ---- the Jacobian product ------------------------------------------------------------------------
@@ -85,7 +96,7 @@ def by_the_book(net, z, v, t, r, y, c):
         v = torch.where(inside.view(-1, 1, 1, 1), led, v)
     u, dudt = torch.func.jvp(lambda z, t, r: net(z, t, r, y), (z, t, r), (v, torch.ones_like(t), torch.zeros_like(r)))
     error = ((u - (v - (t - r).view(-1, 1, 1, 1) * dudt).detach()) ** 2).sum((1, 2, 3))
-    return (error / (error.detach() + c.weight_c) ** c.power).mean(), error
+    return (error / (error.detach() + script.WEIGHT_C) ** c.power).mean(), error
 
 
 @pytest.mark.parametrize("omega, kappa, to", [(0.2, 0.92, 0.75), (1.0, 0.5, 1.0), (3.0, 0.0, 1.0), (1.0, 0.0, 1.0), (0.4, 0.6, 0.6)])
@@ -94,22 +105,22 @@ def test_product_on_some_samples_is_the_loss_and_gradient_of_the_product_on_all(
     net, (z, v, t, r, y) = tiny(), batch()
     c, asked, products = cfg("--omega", omega, "--kappa", kappa, "--guide_to", to, "--power", 0.7), [], []
 
-    def f(*a):
+    def f(*a, **k):
         asked.append(len(a[0]))
-        return net(*a)
+        return net(*a, **k)
 
     def slope(*a):
         products.append(len(a[0]))
         return script.derivative(net, *a)
-    ours, raw = script.loss_mf(f, slope, z, v, t, r, y, 5, script.guided(c, 0, t, y, 5), c)
+    led, far = script.is_guided(c, 0, t, y, 5), r < t
+    ours, raw, features = script.loss_mf(flow(f, slope), z, v, t, r, y, led, c)
     grads = torch.autograd.grad(ours, [p for p in net.parameters() if p.requires_grad])
     book, error = by_the_book(net, z, v, t, r, y, c)
     expected = torch.autograd.grad(book, [p for p in net.parameters() if p.requires_grad])
     assert torch.allclose(ours, book, rtol=1e-12) and torch.allclose(raw, error, rtol=1e-12)
     assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(grads, expected))
-    led, far = script.guided(c, 0, t, y, 5), r < t
     calls = (abs(1 - omega - kappa) > 1e-9) * led.sum() + (kappa > 0) * (led & far).sum()
-    assert products == [4] and sum(asked) == 16 + calls and (led.sum() > 0) == (omega != 1 or kappa > 0)
+    assert features is None and products == [4] and sum(asked) == 16 + calls and (led.sum() > 0) == (omega != 1 or kappa > 0)
 
 
 def test_times_are_the_larger_and_smaller_of_two_draws():
@@ -144,12 +155,12 @@ class Gaussian:
 def test_exact_flow_has_no_loss_and_u_at_r_equal_t_is_v():
     """Mean Flow's identity with the exact velocity: the loss of the exact u is 0, for r = t and r < t."""
     net, (z, _, t, r, y) = Gaussian(), batch(ratio=0.5)
-    _, error = script.loss_mf(net, lambda *a: script.derivative(net, *a), z, net(z, t), t, r, y, 5, y > 9, cfg())
+    error = script.loss_mf(flow(net), z, net(z, t), t, r, y, y > 9, cfg())[1]
     assert error.max() < 1e-20
     assert torch.equal(net(z, t, t), net(z, t))
     dit, zeros = tiny(), torch.zeros(16, 2, 4, 4).double()
     with torch.no_grad():                               # r = t: the target is v, whatever the net
-        raw = script.loss_mf(dit, None, z, zeros, t, t, y, 5, y > 9, cfg())[1]
+        raw = script.loss_mf(flow(dit, "never asked"), z, zeros, t, t, y, y > 9, cfg())[1]
         assert torch.allclose(raw, dit(z, t, t, y).square().sum((1, 2, 3)))
 
 
@@ -157,8 +168,8 @@ def test_exact_flow_has_no_loss_and_u_at_r_equal_t_is_v():
 def test_pairs_of_an_analytic_teacher_are_the_closed_form(nodes, pairs):
     """States, times and targets travel together: every target is the closed form at its own z, t, r."""
     c = cfg("--stage", "mid", "--nodes", nodes, "--trajectories", 5)
-    z, t, r, y, target = script.teacher_pairs(c, Gaussian(), (2, 4, 4), torch.Generator().manual_seed(0), 0, 1)
-    assert len(z) == 5 * pairs == script.solves(c)[1] and (r < t).all()
+    z, t, r, y, target = script.teacher_pairs(c, Gaussian(), (2, 4, 4), torch.Generator().manual_seed(0))
+    assert len(z) == 5 * pairs == script.pairs_per_solve(c) and (r < t).all()
     assert ((t == 1) & (r == 0)).sum() == 5 and (r == 0).sum() == 5 * (nodes - 1)
     assert torch.allclose(target, Gaussian()(z, t, r), atol=2e-6)
     assert torch.allclose(t.unique(), torch.linspace(0, 1, nodes)[1:])
@@ -170,24 +181,15 @@ def test_pairs_of_an_analytic_teacher_are_the_closed_form(nodes, pairs):
     assert loss == pytest.approx(target.square().mean()) and loss == pytest.approx(raw.mean() / 32)
 
 
-@pytest.mark.parametrize("solver", ["heun", "euler"])
-def test_pairs_of_a_flow_matching_teacher_join_the_states_of_its_solver(solver):
-    c = cfg("--stage", "mid", "--solver", solver, "--trajectories", 3)
-    z, t, r, y, target = script.teacher_pairs(c, Gaussian(False), (2, 4, 4), torch.Generator().manual_seed(0), 0, 1)
+def test_pairs_of_a_flow_matching_teacher_join_the_states_of_its_solver():
+    c = cfg("--stage", "mid", "--trajectories", 3)
+    z, t, r, y, target = script.teacher_pairs(c, Gaussian(False), (2, 4, 4), torch.Generator().manual_seed(0))
     times = torch.linspace(1, 0, 8)
-    states = getattr(solvers, f"flow_{solver}")(Gaussian(False), z[:3], times.double())
+    states = solvers.flow_heun(Gaussian(False), z[:3], times.double())
     place = lambda x: (x[:, None] - times).abs().argmin(1)                            # noqa: E731
     own = torch.arange(len(z)) % 3
     end, wide = states[place(r), own], (t - r).view(-1, 1, 1, 1)
     assert torch.allclose(z, states[place(t), own], atol=1e-6) and torch.allclose(target, (z - end) / wide, atol=2e-5)
-
-
-def test_diagonal_pairs_carry_the_velocity_of_the_teacher():
-    for teacher in (Gaussian(), Gaussian(False)):
-        c = cfg("--stage", "mid", "--diagonal", 2, "--trajectories", 4)
-        z, t, r, _, target = script.teacher_pairs(c, teacher, (2, 4, 4), torch.Generator().manual_seed(0), 0, 1)
-        same = t == r
-        assert same.sum() == 2 * 8 * 4 and torch.allclose(target[same], teacher(z[same], t[same]), atol=1e-6)
 
 
 def test_labels_of_pairs_are_dropped_for_teacher_and_student_alike():
@@ -198,7 +200,7 @@ def test_labels_of_pairs_are_dropped_for_teacher_and_student_alike():
             seen.append(y)
             return super().__call__(z, t, r)
     c = cfg("--stage", "mid", "--trajectories", 400)
-    y = script.teacher_pairs(c, Teacher(), (2, 4, 4), torch.Generator().manual_seed(0), 0, 1)[3]
+    y = script.teacher_pairs(c, Teacher(), (2, 4, 4), torch.Generator().manual_seed(0))[3]
     assert all(torch.equal(s, y[:400]) for s in seen) and torch.equal(y, y[:400].repeat(28))
     assert 0.06 < (y == 5).float().mean() < 0.14 and set(y.tolist()) == set(range(6))
 
@@ -208,23 +210,28 @@ def test_flow_matching_teacher_learns_the_velocity_alone(monkeypatch):
     seen, real = [], script.loss_mf
     monkeypatch.setattr(script, "loss_mf", lambda *a: seen.append(a) or real(*a))
     run(*TINY, "--stage", "pretrain", "--pretrain", "fm", "--ratio", 0.5, "--batch", 64, "--steps", 4, "--out", "fm")
-    t, r = (torch.cat([a[k] for a in seen]) for k in (4, 5))
+    t, r = (torch.cat([a[k] for a in seen]) for k in (3, 4))
     assert torch.equal(t, r) and t.mean() == pytest.approx(0.5, abs=0.06) and (t > 0.95).sum() > 3
-    f, _, z, v, t, r, y, *_ = seen[-1]
-    assert torch.allclose(real(*seen[-1])[0], (f(z, t, r, y) - v).square().sum((1, 2, 3)).mean())
+    f, z, v, t, r, y, *_ = seen[-1]
+    assert torch.allclose(real(*seen[-1])[0], (f.u(z, t, r, y) - v).square().sum((1, 2, 3)).mean())
     assert cfg("--stage", "pretrain").power == 1.0
 
 
 def test_flow_matching_teacher_is_guided_inside_the_interval():
-    """By hand, in the usual convention: v_null + s (v_y - v_null), s = omega / (1 - kappa)."""
-    net, (z, _, t, _, y) = tiny(average_velocity=False), batch()
+    """By hand, in the usual convention: v_null + s (v_y - v_null), s = omega / (1 - kappa), at both ends of a step."""
+    net, (z, _, _, _, y) = tiny(average_velocity=False), batch()
     c, null = cfg("--omega", 1.0, "--kappa", 0.5, "--guide_from", 0.3, "--guide_to", 0.8), torch.full((16,), 5)
-    u = script.velocity(c, net, y)
+
+    def v(z, level, scale):
+        t = torch.full((16,), level).double()
+        plain, own = net(z, t, y=null), net(z, t, y=y)
+        return plain + scale * (own - plain)
     with torch.no_grad():
-        for level, scale in ((0.5, 2), (0.9, 1), (0.2, 1)):
-            t = torch.full((16,), level).double()
-            plain, own = net(z, t, y=null), net(z, t, y=y)
-            assert torch.allclose(u(z, t), plain + scale * (own - plain))
+        for first, second, *scales in ((0.5, 0.4, 2, 2), (0.95, 0.9, 1, 1), (0.2, 0.1, 1, 1), (0.9, 0.8, 1, 2), (0.3, 0.2, 2, 1)):
+            states, mean = script.rollout(c, net, z, y, torch.tensor([first, second], dtype=torch.float64))
+            start = v(z, first, scales[0])
+            end = v(z - (first - second) * start, second, scales[1])
+            assert torch.allclose(mean[0], (start + end) / 2) and torch.allclose(states[1], z - (first - second) * mean[0])
 
 
 # ---- weights -------------------------------------------------------------------------------------
@@ -248,7 +255,7 @@ def test_an_official_sit_starts_the_student_exactly(monkeypatch):
     for flags in (["--init", "sit", "--teacher", "sit.pt"], ["--init", "sit.pt"]):
         c = cfg("--stage", "post", "--mid", "none", *flags)
         state, model = script.read_net(c, "sit.pt")
-        net = script.student(c, {**model, "average_velocity": True}, torch.device("cpu"), state)
+        net = script.build(c, {**model, "average_velocity": True}, *script.first_weights(c, state), train=True)
         z, _, t, r, y = batch(ratio=1.0)
         assert (net(z, t, r, y) - one(z, t, None, y)).abs().max() < 1e-12
     assert script.shape_of(state, "")["average_velocity"] is False
@@ -305,16 +312,16 @@ def test_all_stages_leave_checkpoints_pictures_and_a_table(road):
         assert Image.open(road / f"samples_{name}.png").size[0] > 100
     lines = [json.loads(line) for line in (road / "metrics.jsonl").read_text().splitlines()]
     post = [m for m in lines if m["stage"] == "post"]
-    assert 0.9 < post[0]["loss"] <= 1 and len(post[0]["mse_gaps"]) == 4
+    assert 0.9 < post[0]["loss"] <= 1 and GAPS & set(post[0])
     assert all(0.2 < m["mse_same"] < 2 for m in post)                                 # the raw error: the loss is always near 1
     mid = [m for m in lines if m["stage"] == "mid"]
-    assert all(np.isfinite(m["mse_gaps"]).all() and m["mse_same"] is None for m in mid)      # no such pair: null, not NaN
+    assert all(np.isfinite([m[k] for k in GAPS]).all() and "mse_same" not in m for m in mid)     # no such pair: nothing, not NaN
     assert "nan" not in (road / "log.txt").read_text().lower() + (road / "metrics.jsonl").read_text().lower()
 
 
-@pytest.mark.parametrize("flags", ["--mid none --batch_gpu 4 --precision bf16 --product same --clip 1", "--mid none --post vanilla",
-                                   "--mid none --init sit --unguided 1 --size 4x32x1", "--nodes 9 --trajectories 16 --diagonal 3",
-                                   "--mid none --precision tf32 --ratio 1", "--solver euler --teacher fm"])
+@pytest.mark.parametrize("flags", ["--mid none --batch_gpu 4 --precision bf16", "--mid none --post vanilla",
+                                   "--mid none --init sit --unguided 1 --size 4x32x1", "--nodes 9 --trajectories 16",
+                                   "--mid none --precision tf32 --ratio 1", "--mid none --precision fp16", "--nodes 5 --teacher fm"])
 def test_baselines_and_variants_train(road, tmp_path, flags):
     stage, teacher = "post" if "--mid none" in flags else "mid", road / "pretrain.pt"
     if flags.endswith("fm"):
@@ -334,13 +341,31 @@ def test_the_teacher_runs_in_the_precision_of_the_student(road, monkeypatch):
 def test_student_of_post_starts_from_the_ema_of_mid(road):
     c = cfg(*TINY, "--stage", "post", "--out", road, "--steps", 3)
     ckpt = torch.load(road / "mid.pt", weights_only=True)
-    net = script.student(c, ckpt["model"], torch.device("cpu"), None)
+    net = script.build(c, ckpt["model"], *script.first_weights(c, None), train=True)
     assert all(torch.equal(v, ckpt["ema"][k]) for k, v in net.state_dict().items())
+
+
+def test_a_stage_asks_for_what_it_needs_and_no_more(road, capsys, monkeypatch):
+    """Resumed, post reads neither mid.pt nor a teacher; a teacher from which nothing learns is not trained; --init is there."""
+    real = script.report
+    monkeypatch.setattr(script, "report", lambda c, done, *a, **k: real(c, done, *a, **k) or done == 2 and script.on_signal(15, None))
+    os.makedirs("o")
+    shutil.copy(road / "mid.pt", "o/mid.pt")
+    base = [*TINY, "--out", "o", "--stage", "post", "--steps", 4]
+    assert code(base, capsys, main=script.main)[0] == 75
+    os.remove("o/mid.pt")
+    monkeypatch.setattr(script, "STOP", [])
+    run(*base)
+    assert nets.load_checkpoint("o/post.pt")["step"] == 4
+    run(*TINY, "--out", "p", "--mid", "none", "--post", "vanilla", "--steps", 1, "--samples", 16)
+    assert not os.path.exists("p/pretrain.pt") and os.path.exists("p/post.pt")
+    exit_code, err = code([*TINY, "--out", "q", "--init", "none.pt"], capsys, main=script.main)
+    assert exit_code == 3 and "none.pt" in err and not os.path.exists("q")
 
 
 def test_first_steps_of_a_sit_start_are_unguided():
     t, y = torch.full((8,), 0.5), torch.arange(8)
-    on = lambda step, *a: script.guided(cfg("--omega", 0.2, "--kappa", 0.92, "--stage", "post", *a), step, t, y, 7)    # noqa: E731
+    on = lambda step, *a: script.is_guided(cfg("--omega", 0.2, "--kappa", 0.92, "--stage", "post", *a), step, t, y, 7)    # noqa: E731
     assert on(0).tolist() == [True] * 7 + [False]                                     # the null class never is
     sit = "--init", "sit", "--unguided", 10
     assert not on(9, *sit, "--mid", "none").any() and on(10, *sit, "--mid", "none").any()
@@ -350,16 +375,16 @@ def test_first_steps_of_a_sit_start_are_unguided():
 
 def test_samples_depend_on_their_seed_alone_and_labels_are_as_named(road):
     state = torch.load(road / "post.pt", weights_only=True)
-    net = script.build(cfg(*TINY), state["model"], "cpu", state["ema"], "post")
-    f = script.make_sampler(cfg(), net, 2, "cpu", "random")
+    net = script.build(cfg(*TINY), state["model"], state["ema"], "post")
+    f = script.make_sampler(cfg("--labels", "random"), net, 2)
     assert torch.allclose(f([5, 6, 7])[1], f([6])[0], atol=1e-5)
-    assert script.noises(net, range(25), "cpu", "balanced")[1].tolist() == [s % 10 for s in range(25)]
-    z, y = script.noises(net, range(200), "cpu", "random")
-    assert len(set(y.tolist())) == 10 and torch.equal(z, script.noises(net, range(200), "cpu", "balanced")[0])
-    z, y = script.noises(net, [3], "cpu", "balanced")
+    assert script.noise_and_labels(net, range(25), "balanced")[1].tolist() == [s % 10 for s in range(25)]
+    z, y = script.noise_and_labels(net, range(200), "random")
+    assert len(set(y.tolist())) == 10 and torch.equal(z, script.noise_and_labels(net, range(200), "balanced")[0])
+    z, y = script.noise_and_labels(net, [3], "balanced")
     t = torch.ones(1)
     with torch.no_grad():
-        assert torch.equal(script.make_sampler(cfg(), net, 1, "cpu")([3]), z - net(z, t, 0 * t, y))
+        assert torch.equal(script.make_sampler(cfg(), net, 1)([3]), z - net(z, t, 0 * t, y))
     run(*TINY, "--out", road, "--steps", 3, "--stage", "sample", "--seeds", "3-5")
     assert {p.name for p in (road / "samples").iterdir()} == {f"{n}_{k}" for n in ("teacher", "mid", "post") for k in (1, 2, 3)}
     assert len(list((road / "samples/post_1").iterdir())) == 3
@@ -370,11 +395,11 @@ def test_compiled_functions_hold_the_product_and_change_nothing(monkeypatch):
     graphs, real = [], torch.compile
     monkeypatch.setattr(torch, "compile", lambda f: real(f, backend=lambda g, _: graphs.append(g) or g.forward))
     net, (z, v, t, r, y) = tiny(depth=1), batch()
-    results, device = [], torch.device("cpu")
+    results = []
     for flags in ([], ["--compile"]):
         c = cfg("--stage", "post", *flags)
-        f, slope = script.forward(c, net, device)
-        loss = script.loss_mf(f, slope, z, v, t, r, y, 5, script.guided(c, 0, t, y, 5), c)[0]
+        made_of = script.flow_of(c, net, torch.tensor(5))
+        loss = script.loss_mf(made_of, z, v, t, r, y, script.is_guided(c, 0, t, y, 5), c)[0]
         results.append([loss, *torch.autograd.grad(loss, [p for p in net.parameters() if p.requires_grad])])
         made = len(graphs)
     assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(*results))
@@ -410,7 +435,7 @@ def test_encoded_shards_resume_and_are_read_back(monkeypatch, capsys):
     pictures("src")
     monkeypatch.setitem(sys.modules, "diffusers", types.SimpleNamespace(AutoencoderKL=FakeVAE))
     monkeypatch.setattr(script, "SHARD", 4)
-    argv = ["--data", "./lat", "--stage", "encode", "--source", "src", "--threads", 1, "--out", "o"]
+    argv = ["--data", "./lat", "--stage", "encode", "--source", "src", "--out", "o"]
     run(*argv)
     second = Path("lat/00001.npy").stat().st_mtime_ns
     os.remove("lat/00000.npy")                           # as if it had been killed there
@@ -422,12 +447,12 @@ def test_encoded_shards_resume_and_are_read_back(monkeypatch, capsys):
     data = script.load_data(script.parse(["--data", "lat"]))
     assert data.labels.tolist() == [0, 0, 0, 1, 1, 1] and data.shape == (4, 32, 32) and data.classes == 2
     raw = data.read(torch.tensor([4, 4]), torch.tensor([False, True]))
-    image = np.asarray(script.crop(Image.open("src/n01/3.png"), 256)).astype(np.float32) / 127.5 - 1
+    image = np.asarray(fid.crop(Image.open("src/n01/3.png"), 256)).astype(np.float32) / 127.5 - 1
     mean = torch.nn.functional.avg_pool2d(torch.from_numpy(image).permute(2, 0, 1)[None], 8)
     assert torch.allclose(raw[0, :3], mean[0], atol=1e-3) and torch.allclose(raw[1, :3], mean[0].flip(2), atol=1e-3)
-    x = script.to_latents(raw, torch.ones(2, 4, 32, 32), "cpu")
+    x = script.to_latents(raw, torch.ones(2, 4, 32, 32))
     assert torch.allclose(x, 0.18215 * (raw[:, :4] + 0.125))
-    assert torch.allclose(script.decoded(x, FakeVAE())[:, :, ::8, ::8], x[:, :3] / 0.18215)
+    assert torch.allclose(script.decoded(script.parse(["--data", "lat"]), x)[:, :, ::8, ::8], x[:, :3] / 0.18215)
     Path("lat/index.json").write_text(json.dumps({**index, "scale": 0.18125}))
     exit_code, err = code(["--data", "lat", "--stage", "pretrain", "--out", "x"], capsys, main=script.main)
     assert exit_code == 3 and "0.18125" in err and len(err.strip().splitlines()) == 1
@@ -441,7 +466,7 @@ def test_latents_train_and_are_scored(monkeypatch):
     np.save("lat/00000.npy", np.random.default_rng(0).random((8, 2, 8, 8, 8)).astype(np.float16))
     Path("lat/index.json").write_text(json.dumps(dict(kind="mean, deviation; plain, flipped", scale=0.18215, shards=1)))
     base = ["--data", "lat", "--out", "o", "--steps", 2, "--batch", 8, "--trajectories", 2, "--weak", "4x32x1", "--size", "4x32x1",
-            "--threads", 1, "--nfe", 2]
+            "--nfe", 2]
     for stage in ("pretrain", "mid", "post"):
         run(*base, "--stage", stage)
     run(*base, "--stage", "sample", "--seeds", "0-1")
@@ -494,7 +519,7 @@ def test_two_processes_give_the_result_of_one(road, stage):
     assert [wait(p) for p in pair([*argv, "--out", "two"])] == [0, 0], Path("log0").read_text()
     assert torch.equal(weights(f"one/{stage}.pt"), weights(f"two/{stage}.pt"))
     a, b = ([json.loads(line) for line in open(f"{d}/metrics.jsonl")] for d in ("one", "two"))
-    for key in ("loss", "mse_same" if stage == "post" else "mse_gaps"):
+    for key in ("loss", "mse_same") if stage == "post" else ("loss", *GAPS):
         assert [m[key] for m in a] == [pytest.approx(m[key], rel=1e-5) for m in b]
     if stage == "post":
         def alone():
@@ -522,7 +547,7 @@ def test_killed_or_stopped_runs_end_as_the_undisturbed_one(road, stage):
             time.sleep(0.003)
         os.kill(pid, number)
         assert wait(pid) == (75 if number == signal.SIGTERM else -number), Path("log").read_text()[-2000:]
-    assert script.load(f"cut/{stage}.pt")["step"] == last_step("cut") < 24
+    assert nets.load_checkpoint(f"cut/{stage}.pt")["step"] == last_step("cut") < 24
     run(*argv, "--out", "cut")
     assert torch.equal(weights(f"whole/{stage}.pt"), weights(f"cut/{stage}.pt"))
 
@@ -535,7 +560,7 @@ def test_the_fp32_product_is_fp32_in_every_layer(name):
     def net(z, *a, **k):
         seen.append([s.allow_tf32 for s in switches])
         return z * z
-    slope = home.forward(home.parse(["--data", "digits", "--stage", "post", "--precision", "tf32"]), net, torch.device("cpu"))[1]
+    slope = home.flow_of(home.parse(["--data", "digits", "--stage", "post", "--precision", "tf32"]), net, None).slope
     for s in switches:
         s.allow_tf32 = True
     z, t = torch.ones(2, 1, 2, 2), torch.ones(2)
@@ -549,29 +574,30 @@ def test_a_step_that_is_not_finite_is_skipped_and_ten_end_the_run(monkeypatch, c
     real, calls, bad = script.loss_mf, [], {2}
 
     def faulty(*a):
-        loss, square = real(*a)
-        return loss * (float("nan") if calls.append(1) or len(calls) in bad else 1), square
+        loss, *rest = real(*a)
+        return loss * (float("nan") if calls.append(1) or len(calls) in bad else 1), *rest
     monkeypatch.setattr(script, "loss_mf", faulty)
     run(*TINY, "--stage", "pretrain", "--steps", 4, "--out", "few")
-    assert script.load("few/pretrain.pt")["skipped"] == 1
+    assert nets.load_checkpoint("few/pretrain.pt")["skipped"] == 1
     bad.update(range(8, 99))
     exit_code, err = code([*TINY, "--stage", "pretrain", "--steps", 30, "--save_every", 2, "--out", "many"], capsys, main=script.main)
     assert exit_code == 4 and "not finite in 10 steps" in err
-    assert all(torch.isfinite(v).all() for v in script.load("many/pretrain.pt")["net"].values())
+    assert all(torch.isfinite(v).all() for v in nets.load_checkpoint("many/pretrain.pt")["net"].values())
 
 
 BAD = [
     ("--omega 0", 2, "--omega 0.0"),
-    ("--kappa 1", 2, "kappa in [0, 1)"),
-    ("--guide_from 0.9", 2, "the interval inside"),
+    ("--kappa 1", 2, "--kappa 1.0 is not possible; it must be in [0, 1)"),
+    ("--guide_from 0.9", 2, "--guide_from 0.9 must not be above --guide_to 0.75"),
+    ("--guide_to 1.5", 2, "--guide_to 1.5"),
     ("--ratio 2", 2, "--ratio 2.0"),
     ("--nodes 1", 2, "--nodes 1"),
     ("--size dit-q/2", 2, "--size dit-q/2"),
     ("--size 4x100x2", 2, "multiple of 32"),
     ("--stage pretrain --weak 3x64x2", 2, "do not fill the 8 pixels"),
-    ("--diagonal -1", 2, "--diagonal -1"),
-    ("--weight_c 0", 2, "--weight_c 0"),
-    ("--clip -1", 2, "--clip -1"),
+    ("--size 3x64x2", 2, "do not fill the 8 pixels"),
+    ("--power -1", 2, "--power -1"),
+    ("--init none.pt", 3, "--init none.pt: no such file"),
     ("--weak ddpm++-8", 2, "PATCHxWIDTHxDEPTH"),
     ("--stage mid --trajectories 7", 2, "must fill whole batches"),
     ("--stage mid", 3, "run --stage pretrain first"),

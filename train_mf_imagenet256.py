@@ -43,8 +43,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
-from torch.autograd import forward_ad
-from torch.overrides import TorchFunctionMode
 
 import fid
 import nets
@@ -365,30 +363,6 @@ def draw_times(n, g, ratio, mean, std):
     return t, torch.where(i * k // n < (i + 1) * k // n, r, t)
 
 
-class TwoProducts(TorchFunctionMode):
-    """Inside: the derivative of a linear layer is itself without bias, two products and no more.
-
-    Autograd's own rule adds the absent derivatives of weights and bias, empty tensors whose shapes it works
-    out in Python: a third of the time of a small net.
-    """
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.linear and (x := forward_ad.unpack_dual(args[0])).tangent is not None:
-            return forward_ad.make_dual(func(x.primal, *args[1:]), func(x.tangent, args[1]))
-        return func(*args, **(kwargs or {}))
-
-
-@torch.no_grad()
-def derivative(net, z, t, r, y, v):
-    """du/dt along the flow: v . du/dz + du/dt at fixed r, of u = net(z, t, r, y). Not recorded."""
-    one = torch.ones_like(t)                          # trap: r stands still (FID 61, else 329: MF, Table 1b)
-    if torch.compiler.is_compiling():
-        return torch.func.jvp(lambda z, t: net(z, t, r, y, repa=False), (z, t), (v, one))[1]
-    with forward_ad.dual_level(), TwoProducts():      # the same product in 60 % of jvp's time
-        u = net(forward_ad.make_dual(z, v), forward_ad.make_dual(t, one), r, y, repa=False)
-        return forward_ad.unpack_dual(u).tangent
-
-
 def flow_of(cfg, net, null):
     """net(z, t, r, y, repa), and its null condition, as a Flow: u in --precision, du/dt always in fp32.
 
@@ -403,7 +377,7 @@ def flow_of(cfg, net, null):
         return (answer, None) if repa and torch.is_tensor(answer) else answer
 
     def slope(z, t, r, y, v):
-        return derivative(net, z, t, r, y, v)
+        return nets.derivative(net, z, t, r, y, v)
 
     def exact_slope(*args):
         matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
@@ -835,26 +809,10 @@ def size_row(cfg, flag, side=0):
     return rows[name]
 
 
-def shape_of(state, name):
-    """Constructor arguments of a DiT, read off its weights (a bare state dict does not say them)."""
-    try:
-        hidden, channels, patch, _ = state["x_embedder.proj.weight"].shape
-        side = math.isqrt(state["pos_embed"].shape[1]) * patch
-        classes = len(state["y_embedder.embedding_table.weight"]) - 1
-        depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
-    except KeyError as e:
-        raise nets.WeightsError(f"{name}: no DiT, SiT or Mean Flow net, it has no {e}") from None
-    heads = [row["num_heads"] for row in nets.SIZES.values()
-             if (row.get("hidden_size"), row.get("depth")) == (hidden, depth)]
-    two_clocks = any(k.startswith(("r_embedder.", "h_embedder.")) for k in state)
-    return dict(input_size=side, in_channels=channels, patch_size=patch, hidden_size=hidden, depth=depth,
-                num_heads=[*heads, max(1, hidden // 64)][0], num_classes=classes, average_velocity=two_clocks)
-
-
 def read_net(cfg, name):
     """(weights, constructor arguments) of a FILE or URL: ours, or bare weights of SiT, REPA or Mean Flow."""
     state, model = nets.load_pretrained(name)
-    shape = shape_of(state, name)                     # a net of another kind is refused here
+    shape = nets.dit_shape(state, name)                     # a net of another kind is refused here
     if model and "://" not in name:
         check_guidance(cfg, nets.load_checkpoint(name).get("cfg", {}), name)
     return state, model or shape

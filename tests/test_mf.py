@@ -77,13 +77,13 @@ GAPS = {f"mse_gap{k}" for k in range(1, 5)}
 def test_derivative_equals_finite_differences_and_float64():
     """Along (v, 1, 0) of (z, t, r): any other direction fails by far."""
     net, (z, v, t, r, y) = tiny(), batch(ratio=1.0)
-    exact, e = script.derivative(net, z, t, r, y, v), 1e-5
+    exact, e = nets.derivative(net, z, t, r, y, v), 1e-5
     with torch.no_grad():
         step = lambda a, b, c: (net(z + a * v, t + b, r + c, y) - net(z - a * v, t - b, r - c, y)) / (2 * e)    # noqa: E731
         assert torch.allclose(exact, step(e, e, 0), rtol=1e-6, atol=1e-8)
         for wrong in ((e, 0, 0), (e, 0, e), (e, e, e), (0, e, 0)):
             assert (exact - step(*wrong)).abs().max() > 1e-3
-    single = script.derivative(net.float(), *(a.float() for a in (z, t, r)), y, v.float())
+    single = nets.derivative(net.float(), *(a.float() for a in (z, t, r)), y, v.float())
     assert (single - exact).norm() < 1e-5 * exact.norm() and not exact.requires_grad
 
 
@@ -111,7 +111,7 @@ def test_product_on_some_samples_is_the_loss_and_gradient_of_the_product_on_all(
 
     def slope(*a):
         products.append(len(a[0]))
-        return script.derivative(net, *a)
+        return nets.derivative(net, *a)
     led, far = script.is_guided(c, 0, t, y, 5), r < t
     ours, raw, features = script.loss_mf(flow(f, slope), z, v, t, r, y, led, c)
     grads = torch.autograd.grad(ours, [p for p in net.parameters() if p.requires_grad])
@@ -258,14 +258,14 @@ def test_an_official_sit_starts_the_student_exactly(monkeypatch):
         net = script.build(c, {**model, "average_velocity": True}, *script.first_weights(c, state), train=True)
         z, _, t, r, y = batch(ratio=1.0)
         assert (net(z, t, r, y) - one(z, t, None, y)).abs().max() < 1e-12
-    assert script.shape_of(state, "")["average_velocity"] is False
+    assert nets.dit_shape(state, "")["average_velocity"] is False
     big = {k: torch.empty(s) for k, s in (("x_embedder.proj.weight", (1152, 4, 2, 2)), ("pos_embed", (1, 256, 1152)),
            ("blocks.27.attn.qkv.weight", (3456, 1152)), ("h_embedder.mlp.0.weight", (1152, 256)),
            ("y_embedder.embedding_table.weight", (1001, 1152)))}
     full = {**nets.SIZES["dit-xl/2"], "input_size": 32, "in_channels": 4, "num_classes": 1000, "average_velocity": True}
-    assert script.shape_of(big, "") == full
+    assert nets.dit_shape(big, "") == full
     with pytest.raises(nets.WeightsError, match="x.pt: no DiT"):
-        script.shape_of({"w": torch.zeros(1)}, "x.pt")
+        nets.dit_shape({"w": torch.zeros(1)}, "x.pt")
 
 
 def test_a_net_of_another_kind_is_refused(capsys):

@@ -1,37 +1,37 @@
 """bench.py: what it counts is what the methods cost, and every command of its docstring runs."""
-import json
 import re
-import zipfile
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import bench
 import nets
 
 
+def calls(capsys):
+    """{method: [teacher calls, forwards, backwards]} of a printed table of pairs."""
+    found = re.findall(r"^\| ([a-z ]+) \|.*?\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| [\d.]+ \| \d+% \| \d+ \|$",
+                       capsys.readouterr().out, re.M)
+    return {name: list(map(float, rest)) for name, *rest in found}
+
+
 @pytest.mark.long
 def test_pairs_cost_the_calls_that_the_paper_counts(monkeypatch, capsys):
-    """C.2 per pair: CMT one teacher call and one forward; ECT none and two; ECD two for Heun; KD a whole solve (of 4)."""
+    """C.2 per pair: CMT one teacher call, one forward; ECT none and two; ECD two (Heun); KD a solve (4)."""
     monkeypatch.setitem(bench.script.PRESETS, ("digits", "mid", "*"), dict(batch=16, nfe=4, trajectories=4))
     monkeypatch.setattr(bench, "ceiling", lambda device: 1e9)
     bench.main(["pairs", "--rounds", "1", "--batch", "16", "--batch_gpu", "8", "--loss", "l2"])
-    rows = {r[0]: list(map(float, r[1:])) for r in re.findall(
-        r"\| ([a-z ]+) \|.*?\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| [\d.]+ \| \d+% \| \d+ \|\n", capsys.readouterr().out)}
-    assert rows == {"cmt": [1, 1, 1], "ect": [0, 2, 1], "ecd euler": [1, 2, 1], "ecd heun": [2, 2, 1], "kd": [4, 1, 1],
-                    "slow": [2.5, 1, 1], "plain": [1, 1, 1]}
+    assert calls(capsys) == {
+        "cmt": [1, 1, 1], "ect": [0, 2, 1], "ecd euler": [1, 2, 1], "ecd heun": [2, 2, 1], "kd": [4, 1, 1],
+        "slow": [2.5, 1, 1], "plain": [1, 1, 1]}
 
 
 @pytest.mark.long
 def test_pairs_of_edm2_cost_the_same_calls(monkeypatch, capsys):
     monkeypatch.setitem(bench.imagenet.PRESETS, ("digits", "mid", "*"), dict(batch=16, nfe=4, trajectories=4))
     monkeypatch.setattr(bench, "ceiling", lambda device: 1e9)
-    bench.main(["pairs", "--data", "edm2", "--rounds", "1", "--batch", "16", "--batch_gpu", "8", "--loss", "l2"])
-    found = re.findall(r"^\| ([a-z ]+) \|.*?\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| [\d.]+ \| \d+% \| \d+ \|$",
-                       capsys.readouterr().out, re.M)
-    assert {name: list(map(float, calls)) for name, *calls in found} == {
+    bench.main("pairs --data edm2 --rounds 1 --batch 16 --batch_gpu 8 --loss l2".split())
+    assert calls(capsys) == {
         "cmt": [1, 1, 1], "ect": [0, 2, 1], "ecd euler": [1, 2, 1], "ecd heun": [2, 2, 1]}
 
 
@@ -53,35 +53,16 @@ def test_weights_prints_a_time_for_each_way(capsys):
 
 
 @pytest.mark.long
-def test_claims_run_every_row_once_and_print_what_they_scored(tmp_path, monkeypatch, capsys):
-    """Two rows, the second from the first one's teacher and mid-training; a second call runs nothing again."""
-    tiny = "--steps 2 --samples 64 --batch 16 --nfe 4 --trajectories 4"
-    rows = {"a": ("cmt_cifar", "", [tiny]), "b": ("cmt_cifar", "a mid", [f"--stage post --post ecd {tiny}"])}
-    monkeypatch.setattr(bench, "CLAIMS", rows)
-    ran, real = [], bench.subprocess.run
-
-    def run(line, **flags):
-        if not line[1].startswith("train_"):
-            return real(line, **flags)
-        ran.append(line[1])
-        bench.script.main([*line[2:], *(tiny.split() if "eval" in line else [])])
-    monkeypatch.setattr(bench.subprocess, "run", run)
-    for _ in range(2):
-        bench.main(["claims", "--seeds", "5", "--out", str(tmp_path / "claims")])
-    table = re.findall(r"^\| (a|b) \| ([\d.]+ / [\d.]+) \| \2 \| \d+ \|$", capsys.readouterr().out, re.M)
-    assert ran == ["train_cmt_cifar.py"] * 3 and len(table) == 4 and table[:2] == table[2:]
-    log = (tmp_path / "claims/5/b/log.txt").read_text()
-    assert f"eval: post 1-step FD-digits {table[1][1].split(' ')[0]}" in log and "mid: " not in log
-
-
-@pytest.mark.long
 @pytest.mark.parametrize("data", ["digits", "edm2"])
 def test_precision_says_that_bf16_rounds_the_step_away(tmp_path, capsys, data):
     """At q = 4096 the difference is smaller than bf16's error and far larger than fp32's."""
     net = (nets.EDMPrecond if data == "digits" else nets.EDM2Precond)(**bench.MODELS[data])
     torch.manual_seed(0)
     for p in net.parameters():
-        torch.nn.init.normal_(p, 0, p[0].numel() ** -0.5 if p.ndim > 1 else 0.1) if p.ndim else p.data.fill_(1)
+        if p.ndim:
+            torch.nn.init.normal_(p, 0, p[0].numel() ** -0.5 if p.ndim > 1 else 0.1)
+        else:
+            p.data.fill_(1)
     torch.save(dict(ema=net.state_dict(), model=bench.MODELS[data]), tmp_path / "net.pt")
     bench.main(["precision", "--data", data, "--net", str(tmp_path / "net.pt")])
     out = capsys.readouterr().out
@@ -90,7 +71,8 @@ def test_precision_says_that_bf16_rounds_the_step_away(tmp_path, capsys, data):
     assert len(rows) == 5 and [row[0] for row in rows] == sorted(row[0] for row in rows)
     assert all(fp32 < fp16 < bf16 for _, fp32, bf16, fp16 in rows)
     assert 100 * rows[0][1] < rows[0][0] < rows[0][2]
-    size, fp32, bf16, fp16, twice = map(float, re.search(r"\n\| (\S+) \| (\S+) \| (\S+) \| (\S+) \| (\S+) \|\n$", out).groups())
+    last = re.search(r"\n\| (\S+) \| (\S+) \| (\S+) \| (\S+) \| (\S+) \|\n$", out)
+    size, fp32, bf16, fp16, twice = map(float, last.groups())
     assert 0 < fp32 < fp16 < bf16 < twice < size
 
 
@@ -103,53 +85,38 @@ def test_growth_times_batches_and_runs(monkeypatch, capsys):
     def run(line, **flags):
         if line[0] != bench.sys.executable:
             return real(line, **flags)
-        bench.script.main(line[line.index(bench.script.__file__) + 1:] + ["--log_every", "1", "--batch", "16"])
+        bench.main(line[line.index(bench.__file__) + 1:] + ["--log_every", "1", "--batch", "16"])
     monkeypatch.setattr(bench.subprocess, "run", run)
     bench.main(["growth", "--rounds", "1", "--steps", "40"])
     out = capsys.readouterr().out
     assert len(re.findall(r"^\| 16 \| \d+ \(\d+-\d+\) \|$", out, re.M)) == 1
-    rows = re.findall(r"^\| (one|two) process.* \| (\d+) \| -?[\d.]+ \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", out, re.M)
+    pattern = r"^\| (one|two) process.* \| (\d+) \| -?[\d.]+ \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$"
+    rows = re.findall(pattern, out, re.M)
     assert [r[:2] for r in rows] == [("one", "40"), ("one", "4"), ("two", "4")]
     assert all(0 < int(first) <= int(last) for *_, first, last in rows)
 
 
-@pytest.mark.long
-def test_curves_score_every_checkpoint_and_draw_two_pictures(tmp_path, monkeypatch, capsys):
-    """Trained weights move on after they are saved: what is scored must be what they were."""
-    tiny = "--steps 4 --batch 16 --nfe 4 --trajectories 4 --save_every 2 --lr 1e-2".split()
-    main, script = bench.script.main, bench.script
-    monkeypatch.setitem(script.PRESETS, ("digits", "eval", "*"), dict(samples=64))
-    main(["--data", "digits", "--stage", "pretrain", "--out", str(tmp_path / "t"), *tiny])
-    monkeypatch.setattr(script, "main", lambda argv: main([*argv, *tiny]))
-    bench.main(["curves", "--net", str(tmp_path / "t/pretrain.pt"), "--out", str(tmp_path)])
-    rows = re.findall(r"^(?:CMT \+ )?ECT, [12] step: (.*)$", capsys.readouterr().out, re.M)
-    points = [[tuple(p.split()) for p in row.split(", ")] for row in rows]
-    assert [len(p) for p in points] == [4, 4, 2, 2]
-    assert [x for x, _ in points[0]] == ["32", "64", "96", "128"] and len({y for _, y in points[0]}) == 4
-    for name in ("curve", "norms"):
-        with Image.open(tmp_path / f"{name}.png") as image:
-            assert image.size == (900, 520) and len(image.getcolors(1000000)) > 10
+def test_memory_counts_activations_of_the_full_size_net_without_building_it(capsys):
+    """XL: 31 GB (bf16 27) of weights, gradients, Adam, EMA, hoisted and theirs, under 1 GB an image."""
+    for precision, held, least, most in (("fp32", 7, 0.5, 1.0), ("bf16", 6, 0.25, 0.5)):
+        flags = "--script train_cmt_imagenet --res 64 --batch_gpu 16".split()
+        bench.main(["memory", *flags, "--precision", precision])
+        lines = capsys.readouterr().out.splitlines()
+        mid, post = [[float(v) for v in re.findall(r"\d+\.\d+", line)] for line in lines]
+        for total, fixed, frozen, one in (mid, post):
+            assert fixed == pytest.approx(held * 1.1193 * 4, rel=0.01) and least < one < most
+            assert total == pytest.approx(fixed + frozen + 16 * one, rel=0.01)
+        assert post[2] == 0 < mid[2] == pytest.approx(1.1193 * (4 if precision == "fp32" else 2), rel=0.1)
+    bench.main("memory --res 64 --stage post --post ecd".split())      # the teacher, and a weak XS
+    assert 1.05 < float(re.search(r"([\d.]+) frozen nets", capsys.readouterr().out)[1]) / (1.1193 * 4) < 1.2
 
 
-@pytest.mark.long
-def test_photos_train_and_score_every_row(tmp_path, monkeypatch, capsys):
-    """Every net but the teacher starts from the teacher's weights; CMT's post-training from the mid-training above it."""
-    rng, names = np.random.default_rng(0), [f"00000/img{i:08d}.png" for i in range(40)]
-    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as z:
-        for name in names:
-            Image.fromarray(rng.integers(0, 255, (32, 32, 3), np.uint8)).save(tmp_path / "image.png")
-            z.write(tmp_path / "image.png", name)
-        z.writestr("dataset.json", json.dumps({"labels": [[n, i % 10] for i, n in enumerate(names)]}))
-    tiny = " --steps 2 --batch 16 --nfe 4 --trajectories 4"
-    rows = {row: [(stage, flags + tiny) for stage, flags in calls] for row, calls in bench.PHOTOS.items()}
-    monkeypatch.setattr(bench, "PHOTOS", rows)
-    monkeypatch.setattr(bench.PhotoNet.__init__, "__defaults__", (2, 16))
-    out = tmp_path / "out"
-    bench.main(["photos", "--data", str(tmp_path / "photos.zip"), "--out", str(out), "--seeds", "3", "--samples", "200"])
-    found = re.findall(r"^\| (.+) \| 3 \| ([\d.]+)(?: / ([\d.]+))? \| \d+ \|$", capsys.readouterr().out, re.M)
-    assert [name for name, *_ in found] == list(rows) and (found[0][2] == "") and all(two for _, _, two in found[1:])
-    first, second = (torch.load(out / "3" / d / "mid.pt", weights_only=True)["net"] for d in ("after_CMT", "CMT_+_ECT"))
-    assert all(torch.equal(v, second[k]) for k, v in first.items())
+def test_memory_says_what_to_pass_to_a_smaller_gpu(monkeypatch):
+    monkeypatch.setattr(bench.torch.cuda, "is_available", lambda: True)
+    room = bench.argparse.Namespace(total_memory=40e9)
+    monkeypatch.setattr(bench.torch.cuda, "get_device_properties", lambda device: room)
+    assert bench.fitting(39, 0.5, 16) == ""
+    assert bench.fitting(31 + 64, 0.5, 128).endswith("pass --batch_gpu 16")
 
 
 def test_an_unknown_word_is_refused():

@@ -1,0 +1,468 @@
+"""What CMT gives: the paper's claims tried on digits and on small photos, score by score.
+
+  python claims.py claims                   # every claim, three seeds of every run (hours)
+  python claims.py claims --methods "CMT + ECT;ECT" --seeds 0       # some rows, one seed
+  python claims.py curves                   # CMT + ECT beside ECT: score and gradient norm against images
+  python claims.py photos --data cifar10.zip --out out/photos       # CMT + ECT beside ECT on 16x16 photos
+  python claims.py bias --out out/digits    # Theorem 5.1: the gradient bias at each start of a finished run
+
+Every run is a run of a script and leaves that script's folder; what is finished is not run again. photos
+takes an EDM zip with labels. What a training pair costs: bench.py.
+"""
+import argparse
+import contextlib
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import zipfile
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+
+import fid
+import nets
+import solvers
+import train_cmt_cifar as script
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+@contextlib.contextmanager
+def quiet():
+    """Nothing of what runs inside is printed; the run's log.txt has it."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+
+
+# ---- claims -----------------------------------------------------------------------------------
+# The rows are those of docs/results.md. Where they were made, mid-training measured by a VGG of the labels
+# and post-training had the plain norm; the CIFAR script's own default on digits is pseudo-Huber in both.
+VGG = "--stage mid --loss vgg"                        # the claim of App. D; see vgg_distance
+PIXELS = "--stage mid --loss huber"
+PLAIN, HUBER = "--stage post --huber_c 0", "--stage post --huber_c 0.06"
+ECT = f"{PLAIN} --mid none --steps 1500 --lr 1e-3"
+ANNEALED = "--stage post --mid none --post annealed --decay linear"
+CLAIMS = {  # row: (script, row whose teacher and, with "mid", mid-training it goes on from, a list of calls)
+    "CMT + ECT": ("cmt_cifar", "", ["--stage pretrain", VGG, PLAIN]),
+    "CMT alone, all images": ("cmt_cifar", "CMT + ECT", [f"{VGG} --steps 1500"]),
+    "CMT short + ECT": ("cmt_cifar", "CMT + ECT", [f"{VGG} --steps 450", f"{PLAIN} --steps 1050"]),
+    "CMT long + ECT": ("cmt_cifar", "CMT + ECT", [f"{VGG} --steps 1200", f"{PLAIN} --steps 300"]),
+    "CMT + ECD": ("cmt_cifar", "CMT + ECT mid", [f"{PLAIN} --post ecd"]),
+    "ECT": ("cmt_cifar", "CMT + ECT", [ECT]),
+    "ECT, no warm-up": ("cmt_cifar", "CMT + ECT", [f"{ECT} --warmup 0"]),
+    "CMT + ECT, no warm-up": ("cmt_cifar", "CMT + ECT mid", [f"{PLAIN} --warmup 0"]),
+    "ECT, annealed": ("cmt_cifar", "CMT + ECT", [f"{ANNEALED} --huber_c 0"]),
+    "ECT, annealed, pseudo-Huber": ("cmt_cifar", "CMT + ECT", [f"{ANNEALED} --huber_c 0.06"]),
+    "ECT, pseudo-Huber": ("cmt_cifar", "CMT + ECT", [f"{ECT} --huber_c 0.06"]),
+    "CMT by pseudo-Huber + ECT, pseudo-Huber": ("cmt_cifar", "CMT by pseudo-Huber + ECT mid", [HUBER]),
+    "ECT, annealed, random start": ("cmt_cifar", "CMT + ECT", [f"{ANNEALED} --init random --huber_c 0"]),
+    "KD + ECT": ("cmt_cifar", "CMT + ECT", [f"{VGG} --mid kd", PLAIN]),
+    "KD + ECT, equal time": ("cmt_cifar", "CMT + ECT", [f"{VGG} --mid kd --steps 206", PLAIN]),
+    "Slow CMT + ECT": ("cmt_cifar", "CMT + ECT", [f"{VGG} --mid slow", PLAIN]),
+    "Slow CMT + ECT, equal time": ("cmt_cifar", "CMT + ECT", [f"{VGG} --mid slow --steps 310", PLAIN]),
+    "CMT by L2 + ECT": ("cmt_cifar", "CMT + ECT", ["--stage mid --loss l2", PLAIN]),
+    "CMT by pseudo-Huber + ECT": ("cmt_cifar", "CMT + ECT", [PIXELS, PLAIN]),
+    "CMT in bf16 + ECT": ("cmt_cifar", "CMT + ECT", [f"{VGG} --precision bf16", PLAIN]),
+    "CMT from 4 steps + ECT": ("cmt_cifar", "CMT + ECT", [f"{VGG} --nfe 4", PLAIN]),
+    "CMT from 8 steps + ECT": ("cmt_cifar", "CMT + ECT", [f"{VGG} --nfe 8", PLAIN]),
+    "CMT from 32 steps + ECT": ("cmt_cifar", "CMT + ECT", [f"{VGG} --nfe 32", PLAIN]),
+    "CMT + ECT, step 1/64": ("cmt_cifar", "CMT + ECT mid", [f"{PLAIN} --q 64"]),
+    "CMT + ECT, step 1/4096": ("cmt_cifar", "CMT + ECT mid", [f"{PLAIN} --q 4096"]),
+    "CMT by pseudo-Huber + ECT, step 1/4096": ("cmt_cifar", "CMT by pseudo-Huber + ECT mid", [
+        f"{PLAIN} --q 4096"]),
+    "ECT, step 1/64": ("cmt_cifar", "CMT + ECT", [f"{ECT} --q 64"]),
+    "ECT, step 1/4096": ("cmt_cifar", "CMT + ECT", [f"{ECT} --q 4096"]),
+    "CMT + ECT, pseudo-Huber, a quarter": ("cmt_cifar", "CMT + ECT", [
+        f"{PIXELS} --steps 225", f"{HUBER} --steps 150"]),
+    "CMT + ECT, pseudo-Huber, half": ("cmt_cifar", "CMT + ECT", [
+        f"{PIXELS} --steps 450", f"{HUBER} --steps 300"]),
+    "CMT + ECT, pseudo-Huber, twice": ("cmt_cifar", "CMT + ECT", [
+        f"{PIXELS} --steps 1800", f"{HUBER} --steps 1200"]),
+    "ECT, a quarter": ("cmt_cifar", "CMT + ECT", [f"{ECT} --steps 375"]),
+    "ECT, half": ("cmt_cifar", "CMT + ECT", [f"{ECT} --steps 750"]),
+    "ECT, annealed, pseudo-Huber, a quarter": ("cmt_cifar", "CMT + ECT", [
+        f"{ANNEALED} --huber_c 0.06 --steps 375 --double 47"]),
+    "ECT, annealed, pseudo-Huber, half": ("cmt_cifar", "CMT + ECT", [
+        f"{ANNEALED} --huber_c 0.06 --steps 750 --double 94"]),
+    "ECT, annealed, pseudo-Huber, twice": ("cmt_cifar", "CMT + ECT", [
+        f"{ANNEALED} --huber_c 0.06 --steps 3000 --double 375"]),
+    "EDM2: CMT + ECT": ("cmt_imagenet", "", [""]),
+    "EDM2: ECT": ("cmt_imagenet", "EDM2: CMT + ECT", ["--mid none --steps 1500"]),
+    "EDM2: ECT tuned": ("cmt_imagenet", "EDM2: CMT + ECT", ["--mid none --steps 1500 --lr 2e-2 --q 64"]),
+    "EDM2: CMT in bf16 + ECT": ("cmt_imagenet", "EDM2: CMT + ECT", [
+        "--stage vgg", "--stage mid --precision bf16", "--stage post"]),
+    "EDM2: CMT + ECT in fp16": ("cmt_imagenet", "EDM2: CMT + ECT mid", ["--stage post --precision fp16"]),
+    "Mean Flow: CMT + Mean Flow": ("mf_imagenet256", "", [""]),
+    "Mean Flow from scratch": ("mf_imagenet256", "Mean Flow: CMT + Mean Flow", [
+        "--mid none --post vanilla"]),
+    "Mean Flow: CMT in bf16 + Mean Flow": ("mf_imagenet256", "Mean Flow: CMT + Mean Flow", [
+        "--stage mid --precision bf16", "--stage post"]),
+    "Text: CMT + Mean Flow": ("t2i_coco", "", [""]),
+    "Text: CMT in bf16 + Mean Flow": ("t2i_coco", "Text: CMT + Mean Flow", [
+        "--stage mid --precision bf16", "--stage post"]),
+    "Text: Mean Flow from SiT": ("t2i_coco", "Text: CMT + Mean Flow", [
+        "--mid none --post vanilla --steps 1500"]),
+}
+
+
+def claims(args, device):
+    """Every row of CLAIMS with every seed, one run after the other; what is finished is not run again."""
+    seeds = [int(s) for s in args.seeds.split(",")]
+    print("| run | " + " | ".join(f"seed {s}" for s in seeds) + " | median | seconds |")
+    print("|---" * (len(seeds) + 3) + "|")
+    for row in CLAIMS if not args.methods else args.methods.split(";"):
+        runs = [claim(row, seed, args.out) for seed in seeds]
+        last = "post" if "post 1" in runs[0][0] else "mid"
+        pairs = [[scores[f"{last} {k}"] for scores, _ in runs] for k in (1, 2)]
+        cells = [f"{a:.2f} / {b:.2f}" for a, b in zip(*pairs)]
+        middle = " / ".join(f"{statistics.median(p):.2f}" for p in pairs)
+        seconds = statistics.median(t for _, t in runs)
+        print(f"| {row} | {' | '.join(cells)} | {middle} | {seconds:.0f} |", flush=True)
+
+
+def claim(row, seed, out):
+    """Run one row with one seed, unless it is finished: {"net steps": score}, seconds of mid + post."""
+    name, base, calls = CLAIMS[row]
+    folder, source = (f"{out}/{seed}/{r.removesuffix(' mid').replace(' ', '_')}" for r in (row, base))
+    os.makedirs(folder, exist_ok=True)
+    flags, first = ["--data", "digits", "--seed", str(seed), "--out", folder], base
+    while first and CLAIMS[first.removesuffix(" mid")][1]:
+        first = CLAIMS[first.removesuffix(" mid")][1]     # whose teacher they all share
+    if base:
+        teacher = first.removesuffix(" mid").replace(" ", "_")
+        flags += ["--teacher", f"{out}/{seed}/{teacher}/pretrain.pt"]
+    if base.endswith(" mid"):
+        shutil.copy(f"{source}/mid.pt", folder)
+    if "--stage" in calls[-1]:                            # else the one call runs all stages, the score too
+        calls = [*calls, "--stage eval"]
+    finished = os.path.exists(f"{folder}/results.md")
+    for call in [] if finished else calls:
+        if "--loss vgg" in call:
+            with vgg_distance(f"{out}/{seed}/vgg.pt", seed), quiet():
+                script.main([*flags, *call.replace("--loss vgg", "--loss l2").split()])
+        else:
+            line = [sys.executable, f"{HERE}/train_{name}.py", *flags, *call.split()]
+            subprocess.run(line, check=True, stdout=subprocess.DEVNULL)
+    with open(f"{folder}/metrics.jsonl") as f:
+        lines = [json.loads(line) for line in f]
+    scored = [m for m in lines if m["stage"] == "eval"]
+    scores = {f"{m['net']} {m['metric'].split('-')[0]}": m["values"][0] for m in scored}
+    return scores, sum({m["stage"]: m["seconds"] for m in lines if m["stage"] in ("mid", "post")}.values())
+
+
+@contextlib.contextmanager
+def vgg_distance(path, seed):
+    """Inside, d of Eq. 7 in the CIFAR script is the VGG at path, whatever --loss says: App. D on digits."""
+    if not os.path.exists(path):
+        train_vgg(path, seed)
+
+    def make_distance(cfg, channels):
+        vgg = nets.VGG()
+        nets.load_weights(vgg, nets.load_checkpoint(path)["net"], path)
+        return vgg.to(script.DEVICE).requires_grad_(False).eval()
+    before, script.make_distance = script.make_distance, make_distance
+    try:
+        yield
+    finally:
+        script.make_distance = before
+
+
+def train_vgg(path, seed, steps=300, batch=128, lr=3e-3):
+    """A small VGG trained on the digits' labels (the idea of App. B.5). Returns the share read right."""
+    images, labels = fid.digits()
+    torch.manual_seed(script.fold(seed, "vgg"))
+    vgg = nets.VGG()
+    opt = torch.optim.Adam(vgg.parameters(), lr=lr)
+    for step in range(steps):
+        opt.param_groups[0]["lr"] = lr * (1 - step / steps)
+        i = torch.randint(len(images), (batch,))
+        dx, dy = torch.randint(-1, 2, (2,)).tolist()                                 # shifts by one pixel
+        x = script.to_float(images[i].roll((dx, dy), (2, 3)), "cpu")
+        loss = F.cross_entropy(vgg.logits(x + 0.2 * torch.rand(()) * torch.randn(x.shape)), labels[i])
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+    nets.save_checkpoint(path, net=vgg.state_dict())
+    return (vgg.logits(script.to_float(images, "cpu")).argmax(1) == labels).float().mean().item()
+
+
+# ---- curves -----------------------------------------------------------------------------------
+def chart(path, curves, title, x_label):
+    """{name: [(x, y)]} -> a PNG of lines, y logarithmic with its ticks at 1, 2, 5 times powers of ten."""
+    width, height, left, low = 900, 520, 70, 60
+    colours = ["#1f5fbf", "#6fa8f5", "#c0392b", "#f0a090", "#2e8b57", "#8e44ad"]
+    image = Image.new("RGB", (width, height), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(15)
+    xs, ys = zip(*(p for points in curves.values() for p in points))
+    ticks = [m * 10.0**e for e in range(-6, 7) for m in (1, 2, 5)]
+    around = zip(ticks, ticks[1:], ticks[2:])
+    ticks = [y for below, y, above in around if above > min(ys) and below < max(ys)]
+    bottom, top = math.log(ticks[0]), math.log(ticks[-1])
+
+    def at(x, y):
+        return (left + (width - left - 20) * x / max(xs),
+                height - low - (height - low - 50) * (math.log(y) - bottom) / (top - bottom))
+    for y in ticks:
+        draw.line([at(0, y), at(max(xs), y)], "#dddddd")
+        draw.text((left - 8, at(0, y)[1]), f"{y:g}", "black", font, anchor="rm")
+    for k in range(6):
+        x, anchor = max(xs) * k / 5, "mt" if k < 5 else "rt"
+        draw.text((at(x, ticks[0])[0], height - low + 8), f"{x:,.0f}", "black", font, anchor=anchor)
+    draw.text((width / 2, height - 22), x_label, "black", font, anchor="mt")
+    draw.text((left, 14), title, "black", font)
+    for k, ((name, points), colour) in enumerate(zip(curves.items(), colours[::1 + (len(curves) < 4)])):
+        draw.line([at(*p) for p in points], colour, 3, joint="curve")
+        draw.text((width - 30, 50 + 22 * k), name, colour, font, anchor="rt")
+    image.save(path)
+
+
+@contextlib.contextmanager
+def kept_checkpoints():
+    """Inside, the list of all checkpoints that are saved, each with its EMA weights as they were then."""
+    save, kept = nets.save_checkpoint, []
+
+    def keep(path, **state):
+        save(path, **state)
+        kept.append({**state, "ema": {k: v.clone() for k, v in state["ema"].items()}})
+    nets.save_checkpoint = keep
+    try:
+        yield kept
+    finally:
+        nets.save_checkpoint = save
+
+
+def curves(args, device):
+    """The paper's Figure 1 on digits, and the gradient norm of every step: <out>/curve.png, <out>/norms.png.
+
+    Both sides at their best in `claims`: pseudo-Huber losses, ECT annealed.
+    """
+    cfg = script.parse(["--data", "digits", "--stage", "eval"])
+    features = fid.DigitsNet().to(device)
+    reference = fid.measure(features, script.load_data(cfg).split(250), device)
+    scores, norms = {}, {}
+    for name, calls in {"CMT + ECT": [PIXELS, HUBER], "ECT": [f"{ANNEALED} --huber_c 0.06"]}.items():
+        folder, seen, before = f"{args.out}/{name.replace(' ', '_')}", 0, 0
+        flags = ["--data", "digits", "--teacher", args.net, "--out", folder]
+        for call in calls:
+            with kept_checkpoints() as kept:
+                script.main([*flags, *call.split(), "--save_every", "150", "--log_every", "1"])
+            if not kept:
+                script.fail(2, f"{folder} is finished, its checkpoints are gone; use another --out")
+            for state in kept:
+                net = script.build(cfg, state["model"], state["ema"])
+                images = state["step"] * state["cfg"]["batch"]
+                for steps in (1, 2):
+                    found = fid.score(script.make_sampler(cfg, net, steps), features, reference, cfg.samples)
+                    scores.setdefault(f"{name}, {steps} step", []).append((seen + images, found[1][0]))
+            seen += images
+        with open(f"{folder}/metrics.jsonl") as f:
+            for m in map(json.loads, f):
+                before += m["images"] - before if m["stage"] == "mid" else 0
+                norms.setdefault(name, []).append((m["images"] + before * (m["stage"] == "post"), m["grad"]))
+    chart(f"{args.out}/curve.png", scores, "FD-digits against training images", "images (pairs) seen")
+    chart(f"{args.out}/norms.png", norms, "gradient norm of every step", "images (pairs) seen")
+    for name, points in scores.items():
+        print(f"{name}: " + ", ".join(f"{x:,} {y:.2f}" for x, y in points))
+
+
+# ---- photos -----------------------------------------------------------------------------------
+class PhotoNet(torch.nn.Module):
+    """Scores photos: uint8 (B, 3, 16, 16) -> features (B, 128) of a small VGG trained on their labels."""
+    dim = 128
+
+    def __init__(self, images, labels, path, steps=2000, batch=128):
+        super().__init__()
+        self.vgg = nets.VGG(3, ((32, 32), (64, 64), (128, 128)))
+        if os.path.exists(path):
+            self.vgg.load_state_dict(torch.load(path, weights_only=True))
+        else:
+            known, opt = len(images) * 9 // 10, torch.optim.Adam(self.vgg.parameters(), lr=2e-3)
+            torch.manual_seed(0)
+            for step in range(steps):
+                opt.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)
+                i = torch.randint(known, (batch,))
+                x = images[i] if step % 2 else images[i].flip(3)
+                loss = F.cross_entropy(self.vgg.logits(script.to_float(x, "cpu")), labels[i])
+                opt.zero_grad()
+                loss.backward()
+                opt.step()
+            torch.save(self.vgg.state_dict(), path)
+        with torch.no_grad():
+            parts = zip(images.split(500), labels.split(500))
+            right = [self.vgg.logits(script.to_float(x, "cpu")).argmax(1) == y for x, y in parts]
+        held = torch.cat(right)[len(images) * 9 // 10:].float().mean()
+        self.protocol = f"FD-photos: {held:.1%} of a tenth never trained on are read right"
+
+    @torch.no_grad()
+    def forward(self, images):
+        return self.vgg.maps(script.to_float(images, "cpu"))[-1].mean((2, 3))
+
+
+PHOTOS = {  # row: calls, laid over the settings of digits; the last net is scored in 1 and 2 steps
+    "teacher": ["--stage pretrain --steps 3000"],
+    "after CMT": [PIXELS],
+    "CMT + ECT": [PIXELS, PLAIN],
+    "CMT + ECT, step 1/4096": [PIXELS, f"{PLAIN} --q 4096"],
+    "ECT": [ECT],
+    "ECT, step 1/4096": [f"{ECT} --q 4096"],
+    "ECT, step 1/64": [f"{ECT} --q 64"],
+    "ECT, annealed": [f"{ANNEALED} --huber_c 0"],
+}
+SHARED = "steps batch lr decay warmup ema_beta q double dropout precision log_every save_every".split()
+
+
+def small_photos(path, small):
+    """Images (N, 3, 16, 16) and labels (N,) of an EDM zip, shrunk once: kept in the .npz `small`."""
+    if not os.path.exists(small):
+        with zipfile.ZipFile(path) as z:
+            listed = dict(json.loads(z.read("dataset.json"))["labels"])
+        names, pixels = fid.image_source(path)[0], fid.load_images(path, 16)
+        np.savez(small, images=pixels.permute(0, 2, 3, 1).numpy(), labels=[listed[n] for n in names])
+    with np.load(small) as f:
+        images = torch.from_numpy(f["images"]).permute(0, 3, 1, 2).contiguous()
+        return images, torch.from_numpy(f["labels"])
+
+
+def photo_run(row, seed, small, args):
+    """Train one row of PHOTOS with one seed, unless it is there. Returns its folder and its last stage."""
+    folder = f"{args.out}/{seed}/{row.replace(' ', '_').replace('/', '_')}"
+    flags = ["--data", small, "--seed", seed, "--out", folder]
+    if row != "teacher":
+        flags += ["--teacher", f"{args.out}/{seed}/teacher/pretrain.pt"]
+    if row.startswith("CMT") and not os.path.exists(f"{folder}/mid.pt"):
+        os.makedirs(folder, exist_ok=True)                # mid-training is that of the row above
+        shutil.copy(f"{args.out}/{seed}/after_CMT/mid.pt", folder)
+    for call in PHOTOS[row]:
+        digits = script.parse(["--data", "digits", *call.split()])
+        same = [word for name in SHARED for word in (f"--{name}", str(getattr(digits, name)))]
+        with quiet():
+            script.main([*flags, *same, *call.split()])
+    return folder, digits.stage
+
+
+def photos(args, device):
+    """CMT + ECT beside ECT on 16x16 photos (--data: an EDM zip with labels), the settings of digits."""
+    os.makedirs(args.out, exist_ok=True)
+    small, n = f"{args.out}/photos.npz", args.samples or 5_000
+    images, labels = small_photos(args.data, small)
+    features = PhotoNet(images, labels, f"{args.out}/features.pt")
+    reference = fid.measure(features, images.split(500))
+    print(f"{len(images):,} images; {features.protocol}")
+    print("| run | seed | FD-photos, 1 / 2 steps | seconds |\n|---|---|---|---|")
+    for seed in args.seeds.split(","):
+        for row in args.methods.split(";") if args.methods else PHOTOS:
+            folder, stage = photo_run(row, seed, small, args)
+            state = torch.load(f"{folder}/{stage}.pt", weights_only=True)
+            cfg = script.parse(["--data", small])
+            net, found = script.build(cfg, state["model"], state["ema"]), []
+            for kind, name in [(0, "teacher")] if row == "teacher" else [(1, "1"), (2, "2")]:
+                sampler = script.make_sampler(cfg, net, kind)
+                found.append(fid.score(sampler, features, reference, n)[0])
+                fid.save_grid(sampler(range(64)), f"{folder}/samples_{name}.png", columns=16)
+            print(f"| {row} | {seed} | {' / '.join(found)} | {state['seconds']:.0f} |", flush=True)
+
+
+# ---- gradient bias ----------------------------------------------------------------------------
+def gradient_bias(net, x_t, x_r, t, r, end):
+    """Theorem 5.1 measured at one start: |grad L_oracle - grad L_CM|^2, L_oracle, relative bias, cosine.
+
+    d = squared L2, w = 1, means over images (Eq. 12, 13, App. F.4). end (B, C, H, W): where the teacher's ODE
+    takes x_t; x_r the same image and noise at r < t. Relative: |difference| / |grad L_oracle|. Floats.
+    """
+    params = [p.requires_grad_() for p in net.parameters()]
+    oracle, cm, loss = 0.0, 0.0, 0.0
+    for a, b, t, r, e in zip(*(v.split(250) for v in (x_t, x_r, t, r, end))):
+        with torch.no_grad():
+            f_r = net(b, r)
+        f_t = net(a, t)
+        grads = []
+        for target in (e, f_r):
+            d = (f_t - target).square().sum() / len(x_t)
+            loss += d.item() * (target is e)
+            slopes = torch.autograd.grad(d, params, retain_graph=True)
+            grads.append(torch.cat([v.flatten() for v in slopes]).double())
+        oracle, cm = oracle + grads[0], cm + grads[1]
+    norm, gap = oracle.norm().item(), (oracle - cm).norm().item()
+    return gap**2, loss, gap / norm, (oracle @ cm).item() / (norm * cm.norm().item())
+
+
+def finished_run(out):
+    """Config of the CIFAR run in a folder, as its last finished checkpoint says, and whether it had CMT."""
+    for stage in ("post", "mid", "pretrain"):
+        if ckpt := nets.finished(f"{out}/{stage}.pt"):
+            was = ckpt["cfg"]
+            flags = [str(w) for name in ("data", "res", "seed", "teacher") for w in (f"--{name}", was[name])]
+            cfg = script.parse([*flags, "--stage", "eval", "--out", out])
+            return replace(cfg, stage="bias"), was["mid"] != "none"
+    script.fail(3, f"--out {out}: no finished checkpoint of train_cmt_cifar.py is there")
+
+
+def ode_ends(teacher, x_t, t, steps=48):
+    """Where the teacher's ODE takes each x_t: Heun steps on EDM's grid, scaled from t to end at 0."""
+    ends, ratios = [], solvers.edm_sigmas(steps, 1.0, 0.002 / 80).tolist()
+    with torch.no_grad():
+        for state, level in zip(x_t.split(250), t.split(250)):
+            for high, low in zip(ratios, ratios[1:]):
+                state = solvers.ode_step(teacher, state, high * level, low * level, 2)
+            ends.append(state)
+    return torch.cat(ends)
+
+
+def bias(args, device):
+    """Gradient bias of Eq. 3 (Theorem 5.1) at every start there is and at a random one: <out>/bias.md."""
+    (cfg, has_cmt), n = finished_run(args.out), args.samples or 500
+    images = script.load_data(cfg).to(device)
+    g = torch.Generator(device).manual_seed(script.fold(cfg.seed, "bias"))
+    found = script.candidates(cfg)
+    names = dict(teacher="diffusion", mid="CMT", post="CMT + ECT" if has_cmt else "ECT")
+    starts = {names.get(name, name): net for name, net, *_ in found}
+    starts["random"] = script.build(cfg, script.model_size(cfg, images))
+    x, t = script.draw(images, n, g), (cfg.P_mean + cfg.P_std * script.randn(n, g)).exp()
+    eps = script.randn(x.shape, g)
+    x_t = x + t.view(-1, 1, 1, 1) * eps
+    end = ode_ends(found[0][1], x_t, t)
+    lines = ["| start | step | squared bias | oracle loss | relative bias | cosine |", "|---" * 6 + "|"]
+    for q in (4096, 64, 10):
+        r = script.ect_step(t, q)
+        x_r = x + r.view(-1, 1, 1, 1) * eps
+        for name, net in starts.items():
+            row = gradient_bias(net, x_t, x_r, t, r, end)
+            lines.append(f"| {name} | 1/{q} | {row[0]:.4g} | {row[1]:.3f} | {row[2]:.3f} | {row[3]:.3f} |")
+            script.log(cfg, lines[-1], stage="bias", start=name, q=q, values=row)
+    with open(f"{args.out}/bias.md", "w") as f:
+        f.write("\n".join([*lines, "", f"{n} images, ln t ~ N({cfg.P_mean}, {cfg.P_std}^2)"]) + "\n")
+
+
+# ---- command line -----------------------------------------------------------------------------
+COMMANDS = {f.__name__: f for f in (claims, curves, photos, bias)}
+
+
+def main(argv=None):
+    """The command line of the docstring."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("what", choices=COMMANDS)
+    p.add_argument("--out", default="", help="folder of the runs; \"\" = out/claims; bias: out/digits")
+    p.add_argument("--methods", default="", help="claims, photos: rows, between semicolons; \"\" = all")
+    p.add_argument("--seeds", default="0,1,2", help="claims, photos: of the whole pipeline")
+    p.add_argument("--net", default="out/digits/pretrain.pt", help="curves: the teacher")
+    p.add_argument("--data", default="", help="photos: an EDM zip with labels")
+    p.add_argument("--samples", type=int, default=0, help="0 = photos: 5,000 a score; bias: 500 images")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = p.parse_args(argv)
+    args.out = args.out or ("out/digits" if args.what == "bias" else "out/claims")
+    script.DEVICE = device = torch.device(args.device)
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    COMMANDS[args.what](args, device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""claims.py: every row and command runs on a few steps, and the gradient bias is what Theorem 5.1 says."""
+import importlib
+import json
+import os
+import re
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import claims
+import nets
+
+
+@pytest.mark.long
+def test_claims_run_every_row_once_and_print_what_they_scored(tmp_path, monkeypatch, capsys):
+    """Two rows, the second from the first one's teacher and mid-training; a second call runs nothing."""
+    tiny = "--steps 2 --samples 64 --batch 16 --nfe 4 --trajectories 4"
+    rows = {"a": ("cmt_cifar", "", [tiny]), "b": ("cmt_cifar", "a mid", [f"--stage post --post ecd {tiny}"])}
+    monkeypatch.setattr(claims, "CLAIMS", rows)
+    ran, real = [], claims.subprocess.run
+
+    def run(line, **flags):
+        if not os.path.basename(line[1]).startswith("train_"):
+            return real(line, **flags)
+        ran.append(os.path.basename(line[1]))
+        claims.script.main([*line[2:], *(tiny.split() if "eval" in line else [])])
+    monkeypatch.setattr(claims.subprocess, "run", run)
+    for _ in range(2):
+        claims.main(["claims", "--seeds", "5", "--out", str(tmp_path / "claims")])
+    table = re.findall(r"^\| (a|b) \| ([\d.]+ / [\d.]+) \| \2 \| \d+ \|$", capsys.readouterr().out, re.M)
+    assert ran == ["train_cmt_cifar.py"] * 3 and len(table) == 4 and table[:2] == table[2:]
+    log = (tmp_path / "claims/5/b/log.txt").read_text()
+    assert f"eval: post 1-step FD-digits {table[1][1].split(' ')[0]}" in log and "mid: " not in log
+
+
+@pytest.mark.parametrize("row", claims.CLAIMS)
+def test_the_flags_of_every_row_exist(row):
+    """Each call parses; a row goes on from one that has what it takes: a teacher, and mid-training."""
+    name, base, calls = claims.CLAIMS[row]
+    script = importlib.import_module(f"train_{name}")
+    for call in calls:
+        assert script.parse(["--data", "digits", *call.replace("--loss vgg", "--loss l2").split()])
+    script_of_base, _, calls = claims.CLAIMS[base.removesuffix(" mid") or row]
+    has_mid = calls == [""] or "--stage mid" in " ".join(calls)
+    assert script_of_base == name and (has_mid or not base.endswith(" mid"))
+
+
+@pytest.mark.usefixtures("here")
+def test_mid_training_by_a_vgg_of_the_labels(road, tmp_path):
+    """Trained once for a seed, it reads the digits; d of Eq. 7 in the block, outside the script's own."""
+    assert claims.train_vgg("vgg.pt", 0) > 0.95
+    outside, flags = claims.script.make_distance, "--stage mid --steps 2 --batch 16 --trajectories 2"
+    flags = ["--data", "digits", "--loss", "l2", "--teacher", str(road / "pretrain.pt"), *flags.split()]
+    with claims.vgg_distance("vgg.pt", 0):
+        assert isinstance(claims.script.make_distance(None, 1), nets.VGG)
+        claims.script.main([*flags, "--out", "by_vgg"])
+    claims.script.main([*flags, "--out", "by_l2"])
+    a, b = (torch.load(f"{d}/mid.pt", weights_only=True)["net"] for d in ("by_vgg", "by_l2"))
+    assert claims.script.make_distance is outside and any(not torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.long
+def test_curves_score_every_checkpoint_and_draw_two_pictures(tmp_path, monkeypatch, capsys):
+    """Trained weights move on after they are saved: what is scored must be what they were."""
+    tiny = "--steps 4 --batch 16 --nfe 4 --trajectories 4 --save_every 2 --lr 1e-2".split()
+    main, script = claims.script.main, claims.script
+    monkeypatch.setitem(script.PRESETS, ("digits", "eval", "*"), dict(samples=64))
+    main(["--data", "digits", "--stage", "pretrain", "--out", str(tmp_path / "t"), *tiny])
+    monkeypatch.setattr(script, "main", lambda argv: main([*argv, *tiny]))
+    claims.main(["curves", "--net", str(tmp_path / "t/pretrain.pt"), "--out", str(tmp_path)])
+    rows = re.findall(r"^(?:CMT \+ )?ECT, [12] step: (.*)$", capsys.readouterr().out, re.M)
+    points = [[tuple(p.split()) for p in row.split(", ")] for row in rows]
+    assert [len(p) for p in points] == [4, 4, 2, 2]
+    assert [x for x, _ in points[0]] == ["32", "64", "96", "128"] and len({y for _, y in points[0]}) == 4
+    for name in ("curve", "norms"):
+        with Image.open(tmp_path / f"{name}.png") as image:
+            assert image.size == (900, 520) and len(image.getcolors(1000000)) > 10
+
+
+@pytest.mark.long
+def test_photos_train_and_score_every_row(tmp_path, monkeypatch, capsys):
+    """All nets start from the teacher's weights, and CMT's post-training from the mid-training above it."""
+    rng, names = np.random.default_rng(0), [f"00000/img{i:08d}.png" for i in range(40)]
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as z:
+        for name in names:
+            Image.fromarray(rng.integers(0, 255, (32, 32, 3), np.uint8)).save(tmp_path / "image.png")
+            z.write(tmp_path / "image.png", name)
+        z.writestr("dataset.json", json.dumps({"labels": [[n, i % 10] for i, n in enumerate(names)]}))
+    tiny = " --steps 2 --batch 16 --nfe 4 --trajectories 4"
+    rows = {row: [call + tiny for call in calls] for row, calls in claims.PHOTOS.items()}
+    monkeypatch.setattr(claims, "PHOTOS", rows)
+    monkeypatch.setattr(claims.PhotoNet.__init__, "__defaults__", (2, 16))
+    out = tmp_path / "out"
+    flags = ["--data", str(tmp_path / "photos.zip"), "--out", str(out)]
+    claims.main(["photos", *flags, "--seeds", "3", "--samples", "200"])
+    found = re.findall(r"^\| (.+) \| 3 \| ([\d.]+)(?: / ([\d.]+))? \| \d+ \|$", capsys.readouterr().out, re.M)
+    assert [name for name, *_ in found] == list(rows)
+    assert found[0][2] == "" and all(two for _, _, two in found[1:])
+    mids = [out / "3" / folder / "mid.pt" for folder in ("after_CMT", "CMT_+_ECT")]
+    first, second = (torch.load(path, weights_only=True)["net"] for path in mids)
+    assert all(torch.equal(v, second[k]) for k, v in first.items())
+
+
+@pytest.mark.usefixtures("here")
+def test_bias_has_a_row_for_every_start(road, capsys):
+    """Small steps: the relative bias is near 1 for every start (docs/results.md)."""
+    claims.main(["bias", "--out", str(road), "--samples", "16"])
+    rows = [line.split(" | ") for line in (road / "bias.md").read_text().splitlines()[2:14]]
+    assert [r[0][2:] for r in rows[:4]] == ["diffusion", "CMT", "CMT + ECT", "random"] and len(rows) == 12
+    assert {r[1] for r in rows} == {"1/4096", "1/64", "1/10"} and all(float(r[2]) > 0 for r in rows)
+
+
+def test_bias_of_an_empty_folder_is_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as e:
+        claims.main(["bias", "--out", str(tmp_path)])
+    assert e.value.code == 3 and "no finished checkpoint" in capsys.readouterr().err
+
+
+def test_gradient_bias_is_that_of_two_gradients():
+    """On a net of one weight: f = w x, so both gradients can be written down."""
+    class Scale(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.tensor(3.0, dtype=torch.float64))
+
+        def forward(self, x, sigma):
+            return self.w * x
+    g = torch.Generator().manual_seed(0)
+    x_t, x_r, end = torch.randn((3, 600, 1, 2, 2), generator=g, dtype=torch.float64)
+    t = torch.ones(600, dtype=torch.float64)
+    gap2, oracle, relative, cosine = claims.gradient_bias(Scale(), x_t, x_r, t, t / 2, end)
+    a = (2 * x_t * (3 * x_t - end)).sum() / 600
+    b = (2 * x_t * (3 * x_t - 3 * x_r)).sum() / 600
+    assert gap2 == pytest.approx((a - b).item() ** 2)
+    assert oracle == pytest.approx((3 * x_t - end).square().sum() / 600)
+    assert relative == pytest.approx(abs(a - b) / abs(a)) and cosine == pytest.approx((a * b).sign().item())
+
+
+def test_an_unknown_word_is_refused():
+    with pytest.raises(SystemExit):
+        claims.main(["pears"])

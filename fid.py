@@ -6,6 +6,8 @@
   DigitsNet, train_digits          64 features of digits: FD-digits      made here; never call that number FID
   Statistics, measure              mean and covariance, streamed         EDM: float64 sums, N - 1
   frechet_distance, protocol       two means and two covariances         Heusel et al. 2017, Eq. 6
+  open_picture, list_pictures,     other people's files, read as a       EDM's dataset.json,
+  read_labels, check_pictures      person sees them, or refused          torchvision's folders
   crop, square                     photos to train on                    ADM and EDM2, U-ViT
   draw, score, save_images,        what a sampler makes
   save_grid, table                 one PNG a seed, sheets, Markdown
@@ -32,18 +34,23 @@ import functools
 import hashlib
 import http.client
 import io
+import json
 import os
+import pathlib
 import pickle
+import re
 import sys
 import time
 import urllib.request
 import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 
 ASSETS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets")
@@ -62,6 +69,9 @@ REFERENCES = {         # nobody publishes their checksums, so the one found is p
     "imagenet256": "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/"
                    "VIRTUAL_imagenet256_labeled.npz",                      # ADM, 2 GB
 }
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")         # inside, whatever the name ends in
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+HIDDEN = re.compile(r"(^|/)(\.[^/]|__MACOSX/)")                          # .DS_Store, ._x.png, .git
 Reference = collections.namedtuple("Reference", "mu cov n features file sha256")    # not stated: n 0, text ""
 
 
@@ -77,8 +87,15 @@ def blame(name):
     except DataError:
         raise
     except Exception as error:
-        text = getattr(error, "strerror", None) or f"{error} ({type(error).__name__})"
+        text = getattr(error, "strerror", None) or f"{error} ({type(error).__name__})".split(" <_io.")[0]
         raise DataError(f"{name}: {' '.join(text.split())[:300]}") from error
+
+
+@functools.cache                                         # once: every stage opens the same files again
+def say(text):
+    """A line about files on stderr, from the first process; a script puts its own log here."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
 
 
 # ---- Inception-v3 ------------------------------------------------------------------------------
@@ -443,8 +460,7 @@ def sha256(file):
 def fetch(urls, expected="", remedy=""):
     """Path of a file in $CMT_CACHE or ~/.cache/cmt; else downloaded to a temporary name, checked, renamed.
 
-    Processes that miss it at the same time wait for the first of them. DataError names urls, file, sums and
-    remedy.
+    Processes that miss it at the same time wait for the first. DataError names urls, file, sums and remedy.
     """
     cache = os.environ.get("CMT_CACHE") or os.path.expanduser("~/.cache/cmt")
     path, problems = os.path.join(cache, os.path.basename(urls[0])), ""
@@ -472,18 +488,149 @@ def fetch(urls, expected="", remedy=""):
     return path
 
 
-def decode(name, archive=None):
-    """An image file or member of a zip -> uint8 (H, W, C), C = 1 or 3. DataError unless 8-bit grey or RGB."""
-    label = f"{archive.filename}/{name}" if archive else name
-    with blame(label), Image.open(io.BytesIO(archive.read(name)) if archive else name) as image:
-        if image.mode not in ("L", "RGB"):
-            raise DataError(f"{label}: mode {image.mode}; convert it to 8-bit grey (L) or RGB")
-        return np.asarray(image).reshape(image.height, image.width, -1)
+def open_picture(file, label, exif=True):
+    """A picture, by its path or bytes, as a person sees it: uint8 (H, W, C), C = 1 or 3.
+
+    Transparency lies over white, 16 bits become 8, an animation is its first frame; colour profiles are not
+    applied. exif: turned upright as the camera noted. DataError begins with label.
+    """
+    file = io.BytesIO(file) if isinstance(file, bytes) else file
+    with blame(label), Image.open(file, formats=FORMATS) as image:
+        mode, grey = image.mode, image.mode in ("1", "L", "LA")
+        # trap: Pillow compares such a transparent colour with pixels of 8 bits; in a TIFF, 0 may be white
+        odd = "transparency" in image.info and image.tile[0][3] in ("L;2", "L;4", "I;16B", "RGB;16B") \
+            or mode.startswith("I;16") and getattr(image, "tag_v2", {}).get(262) == 0
+        if exif:
+            ImageOps.exif_transpose(image, in_place=True)
+        if not odd and (mode.startswith("I;16") or mode == "I" and image.format in ("PNG", "PPM")):
+            return ((np.asarray(image).astype(int) + 128) // 257).astype(np.uint8)[..., None]
+        if odd or not grey and mode not in ("P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"):
+            raise DataError(f"{label}: this kind of mode {mode} is not read; save it as an 8-bit RGB PNG")
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return np.array(image.convert("L" if grey else "RGB")).reshape(image.height, image.width, -1)
+
+
+def walk(folder, below="", above=()):
+    """Names of the files in a folder; links are followed, but not in circles, and must lead somewhere."""
+    real = os.path.realpath(folder)
+    for entry in list(os.scandir(folder)) if real not in above else ():
+        if entry.is_symlink() and not entry.name.startswith(".") and not os.path.exists(entry.path):
+            raise DataError(f"{entry.path}: a link that leads nowhere; mend or remove it")
+        if entry.is_dir():
+            yield from walk(entry.path, f"{below}{entry.name}/", (*above, real))
+        else:
+            yield below + entry.name
+
+
+def members(path):
+    """(names, root) of the files in a folder or .zip; root.joinpath(name).read_bytes() reads one."""
+    if os.path.isdir(path):
+        return list(walk(path)), pathlib.Path(path)
+    if os.stat(path) and not path.lower().endswith(".zip"):
+        raise DataError(f"{path}: expected a folder or .zip of pictures, or what python fid.py --help lists")
+    root = zipfile.Path(path)
+    return [name for name in root.root.namelist() if not name.endswith("/")], root
+
+
+def list_pictures(path, endings=PICTURES):
+    """(names, read) of the pictures of a folder or .zip, sorted; read(name, exif=True) as open_picture.
+
+    Hidden files and other endings are left out and counted in a line. Of an .npy, read gives its array.
+    """
+    with blame(path):
+        files, root = members(path)
+    names = sorted({n for n in files if n.lower().endswith(endings) and not HIDDEN.search(n)})
+    left = sorted(n for n in set(files) - set(names) if os.path.basename(n) != "dataset.json")
+    text = f"{len(left)} files that are hidden or no pictures, such as {left[:3]}" if left else ""
+    if not names:
+        raise DataError(f"{path}: holds no {', '.join(endings)}; {text}")
+    if left:
+        say(f"{path}: {len(names)} pictures; left out: {text}")
+
+    def read(name, exif=True):
+        with blame(label := os.path.join(path, name)):
+            data = root.joinpath(name).read_bytes()
+            return np.load(io.BytesIO(data)) if name.endswith(".npy") else open_picture(data, label, exif)
+    return names, read
+
+
+def read_labels(path, names):
+    """(labels int64 (N,), classes) of these pictures of a folder or .zip, or None; a line says which.
+
+    By EDM's dataset.json, at the root or the only one elsewhere: {"labels": [[name, 0], ...]}, null for none.
+    Else by folders as in torchvision: one level, sorted; those without pictures take no number. DataError
+    unless every picture has one label, and the labels are 0, 1, 2, ... without a gap.
+    """
+    with blame(path):
+        files, root = members(path)
+        lists = [n for n in files if os.path.basename(n) == "dataset.json" and not HIDDEN.search(n)]
+        lists.sort(key=len)                              # one at the root comes first
+        if lists[1:] and lists[0] != "dataset.json":
+            raise DataError(f"{path}: which is meant, {lists[0]} or {lists[1]}? Put it at the root")
+    source = os.path.join(path, lists[0]) if lists else path
+    with blame(source):
+        if lists:
+            listed = json.loads(root.joinpath(lists[0]).read_bytes())["labels"]
+            if listed is None:
+                return say(f"{source}: no labels, it holds null")
+            given = {os.path.join(os.path.dirname(lists[0]), name): label for name, label in listed}
+            if len(given) < len(listed):
+                raise DataError(f"{source}: {len(listed) - len(given)} pictures have a second label")
+            left, kind = sorted(given.keys() - set(names)), "labels of absent pictures"
+        else:
+            classes = {folder: k for k, folder in enumerate(sorted(set(map(os.path.dirname, names))))}
+            last, kind = max(classes), "folders without pictures"
+            top = os.path.dirname(last)
+            if len(classes) == 1:
+                return say(f"{path}: no labels, no dataset.json, and all pictures in one folder")
+            if odd := [folder for folder in classes if folder == top or os.path.dirname(folder) != top]:
+                raise DataError(f"{path}: pictures lie in {odd[0]!r} and in {last!r}; classes are folders "
+                                "side by side; move the pictures, or list them in a dataset.json")
+            given = {name: classes[os.path.dirname(name)] for name in names}
+            inside = [os.path.join(top, d.name) for d in root.joinpath(top).iterdir() if d.is_dir()]
+            left = sorted(d for d in inside if d not in classes and not HIDDEN.search(d + "/"))
+        if wrong := [n for n in names if type(given.get(n)) is not int or given[n] < 0]:
+            raise DataError(f"{source}: no label for {wrong[0]} (found {given.get(wrong[0])!r:.40}), nor for "
+                            f"{len(wrong) - 1} others; labels are 0, 1, 2, ...")
+        labels = [given[n] for n in names]
+        counts = collections.Counter(labels)
+        if set(counts) != set(range(len(counts))):
+            raise DataError(f"{source}: {len(counts)} labels from {min(counts)} to {max(counts)}; renumber "
+                            f"them 0 to {len(counts) - 1}, without a gap")
+        text = f"; left out: {len(left)} {kind}, such as {left[0]!r}" if left else ""
+        least, most = min(counts.values()), max(counts.values())
+        say(f"{source}: {len(counts)} classes of {least} to {most} pictures{text}")
+        return torch.tensor(labels), len(counts)
+
+
+def check_pictures(names, read, label):
+    """Reads every picture once, in threads. Returns "N images, crc32 X", X of shapes and pixels in order.
+
+    DataError names the first that cannot be read and counts them. A line on stderr every five seconds.
+    """
+    def checksum(name):
+        try:
+            image = np.ascontiguousarray(read(name))
+        except DataError as error:
+            return error
+        return zlib.crc32(image, zlib.crc32(repr(image.shape).encode()))
+    sums, told = [], time.time()
+    with ThreadPoolExecutor() as pool:
+        for i in range(0, len(names), 256):
+            sums += pool.map(checksum, names[i:i + 256])
+            if time.time() > told + 5 and os.environ.get("RANK", "0") == "0":
+                told = time.time()
+                print(f"{label}: {len(sums)} of {len(names)} pictures read", file=sys.stderr)
+    if bad := [error for error in sums if isinstance(error, DataError)]:
+        raise DataError(f"{bad[0]}; {len(bad)} of {len(names)} pictures cannot be used")
+    return f"{len(names)} images, crc32 {zlib.crc32(np.array(sums, '<u4')):08x}"
 
 
 def tiles(path):
     """Sheet of grey 8x8 tiles -> those that are not blank, uint8 (n, 8, 8, 1), and the row of each (n,)."""
-    sheet = decode(path)
+    sheet = open_picture(path, path)
     if sheet.shape[0] % 8 or sheet.shape[1] % 8 or sheet.shape[2] != 1:
         raise DataError(f"{path}: {sheet.shape} is no sheet of grey 8x8 tiles; for images name a folder")
     grid = sheet.reshape(sheet.shape[0] // 8, 8, -1, 8, 1).swapaxes(1, 2)
@@ -506,21 +653,10 @@ def array_images(path):
 def image_source(path):
     """(names, read) of a path that holds images: read(name) -> uint8 (H, W, C)."""
     kind = os.path.splitext(path)[1].lower()
-    if os.path.isdir(path):
-        names, read = [os.path.join(top, name) for top, _, files in os.walk(path) for name in files], decode
-    elif kind == ".zip":
-        archive = zipfile.ZipFile(path)
-        names, read = archive.namelist(), functools.partial(decode, archive=archive)
-    elif kind in (".npy", ".npz", ".png"):
-        array = tiles(path)[0] if kind == ".png" else array_images(path)
-        return range(len(array)), array.__getitem__
-    else:
-        os.stat(path)
-        raise DataError(f"{path}: expected a folder, .zip, .npz, .npy or .png of images, or statistics")
-    names = sorted(n for n in names if n.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".bmp")))
-    if not names:
-        raise DataError(f"{path}: holds no .png, .jpg, .jpeg, .webp or .bmp")
-    return names, read
+    if os.path.isdir(path) or kind not in (".npy", ".npz", ".png"):
+        return list_pictures(path)
+    array = tiles(path)[0] if kind == ".png" else array_images(path)
+    return range(len(array)), array.__getitem__
 
 
 def read_images(path, batch=64, rank=0, world=1, progress=False):
@@ -608,34 +744,42 @@ def load_reference(name):
 def load_images(path, res=0):
     """Images of a folder, .zip or .npz, uint8 (N, C, H, W), whole in memory.
 
-    res > 0: the middle square of each, RGB, LANCZOS to res. DataError for a smaller one; without res, for
-    unequal ones.
+    res > 0: the middle square of each, RGB, LANCZOS to res, none smaller. Else all must have one size.
     """
-    if not res:
-        return torch.cat(list(read_images(path, batch=256))).contiguous()
     with blame(path):
         names, read = image_source(path)
-        images = np.empty((len(names), 3, res, res), np.uint8)
-        for i, name in enumerate(names):
-            image = Image.fromarray(read(name).squeeze()).convert("RGB")
-            if min(image.size) < res:
-                raise DataError(f"{path}: {name} is {image.width}x{image.height}, smaller than --res {res}")
-            images[i] = np.asarray(square(image, res)).transpose(2, 0, 1)
+        shape = (res, res, 3) if res else read(names[0]).shape
+    images = np.empty((len(names), shape[2], *shape[:2]), np.uint8)
+
+    def keep(k):
+        image = read(names[k])
+        h, w, _ = image.shape
+        if min(h, w) < res:
+            raise DataError(f"{path}: {names[k]} is {w}x{h}, smaller than --res {res}")
+        image = np.asarray(square(rgb(image), res)) if res else image
+        if image.shape != shape:
+            raise DataError(f"{path}: {names[k]} is {image.shape}, but {names[0]} is {shape} (H, W, C)")
+        images[k] = image.transpose(2, 0, 1)
+        return image
+    check_pictures(range(len(names)), keep, path)
     return torch.from_numpy(images)
 
 
 def prefetch(name):
-    """Download what a score against a name in REFERENCES needs, before hours of training and not after them.
-    """
+    """Downloads what a score against a name in REFERENCES needs: before hours of training, not after."""
     fetch(INCEPTION_URLS, INCEPTION_SHA256, "save a copy of it there")
     if name in REFERENCES:
         fetch([REFERENCES[name]], remedy="save a copy of it there")
 
 
 # ---- images to train on ------------------------------------------------------------------------
+def rgb(pixels):
+    """uint8 (H, W, 1 or 3) -> a Pillow image in RGB, as crop and square take it."""
+    return Image.fromarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
+
+
 def crop(image, res):
-    """Centre crop of ADM and EDM2: halve (BOX) while twice too large, BICUBIC to res, cut. RGB in, RGB out.
-    """
+    """Centre crop of ADM and EDM2: halve (BOX) while twice too large, BICUBIC to res. RGB in, RGB out."""
     while min(image.size) >= 2 * res:
         image = image.resize(tuple(n // 2 for n in image.size), Image.BOX)
     scale = res / min(image.size)
@@ -652,19 +796,16 @@ def square(image, res):
 
 
 # ---- images of a sampler -----------------------------------------------------------------------
-# A sampler is a function: seeds (a range) -> images (B, C, H, W) in [-1, 1]; image i follows from seed i
-# alone.
+# A sampler is a function: seeds (a range) -> images (B, C, H, W) in [-1, 1], image i of seed i alone.
 def draw(sampler, seeds, batch=64):
     """Images of all seeds, `batch` at a time."""
     return torch.cat([sampler(seeds[i:i + batch]) for i in range(0, len(seeds), batch)])
 
 
 def score(sampler, features, reference, samples, repeat=1, batch=250):
-    """Frechet distances of `repeat` sets of `samples` images, fresh seeds each; every process draws its
-    share.
+    """Frechet distances of `repeat` sets of `samples` images, fresh seeds each; processes share the work.
 
-    Returns their mean as text (with deviation and minimum if there are several), the list, and the last
-    Reference.
+    Returns their mean as text (with deviation and minimum of several), the list, and the last Reference.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     distances, device = [], next(features.parameters()).device
@@ -691,8 +832,7 @@ def save_images(sampler, seeds, prefix, batch=64):
 
 
 def save_grid(images, path, columns=8, captions=()):
-    """(N, C, H, W) in [-1, 1] -> one PNG, rows of `columns`, small images enlarged; a caption above each row.
-    """
+    """(N, C, H, W) in [-1, 1] -> one PNG, rows of `columns`, small images enlarged; captions above rows."""
     x = to_uint8(images.cpu()).permute(0, 2, 3, 1).numpy()
     zoom = max(1, 32 // x.shape[1])
     x = x.repeat(zoom, 1).repeat(zoom, 2)

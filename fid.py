@@ -40,6 +40,7 @@ import pathlib
 import pickle
 import re
 import sys
+import threading
 import time
 import urllib.request
 import zipfile
@@ -552,8 +553,17 @@ def list_pictures(path, endings=PICTURES):
     def read(name, exif=True):
         with blame(label := os.path.join(path, name)):
             data = root.joinpath(name).read_bytes()
-            return np.load(io.BytesIO(data)) if name.endswith(".npy") else open_picture(data, label, exif)
+            return load_array(io.BytesIO(data)) if name.endswith(".npy") else open_picture(data, label, exif)
     return names, read
+
+
+PARSING = threading.Lock()
+
+
+def load_array(file):
+    """np.load for threads."""
+    with PARSING:                     # trap: numpy parses the header by `ast`, which two threads at once can break
+        return np.load(file)
 
 
 def read_labels(path, names):

@@ -169,57 +169,37 @@ def data_name(cfg):
 
 
 # ---- data -------------------------------------------------------------------------------------
-MEAN = torch.tensor([5.81, 3.25, 0.12, -2.15]).view(1, 4, 1, 1)    # of raw latents per channel (EDM2) ...
-STD = torch.tensor([4.17, 4.62, 3.71, 3.28]).view(1, 4, 1, 1)      # ... and their deviation
+MEAN, STD = (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)    # of raw latents per channel (EDM2)
 load_vae = cache(nets.sd_vae)                         # loaded once
 
 
 class Images:
     """Images of an EDM2 zip or folder, read when they are asked for: uint8 pixels, or moments of latents.
 
-    labels (N,) int64, 0 where dataset.json has none; classes: how many; stamp: changes when the data does.
+    labels (N,) int64, 0 where the data has none; classes: how many; stamp: changes when the data does.
     """
 
     def __init__(self, path):
-        self.path, self.zip, self.shape = path, None, None
-        self.pool = ThreadPoolExecutor(8)             # threads, not processes: they share one open zip
-        with fid.blame(path):
-            if os.path.isdir(path):
-                files = [os.path.join(folder, f) for folder, _, names in os.walk(path) for f in names]
-                sums = {os.path.relpath(f, path).replace(os.sep, "/"): os.path.getsize(f) for f in files}
-            else:
-                self.zip = zipfile.ZipFile(path)
-                sums = {entry.filename: entry.CRC for entry in self.zip.infolist()}
-            self.names = sorted(name for name in sums if name.endswith((".png", ".npy")))
-            if not self.names:
-                raise fid.DataError(f"{path}: holds no .png and no .npy")
-            listed = json.loads(self.bytes("dataset.json"))["labels"] if "dataset.json" in sums else None
-        label_of = dict(listed or ())
-        if listed and (missing := [name for name in self.names if name not in label_of]):
-            raise fid.DataError(f"{path}: dataset.json has no label for {missing[0]} and {len(missing) - 1} "
-                                "others")
-        self.labels = torch.tensor([label_of.get(name, 0) for name in self.names])
-        self.classes = int(self.labels.max()) + 1 if listed else 0
-        key = repr([(name, sums[name]) for name in self.names]) + repr(listed and self.labels.tolist())
+        self.path, self.shape, self.pool = path, None, ThreadPoolExecutor(8)
+        self.names, self.open = fid.list_pictures(path, (*fid.PICTURES, ".npy"))
+        unlabelled = torch.zeros(len(self.names), dtype=torch.long), 0
+        self.labels, self.classes = fid.read_labels(path, self.names) or unlabelled
+        if os.path.isdir(path):
+            sums = [os.path.getsize(os.path.join(path, name)) for name in self.names]
+        else:
+            with zipfile.ZipFile(path) as z:
+                sums = [z.getinfo(name).CRC for name in self.names]
+        key = repr(list(zip(self.names, sums))) + repr(self.labels.tolist() if self.classes else None)
         self.stamp = f"{len(self.names)} images, crc32 {zlib.crc32(key.encode()):08x}"
         self.shape = self.image(0).shape
 
-    def bytes(self, name):
-        if self.zip:
-            return self.zip.read(name)
-        with open(os.path.join(self.path, name), "rb") as f:
-            return f.read()
-
     def image(self, k):
         """Image k as stored: uint8 (3 | 1, H, W), or float32 (8, h, w): mean and deviation of a latent."""
-        name = self.names[k]
-        with fid.blame(f"{self.path}: {name}"):
-            raw = io.BytesIO(self.bytes(name))
-            x = np.load(raw) if name.endswith(".npy") else np.asarray(Image.open(raw))
-            if x.dtype == np.uint8:
-                x = np.atleast_3d(x).transpose(2, 0, 1)
-            if self.shape not in (None, x.shape) or x.ndim != 3 or x.dtype not in (np.uint8, np.float32):
-                raise fid.DataError(f"{self.path}: {name} is {x.dtype} {x.shape}, the first is {self.shape}")
+        x = self.open(self.names[k], exif=False)
+        if x.dtype == np.uint8:
+            x = x.transpose(2, 0, 1)
+        if self.shape not in (None, x.shape) or x.ndim != 3 or x.dtype not in (np.uint8, np.float32):
+            raise fid.DataError(f"{self.path}: {self.names[k]} is {x.dtype} {x.shape}, not {self.shape}")
         return torch.from_numpy(np.ascontiguousarray(x))
 
     def read(self, index):
@@ -266,6 +246,12 @@ def read_share(cfg, images, step):
     return [a.pin_memory() for a in share] if DEVICE.type == "cuda" else share
 
 
+@cache
+def latent_scale(device):
+    """Mean and deviation of raw latents, each (1, 4, 1, 1); kept, so that no step waits for a copy."""
+    return [torch.tensor(numbers, device=device).view(1, 4, 1, 1) for numbers in (MEAN, STD)]
+
+
 def to_input(raw, noise):
     """Images as stored -> the network's input: pixels in [-1, 1], or a latent of deviation 0.5.
 
@@ -273,9 +259,8 @@ def to_input(raw, noise):
     """
     if raw.dtype == torch.uint8:
         return to_float(raw, DEVICE)
-    mean, deviation = raw.to(DEVICE, non_blocking=True).chunk(2, 1)
-    x = (mean + noise * deviation - MEAN.to(DEVICE)) * (0.5 / STD.to(DEVICE))
-    return x.contiguous(memory_format=torch.channels_last)
+    (mean, deviation), (mu, sd) = raw.to(DEVICE, non_blocking=True).chunk(2, 1), latent_scale(DEVICE)
+    return ((mean + noise * deviation - mu) * (0.5 / sd)).contiguous(memory_format=torch.channels_last)
 
 
 def to_float(images, device):
@@ -288,8 +273,9 @@ def to_images(cfg, x):
     """Network output -> images in [-1, 1]: latents (4 channels) through the VAE; pixels are images."""
     if x.shape[1] != 4:
         return x
-    raw = x * (STD.to(x) / 0.5) + MEAN.to(x)
-    return nets.decode_latents(load_vae(cfg.vae, DEVICE), raw) * 2 - 1        # trap: EDM2's VAE is in [0, 1]
+    mu, sd = latent_scale(x.device)
+    pixels = nets.decode_latents(load_vae(cfg.vae, DEVICE), x * (sd / 0.5) + mu)
+    return pixels * 2 - 1                             # trap: EDM2's VAE is in [0, 1]
 
 
 def encode_zip(cfg):
@@ -297,19 +283,15 @@ def encode_zip(cfg):
 
     In parts of 1,000, each renamed when it is whole, so that a killed run goes on; then one zip of them all.
     """
-    target = FILES.get(data_name(cfg), cfg.data)
-    classes = sorted(d for d in os.listdir(cfg.source) if os.path.isdir(f"{cfg.source}/{d}"))
-    found = [(f"{cfg.source}/{d}/{name}", k) for k, d in enumerate(classes)
-             for name in sorted(os.listdir(f"{cfg.source}/{d}"))]
-    if not found:
-        fail(3, f"--source {cfg.source} holds no folder of images; name ImageNet's training folder")
+    target, (found, read) = FILES.get(data_name(cfg), cfg.data), fid.list_pictures(cfg.source)
+    labels, classes = fid.read_labels(cfg.source, found) or (torch.zeros(len(found), dtype=torch.long), 1)
     name = "{:05d}/img-mean-std-{:08d}.npy" if cfg.res == 512 else "{:05d}/img{:08d}.png"
     names, folder = [name.format(i // 1000, i) for i in range(len(found))], f"{target}.parts"
     os.makedirs(folder, exist_ok=True)
     for k in range(1000 * RANK, len(found), 1000 * WORLD):
         path = f"{folder}/{k // 1000:05d}.zip"
         if not os.path.exists(path):
-            encode_part(cfg, found[k:k + 1000], names[k:k + 1000], path)
+            encode_part(cfg, read, dict(zip(names[k:k + 1000], found[k:k + 1000])), path)
             log(cfg, f"encode: {min(len(found), k + 1000):,}/{len(found):,} images")
     if WORLD > 1:
         dist.barrier()
@@ -319,32 +301,31 @@ def encode_zip(cfg):
                 with zipfile.ZipFile(f"{folder}/{part}") as z:
                     for name in z.namelist():
                         whole.writestr(name, z.read(name))
-            labels = [[name, k] for name, (_, k) in zip(names, found)]
-            whole.writestr("dataset.json", json.dumps({"labels": labels}))
+            whole.writestr("dataset.json", json.dumps({"labels": list(zip(names, labels.tolist()))}))
         os.replace(target + ".tmp", target)
-        log(cfg, f"encode: {target}, {len(found):,} images, {len(classes)} classes; {folder} can be deleted")
+        log(cfg, f"encode: {target}, {len(found):,} images, {classes} classes; {folder} can be deleted")
 
 
 @torch.no_grad()
-def encode_part(cfg, found, names, path):
-    """Images found, (file, class) each -> the zip `path`, under these names, by way of a temporary file."""
-    def read(item):
-        with fid.blame(item[0]), Image.open(item[0]) as image:
-            return np.asarray(fid.crop(image.convert("RGB"), cfg.res))
+def encode_part(cfg, read, sources, path):
+    """sources, {name in the zip: picture that read knows} -> the zip `path`, by way of a temporary file."""
+    def pixels_of(picture):
+        return np.asarray(fid.crop(fid.rgb(read(picture, exif=False)), cfg.res))      # as EDM2: not turned
 
+    names = list(sources)
     with zipfile.ZipFile(path + ".tmp", "w") as z, ThreadPoolExecutor(8) as pool:
-        for i in range(0, len(found), 64):
-            pixels = np.stack(list(pool.map(read, found[i:i + 64])))
+        for i in range(0, len(names), 64):
+            images = list(pool.map(pixels_of, [sources[name] for name in names[i:i + 64]]))
             if cfg.res == 512:        # trap: EDM2 feeds [0, 1] where Stable Diffusion feeds [-1, 1]
-                x = torch.from_numpy(pixels).to(DEVICE).permute(0, 3, 1, 2).float() / 255
+                x = torch.from_numpy(np.stack(images)).to(DEVICE).permute(0, 3, 1, 2).float() / 255
                 code = load_vae(cfg.vae, DEVICE).encode(x).latent_dist
-                moments = torch.cat([code.mean, code.std], 1).cpu().numpy()
-            for k, name in enumerate(names[i:i + 64]):
+                images = torch.cat([code.mean, code.std], 1).cpu().numpy()
+            for name, image in zip(names[i:i + 64], images):
                 buffer = io.BytesIO()
                 if cfg.res == 512:
-                    np.save(buffer, moments[k])
+                    np.save(buffer, image)
                 else:
-                    Image.fromarray(pixels[k]).save(buffer, format="PNG", compress_level=0)
+                    Image.fromarray(image).save(buffer, format="PNG", compress_level=0)
                 z.writestr(name, buffer.getvalue())
     os.replace(path + ".tmp", path)
 

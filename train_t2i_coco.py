@@ -18,7 +18,6 @@ import errno
 import fcntl
 import hashlib
 import inspect
-import io
 import json
 import math
 import os
@@ -26,7 +25,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 import traceback
 import zlib
@@ -43,7 +41,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
 
 import fid
 import nets
@@ -178,7 +175,7 @@ class Coco:
     """
 
     def __init__(self, path):
-        self.path, self.maps, self.pool, self.lock = path, {}, ThreadPoolExecutor(8), threading.Lock()
+        self.path, self.maps, self.pool = path, {}, ThreadPoolExecutor(8)
         with fid.blame(path):
             key = self.open_shards() if os.path.exists(f"{path}/index.json") else self.open_features()
             one = self.moments(0).numpy()
@@ -212,10 +209,8 @@ class Coco:
 
     def array(self, name):
         file = f"{self.path}/{name}.npy"
-        with fid.blame(file), open(file, "rb") as f:
-            raw = io.BytesIO(f.read())
-            with self.lock:           # trap: numpy parses the header by `ast`, which two threads can break
-                return torch.from_numpy(np.load(raw)).float()
+        with fid.blame(file):
+            return torch.from_numpy(fid.load_array(file)).float()
 
     def row(self, name, k):
         shard, k = divmod(k, len(self.maps[name][0]))
@@ -393,8 +388,7 @@ def read_coco(source, part):
 def read_squares(names):
     """Image files -> their middle squares, uint8 (B, 3, 256, 256)."""
     def read(name):
-        with fid.blame(name), Image.open(name) as image:
-            return np.asarray(fid.square(image.convert("RGB"), 256))
+        return np.asarray(fid.square(fid.rgb(fid.open_picture(name, name, exif=False)), 256))
 
     with ThreadPoolExecutor(8) as pool:
         return torch.from_numpy(np.stack(list(pool.map(read, names)))).permute(0, 3, 1, 2)

@@ -102,11 +102,15 @@ def autocast(policy, op):
 
 
 class FakeGPU(TorchDispatchMode):
+    mode = None                                       # one for all: a script may keep a tensor between two
+
     def __init__(self):
         super().__init__()
-        LIBRARIES or install()
-        self.mode, self.waits, self.device = FakeTensorMode(), [], torch.device("gpu", 0)
-        self.mode.__deepcopy__ = lambda memo: self.mode   # trap: deepcopy of a tensor would copy its mode
+        if not self.mode:
+            install()
+            FakeGPU.mode = mode = FakeTensorMode()
+            mode.__deepcopy__ = lambda memo: mode     # trap: deepcopy of a tensor would copy its mode
+        self.waits, self.device = [], torch.device("gpu", 0)
 
     def __enter__(self):
         self.before = torch.Generator, Tensor.pin_memory, FakeTensor.tolist

@@ -472,6 +472,14 @@ def test_coco_trains_is_scored_and_drawn(coco):
     assert Image.open("o/samples/post_1/000_000001.png").size == (64, 64)
 
 
+def test_cached_features_train_without_clip(coco, monkeypatch):
+    """Neither the batches nor the previews need it then."""
+    run(*coco, "./lat", "--cache_text")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    run("--data", "lat", "--out", "o", "--stage", "pretrain", "--steps", 1, "--batch", 4, "--size", "2x1", "--nfe", 2)
+    assert Image.open("o/samples_pretrain_0000001.png").size[0] > 100
+
+
 def test_features_of_uvit_are_read(coco, capsys):
     rng = np.random.default_rng(0)
     for part in ("train", "val"):
@@ -629,6 +637,12 @@ def test_default_net_has_the_size_of_the_paper():
         with torch.device("meta"):
             count.append(sum(p.numel() for p in nets.MMDiT(**model).parameters()) / 1e6)
     assert count[1] == pytest.approx(505.07, abs=0.005) and count[0] - count[1] == pytest.approx(7.34, abs=0.005)
+
+
+def test_a_net_of_another_kind_is_refused(capsys):
+    torch.save(nets.DiT(4, 2, 1, 32, 1, 1, num_classes=2).state_dict(), "dit.pt")
+    exit_code, err = code([*TINY, "--stage", "mid", "--teacher", "dit.pt", "--out", "o"], capsys, main=script.main)
+    assert exit_code == 3 and "dit.pt: no MM-DiT" in err and len(err.strip().splitlines()) == 1
 
 
 BAD = [

@@ -805,7 +805,8 @@ class ELatentLPIPS(VGG):
             return N(*shape, law=torch.rand)
 
         (C, H, W), draw = x.shape[1:], {}
-        size = x.new_tensor([W, H])                   # affine maps work on [-1, 1]: a pixel is 2 / size
+        # affine maps work on [-1, 1]: a pixel is 2 / size; not new_tensor: for its copy the host waits
+        size = torch.cat([x.new_full((1,), n) for n in (W, H)])
         if "b" in self.parts:
             pixels = ((U(2) - 0.5) * size / 4).round()
             draw["affine"] = affine((U() * 4).floor() / 4, U().round() * 2 - 1, 1, pixels * 2 / size)
@@ -821,14 +822,17 @@ class ELatentLPIPS(VGG):
             else:
                 draw["colour"] = rgb_matrix(bright, contrast, U().round() * 2 - 1, U(), 2 ** N())
         if "f" in self.parts:                     # one band after the other, the power of a 1/f spectrum kept
-            draw["gains"], power = x.new_ones(len(x), 4), x.new_tensor([10, 1, 1, 1]) / 13
+            draw["gains"], power = x.new_ones(len(x), 4), x.new_ones(4)
+            power[0] = 10
+            power /= 13
             for band in range(4):
                 draw["gains"][:, band] *= 2 ** N()
                 draw["gains"] /= (draw["gains"] ** 2 * power).sum(1, keepdim=True).sqrt()
         if "n" in self.parts:
             draw["noise"] = 0.1 * N(1, 1, 1).abs() * N(C, H, W)
         if "o" in self.parts:                      # a rectangle of half the height and half the width is zero
-            rows, columns = ((torch.arange(n).to(x) + 0.5 - U(1) * n).abs() >= n / 4 for n in (H, W))
+            places = (torch.arange(n, device=x.device) + 0.5 for n in (H, W))
+            rows, columns = ((p - U(1) * len(p)).abs() >= len(p) / 4 for p in places)
             draw["mask"] = (rows[:, None, :, None] | columns[:, None, None, :]).to(x)
         return draw
 
@@ -854,7 +858,8 @@ class ELatentLPIPS(VGG):
 
 def affine(turns, sx=1, sy=1, shift=0):
     """(B, 3, 3): scale by sx, sy, turn by so many full turns (B,), move by shift (B, 2)."""
-    c, s, last = (2 * math.pi * turns).cos(), (2 * math.pi * turns).sin(), turns.new_tensor([0, 0, 1])
+    c, s, last = (2 * math.pi * turns).cos(), (2 * math.pi * turns).sin(), turns.new_zeros(3)
+    last[2] = 1
     linear = torch.stack([c * sx, -s * sy, s * sx, c * sy], 1).view(-1, 2, 2)
     moved = torch.cat([linear, (shift + torch.zeros_like(linear[:, 0]))[:, :, None]], 2)
     return torch.cat([moved, last.expand(len(c), 1, 3)], 1)
@@ -865,8 +870,8 @@ def rgb_matrix(bright, contrast, luma, hue, saturation):
     """
     # choice: the matrix of RGB pixels acts on 4 latent channels, as the authors ran it; channel 4 is where
     # RGB has 1
-    grey, eye = bright.new_full((3, 3), 1 / 3), torch.eye(4).to(bright)
-    cross = bright.new_tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
+    grey, eye = bright.new_full((3, 3), 1 / 3), torch.eye(4, device=bright.device, dtype=bright.dtype)
+    cross = (eye[:3, :3].roll(1, 0) - eye[:3, :3].roll(-1, 0)) / math.sqrt(3)          # [0, -1, 1], ...
     given = bright, contrast, luma, hue, saturation
     bright, contrast, luma, hue, saturation = (v.view(-1, 1, 1) for v in given)
     hue = 2 * math.pi * hue                           # turns around grey; saturation scales away from it

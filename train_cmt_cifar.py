@@ -218,7 +218,7 @@ def teacher_pairs(teacher, sigmas, n, shape, g, states):
     used, the noisiest first. Every process solves its share, gets all. Returns, shuffled, x_t (P, C, H, W),
     t (P,) and owner (P,), and the ends x_0 (n, C, H, W): pair p is regressed onto x_0[owner[p]].
     """
-    levels = sigmas.to(g.device, torch.float32)
+    levels = sigmas.to(g.device, torch.float32, non_blocking=True)
     mine = slice(RANK * n // WORLD, (RANK + 1) * n // WORLD)
     # choice: x_T is pure noise (Eq. 7, the authors' 512-pixel code); their CIFAR code adds a training image
     x_T = levels[0] * randn((n, *shape), g)[mine]
@@ -234,7 +234,7 @@ def slow_pairs(teacher, sigmas, n, images, g):
 
     Returns what teacher_pairs returns, after (nfe + 1) / 2 times as many teacher calls a pair.
     """
-    levels, N = sigmas.to(g.device, torch.float32), len(sigmas) - 1
+    levels, N = sigmas.to(g.device, torch.float32, non_blocking=True), len(sigmas) - 1
     mine = slice(RANK * n // WORLD, (RANK + 1) * n // WORLD)
     x = draw(images, N * n, g).unflatten(0, (N, n))
     x_t = (x + levels[:-1].view(-1, 1, 1, 1, 1) * randn(x.shape, g))[:, mine]

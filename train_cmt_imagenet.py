@@ -243,7 +243,7 @@ def read_share(cfg, images, step):
     index = torch.randint(len(images.labels), (cfg.batch,), generator=g)
     index = index[RANK * cfg.batch // WORLD:(RANK + 1) * cfg.batch // WORLD]
     share = images.read(index), images.labels[index]
-    return [a.pin_memory() for a in share] if DEVICE.type == "cuda" else share
+    return share if DEVICE.type == "cpu" else [a.pin_memory() for a in share]
 
 
 @cache
@@ -362,7 +362,7 @@ def teacher_pairs(teacher, classes, sigmas, n, shape, g):
     solves its share, gets all. Returns, shuffled, x_t (P, C, H, W), t (P,) and owner (P,), and the ends x_0
     (n, C, H, W), one-hot classes y (n, classes): pair p is regressed onto x_0[owner[p]], given y[owner[p]].
     """
-    levels, N = sigmas.to(g.device, torch.float32), len(sigmas) - 1
+    levels, N = sigmas.to(g.device, torch.float32, non_blocking=True), len(sigmas) - 1
     mine = slice(RANK * n // WORLD, (RANK + 1) * n // WORLD)
     # choice: pure noise, no guidance, uniform classes
     x_T = levels[0] * randn((n, *shape), g)[mine]

@@ -272,7 +272,7 @@ def read_batch(cfg, images, step):
         t = r = torch.rand(cfg.batch, generator=g)            # SiT
     mine = slice(RANK * cfg.batch // WORLD, (RANK + 1) * cfg.batch // WORLD)
     batch = images.read(index[mine], flips[mine]), y[mine], t[mine], r[mine]
-    return [a.pin_memory() for a in batch] if DEVICE.type == "cuda" else batch
+    return [a.pin_memory() for a in batch] if DEVICE.type != "cpu" else batch
 
 
 def to_latents(raw, noise):
@@ -428,9 +428,9 @@ def loss_mf(flow, z, v, t, r, y, guided, cfg):
     return loss, square.detach(), features
 
 
-def all_pairs(nodes):
+def all_pairs(nodes, device="cpu"):
     """(i, j), each (P,): every pair i < j of a trajectory's states, the noisiest first."""
-    return torch.triu_indices(nodes, nodes, 1)
+    return torch.triu_indices(nodes, nodes, 1, device=device)
 
 
 def pairs_of_states(states, velocities, times):
@@ -440,8 +440,8 @@ def pairs_of_states(states, velocities, times):
     and the target (z_t - z_r) / (t - r), the mean velocity between them. One (t, r) after the other, each for
     all n trajectories.
     """
-    first, second = all_pairs(len(states)).to(states.device)
-    times, wide = times.to(states), (-1, 1, 1, 1, 1)
+    first, second = all_pairs(len(states), states.device)
+    times, wide = times.to(states, non_blocking=True), (-1, 1, 1, 1, 1)
     steps = velocities * -times.diff().view(wide)
     path = torch.cat([torch.zeros_like(states[:1]), steps.cumsum(0)])             # no difference of states
     target = (path[second] - path[first]) / (times[first] - times[second]).view(wide)

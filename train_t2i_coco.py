@@ -290,7 +290,7 @@ class Words:
 
     def __call__(self, words):
         """ids (B, L) -> features (B, L, D)."""
-        return self.table[words.to(self.table.device)] + self.place
+        return self.table[words.to(self.table.device, non_blocking=True)] + self.place
 
 
 def random_tokens(images, grid):
@@ -334,7 +334,7 @@ def captions_of_solve(cfg, images, solve):
     """The captions, as words, of one solve's trajectories, and which of them are dropped."""
     g = torch.Generator().manual_seed(fold(cfg.seed, "captions", solve))
     index, pick, drop = draw_captions(cfg, images, cfg.trajectories, g)
-    return images.texts(index, pick), drop
+    return pinned([images.texts(index, pick), drop])
 
 
 def read_captioned(cfg, images, step):
@@ -350,7 +350,12 @@ def read_captioned(cfg, images, step):
     guided = (t >= cfg.guide_from) & (t <= cfg.guide_to) & ~drop & (cfg.omega != 1 or cfg.kappa != 0)
     mine = slice(RANK * cfg.batch // WORLD, (RANK + 1) * cfg.batch // WORLD)
     batch = *images.read(index[mine], pick[mine]), drop[mine], t[mine], r[mine], guided[mine]
-    return [a.pin_memory() for a in batch] if DEVICE.type == "cuda" else batch
+    return pinned(batch)
+
+
+def pinned(batch):
+    """For a GPU in pinned memory, so that copying it does not wait for what the GPU is at."""
+    return [a.pin_memory() for a in batch] if DEVICE.type != "cpu" else batch
 
 
 def to_latents(raw, noise):
@@ -574,9 +579,9 @@ def loss_mf(flow, z, v, t, r, y, guided, cfg):
     return loss, square.detach(), features
 
 
-def all_pairs(nodes):
+def all_pairs(nodes, device="cpu"):
     """(i, j), each (P,): every pair i < j of a trajectory's states, the noisiest first."""
-    return torch.triu_indices(nodes, nodes, 1)
+    return torch.triu_indices(nodes, nodes, 1, device=device)
 
 
 def pairs_of_states(states, velocities, times):
@@ -586,8 +591,8 @@ def pairs_of_states(states, velocities, times):
     and the target (z_t - z_r) / (t - r), the mean velocity between them. One (t, r) after the other, each for
     all n trajectories.
     """
-    first, second = all_pairs(len(states)).to(states.device)
-    times, wide = times.to(states), (-1, 1, 1, 1, 1)
+    first, second = all_pairs(len(states), states.device)
+    times, wide = times.to(states, non_blocking=True), (-1, 1, 1, 1, 1)
     steps = velocities * -times.diff().view(wide)
     path = torch.cat([torch.zeros_like(states[:1]), steps.cumsum(0)])             # no difference of states
     target = (path[second] - path[first]) / (times[first] - times[second]).view(wide)

@@ -562,7 +562,7 @@ PARSING = threading.Lock()
 
 def load_array(file):
     """np.load for threads."""
-    with PARSING:                     # trap: numpy parses the header by `ast`, which two threads at once can break
+    with PARSING:                     # trap: numpy parses headers by `ast`, which two threads can break
         return np.load(file)
 
 

@@ -272,7 +272,7 @@ class SongUNet(nn.Module):
 
 
 FIXED = dict(model_type="SongUNet", embedding_type="positional", encoder_type="standard",
-             decoder_type="standard", channel_mult_noise=1, resample_filter=[1, 1])    # a SongUNet that is a DDPM++
+             decoder_type="standard", channel_mult_noise=1, resample_filter=[1, 1])
 IGNORED = {"use_fp16", "sigma_min", "sigma_max"}                  # in official files, without a meaning here
 
 

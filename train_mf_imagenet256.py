@@ -327,7 +327,8 @@ def encode_folder(cfg):
 def encode_shard(names, path, vae):
     """Image files -> one shard, by a temporary file. Mirror images are encoded, latents are not flipped."""
     def read(name):
-        return np.asarray(fid.crop(fid.rgb(fid.open_picture(name, name, exif=False)), 256))   # as ADM: not turned
+        picture = fid.open_picture(name, name, exif=False)                    # as ADM: not turned upright
+        return np.asarray(fid.crop(fid.rgb(picture), 256))
 
     parts = []
     with ThreadPoolExecutor(8) as pool:

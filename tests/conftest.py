@@ -1,6 +1,7 @@
 """One thread, so that results do not depend on the machine; the repository on the path; what the script tests share."""
 import os
 import signal
+import subprocess
 import sys
 import traceback
 from pathlib import Path
@@ -28,9 +29,19 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: item.path.name == "test_gpu.py")       # last: it waits for what started first
     for item in items:
         if "long" in item.keywords and not config.getoption("--long"):
             item.add_marker(pytest.mark.skip(reason="--long runs it"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def gpu_cases(request):
+    """gpu_cases.py, running beside the other tests, if test_gpu.py is among them."""
+    if all(item.path.name != "test_gpu.py" for item in request.session.items):
+        return None
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests/gpu_cases.py")]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 @pytest.fixture

@@ -35,6 +35,7 @@ def test_pairs_of_edm2_cost_the_same_calls(monkeypatch, capsys):
         "cmt": [1, 1, 1], "ect": [0, 2, 1], "ecd euler": [1, 2, 1], "ecd heun": [2, 2, 1]}
 
 
+@pytest.mark.long
 def test_a_mean_flow_step_is_a_forward_pass_and_a_quarter_of_a_product(capsys):
     """Forwards by hooks: no guidance where none is asked; the product on a quarter; the textbook on all."""
     bench.main(["mf", "--rounds", "1", "--size", "4x32x1"])

@@ -48,6 +48,7 @@ def test_the_flags_of_every_row_exist(row):
     assert script_of_base == name and (has_mid or not base.endswith(" mid"))
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("here")
 def test_mid_training_by_a_vgg_of_the_labels(road, tmp_path):
     """Trained once for a seed, it reads the digits; d of Eq. 7 in the block, outside the script's own."""

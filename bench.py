@@ -154,7 +154,7 @@ class Pairs:
                     x_r = solvers.ode_step(self.given(self.teacher, len(t), own), x_t, t, r, order)
             weight = imagenet.inverse_c_out(t, self.net.sigma_data) if self.classes else None
             f = self.given(self.net, len(t), own)
-            return script.loss_ect(f, x[i], x_t, x_r, t, r, cfg.huber_c, weight)
+            return script.loss_ect(f, x_t, x_r, t, r, cfg.huber_c, weight)
         self.step(loss)
 
     def step(self, loss):

@@ -43,6 +43,7 @@ import sys
 import urllib.parse
 import urllib.request
 import zipfile
+import zlib
 
 import numpy as np
 import torch
@@ -1591,6 +1592,14 @@ def finished(path):
     """The checkpoint at path, or None if there is none or its stage has not come to its end."""
     ckpt = load_checkpoint(path)
     return ckpt if ckpt and ckpt["step"] >= ckpt["cfg"]["steps"] else None
+
+
+def stamp(state):
+    """"crc32 ..." of the numbers of a state dict: changes when the weights do, wherever their file lies."""
+    total = 0
+    for name in sorted(state):
+        total = zlib.crc32(state[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), total)
+    return f"crc32 {total:08x}"
 
 
 def restore(ckpt, path, net, ema, opt):

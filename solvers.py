@@ -9,9 +9,9 @@
   few_step                      f(x, sigma) -> clean         multistep consistency sampling
   noise                         per-sample seeds             sample i depends on its own generator only
 
-Every solver returns all states, (steps+1, B, ...), noisiest first, because CMT regresses from each of them
-(Eq. 7, 8). Grids are float64 CPU tensors and become plain numbers before the first call: a solve reads no
-number back from the GPU.
+Every solver of a trajectory returns all states, (steps+1, B, ...), noisiest first, because CMT regresses
+from each of them (Eq. 7, 8). Grids are float64 CPU tensors and become plain numbers before the first call:
+a solve reads no number back from the GPU.
 """
 import functools
 import math

@@ -48,8 +48,8 @@ class Config:                   # field default < matching rows of PRESETS < com
     data: str = "cifar10"       # cifar10 | ffhq | afhqv2 | digits | folder, .zip or .npz of your own images
     stage: Literal["all", "pretrain", "mid", "post", "sample", "eval"] = "all"   # all: the unfinished
     out: str = ""               # folder of the run; "" = out/<data>
-    teacher: str = ""           # FILE, URL; "" = <out>/pretrain.pt, else the official one; scratch = train it
-    mid: Literal["cmt", "kd", "slow", "none"] = "cmt"    # Eq. 7; x_T only; a solve a pair (4.3)
+    teacher: str = ""           # FILE, URL; "" = the official one, else <out>/pretrain.pt; scratch = train it
+    mid: Literal["cmt", "kd", "slow", "none"] = "cmt"    # states of a solve: all, x_T, own
     post: Literal["ect", "ecd", "ecd_euler", "annealed"] = "ect"   # Eq. 3 | distillation | ECT's own
     init: str = "teacher"       # student's first weights: teacher | random | FILE; sample, eval: show FILE
     res: int = 0                # own images are cropped and resized (LANCZOS) to this; 0 = they have one size
@@ -68,12 +68,12 @@ class Config:                   # field default < matching rows of PRESETS < com
     nfe: int = 16               # teacher steps per trajectory (B.2)
     trajectories: int = 128     # choice: per solve, pairs shuffled over several steps; 0 = batch/nfe (paper)
     q: int = 4096               # post: the step in t is n(t) t / q (B.2: 1/4096)
-    double: int = 0             # post: steps until q grows by its first value again; 0 = never (B.2)
+    double: int = 0             # post: steps after which q is multiplied by its first value; 0 = never (B.2)
     P_mean: float = -1.1        # ln sigma ~ N(P_mean, P_std^2), not cut off (ECT)
     P_std: float = 2.0
 
     mid_sigma: float = 0.821    # second noise level of 2-step sampling (ECT)
-    sigma_shift: float = 0.0    # choice: sample the trained function; 0.003 gives official files their scores
+    sigma_shift: float = 0.0    # choice: sample the trained function; official files are scored with 0.003
     seeds: str = "0-63"         # sample: one image per seed, FIRST-LAST
     samples: int = 50_000       # eval: images per score
     repeat: int = 1             # eval: scores with fresh seeds, reported as mean, deviation and minimum
@@ -111,11 +111,12 @@ PRESETS = {  # (data, stage, method): matching rows are laid over each other, to
     ("digits", "post", "annealed"): dict(q=2, double=187, steps=1_500, lr=1e-3),
 }
 STAGES = ["pretrain", "mid", "post", "eval"]          # what --stage all runs, in this order
+INITS = "teacher", "random"                        # what --init says that is no FILE
 FILES = {"cifar10": "data/cifar-10-python.tar.gz",
          "ffhq": "data/ffhq-64x64.zip", "afhqv2": "data/afhqv2-64x64.zip"}
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 CIFAR_MD5 = "c58f30108f718f92721af3b95e74349a"
-FREE = {  # fields that may differ when a stage goes on, or is found finished; of --teacher only the path may
+FREE = {  # fields that may differ when a stage goes on, or is found finished; a teacher's weights may not
     "*": "stage out teacher seeds samples repeat mid_sigma sigma_shift compile batch_gpu log_every "
          "save_every",
     "pretrain": "mid post init nfe trajectories q double huber_c loss",
@@ -155,9 +156,10 @@ def data_name(cfg):
 
 # ---- data -------------------------------------------------------------------------------------
 def needs_data(cfg):
-    """Whether this stage trains on images: CMT does not, it needs its teacher alone."""
-    official = cfg.stage == "pretrain" and has_teacher(cfg)
-    return cfg.stage in ("pretrain", "post") and not official or cfg.stage == "mid" and cfg.mid == "slow"
+    """Whether this stage trains on images: CMT does not, it needs its teacher alone; Slow CMT does."""
+    if cfg.stage == "pretrain":
+        return not has_teacher(cfg)
+    return cfg.stage == "post" or cfg.stage == "mid" and cfg.mid == "slow"
 
 
 def load_data(cfg):
@@ -230,9 +232,9 @@ def teacher_pairs(teacher, sigmas, n, shape, g, states):
 
 @torch.no_grad()
 def slow_pairs(teacher, sigmas, n, images, g):
-    """Slow CMT (4.3): n images with noise at each level, every one solved from there to an end of its own.
+    """Slow CMT (4.3): n fresh images with noise at each level, each solved from there to an end of its own.
 
-    Returns what teacher_pairs returns, after (nfe + 1) / 2 times as many teacher calls a pair.
+    Returns what teacher_pairs returns; a pair takes (nfe + 1) / 2 times as many calls of the teacher.
     """
     levels, N = sigmas.to(g.device, torch.float32, non_blocking=True), len(sigmas) - 1
     mine = slice(RANK * n // WORLD, (RANK + 1) * n // WORLD)
@@ -258,16 +260,17 @@ def ect_step(t, q, k=8.0, b=1.0):
     return t * (1 - (1 + k * torch.sigmoid(-b * t)) / q).clamp(min=0)
 
 
-def loss_ect(net, x, x_t, x_r, t, r, huber_c=0.0, weight=None):
+def loss_ect(net, x_t, x_r, t, r, huber_c=0.0, weight=None):
     """Eq. 3: w |f(x_t, t) - stop_gradient f(x_r, r)|, mean over images. w (B,): weight, None = 1 / (t - r).
 
-    x clean; x_t, x_r the same image with the same noise at t > r (ECT), or joined by a teacher's step (ECD).
+    x_t, x_r: the same image with the same noise at t > r (ECT), or joined by a teacher's step (ECD).
     net(x, sigma) has one dropout mask for both calls. huber_c: of sqrt(d^2 + c^2) - c, 0 for the norm itself.
     """
     with torch.no_grad():
-        D_r = torch.where(r.view(-1, 1, 1, 1) > 0, net(x_r, r), x)    # trap: at r = 0 the net sees ln 0
+        D_r = torch.where(r.view(-1, 1, 1, 1) > 0, net(x_r, r), x_r)  # trap: at r = 0 the net sees ln 0
     D_t = net(x_t, t)
-    d = torch.linalg.vector_norm((D_t - D_r).flatten(1), dim=1)   # trap: sqrt has slope 0 * inf at D_t = D_r
+    # trap: vector_norm has slope 0 where both agree; the root of a sum of squares would have 0 * inf
+    d = torch.linalg.vector_norm((D_t - D_r).flatten(1), dim=1)
     if huber_c:
         d = (d.square() + huber_c**2).sqrt() - huber_c
     return (d / (t - r) if weight is None else d * weight).mean()
@@ -305,7 +308,7 @@ def make_sampler(cfg, net, steps):
 
 @torch.no_grad()
 def pictures(cfg, found):
-    """16 noises through every net; trajectories, and below each state the students' answers."""
+    """Saves two sheets: 16 noises through every net; 3 trajectories, and below each the students' answers."""
     rows = [make_sampler(cfg, net, kind)(range(16)) for _, net, kinds, _ in found for kind in kinds.values()]
     fid.save_grid(torch.cat(rows), f"{cfg.out}/samples_stages.png", columns=16)
     teacher, *students = [net for _, net, *_ in found]
@@ -428,9 +431,9 @@ def lr_at(cfg, step):
 
 
 def total(grad, scale):
-    """(norm, loss, stop): of the gradient summed over processes, and of what rides behind it; scale divides.
+    """Sum the gradient over the processes, and behind it the loss and the wish to stop; divide by scale.
 
-    As numbers: this is where the host waits for the device. stop: some process was told to.
+    Returns gradient norm, loss and stop as numbers: this is where the host waits for the device.
     """
     grad[-1] = len(STOP) * scale
     if WORLD > 1:
@@ -578,7 +581,7 @@ def first_weights(cfg, teacher):
     """(weights, their name) the student starts from: mid.pt's in post, the teacher's, FILE's, or none."""
     if cfg.stage == "pretrain":
         return None, ""
-    if cfg.init not in ("teacher", "random"):
+    if cfg.init not in INITS:
         return nets.load_pretrained(cfg.init)[0], cfg.init
     if cfg.stage == "post" and cfg.mid != "none":
         if not (ckpt := nets.finished(f"{cfg.out}/mid.pt")):
@@ -621,12 +624,14 @@ def train(cfg):
         images = load_data(cfg)
         data = f"{len(images)} images, crc32 {zlib.crc32(images.numpy()):08x}"
         images = images.to(DEVICE)
-    if ckpt and ckpt["data"] != data:
-        fail(2, f"--data {cfg.data} has changed: {path} saw {ckpt['data']}, now {data}; use another --out")
     asks_teacher = cfg.stage == "mid" or cfg.stage == "post" and cfg.post.startswith("ecd")
     weights, model = None, ckpt["model"] if ckpt else {}
     if asks_teacher or cfg.stage == "post" and not ckpt:
         weights, model = teacher_state(cfg)
+    if asks_teacher:
+        data += f", teacher {nets.stamp(weights)}"
+    if ckpt and ckpt["data"] != data:
+        fail(2, f"--data or --teacher has changed: {path} saw {ckpt['data']}, now {data}; use another --out")
     model = model or model_size(cfg, load_data(cfg) if images is None else images)
     if asks_teacher:
         # choice: the teacher too in --precision: bf16 moves its ends less than a finer solve would
@@ -635,7 +640,7 @@ def train(cfg):
     ema = deepcopy(net).requires_grad_(False).eval()
     f = forward(cfg, net)
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
-    flat.grad = grad[:-2]
+    flat.grad = grad[:-2]                                                 # the last two: loss, and stop
     opt = torch.optim.RAdam([flat], foreach=True)                         # in a third of foreach=False's time
     if cfg.stage == "pretrain":
         opt = torch.optim.Adam([flat], fused=True)
@@ -663,7 +668,7 @@ def train(cfg):
                     states, levels, x_0, owner = slow_pairs(teacher, sigmas, n, images, g)
                 else:
                     states, levels, x_0, owner = teacher_pairs(teacher, sigmas, n, shape, g, pairs // n)
-                target = distance.features(x_0)                               # once per trajectory
+                target = distance.features(x_0)                               # once per end, not per pair
         else:
             x, eps = draw(images, B, g), randn((B, *shape), g)
             sigma = (cfg.P_mean + cfg.P_std * randn(B, g)).exp()
@@ -685,7 +690,7 @@ def train(cfg):
                 if asks_teacher:
                     with torch.no_grad():
                         x_r = solvers.ode_step(teacher, x_t, t, r, 1 if cfg.post == "ecd_euler" else 2)
-                loss = loss_ect(D, x[i], x_t, x_r, t, r, cfg.huber_c)         # Eq. 3
+                loss = loss_ect(D, x_t, x_r, t, r, cfg.huber_c)         # Eq. 3
             (loss * weight).backward()
             grad[-2] += loss.detach() * weight
         norm, loss, stop = total(grad, since["scale"])                        # the one wait of a step
@@ -718,7 +723,7 @@ def train(cfg):
 def candidates(cfg):
     """What to sample from: (name, net, {steps: kind of sampler}, checkpoint); --init FILE: it alone."""
     few = {1: 1, 2: 2}
-    if cfg.init not in ("teacher", "random"):
+    if cfg.init not in INITS:
         state, model = nets.load_pretrained(cfg.init)
         model = model or model_size(cfg, load_data(cfg))
         return [("init", build(cfg, model, state, cfg.init), few, None)]
@@ -784,7 +789,10 @@ def main(argv=None):
             check(c)
         with open_out(cfg, argv) if RANK == 0 else nullcontext():     # holds the lock of <out>
             for c in configs:
-                if cfg.stage == "all" and (c.stage == "eval" or c.stage == "post" and c.mid != "none"):
+                if STOP:
+                    fail(75, "stopped by a signal; run the same command again to go on")
+                later = c.stage == "eval" or c.stage == "post" and c.mid != "none"
+                if cfg.stage == "all" and later and c.init not in INITS:
                     c = replace(c, init=Config.init)  # --init FILE starts the first stage, not all
                 torch.backends.cuda.matmul.allow_tf32 = c.precision != "fp32"
                 torch.backends.cudnn.allow_tf32 = c.precision != "fp32"

@@ -126,8 +126,9 @@ PRESETS = {  # (data, stage, method): matching rows are laid over each other, to
     ("digits", "post", "*"): dict(steps=600, batch=32, lr=3e-4, ema_beta=0.99, q=512, decay="linear"),
 }
 STAGES = ["pretrain", "vgg", "mid", "post", "eval"]   # what --stage all runs, in this order
+INITS = "teacher", "random"                        # what --init says that is no FILE
 FILES = {"imagenet64": "data/imagenet64.zip", "imagenet512": "data/imagenet512-sd.zip"}
-FREE = {  # fields that may differ when a stage goes on, or is found finished; of --teacher only the path may
+FREE = {  # fields that may differ when a stage goes on, or is found finished; a teacher's weights may not
     "*": "stage out source teacher vae seeds samples repeat mid_sigma sampler labels batch_gpu log_every "
          "save_every",
     "pretrain": "mid post init nfe trajectories q huber_c main guide w loss ensemble",
@@ -392,16 +393,17 @@ def ect_step(t, q, k=8.0, b=1.0):
     return t * (1 - (1 + k * torch.sigmoid(-b * t)) / q).clamp(min=0)
 
 
-def loss_ect(net, x, x_t, x_r, t, r, huber_c=0.0, weight=None):
+def loss_ect(net, x_t, x_r, t, r, huber_c=0.0, weight=None):
     """Eq. 3: w |f(x_t, t) - stop_gradient f(x_r, r)|, mean over images. w (B,): weight, None = 1 / (t - r).
 
-    x clean; x_t, x_r the same image with the same noise at t > r (ECT), or joined by a teacher's step (ECD).
+    x_t, x_r: the same image with the same noise at t > r (ECT), or joined by a teacher's step (ECD).
     net(x, sigma) has one dropout mask for both calls. huber_c: of sqrt(d^2 + c^2) - c, 0 for the norm itself.
     """
     with torch.no_grad():
-        D_r = torch.where(r.view(-1, 1, 1, 1) > 0, net(x_r, r), x)    # trap: at r = 0 the net sees ln 0
+        D_r = torch.where(r.view(-1, 1, 1, 1) > 0, net(x_r, r), x_r)  # trap: at r = 0 the net sees ln 0
     D_t = net(x_t, t)
-    d = torch.linalg.vector_norm((D_t - D_r).flatten(1), dim=1)   # trap: sqrt has slope 0 * inf at D_t = D_r
+    # trap: vector_norm has slope 0 where both agree; the root of a sum of squares would have 0 * inf
+    d = torch.linalg.vector_norm((D_t - D_r).flatten(1), dim=1)
     if huber_c:
         d = (d.square() + huber_c**2).sqrt() - huber_c
     return (d / (t - r) if weight is None else d * weight).mean()
@@ -632,9 +634,9 @@ def power_ema(std, done, batch):
 
 
 def total(grad, scale):
-    """(norm, loss, stop): of the gradient summed over processes, and of what rides behind it; scale divides.
+    """Sum the gradient over the processes, and behind it the loss and the wish to stop; divide by scale.
 
-    As numbers: this is where the host waits for the device. stop: some process was told to.
+    Returns gradient norm, loss and stop as numbers: this is where the host waits for the device.
     """
     grad[-1] = len(STOP) * scale
     if WORLD > 1:
@@ -837,7 +839,7 @@ def first_weights(cfg, teacher):
     """(weights, their name) the student starts from: mid.pt's in post, the teacher's, FILE's, or none."""
     if cfg.stage in ("pretrain", "vgg"):
         return None, ""
-    if cfg.init not in ("teacher", "random"):
+    if cfg.init not in INITS:
         return snapshot(cfg.init)[0], cfg.init
     if cfg.stage == "post" and cfg.mid != "none":
         if not (ckpt := nets.finished(f"{cfg.out}/mid.pt")):
@@ -866,12 +868,14 @@ def train(cfg):
         return log(cfg, f"{cfg.stage}: {path} is finished, nothing to do")
     images = load_data(cfg) if reads_data(cfg) else None
     data = images.stamp if images else "none"
-    if ckpt and ckpt["data"] != data:
-        fail(2, f"--data {cfg.data} has changed: {path} saw {ckpt['data']}, now {data}; use another --out")
     is_ecd = cfg.stage == "post" and cfg.post.startswith("ecd")
     weights, model = None, ckpt["model"] if ckpt else {}
     if cfg.stage == "mid" or is_ecd and not cfg.main or cfg.stage == "post" and not ckpt:
         weights, model = teacher_state(cfg)
+    if cfg.stage == "mid" or is_ecd and not cfg.main:
+        data += f", teacher {nets.stamp(weights)}"
+    if ckpt and ckpt["data"] != data:
+        fail(2, f"--data or --teacher has changed: {path} saw {ckpt['data']}, now {data}; use another --out")
     model = model or edm2_size(cfg, images)
     teacher = frozen_teacher(cfg, weights, model) if is_ecd or cfg.stage == "mid" else None
     net = build(cfg, model, *(() if ckpt else first_weights(cfg, weights)), train=True)
@@ -934,7 +938,7 @@ def train(cfg):
                     x_t, x_r = (x[i] + s.view(-1, 1, 1, 1) * eps[i] for s in (t[i], r))       # same noise
                     if is_ecd:
                         x_r = teacher_step(cfg, teacher, x_t, t[i], r, y[i])
-                    loss = loss_ect(D, x[i], x_t, x_r, t[i], r, cfg.huber_c, c_out)           # Eq. 3
+                    loss = loss_ect(D, x_t, x_r, t[i], r, cfg.huber_c, c_out)           # Eq. 3
                 elif views:
                     view = {name: v[at:at + B][mine][i] for name, v in views.items()}
                     loss = loss_cmt_views(D, x_t[i], t[i], x_0[owner[i]], distance, view)     # Eq. 7
@@ -972,7 +976,7 @@ def train(cfg):
 def candidates(cfg):
     """What to sample from: (name, net, {steps: kind of sampler}, checkpoint); --init FILE: it alone."""
     few = {1: 1, 2: 2}
-    if cfg.init not in ("teacher", "random"):
+    if cfg.init not in INITS:
         state, model = snapshot(cfg.init)
         return [("init", build(cfg, model, state, cfg.init), few, None)]
     state, model = teacher_state(cfg)
@@ -1042,7 +1046,10 @@ def main(argv=None):
             check(c)
         with open_out(cfg, argv) if RANK == 0 else nullcontext():     # holds the lock of <out>
             for c in configs:
-                if cfg.stage == "all" and (c.stage == "eval" or c.stage == "post" and c.mid != "none"):
+                if STOP:
+                    fail(75, "stopped by a signal; run the same command again to go on")
+                later = c.stage == "eval" or c.stage == "post" and c.mid != "none"
+                if cfg.stage == "all" and later and c.init not in INITS:
                     c = replace(c, init=Config.init)  # --init FILE starts the first stage, not all
                 torch.backends.cuda.matmul.allow_tf32 = c.precision != "fp32"
                 torch.backends.cudnn.allow_tf32 = c.precision != "fp32"

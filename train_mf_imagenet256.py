@@ -117,11 +117,12 @@ PRESETS = {  # (data, stage, method): matching rows are laid over each other, to
     ("digits", "post", "vanilla"): dict(steps=1_900),                      # the time of mid and post together
 }
 STAGES = ["pretrain", "mid", "post", "eval"]          # what --stage all runs, in this order
+INITS = "sit", "random"                            # what --init says that is no FILE
 FILES = {"imagenet": "data/imagenet256-sd"}
 REFERENCE = {"imagenet": "imagenet256"}               # scored by ADM's statistics, others by their own
 SIDES = {"imagenet": 32, "digits": 8}                 # of the squares that the networks see
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-FREE = {  # fields that may differ when a stage goes on, or is found finished; of --teacher only the path may
+FREE = {  # fields that may differ when a stage goes on, or is found finished; a teacher's weights may not
     "*": "stage out source teacher vae seeds samples repeat nfe labels compile batch_gpu log_every "
          "save_every",
     "pretrain": "mid post init size nodes trajectories unguided",
@@ -660,9 +661,9 @@ def lr_at(cfg, step):
 
 
 def total(grad, scale):
-    """(norm, loss, stop): of the gradient summed over processes, and of what rides behind it; scale divides.
+    """Sum the gradient over the processes, and behind it the loss and the wish to stop; divide by scale.
 
-    As numbers: this is where the host waits for the device. stop: some process was told to.
+    Returns gradient norm, loss and stop as numbers: this is where the host waits for the device.
     """
     grad[-1] = len(STOP) * scale
     if WORLD > 1:
@@ -756,7 +757,7 @@ def check(cfg):
     if cfg.stage in ("pretrain", "mid", "post") and not os.path.exists(f"{cfg.out}/{cfg.stage}.pt"):
         if cfg.stage == "post" or cfg.stage == "pretrain" and not cfg.teacher:
             latents_path(cfg)                         # not after days of mid-training, which needs no data
-        if cfg.init not in ("sit", "random") and "://" not in cfg.init and not os.path.exists(cfg.init):
+        if cfg.init not in INITS and "://" not in cfg.init and not os.path.exists(cfg.init):
             fail(3, f"--init {cfg.init}: no such file")
     if cfg.stage == "eval" and cfg.data != "digits":
         fid.prefetch(REFERENCE.get(cfg.data, cfg.data))
@@ -856,7 +857,7 @@ def first_weights(cfg, teacher):
     """(weights, their name) the student starts from: mid.pt's in post, the teacher's, FILE's, or none."""
     if cfg.stage == "pretrain":
         return None, ""
-    if cfg.init not in ("sit", "random"):
+    if cfg.init not in INITS:
         return read_net(cfg, cfg.init)[0], cfg.init
     if cfg.stage == "post" and cfg.mid != "none":
         path = f"{cfg.out}/mid.pt"
@@ -907,14 +908,15 @@ def train(cfg):
     if cfg.stage != "mid":                                                    # CMT needs no data
         images = load_data(cfg)
         data, shape, null = images.stamp, images.shape, images.classes
-    if ckpt and ckpt["data"] != data:
-        fail(2, f"--data {cfg.data} has changed: {path} saw {ckpt['data']}, now {data}; use another --out")
     weights, sit_start = None, cfg.stage == "post" and cfg.mid == "none" and cfg.init == "sit"
     if cfg.stage == "mid" or sit_start and not ckpt:
         weights, model = teacher_state(cfg)
     if cfg.stage == "mid":
         teacher, null = build(cfg, model, weights, "the teacher"), model["num_classes"]
         shape = model["in_channels"], model["input_size"], model["input_size"]
+        data += f", teacher {nets.stamp(weights)}"
+    if ckpt and ckpt["data"] != data:
+        fail(2, f"--data or --teacher has changed: {path} saw {ckpt['data']}, now {data}; use another --out")
     model = dict(size_row(cfg, "weak" if cfg.stage == "pretrain" else "size", shape[-1]),
                  input_size=shape[-1], in_channels=shape[0], num_classes=null,
                  average_velocity=cfg.stage != "pretrain" or cfg.pretrain == "mf")
@@ -996,7 +998,7 @@ def train(cfg):
 def candidates(cfg):
     """What to sample from: (name, net, {steps: kind of sampler}, checkpoint); --init FILE: it alone."""
     found, stages = [], ["pretrain", "mid", "post"]
-    if cfg.init not in ("sit", "random"):
+    if cfg.init not in INITS:
         state, model = read_net(cfg, cfg.init)
         found, stages = [("init", build(cfg, model, state, cfg.init), None)], []
     elif cfg.teacher:
@@ -1078,7 +1080,10 @@ def main(argv=None):
             check(c)
         with open_out(cfg, argv) if RANK == 0 else nullcontext():     # holds the lock of <out>
             for c in configs:
-                if cfg.stage == "all" and (c.stage == "eval" or c.stage == "post" and c.mid != "none"):
+                if STOP:
+                    fail(75, "stopped by a signal; run the same command again to go on")
+                later = c.stage == "eval" or c.stage == "post" and c.mid != "none"
+                if cfg.stage == "all" and later and c.init not in INITS:
                     c = replace(c, init=Config.init)  # --init FILE starts the first stage, not all
                 torch.backends.cuda.matmul.allow_tf32 = c.precision != "fp32"
                 torch.backends.cudnn.allow_tf32 = c.precision != "fp32"

@@ -117,11 +117,12 @@ PRESETS = {  # (data, stage, method): matching rows are laid over each other, to
     ("digits", "post", "*"): dict(steps=700, lr=5e-4),
 }
 STAGES = ["pretrain", "mid", "post", "eval"]          # what --stage all runs, in this order
+INITS = "sit", "random"                            # what --init says that is no FILE
 FILES = {"coco": "data/coco256-sd"}
 SIDES = {"coco": 32, "digits": 8}                     # of the squares that the networks see
 CLIP, DINO = "openai/clip-vit-large-patch14", "facebook/dinov2-base"           # encoders of U-ViT, of REPA
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-FREE = {  # fields that may differ when a stage goes on, or is found finished; of --teacher only the path may
+FREE = {  # fields that may differ when a stage goes on, or is found finished; a teacher's weights may not
     "*": "stage out source cache_text teacher vae prompts seeds samples repeat nfe compile batch_gpu "
          "log_every save_every",
     "pretrain": "mid post init omega kappa guide_from guide_to nodes trajectories",
@@ -815,9 +816,9 @@ def lr_at(cfg, step):
 
 
 def total(grad, scale):
-    """(norm, loss, stop): of the gradient summed over processes, and of what rides behind it; scale divides.
+    """Sum the gradient over the processes, and behind it the loss and the wish to stop; divide by scale.
 
-    As numbers: this is where the host waits for the device. stop: some process was told to.
+    Returns gradient norm, loss and stop as numbers: this is where the host waits for the device.
     """
     grad[-1] = len(STOP) * scale
     if WORLD > 1:
@@ -931,7 +932,7 @@ def check(cfg):
         if cfg.trajectories % WORLD:
             fail(2, f"--trajectories {cfg.trajectories} must be a multiple of the {WORLD} processes")
     if cfg.stage in ("mid", "post") and not os.path.exists(f"{cfg.out}/{cfg.stage}.pt"):
-        if cfg.init not in ("sit", "random") and "://" not in cfg.init and not os.path.exists(cfg.init):
+        if cfg.init not in INITS and "://" not in cfg.init and not os.path.exists(cfg.init):
             fail(3, f"--init {cfg.init}: no such file")
     path = latents_path(cfg) if cfg.stage in STAGES else ""
     if cfg.stage == "eval" and cfg.data != "digits":  # found now, not after days of training
@@ -1051,7 +1052,7 @@ def first_weights(cfg, teacher):
     """(weights, their name) the student starts from: mid.pt's in post, the teacher's, FILE's, or none."""
     if cfg.stage == "pretrain":
         return None, ""
-    if cfg.init not in ("sit", "random"):
+    if cfg.init not in INITS:
         return read_file(cfg, cfg.init)[0], cfg.init
     if cfg.stage == "post" and cfg.mid != "none":
         path = f"{cfg.out}/mid.pt"
@@ -1075,13 +1076,14 @@ def train(cfg):
         return log(cfg, f"{cfg.stage}: {path} is finished, nothing to do")
     images, encoder = load_data(cfg), text_encoder(cfg)                   # mid reads captions, never an image
     data, null, shape = images.stamp, encoder(images.null[None]), images.shape
-    if ckpt and ckpt["data"] != data:
-        fail(2, f"--data {cfg.data} has changed: {path} saw {ckpt['data']}, now {data}; use another --out")
     weights, sit_start = None, cfg.stage == "post" and cfg.mid == "none" and cfg.init == "sit"
     if cfg.stage == "mid" or sit_start and not ckpt:
         weights, model = teacher_state(cfg)
     if cfg.stage == "mid":
         teacher = build(cfg, model, weights, "the teacher")
+        data += f", teacher {nets.stamp(weights)}"
+    if ckpt and ckpt["data"] != data:
+        fail(2, f"--data or --teacher has changed: {path} saw {ckpt['data']}, now {data}; use another --out")
     model = net_arguments(cfg, images, null.shape[-1])
     net = build(cfg, model, *(() if ckpt else first_weights(cfg, weights)), train=True)
     ema = deepcopy(net).requires_grad_(False).eval()
@@ -1179,7 +1181,7 @@ def train(cfg):
 def candidates(cfg):
     """What to sample from: (name, net, {steps: kind of sampler}, checkpoint); --init FILE: it alone."""
     found, stages = [], ["pretrain", "mid", "post"]
-    if cfg.init not in ("sit", "random"):
+    if cfg.init not in INITS:
         state, model = read_file(cfg, cfg.init)
         found, stages = [("init", build(cfg, model, state, cfg.init), None)], []
     elif cfg.teacher:
@@ -1280,7 +1282,10 @@ def main(argv=None):
             check(c)
         with open_out(cfg, argv) if RANK == 0 else nullcontext():     # holds the lock of <out>
             for c in configs:
-                if cfg.stage == "all" and (c.stage == "eval" or c.stage == "post" and c.mid != "none"):
+                if STOP:
+                    fail(75, "stopped by a signal; run the same command again to go on")
+                later = c.stage == "eval" or c.stage == "post" and c.mid != "none"
+                if cfg.stage == "all" and later and c.init not in INITS:
                     c = replace(c, init=Config.init)  # --init FILE starts the first stage, not all
                 torch.backends.cuda.matmul.allow_tf32 = c.precision != "fp32"
                 torch.backends.cudnn.allow_tf32 = c.precision != "fp32"

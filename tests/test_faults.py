@@ -79,6 +79,12 @@ def stop_after(step):
     return patch
 
 
+def stop_soon(monkeypatch):
+    """A signal arrives during the first step of this process: the second one is saved."""
+    real = script.count
+    monkeypatch.setattr(script, "count", lambda *a: (script.STOP.append(signal.SIGTERM), real(*a)))
+
+
 # ---- a process ends ------------------------------------------------------------------------------
 @pytest.mark.parametrize("stage", [pytest.param("pretrain", marks=LONG), "mid", pytest.param("post", marks=LONG)])
 def test_f1_kill_at_random_times(road, stage, often):
@@ -380,13 +386,46 @@ def test_f6_one_bad_image_of_many_is_named_before_the_first_step(kind, form, cap
 
 def test_f18_changed_data_is_refused_with_both_counts(monkeypatch, capsys):
     argv = [*PRETRAIN, "--out", "x", "--steps", "4"]
-    monkeypatch.setattr(script, "STOP", [signal.SIGTERM])
+    stop_soon(monkeypatch)
     assert code(argv, capsys)[0] == 75
+    script.STOP.clear()
     images = script.fid.digits()[0]
     for changed, count in ((images[1:], 1796), (images.flip(0), 1797)):               # a file less; another order
         monkeypatch.setattr(script.fid, "digits", lambda: (changed, None))
         exit_code, err = code(argv, capsys)
         assert exit_code == 2 and "saw 1797 images, crc32" in err and f"now {count} images" in err
+
+
+def test_another_teacher_is_not_taken_up_in_the_middle(road, capsys, monkeypatch):
+    """One mid.pt would mix what two teachers said; a copy of the same weights elsewhere goes on."""
+    argv, real = [*TINY, "--stage", "mid", "--loss", "l2", "--steps", "4", "--out", "x", "--teacher"], script.count
+    stop_soon(monkeypatch)
+    assert code([*argv, road / "pretrain.pt"], capsys)[0] == 75
+    script.STOP.clear()
+    monkeypatch.setattr(script, "count", real)
+    other = torch.load(road / "pretrain.pt", weights_only=True)
+    torch.save(other, "copy.pt")
+    other["ema"]["model.map_layer0.bias"] += 1e-3
+    torch.save(other, "other.pt")
+    exit_code, err = code([*argv, "other.pt"], capsys)
+    assert exit_code == 2 and "--data or --teacher has changed" in err and "teacher crc32" in err
+    script.main([*map(str, argv), "copy.pt"])
+    assert nets.load_checkpoint("x/mid.pt")["step"] == 4
+
+
+def test_a_signal_between_stages_ends_the_road(road, capsys, monkeypatch):
+    """It came when no loop was there to hear it: the score of hours is not begun."""
+    monkeypatch.setattr(script, "STOP", [signal.SIGTERM])
+    exit_code, err = code([*TINY, "--out", road, "--steps", "3"], capsys)
+    assert exit_code == 75 and "run the same command again" in err
+
+
+def test_a_random_start_is_one_configuration_stage_by_stage_or_at_once(road):
+    argv = [*TINY, "--steps", "2", "--loss", "l2", "--init", "random", "--out", "x", "--teacher", road / "pretrain.pt"]
+    for stage in ("mid", "post"):
+        script.main([*map(str, argv), "--stage", stage])
+    script.main(list(map(str, argv)))
+    assert nets.load_checkpoint("x/post.pt")["cfg"]["init"] == "random"
 
 
 # ---- the numbers ---------------------------------------------------------------------------------

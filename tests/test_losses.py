@@ -103,7 +103,7 @@ def test_ect_loss_equals_the_official_numbers(q, r, losses):
     level = script.ect_step(t, q)
     assert level.tolist() == pytest.approx(r, rel=1e-5, abs=1e-7)
     x_t, x_r = x + t.view(-1, 1, 1, 1) * eps, x + level.view(-1, 1, 1, 1) * eps
-    each = [script.loss_ect(tanh_net, x[i:i + 1], x_t[i:i + 1], x_r[i:i + 1], t[i:i + 1], level[i:i + 1]).item()
+    each = [script.loss_ect(tanh_net, x_t[i:i + 1], x_r[i:i + 1], t[i:i + 1], level[i:i + 1]).item()
             for i in range(2)]
     assert each == pytest.approx(losses, rel=2e-3)    # float32: t - r has three digits left at q = 4096
 
@@ -119,22 +119,23 @@ class Scale(torch.nn.Module):
 
 def test_ect_gradient_stops_at_the_target():
     net, x = Scale(), torch.full((1, 1, 1, 1), 3.0)
-    script.loss_ect(net, x, x, x, torch.tensor([2.0]), torch.tensor([1.0])).backward()
+    script.loss_ect(net, x, x, torch.tensor([2.0]), torch.tensor([1.0])).backward()
     assert net.a.grad.item() == pytest.approx(6.0)    # d/da |a 3 2 - stop(a 3 1)| / 1; with gradient in both it would be 3
 
 
 def test_ect_has_no_nan_where_both_answers_agree():
     net = Scale()
     zero = torch.zeros(2, 1, 2, 2)
-    loss = script.loss_ect(net, zero, zero, zero, torch.tensor([2.0, 1.0]), torch.tensor([1.0, 0.5]))
+    loss = script.loss_ect(net, zero, zero, torch.tensor([2.0, 1.0]), torch.tensor([1.0, 0.5]))
     loss.backward()
     assert loss.item() == 0 and net.a.grad.item() == 0
 
 
-def test_ect_target_at_r_zero_is_the_clean_image():
+def test_target_at_r_zero_is_the_state_there():
+    """ECT: the clean image; ECD: where the teacher's step to 0 ends."""
     x = torch.full((1, 1, 1, 1), 0.7)
     nan_at_zero = lambda y, s: y + 0 * torch.log(s).view(-1, 1, 1, 1)                  # noqa: E731
-    loss = script.loss_ect(nan_at_zero, x, x + 1.0, x, torch.tensor([2.0]), torch.tensor([0.0]))
+    loss = script.loss_ect(nan_at_zero, x + 1.0, x, torch.tensor([2.0]), torch.tensor([0.0]))
     assert loss.item() == pytest.approx(0.5)
 
 
@@ -173,16 +174,16 @@ def test_ect_has_one_dropout_mask_for_both_answers():
     from functools import partial
     net, x, t = Half(nets.EDMPrecond), torch.zeros(4, 1, 8, 8), torch.full((4,), 2.0)
     D = partial(net, masks=nets.dropout_masks(net.net, range(4)))
-    assert script.loss_ect(D, x, x, x, t, t, weight=torch.ones(4)).item() == 0
+    assert script.loss_ect(D, x, x, t, t, weight=torch.ones(4)).item() == 0
     torch.manual_seed(0)
-    assert script.loss_ect(net, x, x, x, t, t, weight=torch.ones(4)).item() > 0       # two masks: this is what is avoided
+    assert script.loss_ect(net, x, x, t, t, weight=torch.ones(4)).item() > 0       # two masks: this is what is avoided
 
 
 def test_pseudo_huber_and_denoising_loss_by_hand():
     net = lambda x, s: x                                                              # noqa: E731
     x, one = torch.zeros(1, 1, 1, 2), torch.tensor([1.0])
     x_t = torch.tensor([3.0, 4.0]).view(1, 1, 1, 2)
-    assert script.loss_ect(net, x, x_t, x, one * 2, one, huber_c=12.0).item() == pytest.approx(1.0)
+    assert script.loss_ect(net, x_t, x, one * 2, one, huber_c=12.0).item() == pytest.approx(1.0)
     eps = torch.tensor([1.0, 2.0]).view(1, 1, 1, 2)
     assert script.loss_dm(net, x, one, eps).item() == pytest.approx(5 * 2.5)          # (1 + 1/4) / (1/4) = 5
 

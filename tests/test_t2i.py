@@ -619,13 +619,13 @@ def test_stages_with_different_guidance_are_refused(road, tmp_path, capsys):
 
 def test_data_that_changed_between_two_runs_are_refused(monkeypatch, capsys):
     argv = [*TINY, "--stage", "pretrain", "--steps", 9, "--out", "o"]
-    script.STOP.append(signal.SIGTERM)
+    monkeypatch.setattr(script, "count", stop_in(2))
     assert code(argv, capsys, main=script.main)[0] == 75
     script.STOP.clear()
     pixels, labels = fid.digits()
     monkeypatch.setattr(fid, "digits", lambda: (pixels.flip(3), labels))
     exit_code, err = code(argv, capsys, main=script.main)
-    assert exit_code == 2 and "--data digits has changed" in err and len(err.strip().splitlines()) == 1
+    assert exit_code == 2 and "--data or --teacher has changed" in err and len(err.strip().splitlines()) == 1
 
 
 def test_default_net_has_the_size_of_the_paper():

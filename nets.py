@@ -26,6 +26,7 @@ denoised image; sigma is a noise level per sample, (B,); images are (B, C, H, W)
 """
 import contextlib
 import fcntl
+import functools
 import hashlib
 import http.client
 import importlib
@@ -1566,6 +1567,13 @@ def save_checkpoint(path, **state):
     os.close(folder)
 
 
+@functools.cache
+def is_whole(path, when):
+    """Whether every byte of a checkpoint that was written at `when` is right: read once a process."""
+    with zipfile.ZipFile(path) as file:
+        return file.testzip() is None
+
+
 def load_checkpoint(path, whole=False):
     """The checkpoint at path, else (with a warning) the one before, memory-mapped; None if there is none.
 
@@ -1575,7 +1583,7 @@ def load_checkpoint(path, whole=False):
     found = [p for p in (path, path + ".prev") if os.path.exists(p)]
     for p in found:
         try:
-            if whole and zipfile.ZipFile(p).testzip():
+            if whole and not is_whole(p, os.stat(p).st_mtime_ns):
                 raise ValueError("wrong CRC")
             state = torch.load(p, map_location="cpu", weights_only=True, mmap=True)
             if p != path:
@@ -1590,12 +1598,12 @@ def load_checkpoint(path, whole=False):
 
 def finished(path):
     """The checkpoint at path, or None if there is none or its stage has not come to its end."""
-    ckpt = load_checkpoint(path)
+    ckpt = load_checkpoint(path, whole=True)
     return ckpt if ckpt and ckpt["step"] >= ckpt["cfg"]["steps"] else None
 
 
 def stamp(state):
-    """"crc32 ..." of the numbers of a state dict: changes when the weights do, wherever their file lies."""
+    """A text that changes when the numbers of a state dict do, wherever their file lies."""
     total = 0
     for name in sorted(state):
         total = zlib.crc32(state[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), total)

@@ -414,7 +414,7 @@ def log(cfg, text, **numbers):
 
 def resume(cfg, path):
     """The checkpoint at path, if this configuration made it; else exit code 2 names what differs."""
-    ckpt = nets.load_checkpoint(path, whole=RANK == 0)          # one process checks every byte
+    ckpt = nets.load_checkpoint(path, whole=True)
     free = f"{FREE['*']} {FREE.get(cfg.stage, '')}".split()
     for f in fields(Config) if ckpt else ():
         was, now = ckpt["cfg"].get(f.name, f.default), getattr(cfg, f.name)
@@ -520,6 +520,10 @@ def check(cfg):
             fail(2, f"the {n} --trajectories of a solve must be a multiple of the {WORLD} processes")
         if cfg.loss == "lpips" and cfg.data == "digits" or cfg.loss == "huber" and not cfg.huber_c:
             fail(2, f"--loss {cfg.loss} --huber_c {cfg.huber_c}: digits need huber or l2; huber a c above 0")
+        if cfg.loss == "lpips" and not os.path.exists(f"{cfg.out}/mid.pt"):
+            nets.pretrained_lpips()                   # downloaded now
+    if cfg.init not in INITS and "://" not in cfg.init and not os.path.exists(cfg.init):
+        fail(3, f"--init {cfg.init}: no such file")
     if needs_data(cfg) and not os.path.exists(f"{cfg.out}/{cfg.stage}.pt"):
         data_file(cfg)                                # not after days of mid-training, which needs no data
     if cfg.stage == "eval" and cfg.data != "digits":
@@ -648,7 +652,7 @@ def train(cfg):
     if ckpt:
         nets.restore(ckpt, path, net, ema, opt)
         since = {name: ckpt[name] for name in since}
-    agree("data and sum of the first weights", (data, flat.double().sum().item()))
+    agree("data and sum of the first weights", (data, flat.sum(dtype=torch.float64).item()))
     kept, since = list(since), dict(since, bad=0, losses=[], norms=[], clock=time.time())
     ckpt = weights = None                             # as large as the net, and needed no more
     shape = net.img_channels, net.img_resolution, net.img_resolution

@@ -799,7 +799,7 @@ def log(cfg, text, **numbers):
 
 def resume(cfg, path):
     """The checkpoint at path, if this configuration made it; else exit code 2 names what differs."""
-    ckpt = nets.load_checkpoint(path, whole=RANK == 0)          # one process checks every byte
+    ckpt = nets.load_checkpoint(path, whole=True)
     free = f"{FREE['*']} {FREE.get(cfg.stage, '')}".split()
     for f in fields(Config) if ckpt else ():
         was, now = ckpt["cfg"].get(f.name, f.default), getattr(cfg, f.name)
@@ -937,7 +937,7 @@ def check(cfg):
     path = latents_path(cfg) if cfg.stage in STAGES else ""
     if cfg.stage == "eval" and cfg.data != "digits":  # found now, not after days of training
         if not os.path.exists(f"{path}/val.npz"):
-            fail(3, f"{path}/val.npz: not there; --stage encode makes these statistics")
+            fail(3, f"{path}/val.npz: not there; --stage encode makes it, or python fid.py --save")
         fid.prefetch(cfg.data)
         nets.sd_vae(cfg.vae, "cpu")
         if os.path.exists(f"{path}/index.json"):
@@ -1096,7 +1096,7 @@ def train(cfg):
     if ckpt:
         nets.restore(ckpt, path, net, ema, opt)
         since = {name: ckpt[name] for name in since}
-    agree("data and sum of the first weights", (data, flat.double().sum().item()))
+    agree("data and sum of the first weights", (data, flat.sum(dtype=torch.float64).item()))
     kept, since = list(since), dict(since, bad=0, losses=[], norms=[], clock=time.time())
     ckpt = weights = None                             # as large as the net, and needed no more
 

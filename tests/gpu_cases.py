@@ -213,7 +213,8 @@ def test_latents(name, flags, monkeypatch, tmp_path):
 def test_lpips(monkeypatch, tmp_path):
     script = importlib.import_module(CIFAR)
     model, lpips = script.nets.SIZES["ddpm++-16"], script.nets.LPIPS
-    monkeypatch.setattr(script, "teacher_state", lambda cfg: (None, model))
+    state = script.nets.EDMPrecond(**model).state_dict()
+    monkeypatch.setattr(script, "teacher_state", lambda cfg: (state, model))
     monkeypatch.setattr(script.nets, "pretrained_lpips", lambda: lpips(None))
     flags = f"{TINY} --data own.npz --stage mid --loss lpips --precision bf16 --out {tmp_path}"
     one_wait(drive(monkeypatch, script, flags, rank=1, world=2))

@@ -289,12 +289,38 @@ def test_a_finished_road_is_read_with_one_crc_pass_a_stage(road, monkeypatch):
     import zipfile as z
     passes, real = [], z.ZipFile.testzip
     monkeypatch.setattr(z.ZipFile, "testzip", lambda self: passes.append(Path(self.filename).name) or real(self))
+    nets.is_whole.cache_clear()
     script.main([*TINY, "--out", str(road), "--steps", "3"])
     assert sorted(passes) == ["mid.pt", "post.pt", "pretrain.pt"]
     mapped, load = [], torch.load
     monkeypatch.setattr(torch, "load", lambda *a, **k: mapped.append(k["mmap"]) or load(*a, **k))
     nets.load_checkpoint(str(road / "post.pt"))
     assert mapped == [True]
+
+
+def test_a_damaged_checkpoint_is_left_by_every_process_alike():
+    """Two processes: both go on from the one before, and the end is that of an undisturbed run."""
+    argv = [*PRETRAIN, "--steps", "6", "--save_every", "2", "--batch_gpu", "8"]
+    for pid in pair([*argv, "--out", "whole"]):
+        assert wait(pid) == 0
+    for pid in pair([*argv, "--out", "cut"], (stop_after(5), stop_after(5))):
+        assert wait(pid) == 75
+    data = bytearray(Path("cut/pretrain.pt").read_bytes())
+    data[len(data) // 2] ^= 4
+    Path("cut/pretrain.pt").write_bytes(data)
+    for pid in pair([*argv, "--out", "cut"]):
+        assert wait(pid) == 0
+    assert same("whole/pretrain.pt", "cut/pretrain.pt") and "is damaged" in Path("log1").read_text()
+
+
+def test_a_teacher_with_a_flipped_bit_is_not_learned_from(road):
+    Path("run").mkdir()
+    data = bytearray((road / "pretrain.pt").read_bytes())
+    data[len(data) // 2] ^= 4
+    Path("run/pretrain.pt").write_bytes(data)
+    with pytest.raises(SystemExit) as e:
+        script.main([*TINY, "--stage", "mid", "--loss", "l2", "--out", "run"])
+    assert e.value.code == 3 and not Path("run/mid.pt").exists()
 
 
 def test_a_resumed_post_training_needs_neither_teacher_nor_mid(road):

@@ -172,14 +172,15 @@ def test_cifar10_is_read_from_the_archive_without_unpickling(monkeypatch):
     assert not os.path.exists("evil") and np.array_equal(x.reshape(50_000, 3072).numpy(), pixels)
 
 
-@pytest.mark.parametrize("data, missing", [("cifar10", "cifar-10-python.tar.gz"), ("own.zip", "inception")])
+@pytest.mark.parametrize("data, missing", [("cifar10", "cifar-10-python.tar.gz"), ("own.zip", "vgg16"),
+                                           ("own.zip --loss l2", "inception")])
 def test_what_a_later_stage_reads_is_missed_before_the_first(data, missing, monkeypatch, capsys):
     """Offline: CIFAR-10's file is for post, Inception's for eval; neither is found missing after days of mid."""
     def offline(*a, **k):
         raise OSError("no network")
     monkeypatch.setattr(nets.urllib.request, "urlopen", offline)
     make_zip("own.zip", [32] * 2)
-    exit_code, err = code(["--data", data, "--teacher", "scratch", "--out", "x"], capsys)
+    exit_code, err = code(["--data", *data.split(), "--teacher", "scratch", "--out", "x"], capsys)
     assert exit_code == 3 and missing in err and "no network" in err and len(err.strip().splitlines()) == 1
     assert not os.path.exists("x")
 
@@ -209,11 +210,11 @@ BAD = [  # (command line, exit code, what the line must say)
     ("--data cifra10", 2, "not one of cifar10"),
     ("--data ffhq --stage post --mid none --teacher none.pkl", 3, "data/ffhq-64x64.zip is not there"),
     ("--data missing.zip --stage pretrain", 3, "missing.zip is not there"),
-    ("--data missing.zip --teacher none.pkl", 3, "missing.zip is not there"),
+    ("--data missing.zip --teacher none.pkl --loss l2", 3, "missing.zip is not there"),
     ("--data digits --huber_c -1", 2, "--huber_c -1.0 is not possible; it must be 0 or more"),
     ("--data digits --loss lpips --stage mid", 2, "digits need huber or l2"),
     ("--data digits --huber_c 0 --stage mid", 2, "huber a c above 0"),
-    ("--data missing.zip", 3, "missing.zip is not there"),
+    ("--data missing.zip --loss l2", 3, "missing.zip is not there"),
     ("--data digits --batch_gpu -4", 2, "--batch_gpu -4"),
     ("--data digits --warmup -1", 2, "--warmup -1"),
     ("--data digits --stage mid --batch 30", 2, "--batch 30"),

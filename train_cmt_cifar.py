@@ -615,9 +615,10 @@ def model_size(cfg, images):
 
 def train(cfg):
     """One stage (pretrain, mid, post) from its last checkpoint to its end. Method first, bookkeeping last."""
+    if cfg.stage == "mid" and cfg.mid == "none":
+        return
     if cfg.stage == "pretrain" and has_teacher(cfg):
         teacher_state(cfg)                            # fetched and checked, not trained
-    if cfg.stage == "pretrain" and has_teacher(cfg) or cfg.stage == "mid" and cfg.mid == "none":
         return
     path, B = f"{cfg.out}/{cfg.stage}.pt", cfg.batch
     ckpt = resume(cfg, path)

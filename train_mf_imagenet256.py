@@ -23,7 +23,6 @@ import math
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -41,7 +40,6 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 import fid
 import nets

@@ -1,7 +1,7 @@
 """Faults of long runs on shared machines, F1 to F18: each is made to happen, and what must survive is compared.
 
-The default is short; `python -m pytest tests/test_faults.py --long` runs every fault as often as the README's
-table says, and a soak of 20,000 steps with 25 faults.
+The default is short; `python -m pytest tests/test_faults.py --long` runs every fault as often as the table of
+docs/faults.md says, and a soak of 20,000 steps with 25 faults.
 """
 import json
 import os

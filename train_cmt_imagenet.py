@@ -177,26 +177,22 @@ load_vae = cache(nets.sd_vae)                         # loaded once
 class Images:
     """Images of an EDM2 zip or folder, read when they are asked for: uint8 pixels, or moments of latents.
 
-    labels (N,) int64, 0 where the data has none; classes: how many; stamp: changes when the data does.
+    labels (N,) int64, 0 where the data has none; classes: how many; stamp: changes when the data does. Every
+    image is read once before the first step; <out>/checked.txt says so to the next stage.
     """
 
-    def __init__(self, path):
+    def __init__(self, path, out):
         self.path, self.shape, self.pool = path, None, ThreadPoolExecutor(8)
         self.names, self.open = fid.list_pictures(path, (*fid.PICTURES, ".npy"))
         unlabelled = torch.zeros(len(self.names), dtype=torch.long), 0
         self.labels, self.classes = fid.read_labels(path, self.names) or unlabelled
-        if os.path.isdir(path):
-            sums = [os.path.getsize(os.path.join(path, name)) for name in self.names]
-        else:
-            with zipfile.ZipFile(path) as z:
-                sums = [z.getinfo(name).CRC for name in self.names]
-        key = repr(list(zip(self.names, sums))) + repr(self.labels.tolist() if self.classes else None)
-        self.stamp = f"{len(self.names)} images, crc32 {zlib.crc32(key.encode()):08x}"
         self.shape = self.image(0).shape
+        self.stamp = fid.check_once(path, self.names, self.image, f"{out}/checked.txt")
+        self.stamp += f", labels {zlib.crc32(self.labels.numpy()):08x}"
 
     def image(self, k):
         """Image k as stored: uint8 (3 | 1, H, W), or float32 (8, h, w): mean and deviation of a latent."""
-        x = self.open(self.names[k], exif=False)
+        x = self.open(self.names[k])
         if x.dtype == np.uint8:
             x = x.transpose(2, 0, 1)
         if self.shape not in (None, x.shape) or x.ndim != 3 or x.dtype not in (np.uint8, np.float32):
@@ -230,7 +226,7 @@ def load_data(cfg):
     """Images of --data. Not of --res: exit code 3 with the remedy."""
     if cfg.data == "digits":
         return Digits()
-    images = Images(FILES.get(data_name(cfg), cfg.data))
+    images = Images(FILES.get(data_name(cfg), cfg.data), cfg.out)
     channels, side = ([8], 64) if cfg.res == 512 else ([1, 3], cfg.res)
     if images.shape[0] not in channels or images.shape[1:] != (side, side):
         fail(3, f"--data {images.path} holds {tuple(images.shape)}; --res {cfg.res} needs "

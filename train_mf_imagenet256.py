@@ -15,7 +15,6 @@ import argparse
 import difflib
 import errno
 import fcntl
-import glob
 import hashlib
 import inspect
 import json
@@ -34,7 +33,7 @@ from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from typing import Literal, get_args
 
 import numpy as np
@@ -165,17 +164,18 @@ load_vae = cache(nets.sd_vae)                         # loaded once
 
 
 class Latents:
-    """Moments (mean, deviation) of SD-VAE latents, memory-mapped; labels (N,) int64; stamp: of the data.
+    """Moments (mean, deviation) of SD-VAE latents; labels (N,) int64; stamp: changes when the data does.
 
-    path: shards of --stage encode (index.json says what they are), or a cache that others made: a folder of
-    .npy (REPA, EDM2: mean and deviation; U-ViT: mean and log variance) or .pt (Mean Flow's JAX code), one per
-    image, (8, h, w), with a dataset.json or a folder per class.
+    path: shards of --stage encode (index.json says what they are), memory-mapped, or a cache as REPA makes
+    it: a folder or .zip with an .npy (8, h, w) per image (mean, then deviation or log variance), and a
+    dataset.json or a folder per class. Every such file is read once before the first step; <out>/checked.txt
+    says so to the next stage.
     """
 
-    def __init__(self, path):
-        self.path, self.pool, self.shards, self.names = path, ThreadPoolExecutor(8), [], []
+    def __init__(self, path, out):
+        self.path, self.pool, self.shards, self.side = path, ThreadPoolExecutor(8), [], 0
         with fid.blame(path):
-            key = self.open_shards() if os.path.exists(f"{path}/index.json") else self.open_cache()
+            key = self.open_shards() if os.path.exists(f"{path}/index.json") else self.open_cache(out)
         self.stamp = f"{len(self.labels)} latents, crc32 {zlib.crc32(key.encode()):08x}"
         self.shape = 4, *self.moments(0, False).shape[1:]
         self.classes = int(self.labels.max()) + 1
@@ -191,34 +191,26 @@ class Latents:
             raise fid.DataError(f"{self.path}: {len(self.labels)} labels, but not as many latents")
         return json.dumps(index)
 
-    def open_cache(self):
-        for kind in ("npy", "pt"):
-            self.names += glob.glob(f"**/*.{kind}", root_dir=self.path, recursive=True)
-        self.names.sort()
-        if os.path.exists(f"{self.path}/data.mdb") or not self.names:
-            raise fid.DataError(f"{self.path}: no index.json, .npy or .pt in it (the pickles of an LMDB are "
-                                "not read); make latents by --stage encode --source FOLDER")
-        if os.path.exists(f"{self.path}/dataset.json"):
-            with open(f"{self.path}/dataset.json") as f:
-                given = dict(json.load(f)["labels"])
-            self.labels = torch.tensor([given[name.replace(os.sep, "/")] for name in self.names])
-        else:
-            folders = [os.path.dirname(name) for name in self.names]
-            self.labels = torch.from_numpy(np.unique(folders, return_inverse=True)[1])
-        return repr((self.names, self.labels.tolist()))
+    def open_cache(self, out):
+        try:
+            self.names, self.open = fid.list_pictures(self.path, (".npy",))
+        except fid.DataError as e:
+            raise fid.DataError(f"{e}; make latents by --stage encode --source FOLDER") from None
+        unlabelled = torch.zeros(len(self.names), dtype=torch.long), 1
+        self.labels, _ = fid.read_labels(self.path, self.names) or unlabelled
+        self.side = self.moments(0, False).shape[1]
+        read, note = partial(self.moments, flip=False), f"{out}/checked.txt"
+        return f"{fid.check_once(self.path, self.names, read, note)} {self.labels.tolist()}"
 
     def moments(self, k, flip):
         """(8, h, w) float32: mean and deviation of image k's latent, or of its mirror image's."""
         if self.shards:
             shard, k = divmod(k, len(self.shards[0]))
             return torch.from_numpy(self.shards[shard][k, int(flip)].astype(np.float32))
-        name = f"{self.path}/{self.names[k]}"
-        with fid.blame(name):
-            x = fid.load_array(name) if name.endswith(".npy") else torch.load(name, weights_only=True)
-            x = torch.cat(list(x.values())) if isinstance(x, dict) else torch.as_tensor(x)
-            if x.ndim != 3 or len(x) != 8:
-                raise fid.DataError(f"{name} is {tuple(x.shape)}, not 8 channels: mean and deviation")
-        mean, spread = x.float().chunk(2)
+        x, name = self.open(self.names[k]), f"{self.path}/{self.names[k]}"
+        if x.dtype.kind != "f" or x.shape != (8, side := self.side or x.shape[-1], side):
+            raise fid.DataError(f"{name}: {x.dtype} {x.shape}, not mean and deviation (8, h, w) of a latent")
+        mean, spread = torch.from_numpy(x.astype(np.float32)).chunk(2)
         if spread.min() < 0:          # trap: a log variance (always below 0 somewhere) is no deviation
             spread = (0.5 * spread).exp()
         x = torch.cat([mean, spread])
@@ -243,7 +235,7 @@ class Pixels:
 
 def load_data(cfg):
     """Latents of --data, or the digits. Missing: exit code 3 with the remedy."""
-    return Pixels() if cfg.data == "digits" else Latents(latents_path(cfg))
+    return Pixels() if cfg.data == "digits" else Latents(latents_path(cfg), cfg.out)
 
 
 def latents_path(cfg):

@@ -18,6 +18,7 @@ import errno
 import fcntl
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -172,13 +173,14 @@ class Coco:
     """Memory-mapped shards of --stage encode, or U-ViT's extracted features (a small file for each array).
 
     Image k has moments (8, h, w), mean and deviation of its SD-VAE latent; DINOv2 tokens (N, D), none from
-    U-ViT; and captions first[k] to first[k + 1], as CLIP's token ids (77,) or its features (77, 768).
+    U-ViT; and captions first[k] to first[k + 1], as CLIP's token ids (77,) or its features (77, 768). Of
+    U-ViT's files each is read once before the first step; <out>/checked.txt says so to the next stage.
     """
 
-    def __init__(self, path):
+    def __init__(self, path, out):
         self.path, self.maps, self.pool = path, {}, ThreadPoolExecutor(8)
         with fid.blame(path):
-            key = self.open_shards() if os.path.exists(f"{path}/index.json") else self.open_features()
+            key = self.open_shards() if os.path.exists(f"{path}/index.json") else self.open_features(out)
             one = self.moments(0).numpy()
         self.shape, self.count = (4, *one.shape[1:]), len(self.first) - 1
         self.stamp = f"{self.count} images, crc32 {zlib.crc32(key + one.tobytes()):08x}"
@@ -199,19 +201,27 @@ class Coco:
             self.val = json.load(f)
         return json.dumps(index).encode() + self.ids.tobytes()
 
-    def open_features(self):
-        self.null = torch.from_numpy(np.load(f"{self.path}/empty_context.npy"))
-        counts = []                                   # captions of each image
-        for part in ("train", "val"):
-            names = [n for n in os.listdir(f"{self.path}/{part}") if re.fullmatch(r"\d+_\d+\.npy", n)]
-            counts.append(np.bincount([int(n.split("_")[0]) for n in names]))
-        self.first, self.val = np.concatenate([[0], counts[0].cumsum()]), counts[1].tolist()
-        return counts[0].tobytes()
+    def open_features(self, out):
+        names, self.open = fid.list_pictures(self.path, (".npy",))
+        there, counts = set(names), {"train": [], "val": []}                   # captions of each image
+        for part, captions in counts.items():
+            while f"{part}/{len(captions)}_0.npy" in there:
+                start = f"{part}/{len(captions)}_"
+                captions.append(next(j for j in itertools.count() if f"{start}{j}.npy" not in there))
+                there -= {f"{start}{j}.npy" for j in range(captions[-1])} | {f"{start[:-1]}.npy"}
+        if there != {"empty_context.npy"}:
+            raise fid.DataError(f"{self.path}: no captions, or a gap in the numbers of U-ViT's files; what "
+                                f"is left over: {sorted(there)[:3]}")
+        self.null = self.array("empty_context")
+        self.first, self.val = np.cumsum([0, *counts["train"]]), counts["val"]
+        stamp = fid.check_once(self.path, names, lambda k: self.array(names[k][:-4]), f"{out}/checked.txt")
+        return stamp.encode()
 
     def array(self, name):
-        file = f"{self.path}/{name}.npy"
-        with fid.blame(file):
-            return torch.from_numpy(fid.load_array(file)).float()
+        x = self.open(f"{name}.npy")
+        if x.dtype.kind != "f" or x.ndim != 3 - ("_" in name) or "_" not in name and len(x) != 8:
+            raise fid.DataError(f"{self.path}/{name}.npy: {x.dtype} {x.shape}, not what U-ViT keeps there")
+        return torch.from_numpy(x.astype(np.float32))
 
     def row(self, name, k):
         shard, k = divmod(k, len(self.maps[name][0]))
@@ -312,7 +322,7 @@ def load_data(cfg):
     """Coco of --data, or the digits. Missing: exit code 3 with the remedy."""
     if cfg.data == "digits":
         return CaptionedDigits(8 // shape_of_size(cfg, 8)["patch_size"])
-    return Coco(latents_path(cfg))
+    return Coco(latents_path(cfg), cfg.out)
 
 
 def latents_path(cfg):

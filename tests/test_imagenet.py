@@ -295,12 +295,44 @@ def test_own_zip_trains_and_a_bad_picture_is_named(capsys):
     exit_code, err = code([*argv, "--teacher", "teacher.pt"], capsys, script.main)
     labels, *lines = err.strip().splitlines()
     assert exit_code == 3 and "2 classes of 2 to 2 pictures" in labels and len(lines) == 1 and "img00000002.png" in lines[0]
+    assert "1 of 4 pictures" in lines[0] and not os.path.exists("x/post.pt")             # before the first step
     with zipfile.ZipFile("own.zip") as old, zipfile.ZipFile("bad.zip", "w") as new:
         new.writestr("00000/img00000000.png", old.read("00000/img00000000.png"))
         new.writestr("dataset.json", '{"labels": [["00000/other.png", 1]]}')
     argv[1] = "bad.zip"
     exit_code, err = code([*argv, "--teacher", "teacher.pt"], capsys, script.main)
     assert exit_code == 3 and "no label for 00000/img00000000.png" in err
+
+
+def test_pictures_are_read_once_and_known_by_their_contents(capsys, monkeypatch):
+    """A repaired picture resumes, two of equal size that were exchanged do not pass; a stage reads what no stage has read."""
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        os.makedirs(f"own/{i % 2}", exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (16, 16, 3), np.uint8)).save(f"own/{i % 2}/{i}.bmp")
+    model = dict(img_resolution=16, img_channels=3, label_dim=2, **nets.SIZES["edm2-8"])
+    torch.save({"ema": nets.EDM2Precond(**model).state_dict(), "model": model}, "teacher.pt")
+    argv = ["--data", "./own", "--res", "16", "--stage", "post", "--mid", "none", "--batch", "4", "--out", "x", "--steps", "2",
+            "--teacher", "teacher.pt", "--save_every", "1"]
+    script.main(argv)
+    whole, checks = {name: Path(name).read_bytes() for name in ("own/0/0.bmp", "own/0/2.bmp")}, []
+    real = script.fid.check_pictures
+    monkeypatch.setattr(script.fid, "check_pictures", lambda *a: checks.append(1) or real(*a))
+    os.replace("x/post.pt.prev", "x/post.pt")
+    script.main(argv)                                                         # goes on from step 1
+    assert checks == [] and torch.load("x/post.pt", weights_only=True)["step"] == 2
+    os.replace("x/post.pt.prev", "x/post.pt")
+    Path("own/0/2.bmp").write_bytes(whole["own/0/2.bmp"][:100])
+    exit_code, err = code(argv, capsys, script.main)
+    assert exit_code == 3 and "own/0/2.bmp" in err and "1 of 4 pictures" in err
+    Path("own/0/2.bmp").write_bytes(whole["own/0/2.bmp"])
+    script.main(argv)
+    assert checks == [1, 1] and torch.load("x/post.pt", weights_only=True)["step"] == 2
+    os.replace("x/post.pt.prev", "x/post.pt")
+    for one, other in zip(whole, reversed(whole)):
+        Path(one).write_bytes(whole[other])
+    exit_code, err = code(argv, capsys, script.main)
+    assert exit_code == 2 and "--data or --teacher has changed" in err
 
 
 def test_nothing_in_place_says_what_is_needed_and_mid_needs_no_data(capsys, monkeypatch):

@@ -431,7 +431,7 @@ def test_encoded_shards_resume_and_are_read_back(coco, cached, capsys):
     assert none is None and {c.split()[0] for c in captions} == {"val2014"} and len(set(captions)) > 10
     assert fid.load_reference("lat/val.npz").n == 6
     np.save("lat/ids.npy", np.load("lat/ids.npy")[::-1])
-    assert script.Coco("lat").stamp != data.stamp        # other captions, as many
+    assert script.Coco("lat", "o").stamp != data.stamp        # other captions, as many
     index = json.loads(Path("lat/index.json").read_text())
     Path("lat/index.json").write_text(json.dumps({**index, "scale": 0.18125}))
     exit_code, err = code(["--data", "./lat", "--stage", "pretrain", "--out", "x"], capsys, main=script.main)
@@ -453,9 +453,9 @@ def test_a_shard_killed_while_it_is_renamed_is_made_again(coco, monkeypatch, cap
     assert len(list(Path("lat").glob("*_00000.npy"))) == 1
     monkeypatch.setattr(os, "replace", real)
     run(*coco, "./lat")
-    assert [len(shard) for shard in script.Coco("lat").maps["tokens"]] == [3, 3]
+    assert [len(shard) for shard in script.Coco("lat", "o").maps["tokens"]] == [3, 3]
     run(*coco, "./lat", "--cache_text")
-    assert [len(shard) for shard in script.Coco("lat").maps["features"]] == [15, 15]
+    assert [len(shard) for shard in script.Coco("lat", "o").maps["features"]] == [15, 15]
     exit_code, err = code([*coco, "./lat", "--vae", "other"], capsys, main=script.main)
     assert exit_code == 2 and "with vae stabilityai/sd-vae-ft-mse, now other" in err
 
@@ -490,7 +490,8 @@ def test_features_of_uvit_are_read(coco, capsys):
             for j in range(5 + (i == 1)):
                 np.save(f"u/{part}/{i}_{j}.npy", np.full((7, 6), 10 * i + j, np.float32))
     np.save("u/empty_context.npy", rng.normal(size=(7, 6)).astype(np.float32))
-    data = script.Coco("u")
+    os.makedirs("o")
+    data = script.Coco("u", "o")
     raw, tokens, words = data.read(torch.tensor([1, 2]), torch.tensor([0.999, 0.5]))
     assert data.count == 3 and not tokens.numel() and words[:, 0, 0].tolist() == [15, 22]
     assert (raw[0, :4] == 1).all() and torch.allclose(raw[:, 4:], torch.tensor(0.5))
@@ -503,6 +504,14 @@ def test_features_of_uvit_are_read(coco, capsys):
         run(*base, "--repa", 0, "--stage", stage)
     exit_code, err = code([*base, "--repa", 0, "--stage", "sample"], capsys, main=script.main)
     assert exit_code == 2 and "--prompts is empty" in err and len(err.strip().splitlines()) == 1
+    os.rename("u/train/1_2.npy", "u/train/1_9.npy")
+    fresh = [*base[:-1], "new", "--repa", 0, "--stage", "pretrain"]
+    exit_code, err = code(fresh, capsys, main=script.main)
+    assert exit_code == 3 and "gap" in err and "train/1_3.npy" in err
+    os.rename("u/train/1_9.npy", "u/train/1_2.npy")
+    Path("u/train/2.npy").write_bytes(Path("u/train/2.npy").read_bytes()[:-9])
+    exit_code, err = code(fresh, capsys, main=script.main)
+    assert exit_code == 3 and "u/train/2.npy" in err and "1 of " in err          # before the first step, not at its turn
 
 
 @pytest.mark.parametrize("line", ["--stage encode --source coco", "--data ./lat --stage encode --source coco"])

@@ -119,6 +119,11 @@ class GroupNorm(nn.GroupNorm):
     def __init__(self, channels):
         super().__init__(min(32, channels // 4), channels, eps=1e-6)
 
+    def forward(self, x):
+        # choice: in x's precision, half the bytes that autocast would move; the statistics are float32 anyhow
+        with torch.autocast(x.device.type, enabled=False):
+            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
 
 def dropout(block, x, kept):
     """Dropout in training. kept (B, C H W) bool: what stays (dropout_masks); None: torch draws it."""
@@ -189,10 +194,10 @@ class UNetBlock(nn.Module):
         x = (h + (x if self.skip is None else self.skip(x))) * math.sqrt(0.5)
         if self.norm2 is not None:
             # trap: channel 3c + {0, 1, 2} is q, k, v of channel c; they are not three contiguous blocks
-            # (B, HW, C)
-            q, k, v = self.qkv(self.norm2(x)).unflatten(1, (-1, 3)).flatten(3).transpose(1, 3).unbind(2)
-            a = F.scaled_dot_product_attention(q, k, v)
-            x = (self.proj(a.transpose(1, 2).reshape(x.shape)) + x) * math.sqrt(0.5)
+            qkv = self.qkv(self.norm2(x)).unflatten(1, (-1, 3)).flatten(3)           # (B, C, 3, HW)
+            # one head, each (B, 1, HW, C), contiguous: what fused kernels take
+            a = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1).contiguous()[:, :, None])
+            x = (self.proj(a[:, 0].transpose(1, 2).reshape(x.shape)) + x) * math.sqrt(0.5)
         return x
 
 
@@ -381,25 +386,23 @@ class MPConv(nn.Module):
         return y if gain is None else y * gain        # not w * gain: w would be another one for each gain
 
     @torch.no_grad()
-    def effective(self, dtype):
-        """What forward applies, computed in one pass; dtype is for convolutions, the embedding stays float32.
+    def effective(self, dtype, d):
+        """What forward applies, w / d with d = row_norm(w); dtype is for convolutions, others stay float32.
         """
         w = self.weight.detach()
         dtype = torch.float32 if dtype is None or w.ndim == 2 else dtype
-        return torch.div(w, row_norm(w), out=torch.empty_like(w, dtype=dtype))
+        return torch.div(w, d, out=torch.empty_like(w, dtype=dtype))
 
     @torch.no_grad()
-    def pull_back(self, g):
-        """Add to weight.grad the gradient g of effective(): g / d - w (w . g) / (|w| d^2), d = row_norm(w).
-        """
+    def pull_back(self, g, d):
+        """Add to weight.grad the gradient g of effective(dtype, d): g / d - w (w . g) / (|w| d^2)."""
         w, dims = self.weight, tuple(range(1, self.weight.ndim))
-        d = row_norm(w)
         norm = (d - EPS * math.sqrt(w[0].numel())).clamp_min(1e-30)
         along = (w * g).sum(dims, keepdim=True)
         if w.grad is None:
             w.grad = torch.zeros_like(w)
         # trap: in place, flat views
-        w.grad.addcmul_(g.float(), 1 / d).addcmul_(w, along / (norm * d**2), value=-1)
+        w.grad.addcmul_(g, 1 / d).addcmul_(w, along / (norm * d**2), value=-1)
 
 
 @torch.no_grad()
@@ -430,12 +433,13 @@ def hoist(net):
     """
     layers, dtype = trainable(net), getattr(net, "compute_dtype", None)
     try:
-        for m in layers:
-            m.hoisted = m.effective(dtype).requires_grad_(m.weight.requires_grad)
+        norms = [row_norm(m.weight.detach()) for m in layers]
+        for m, d in zip(layers, norms):
+            m.hoisted = m.effective(dtype, d).requires_grad_(m.weight.requires_grad)
         yield net
-        for m in layers:
+        for m, d in zip(layers, norms):
             if m.hoisted.grad is not None:
-                m.pull_back(m.hoisted.grad)
+                m.pull_back(m.hoisted.grad, d)
             m.hoisted = None
     finally:
         for m in layers:
@@ -452,7 +456,7 @@ def freeze(net, dtype=None):
     if dtype is not None:
         net.compute_dtype = dtype
     for m in trainable(net):
-        m.hoisted = m.effective(getattr(net, "compute_dtype", None))
+        m.hoisted = m.effective(getattr(net, "compute_dtype", None), row_norm(m.weight.detach()))
         m.weight = None
     net.register_state_dict_pre_hook(refuse_state)
     return net.requires_grad_(False).eval()

@@ -430,6 +430,23 @@ def lr_at(cfg, step):
     return cfg.lr * decay * min(1.0, (step + 1) / (cfg.warmup + 1))
 
 
+def rectify(opt, lr, t):
+    """Make the t-th step of Adam, from 1, one of RAdam (Liu et al. 2020, Algorithm 2), by its rate and eps.
+
+    RAdam is Adam at rate r_t lr once the variance of v is known, as rho_t > 5 says. Before, it is momentum
+    alone: eps is so large then that v does not count, and the rate makes up for it. Torch's fused Adam passes
+    over the weights once, its RAdam several times.
+    """
+    beta = opt.param_groups[0]["betas"][1]
+    end = 2 / (1 - beta) - 1                          # of rho_t as t grows
+    rho, eps = end - 2 * t * beta**t / (1 - beta**t), 1e10
+    rate = lr * eps
+    if rho > 5:
+        rate = lr * ((rho - 4) * (rho - 2) * end / ((end - 4) * (end - 2) * rho)) ** 0.5
+        eps = 1e-8 / (1 - beta**t) ** 0.5             # torch adds RAdam's to v before its bias is corrected
+    opt.param_groups[0].update(lr=rate, eps=eps)
+
+
 def total(grad, scale):
     """Sum the gradient over the processes, and behind it the loss and the wish to stop; divide by scale.
 
@@ -439,7 +456,8 @@ def total(grad, scale):
     if WORLD > 1:
         # choice: one all-reduce of one vector, no DDP wrapper: any number of processes, one result
         dist.all_reduce(grad)                         # trap: process 0's own loss is not the loss
-    grad /= scale
+    if scale != 1:
+        grad /= scale
     return torch.stack([grad[:-2].norm(), grad[-2], grad[-1]]).tolist()
 
 
@@ -646,9 +664,7 @@ def train(cfg):
     f = forward(cfg, net)
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
     flat.grad = grad[:-2]                                                 # the last two: loss, and stop
-    opt = torch.optim.RAdam([flat], foreach=True)                         # in a third of foreach=False's time
-    if cfg.stage == "pretrain":
-        opt = torch.optim.Adam([flat], fused=True)
+    opt = torch.optim.Adam([flat], fused=True)
     since = dict(step=0, seconds=0.0, skipped=0, scale=2.0**15 if cfg.precision == "fp16" else 1.0)
     if ckpt:
         nets.restore(ckpt, path, net, ema, opt)
@@ -664,6 +680,8 @@ def train(cfg):
 
     for step in range(start := since["step"], cfg.steps):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
+        if cfg.stage != "pretrain":
+            rectify(opt, lr, step + 1 - since["skipped"])                     # B.2: RAdam
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         if cfg.stage == "mid":
             solve, at = divmod(step * B, pairs)

@@ -638,7 +638,8 @@ def total(grad, scale):
     if WORLD > 1:
         # choice: one all-reduce of one vector, no DDP wrapper: any number of processes, one result
         dist.all_reduce(grad)                         # trap: process 0's own loss is not the loss
-    grad /= scale
+    if scale != 1:
+        grad /= scale
     return torch.stack([grad[:-2].norm(), grad[-2], grad[-1]]).tolist()
 
 

@@ -81,7 +81,7 @@ class Config:                   # field default < matching rows of PRESETS < com
     power: float = 1.0          # p of the adaptive weight 1 / (|error|^2 + c)^p (MF)
 
     nodes: int = 8              # mid: states of a trajectory, noise and end included: 28 pairs (B.4); 9: 36
-    trajectories: int = 32      # choice: per solve, for eight steps of 4 x 28 pairs (B.4), shuffled
+    trajectories: int = 256     # choice: per solve, for 64 steps of 4 x 28 pairs (B.4), shuffled
 
     nfe: int = 8                # steps of the third score; 1 and 2 are the others
     labels: Literal["both", "random", "balanced"] = "both"    # of samples: drawn by seed, or seed % classes
@@ -468,12 +468,15 @@ def rollout(cfg, net, z, y, times):
     """
     one_clock, scale = net.r_embedder is None, cfg.omega / (1 - cfg.kappa)
     inside = ((times.float() >= cfg.guide_from) & (times.float() <= cfg.guide_to)).tolist()
-    null, answers = torch.full_like(y, net.num_classes), []
+    both, answers = torch.cat([torch.full_like(y, net.num_classes), y]), []
 
     def u(x, t, r=None):
-        answer, (step, end) = net(x, t, r, y), divmod(len(answers), 2)
+        step, end = divmod(len(answers), 2)
         if one_clock and scale != 1 and inside[step + end]:      # Heun asks at both ends of a step
-            answer = net(x, t, r, null).lerp(answer, scale)
+            plain, answer = net(torch.cat([x, x]), torch.cat([t, t]), y=both).chunk(2)
+            answer = plain.lerp(answer, scale)
+        else:
+            answer = net(x, t, r, y)
         answers.append(answer)
         return answer
     states = (solvers.flow_heun if one_clock else solvers.mean_flow)(u, z, times)
@@ -659,7 +662,8 @@ def total(grad, scale):
     if WORLD > 1:
         # choice: one all-reduce of one vector, no DDP wrapper: any number of processes, one result
         dist.all_reduce(grad)                         # trap: process 0's own loss is not the loss
-    grad /= scale
+    if scale != 1:
+        grad /= scale
     return torch.stack([grad[:-2].norm(), grad[-2], grad[-1]]).tolist()
 
 
@@ -902,7 +906,8 @@ def train(cfg):
     if cfg.stage == "mid" or sit_start and not ckpt:
         weights, model = teacher_state(cfg)
     if cfg.stage == "mid":
-        teacher, null = build(cfg, model, weights, "the teacher"), model["num_classes"]
+        teacher = build(cfg, model, weights, "the teacher").requires_grad_()  # or autocast casts it each call
+        null = model["num_classes"]
         shape = model["in_channels"], model["input_size"], model["input_size"]
         data += f", teacher {nets.stamp(weights)}"
     if ckpt and ckpt["data"] != data:

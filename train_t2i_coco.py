@@ -85,7 +85,7 @@ class Config:                   # field default < matching rows of PRESETS < com
     power: float = 1.0          # p of the adaptive weight 1 / (|error|^2 + c)^p (MF)
 
     nodes: int = 8              # mid: states of a trajectory, noise and end included: 28 pairs (B.6); 9: 36
-    trajectories: int = 32      # choice: per solve, for eight steps of 4 x 28 pairs (B.6), shuffled
+    trajectories: int = 256     # choice: per solve, for 64 steps of 4 x 28 pairs (B.6), shuffled
 
     nfe: int = 50               # steps of the teacher's samples (B.6); the students have 1 and 2
     prompts: str = ""           # sample: captions between bars, or FILE, one a line; "" = validation set's
@@ -629,12 +629,15 @@ def rollout_text(cfg, net, z, text, null, times):
     """
     one_clock, scale = net.r_embedder is None, cfg.omega / (1 - cfg.kappa)
     inside = ((times.float() >= cfg.guide_from) & (times.float() <= cfg.guide_to)).tolist()
-    answers = []
+    both, answers = torch.cat([null.expand_as(text), text]), []
 
     def u(x, t, r=None):
-        answer, (step, end) = net(x, t, text, r, repa=False), divmod(len(answers), 2)
+        step, end = divmod(len(answers), 2)
         if one_clock and scale != 1 and inside[step + end]:      # Heun asks at both ends of a step
-            answer = net(x, t, null.expand_as(text), r, repa=False).lerp(answer, scale)
+            plain, answer = net(torch.cat([x, x]), torch.cat([t, t]), both, repa=False).chunk(2)
+            answer = plain.lerp(answer, scale)
+        else:
+            answer = net(x, t, text, r, repa=False)
         answers.append(answer)
         return answer
     states = (solvers.flow_heun if one_clock else solvers.mean_flow)(u, z, times)
@@ -834,7 +837,8 @@ def total(grad, scale):
     if WORLD > 1:
         # choice: one all-reduce of one vector, no DDP wrapper: any number of processes, one result
         dist.all_reduce(grad)                         # trap: process 0's own loss is not the loss
-    grad /= scale
+    if scale != 1:
+        grad /= scale
     return torch.stack([grad[:-2].norm(), grad[-2], grad[-1]]).tolist()
 
 
@@ -1090,7 +1094,7 @@ def train(cfg):
     if cfg.stage == "mid" or sit_start and not ckpt:
         weights, model = teacher_state(cfg)
     if cfg.stage == "mid":
-        teacher = build(cfg, model, weights, "the teacher")
+        teacher = build(cfg, model, weights, "the teacher").requires_grad_()  # or autocast casts it each call
         data += f", teacher {nets.stamp(weights)}"
     if ckpt and ckpt["data"] != data:
         fail(2, f"--data or --teacher has changed: {path} saw {ckpt['data']}, now {data}; use another --out")
@@ -1160,8 +1164,8 @@ def train(cfg):
             grad[-2] += loss.detach() * weight
             add_errors(errors, square / z[0].numel(), (t - r)[i])
         norm, loss, stop = total(grad, since["scale"])                        # the one wait of a step
-        if cfg.clip:
-            grad *= min(1.0, cfg.clip / max(norm, 1e-12))
+        if cfg.clip and norm > cfg.clip:
+            grad *= cfg.clip / norm
         if math.isfinite(norm + loss):            # else: no step, and no trace of it in weights and moments
             opt.step()
         grad.zero_()

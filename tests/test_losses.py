@@ -200,19 +200,23 @@ def test_flat_vectors_are_the_weights_and_gradients_of_the_net():
     assert net.weight.abs().sum() == 0
 
 
-def test_one_flat_vector_is_optimised_as_its_parameters_would_be():
+@pytest.mark.parametrize("beta, dtype", [(0.999, torch.float32), (0.999, torch.float64), (0.9, torch.float32)])
+def test_adam_rectified_over_one_flat_vector_is_radam(beta, dtype):
+    """Rate and eps of each step, through the first ones without a variance and a skipped one; torch's RAdam per parameter."""
     torch.manual_seed(0)
-    net, twin = torch.nn.Linear(5, 3), torch.nn.Linear(5, 3)
+    net, twin = (torch.nn.Linear(5, 3).to(dtype) for _ in range(2))
     twin.load_state_dict(net.state_dict())
-    flat, grad = nets.flatten(net)
-    flat.grad = grad[:-2]
-    one, each = torch.optim.RAdam([flat], lr=0.1, foreach=True), torch.optim.RAdam(twin.parameters(), lr=0.1)
-    for k in range(8):
-        grad[:-2] = torch.randn(18, generator=torch.Generator().manual_seed(k))
-        twin.weight.grad, twin.bias.grad = grad[:15].view(3, 5).clone(), grad[15:18].clone()
+    flat = torch.cat([net.weight.flatten(), net.bias]).detach()
+    one = torch.optim.Adam([flat], betas=(0.9, beta), fused=True)
+    each = torch.optim.RAdam(twin.parameters(), lr=0.1, betas=(0.9, beta))
+    for k in range(40):
+        flat.grad = torch.randn(18, generator=torch.Generator().manual_seed(k)).to(dtype) * 10.0 ** (k % 7 - 4)
+        twin.weight.grad, twin.bias.grad = flat.grad[:15].view(3, 5).clone(), flat.grad[15:].clone()
+        script.rectify(one, 0.1, k + 1)
         one.step()
         each.step()
-    assert torch.allclose(flat, torch.cat([twin.weight.flatten(), twin.bias]), atol=1e-6)
+        expected = torch.cat([twin.weight.flatten(), twin.bias])
+        assert (flat - expected).abs().max() < (1e-5 if dtype == torch.float32 else 1e-8), k
 
 
 def test_seeds_are_a_fixed_function_of_their_key():

@@ -918,7 +918,7 @@ def begin_encode(folder, record, source, names, read, size):
         os.makedirs(folder, exist_ok=True)
         missing = size - sum(entry.stat().st_size for entry in os.scandir(folder))
         if missing > (free := shutil.disk_usage(folder).free):
-            raise DataError(f"{folder}: {missing / 1e9:.3g} GB are needed, its disk has {free / 1e9:.3g} left")
+            raise DataError(f"{folder}: {missing / 1e9:.3g} GB needed, its disk has {free / 1e9:.3g} left")
         if not is_begun:
             new["record"]["pictures"] = check_pictures(names, read, source)
             write_json(begun, new)

@@ -1479,17 +1479,19 @@ def local_first(kind, name, load):
         with contextlib.redirect_stderr(io.StringIO()):
             return load(True)
     except Exception as e:
-        if os.path.isdir(name) or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+        if os.path.isdir(name):
             raise WeightsError(f"{name}: {str(e).splitlines()[0][:300]}") from e
     finally:
         logging.disable(logging.NOTSET)
+    last, flag = os.path.basename(name), ENCODERS[kind][2]
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+        raise WeightsError(f"{name}: no such folder; pass {flag.format(last)}")
     try:                                              # trap: the hub's own client would try for half a minute
         urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=20).close()
         return load(False)
     except Exception as e:
-        last, flag = os.path.basename(name), ENCODERS[kind][2]
-        raise WeightsError(f"{name}: not downloaded, and cannot be now ({str(e).splitlines()[0][:100]}); where "
-                           f"there is network: hf download {name} --local-dir FOLDER/{last}; then pass "
+        raise WeightsError(f"{name}: not downloaded, and cannot be now ({str(e).splitlines()[0][:99]}); where"
+                           f" there is network: hf download {name} --local-dir FOLDER/{last}; then pass "
                            f"{flag.format(last)}") from e
 
 
@@ -1519,7 +1521,7 @@ def sd_vae(name, device):
 
 
 def encode_moments(vae, images):
-    """Images (B, 3, H, W) in the range the data want -> mean, deviation of their latents, (B, 8, H/8, W/8)."""
+    """Images (B, 3, H, W) in the range the data want -> mean, deviation of the latents, (B, 8, H/8, W/8)."""
     code = vae.encode(images.contiguous()).latent_dist        # trap: a CPU errs by 0.01 on channels_last
     return torch.cat([code.mean, code.std], 1).float()
 

@@ -797,7 +797,7 @@ def save_statistics(path, reference):
 def load_reference(name):
     """Reference of a name in REFERENCES, downloaded to the cache once, or of a file of statistics."""
     if name in REFERENCES and not os.path.exists(name):
-        name = fetch([REFERENCES[name]], remedy="save a copy of it there")
+        name = fetch([REFERENCES[name]], remedy="save a copy of it there, or give the path of a copy")
     return read_statistics(name)
 
 
@@ -927,32 +927,32 @@ def begin_encode(folder, record, source, names, read, size):
 
 
 def read_ahead(read, batches):
-    """Yields uint8 (B, C, H, W) of each batch, a range of k: read(k) by threads, two batches in advance."""
+    """Yields uint8 (B, C, H, W) of each batch of names: read(name) by threads, two batches in advance."""
     ahead = collections.deque()
     with ThreadPoolExecutor(max(2, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))) as pool:
         for batch in [*batches, (), ()]:
-            ahead.append([pool.submit(read, k) for k in batch])
+            ahead.append([pool.submit(read, name) for name in batch])
             if len(ahead) > 2:
                 images = [image.result() for image in ahead.popleft()]
                 yield torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
 
 @torch.no_grad()
-def encode_shards(folder, arrays, count, read, encode, batch):
-    """Pictures 0 to count -> shards of arrays; the processes share them, and leave when all are there.
+def encode_shards(folder, arrays, names, read, encode, batch):
+    """Pictures -> shards of arrays, in the order of names; processes share them and leave when all are there.
 
-    read(k): picture k, uint8 (H, W, C); encode(uint8 (B, C, H, W)) -> a tensor (B, ...) for each name in
-    arrays. Shard k is folder/<name><k>.npy for each, renamed when it is whole: a killed run goes on. batch:
-    how many are encoded at a time, 0 = a shard. A line every ten seconds.
+    read(name): uint8 (H, W, C); encode(uint8 (B, C, H, W)) -> a tensor (B, ...) for each of the arrays. Shard
+    k is folder/<array><k>.npy for each, renamed when it is whole: a killed run goes on. batch: how many are
+    encoded at a time, 0 = a shard. A line every ten seconds.
     """
-    (rank, world), group, batch = processes(), patient_group(), batch or SHARD
+    (rank, world), group, batch, count = processes(), patient_group(), batch or SHARD, len(names)
 
     def files(k):
-        return [f"{folder}/{name}{k:05d}.npy" for name in arrays]
+        return [f"{folder}/{array}{k:05d}.npy" for array in arrays]
     todo = [k for k in range(-(-count // SHARD)) if not all(map(os.path.exists, files(k)))]
     if group:
         dist.barrier(group)              # trap: what a fast process writes would shorten a slow one's list
-    shards = {k: range(k * SHARD, min((k + 1) * SHARD, count)) for k in todo[rank::world]}
+    shards = {k: names[k * SHARD:(k + 1) * SHARD] for k in todo[rank::world]}
     batches = [(k, part[i:i + batch]) for k, part in shards.items() for i in range(0, len(part), batch)]
     rows, left, done, told = [], sum(map(len, shards.values())), 0, (start := time.time())
     for (k, part), images in zip(batches, read_ahead(read, [part for _, part in batches])):

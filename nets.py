@@ -1455,6 +1455,8 @@ def turned(state, channels):
 SD_SCALE = 0.18215                                  # latents of the SD-VAE times this have a deviation near 1
 
 
+# choice: MF's SD-VAE for all; REPA's script decodes with ft-ema. CLIP is U-ViT's, DINOv2 REPA's
+SD_VAE, CLIP, DINO = "stabilityai/sd-vae-ft-mse", "openai/clip-vit-large-patch14", "facebook/dinov2-base"
 ENCODERS = {           # class: package, what its config.json calls it, the flag that takes a folder
     "AutoencoderKL": ("diffusers", [None], "--vae FOLDER/{}"),
     "CLIPTextModel": ("transformers", ["clip", "clip_text_model"], "--encoders FOLDER"),
@@ -1509,15 +1511,15 @@ def pretrained(kind, name, device):
     if lost or found not in types:                    # trap: the libraries would go on, with random weights
         raise WeightsError(f"{name}: no whole {kind}: its kind is {found}, it lacks {len(lost)} weights "
                            f"{lost[:2]}")
-    model = model.to(device, torch.float32).requires_grad_(False).eval()
+    model = model.float().requires_grad_(False).eval()
     own = {k: v for k, v in model.state_dict().items() if not k.startswith(("decoder.", "post_quant_conv."))}
     model.identity = f"{os.path.abspath(name) if os.path.isdir(name) else name}, {stamp(own)}"
-    return model
+    return model.to(device)
 
 
 def sd_vae(name, device):
-    """The SD-VAE (a folder, or a name on the hub), frozen, float32."""
-    return pretrained("AutoencoderKL", name, device)
+    """The SD-VAE (a folder, or a name on the hub, "" = MF's), frozen, float32."""
+    return pretrained("AutoencoderKL", name or SD_VAE, device)
 
 
 def encode_moments(vae, images):
@@ -1537,7 +1539,7 @@ class CLIPText:
     """
 
     def __init__(self, name, device):
-        self.name, self.device, self.model = name, device, None
+        self.name, self.device, self.model = name or CLIP, device, None
 
     def load(self):
         if self.model is not None:
@@ -1576,7 +1578,7 @@ class CLIPText:
 def dinov2(name, device):
     """f(uint8 (B, 3, 256, 256)) -> (B, 256, 768): the normed patch tokens of DINOv2 (REPA)."""
     # choice: transformers' resampling of the table of positions to 16x16; REPA calls timm's
-    model = pretrained("Dinov2Model", name, device)
+    model = pretrained("Dinov2Model", name or DINO, device)
     mean, std = (torch.tensor(c, device=device).view(3, 1, 1)
                  for c in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 

@@ -88,7 +88,7 @@ class Config:                   # field default < matching rows of PRESETS < com
     seeds: str = "0-63"         # sample: one image per seed, FIRST-LAST
     samples: int = 50_000       # eval: images per score
     repeat: int = 1             # eval: scores with fresh seeds, reported as mean, deviation and minimum
-    vae: str = ""               # 512: encode, decode: NAME, FOLDER; "" = the data's, else sd-vae-ft-mse (EDM2)
+    vae: str = ""               # 512: encode, decode: NAME, FOLDER; "" = the data's, else ft-mse (EDM2)
 
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "tf32"    # as the authors; mid: bf16; fp32: exact
     seed: int = 0
@@ -172,7 +172,6 @@ def data_name(cfg):
 
 # ---- data -------------------------------------------------------------------------------------
 MEAN, STD = (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)    # of raw latents per channel (EDM2)
-ENCODERS = {"vae": "stabilityai/sd-vae-ft-mse"}       # without --vae
 load_vae = cache(nets.sd_vae)                         # loaded once
 
 
@@ -272,9 +271,9 @@ def encoder_of_data(cfg, kind, load, name):
     """load(name, DEVICE), without a name of what made --data; exit code 2 if another encoder made them."""
     path = FILES.get(data_name(cfg), cfg.data)
     made, _, stamp = fid.made_of(path).get(kind, "").rpartition(", ")
-    encoder = load(name or made or ENCODERS[kind], DEVICE)
+    encoder = load(name or made, DEVICE)
     if stamp and not encoder.identity.endswith(stamp):
-        fail(2, f"{path} was made by the {kind} {made}, {stamp}; {encoder.identity} is another: pass that one")
+        fail(2, f"{path} was made by the {kind} {made}, {stamp}, not by {encoder.identity}; pass that one")
     return encoder
 
 
@@ -294,28 +293,28 @@ def encode_zip(cfg):
 
     First as shards in <zip>.parts, then all in one file: for a while, twice its size is needed.
     """
-    target, (found, read) = FILES.get(data_name(cfg), cfg.data), fid.list_pictures(cfg.source)
-    labels, _ = fid.read_labels(cfg.source, found) or (torch.zeros(len(found), dtype=torch.long), 1)
-    record = dict(crop=f"EDM2 {cfg.res}", precision=cfg.precision, labels=f"crc32 {zlib.crc32(labels.numpy()):08x}")
-    vae, size = None, 3 * cfg.res**2
+    target, (names, open_picture) = FILES.get(data_name(cfg), cfg.data), fid.list_pictures(cfg.source)
+    labels, _ = fid.read_labels(cfg.source, names) or (torch.zeros(len(names), dtype=torch.long), 1)
+    parts, vae, size = f"{target}.parts", None, 3 * cfg.res**2
+    record = dict(crop=f"EDM2 {cfg.res}", precision=cfg.precision,
+                  labels=f"crc32 {zlib.crc32(labels.numpy()):08x}")
     if cfg.res == 512:
         vae, size = encoder_of_data(cfg, "vae", load_vae, cfg.vae), 4 * 8 * 64**2
         record["vae"] = vae.identity
-    record, refused = fid.begin_encode(f"{target}.parts", record, cfg.source, found, read, 2 * len(found) * size)
-    if refused:
-        fail(2, refused)
 
-    def pixels(k):
-        return np.asarray(fid.crop(fid.rgb(read(found[k], exif=False)), cfg.res))     # as EDM2: not turned
+    def read(name):
+        return np.asarray(fid.crop(fid.rgb(open_picture(name, exif=False)), cfg.res))      # not upright: EDM2
 
     def encode(images):               # trap: EDM2 feeds [0, 1] where Stable Diffusion feeds [-1, 1]
         return [nets.encode_moments(vae, images.to(DEVICE).float() / 255) if vae else images]
-
+    record, refused = fid.begin_encode(parts, record, cfg.source, names, read, 2 * len(names) * size)
+    if refused:
+        fail(2, refused)
     with torch.autocast(DEVICE.type, HALF.get(cfg.precision), enabled=cfg.precision in HALF):
-        fid.encode_shards(f"{target}.parts", [""], len(found), pixels, encode, cfg.batch_gpu)
+        fid.encode_shards(parts, [""], names, read, encode, cfg.batch_gpu)
     if RANK == 0 and not os.path.exists(target):
-        fid.write_whole(target, lambda file: write_zip(file, f"{target}.parts", record, labels.tolist()))
-    log(cfg, f"encode: {target}, {len(found):,} images; {target}.parts can be deleted")
+        fid.write_whole(target, lambda file: write_zip(file, parts, record, labels.tolist()))
+    log(cfg, f"encode: {target}, {len(names):,} images; {parts} can be deleted")
 
 
 def write_zip(file, parts, record, labels):
@@ -740,8 +739,10 @@ def check(cfg):
     missing, path = [], FILES.get(name, cfg.data)
     if encode and not os.path.exists(cfg.source):
         fail(3, f"--source {cfg.source!r}: not there; name ImageNet's training folder, a folder per class")
+    if encode and not path.endswith(".zip"):
+        fail(2, f"--data {path}: images are encoded into a .zip; name one")
     if encode and os.path.exists(path) and not os.path.exists(f"{path}.parts/begun.json"):
-        fail(2, f"{path} is there already, and nothing says what it was made of; name another --data ZIP")
+        fail(2, f"{path} is there already, and {path}.parts does not say of what; name another --data ZIP")
     if reads_data(cfg) and cfg.data != "digits" and not os.path.exists(path):
         missing.append(f"{path} is not there; pass --data PATH, or make it from ImageNet: python "
                        f"train_cmt_imagenet.py --res {cfg.res} --stage encode --source FOLDER")

@@ -160,7 +160,6 @@ def data_name(cfg):
 
 # ---- data -------------------------------------------------------------------------------------
 KIND = "mean, deviation; plain, flipped"              # what the shards of --stage encode hold
-ENCODERS = {"vae": "stabilityai/sd-vae-ft-mse"}       # without --vae
 load_vae = cache(nets.sd_vae)                         # loaded once
 
 
@@ -285,9 +284,9 @@ def encoder_of_data(cfg, kind, load, name):
     """load(name, DEVICE), without a name of what made --data; exit code 2 if another encoder made them."""
     path = FILES.get(data_name(cfg), cfg.data)
     made, _, stamp = fid.made_of(path).get(kind, "").rpartition(", ")
-    encoder = load(name or made or ENCODERS[kind], DEVICE)
+    encoder = load(name or made, DEVICE)
     if stamp and not encoder.identity.endswith(stamp):
-        fail(2, f"{path} was made by the {kind} {made}, {stamp}; {encoder.identity} is another: pass that one")
+        fail(2, f"{path} was made by the {kind} {made}, {stamp}, not by {encoder.identity}; pass that one")
     return encoder
 
 
@@ -300,24 +299,23 @@ def decoded(cfg, x):
 
 def encode_folder(cfg):
     """--source, a folder per class -> shards of moments, fp16 (n, 2, 8, 32, 32): of it and its mirror."""
-    target, (names, read) = FILES.get(cfg.data, cfg.data), fid.list_pictures(cfg.source)
+    target, (names, open_picture) = FILES.get(cfg.data, cfg.data), fid.list_pictures(cfg.source)
     labels, classes = fid.read_labels(cfg.source, names) or (torch.zeros(len(names), dtype=torch.long), 1)
     vae, number = encoder_of_data(cfg, "vae", load_vae, cfg.vae), len(names)
     record = dict(kind=KIND, scale=nets.SD_SCALE, crop="ADM 256", vae=vae.identity, precision=cfg.precision,
                   labels=f"crc32 {zlib.crc32(labels.numpy()):08x}")
-    record, refused = fid.begin_encode(target, record, cfg.source, names, read, number * 2 * 8 * 32 * 32 * 2)
-    if refused:
-        fail(2, refused)
 
-    def pixels(k):
-        return np.asarray(fid.crop(fid.rgb(read(names[k], exif=False)), 256))     # as ADM: not turned upright
+    def read(name):
+        return np.asarray(fid.crop(fid.rgb(open_picture(name, exif=False)), 256))           # not upright: ADM
 
     def moments(images):                              # mirror images are encoded, latents are not flipped
         x = to_float(images, DEVICE)
         return [torch.stack([nets.encode_moments(vae, y) for y in (x, x.flip(3))], 1).half()]
-
+    record, refused = fid.begin_encode(target, record, cfg.source, names, read, number * 2 * 8 * 32 * 32 * 2)
+    if refused:
+        fail(2, refused)
     with torch.autocast(DEVICE.type, HALF.get(cfg.precision), enabled=cfg.precision in HALF):
-        fid.encode_shards(target, [""], number, pixels, moments, cfg.batch_gpu)
+        fid.encode_shards(target, [""], names, read, moments, cfg.batch_gpu)
     if RANK == 0:
         np.save(f"{target}/labels.npy", labels.numpy())
         fid.write_json(f"{target}/index.json", dict(record, shards=-(-number // record["shard"])))

@@ -122,9 +122,6 @@ STAGES = ["pretrain", "mid", "post", "eval"]          # what --stage all runs, i
 INITS = "sit", "random"                            # what --init says that is no FILE
 FILES = {"coco": "data/coco256-sd"}
 SIDES = {"coco": 32, "digits": 8}                     # of the squares that the networks see
-# choice: MF's SD-VAE; REPA's script decodes with ft-ema. CLIP as U-ViT, DINOv2 as REPA
-ENCODERS = {"vae": "stabilityai/sd-vae-ft-mse", "text": "openai/clip-vit-large-patch14",
-            "vision": "facebook/dinov2-base"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 FREE = {  # fields that may differ when a stage goes on, or is found finished; a teacher's weights may not
     "*": "stage out source encoders teacher vae prompts seeds samples repeat nfe compile batch_gpu "
@@ -314,13 +311,14 @@ def random_tokens(images, grid):
 
 def text_encoder(cfg):
     """Captions -> ids -> features: CLIP, or the digits' fixed vectors."""
-    return Words(DEVICE) if cfg.data == "digits" else encoder_of_data(
-        cfg, "text", nets.CLIPText, in_encoders(cfg, "text"))
+    if cfg.data == "digits":
+        return Words(DEVICE)
+    return encoder_of_data(cfg, "text", nets.CLIPText, in_encoders(cfg, nets.CLIP))
 
 
-def in_encoders(cfg, kind):
+def in_encoders(cfg, name):
     """The folder of CLIP or DINOv2 in that of --encoders; "" if it is not there."""
-    folder = f"{cfg.encoders}/{os.path.basename(ENCODERS[kind])}"
+    folder = f"{cfg.encoders}/{os.path.basename(name)}"
     return folder if cfg.encoders and os.path.isdir(folder) else ""
 
 
@@ -393,9 +391,9 @@ def encoder_of_data(cfg, kind, load, name):
     """load(name, DEVICE), without a name of what made --data; exit code 2 if another encoder made them."""
     path = FILES.get(data_name(cfg), cfg.data)
     made, _, stamp = fid.made_of(path).get(kind, "").rpartition(", ")
-    encoder = load(name or made or ENCODERS[kind], DEVICE)
+    encoder = load(name or made, DEVICE)
     if stamp and not encoder.identity.endswith(stamp):
-        fail(2, f"{path} was made by the {kind} {made}, {stamp}; {encoder.identity} is another: pass that one")
+        fail(2, f"{path} was made by the {kind} {made}, {stamp}, not by {encoder.identity}; pass that one")
     return encoder
 
 
@@ -425,17 +423,15 @@ def encode_coco(cfg):
     train, val = (read_coco(cfg.source, part) for part in ("train2014", "val2014"))
     names, texts = [name for name, _ in train + val], [c for _, captions in train for c in captions]
     vae = encoder_of_data(cfg, "vae", load_vae, cfg.vae)
-    vision = encoder_of_data(cfg, "vision", nets.dinov2, in_encoders(cfg, "vision"))
+    vision = encoder_of_data(cfg, "vision", nets.dinov2, in_encoders(cfg, nets.DINO))
     inception = fid.load_inception().to(DEVICE)
     record = dict(kind=KIND, scale=nets.SD_SCALE, crop="U-ViT 256", precision=cfg.precision, vae=vae.identity,
                   vision=vision.identity, text=clip.identity, inception=inception.protocol,
                   captions=f"crc32 {zlib.crc32(repr(train + val).encode()):08x}")
 
     def read(name):
-        return fid.open_picture(f"{cfg.source}/{name}", f"{cfg.source}/{name}", exif=False)
-
-    def pixels(k):
-        return np.asarray(fid.square(fid.rgb(read(names[k])), 256))
+        picture = fid.open_picture(f"{cfg.source}/{name}", f"{cfg.source}/{name}", exif=False)
+        return np.asarray(fid.square(fid.rgb(picture), 256))
 
     def encode(images):
         moments = nets.encode_moments(vae, to_float(images, DEVICE))
@@ -445,10 +441,10 @@ def encode_coco(cfg):
     if refused:
         fail(2, refused)
     with torch.autocast(DEVICE.type, HALF.get(cfg.precision), enabled=cfg.precision in HALF):
-        fid.encode_shards(target, ["moments_", "tokens_"], len(train), pixels, encode, cfg.batch_gpu)
+        fid.encode_shards(target, ["moments_", "tokens_"], names[:len(train)], read, encode, cfg.batch_gpu)
     if not os.path.exists(f"{target}/val.npz"):
-        mine = range(len(train) + RANK, len(names), WORLD)
-        batches = fid.read_ahead(pixels, [mine[i:i + 64] for i in range(0, len(mine), 64)])
+        mine = names[len(train) + RANK::WORLD]
+        batches = fid.read_ahead(read, [mine[i:i + 64] for i in range(0, len(mine), 64)])
         reference = fid.measure(inception, batches, DEVICE)
         if RANK == 0:
             fid.save_statistics(f"{target}/val.npz", reference)

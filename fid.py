@@ -904,8 +904,8 @@ def begin_encode(folder, record, source, names, read, size):
     checksum. DataError names such a picture, or a disk without room for `size` bytes.
     """
     def begin():
-        begun, new = f"{folder}/begun.json", dict(record=dict(record, shard=SHARD))
-        new["pictures"], there = listing(source, names), os.listdir(folder) if os.path.isdir(folder) else []
+        begun, there = f"{folder}/begun.json", os.listdir(folder) if os.path.isdir(folder) else []
+        new = dict(record=dict(record, shard=SHARD), pictures=listing(source, names))
         if is_begun := os.path.exists(begun):
             with blame(begun), open(begun) as file:
                 old = json.load(file)
@@ -945,11 +945,11 @@ def encode_shards(folder, arrays, names, read, encode, batch):
     k is folder/<array><k>.npy for each, renamed when it is whole: a killed run goes on. batch: how many are
     encoded at a time, 0 = a shard. A line every ten seconds.
     """
-    (rank, world), group, batch, count = processes(), patient_group(), batch or SHARD, len(names)
+    (rank, world), group, batch = processes(), patient_group(), batch or SHARD
 
     def files(k):
         return [f"{folder}/{array}{k:05d}.npy" for array in arrays]
-    todo = [k for k in range(-(-count // SHARD)) if not all(map(os.path.exists, files(k)))]
+    todo = [k for k in range(-(-len(names) // SHARD)) if not all(map(os.path.exists, files(k)))]
     if group:
         dist.barrier(group)              # trap: what a fast process writes would shorten a slow one's list
     shards = {k: names[k * SHARD:(k + 1) * SHARD] for k in todo[rank::world]}
@@ -964,8 +964,8 @@ def encode_shards(folder, arrays, names, read, encode, batch):
             rows = []
         if rank == 0 and (time.time() > told + 10 or not left):
             told, rate = time.time(), done / (time.time() - start)
-            print(f"{folder}: {max(0, count - world * left):,}/{count:,} pictures, {world * rate:,.0f} a "
-                  f"second, {left / rate / 60:.1f} min left", flush=True)
+            print(f"{folder}: {done:,}/{done + left:,} pictures{' of each process' * (world > 1)}, "
+                  f"{world * rate:,.0f} a second, {left / rate / 60:.1f} min left", flush=True)
     if group:
         dist.barrier(group)
 

@@ -307,7 +307,8 @@ def encode_zip(cfg):
 
     def encode(images):               # trap: EDM2 feeds [0, 1] where Stable Diffusion feeds [-1, 1]
         return [nets.encode_moments(vae, images.to(DEVICE).float() / 255) if vae else images]
-    record, refused = fid.begin_encode(parts, record, cfg.source, names, read, 2 * len(names) * size)
+    size *= len(names) * (1 if os.path.exists(target) else 2)
+    record, refused = fid.begin_encode(parts, record, cfg.source, names, read, size)
     if refused:
         fail(2, refused)
     with torch.autocast(DEVICE.type, HALF.get(cfg.precision), enabled=cfg.precision in HALF):

@@ -964,8 +964,8 @@ def encode_shards(folder, arrays, names, read, encode, batch):
             rows = []
         if rank == 0 and (time.time() > told + 10 or not left):
             told, rate = time.time(), done / (time.time() - start)
-            print(f"{folder}: {done:,}/{done + left:,} pictures{' of each process' * (world > 1)}, "
-                  f"{world * rate:,.0f} a second, {left / rate / 60:.1f} min left", flush=True)
+            print(f"{folder}: {done:,}/{done + left:,} pictures{' of process 0' * (world > 1)}, "
+                  f"{rate:,.0f} a second, {left / rate / 60:.1f} min left", flush=True)
     if group:
         dist.barrier(group)
 

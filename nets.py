@@ -1482,7 +1482,7 @@ def local_first(kind, name, load):
             return load(True)
     except Exception as e:
         if os.path.isdir(name):
-            raise WeightsError(f"{name}: {str(e).splitlines()[0][:300]}") from e
+            raise WeightsError(f"{name}: {' '.join(str(e).split())[:300]} ({type(e).__name__})") from e
     finally:
         logging.disable(logging.NOTSET)
     last, flag = os.path.basename(name), ENCODERS[kind][2]
@@ -1492,8 +1492,8 @@ def local_first(kind, name, load):
         urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=20).close()
         return load(False)
     except Exception as e:
-        raise WeightsError(f"{name}: not downloaded, and cannot be now ({str(e).splitlines()[0][:99]}); where"
-                           f" there is network: hf download {name} --local-dir FOLDER/{last}; then pass "
+        raise WeightsError(f"{name}: not downloaded, and cannot be now ({' '.join(str(e).split())[:99]}); "
+                           f"where there is network: hf download {name} --local-dir FOLDER/{last}; then pass "
                            f"{flag.format(last)}") from e
 
 

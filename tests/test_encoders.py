@@ -491,7 +491,7 @@ def test_encoders_that_would_load_as_random_are_refused_in_one_line(case, models
          "VAE is DINOv2": lambda: nets.sd_vae(str(dino), "cpu"),
          "no vocabulary": lambda: nets.CLIPText(str(tmp_path / "clip"), "cpu").ids(["a dog"])}[case]()
     assert "\n" not in str(error.value) and capfd.readouterr().err == ""
-    says = {"no vocabulary": "not 516; are vocab.json", "VAE is DINOv2": "dinov2-base: ", "DINOv2 with registers": "dinov2_with_reg"}
+    says = {"no vocabulary": "/clip: ", "VAE is DINOv2": "dinov2-base: ", "DINOv2 with registers": "dinov2_with_reg"}
     assert says.get(case, "weights ['") in str(error.value)
 
 

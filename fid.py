@@ -8,6 +8,8 @@
   frechet_distance, protocol       two means and two covariances         Heusel et al. 2017, Eq. 6
   open_picture, list_pictures,     other people's files, read as a       EDM's dataset.json,
   read_labels, check_pictures      person sees them, or refused          torchvision's folders
+  begin_encode, encode_shards,     pictures -> arrays by an encoder      what was encoded stays known
+  made_of
   crop, square                     photos to train on                    ADM and EDM2, U-ViT
   draw, score, save_images,        what a sampler makes
   save_grid, table                 one PNG a seed, sheets, Markdown
@@ -29,6 +31,7 @@ Precision, recall and the like: reuse net(images). Exit codes: 0 done, 2 usage, 
 import argparse
 import collections
 import contextlib
+import datetime
 import fcntl
 import functools
 import hashlib
@@ -39,6 +42,7 @@ import os
 import pathlib
 import pickle
 import re
+import shutil
 import sys
 import threading
 import time
@@ -435,7 +439,8 @@ def protocol(a, b):
     """
     if a.features and b.features and a.features != b.features:
         raise DataError(f"features differ: {a.file} has {a.features}; {b.file} has {b.features}")
-    sides = [f"{r.n or '?'} images {r.file or 'of this run'} (sha256 {r.sha256 or 'none'})" for r in (a, b)]
+    sides = [f"{r.n or '?'} images {r.file or 'of this run'} (sha256 {r.sha256 or 'none'})"
+             + f", too few for {len(r.mu)} features," * (0 < r.n < len(r.mu)) for r in (a, b)]
     return f"{a.features or b.features or 'features not stated'}, covariance N-1, {' against '.join(sides)}"
 
 
@@ -638,28 +643,51 @@ def check_pictures(names, read, label):
     return f"{len(names)} images, crc32 {zlib.crc32(np.array(sums, '<u4')):08x}"
 
 
+def processes():
+    """(rank, number) of torchrun's processes; (0, 1) of one alone."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def patient_group():
+    """A group of all processes that wait for days, if need be, for one that reads; None of one alone."""
+    days = datetime.timedelta(days=9)
+    return dist.new_group(timeout=days, backend="gloo") if dist.is_initialized() else None
+
+
+def from_first(work):
+    """work() as the first process does it, in all processes."""
+    group, answer = patient_group(), [None]
+    if processes()[0] == 0:
+        answer = [work()]
+    if group:
+        dist.broadcast_object_list(answer, 0, group)
+    return answer[0]
+
+
+def listing(path, names):
+    """{name: [size, time]} of files of a folder, {name: [size, CRC]} of those of a .zip."""
+    if os.path.isfile(path):
+        with zipfile.ZipFile(path) as file:
+            return {name: [file.getinfo(name).file_size, file.getinfo(name).CRC] for name in names}
+    with ThreadPoolExecutor() as pool:
+        stats = pool.map(lambda name: os.stat(os.path.join(path, name)), names)
+        return {name: [s.st_size, s.st_mtime_ns] for name, s in zip(names, stats)}
+
+
 def check_once(path, names, read, note):
     """check_pictures by the first process for all: read(k) of every k, a place in names, the files of path.
 
     Its answer is kept in the file `note`, as long as names, sizes and times (in a .zip: CRCs) are the same.
     """
-    answer, seen = [""], ""
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        if os.path.isdir(path):
-            stats = [os.stat(os.path.join(path, name)) for name in names]
-            seen = [(s.st_size, s.st_mtime_ns) for s in stats]
-        else:
-            with zipfile.ZipFile(path) as file:
-                seen = [file.getinfo(name).CRC for name in names]
-        seen = f"{zlib.crc32(repr((names, seen)).encode()):08x} "
-        answer = [pathlib.Path(note).read_text() if os.path.exists(note) else ""]
-        if not answer[0].startswith(seen):
-            answer = [seen + check_pictures(range(len(names)), read, path)]
+    def check():
+        seen = f"{zlib.crc32(repr(listing(path, names)).encode()):08x} "
+        answer = pathlib.Path(note).read_text() if os.path.exists(note) else ""
+        if not answer.startswith(seen):
+            answer = seen + check_pictures(range(len(names)), read, path)
             os.makedirs(os.path.dirname(note), exist_ok=True)
-            pathlib.Path(note).write_text(answer[0])
-    if dist.is_initialized():
-        dist.broadcast_object_list(answer)
-    return answer[0].partition(" ")[2]
+            pathlib.Path(note).write_text(answer)
+        return answer.partition(" ")[2]
+    return from_first(check)
 
 
 def tiles(path):
@@ -761,17 +789,15 @@ def read_statistics(path):
 
 
 def save_statistics(path, reference):
-    """Writes a Reference as .npz (mu, sigma, n, protocol): to a temporary name, then renamed."""
-    with open(path + ".tmp", "wb") as file:
-        mu, cov, n, features, *_ = reference
-        np.savez(file, mu=mu.cpu(), sigma=cov.cpu(), n=n, protocol=features)
-    os.replace(path + ".tmp", path)
+    """Writes a Reference as .npz (mu, sigma, n, protocol)."""
+    mu, cov, n, features, *_ = reference
+    write_whole(path, lambda file: np.savez(file, mu=mu.cpu(), sigma=cov.cpu(), n=n, protocol=features))
 
 
 def load_reference(name):
     """Reference of a name in REFERENCES, downloaded to the cache once, or of a file of statistics."""
     if name in REFERENCES and not os.path.exists(name):
-        name = fetch([REFERENCES[name]], remedy="give the path of a copy instead of the name")
+        name = fetch([REFERENCES[name]], remedy="save a copy of it there, or give the path of a copy")
     return read_statistics(name)
 
 
@@ -829,6 +855,138 @@ def square(image, res):
     return image.crop((left, top, left + side, top + side)).resize((res, res), Image.LANCZOS)
 
 
+# ---- encode ------------------------------------------------------------------------------------
+SHARD = 1024                         # pictures in a shard: what a kill can cost each process
+
+
+def write_whole(path, write):
+    """write(file) under a temporary name, flushed, renamed. DataError if the disk does not take it."""
+    try:
+        with open(path + ".tmp", "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path + ".tmp", path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.remove(path + ".tmp")
+        raise DataError(f"{path}: cannot be written ({error}); free some space and run again") from error
+
+
+def write_json(path, content):
+    """A JSON file, whole or not there."""
+    write_whole(path, lambda file: file.write(json.dumps(content).encode()))
+
+
+def last_part(value):
+    """What two records are compared by: of "NAME, crc32 X", an encoder or pictures, the sum alone."""
+    return str(value).rpartition(", ")[2]
+
+
+def difference(old, new):
+    """What has changed between two contents of begun.json, in words; "" if nothing has."""
+    was, now = old["pictures"], new["pictures"]
+    changes = dict(added=now.keys() - was, removed=was.keys() - now,
+                   changed=[name for name in was if now.get(name, was[name]) != was[name]])
+    texts = [f"{len(names)} pictures {how}, such as {min(names)}" for how, names in changes.items() if names]
+    was, now = old["record"], new["record"]
+    texts += [f"{key} was {was.get(key)}, now {now[key]}" for key in now
+              if last_part(was.get(key)) != last_part(now[key])]
+    return "; ".join(texts)
+
+
+def begin_encode(folder, record, source, names, read, size):
+    """Begins to encode pictures into a folder, or goes on, for all processes: (record, why not, or "").
+
+    record: a dict of all that the result depends on, settings and encoders. folder/begun.json keeps it with
+    the size and time of each of the names in source; what was begun with others is refused. First all
+    pictures are read, read(name): a damaged one is met before hours of work, and the record gets their
+    checksum. DataError names such a picture, or a disk without room for `size` bytes.
+    """
+    def begin():
+        begun, there = f"{folder}/begun.json", os.listdir(folder) if os.path.isdir(folder) else []
+        new = dict(record=dict(record, shard=SHARD), pictures=listing(source, names))
+        if is_begun := os.path.exists(begun):
+            with blame(begun), open(begun) as file:
+                old = json.load(file)
+                changes = difference(old, new)
+            if changes:
+                return {}, f"{folder} was begun with other data: {changes}; delete it, or name another --data"
+            new = old
+        elif there:
+            return {}, f"{folder} is not ours, it holds {min(there)}; name another --data"
+        os.makedirs(folder, exist_ok=True)
+        missing = size - sum(entry.stat().st_size for entry in os.scandir(folder))
+        if missing > (free := shutil.disk_usage(folder).free):
+            raise DataError(f"{folder}: {missing / 1e9:.3g} GB needed, its disk has {free / 1e9:.3g} left")
+        if not is_begun:
+            new["record"]["pictures"] = check_pictures(names, read, source)
+            write_json(begun, new)
+        return new["record"], ""
+    return from_first(begin)
+
+
+def read_ahead(read, batches):
+    """Yields uint8 (B, C, H, W) of each batch of names: read(name) by threads, two batches in advance."""
+    ahead = collections.deque()
+    with ThreadPoolExecutor(max(2, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))) as pool:
+        for batch in [*batches, (), ()]:
+            ahead.append([pool.submit(read, name) for name in batch])
+            if len(ahead) > 2:
+                images = [image.result() for image in ahead.popleft()]
+                yield torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+
+
+@torch.no_grad()
+def encode_shards(folder, arrays, names, read, encode, batch):
+    """Pictures -> shards of arrays, in the order of names; processes share them and leave when all are there.
+
+    read(name): uint8 (H, W, C); encode(uint8 (B, C, H, W)) -> a tensor (B, ...) for each of the arrays. Shard
+    k is folder/<array><k>.npy for each, renamed when it is whole: a killed run goes on. batch: how many are
+    encoded at a time, 0 = a shard. A line every ten seconds.
+    """
+    (rank, world), group, batch = processes(), patient_group(), batch or SHARD
+
+    def files(k):
+        return [f"{folder}/{array}{k:05d}.npy" for array in arrays]
+    todo = [k for k in range(-(-len(names) // SHARD)) if not all(map(os.path.exists, files(k)))]
+    if group:
+        dist.barrier(group)              # trap: what a fast process writes would shorten a slow one's list
+    shards = {k: names[k * SHARD:(k + 1) * SHARD] for k in todo[rank::world]}
+    batches = [(k, part[i:i + batch]) for k, part in shards.items() for i in range(0, len(part), batch)]
+    rows, left, done, told = [], sum(map(len, shards.values())), 0, (start := time.time())
+    for (k, part), images in zip(batches, read_ahead(read, [part for _, part in batches])):
+        rows.append([array.cpu().numpy() for array in encode(images)])
+        done, left = done + len(part), left - len(part)
+        if part[-1] == shards[k][-1]:
+            for file, parts in zip(files(k), zip(*rows)):
+                write_whole(file, lambda f: np.save(f, np.concatenate(parts)))
+            rows = []
+        if rank == 0 and (time.time() > told + 10 or not left):
+            told, rate = time.time(), done / (time.time() - start)
+            print(f"{folder}: {done:,}/{done + left:,} pictures{' of process 0' * (world > 1)}, "
+                  f"{rate:,.0f} a second, {left / rate / 60:.1f} min left", flush=True)
+    if group:
+        dist.barrier(group)
+
+
+def made_of(path):
+    """The record of an encoded folder or .zip: what it was made of, and by which encoders. Else {}."""
+    files = [f"{path}/index.json", f"{path}/dataset.json"] if os.path.isdir(path) else [path]
+    file = next(filter(os.path.isfile, files), "")
+    return read_record(file, os.stat(file).st_mtime_ns) if file.endswith((".json", ".zip")) else {}
+
+
+@functools.cache
+def read_record(file, when):
+    """made_of's answer, read once from a file that was written at `when`."""
+    with blame(file):
+        if file.endswith("index.json"):
+            return json.loads(pathlib.Path(file).read_bytes())
+        root = pathlib.Path(file) if file.endswith(".json") else zipfile.Path(file, "dataset.json")
+        return json.loads(root.read_bytes()).get("made_of", {}) if root.exists() else {}
+
+
 # ---- images of a sampler -----------------------------------------------------------------------
 # A sampler is a function: seeds (a range) -> images (B, C, H, W) in [-1, 1], image i of seed i alone.
 def draw(sampler, seeds, batch=64):
@@ -841,7 +999,8 @@ def score(sampler, features, reference, samples, repeat=1, batch=250):
 
     Returns their mean as text (with deviation and minimum of several), the list, and the last Reference.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    (rank, world), ours = processes(), reference._replace(features=features.protocol, file="this run")
+    protocol(ours, reference)            # are the features the same? Not after hours of sampling
     distances, device = [], next(features.parameters()).device
     for j in range(repeat):
         seeds = range(j * samples + rank, (j + 1) * samples, world)
@@ -856,7 +1015,7 @@ def score(sampler, features, reference, samples, repeat=1, batch=250):
 
 def save_images(sampler, seeds, prefix, batch=64):
     """One PNG a seed, prefix000007.png; every process draws and writes its share."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = processes()
     os.makedirs(os.path.dirname(prefix), exist_ok=True)
     mine = seeds[rank::world]
     for i in range(0, len(mine), batch):
@@ -880,8 +1039,7 @@ def save_grid(images, path, columns=8, captions=()):
     for row, caption in enumerate(captions):          # Pillow's own font has no other letters
         shown = caption.encode("latin-1", "replace").decode("latin-1")
         pen.text((2, row * (top + h + gap) + 2), shown, fill="black")
-    picture.save(path + ".tmp", format="PNG")
-    os.replace(path + ".tmp", path)
+    write_whole(path, lambda file: picture.save(file, format="PNG"))
 
 
 def table(rows):
@@ -933,7 +1091,7 @@ def references(args):
                 images.append(path)
     if images:
         net = DigitsNet() if args.features == "digits" else load_inception(args.inception, args.resize)
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        rank, world = processes()
     for path in images:
         batches = read_images(path, args.batch, rank, world, progress=rank == 0)
         found[path] = measure(net.to(args.device), batches, args.device, path)

@@ -32,6 +32,7 @@ import http.client
 import importlib
 import importlib.util
 import io
+import logging
 import math
 import mmap
 import os
@@ -1458,23 +1459,83 @@ def turned(state, channels):
 SD_SCALE = 0.18215                                  # latents of the SD-VAE times this have a deviation near 1
 
 
-def library(name):
-    """diffusers or transformers, not in requirements.txt; WeightsError says how to install them."""
+# choice: MF's SD-VAE for all; REPA's script decodes with ft-ema. CLIP is U-ViT's, DINOv2 REPA's
+SD_VAE, CLIP, DINO = "stabilityai/sd-vae-ft-mse", "openai/clip-vit-large-patch14", "facebook/dinov2-base"
+ENCODERS = {           # class: package, what its config.json calls it, the flag that takes a folder
+    "AutoencoderKL": ("diffusers", [None], "--vae FOLDER/{}"),
+    "CLIPTextModel": ("transformers", ["clip", "clip_text_model"], "--encoders FOLDER"),
+    "Dinov2Model": ("transformers", ["dinov2"], "--encoders FOLDER")}
+
+
+def library(package, name):
+    """A class of diffusers or transformers, which are not in requirements.txt; WeightsError without them."""
     try:
-        return importlib.import_module(name)
-    except ImportError:
+        return getattr(importlib.import_module(package), name)
+    except ModuleNotFoundError as e:
         install = "pip install diffusers transformers accelerate"
-        raise WeightsError(f"{name} is not installed: {install}") from None
+        raise WeightsError(f"{e.name or package} is not installed: {install}") from None
+    except Exception as e:                            # say, a torchvision that was built for another torch
+        raise WeightsError(f"{package} cannot be imported: {' '.join(str(e).split())[:300]}") from e
+
+
+def local_first(kind, name, load):
+    """load(True) from a folder or the hub's cache, else load(False) by network; WeightsError without both."""
+    try:
+        logging.disable(logging.ERROR)                # what is wrong is said in one line, not in fifty
+        with contextlib.redirect_stderr(io.StringIO()):
+            return load(True)
+    except Exception as e:
+        if os.path.isdir(name):
+            raise WeightsError(f"{name}: {' '.join(str(e).split())[:300]} ({type(e).__name__})") from e
+    finally:
+        logging.disable(logging.NOTSET)
+    last, flag = os.path.basename(name), ENCODERS[kind][2]
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+        raise WeightsError(f"{name}: no such folder; pass {flag.format(last)}")
+    try:                                              # trap: the hub's own client would try for half a minute
+        urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=20).close()
+        return load(False)
+    except Exception as e:
+        raise WeightsError(f"{name}: not downloaded, and cannot be now ({' '.join(str(e).split())[:99]}); "
+                           f"where there is network: hf download {name} --local-dir FOLDER/{last}; then pass "
+                           f"{flag.format(last)}") from e
+
+
+def pretrained(kind, name, device):
+    """The frozen float32 model of a class in ENCODERS, from a folder or the hub. WeightsError if not whole.
+
+    identity: its name and the checksum of its weights, without those of a decoder: sd-vae-ft-mse and -ema can
+    decode what either has encoded.
+    """
+    package, types, _ = ENCODERS[kind]
+    make = library(package, kind)
+    model, info = local_first(kind, name, lambda local: make.from_pretrained(
+        name, local_files_only=local, output_loading_info=True))
+    lost, found = [*info["missing_keys"], *info["mismatched_keys"]], getattr(model.config, "model_type", None)
+    if lost or found not in types:                    # trap: the libraries would go on, with random weights
+        raise WeightsError(f"{name}: no whole {kind}: its kind is {found}, it lacks {len(lost)} weights "
+                           f"{lost[:2]}")
+    model = model.float().requires_grad_(False).eval()
+    own = {k: v for k, v in model.state_dict().items() if not k.startswith(("decoder.", "post_quant_conv."))}
+    model.identity = f"{os.path.abspath(name) if os.path.isdir(name) else name}, {stamp(own)}"
+    return model.to(device)
 
 
 def sd_vae(name, device):
-    """The SD-VAE (a folder, or a name on the hub), frozen, float32."""
-    return library("diffusers").AutoencoderKL.from_pretrained(name).to(device).requires_grad_(False).eval()
+    """The SD-VAE (a folder, or a name on the hub, "" = MF's), frozen, float32."""
+    return pretrained("AutoencoderKL", name or SD_VAE, device)
+
+
+def encode_moments(vae, images):
+    """Images (B, 3, H, W) in the range the data want -> mean, deviation of the latents, (B, 8, H/8, W/8)."""
+    code = vae.encode(images.contiguous()).latent_dist        # trap: a CPU errs by 0.01 on channels_last
+    return torch.cat([code.mean, code.std], 1).float()
 
 
 def decode_latents(vae, z):
-    """Latents z (B, 4, h, w), not scaled -> what the VAE draws, (B, 3, 8 h, 8 w), 16 at a time."""
-    return torch.cat([vae.decode(part).sample for part in z.split(16)])
+    """Latents z (B, 4, h, w), not scaled -> what the VAE draws, (B, 3, 8 h, 8 w); of 32x32, 16 at a time."""
+    parts = z.contiguous().split(max(1, 16 * 32**2 // z.shape[2:].numel()))
+    return torch.cat([vae.decode(part).sample for part in parts])
 
 
 class CLIPText:
@@ -1482,14 +1543,25 @@ class CLIPText:
     """
 
     def __init__(self, name, device):
-        self.name, self.device, self.model = name, device, None
+        self.name, self.device, self.model = name or CLIP, device, None
 
     def load(self):
-        if self.model is None:
-            transformers = library("transformers")
-            self.tokenizer = transformers.CLIPTokenizer.from_pretrained(self.name)
-            self.model = transformers.CLIPTextModel.from_pretrained(self.name).to(self.device)
-            self.model.requires_grad_(False).eval()
+        if self.model is not None:
+            return
+        model = pretrained("CLIPTextModel", self.name, self.device)
+        make = library("transformers", "CLIPTokenizer")
+
+        def load(local):
+            found, expected = make.from_pretrained(self.name, local_files_only=local), model.config.vocab_size
+            if len(found) != expected:                # trap: without its files it would know two tokens
+                raise ValueError(f"{len(found)} tokens, not {expected}; are vocab.json and merges.txt there?")
+            return found
+        self.tokenizer, self.model = local_first("CLIPTextModel", self.name, load), model
+
+    @property
+    def identity(self):
+        self.load()
+        return self.model.identity
 
     def ids(self, captions):
         """Captions -> token ids (B, 77), cut or filled."""
@@ -1499,7 +1571,7 @@ class CLIPText:
 
     @torch.no_grad()
     def __call__(self, words):
-        """Token ids (B, 77) -> features (B, 77, 768); features that were cached pass."""
+        """Token ids (B, 77) -> features (B, 77, 768); U-ViT's features pass."""
         words = words.to(self.device, non_blocking=True)
         if words.is_floating_point():
             return words.float()
@@ -1510,7 +1582,7 @@ class CLIPText:
 def dinov2(name, device):
     """f(uint8 (B, 3, 256, 256)) -> (B, 256, 768): the normed patch tokens of DINOv2 (REPA)."""
     # choice: transformers' resampling of the table of positions to 16x16; REPA calls timm's
-    model = library("transformers").Dinov2Model.from_pretrained(name).to(device).requires_grad_(False).eval()
+    model = pretrained("Dinov2Model", name or DINO, device)
     mean, std = (torch.tensor(c, device=device).view(3, 1, 1)
                  for c in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
@@ -1518,6 +1590,7 @@ def dinov2(name, device):
     def tokens(images):
         x = (images.to(device).float() / 255 - mean) / std
         return model(F.interpolate(x, 224, mode="bicubic")).last_hidden_state[:, 1:]
+    tokens.identity = model.identity
     return tokens
 
 

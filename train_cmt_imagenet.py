@@ -88,7 +88,7 @@ class Config:                   # field default < matching rows of PRESETS < com
     seeds: str = "0-63"         # sample: one image per seed, FIRST-LAST
     samples: int = 50_000       # eval: images per score
     repeat: int = 1             # eval: scores with fresh seeds, reported as mean, deviation and minimum
-    vae: str = "stabilityai/sd-vae-ft-mse"               # 512: encode and decode (EDM2), by diffusers
+    vae: str = ""               # 512: encode, decode: NAME, FOLDER; "" = the data's, else ft-mse (EDM2)
 
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "tf32"    # as the authors; mid: bf16; fp32: exact
     seed: int = 0
@@ -100,6 +100,7 @@ ECD = dict(steps=100_000, decay="constant", q=256)                              
 # choice: the nets of 64's ECD teacher are not named; XL by its cost, the guide of EDM2's own preset
 GUIDED = dict(guide="edm2-img64-xs-0134217-0.110", w=1.7)
 PRESETS = {  # (data, stage, method): matching rows are laid over each other, top to bottom; "own" = a path
+    ("*", "encode", "*"): dict(batch_gpu=8),              # pictures at a time: 0.63 GB each at 512 (EDM2: 8)
     ("imagenet512", "*", "*"): dict(loss="elatent", dropout=0.0, post="ecd", ensemble="bgcfnc"),
     ("*", "pretrain", "*"): dict(steps=327_680, batch=2048, lr=7e-3, decay="sqrt", warmup=4_883,
                                  ema_std=0.050, dropout=0.1),          # EDM2 Table 6: XL, then XXL
@@ -266,65 +267,73 @@ def to_float(images, device):
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def encoder_of_data(cfg, kind, load, name):
+    """load(name, DEVICE), without a name of what made --data; exit code 2 if another encoder made them."""
+    path = FILES.get(data_name(cfg), cfg.data)
+    made, _, stamp = fid.made_of(path).get(kind, "").rpartition(", ")
+    encoder = load(name or made, DEVICE)
+    if stamp and not encoder.identity.endswith(stamp):
+        fail(2, f"{path} was made by the {kind} {made}, {stamp}, not by {encoder.identity}; pass that one")
+    return encoder
+
+
 def to_images(cfg, x):
     """Network output -> images in [-1, 1]: latents (4 channels) through the VAE; pixels are images."""
     if x.shape[1] != 4:
         return x
     mu, sd = latent_scale(x.device)
-    pixels = nets.decode_latents(load_vae(cfg.vae, DEVICE), x * (sd / 0.5) + mu)
-    return pixels * 2 - 1                             # trap: EDM2's VAE is in [0, 1]
+    vae = encoder_of_data(cfg, "vae", load_vae, cfg.vae)
+    pixels = nets.decode_latents(vae, x * (sd / 0.5) + mu)
+    # trap: EDM2's VAE is in [0, 1], and its pixels are floor(255 v), half a level darker than to_uint8's
+    return (pixels.clamp(0, 1) * 255).floor() / 127.5 - 1
 
 
 def encode_zip(cfg):
     """--source, a folder per class -> EDM2's zip: PNG at 64 pixels, moments of the SD-VAE at 512.
 
-    In parts of 1,000, each renamed when it is whole, so that a killed run goes on; then one zip of them all.
+    First as shards in <zip>.parts, then all in one file: for a while, twice its size is needed.
     """
-    target, (found, read) = FILES.get(data_name(cfg), cfg.data), fid.list_pictures(cfg.source)
-    labels, classes = fid.read_labels(cfg.source, found) or (torch.zeros(len(found), dtype=torch.long), 1)
-    name = "{:05d}/img-mean-std-{:08d}.npy" if cfg.res == 512 else "{:05d}/img{:08d}.png"
-    names, folder = [name.format(i // 1000, i) for i in range(len(found))], f"{target}.parts"
-    os.makedirs(folder, exist_ok=True)
-    for k in range(1000 * RANK, len(found), 1000 * WORLD):
-        path = f"{folder}/{k // 1000:05d}.zip"
-        if not os.path.exists(path):
-            encode_part(cfg, read, dict(zip(names[k:k + 1000], found[k:k + 1000])), path)
-            log(cfg, f"encode: {min(len(found), k + 1000):,}/{len(found):,} images")
-    if WORLD > 1:
-        dist.barrier()
-    if RANK == 0:
-        with zipfile.ZipFile(target + ".tmp", "w") as whole:
-            for part in sorted(os.listdir(folder)):
-                with zipfile.ZipFile(f"{folder}/{part}") as z:
-                    for name in z.namelist():
-                        whole.writestr(name, z.read(name))
-            whole.writestr("dataset.json", json.dumps({"labels": list(zip(names, labels.tolist()))}))
-        os.replace(target + ".tmp", target)
-        log(cfg, f"encode: {target}, {len(found):,} images, {classes} classes; {folder} can be deleted")
+    target, (names, open_picture) = FILES.get(data_name(cfg), cfg.data), fid.list_pictures(cfg.source)
+    labels, _ = fid.read_labels(cfg.source, names) or (torch.zeros(len(names), dtype=torch.long), 1)
+    parts, vae, size = f"{target}.parts", None, 3 * cfg.res**2
+    record = dict(crop=f"EDM2 {cfg.res}", precision=cfg.precision,
+                  labels=f"crc32 {zlib.crc32(labels.numpy()):08x}")
+    if cfg.res == 512:
+        vae, size = encoder_of_data(cfg, "vae", load_vae, cfg.vae), 4 * 8 * 64**2
+        record["vae"] = vae.identity
+
+    def read(name):
+        return np.asarray(fid.crop(fid.rgb(open_picture(name, exif=False)), cfg.res))      # not upright: EDM2
+
+    def encode(images):               # trap: EDM2 feeds [0, 1] where Stable Diffusion feeds [-1, 1]
+        return [nets.encode_moments(vae, images.to(DEVICE).float() / 255) if vae else images]
+    size *= len(names) * (1 if os.path.exists(target) else 2)
+    record, refused = fid.begin_encode(parts, record, cfg.source, names, read, size)
+    if refused:
+        fail(2, refused)
+    with torch.autocast(DEVICE.type, HALF.get(cfg.precision), enabled=cfg.precision in HALF):
+        fid.encode_shards(parts, [""], names, read, encode, cfg.batch_gpu)
+    if RANK == 0 and not os.path.exists(target):
+        fid.write_whole(target, lambda file: write_zip(file, parts, record, labels.tolist()))
+    log(cfg, f"encode: {target}, {len(names):,} images; {parts} can be deleted")
 
 
-@torch.no_grad()
-def encode_part(cfg, read, sources, path):
-    """sources, {name in the zip: picture that read knows} -> the zip `path`, by way of a temporary file."""
-    def pixels_of(picture):
-        return np.asarray(fid.crop(fid.rgb(read(picture, exif=False)), cfg.res))      # as EDM2: not turned
-
-    names = list(sources)
-    with zipfile.ZipFile(path + ".tmp", "w") as z, ThreadPoolExecutor(8) as pool:
-        for i in range(0, len(names), 64):
-            images = list(pool.map(pixels_of, [sources[name] for name in names[i:i + 64]]))
-            if cfg.res == 512:        # trap: EDM2 feeds [0, 1] where Stable Diffusion feeds [-1, 1]
-                x = torch.from_numpy(np.stack(images)).to(DEVICE).permute(0, 3, 1, 2).float() / 255
-                code = load_vae(cfg.vae, DEVICE).encode(x).latent_dist
-                images = torch.cat([code.mean, code.std], 1).cpu().numpy()
-            for name, image in zip(names[i:i + 64], images):
-                buffer = io.BytesIO()
-                if cfg.res == 512:
-                    np.save(buffer, image)
+def write_zip(file, parts, record, labels):
+    """EDM2's zip of the shards in the folder `parts`: an .npy or .png for each image, and dataset.json."""
+    names = []
+    with zipfile.ZipFile(file, "w") as z:
+        for part in sorted(name for name in os.listdir(parts) if name.endswith(".npy")):
+            for image in np.load(f"{parts}/{part}", mmap_mode="r"):
+                i, buffer = len(names), io.BytesIO()
+                if image.dtype == np.uint8:
+                    picture = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
+                    picture.save(buffer, format="PNG", compress_level=0)
+                    names.append(f"{i // 1000:05d}/img{i:08d}.png")
                 else:
-                    Image.fromarray(image).save(buffer, format="PNG", compress_level=0)
-                z.writestr(name, buffer.getvalue())
-    os.replace(path + ".tmp", path)
+                    np.save(buffer, image)
+                    names.append(f"{i // 1000:05d}/img-mean-std-{i:08d}.npy")
+                z.writestr(names[-1], buffer.getvalue())
+        z.writestr("dataset.json", json.dumps({"labels": list(zip(names, labels)), "made_of": record}))
 
 
 # ---- losses -----------------------------------------------------------------------------------
@@ -710,7 +719,8 @@ LIMITS = {  # (rule, least, below): fields
 
 def check(cfg):
     """Everything that would stop this stage, before any stage starts: values (exit code 2), files (3)."""
-    check_values(cfg)
+    encode = cfg.stage == "encode"                    # has a --batch_gpu of its own
+    check_values(replace(cfg, batch=WORLD * max(1, cfg.batch_gpu)) if encode else cfg)
     name, (n, pairs) = data_name(cfg), solves(cfg)
     if cfg.data == "imagenet" and cfg.res not in (64, 512):
         fail(2, f"--res {cfg.res} is not possible with --data imagenet; it is 64 or 512")
@@ -728,9 +738,13 @@ def check(cfg):
             fail(2, f"--loss {cfg.loss} does not measure --res {cfg.res}; lpips is for 64, elatent for 512")
         if cfg.loss == "huber" and not cfg.huber_c:
             fail(2, f"--loss huber --huber_c {cfg.huber_c}: huber needs a c above 0")
-    if cfg.stage == "encode" and not os.path.isdir(cfg.source):
-        fail(3, f"--source {cfg.source!r} is no folder; name ImageNet's training folder, a folder per class")
     missing, path = [], FILES.get(name, cfg.data)
+    if encode and not os.path.exists(cfg.source):
+        fail(3, f"--source {cfg.source!r}: not there; name ImageNet's training folder, a folder per class")
+    if encode and not path.endswith(".zip"):
+        fail(2, f"--data {path}: images are encoded into a .zip; name one")
+    if encode and os.path.exists(path) and not os.path.exists(f"{path}.parts/begun.json"):
+        fail(2, f"{path} is there already, and {path}.parts does not say of what; name another --data ZIP")
     if reads_data(cfg) and cfg.data != "digits" and not os.path.exists(path):
         missing.append(f"{path} is not there; pass --data PATH, or make it from ImageNet: python "
                        f"train_cmt_imagenet.py --res {cfg.res} --stage encode --source FOLDER")
@@ -741,7 +755,7 @@ def check(cfg):
     if missing and not os.path.exists(f"{cfg.out}/{cfg.stage}.pt"):
         fail(3, "; ".join(missing))
     if cfg.res == 512 and cfg.data != "digits" and cfg.stage in ("encode", "sample", "eval"):
-        load_vae(cfg.vae, "cpu")                      # are diffusers and the VAE there?
+        encoder_of_data(cfg, "vae", load_vae, cfg.vae)        # are diffusers and the VAE there?
     for file in (cfg.main, cfg.guide) if cfg.stage == "post" and cfg.post != "ect" else ():
         if file.startswith("edm2-") and not os.path.exists(file):
             nets.fetch(nets.EDM2_URL % file)          # not after days of mid-training

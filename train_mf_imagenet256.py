@@ -88,7 +88,7 @@ class Config:                   # field default < matching rows of PRESETS < com
     seeds: str = "0-63"         # sample: one image per seed, FIRST-LAST
     samples: int = 50_000       # eval: images per score
     repeat: int = 1             # eval: scores with fresh seeds, reported as mean, deviation and minimum
-    vae: str = "stabilityai/sd-vae-ft-mse"               # encode and decode (MF), by diffusers
+    vae: str = ""               # encode, decode: NAME, FOLDER; "" = the data's, else sd-vae-ft-mse (MF)
 
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "tf32"    # mid: bf16; du/dt always fp32
     compile: bool = False       # the network, and the function that holds the Jacobian product
@@ -98,6 +98,7 @@ class Config:                   # field default < matching rows of PRESETS < com
 
 
 PRESETS = {  # (data, stage, method): matching rows are laid over each other, top to bottom; "own" = a path
+    ("*", "encode", "*"): dict(batch_gpu=32),                            # pictures at a time, twice: mirrored
     ("*", "pretrain", "fm"): dict(power=0.0),                                            # SiT: squared error
     # choice: a fixed target is drawn and learned in bf16 no worse than in fp32: measured on digits
     ("*", "mid", "*"): dict(steps=200_000, batch=112, precision="bf16",
@@ -159,7 +160,6 @@ def data_name(cfg):
 
 # ---- data -------------------------------------------------------------------------------------
 KIND = "mean, deviation; plain, flipped"              # what the shards of --stage encode hold
-SHARD = 16_384                                        # images in one of them: 0.5 GB
 load_vae = cache(nets.sd_vae)                         # loaded once
 
 
@@ -280,58 +280,46 @@ def to_float(images, device):
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def encoder_of_data(cfg, kind, load, name):
+    """load(name, DEVICE), without a name of what made --data; exit code 2 if another encoder made them."""
+    path = FILES.get(data_name(cfg), cfg.data)
+    made, _, stamp = fid.made_of(path).get(kind, "").rpartition(", ")
+    encoder = load(name or made, DEVICE)
+    if stamp and not encoder.identity.endswith(stamp):
+        fail(2, f"{path} was made by the {kind} {made}, {stamp}, not by {encoder.identity}; pass that one")
+    return encoder
+
+
 def decoded(cfg, x):
     """Samples -> images in [-1, 1]: latents through the VAE; digits are images already."""
-    return x if cfg.data == "digits" else nets.decode_latents(load_vae(cfg.vae, DEVICE), x / nets.SD_SCALE)
+    if cfg.data == "digits":
+        return x
+    return nets.decode_latents(encoder_of_data(cfg, "vae", load_vae, cfg.vae), x / nets.SD_SCALE)
 
 
 def encode_folder(cfg):
-    """--source, a folder per class -> shards of moments, fp16 (n, 2, 8, 32, 32): the image, its mirror image.
+    """--source, a folder per class -> shards of moments, fp16 (n, 2, 8, 32, 32): of it and its mirror."""
+    target, (names, open_picture) = FILES.get(cfg.data, cfg.data), fid.list_pictures(cfg.source)
+    labels, classes = fid.read_labels(cfg.source, names) or (torch.zeros(len(names), dtype=torch.long), 1)
+    vae, number = encoder_of_data(cfg, "vae", load_vae, cfg.vae), len(names)
+    record = dict(kind=KIND, scale=nets.SD_SCALE, crop="ADM 256", vae=vae.identity, precision=cfg.precision,
+                  labels=f"crc32 {zlib.crc32(labels.numpy()):08x}")
 
-    A shard is renamed when it is whole, so a killed run goes on; index.json is written last.
-    """
-    target = FILES.get(cfg.data, cfg.data)
-    classes = sorted(d for d in os.listdir(cfg.source) if os.path.isdir(f"{cfg.source}/{d}"))
-    found = [(f"{cfg.source}/{d}/{name}", k) for k, d in enumerate(classes)
-             for name in sorted(os.listdir(f"{cfg.source}/{d}"))]
-    if not found:
-        fail(3, f"--source {cfg.source} holds no folder of images; name ImageNet's training folder")
-    vae, shards = load_vae(cfg.vae, DEVICE), -(-len(found) // SHARD)
-    os.makedirs(target, exist_ok=True)
-    for k in range(RANK, shards, WORLD):
-        path = f"{target}/{k:05d}.npy"
-        if not os.path.exists(path):
-            encode_shard([name for name, _ in found[k * SHARD:(k + 1) * SHARD]], path, vae)
-            log(cfg, f"encode: {min(len(found), (k + 1) * SHARD):,}/{len(found):,} images")
-    if WORLD > 1:
-        dist.barrier()
-    if RANK == 0:
-        np.save(f"{target}/labels.npy", np.array([k for _, k in found], np.int64))
-        with open(f"{target}/index.json.tmp", "w") as f:
-            json.dump(dict(kind=KIND, scale=nets.SD_SCALE, vae=cfg.vae, crop="ADM 256", classes=classes,
-                           images=len(found), shards=shards), f)
-        os.replace(f"{target}/index.json.tmp", f"{target}/index.json")
-        log(cfg, f"encode: {target}, {len(found):,} images and their mirror images, {len(classes)} classes")
-
-
-@torch.no_grad()
-def encode_shard(names, path, vae):
-    """Image files -> one shard, by a temporary file. Mirror images are encoded, latents are not flipped."""
     def read(name):
-        picture = fid.open_picture(name, name, exif=False)                    # as ADM: not turned upright
-        return np.asarray(fid.crop(fid.rgb(picture), 256))
+        return np.asarray(fid.crop(fid.rgb(open_picture(name, exif=False)), 256))           # not upright: ADM
 
-    parts = []
-    with ThreadPoolExecutor(8) as pool:
-        for i in range(0, len(names), 32):
-            pixels = torch.from_numpy(np.stack(list(pool.map(read, names[i:i + 32]))))
-            x = to_float(pixels.permute(0, 3, 1, 2), DEVICE)
-            codes = [vae.encode(images).latent_dist for images in (x, x.flip(3))]
-            moments = torch.stack([torch.cat([code.mean, code.std], 1) for code in codes], 1)
-            parts.append(moments.half().cpu().numpy())
-    with open(path + ".tmp", "wb") as f:
-        np.save(f, np.concatenate(parts))
-    os.replace(path + ".tmp", path)
+    def moments(images):                              # mirror images are encoded, latents are not flipped
+        x = to_float(images, DEVICE)
+        return [torch.stack([nets.encode_moments(vae, y) for y in (x, x.flip(3))], 1).half()]
+    record, refused = fid.begin_encode(target, record, cfg.source, names, read, number * 2 * 8 * 32 * 32 * 2)
+    if refused:
+        fail(2, refused)
+    with torch.autocast(DEVICE.type, HALF.get(cfg.precision), enabled=cfg.precision in HALF):
+        fid.encode_shards(target, [""], names, read, moments, cfg.batch_gpu)
+    if RANK == 0:
+        np.save(f"{target}/labels.npy", labels.numpy())
+        fid.write_json(f"{target}/index.json", dict(record, shards=-(-number // record["shard"])))
+        log(cfg, f"encode: {target}, {number:,} images and their mirror images, {classes} classes")
 
 
 # ---- losses -----------------------------------------------------------------------------------
@@ -735,7 +723,8 @@ LIMITS = {  # (rule, least, below): fields
 
 def check(cfg):
     """Everything that would stop this stage, before any stage starts: values (exit code 2), files (3)."""
-    check_values(cfg)
+    encode = cfg.stage == "encode"                    # has a --batch_gpu of its own
+    check_values(replace(cfg, batch=WORLD * max(1, cfg.batch_gpu)) if encode else cfg)
     if cfg.guide_from > cfg.guide_to:
         fail(2, f"--guide_from {cfg.guide_from} must not be above --guide_to {cfg.guide_to}")
     for flag in ("weak", "size"):
@@ -746,8 +735,8 @@ def check(cfg):
                     f"{cfg.trajectories} must fill whole batches of --batch {cfg.batch}")
         if cfg.trajectories % WORLD:
             fail(2, f"--trajectories {cfg.trajectories} must be a multiple of the {WORLD} processes")
-    if cfg.stage == "encode" and not os.path.isdir(cfg.source):
-        fail(3, f"--source {cfg.source!r} is no folder; name ImageNet's training folder, a folder per class")
+    if encode and not os.path.exists(cfg.source):
+        fail(3, f"--source {cfg.source!r}: not there; name ImageNet's training folder, a folder per class")
     if cfg.stage in ("pretrain", "mid", "post") and not os.path.exists(f"{cfg.out}/{cfg.stage}.pt"):
         if cfg.stage == "post" or cfg.stage == "pretrain" and not cfg.teacher:
             latents_path(cfg)                         # not after days of mid-training, which needs no data
@@ -755,7 +744,7 @@ def check(cfg):
             fail(3, f"--init {cfg.init}: no such file")
     if cfg.stage == "eval" and cfg.data != "digits":
         fid.prefetch(REFERENCE.get(cfg.data, cfg.data))
-        nets.sd_vae(cfg.vae, "cpu")                   # not after training: is diffusers there, and the VAE?
+        encoder_of_data(cfg, "vae", nets.sd_vae, cfg.vae)     # not after training: is the VAE there?
 
 
 def check_values(cfg):
@@ -1053,7 +1042,9 @@ def evaluate(cfg):
                                                       cfg.batch_gpu or 250)
                 log(cfg, f"eval: {name} {column} {row[column]}, {labels} labels",
                     stage="eval", net=name, metric=column, labels=labels, values=values)
-    scale, decoder = cfg.omega / (1 - cfg.kappa), "none (pixels)" if cfg.data == "digits" else cfg.vae
+    scale, decoder = cfg.omega / (1 - cfg.kappa), "none (pixels)"
+    if cfg.data != "digits":
+        decoder = encoder_of_data(cfg, "vae", load_vae, cfg.vae).identity
     note = (f"{cfg.samples} samples a score, seeds from 0, EMA weights, decoder {decoder}, guidance "
             f"{scale:.4g} (omega {cfg.omega}, kappa {cfg.kappa}) for t in [{cfg.guide_from}, {cfg.guide_to}]")
     text = f"{fid.table(rows)}\n\n{fid.protocol(ours, reference)}\n{note}"

@@ -55,7 +55,7 @@ class Config:                   # field default < matching rows of PRESETS < com
     stage: Literal["all", "encode", "pretrain", "mid", "post", "sample", "eval"] = "all"   # all: unfinished
     out: str = ""               # folder of the run; "" = out/<data>, out/digits-t2i
     source: str = ""            # encode: folder with COCO's train2014, val2014 and annotations
-    cache_text: bool = False    # encode: CLIP's features of every caption (49 GB) beside their token ids
+    encoders: str = ""          # FOLDER of clip-vit-large-patch14, dinov2-base; "" = the data's, the hub's
     teacher: str = ""           # FILE, URL of a SiT; "" = <out>/pretrain.pt
     pretrain: Literal["repa", "plain"] = "repa"          # the teacher: SiT with REPA (B.6), or without
     mid: Literal["cmt", "none"] = "cmt"                  # Eq. 8
@@ -92,7 +92,7 @@ class Config:                   # field default < matching rows of PRESETS < com
     seeds: str = "0-7"          # sample: one image per seed and caption, FIRST-LAST
     samples: int = 30_000       # eval: images per score (U-ViT)
     repeat: int = 1             # eval: scores with fresh seeds, reported as mean, deviation and minimum
-    vae: str = "stabilityai/sd-vae-ft-mse"               # choice: MF's; REPA's script decodes with ft-ema
+    vae: str = ""               # encode, decode: NAME, FOLDER; "" = the data's, else sd-vae-ft-mse
 
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "tf32"    # mid: bf16; du/dt always fp32
     compile: bool = False       # the network, and the function that holds the Jacobian product
@@ -102,6 +102,7 @@ class Config:                   # field default < matching rows of PRESETS < com
 
 
 PRESETS = {  # (data, stage, method): matching rows are laid over each other, top to bottom; "own" = a path
+    ("*", "encode", "*"): dict(batch_gpu=32),                                # pictures at a time
     ("*", "pretrain", "*"): dict(clip=1.0),                                                # REPA
     ("*", "pretrain", "plain"): dict(repa=0.0),
     # choice: steps of mid and post: Table 5's hours at the teacher's FLOP/s; EMA of mid-training
@@ -121,10 +122,9 @@ STAGES = ["pretrain", "mid", "post", "eval"]          # what --stage all runs, i
 INITS = "sit", "random"                            # what --init says that is no FILE
 FILES = {"coco": "data/coco256-sd"}
 SIDES = {"coco": 32, "digits": 8}                     # of the squares that the networks see
-CLIP, DINO = "openai/clip-vit-large-patch14", "facebook/dinov2-base"           # encoders of U-ViT, of REPA
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 FREE = {  # fields that may differ when a stage goes on, or is found finished; a teacher's weights may not
-    "*": "stage out source cache_text teacher vae prompts seeds samples repeat nfe compile batch_gpu "
+    "*": "stage out source encoders teacher vae prompts seeds samples repeat nfe compile batch_gpu "
          "log_every save_every",
     "pretrain": "mid post init omega kappa guide_from guide_to nodes trajectories",
     "mid": "pretrain post ratio P_mean P_std power",
@@ -162,7 +162,6 @@ def data_name(cfg):
 
 
 # ---- data -------------------------------------------------------------------------------------
-SHARD = 1_024                                         # images in a shard: tokens 0.4 GB, captions 0.6 GB
 load_vae = cache(nets.sd_vae)                         # loaded once
 KIND = "coco: moments = mean, deviation; DINOv2 tokens; captions"
 SAYINGS = "the digit {}", "a {}", "the number {}", "{}", "a handwritten {}"      # five captions, as COCO has
@@ -173,7 +172,7 @@ class Coco:
     """Memory-mapped shards of --stage encode, or U-ViT's extracted features (a small file for each array).
 
     Image k has moments (8, h, w), mean and deviation of its SD-VAE latent; DINOv2 tokens (N, D), none from
-    U-ViT; and captions first[k] to first[k + 1], as CLIP's token ids (77,) or its features (77, 768). Of
+    U-ViT; and captions first[k] to first[k + 1], as CLIP's token ids (77,), U-ViT's as features (77, 768). Of
     U-ViT's files each is read once before the first step; <out>/checked.txt says so to the next stage.
     """
 
@@ -190,7 +189,7 @@ class Coco:
             index = json.load(f)
         if index["kind"] != KIND or index["scale"] != nets.SD_SCALE:
             raise fid.DataError(f"{self.path}: index.json says {index}; run --stage encode again")
-        for name in index["arrays"]:
+        for name in ("moments", "tokens"):
             files = [f"{self.path}/{name}_{k:05d}.npy" for k in range(index["shards"])]
             self.maps[name] = [np.load(file, mmap_mode="r") for file in files]
         self.first, self.ids = np.load(f"{self.path}/first.npy"), np.load(f"{self.path}/ids.npy")
@@ -240,10 +239,7 @@ class Coco:
         j = int(pick * (self.first[k + 1] - self.first[k]))
         if not self.maps:
             return self.array(f"train/{k}_{j}")
-        j += self.first[k]
-        if "features" in self.maps:
-            return self.row("features", j)
-        return torch.from_numpy(self.ids[j].astype(np.int64))
+        return torch.from_numpy(self.ids[self.first[k] + j].astype(np.int64))
 
     def texts(self, index, pick):
         """The captions of images index (B,) that pick (B,), in [0, 1), falls on: ids or features (B, ...)."""
@@ -315,7 +311,15 @@ def random_tokens(images, grid):
 
 def text_encoder(cfg):
     """Captions -> ids -> features: CLIP, or the digits' fixed vectors."""
-    return Words(DEVICE) if cfg.data == "digits" else nets.CLIPText(CLIP, DEVICE)
+    if cfg.data == "digits":
+        return Words(DEVICE)
+    return encoder_of_data(cfg, "text", nets.CLIPText, in_encoders(cfg, nets.CLIP))
+
+
+def in_encoders(cfg, name):
+    """The folder of CLIP or DINOv2 in that of --encoders; "" if it is not there."""
+    folder = f"{cfg.encoders}/{os.path.basename(name)}"
+    return folder if cfg.encoders and os.path.isdir(folder) else ""
 
 
 def load_data(cfg):
@@ -383,13 +387,25 @@ def to_float(images, device):
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def encoder_of_data(cfg, kind, load, name):
+    """load(name, DEVICE), without a name of what made --data; exit code 2 if another encoder made them."""
+    path = FILES.get(data_name(cfg), cfg.data)
+    made, _, stamp = fid.made_of(path).get(kind, "").rpartition(", ")
+    encoder = load(name or made, DEVICE)
+    if stamp and not encoder.identity.endswith(stamp):
+        fail(2, f"{path} was made by the {kind} {made}, {stamp}, not by {encoder.identity}; pass that one")
+    return encoder
+
+
 def decoded(cfg, x):
     """Samples -> images in [-1, 1]: latents through the VAE; digits are images already."""
-    return x if cfg.data == "digits" else nets.decode_latents(load_vae(cfg.vae, DEVICE), x / nets.SD_SCALE)
+    if cfg.data == "digits":
+        return x
+    return nets.decode_latents(encoder_of_data(cfg, "vae", load_vae, cfg.vae), x / nets.SD_SCALE)
 
 
 def read_coco(source, part):
-    """[(image file, [captions])] of train2014 or val2014, by image id (U-ViT)."""
+    """[(image file, its captions)] of train2014 or val2014, by image id (U-ViT)."""
     name = f"{source}/annotations/captions_{part}.json"
     with fid.blame(name):
         with open(name) as f:
@@ -398,98 +414,48 @@ def read_coco(source, part):
         for a in given["annotations"]:
             captions.setdefault(a["image_id"], []).append(a["caption"])
         images = sorted((i["id"], i["file_name"]) for i in given["images"])
-        return [(f"{source}/{part}/{file}", captions[k]) for k, file in images]
-
-
-def read_squares(names):
-    """Image files -> their middle squares, uint8 (B, 3, 256, 256)."""
-    def read(name):
-        return np.asarray(fid.square(fid.rgb(fid.open_picture(name, name, exif=False)), 256))
-
-    with ThreadPoolExecutor(8) as pool:
-        return torch.from_numpy(np.stack(list(pool.map(read, names)))).permute(0, 3, 1, 2)
-
-
-@torch.no_grad()
-def encode_array(name, part, encoder):
-    """One array of a shard, fp16: moments or DINOv2 tokens of image files, or features of captions."""
-    rows = []
-    for i in range(0, len(part), 64):
-        batch = part[i:i + 64]
-        if name == "features":
-            row = encoder(encoder.ids(batch))
-        elif name == "tokens":
-            row = encoder(read_squares(batch))
-        else:
-            code = encoder.encode(to_float(read_squares(batch), DEVICE)).latent_dist
-            row = torch.cat([code.mean, code.std], 1)
-        rows.append(row.half().cpu())
-    return torch.cat(rows).numpy()
+        return [(f"{part}/{file}", captions[k]) for k, file in images]
 
 
 def encode_coco(cfg):
-    """--source -> shards of moments, DINOv2 tokens and, with --cache_text, CLIP features; token ids; val.npz.
-
-    An array of a shard is renamed when it is whole, so a killed run goes on; index.json is written last.
-    """
-    target, clip = FILES.get(cfg.data, cfg.data), nets.CLIPText(CLIP, DEVICE)
+    """--source -> shards of moments and DINOv2 tokens, CLIP's token ids of all captions, val.npz for FID."""
+    target, clip = FILES.get(cfg.data, cfg.data), text_encoder(cfg)
     train, val = (read_coco(cfg.source, part) for part in ("train2014", "val2014"))
-    names, texts = [name for name, _ in train], [c for _, captions in train for c in captions]
-    shards = -(-len(train) // SHARD)
-    index = dict(kind=KIND, scale=nets.SD_SCALE, vae=cfg.vae, vision=DINO, text=CLIP, crop="U-ViT 256",
-                 images=len(train), captions=len(texts), shards=shards)
-    begin_shards(target, index)
-    arrays = dict(moments=(names, load_vae(cfg.vae, DEVICE)), tokens=(names, nets.dinov2(DINO, DEVICE)))
-    if cfg.cache_text:
-        arrays["features"] = texts, clip
-    for name, (source, encoder) in arrays.items():
-        size = -(-len(source) // shards)
-        for k in range(RANK, shards, WORLD):
-            file = f"{target}/{name}_{k:05d}.npy"
-            if not os.path.exists(file):
-                with open(file + ".tmp", "wb") as f:
-                    np.save(f, encode_array(name, source[k * size:(k + 1) * size], encoder))
-                os.replace(file + ".tmp", file)
-                log(cfg, f"encode: {name}, {k + 1} of {shards} shards")
+    names, texts = [name for name, _ in train + val], [c for _, captions in train for c in captions]
+    vae = encoder_of_data(cfg, "vae", load_vae, cfg.vae)
+    vision = encoder_of_data(cfg, "vision", nets.dinov2, in_encoders(cfg, nets.DINO))
+    inception = fid.load_inception().to(DEVICE)
+    record = dict(kind=KIND, scale=nets.SD_SCALE, crop="U-ViT 256", precision=cfg.precision, vae=vae.identity,
+                  vision=vision.identity, text=clip.identity, inception=inception.protocol,
+                  captions=f"crc32 {zlib.crc32(repr(train + val).encode()):08x}")
+
+    def read(name):
+        picture = fid.open_picture(f"{cfg.source}/{name}", f"{cfg.source}/{name}", exif=False)
+        return np.asarray(fid.square(fid.rgb(picture), 256))
+
+    def encode(images):
+        moments = nets.encode_moments(vae, to_float(images, DEVICE))
+        return moments.half(), vision(images).half()
+    size = len(train) * 2 * (8 * 32**2 + 16**2 * 768)                         # moments and tokens in fp16
+    record, refused = fid.begin_encode(target, record, cfg.source, names, read, size)
+    if refused:
+        fail(2, refused)
+    with torch.autocast(DEVICE.type, HALF.get(cfg.precision), enabled=cfg.precision in HALF):
+        fid.encode_shards(target, ["moments_", "tokens_"], names[:len(train)], read, encode, cfg.batch_gpu)
     if not os.path.exists(f"{target}/val.npz"):
-        mine = [name for name, _ in val][RANK::WORLD]
-        batches = (read_squares(mine[i:i + 64]) for i in range(0, len(mine), 64))
-        reference = fid.measure(fid.load_inception().to(DEVICE), batches, DEVICE)
+        mine = names[len(train) + RANK::WORLD]
+        batches = fid.read_ahead(read, [mine[i:i + 64] for i in range(0, len(mine), 64)])
+        reference = fid.measure(inception, batches, DEVICE)
         if RANK == 0:
             fid.save_statistics(f"{target}/val.npz", reference)
-    if WORLD > 1:
-        dist.barrier()
     if RANK == 0:
-        null = clip.ids([""])
         ids = torch.cat([clip.ids(texts[i:i + 1024]) for i in range(0, len(texts), 1024)])
         np.save(f"{target}/ids.npy", ids.numpy().astype(np.uint16))                  # CLIP has 49,408 tokens
         np.save(f"{target}/first.npy", np.cumsum([0] + [len(captions) for _, captions in train]))
-        np.save(f"{target}/null.npy", (clip(null).half().cpu() if cfg.cache_text else null)[0].numpy())
-        write_json(f"{target}/val.json", [captions for _, captions in val])
-        write_json(f"{target}/index.json", dict(index, arrays=list(arrays)))
-        log(cfg, f"encode: {target}, {len(names):,} images, {len(texts):,} captions, {len(val):,} for FID")
-
-
-def begin_shards(target, index):
-    """Make the folder of shards; exit code 2 if it holds some of other encoders or another source."""
-    begun = f"{target}/begun.json"
-    os.makedirs(target, exist_ok=True)
-    if RANK == 0 and not os.path.exists(begun):
-        write_json(begun, index)
-    if WORLD > 1:
-        dist.barrier()
-    with fid.blame(begun), open(begun) as f:
-        old = json.load(f)
-    for k in index:
-        if old.get(k) != index[k]:
-            fail(2, f"{target} was begun with {k} {old.get(k)}, now {index[k]}; name another --data FOLDER")
-
-
-def write_json(path, content):
-    """Write a JSON file by way of a temporary one."""
-    with open(path + ".tmp", "w") as f:
-        json.dump(content, f)
-    os.replace(path + ".tmp", path)
+        np.save(f"{target}/null.npy", clip.ids([""])[0].numpy())
+        fid.write_json(f"{target}/val.json", [captions for _, captions in val])
+        fid.write_json(f"{target}/index.json", dict(record, shards=-(-len(train) // record["shard"])))
+        log(cfg, f"encode: {target}, {len(train):,} images, {len(texts):,} captions, {len(val):,} for FID")
 
 
 # ---- losses -----------------------------------------------------------------------------------
@@ -935,7 +901,12 @@ LIMITS = {  # (rule, least, below): fields
 
 def check(cfg):
     """Everything that would stop this stage, before any stage starts: values (exit code 2), files (3)."""
-    check_values(cfg)
+    encode = cfg.stage == "encode"                    # has a --batch_gpu of its own
+    check_values(replace(cfg, batch=WORLD * max(1, cfg.batch_gpu)) if encode else cfg)
+    for part in ("train2014", "val2014") if encode else ():
+        name = f"annotations/captions_{part}.json"
+        if not cfg.source or not os.path.exists(f"{cfg.source}/{name}"):
+            fail(3, f"--source {cfg.source!r} holds no {name}; name COCO's folder")
     shape_of_size(cfg, SIDES.get(cfg.data, 0))
     if cfg.guide_from > cfg.guide_to:
         fail(2, f"--guide_from {cfg.guide_from} must not be above --guide_to {cfg.guide_to}")
@@ -953,9 +924,8 @@ def check(cfg):
         if not os.path.exists(f"{path}/val.npz"):
             fail(3, f"{path}/val.npz: not there; --stage encode makes it, or python fid.py --save")
         fid.prefetch(cfg.data)
-        nets.sd_vae(cfg.vae, "cpu")
-        if os.path.exists(f"{path}/index.json"):
-            nets.CLIPText(CLIP, "cpu").load()
+        encoder_of_data(cfg, "vae", nets.sd_vae, cfg.vae)
+        text_encoder(cfg)
 
 
 def check_values(cfg):
@@ -1274,7 +1244,8 @@ def evaluate(cfg):
             log(cfg, f"eval: {name} {column} {row[column]}" + f", {reads[column]} show their digit" * digits,
                 stage="eval", net=name, metric=column, values=values, read=reads[column])
         rows += [row, reads] if digits else [row]
-    scale, decoder = cfg.omega / (1 - cfg.kappa), "none (pixels)" if digits else cfg.vae
+    scale = cfg.omega / (1 - cfg.kappa)
+    decoder = "none (pixels)" if digits else encoder_of_data(cfg, "vae", load_vae, cfg.vae).identity
     note = (f"{cfg.samples} samples a score, seeds from 0, EMA weights, decoder {decoder}, guidance "
             f"{scale:.4g} (omega {cfg.omega}, kappa {cfg.kappa}) for t in [{cfg.guide_from}, {cfg.guide_to}]")
     text = f"{fid.table(rows)}\n\n{fid.protocol(ours, reference)}\n{note}"

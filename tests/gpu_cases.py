@@ -152,14 +152,18 @@ def test_planted_faults_are_caught(road, name, stage, file, right, wrong, says, 
 
 class Encoder(torch.nn.Module):
     """Stands in for the SD-VAE, DINOv2, and CLIP's tokenizer and tower."""
+    config = types.SimpleNamespace(vocab_size=2)
 
     def __init__(self):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(1))
 
     @classmethod
-    def from_pretrained(cls, name):
-        return cls()
+    def from_pretrained(cls, name, local_files_only=False, output_loading_info=False):
+        return (cls(), dict(missing_keys=[], mismatched_keys=[])) if output_loading_info else cls()
+
+    def __len__(self):
+        return 2
 
     def encode(self, x):
         mean = F.avg_pool2d((x * self.weight).mean(1, keepdim=True), 8).expand(-1, 4, -1, -1)
@@ -199,7 +203,9 @@ def test_latents(name, flags, monkeypatch, tmp_path):
         shutil.rmtree(tmp_path / "coco/annotations")
     monkeypatch.setitem(sys.modules, "diffusers", types.SimpleNamespace(AutoencoderKL=Encoder))
     monkeypatch.setitem(sys.modules, "transformers", types.SimpleNamespace(
-        CLIPTextModel=Encoder, CLIPTokenizer=Encoder, Dinov2Model=Encoder))
+        CLIPTextModel=type("Text", (Encoder,), dict(config=types.SimpleNamespace(model_type="clip", vocab_size=2))),
+        CLIPTokenizer=Encoder,
+        Dinov2Model=type("Vision", (Encoder,), dict(config=types.SimpleNamespace(model_type="dinov2")))))
     script = importlib.import_module(name)
     monkeypatch.setattr(script, "load_vae", functools.cache(script.nets.sd_vae))
     monkeypatch.setattr(script.fid, "load_inception", lambda: script.fid.InceptionV3())

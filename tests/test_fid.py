@@ -593,6 +593,22 @@ def test_command_line_reads_statistics_of_unstated_origin(run, tmp_path, monkeyp
         assert out.startswith(f"{name} {dim}.0000\nfeatures not stated")
 
 
+def test_a_score_says_first_that_features_differ_and_last_that_images_are_few():
+    """The one before anything is drawn."""
+    net, drawn = fid.DigitsNet(), []
+
+    def sampler(seeds):
+        drawn.append(len(seeds))
+        return torch.rand(len(seeds), 1, 8, 8)
+    other = fid.measure(net, [fid.digits()[0]])._replace(features="FD-digits: other weights")
+    with pytest.raises(fid.DataError, match="features differ"):
+        fid.score(sampler, net, other, 8)
+    assert drawn == []
+    reference = other._replace(features=net.protocol)
+    text = fid.protocol(fid.score(sampler, net, reference, 8)[2], reference)
+    assert drawn == [8] and "8 images of this run (sha256 none), too few for 64 features," in text and text.count("too few") == 1
+
+
 def test_numbers_of_different_features_are_not_compared(run, tmp_path):
     fid.Statistics(64).update(torch.randn(90, 64)).save(str(tmp_path / "a.npz"), "FD-digits: other weights")
     code, out, err = run(ROOT / "assets" / "digits.png", tmp_path / "a.npz")

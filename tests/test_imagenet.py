@@ -227,15 +227,18 @@ def test_encode_at_64_crops_labels_and_goes_on_where_it_was(monkeypatch, capsys)
     folder_of_pictures([3, 2])
     os.makedirs("data")
     argv = ["--stage", "encode", "--res", "64", "--source", "in", "--out", "x"]
-    real, parts = script.encode_part, []
-    monkeypatch.setattr(script, "encode_part", lambda *a: parts.append(a[3]) or real(*a))
     script.main(argv)
+    part, when = Path("data/imagenet64.zip.parts/00000.npy"), os.stat("data/imagenet64.zip").st_mtime_ns
+    made = part.stat().st_mtime_ns
     images = script.load_data(cfg("--res", "64"))
     assert images.labels.tolist() == [0, 0, 0, 1, 1] and images.read(torch.tensor([0, 4])).shape == (2, 3, 64, 64)
     expected = script.fid.crop(Image.open("in/n00000001/1.png").convert("RGB"), 64)
     assert np.array_equal(images.image(4).permute(1, 2, 0).numpy(), np.asarray(expected))
     script.main(argv)
-    assert len(parts) == 1                            # the part was there
+    assert part.stat().st_mtime_ns == made and os.stat("data/imagenet64.zip").st_mtime_ns == when       # nothing to do
+    with zipfile.ZipFile("data/imagenet64.zip") as z:
+        assert z.namelist() == [f"00000/img{i:08d}.png" for i in range(5)] + ["dataset.json"]
+        assert Image.open(z.open("00000/img00000004.png")).mode == "RGB"
     zipfile.ZipFile("data/imagenet64.zip").extractall("folder")
     same = script.load_data(cfg("--data", "folder"))
     assert torch.equal(same.read(torch.arange(5)), images.read(torch.arange(5))) and same.names == images.names
@@ -254,6 +257,7 @@ def test_512_without_diffusers_names_the_line_that_installs_it(monkeypatch, caps
 
 class Vae:
     """Encodes an image to its 8x8 mean colour (4 channels, deviation 0.1), decodes by repeating it."""
+    identity = "a stub, crc32 0"
 
     def encode(self, x):
         assert x.shape[1:] == (3, 512, 512) and 0 <= x.min() and 0.9 < x.max() <= 1
@@ -278,7 +282,11 @@ def test_latents_are_encoded_and_decoded_as_edm2_does(monkeypatch):
     assert x[0, 3, 0, 0].item() == pytest.approx(raw[0, 3, 0, 0].item() * 0.15243903 + 0.32774392, abs=1e-6)
     assert (script.to_input(raw, one) - x)[0, 1].mean().item() == pytest.approx(0.1 * 0.10822511, rel=1e-3)
     back = script.to_images(cfg("--res", "512"), x)
-    assert torch.allclose(back, raw[:, :3].repeat_interleave(8, 2).repeat_interleave(8, 3) * 2 - 1, atol=1e-4)
+    exact = (raw[:, :3] * 255).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    assert ((script.fid.to_uint8(back) - exact.floor()).abs() <= ((exact - exact.round()).abs() < 0.01)).all()      # as EDM2: floor(255 v)
+    given = torch.tensor([-0.1, 0.0, 0.99 / 255, 1.6 / 255, 254.9 / 255, 1.1]).view(1, 1, 1, 6)
+    monkeypatch.setattr(nets, "decode_latents", lambda vae, z: given)
+    assert script.fid.to_uint8(script.to_images(cfg("--res", "512"), x)).flatten().tolist() == [0, 0, 0, 1, 254, 255]
 
 
 def test_own_zip_trains_and_a_bad_picture_is_named(capsys):

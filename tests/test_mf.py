@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import code, fork, frozen_calls, wait, weights
+from conftest import Pretrained, code, fork, frozen_calls, wait, weights
 from PIL import Image
 
 import fid
@@ -408,14 +408,11 @@ def test_compiled_functions_hold_the_product_and_change_nothing(monkeypatch):
 
 
 # ---- the data ------------------------------------------------------------------------------------
-class FakeVAE(torch.nn.Module):
+class FakeVAE(Pretrained):
     """Stands in for diffusers' AutoencoderKL: the mean is a small picture, the deviation a constant per side."""
 
-    @classmethod
-    def from_pretrained(cls, name):
-        return cls()
-
     def encode(self, x):
+        assert x.is_contiguous()
         mean = torch.nn.functional.avg_pool2d(x, 8)
         mean = torch.cat([mean, mean[:, :1]], 1)
         return types.SimpleNamespace(latent_dist=types.SimpleNamespace(mean=mean, std=torch.full_like(mean, 0.125)))
@@ -434,7 +431,7 @@ def pictures(folder, n=6):
 def test_encoded_shards_resume_and_are_read_back(monkeypatch, capsys):
     pictures("src")
     monkeypatch.setitem(sys.modules, "diffusers", types.SimpleNamespace(AutoencoderKL=FakeVAE))
-    monkeypatch.setattr(script, "SHARD", 4)
+    monkeypatch.setattr(fid, "SHARD", 4)
     argv = ["--data", "./lat", "--stage", "encode", "--source", "src", "--out", "o"]
     run(*argv)
     second = Path("lat/00001.npy").stat().st_mtime_ns
@@ -454,6 +451,7 @@ def test_encoded_shards_resume_and_are_read_back(monkeypatch, capsys):
     assert torch.allclose(x, 0.18215 * (raw[:, :4] + 0.125))
     assert torch.allclose(script.decoded(script.parse(["--data", "lat"]), x)[:, :, ::8, ::8], x[:, :3] / 0.18215)
     Path("lat/index.json").write_text(json.dumps({**index, "scale": 0.18125}))
+    capsys.readouterr()
     exit_code, err = code(["--data", "lat", "--stage", "pretrain", "--out", "x"], capsys, main=script.main)
     assert exit_code == 3 and "0.18125" in err and len(err.strip().splitlines()) == 1
 

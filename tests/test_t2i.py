@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import code, fork, frozen_calls, wait, weights
+from conftest import Pretrained, code, fork, frozen_calls, wait, weights
 from PIL import Image
 
 import fid
@@ -340,14 +340,11 @@ def test_prompts_make_a_picture_for_each_caption_and_seed(road):
 
 
 # ---- data ----------------------------------------------------------------------------------------
-class FakeVAE(torch.nn.Module):
+class FakeVAE(Pretrained):
     """Stands in for diffusers' AutoencoderKL: the mean is a small picture, the deviation a constant."""
 
-    @classmethod
-    def from_pretrained(cls, name):
-        return cls()
-
     def encode(self, x):
+        assert x.is_contiguous()
         mean = torch.nn.functional.avg_pool2d(x, 32)
         mean = torch.cat([mean, mean[:, :1]], 1)
         return types.SimpleNamespace(latent_dist=types.SimpleNamespace(mean=mean, std=torch.full_like(mean, 0.125)))
@@ -356,15 +353,21 @@ class FakeVAE(torch.nn.Module):
         return types.SimpleNamespace(sample=torch.nn.functional.interpolate(z[:, :3], scale_factor=8))
 
 
-class FakeDino(FakeVAE):
+class FakeDino(Pretrained):
+    config = types.SimpleNamespace(model_type="dinov2")
+
     def forward(self, x):
         assert x.shape[2:] == (224, 224)
         x = torch.nn.functional.adaptive_avg_pool2d(x, 4).flatten(2).transpose(1, 2)
         return types.SimpleNamespace(last_hidden_state=torch.cat([x[:, :1] * 0, x], 1))
 
 
-class FakeText(FakeVAE):
+class FakeText(Pretrained):
     """Tokenizer and tower in one: letters are tokens, features are their values."""
+    config = types.SimpleNamespace(model_type="clip", vocab_size=256)
+
+    def __len__(self):
+        return 256
 
     def __call__(self, prompts=None, input_ids=None, max_length=77, **kwargs):
         if input_ids is None:
@@ -402,21 +405,19 @@ def coco(monkeypatch):
     monkeypatch.setattr(fid, "load_inception", lambda *a: FakeInception())
     monkeypatch.setattr(fid, "prefetch", lambda name: None)
     monkeypatch.setattr(script, "load_vae", nets.sd_vae)
-    monkeypatch.setattr(script, "SHARD", 4)
+    monkeypatch.setattr(fid, "SHARD", 4)
     return ["--stage", "encode", "--source", "coco", "--out", "o", "--data"]
 
 
-@pytest.mark.parametrize("cached", [False, True])
-def test_encoded_shards_resume_and_are_read_back(coco, cached, capsys):
-    flags = ["--cache_text"] * cached
-    run(*coco, "./lat", *flags)
+def test_encoded_shards_resume_and_are_read_back(coco, capsys):
+    run(*coco, "./lat")
     second = Path("lat/moments_00001.npy").stat().st_mtime_ns
     os.remove("lat/moments_00000.npy")                   # as if it had been killed there
     os.remove("lat/index.json")
-    run(*coco, "./lat", *flags)
+    run(*coco, "./lat")
     assert Path("lat/moments_00001.npy").stat().st_mtime_ns == second
     data, clip = script.load_data(script.parse(["--data", "lat"])), nets.CLIPText("x", "cpu")
-    assert data.count == 6 and data.shape == (4, 8, 8) and ("features" in data.maps) == cached
+    assert data.count == 6 and data.shape == (4, 8, 8)
     raw, tokens, words = data.read(torch.tensor([0, 5]), torch.tensor([0.0, 0.99]))
     image = np.asarray(fid.square(Image.open("coco/train2014/0.jpg"), 256))           # id 9, the last by id
     x = torch.from_numpy(image.copy()).permute(2, 0, 1).float()
@@ -425,7 +426,7 @@ def test_encoded_shards_resume_and_are_read_back(coco, cached, capsys):
     noise = torch.randn(2, 4, 8, 8)                      # each visit draws its own latent
     assert torch.allclose(script.to_latents(raw, noise), 0.18215 * (raw[:, :4] + 0.125 * noise))
     expected = clip.ids(["train2014 5 says 0", "train2014 0 says 4"])
-    assert torch.equal(words, clip(expected).half()) if cached else torch.equal(words, expected)
+    assert torch.equal(words, expected)
     assert torch.allclose(clip(words), clip(expected), atol=2e-3) and clip(data.null[None]).shape == (1, 77, 6)
     captions, none = data.validation(range(40))
     assert none is None and {c.split()[0] for c in captions} == {"val2014"} and len(set(captions)) > 10
@@ -439,7 +440,7 @@ def test_encoded_shards_resume_and_are_read_back(coco, cached, capsys):
 
 
 def test_a_shard_killed_while_it_is_renamed_is_made_again(coco, monkeypatch, capsys):
-    """It is there when all its arrays are; features of captions may come later; other encoders are refused."""
+    """It is there when all its arrays are; other encoders are refused, before and after the end, in another folder taken."""
     real, calls = os.replace, []
 
     def dies(a, b):
@@ -453,11 +454,15 @@ def test_a_shard_killed_while_it_is_renamed_is_made_again(coco, monkeypatch, cap
     assert len(list(Path("lat").glob("*_00000.npy"))) == 1
     monkeypatch.setattr(os, "replace", real)
     run(*coco, "./lat")
-    assert [len(shard) for shard in script.Coco("lat", "o").maps["tokens"]] == [3, 3]
-    run(*coco, "./lat", "--cache_text")
-    assert [len(shard) for shard in script.Coco("lat", "o").maps["features"]] == [15, 15]
+    assert [len(shard) for shard in script.Coco("lat", "o").maps["tokens"]] == [4, 2]
     exit_code, err = code([*coco, "./lat", "--vae", "other"], capsys, main=script.main)
-    assert exit_code == 2 and "with vae stabilityai/sd-vae-ft-mse, now other" in err
+    assert exit_code == 2 and re.search("made by the vae stabilityai/sd-vae-ft-mse, .*, not by other", err)
+    os.remove("lat/index.json")
+    os.makedirs("mine/dinov2-base")
+    Path("mine/dinov2-base/weight.txt").write_text("another")
+    for flag, name, kind in (("--vae", "other", "vae stabilityai/sd-vae-ft-mse"), ("--encoders", "mine", "vision facebook/dinov2-base")):
+        exit_code, err = code([*coco, "./lat", flag, name], capsys, main=script.main)
+        assert exit_code == 2 and f"{kind.split()[0]} was {kind.split()[1]}, crc32" in err and ", now " in err and name in err
 
 
 def test_coco_trains_is_scored_and_drawn(coco):
@@ -472,12 +477,21 @@ def test_coco_trains_is_scored_and_drawn(coco):
     assert Image.open("o/samples/post_1/000_000001.png").size == (64, 64)
 
 
-def test_cached_features_train_without_clip(coco, monkeypatch):
-    """Neither the batches nor the previews need it then."""
-    run(*coco, "./lat", "--cache_text")
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    run("--data", "lat", "--out", "o", "--stage", "pretrain", "--steps", 1, "--batch", 4, "--size", "2x1", "--nfe", 2)
-    assert Image.open("o/samples_pretrain_0000001.png").size[0] > 100
+def test_encoders_of_the_data_are_taken_and_no_others(coco, capsys):
+    """Moved to another folder they are the same; CLIP, DINOv2 of other weights are refused before anything is trained."""
+    for folder in ("mine", "moved", "other"):
+        for name in ("clip-vit-large-patch14", "dinov2-base"):
+            os.makedirs(f"{folder}/{name}")
+    Path("other/clip-vit-large-patch14/weight.txt").write_text("another")
+    run(*coco, "./lat", "--encoders", "mine", "--vae", "mine/dinov2-base/")
+    record = fid.made_of("lat")
+    assert record["text"].startswith(os.path.abspath("mine/clip-vit-large-patch14, crc32")) and "dinov2-base, " in record["vae"]
+    base = "--data lat --out o --stage pretrain --steps 1 --batch 4 --size 2x1 --nfe 2".split()
+    run(*base, "--encoders", "moved")
+    assert script.encoder_of_data(script.parse(base), "vae", nets.sd_vae, "").identity == record["vae"]
+    exit_code, err = code([*base, "--out", "p", "--encoders", "other"], capsys, main=script.main)
+    assert exit_code == 2 and re.search("lat was made by the text .*mine/clip.*, crc32 .*, not by .*other/clip", err)
+    assert len(err.strip().splitlines()) == 1 and not os.path.exists("p/pretrain.pt")
 
 
 def test_features_of_uvit_are_read(coco, capsys):
@@ -668,7 +682,8 @@ BAD = [
     ("--stage mid --teacher none.pt", 3, "none.pt: no such file"),
     ("--stage eval", 3, "no finished stage"),
     ("--stage sample", 3, "no finished stage"),
-    ("--data coco --stage encode --source nowhere", 3, "nowhere/annotations/captions_train2014.json"),
+    ("--data coco --stage encode --source nowhere", 3, "--source 'nowhere' holds no annotations/captions_train2014.json"),
+    ("--data coco --stage encode", 3, "--source '' holds no annotations"),
     ("--stage post", 3, "run --stage mid first"),
     ("--data coco --stage pretrain", 3, "coco256-sd: not there"),
     ("--data ./none --stage pretrain", 3, "none: not there"),

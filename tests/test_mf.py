@@ -253,7 +253,7 @@ def test_an_official_sit_starts_the_student_exactly(monkeypatch):
     torch.save(official_sit(one), "sit.pt")
     monkeypatch.setattr(nets.DiT, "__init__", lambda self, *a, real=nets.DiT.__init__, **k: (real(self, *a, **k), self.double())[0])
     for flags in (["--init", "sit", "--teacher", "sit.pt"], ["--init", "sit.pt"]):
-        c = cfg("--stage", "post", "--mid", "none", *flags)
+        c = cfg("--stage", "post", "--mid", "none", "--size", "2x16x2x1", *flags)
         state, model = script.read_net(c, "sit.pt")
         net = script.build(c, {**model, "average_velocity": True}, *script.first_weights(c, state), train=True)
         z, _, t, r, y = batch(ratio=1.0)

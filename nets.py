@@ -1188,8 +1188,8 @@ def read_weights(path_or_url):
         raise WeightsError(f"{path}: damaged, cut short or of another kind ({reason})") from e
     model = tree.get("model")
     # trap: DiT and REPA keep weights under `model`, where our checkpoints keep constructor arguments
-    if place == ("ema",) and isinstance(model, dict) and model and not tensors_in(model):
-        return state, model, tree.get("cfg", {})
+    if place == ("ema",) and isinstance(model, dict) and not tensors_in(model):
+        return state, model or unet_size(state), tree.get("cfg", {})
     if place and os.environ.get("RANK", "0") == "0":
         print(f"{path}: took its {'.'.join(place)}; it holds {', '.join(tree)[:80]}", flush=True)
     return state, unet_size(state), {}
@@ -1551,10 +1551,12 @@ def load_flow(net, state, what):
 
     what: the file's name. An official SiT has t = 1 at the data, velocity data - noise and twice the output
     channels, by which it is known; `turned` gives its weights our clock, exactly. DiT's own files, noise
-    predictors with t = 0..999, have the same names and shapes and cannot be told from it. Without a second
-    embedder in the file, u(x, t, r) starts as v(x, t) for every r; without a projector the net keeps its own,
-    and one that the net has not is dropped. WeightsError, from load_weights, for any other difference.
+    predictors with t = 0..999, have the same names and shapes: only the name of the file tells. Without a
+    second embedder in the file, u(x, t, r) starts as v(x, t) for every r; without a projector the net keeps
+    its own, and one that the net has not is dropped. WeightsError for any other difference.
     """
+    if os.path.basename(what).startswith("DiT-"):
+        raise WeightsError(f"{what}: DiT predicts noise, no velocity; pass a SiT, or rename it if it is one")
     state = {re.sub(r"^h_embedder\.", "r_embedder.", k): v for k, v in state.items()}    # the JAX port's name
     own, old = net.state_dict(), "r_embedder.mlp.0.weight" not in state
     if old and set(TURNED) <= set(state) and len(state[TURNED[0]]) == 2 * len(own[TURNED[0]]):

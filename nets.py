@@ -1179,6 +1179,7 @@ def read_weights(path_or_url):
             return *read_nvidia(path), {}
         tree = read_safetensors(path) if path.endswith(".safetensors") else read_torch(path)
         place, state = choose(tree)
+        model, size = tree.get("model"), unet_size(state)
     except UnsafePickle as e:
         raise UnsafePickle(f"{path}: refused, {e}") from None
     except OSError:
@@ -1186,13 +1187,12 @@ def read_weights(path_or_url):
     except Exception as e:                            # a cut file can fail anywhere; the cause is chained
         reason = f"{type(e).__name__}: {e}".splitlines()[0][:200]
         raise WeightsError(f"{path}: damaged, cut short or of another kind ({reason})") from e
-    model = tree.get("model")
     # trap: DiT and REPA keep weights under `model`, where our checkpoints keep constructor arguments
-    if place == ("ema",) and isinstance(model, dict) and not tensors_in(model):
-        return state, model or unet_size(state), tree.get("cfg", {})
+    if place[:1] == ("ema",) and isinstance(model, dict) and not tensors_in(model):
+        return state, model or size, tree.get("cfg", {})
     if place and os.environ.get("RANK", "0") == "0":
         print(f"{path}: took its {'.'.join(place)}; it holds {', '.join(tree)[:80]}", flush=True)
-    return state, unet_size(state), {}
+    return state, size, {}
 
 
 def load_pretrained(path_or_url):
@@ -1207,14 +1207,13 @@ def load_pretrained(path_or_url):
     return read_weights(path_or_url)[:2]
 
 
-def make(kind, model, what):
-    """kind(**model), as the file called `what` says. WeightsError if these are no arguments of this network.
-    """
+def make(network, model, what):
+    """network(**model), as the file called `what` says. WeightsError if these are no arguments of it."""
     try:
-        return kind(**model)
-    except (TypeError, ValueError) as e:
-        raise WeightsError(f"{what}: no {kind.__name__}, or a bare state dict of no size in nets.SIZES; pass "
-                           f"the .pt or .pkl of its training ({e})") from e
+        return network(**model)
+    except Exception as e:                            # wrong arguments can surface as any error
+        raise WeightsError(f"{what}: no {network.__name__}, or a bare state dict of no size in nets.SIZES; "
+                           f"pass the .pt or .pkl of its training ({e})") from e
 
 
 HIDDEN = ("num_heads", "channels_per_head", "sigma_data", "label_balance", "concat_balance", "res_balance",
@@ -1223,12 +1222,12 @@ HIDDEN = ("num_heads", "channels_per_head", "sigma_data", "label_balance", "conc
 
 def fitting(state, said, model, what):
     """state, of a net with arguments `said`, if one with arguments `model` would compute the same with it."""
-    usual = {k: p.default for kind in (Block, EDM2UNet, EDM2Precond, DiT)
-             for k, p in inspect.signature(kind).parameters.items()}
-    both = [{**usual, **arguments} for arguments in (said, model)]
+    usual = {k: p.default for network in (Block, EDM2UNet, EDM2Precond, DiT)
+             for k, p in inspect.signature(network).parameters.items()}
     for k in HIDDEN if said.keys() & model.keys() else ():
-        if both[0][k] != both[1][k]:
-            raise WeightsError(f"{what} was trained with {k} {both[0][k]}, the net to train has {both[1][k]}")
+        was, now = said.get(k, usual[k]), model.get(k, usual[k])
+        if was != now:
+            raise WeightsError(f"{what} was trained with {k} {was}, the net to train has {now}")
     return state
 
 

@@ -836,10 +836,7 @@ def frozen_teacher(cfg, weights, model):
 
 
 def first_weights(cfg, teacher, model={}):
-    """(weights, their name) the student starts from: mid.pt's in post, the teacher's, FILE's, or none.
-
-    model: the student's constructor arguments.
-    """
+    """(weights, their name) a student of arguments `model` starts from: of mid.pt, teacher, FILE, or none."""
     if cfg.stage in ("pretrain", "vgg"):
         return None, ""
     if cfg.init not in INITS:

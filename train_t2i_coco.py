@@ -1022,7 +1022,7 @@ def read_file(cfg, name):
         check_guidance(cfg, stated, name)
     if not model:
         two_clocks = any(k.startswith(("r_embedder.", "h_embedder.")) for k in state)
-        width = state["context_embedder.weight"].shape[1]
+        width = state["context_embedder.weight"].shape[-1]
         model = dict(net_arguments(cfg, load_data(cfg), width), average_velocity=two_clocks)
     return state, model
 

@@ -644,6 +644,12 @@ def test_the_command_turns_any_weights_into_safetensors(tmp_path, nvidia, write,
         assert done == want and says in err and len(err.splitlines()) == 1, err
 
 
+def test_weights_that_only_resemble_a_u_net_are_one_clear_error(tmp_path):
+    for w in (torch.ones(3), torch.tensor(1.0)):
+        torch.save({"model.enc.8x8_conv.weight": w}, tmp_path / "x.pt")
+        refuse(str(tmp_path / "x.pt"), "of another kind", nets.WeightsError)
+
+
 # ---- the scripts' --teacher and --init -----------------------------------------------------------
 DDPM, EDM2 = (dict(nets.SIZES["ddpm++-8"]), dict(nets.SIZES["edm2-8"], img_resolution=8, img_channels=1, label_dim=10))
 FLOW = dict(input_size=8, in_channels=1, num_classes=10, patch_size=4, hidden_size=64, depth=1, num_heads=2, average_velocity=False)
@@ -659,6 +665,7 @@ FORMS = {  # ways to write a net's state dict (and its arguments, where the form
     "training": ("x.pt", lambda s, m: dict(model={k: 0 * v for k, v in s.items()}, ema=prefixed("module.", s), opt=OPT, args=ARGS)),
     "compiled": ("x.bin", lambda s, m: prefixed("_orig_mod.module.", s)),
     "Lightning": ("x.ckpt", lambda s, m: dict(state_dict={**prefixed("net.", {k: 0 * v for k, v in s.items()}), **prefixed("ema.", s)})),
+    "ours, of DDP": ("x.pt", lambda s, m: dict(ema=prefixed("module.", s), model=m, cfg=dict(stage="pretrain"))),
     "safetensors": ("x.safetensors", lambda s, m: dict(ema=s, model=m, cfg=dict(stage="pretrain"))),
     "bare safetensors": ("x.safetensors", lambda s, m: dict(ema=prefixed("module.", s), model={}, cfg={}))}
 

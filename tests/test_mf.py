@@ -285,6 +285,9 @@ def test_stages_with_different_guidance_are_refused(road, tmp_path, capsys):
                         (["--guide_to", "0.8"], "this stage has 0.8 in [0.0, 0.8]")):
         exit_code, err = code([*base, "--stage", "mid", *flags], capsys, main=script.main)
         assert exit_code == 2 and text in err and len(err.strip().splitlines()) == 1, err
+    nets.save_checkpoint("t.safetensors", **nets.load_checkpoint(str(road / "pretrain.pt")))        # exported, it says the same
+    exit_code, err = code([*base, "--stage", "mid", "--omega", "0.5", "--teacher", "t.safetensors"], capsys, main=script.main)
+    assert exit_code == 2 and "t.safetensors was trained with guidance 0.8" in err
     run(*base, "--stage", "mid", "--omega", "0.6", "--kappa", "0.25")
     exit_code, err = code([*base, "--stage", "post", "--kappa", "0.6"], capsys, main=script.main)
     assert exit_code == 2 and "mid.pt was trained with guidance 0.8" in err

@@ -13,10 +13,10 @@
   VGG                           distance of latents, digits   CMT App. B.5: trained on the data's own labels
   ELatentLPIPS                  distance of latents           CMT App. B.5: VGG-16 with GroupNorm
   PixelDistance                 squared, pseudo-Huber         ECT
-  load_pretrained, load_weights official checkpoints          read without running what the file holds
+  load_pretrained, load_weights other people's checkpoints    read without running what the file holds
   fetch                         downloads                     checked, then renamed into the cache
   sd_vae, CLIPText, dinov2      encoders of images, captions  diffusers and transformers, imported when called
-  save_checkpoint,              our own files                 whole after a kill at any moment
+  save_checkpoint,              our own files, .safetensors   whole after a kill at any moment
   load_checkpoint, flatten
   dropout_masks                 masks by place in the batch   one result for any number of processes
   SIZES                         constructor arguments         one row per model of the paper, and the digits
@@ -31,7 +31,9 @@ import hashlib
 import http.client
 import importlib
 import importlib.util
+import inspect
 import io
+import json
 import logging
 import math
 import mmap
@@ -1057,6 +1059,8 @@ def read_nvidia(path):
     ema = root.pop("ema", None) if isinstance(root, dict) else None
     if kind(ema) != "_reconstruct_persistent_obj":
         raise ValueError("no `ema` network in it")
+    if ema.args[0]["class_name"] in ("VPPrecond", "VEPrecond", "iDDPMPrecond"):     # same names, other noise
+        raise ValueError(f"its {ema.args[0]['class_name']} has another noise process than EDMPrecond")
     state = {}
     fields = read_module(ema, "", state, {})
     args, kwargs = plain(fields.get("_init_args", ())), plain(fields.get("_init_kwargs", {}))
@@ -1064,30 +1068,109 @@ def read_nvidia(path):
     return state, {**named, **kwargs}
 
 
+INERT = [(Record, name) for name in ("argparse.Namespace", "numpy.dtype", "numpy.core.multiarray.scalar",
+                                     "numpy._core.multiarray.scalar")]      # of a training's settings
+
+
 def read_torch(path):
-    """(state_dict, model kwargs) of a .pt: ours (`ema`, `model`) or a bare state dict."""
+    """What a .pt holds, memory-mapped. Settings beside the weights (DiT, SiT, REPA) become Records."""
     try:
-        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(INERT):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as e:
         name = re.search(r"GLOBAL ([\w.]+)", str(e))
         if name is None:
             raise ValueError("torch.load(weights_only=True) cannot read it; NVIDIA's must end in .pkl") from e
-        raise UnsafePickle(f"it asks for {name[1]!r}, which torch.load(weights_only=True) forbids") from None
-    state, kwargs = (ckpt["ema"], ckpt.get("model", {})) if "ema" in ckpt else (ckpt, {})
-    if not state or not all(torch.is_tensor(v) for v in state.values()):
-        raise ValueError(f"no state dict in it, its keys are {list(ckpt)[:5]}")
-    # trap: DiT and REPA keep weights under `model`, where our checkpoints keep constructor arguments
-    return state, {} if any(torch.is_tensor(v) for v in kwargs.values()) else kwargs
+        raise UnsafePickle(f"it asks for {name[1]!r}, which torch.load(weights_only=True) forbids; save its "
+                           "state dict alone") from None
 
 
-def load_pretrained(path_or_url):
-    """(state_dict, init_kwargs) of a checkpoint, without running anything the file holds.
+DTYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64,
+              I32=torch.int32, I16=torch.int16, I8=torch.int8, U8=torch.uint8, BOOL=torch.bool)
 
-    *.pkl: the `ema` network of EDM, EDM2, ECT or CMT; init_kwargs are its constructor's arguments, plain
-    values under NVIDIA's names. Other names: torch.load(weights_only=True) of our own checkpoint or of a bare
-    state dict, whose kwargs are {}. A URL is fetched. Tensors are on the CPU in the file's dtype (EDM2: fp16,
-    load_weights casts). UnsafePickle, a ValueError, names what the file asked for; ValueError if damaged,
-    OSError if missing.
+
+def read_safetensors(path):
+    """What a .safetensors holds, memory-mapped: the header's length, a JSON header, the numbers."""
+    data = torch.from_file(path, size=os.path.getsize(path), dtype=torch.uint8)
+    start = 8 + int.from_bytes(data[:8].numpy().tobytes(), "little")
+    header, data = json.loads(data[8:start].numpy().tobytes()), data[start:]
+    ours, state, end = header.pop("__metadata__", {}).get("cmt"), {}, 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype, shape, (first, last) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+        fits = first == end and last - first == math.prod(shape) * dtype.itemsize
+        if not fits or any(type(n) is not int or n < 0 for n in (first, last, *shape)):
+            raise ValueError(f"{name[:80]!r} is not where the tensor before it ends, or has another size")
+        raw, end = data[first:last], last
+        state[name] = (raw.clone() if raw.data_ptr() % dtype.itemsize else raw).view(dtype).view(shape)
+    if end != len(data):
+        raise ValueError(f"{len(data)} bytes of tensors, its header says {end}")
+    return {"ema": state, **json.loads(ours)} if ours else state
+
+
+def write_safetensors(ckpt, file):
+    """The average in a checkpoint as .safetensors; constructor arguments and configuration go to the header.
+    """
+    state, end = sorted(ckpt["ema"].items(), key=lambda item: -item[1].dtype.itemsize), 0        # so aligned
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header = {"__metadata__": {"cmt": json.dumps({k: ckpt[k] for k in ("model", "cfg")})}}
+    for k, v in state:
+        offsets, end = [end, end + v.nbytes], end + v.nbytes
+        header[k] = dict(dtype=names[v.dtype], shape=list(v.shape), data_offsets=offsets)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for _, v in state:
+        file.write(v.contiguous().flatten().view(torch.uint8).numpy())
+
+
+AVERAGED = {"ema", "ema_model", "model_ema", "ema_state_dict", "state_dict_ema", "params_ema"}
+TRAINED = {"model", "net", "module", "state_dict", "model_state_dict", "params"}
+
+
+def state_dicts(tree, place=()):
+    """Every state dict in a nest of dicts, by its place; ema.x beside net.x, and module.x, are nests too."""
+    if not isinstance(tree, dict) or not all(isinstance(k, str) for k in tree):
+        return {}
+    if tree and all(map(torch.is_tensor, tree.values())):
+        plain, groups = {k.replace("_orig_mod.", ""): v for k, v in tree.items()}, {}      # of torch.compile
+        tree = plain if len(plain) == len(tree) else tree
+        for k, v in tree.items():
+            head, _, rest = k.partition(".")
+            groups.setdefault(head, {})[rest] = v
+        if not AVERAGED & groups.keys() and groups.keys() not in ({"module"}, {"net"}):
+            return {place: tree}
+        tree = groups
+    return {p: state for k, v in tree.items() for p, state in state_dicts(v, (*place, k)).items()}
+
+
+def choose(tree):
+    """(place, state dict) of a nest: the average, else the trained net, else the only one. ValueError if two.
+    """
+    found = state_dicts(tree)
+    for names in (AVERAGED, TRAINED, {name for place in found for name in place}):
+        places = [place for place in found if not place or names & set(place)]
+        if len(places) > 1:
+            raise ValueError(f"it holds {', '.join(map('.'.join, places))[:99]}; save the one you want alone")
+        if places:
+            return places[0], found[places[0]]
+    raise ValueError(f"no state dict in it, its keys are {list(tree)[:5]}")
+
+
+def unet_size(state):
+    """Constructor arguments of a bare DDPM++ or EDM2: the row of SIZES with its width; {} for another net."""
+    found = re.search(r"^(model|unet)\.enc\.(\d+)x\2_conv\.weight$", "\n".join(state), re.M)
+    if not found:
+        return {}
+    edm2, (width, channels, *_) = found[1] == "unet", state[found[0]].shape
+    labels = state.get("unet.emb_label.weight" if edm2 else "model.map_label.weight", torch.empty(0, 0))
+    family = "edm2-" if edm2 else f"ddpm++-{found[2]}"
+    rows = [row for name, row in SIZES.items() if name.startswith(family) and row["model_channels"] == width]
+    given = dict(img_resolution=int(found[2]), img_channels=channels - edm2, label_dim=labels.shape[1])
+    return {**rows[0], **given} if rows else {}       # EDM2 has a channel of ones too
+
+
+def read_weights(path_or_url):
+    """(state_dict, init_kwargs, configuration) of load_pretrained's file; configuration: of our own, else {}.
     """
     path = str(path_or_url)
     try:
@@ -1095,9 +1178,13 @@ def load_pretrained(path_or_url):
     except OSError as e:
         raise OSError(f"{e}, or pass --teacher FILE") from None
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such file")
+        raise FileNotFoundError(f"{path}: {'a folder, not a' if os.path.isdir(path) else 'no such'} file")
     try:
-        return read_nvidia(path) if path.endswith(".pkl") else read_torch(path)
+        if path.endswith(".pkl"):
+            return *read_nvidia(path), {}
+        tree = read_safetensors(path) if path.endswith(".safetensors") else read_torch(path)
+        place, state = choose(tree)
+        model, size = tree.get("model"), unet_size(state)
     except UnsafePickle as e:
         raise UnsafePickle(f"{path}: refused, {e}") from None
     except OSError:
@@ -1105,6 +1192,48 @@ def load_pretrained(path_or_url):
     except Exception as e:                            # a cut file can fail anywhere; the cause is chained
         reason = f"{type(e).__name__}: {e}".splitlines()[0][:200]
         raise WeightsError(f"{path}: damaged, cut short or of another kind ({reason})") from e
+    # trap: DiT and REPA keep weights under `model`, where our checkpoints keep constructor arguments
+    if place[:1] == ("ema",) and isinstance(model, dict) and not tensors_in(model):
+        return state, model or size, tree.get("cfg", {})
+    if place and os.environ.get("RANK", "0") == "0":
+        print(f"{path}: took its {'.'.join(place)}; it holds {', '.join(tree)[:80]}", flush=True)
+    return state, size, {}
+
+
+def load_pretrained(path_or_url):
+    """(state_dict, init_kwargs) of a checkpoint, without running anything the file holds.
+
+    *.pkl: the `ema` network of EDM, EDM2, ECT or CMT; init_kwargs are its constructor's arguments, plain
+    values under NVIDIA's names. *.safetensors and other names (torch.load, weights_only=True): our own
+    checkpoint, or the state dict that `choose` finds, whose kwargs are those of a U-Net in SIZES or {}. A URL
+    is fetched. Tensors are on the CPU in the file's dtype (EDM2: fp16, load_weights casts). UnsafePickle, a
+    ValueError, names what the file asked for; ValueError if damaged, OSError if missing.
+    """
+    return read_weights(path_or_url)[:2]
+
+
+def make(network, model, what):
+    """network(**model), as the file called `what` says. WeightsError if these are no arguments of it."""
+    try:
+        return network(**model)
+    except Exception as e:                            # wrong arguments can surface as any error
+        raise WeightsError(f"{what}: no {network.__name__}, or a bare state dict of no size in nets.SIZES; "
+                           f"pass the .pt or .pkl of its training ({e})") from e
+
+
+HIDDEN = ("num_heads", "channels_per_head", "sigma_data", "label_balance", "concat_balance", "res_balance",
+          "attn_balance", "clip_act")                 # arguments that no weight shows
+
+
+def fitting(state, said, model, what):
+    """state, of a net with arguments `said`, if one with arguments `model` would compute the same with it."""
+    usual = {k: p.default for network in (Block, EDM2UNet, EDM2Precond, DiT)
+             for k, p in inspect.signature(network).parameters.items()}
+    for k in HIDDEN if said.keys() & model.keys() else ():
+        was, now = said.get(k, usual[k]), model.get(k, usual[k])
+        if was != now:
+            raise WeightsError(f"{what} was trained with {k} {was}, the net to train has {now}")
+    return state
 
 
 def load_weights(net, state, what):
@@ -1404,19 +1533,21 @@ def derivative(net, z, t, r, y, v):
 
 
 def dit_shape(state, name):
-    """Constructor arguments of a DiT, read off its weights (a bare state dict does not say them)."""
+    """Constructor arguments of a DiT, read off its weights. Its heads, which they do not show, are those of
+    the row of SIZES with its width and depth; without one num_heads is 0.
+    """
     try:
         hidden, channels, patch, _ = state["x_embedder.proj.weight"].shape
         side = math.isqrt(state["pos_embed"].shape[1]) * patch
         classes = len(state["y_embedder.embedding_table.weight"]) - 1
         depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
-    except KeyError as e:
+    except (KeyError, ValueError, IndexError) as e:
         raise WeightsError(f"{name}: no DiT, SiT or Mean Flow net, it has no {e}") from None
     heads = [row["num_heads"] for row in SIZES.values()
              if (row.get("hidden_size"), row.get("depth")) == (hidden, depth)]
     two_clocks = any(k.startswith(("r_embedder.", "h_embedder.")) for k in state)
     return dict(input_size=side, in_channels=channels, patch_size=patch, hidden_size=hidden, depth=depth,
-                num_heads=[*heads, max(1, hidden // 64)][0], num_classes=classes, average_velocity=two_clocks)
+                num_heads=[*heads, 0][0], num_classes=classes, average_velocity=two_clocks)
 
 
 def load_flow(net, state, what):
@@ -1424,10 +1555,12 @@ def load_flow(net, state, what):
 
     what: the file's name. An official SiT has t = 1 at the data, velocity data - noise and twice the output
     channels, by which it is known; `turned` gives its weights our clock, exactly. DiT's own files, noise
-    predictors with t = 0..999, have the same names and shapes and cannot be told from it. Without a second
-    embedder in the file, u(x, t, r) starts as v(x, t) for every r; without a projector the net keeps its own,
-    and one that the net has not is dropped. WeightsError, from load_weights, for any other difference.
+    predictors with t = 0..999, have the same names and shapes: only the name of the file tells. Without a
+    second embedder in the file, u(x, t, r) starts as v(x, t) for every r; without a projector the net keeps
+    its own, and one that the net has not is dropped. WeightsError for any other difference.
     """
+    if os.path.basename(what).startswith("DiT-"):
+        raise WeightsError(f"{what}: DiT predicts noise, no velocity; pass a SiT, or rename it if it is one")
     state = {re.sub(r"^h_embedder\.", "r_embedder.", k): v for k, v in state.items()}    # the JAX port's name
     own, old = net.state_dict(), "r_embedder.mlp.0.weight" not in state
     if old and set(TURNED) <= set(state) and len(state[TURNED[0]]) == 2 * len(own[TURNED[0]]):
@@ -1627,7 +1760,7 @@ def save_checkpoint(path, **state):
     """
     try:
         with open(path + ".tmp", "wb") as f:
-            torch.save(state, f)
+            (write_safetensors if path.endswith(".safetensors") else torch.save)(state, f)
             f.flush()
             os.fsync(f.fileno())
     except (OSError, RuntimeError) as e:              # trap: torch turns a full disk into a RuntimeError
@@ -1700,3 +1833,12 @@ def cost(ckpt):
         return dict(steps="-", images="-", seconds="-")
     images = ckpt["step"] * ckpt["cfg"]["batch"]
     return dict(steps=ckpt["step"], images=f"{images:,}", seconds=f"{ckpt['seconds']:.0f}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3 or not sys.argv[2].endswith(".safetensors"):
+        sys.exit(print("nets.py: it has one use: python nets.py IN OUT.safetensors", file=sys.stderr) or 2)
+    try:
+        save_checkpoint(sys.argv[2], **dict(zip(("ema", "model", "cfg"), read_weights(sys.argv[1]))))
+    except (WeightsError, OSError) as error:
+        sys.exit(print(f"nets.py: {error}", file=sys.stderr) or 3)

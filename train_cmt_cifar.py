@@ -591,20 +591,20 @@ def teacher_state(cfg):
 def build(cfg, model, state=None, what="", train=False):
     """A DDPM++ from constructor arguments (of an official file or SIZES), with weights by name if given."""
     torch.manual_seed(fold(cfg.seed, cfg.stage, "init"))    # choice: a random student has a start of its own
-    net = nets.EDMPrecond(**{**model, "augment_dim": 0, "dropout": cfg.dropout if train else 0.0,
-                             "sigma_shift": cfg.sigma_shift})
+    net = nets.make(nets.EDMPrecond, {**model, "augment_dim": 0, "dropout": cfg.dropout if train else 0.0,
+                                      "sigma_shift": cfg.sigma_shift}, what)
     if state is not None:
         nets.load_weights(net, state, what)
     net = net.to(DEVICE, memory_format=torch.channels_last)
     return net.train() if train else net.requires_grad_(False).eval()
 
 
-def first_weights(cfg, teacher):
-    """(weights, their name) the student starts from: mid.pt's in post, the teacher's, FILE's, or none."""
+def first_weights(cfg, teacher, model={}):
+    """(weights, their name) a student of arguments `model` starts from: of mid.pt, teacher, FILE, or none."""
     if cfg.stage == "pretrain":
         return None, ""
     if cfg.init not in INITS:
-        return nets.load_pretrained(cfg.init)[0], cfg.init
+        return nets.fitting(*nets.load_pretrained(cfg.init), model, cfg.init), cfg.init
     if cfg.stage == "post" and cfg.mid != "none":
         if not (ckpt := nets.finished(f"{cfg.out}/mid.pt")):
             fail(3, f"{cfg.out}/mid.pt is not finished; run --stage mid first, or pass --mid none")
@@ -655,11 +655,11 @@ def train(cfg):
         data += f", teacher {nets.stamp(weights)}"
     if ckpt and ckpt["data"] != data:
         fail(2, f"--data or --teacher has changed: {path} saw {ckpt['data']}, now {data}; use another --out")
-    model = model or model_size(cfg, load_data(cfg) if images is None else images)
+    model = model if ckpt or weights else model_size(cfg, images)
     if asks_teacher:
         # choice: the teacher too in --precision: bf16 moves its ends less than a finer solve would
-        teacher = forward(cfg, build(cfg, model, weights, "the teacher"))
-    net = build(cfg, model, *(() if ckpt else first_weights(cfg, weights)), train=True)
+        teacher = forward(cfg, build(cfg, model, weights, cfg.teacher or "the teacher"))
+    net = build(cfg, model, *(() if ckpt else first_weights(cfg, weights, model)), train=True)
     ema = deepcopy(net).requires_grad_(False).eval()
     f = forward(cfg, net)
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
@@ -748,12 +748,10 @@ def candidates(cfg):
     few = {1: 1, 2: 2}
     if cfg.init not in INITS:
         state, model = nets.load_pretrained(cfg.init)
-        model = model or model_size(cfg, load_data(cfg))
         return [("init", build(cfg, model, state, cfg.init), few, None)]
     state, model = teacher_state(cfg)
-    model = model or model_size(cfg, load_data(cfg))
     own = nets.finished(f"{cfg.out}/pretrain.pt") if cfg.teacher in ("", "scratch") else None
-    found = [("teacher", build(cfg, model, state, "the teacher"), {cfg.nfe: 0}, own)]
+    found = [("teacher", build(cfg, model, state, cfg.teacher or "the teacher"), {cfg.nfe: 0}, own)]
     for stage in ("mid", "post"):
         if ckpt := nets.finished(f"{cfg.out}/{stage}.pt"):
             found.append((stage, build(cfg, ckpt["model"], ckpt["ema"], stage), few, ckpt))

@@ -819,9 +819,9 @@ def build(cfg, model, state=None, what="", train=False):
         return new_vgg(cfg, model["label_dim"])
     torch.manual_seed(fold(cfg.seed, cfg.stage, "init"))    # choice: a random student has a start of its own
     pretrain = cfg.stage == "pretrain" and train      # then u(sigma) is trained too, and dropped afterwards
-    net = nets.EDM2Precond(**{**model, "logvar_channels": 128 if pretrain else 0,
-                              "dropout": cfg.dropout if train else 0.0,
-                              "dropout_res": None if pretrain else 16})
+    net = nets.make(nets.EDM2Precond, {**model, "logvar_channels": 128 if pretrain else 0,
+                                       "dropout": cfg.dropout if train else 0.0,
+                                       "dropout_res": None if pretrain else 16}, what)
     if state is not None:
         nets.load_weights(net, {k: v for k, v in state.items() if not k.startswith("logvar_")}, what)
     net = net.to(DEVICE, memory_format=torch.channels_last)
@@ -840,18 +840,18 @@ def weak_model(cfg):
 def frozen_teacher(cfg, weights, model):
     """D(x, sigma, y): mid: the teacher alone; ECD: --main, else the teacher, guided by --guide."""
     if cfg.stage == "mid":
-        return build(cfg, model, weights, "the teacher")
+        return build(cfg, model, weights, cfg.teacher or "the teacher")
     if cfg.main:
         weights, model = snapshot(cfg.main)
     return autoguided(build(cfg, model, weights, cfg.main or "the teacher"), weak_model(cfg), cfg.w)
 
 
-def first_weights(cfg, teacher):
-    """(weights, their name) the student starts from: mid.pt's in post, the teacher's, FILE's, or none."""
+def first_weights(cfg, teacher, model={}):
+    """(weights, their name) a student of arguments `model` starts from: of mid.pt, teacher, FILE, or none."""
     if cfg.stage in ("pretrain", "vgg"):
         return None, ""
     if cfg.init not in INITS:
-        return snapshot(cfg.init)[0], cfg.init
+        return nets.fitting(*snapshot(cfg.init), model, cfg.init), cfg.init
     if cfg.stage == "post" and cfg.mid != "none":
         if not (ckpt := nets.finished(f"{cfg.out}/mid.pt")):
             fail(3, f"{cfg.out}/mid.pt is not finished; run --stage mid first, or pass --mid none")
@@ -887,9 +887,9 @@ def train(cfg):
         data += f", teacher {nets.stamp(weights)}"
     if ckpt and ckpt["data"] != data:
         fail(2, f"--data or --teacher has changed: {path} saw {ckpt['data']}, now {data}; use another --out")
-    model = model or edm2_size(cfg, images)
+    model = model if ckpt or weights else edm2_size(cfg, images)
     teacher = frozen_teacher(cfg, weights, model) if is_ecd or cfg.stage == "mid" else None
-    net = build(cfg, model, *(() if ckpt else first_weights(cfg, weights)), train=True)
+    net = build(cfg, model, *(() if ckpt else first_weights(cfg, weights, model)), train=True)
     ema = deepcopy(net).requires_grad_(False).eval()
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
     flat.grad = grad[:-2]
@@ -993,7 +993,7 @@ def candidates(cfg):
     state, model = teacher_state(cfg)
     own = nets.finished(f"{cfg.out}/pretrain.pt") if cfg.teacher in ("", "scratch") else None
     steps = HEUN_STEPS if cfg.sampler == "heun" else cfg.nfe
-    found = [("teacher", build(cfg, model, state, "the teacher"), {steps: 0}, own)]
+    found = [("teacher", build(cfg, model, state, cfg.teacher or "the teacher"), {steps: 0}, own)]
     for stage in ("mid", "post"):
         if ckpt := nets.finished(f"{cfg.out}/{stage}.pt"):
             found.append((stage, build(cfg, ckpt["model"], ckpt["ema"], stage), few, ckpt))

@@ -57,7 +57,7 @@ class Config:                   # field default < matching rows of PRESETS < com
     mid: Literal["cmt", "none"] = "cmt"                  # Eq. 8
     post: Literal["mf", "vanilla"] = "mf"    # batch 64 after mid (B.4), or MF's own recipe
     init: str = "random"        # first weights: random | sit (the teacher's) | FILE; sample, eval: show FILE
-    weak: str = "dit-b/4"       # size of the teacher: row of nets.SIZES, or PATCHxWIDTHxDEPTH
+    weak: str = "dit-b/4"       # size of the teacher: row of nets.SIZES, or PATCHxWIDTHxDEPTH[xHEADS]
     size: str = "dit-xl/2"      # size of the student
 
     steps: int = 400_320        # optimiser steps; 80 epochs of batch 256 (MF, B/4)
@@ -780,13 +780,13 @@ def size_row(cfg, flag, side=0):
     """Constructor arguments that --weak or --size names, for squares of this side (0: not yet known)."""
     name = getattr(cfg, flag)
     rows = {row: nets.SIZES[row] for row in nets.SIZES if row.startswith("dit-")}
-    if numbers := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", name):
-        patch, width, depth = map(int, numbers.groups())
-        rows[name] = dict(patch_size=patch, hidden_size=width, depth=depth, num_heads=width // 32)
-        if width % 32:
-            fail(2, f"--{flag} {name}: the width {width} must be a multiple of 32, the width of a head")
+    if numbers := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)(?:x([1-9]\d*))?", name):
+        patch, width, depth, heads = (int(n or 0) for n in numbers.groups())
+        rows[name] = dict(patch_size=patch, hidden_size=width, depth=depth, num_heads=heads or width // 32)
+        if width % (unit := math.lcm(4, heads) if heads else 32):
+            fail(2, f"--{flag} {name}: the width {width} must be a multiple of {unit}")
     if name not in rows:
-        fail(2, f"--{flag} {name}: not one of {', '.join(rows)}, nor PATCHxWIDTHxDEPTH as in 4x64x2")
+        fail(2, f"--{flag} {name}: not one of {', '.join(rows)}, nor PATCHxWIDTHxDEPTH[xHEADS] as in 4x64x2")
     if side % rows[name]["patch_size"]:
         fail(2, f"--{flag} {name}: its patches do not fill the {side} pixels of --data")
     return rows[name]
@@ -794,10 +794,16 @@ def size_row(cfg, flag, side=0):
 
 def read_net(cfg, name):
     """(weights, constructor arguments) of a FILE or URL: ours, or bare weights of SiT, REPA or Mean Flow."""
-    state, model = nets.load_pretrained(name)
+    state, model, stated = nets.read_weights(name)
     shape = nets.dit_shape(state, name)                     # a net of another kind is refused here
-    if model and "://" not in name:
-        check_guidance(cfg, nets.load_checkpoint(name).get("cfg", {}), name)
+    check_guidance(cfg, stated, name)
+    for row in size_row(cfg, "weak"), size_row(cfg, "size"):
+        if {**row, "num_heads": 0}.items() <= shape.items():          # its heads are not known yet
+            shape.update(row)
+    if not model and not shape["num_heads"]:
+        size = f"{shape['patch_size']}x{shape['hidden_size']}x{shape['depth']}"
+        flag = "weak" if name == cfg.teacher else "size"
+        fail(3, f"{name}, a net of size {size}, does not say its heads; pass --{flag} {size}xHEADS")
     return state, model or shape
 
 
@@ -829,25 +835,26 @@ def teacher_state(cfg):
 def build(cfg, model, state=None, what="", train=False):
     """A DiT from constructor arguments, with weights by name if given; a SiT's are turned to our clock."""
     torch.manual_seed(fold(cfg.seed, cfg.stage, "init"))
-    net = nets.DiT(**model)
+    net = nets.make(nets.DiT, model, what)
     if state is not None:
         nets.load_flow(net, state, what)
     net = net.to(DEVICE)
     return net.train() if train else net.requires_grad_(False).eval()
 
 
-def first_weights(cfg, teacher):
-    """(weights, their name) the student starts from: mid.pt's in post, the teacher's, FILE's, or none."""
+def first_weights(cfg, teacher, model={}):
+    """(weights, their name) a student of arguments `model` starts from: of mid.pt, teacher, FILE, or none."""
     if cfg.stage == "pretrain":
         return None, ""
     if cfg.init not in INITS:
-        return read_net(cfg, cfg.init)[0], cfg.init
+        return nets.fitting(*read_net(cfg, cfg.init), model, cfg.init), cfg.init
     if cfg.stage == "post" and cfg.mid != "none":
         path = f"{cfg.out}/mid.pt"
         if not (ckpt := nets.finished(path)):
             fail(3, f"{path} is not finished; run --stage mid first, or pass --mid none")
         check_guidance(cfg, ckpt["cfg"], path)
-        return ckpt["ema"], path                      # choice: the average, not the last weights
+        # choice: the average, not the last weights
+        return nets.fitting(ckpt["ema"], ckpt["model"], model, path), path
     return (teacher, "the teacher (--init sit)") if cfg.init == "sit" else (None, "")
 
 
@@ -894,8 +901,11 @@ def train(cfg):
     weights, sit_start = None, cfg.stage == "post" and cfg.mid == "none" and cfg.init == "sit"
     if cfg.stage == "mid" or sit_start and not ckpt:
         weights, model = teacher_state(cfg)
+        if cfg.init == "sit":
+            nets.fitting(weights, model, size_row(cfg, "size"), "the teacher")
     if cfg.stage == "mid":
-        teacher = build(cfg, model, weights, "the teacher").requires_grad_()  # or autocast casts it each call
+        teacher = build(cfg, model, weights, cfg.teacher or "the teacher")
+        teacher.requires_grad_()                      # else autocast casts its weights anew at each call
         null = model["num_classes"]
         shape = model["in_channels"], model["input_size"], model["input_size"]
         data += f", teacher {nets.stamp(weights)}"
@@ -904,7 +914,7 @@ def train(cfg):
     model = dict(size_row(cfg, "weak" if cfg.stage == "pretrain" else "size", shape[-1]),
                  input_size=shape[-1], in_channels=shape[0], num_classes=null,
                  average_velocity=cfg.stage != "pretrain" or cfg.pretrain == "mf")
-    net = build(cfg, model, *(() if ckpt else first_weights(cfg, weights)), train=True)
+    net = build(cfg, model, *(() if ckpt else first_weights(cfg, weights, model)), train=True)
     ema = deepcopy(net).requires_grad_(False).eval()
     flow = flow_of(cfg, net, torch.tensor(null, device=DEVICE))
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]

@@ -999,16 +999,14 @@ def check_guidance(cfg, stated, what):
 
 def read_file(cfg, name):
     """(weights, constructor arguments) of a FILE or URL: ours, or a bare state dict of --size."""
-    state, model = nets.load_pretrained(name)
+    state, model, stated = nets.read_weights(name)
     if "context_embedder.weight" not in state:
         raise nets.WeightsError(f"{name}: no MM-DiT, it has no context_embedder.weight")
-    if model and "://" not in name:
-        stated = nets.load_checkpoint(name).get("cfg", {})
-        if stated.get("stage") != "pretrain":         # a SiT is guided when it is rolled out
-            check_guidance(cfg, stated, name)
+    if stated.get("stage") != "pretrain":             # a SiT is guided when it is rolled out
+        check_guidance(cfg, stated, name)
     if not model:
         two_clocks = any(k.startswith(("r_embedder.", "h_embedder.")) for k in state)
-        width = state["context_embedder.weight"].shape[1]
+        width = state["context_embedder.weight"].shape[-1]
         model = dict(net_arguments(cfg, load_data(cfg), width), average_velocity=two_clocks)
     return state, model
 
@@ -1025,7 +1023,7 @@ def teacher_state(cfg):
 def build(cfg, model, state=None, what="", train=False):
     """An MM-DiT from constructor arguments, with weights by name if given; a second clock starts at zero."""
     torch.manual_seed(fold(cfg.seed, cfg.stage, "init"))
-    net = nets.MMDiT(**model)
+    net = nets.make(nets.MMDiT, model, what)
     if state is not None:
         nets.load_flow(net, state, what)
     net = net.to(DEVICE)
@@ -1064,7 +1062,8 @@ def train(cfg):
     if cfg.stage == "mid" or sit_start and not ckpt:
         weights, model = teacher_state(cfg)
     if cfg.stage == "mid":
-        teacher = build(cfg, model, weights, "the teacher").requires_grad_()  # or autocast casts it each call
+        teacher = build(cfg, model, weights, cfg.teacher or "the teacher")
+        teacher.requires_grad_()                      # else autocast casts its weights anew at each call
         data += f", teacher {nets.stamp(weights)}"
     if ckpt and ckpt["data"] != data:
         fail(2, f"--data or --teacher has changed: {path} saw {ckpt['data']}, now {data}; use another --out")

@@ -3,16 +3,20 @@
 The files are written here in NVIDIA's layout: persistent objects that carry source text, tensors that carry a
 second pickle. Attacks that torch or pickle would obey leave a marker file; no test may end with it.
 """
+import argparse
 import collections
 import copyreg
 import functools
 import hashlib
 import http.server
+import importlib.util
 import io
+import json
 import os
 import pathlib
 import pickle
 import re
+import runpy
 import sys
 import threading
 import tracemalloc
@@ -21,8 +25,13 @@ import types
 import numpy as np
 import pytest
 import torch
+from conftest import code
 
 import nets
+import train_cmt_cifar
+import train_cmt_imagenet
+import train_mf_imagenet256
+import train_t2i_coco
 
 HOSTILE = "import os\nos.system('touch {}')\nclass Net: pass\n"
 
@@ -187,6 +196,13 @@ def test_positional_arguments_get_their_names(nvidia, write):
         == dict(img_resolution=32, img_channels=3, label_dim=10)
     assert nets.load_pretrained(write(dict(ema=build_net(nvidia[0], 32, 3, 0, True, dropout=0.1))))[1] \
         == dict(_init_args=(32, 3, 0, True), dropout=0.1)
+
+
+@pytest.mark.parametrize("name", ["VPPrecond", "VEPrecond", "iDDPMPrecond"])
+def test_another_noise_process_with_the_same_names_is_refused(nvidia, write, name):
+    """EDM's baselines: DDPM++ and the arguments of EDMPrecond, but another c_noise; they would load, and draw noise."""
+    meta = build_net(nvidia[0], 32, 3).__reduce__()[1][0]
+    refuse(write(dict(ema=Call(nvidia[0], dict(meta, class_name=name)))), name, ValueError)
 
 
 def test_hostile_source_text_is_not_run(nvidia, write, marker):
@@ -450,6 +466,372 @@ def test_damaged_or_foreign_pt_is_one_clear_error(tmp_path, nvidia, write, marke
         refuse(str(tmp_path / "x.pt"), "of another kind", ValueError)
     refuse(write(dict(ema=build_net(nvidia[0])), name="x.pt"), "must end in .pkl", ValueError)
     refuse(write(dict(x=Call(os.system, f"touch {marker}")), 2, name="x.pt"), "system")
+
+
+# ---- nests and prefixes --------------------------------------------------------------------------
+def weights(seed, prefix=""):
+    """State dict of a small net, other numbers for another seed."""
+    torch.manual_seed(seed)
+    return {prefix + k: v for k, v in torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2)).state_dict().items()}
+
+
+RAW, EMA = weights(1), weights(2)
+OPT = {"state": {0: {"step": torch.tensor(1.0), "exp_avg": torch.ones(2, 3)}}, "param_groups": [{"lr": 1e-4, "params": [0]}]}
+ARGS = argparse.Namespace(model="SiT-XL/2", lr=1e-4, names=["a"], best=np.float64(3.5))
+
+
+def prefixed(prefix, state=EMA):
+    return {prefix + k: v for k, v in state.items()}
+
+
+NESTS = {  # kind of file: (what it holds, the place that is named; None: nothing is said)
+    "bare": (EMA, None),
+    "DiT, SiT, REPA": (dict(model=RAW, ema=EMA, opt=OPT, args=ARGS), "ema"),
+    "steps": (dict(model=RAW, ema=EMA, opt=OPT, steps=5, args=ARGS), "ema"),
+    "ema alone": (dict(ema=EMA), "ema"),
+    "model alone": (dict(model=EMA, optimizer=OPT, epoch=3, best=np.float32(1.5)), "model"),
+    "net": (dict(net=EMA), "net"), "state_dict": (dict(state_dict=EMA, epoch=1), "state_dict"),
+    "another name": (dict(generator=EMA, step=torch.tensor(3)), "generator"),
+    "timm": (dict(state_dict=RAW, state_dict_ema=EMA, args=ARGS), "state_dict_ema"),
+    "model_ema": (dict(model=RAW, model_ema=EMA), "model_ema"),
+    "a critic": (dict(model=EMA, critic=RAW), "model"),
+    "nest in nest": (dict(checkpoint=dict(model=RAW, ema=EMA)), "checkpoint.ema"),
+    "Lightning": (dict(state_dict={**prefixed("net.", RAW), **prefixed("ema.")}, callbacks={}, optimizer_states=[OPT]), "state_dict.ema"),
+    "ema_pytorch": ({"step": torch.tensor(1), **prefixed("online_model.", RAW), **prefixed("ema_model.")}, "ema_model"),
+    "average of DDP": (dict(ema=prefixed("module."), model=prefixed("module.", RAW)), "ema.module"),
+    "DeepSpeed": (dict(module=EMA, global_steps=3), "module"),
+    **{p: (prefixed(p), p.replace("_orig_mod.", "")[:-1] or None) for p in (
+        "module.", "_orig_mod.", "ema.", "ema_model.", "net.", "module._orig_mod.", "_orig_mod.module.", "ema.module.",
+        "module.ema.", "ema._orig_mod.module.", "_orig_mod.ema_model.module.", "module.module.")},
+    "compiled inside": ({k.replace("0.", "0._orig_mod."): v for k, v in EMA.items()}, None)}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("kind", NESTS)
+def test_nests_and_prefixes_are_taken_off_and_the_average_is_taken(tmp_path, capsys, kind, zipped):
+    path = str(tmp_path / "x.pt")
+    torch.save(NESTS[kind][0], path, _use_new_zipfile_serialization=zipped)
+    state, kwargs = nets.load_pretrained(path)
+    assert kwargs == {} and list(state) == list(EMA)
+    assert all(v.dtype == EMA[k].dtype and torch.equal(v, EMA[k]) for k, v in state.items())
+    out, err = capsys.readouterr()
+    place = NESTS[kind][1]
+    assert err == "" and (out == "" if place is None else out.startswith(f"{path}: took its {place}; it holds "))
+
+
+@pytest.mark.parametrize("tree, names", [
+    (dict(generator=RAW, critic=EMA), "generator, critic"), (dict(model=RAW, net=EMA), "model, net"),
+    (dict(ema=dict(a=RAW, b=EMA)), "ema.a, ema.b"), (dict(ema=RAW, model_ema=EMA), "ema, model_ema"),
+    ({**prefixed("ema."), **prefixed("ema_model.")}, "ema, ema_model")])
+def test_where_no_rule_says_which_weights_they_are_refused(tmp_path, tree, names):
+    torch.save(tree, tmp_path / "x.pt")
+    refuse(str(tmp_path / "x.pt"), f"it holds {names}; save the one you want alone", ValueError)
+
+
+@pytest.mark.parametrize("tree", [{**prefixed("module."), "x": torch.ones(1)}, {**EMA, **prefixed("_orig_mod.", RAW)},
+                                  {**prefixed("net."), **prefixed("loss.", RAW)}])
+def test_a_prefix_of_some_names_stays_and_the_net_refuses_it(tmp_path, tree):
+    torch.save(tree, tmp_path / "x.pt")
+    state, _ = nets.load_pretrained(tmp_path / "x.pt")
+    assert list(state) == list(tree)
+    with pytest.raises(nets.WeightsError, match="unexpected"):
+        nets.load_weights(torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2)), state, "x.pt")
+
+
+def test_settings_beside_the_weights_run_nothing(tmp_path, marker):
+    """A Namespace becomes a Record: neither its constructor nor a call hidden in it is obeyed."""
+    torch.save(dict(ema=EMA, args=Call(argparse.Namespace, state=dict(x=1))), tmp_path / "x.pt")
+    assert list(nets.load_pretrained(tmp_path / "x.pt")[0]) == list(EMA)
+    torch.save(dict(ema=EMA, args=argparse.Namespace(x=Call(os.system, f"touch {marker}"))), tmp_path / "x.pt")
+    refuse(str(tmp_path / "x.pt"), ".system'")
+    torch.save(dict(ema=EMA, cfg=types.SimpleNamespace(a=1)), tmp_path / "x.pt")
+    refuse(str(tmp_path / "x.pt"), "save its state dict alone")
+
+
+# ---- .safetensors --------------------------------------------------------------------------------
+def pack(header, data=b"", length=None):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
+
+
+def entry(dtype="F32", shape=(2,), first=0, last=8):
+    return dict(dtype=dtype, shape=list(shape), data_offsets=[first, last])
+
+
+@pytest.fixture
+def mixed():
+    """A tensor of every dtype: odd sizes, no dims, no elements, not contiguous."""
+    g = torch.Generator().manual_seed(0)
+    state = {name: torch.randint(0, 2 if name == "BOOL" else 99, (3,), generator=g).to(dtype) for name, dtype in nets.DTYPES.items()}
+    return dict(state, scalar=torch.tensor(2.5), empty=torch.zeros(0, 4), turned=torch.randn(2, 3, generator=g).t())
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and a[k].shape == b[k].shape
+                                        and torch.equal(a[k], b[k]) for k in a)
+
+
+def test_safetensors_give_back_every_dtype_arguments_and_configuration(tmp_path, mixed):
+    path, model, cfg = str(tmp_path / "x.safetensors"), dict(channel_mult=[1, 2], dropout=0.1), dict(omega=0.2, out="ü")
+    nets.save_checkpoint(path, ema=mixed, model=model, cfg=cfg, net={}, step=3)
+    state, *said = nets.read_weights(path)
+    assert equal(state, mixed) and said == [model, cfg] and nets.load_pretrained(path)[1] == model
+    assert all(v.data_ptr() % v.element_size() == 0 for v in state.values())
+    state["F32"].zero_()                              # a copy on write: the file stays
+    assert equal(nets.load_pretrained(path)[0], mixed) and os.listdir(tmp_path) == ["x.safetensors"]
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("safetensors"), reason="the package safetensors is not here")
+def test_safetensors_agree_with_the_package(tmp_path, mixed):
+    from safetensors.torch import load_file, save_file
+    mine, theirs = str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors")
+    nets.save_checkpoint(mine, ema=mixed, model={}, cfg={})
+    assert equal(load_file(mine), mixed)
+    save_file({k: v.contiguous() for k, v in mixed.items()}, theirs, metadata={"format": "pt"})
+    assert equal(nets.load_pretrained(theirs)[0], mixed)
+
+
+def test_safetensors_that_lie_unaligned_are_read(tmp_path):
+    numbers = np.array([1.5, -2.0], "<f4").tobytes()
+    header = {"a": entry("U8", (1,), 0, 1), "b": entry(first=1, last=9), "__metadata__": {"format": "pt", "model": "no JSON"}}
+    for space in (b"", b" ", b"   "):
+        path = tmp_path / "x.safetensors"
+        path.write_bytes(pack(json.dumps(header).encode() + space, b"\x07" + numbers))
+        state, kwargs = nets.load_pretrained(path)
+        assert state["a"].tolist() == [7] and state["b"].tolist() == [1.5, -2.0] and kwargs == {}
+
+
+EIGHT = bytes(8)
+DAMAGED = {
+    "empty": b"", "text": b"hello, I am a text file", "html": b"<!DOCTYPE html><html></html>", "short": bytes(7),
+    "no header": bytes(8), "huge length": pack({"a": entry()}, EIGHT, 2 ** 64 - 1), "long length": pack({"a": entry()}, EIGHT, 500),
+    "cut numbers": pack({"a": entry()}, EIGHT[:-1]), "more numbers": pack({"a": entry()}, EIGHT + b"x"), "cut header": pack({"a": entry()})[:30],
+    "no numbers": pack({"a": entry()}), "no tensors": pack({}), "a list": pack([1]), "no entry": pack({"a": 1}), "no JSON": pack(b"{'a'}"),
+    "deep": pack(b"[" * 10 ** 5), "metadata": pack({"a": entry(), "__metadata__": 3}, EIGHT), "lying metadata": pack(
+        {"a": entry(), "__metadata__": {"cmt": "no JSON"}}, EIGHT),
+    "dtype": pack({"a": entry("F8_E4M3", (8,))}, EIGHT), "no dtype": pack({"a": dict(shape=[2], data_offsets=[0, 8])}, EIGHT),
+    "shape": pack({"a": entry(shape=(3,))}, EIGHT), "smaller": pack({"a": entry(shape=(1,))}, EIGHT),
+    "huge shape": pack({"a": entry(shape=(2 ** 62, 2 ** 62))}, EIGHT), "negative shape": pack({"a": entry(shape=(-1, -2))}, EIGHT),
+    "fraction": pack({"a": entry(shape=(2.0,))}, EIGHT), "truth": pack({"a": entry(shape=(True, 2))}, EIGHT),
+    "negative offset": pack({"a": entry(first=-8, last=0)}, EIGHT), "backwards": pack({"a": entry(shape=(0,), first=8, last=0)}, EIGHT),
+    "hole": pack({"a": entry(shape=(1,), first=4)}, EIGHT), "outside": pack({"a": entry(first=8, last=16)}, EIGHT),
+    "overlap": pack({"a": entry(), "b": entry(shape=(1,), first=4)}, EIGHT), "one place": pack({"a": entry(), "b": entry()}, EIGHT)}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_damaged_safetensors_are_one_clear_error(tmp_path, damage):
+    (tmp_path / "x.safetensors").write_bytes(DAMAGED[damage])
+    refuse(str(tmp_path / "x.safetensors"), "damaged, cut short or of another kind", nets.WeightsError)
+
+
+def test_the_command_turns_any_weights_into_safetensors(tmp_path, nvidia, write, capsys, monkeypatch):
+    def export(*argv):
+        monkeypatch.setattr(sys, "argv", ["nets.py", *argv])
+        return code([], capsys, lambda argv: runpy.run_path(nets.__file__, run_name="__main__") and sys.exit(0))
+    monkeypatch.chdir(tmp_path)
+    torch.save(dict(ema=EMA, net=RAW, model=dict(channel_mult=(1, 2)), cfg=dict(omega=0.2, stage="mid")), tmp_path / "mid.pt")
+    assert export("mid.pt", "mid.safetensors") == (0, "")
+    state, *said = nets.read_weights(tmp_path / "mid.safetensors")
+    assert equal(state, EMA) and said == [dict(channel_mult=[1, 2]), dict(omega=0.2, stage="mid")]
+    net = build_net(nvidia[0], img_resolution=8, img_channels=1)
+    assert export(write(dict(ema=net)), "net.safetensors") == (0, "")
+    state, kwargs = nets.load_pretrained(tmp_path / "net.safetensors")
+    assert equal(state, net.state_dict()) and kwargs == dict(img_resolution=8, img_channels=1)
+    for argv, want, says in ((["mid.pt"], 2, "python nets.py IN OUT.safetensors"), (["mid.pt", "x.pt"], 2, "OUT.safetensors"),
+                             (["no.pt", "x.safetensors"], 3, "no.pt: no such file"), ([".", "x.safetensors"], 3, "a folder"),
+                             (["mid.pt", "no/x.safetensors"], 3, "no/x.safetensors: cannot write")):
+        done, err = export(*argv)
+        assert done == want and says in err and len(err.splitlines()) == 1, err
+
+
+def test_weights_that_only_resemble_a_u_net_are_one_clear_error(tmp_path):
+    for w in (torch.ones(3), torch.tensor(1.0)):
+        torch.save({"model.enc.8x8_conv.weight": w}, tmp_path / "x.pt")
+        refuse(str(tmp_path / "x.pt"), "of another kind", nets.WeightsError)
+
+
+# ---- the scripts' --teacher and --init -----------------------------------------------------------
+DDPM, EDM2 = (dict(nets.SIZES["ddpm++-8"]), dict(nets.SIZES["edm2-8"], img_resolution=8, img_channels=1, label_dim=10))
+FLOW = dict(input_size=8, in_channels=1, num_classes=10, patch_size=4, hidden_size=64, depth=1, num_heads=2, average_velocity=False)
+TEXT = dict(input_size=8, in_channels=1, patch_size=2, depth=2, context_dim=32, repa_dim=0)
+FAMILIES = {  # net, arguments, script, flags that fit
+    "edm": (nets.EDMPrecond, DDPM, train_cmt_cifar, []),
+    "edm2": (nets.EDM2Precond, EDM2, train_cmt_imagenet, []),
+    "dit": (nets.DiT, FLOW, train_mf_imagenet256, ["--weak", "4x64x1x2", "--size", "4x64x1x2"]),
+    "mmdit": (nets.MMDiT, TEXT, train_t2i_coco, ["--size", "2x2", "--repa", "0"])}
+FORMS = {  # ways to write a net's state dict (and its arguments, where the form has a place for them)
+    "ours": ("x.pt", lambda s, m: dict(net=s, ema=s, opt=OPT, model=m, cfg=dict(stage="pretrain"))),
+    "bare": ("x.pt", lambda s, m: s),
+    "training": ("x.pt", lambda s, m: dict(model={k: 0 * v for k, v in s.items()}, ema=prefixed("module.", s), opt=OPT, args=ARGS)),
+    "compiled": ("x.bin", lambda s, m: prefixed("_orig_mod.module.", s)),
+    "Lightning": ("x.ckpt", lambda s, m: dict(state_dict={**prefixed("net.", {k: 0 * v for k, v in s.items()}), **prefixed("ema.", s)})),
+    "ours, of DDP": ("x.pt", lambda s, m: dict(ema=prefixed("module.", s), model=m, cfg=dict(stage="pretrain"))),
+    "safetensors": ("x.safetensors", lambda s, m: dict(ema=s, model=m, cfg=dict(stage="pretrain"))),
+    "bare safetensors": ("x.safetensors", lambda s, m: dict(ema=prefixed("module.", s), model={}, cfg={}))}
+
+
+def make(family):
+    torch.manual_seed(3)
+    kind, model, *_ = FAMILIES[family]
+    net = kind(**model).eval()
+    for p in net.parameters():
+        p.data += 0.1 * torch.randn_like(p) * p.requires_grad
+    return net
+
+
+def save(family, form):
+    """A net of the family, written in that form; (net, file name)."""
+    net, (name, layout) = make(family), FORMS[form]
+    tree = layout(net.state_dict(), FAMILIES[family][1])
+    nets.save_checkpoint(name, **tree) if name.endswith("safetensors") else torch.save(tree, name)
+    return net, name
+
+
+def answer(net, family):
+    """What a net draws from fixed inputs, whatever its kind."""
+    g = torch.Generator().manual_seed(0)
+    x, t = torch.randn(3, 1, 8, 8, generator=g), torch.tensor([0.2, 0.5, 0.9])
+    more = {"edm": (), "edm2": (torch.eye(10)[:3],), "dit": (t, torch.arange(3)), "mmdit": (torch.randn(3, 5, 32, generator=g),)}
+    with torch.no_grad():
+        return net(x, t, *more[family])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_form_of_a_file_draws_what_its_net_drew(here, family, form):
+    """--teacher, --init to look at, --init to train from: bit for bit the net that was saved."""
+    _, arguments, script, flags = FAMILIES[family]
+    net, name = save(family, form)
+    for argv in (["--stage", "mid", "--teacher", name], ["--stage", "sample", "--init", name], ["--stage", "post", "--init", name]):
+        cfg = script.parse(["--data", "digits", "--precision", "fp32", *flags, *argv])
+        if cfg.stage == "mid":
+            state, model = script.teacher_state(cfg)
+            made = script.build(cfg, model, state, name)
+        elif cfg.stage == "sample":
+            (_, made, *_), = script.candidates(cfg)
+        else:
+            made = script.build(cfg, arguments, *script.first_weights(cfg, None, *[arguments] * (family != "mmdit")))
+        want = script.build(cfg, arguments, net.state_dict())
+        assert torch.equal(answer(made, family), answer(want, family)), argv
+
+
+def wrong(kind):
+    """Write a file that no flag of that script should take; its name."""
+    if kind == "folder":
+        os.makedirs("clip", exist_ok=True)
+        pathlib.Path("clip/config.json").write_text("{}")
+        return "clip"
+    name, content = {"text": ("x.pt", b"hello, I am a text file"), "empty": ("x.pt", b""), "empty pickle": ("x.pkl", b""),
+                     "text tensors": ("x.safetensors", b"hello, I am a text file"), "html": ("x.pkl", b"<!DOCTYPE html>"),
+                     "missing": ("no.pt", None)}.get(kind, ("x.pt", None))
+    if content is not None:
+        pathlib.Path(name).write_bytes(content)
+    elif kind in FAMILIES or kind == "misfit":
+        torch.save(make(kind).state_dict() if kind in FAMILIES else EMA, name)
+    elif kind.startswith("own "):
+        return save(kind[4:], "ours")[1]
+    elif kind == "two":
+        torch.save(dict(generator=RAW, critic=EMA), name)
+    return name
+
+
+WRONG = ["text", "empty", "empty pickle", "text tensors", "html", "missing", "folder", "misfit", "two",
+         *FAMILIES, *(f"own {family}" for family in FAMILIES)]
+
+
+@pytest.mark.parametrize("kind", WRONG)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_other_file_is_one_line_and_exit_code_3(here, family, kind, capsys):
+    if kind in (family, f"own {family}"):
+        return
+    script, flags = FAMILIES[family][2:]
+    name = wrong(kind)
+    torch.save(FORMS["ours"][1](make(family).state_dict(), FAMILIES[family][1]), "teacher.pt")
+    for argv in (["--stage", "mid", "--teacher", name], ["--stage", "sample", "--init", name],
+                 ["--stage", "post", "--mid", "none", "--teacher", "teacher.pt", "--init", name]):
+        exit_code, err = code(["--data", "digits", "--out", "o", *flags, *argv], capsys, script.main)
+        assert exit_code == 3 and name in err and len(err.strip().splitlines()) == 1, (argv, err)
+        assert not os.path.exists("o/mid.pt") and not os.path.exists("o/post.pt")
+
+
+# ---- what weights do not show --------------------------------------------------------------------
+def flow_file(**changes):
+    """A bare DiT with these arguments in x.pt; the arguments."""
+    model = {**FLOW, **changes}
+    torch.save(nets.DiT(**model).state_dict(), "x.pt")
+    return model
+
+
+@pytest.mark.parametrize("flags, heads", [
+    (["--weak", "4x128x2x1"], 1), (["--weak", "4x128x2x8"], 8), (["--weak", "4x128x2"], 4), (["--size", "4x128x2"], 4),
+    (["--size", "4x128x2x2"], 2), ([], None), (["--size", "2x128x2"], None), (["--weak", "4x128x1x1"], None), (["--weak", "4x64x2"], None)])
+def test_heads_of_bare_weights_are_what_the_flags_say_or_asked_for(here, capsys, flags, heads):
+    model = flow_file(hidden_size=128, depth=2)
+    argv = ["--data", "digits", "--stage", "mid", "--teacher", "x.pt", "--out", "o", *flags]
+    if heads:
+        assert train_mf_imagenet256.teacher_state(train_mf_imagenet256.parse(argv))[1] == {**model, "num_heads": heads}
+        return
+    for flag, argv in (("weak", argv), ("size", ["--data", "digits", "--stage", "sample", "--init", "x.pt", "--out", "o", *flags])):
+        exit_code, err = code(argv, capsys, train_mf_imagenet256.main)
+        assert exit_code == 3 and f"does not say its heads; pass --{flag} 4x128x2xHEADS" in err and len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", [name for name in nets.SIZES if name.startswith("dit-")])
+def test_heads_of_the_papers_sizes_are_known(name):
+    row = nets.SIZES[name]
+    with torch.device("meta"):
+        state = nets.DiT(**row).state_dict()
+    assert row.items() <= nets.dit_shape(state, name).items()
+
+
+@pytest.mark.parametrize("line, text", [("--size 4x64x2x3", "the width 64 must be a multiple of 12"),
+                                        ("--size 4x6x2x2", "the width 6 must be a multiple of 4"), ("--weak 4x64x2x0", "PATCHxWIDTHxDEPTH")])
+def test_impossible_heads_are_one_line(here, capsys, line, text):
+    exit_code, err = code(["--data", "digits", *line.split()], capsys, train_mf_imagenet256.main)
+    assert exit_code == 2 and text in err and len(err.strip().splitlines()) == 1
+
+
+def test_a_student_with_other_heads_than_its_file_is_refused(here, capsys):
+    """--init FILE, --init sit and mid.pt: the shapes agree, the pictures would not."""
+    net = nets.DiT(**FLOW)
+    for name in ("x.pt", "o/mid.pt"):
+        nets.os.makedirs("o", exist_ok=True)
+        torch.save(dict(net=net.state_dict(), ema=net.state_dict(), model=FLOW, step=1, cfg=dict(stage="mid", steps=1)), name)
+    flags = ["--data", "digits", "--out", "o", "--size", "4x64x1x1", "--stage", "post"]
+    for more in (["--mid", "none", "--init", "x.pt"], ["--mid", "none", "--init", "sit", "--teacher", "x.pt"], []):
+        exit_code, err = code([*flags, *more], capsys, train_mf_imagenet256.main)
+        assert exit_code == 3 and "was trained with num_heads 2, the net to train has 1" in err, err
+
+
+def test_what_weights_do_not_show_is_compared_with_the_defaults_of_the_net():
+    state, row = {"w": torch.ones(1)}, dict(img_resolution=8, img_channels=1)
+    assert nets.fitting(state, {**row, "sigma_data": 0.5}, row, "x") is state           # the default, said or not
+    assert nets.fitting(state, {}, row, "x") is state
+    for name in nets.HIDDEN:
+        with pytest.raises(nets.WeightsError, match=f"x was trained with {name} 7, the net to train has"):
+            nets.fitting(state, {**row, name: 7}, row, "x")
+
+
+@pytest.mark.parametrize("size", [name for name in nets.SIZES if not name.startswith(("dit", "mmdit"))])
+@pytest.mark.parametrize("labels", [0, 10])
+def test_bare_u_nets_of_the_papers_sizes_say_their_arguments(tmp_path, size, labels):
+    row, edm2 = nets.SIZES[size], size.startswith("edm2-")
+    given = dict(img_resolution=int(size[5:]) if size == "edm2-8" else 64, img_channels=4) if edm2 else {}
+    model = {**row, **given, "label_dim": labels}
+    with torch.device("meta"):
+        net = (nets.EDM2Precond if edm2 else nets.EDMPrecond)(**model)
+    assert nets.unet_size(net.state_dict()) == model
+    if size == "ddpm++-8":
+        torch.save(nets.EDMPrecond(**{**model, "model_channels": 16}).state_dict(), tmp_path / "x.pt")
+        assert nets.load_pretrained(tmp_path / "x.pt")[1] == {}
+
+
+def test_noise_predictors_of_dit_are_refused_by_their_name(here, capsys):
+    flow_file()
+    os.rename("x.pt", "DiT-XL-2-256x256.pt")
+    exit_code, err = code(["--data", "digits", "--stage", "mid", "--teacher", "DiT-XL-2-256x256.pt", "--out", "o", "--weak", "4x64x1x2"],
+                          capsys, train_mf_imagenet256.main)
+    assert exit_code == 3 and "predicts noise" in err and len(err.strip().splitlines()) == 1
 
 
 # ---- load_weights ------------------------------------------------------------------------------------

@@ -253,7 +253,7 @@ def test_an_official_sit_starts_the_student_exactly(monkeypatch):
     torch.save(official_sit(one), "sit.pt")
     monkeypatch.setattr(nets.DiT, "__init__", lambda self, *a, real=nets.DiT.__init__, **k: (real(self, *a, **k), self.double())[0])
     for flags in (["--init", "sit", "--teacher", "sit.pt"], ["--init", "sit.pt"]):
-        c = cfg("--stage", "post", "--mid", "none", *flags)
+        c = cfg("--stage", "post", "--mid", "none", "--size", "2x16x2x1", *flags)
         state, model = script.read_net(c, "sit.pt")
         net = script.build(c, {**model, "average_velocity": True}, *script.first_weights(c, state), train=True)
         z, _, t, r, y = batch(ratio=1.0)
@@ -285,6 +285,9 @@ def test_stages_with_different_guidance_are_refused(road, tmp_path, capsys):
                         (["--guide_to", "0.8"], "this stage has 0.8 in [0.0, 0.8]")):
         exit_code, err = code([*base, "--stage", "mid", *flags], capsys, main=script.main)
         assert exit_code == 2 and text in err and len(err.strip().splitlines()) == 1, err
+    nets.save_checkpoint("t.safetensors", **nets.load_checkpoint(str(road / "pretrain.pt")))        # exported, it says the same
+    exit_code, err = code([*base, "--stage", "mid", "--omega", "0.5", "--teacher", "t.safetensors"], capsys, main=script.main)
+    assert exit_code == 2 and "t.safetensors was trained with guidance 0.8" in err
     run(*base, "--stage", "mid", "--omega", "0.6", "--kappa", "0.25")
     exit_code, err = code([*base, "--stage", "post", "--kappa", "0.6"], capsys, main=script.main)
     assert exit_code == 2 and "mid.pt was trained with guidance 0.8" in err

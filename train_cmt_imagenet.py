@@ -852,7 +852,7 @@ def frozen_teacher(cfg, weights, model):
 
 
 def stamps_of_teachers(cfg, weights):
-    """What a stage notes of those it asks: the teacher's weights; in ECD --main's, else these, and --guide's."""
+    """What a stage notes of those it asks: the teacher's weights; ECD: --main's or these, and --guide's."""
     names = ("main", "guide") if cfg.stage == "post" and cfg.post.startswith("ecd") else ()
     asked = {name: snapshot(getattr(cfg, name))[0] for name in names if getattr(cfg, name)}
     if cfg.stage == "mid" or names and not cfg.main:

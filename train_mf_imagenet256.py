@@ -757,9 +757,8 @@ LIMITS = {  # (rule, least, below): fields
 
 def check(cfg):
     """Everything that would stop this stage, before any stage starts: values (exit code 2), files (3)."""
-    left_out = cfg.stage == "mid" or cfg.stage == "pretrain" and cfg.init != "sit"    # by --mid none
     given = cfg.stage in RUN or cfg.stage == "pretrain" and cfg.teacher
-    check_values(cfg, trains := not given and not (left_out and cfg.mid == "none"))
+    check_values(cfg, trains := not given and not left_out(cfg))
     if cfg.guide_from > cfg.guide_to:
         fail(2, f"--guide_from {cfg.guide_from} must not be above --guide_to {cfg.guide_to}")
     if cfg.stage == "mid" and trains:
@@ -774,7 +773,8 @@ def check(cfg):
     if trains and not os.path.exists(f"{cfg.out}/{cfg.stage}.pt"):
         if cfg.stage != "mid" and latents_path(cfg):  # not after days of mid-training, which needs no data
             side = side or load_data(cfg).shape[-1]
-        if not (cfg.stage == "pretrain" or cfg.init in INITS or "://" in cfg.init or os.path.exists(cfg.init)):
+        known = cfg.stage == "pretrain" or cfg.init in INITS or "://" in cfg.init
+        if not known and not os.path.exists(cfg.init):
             fail(3, f"--init {cfg.init}: no such file")
     for flag in ("weak", "size"):
         size_row(cfg, flag, side)
@@ -800,6 +800,11 @@ def check_values(cfg, trains):
 
 
 # ---- main -------------------------------------------------------------------------------------
+def left_out(cfg):
+    """Whether --mid none leaves this stage out: pre-training too, unless the student starts as the SiT."""
+    return cfg.mid == "none" and (cfg.stage == "mid" or cfg.stage == "pretrain" and cfg.init != "sit")
+
+
 def pairs_per_solve(cfg):
     """Pairs that one call of teacher_pairs gives."""
     return cfg.trajectories * cfg.nodes * (cfg.nodes - 1) // 2
@@ -907,7 +912,7 @@ def mse_by_gap(errors, *more):
 
 def train(cfg):
     """One stage (pretrain, mid, post) from its last checkpoint to its end. Method first, bookkeeping last."""
-    if cfg.stage in ("pretrain", "mid") and cfg.mid == "none" and (cfg.stage == "mid" or cfg.init != "sit"):
+    if left_out(cfg):
         return log(cfg, f"{cfg.stage}: not needed with --mid none --init {cfg.init}")
     if cfg.stage == "pretrain" and cfg.teacher:
         teacher_state(cfg)                            # read and checked, not trained

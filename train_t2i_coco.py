@@ -939,9 +939,8 @@ LIMITS = {  # (rule, least, below): fields
 
 def check(cfg):
     """Everything that would stop this stage, before any stage starts: values (exit code 2), files (3)."""
-    left_out = cfg.stage == "mid" or cfg.stage == "pretrain" and cfg.init != "sit"    # by --mid none
     given = cfg.stage in RUN or cfg.stage == "pretrain" and cfg.teacher
-    check_values(cfg, trains := not given and not (left_out and cfg.mid == "none"))
+    check_values(cfg, trains := not given and not left_out(cfg))
     shape_of_size(cfg, SIDES.get(cfg.data, 0))
     if cfg.guide_from > cfg.guide_to:
         fail(2, f"--guide_from {cfg.guide_from} must not be above --guide_to {cfg.guide_to}")
@@ -953,7 +952,8 @@ def check(cfg):
             fail(2, f"--trajectories {cfg.trajectories} must be a multiple of the {WORLD} processes")
     if trains and not os.path.exists(f"{cfg.out}/{cfg.stage}.pt"):
         net_arguments(cfg, load_data(cfg), 0)         # do the data have what this stage needs, of this size?
-        if not (cfg.stage == "pretrain" or cfg.init in INITS or "://" in cfg.init or os.path.exists(cfg.init)):
+        known = cfg.stage == "pretrain" or cfg.init in INITS or "://" in cfg.init
+        if not known and not os.path.exists(cfg.init):
             fail(3, f"--init {cfg.init}: no such file")
     if cfg.stage == "sample" and cfg.prompts:
         given_prompts(cfg)
@@ -984,6 +984,11 @@ def check_values(cfg, trains):
 
 
 # ---- main -------------------------------------------------------------------------------------
+def left_out(cfg):
+    """Whether --mid none leaves this stage out: pre-training too, unless the student starts as the SiT."""
+    return cfg.mid == "none" and (cfg.stage == "mid" or cfg.stage == "pretrain" and cfg.init != "sit")
+
+
 def pairs_per_solve(cfg):
     """Pairs that one call of teacher_pairs gives."""
     return cfg.trajectories * cfg.nodes * (cfg.nodes - 1) // 2
@@ -1081,7 +1086,7 @@ def first_weights(cfg, teacher):
 
 def train(cfg):
     """One stage (pretrain, mid, post) from its last checkpoint to its end. Method first, bookkeeping last."""
-    if cfg.stage in ("pretrain", "mid") and cfg.mid == "none" and (cfg.stage == "mid" or cfg.init != "sit"):
+    if left_out(cfg):
         return log(cfg, f"{cfg.stage}: not needed with --mid none --init {cfg.init}")
     if cfg.stage == "pretrain" and cfg.teacher:
         teacher_state(cfg)                            # read and checked, not trained
@@ -1217,22 +1222,20 @@ def candidates(cfg):
 
 
 def given_prompts(cfg):
-    """--prompts: captions between bars, or of a file, one a line; without it eight of the validation set.
+    """--prompts: captions between bars, or of a FILE, one a line; without it eight of the validation set.
 
-    What is there, ends in .txt, or is one word with a / or an ending (a.csv) is a file; the rest are captions.
+    A FILE is what is there, ends in .txt, or is one word with a slash or an ending.
     """
-    captions = cfg.prompts.split("|")
-    if os.path.exists(cfg.prompts) or re.fullmatch(r"[^|]*\.txt|[^|\s]*(/|\.\w)[^|\s]*", cfg.prompts):
-        if not os.path.isfile(cfg.prompts):
-            fail(2, f"--prompts {cfg.prompts}: no such file; for a caption of this text write '{cfg.prompts}|'")
-        with fid.blame(cfg.prompts), open(cfg.prompts, encoding="utf-8-sig") as f:     # with a mark or without
+    given, captions = cfg.prompts, cfg.prompts.split("|")
+    if os.path.exists(given) or re.fullmatch(r"[^|]*\.txt|[^|\s]*(/|\.\w)[^|\s]*", given):
+        if not os.path.isfile(given):
+            fail(2, f"--prompts {given}: no such file; to have it as a caption write '{given}|'")
+        with fid.blame(given), open(given, encoding="utf-8-sig") as f:        # with a byte-order mark or not
             captions = f.readlines()
     captions = [c.strip() for c in captions if c.strip()]
-    if not cfg.prompts and not any(captions := load_data(cfg).validation(range(8))[0]):
+    if not given and not any(captions := load_data(cfg).validation(range(8))[0]):
         fail(2, f"--prompts is empty, and --data {cfg.data} holds no text; pass --prompts 'a cat|a dog'")
-    if not captions:
-        fail(2, f"--prompts {cfg.prompts}: holds no caption; write one a line, or 'a cat|a dog'")
-    return captions
+    return captions or fail(2, f"--prompts {given}: holds no caption; write one a line, or 'a cat|a dog'")
 
 
 def words_cut_off(encoder, caption):

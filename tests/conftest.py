@@ -13,6 +13,7 @@ sys.path.insert(0, str(ROOT))
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+import fid  # noqa: E402
 import train_cmt_cifar as script  # noqa: E402
 import train_cmt_imagenet  # noqa: E402
 
@@ -44,6 +45,12 @@ def gpu_cases(request):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+@pytest.fixture(autouse=True)
+def say(monkeypatch, say=fid.say):
+    """Lines about files go to stderr again: a run sends them to its log."""
+    monkeypatch.setattr(fid, "say", say)
+
+
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """An empty folder, offline, with signals as they were."""
@@ -51,7 +58,7 @@ def here(tmp_path, monkeypatch):
     monkeypatch.setenv("CMT_CACHE", str(tmp_path / "cache"))
     for module in (script, train_cmt_imagenet):
         monkeypatch.setattr(module, "STOP", [])
-    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    before = {s: signal.getsignal(s) for s in script.SIGNALS}
     yield
     for s, handler in before.items():
         signal.signal(s, handler)

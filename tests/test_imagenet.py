@@ -81,7 +81,7 @@ def test_teachers_of_ecd_are_known_by_their_weights(road, capsys):
     """Under other names a finished or begun stage goes on; with other weights it is refused, by the name of the flag."""
     state = torch.load(road / "pretrain.pt", weights_only=True)
     for name in ("main", "guide", "copy", "other"):
-        state["ema"]["out_gain"] = torch.tensor(0.5 if name == "other" else 1.0)
+        state["ema"]["unet.out_gain"] = torch.tensor(0.5 if name == "other" else 1.0)
         torch.save({"ema": state["ema"], "model": state["model"]}, f"{name}.pt")
     base = [*TINY, "--teacher", road / "pretrain.pt", "--w", "2.0", "--stage", "post", "--mid", "none", "--post", "ecd", "--out", "x",
             "--decay", "constant"]
@@ -92,7 +92,7 @@ def test_teachers_of_ecd_are_known_by_their_weights(road, capsys):
         for flag in ("--main", "--guide"):
             words = [*base, "--main", "main.pt", "--guide", "guide.pt", flag, "other.pt", "--steps", steps]
             exit_code, err = code(words, capsys, script.main)
-            assert exit_code == 2 and f"saw 1797 images" in err and "main crc32" in err and len(err.strip().splitlines()) == 1
+            assert exit_code == 2 and "saw 1797 images" in err and "main crc32" in err and len(err.strip().splitlines()) == 1
     assert nets.load_checkpoint("x/post.pt")["step"] == 3
 
 

@@ -184,13 +184,13 @@ def train_vgg(path, seed, steps=300, batch=128, lr=3e-3):
         opt.param_groups[0]["lr"] = lr * (1 - step / steps)
         i = torch.randint(len(images), (batch,))
         dx, dy = torch.randint(-1, 2, (2,)).tolist()                                 # shifts by one pixel
-        x = script.to_float(images[i].roll((dx, dy), (2, 3)), "cpu")
+        x = fid.to_float(images[i].roll((dx, dy), (2, 3)), "cpu")
         loss = F.cross_entropy(vgg.logits(x + 0.2 * torch.rand(()) * torch.randn(x.shape)), labels[i])
         opt.zero_grad()
         loss.backward()
         opt.step()
     nets.save_checkpoint(path, net=vgg.state_dict())
-    return (vgg.logits(script.to_float(images, "cpu")).argmax(1) == labels).float().mean().item()
+    return (vgg.logits(fid.to_float(images, "cpu")).argmax(1) == labels).float().mean().item()
 
 
 # ---- curves -----------------------------------------------------------------------------------
@@ -289,20 +289,20 @@ class PhotoNet(torch.nn.Module):
                 opt.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)
                 i = torch.randint(known, (batch,))
                 x = images[i] if step % 2 else images[i].flip(3)
-                loss = F.cross_entropy(self.vgg.logits(script.to_float(x, "cpu")), labels[i])
+                loss = F.cross_entropy(self.vgg.logits(fid.to_float(x, "cpu")), labels[i])
                 opt.zero_grad()
                 loss.backward()
                 opt.step()
             torch.save(self.vgg.state_dict(), path)
         with torch.no_grad():
             parts = zip(images.split(500), labels.split(500))
-            right = [self.vgg.logits(script.to_float(x, "cpu")).argmax(1) == y for x, y in parts]
+            right = [self.vgg.logits(fid.to_float(x, "cpu")).argmax(1) == y for x, y in parts]
         held = torch.cat(right)[len(images) * 9 // 10:].float().mean()
         self.protocol = f"FD-photos: {held:.1%} of a tenth never trained on are read right"
 
     @torch.no_grad()
     def forward(self, images):
-        return self.vgg.maps(script.to_float(images, "cpu"))[-1].mean((2, 3))
+        return self.vgg.maps(fid.to_float(images, "cpu"))[-1].mean((2, 3))
 
 
 PHOTOS = {  # row: calls, laid over the settings of digits; the last net is scored in 1 and 2 steps

@@ -44,6 +44,7 @@ import pickle
 import re
 import shutil
 import sys
+import tarfile
 import threading
 import time
 import urllib.request
@@ -96,11 +97,19 @@ def blame(name):
         raise DataError(f"{name}: {' '.join(text.split())[:300]}") from error
 
 
+def show(text, stream):
+    """Print a line. Where nobody reads on (`| head`, a closed terminal) the output ends, not the run."""
+    try:
+        print(text, file=stream, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 @functools.cache                                         # once: every stage opens the same files again
 def say(text):
     """A line about files on stderr, from the first process; a script puts its own log here."""
     if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr)
+        show(text, sys.stderr)
 
 
 # ---- Inception-v3 ------------------------------------------------------------------------------
@@ -452,6 +461,12 @@ def to_uint8(x):
     return (x.float() * 127.5 + 128).clamp(0, 255).byte()     # trap: without clamp 256 becomes 0
 
 
+def to_float(images, device):
+    """uint8 (B, C, H, W) -> [-1, 1], channels_last, on device."""
+    x = images.to(device, non_blocking=True).float() / 127.5 - 1
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 def sha256(file):
     """Hexadecimal sum of a file; "" for a folder."""
     if not os.path.isfile(file):
@@ -637,7 +652,7 @@ def check_pictures(names, read, label):
             sums += pool.map(checksum, names[i:i + 256])
             if time.time() > told + 5 and os.environ.get("RANK", "0") == "0":
                 told = time.time()
-                print(f"{label}: {len(sums)} of {len(names)} pictures read", file=sys.stderr)
+                show(f"{label}: {len(sums)} of {len(names)} pictures read", sys.stderr)
     if bad := [error for error in sums if isinstance(error, DataError)]:
         raise DataError(f"{bad[0]}; {len(bad)} of {len(names)} pictures cannot be used")
     return f"{len(names)} images, crc32 {zlib.crc32(np.array(sums, '<u4')):08x}"
@@ -738,7 +753,7 @@ def read_images(path, batch=64, rank=0, world=1, progress=False):
         yield torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
         if progress and time.time() > told + 5:
             told, done = time.time(), min(i + batch * world, len(names))
-            print(f"{path}: {done}/{len(names)} images, {100 * done // len(names)}%", file=sys.stderr)
+            show(f"{path}: {done}/{len(names)} images, {100 * done // len(names)}%", sys.stderr)
 
 
 class Inert(list):
@@ -801,14 +816,20 @@ def load_reference(name):
     return read_statistics(name)
 
 
+def image_shape(path, res=0):
+    """(H, W, C) of the images that load_images reads, by the first of them."""
+    with blame(path):
+        names, read = image_source(path)
+        return (res, res, 3) if res else read(names[0]).shape
+
+
 def load_images(path, res=0):
     """Images of a folder, .zip or .npz, uint8 (N, C, H, W), whole in memory.
 
     res > 0: the middle square of each, RGB, LANCZOS to res, none smaller. Else all must have one size.
     """
-    with blame(path):
-        names, read = image_source(path)
-        shape = (res, res, 3) if res else read(names[0]).shape
+    shape = image_shape(path, res)
+    names, read = image_source(path)
     images = np.empty((len(names), shape[2], *shape[:2]), np.uint8)
 
     def keep(k):
@@ -823,6 +844,18 @@ def load_images(path, res=0):
         return image
     check_pictures(range(len(names)), keep, path)
     return torch.from_numpy(images)
+
+
+def read_cifar(path, md5):
+    """The 50,000 training images in cifar-10-python.tar.gz, not unpickled: the pixels lie in one piece."""
+    found = hashlib.md5(pathlib.Path(path).read_bytes()).hexdigest()
+    if found != md5:
+        raise DataError(f"{path}: md5 is {found}, expected {md5}; delete it to download it again")
+    marker = b"T" + (10_000 * 3072).to_bytes(4, "little")          # BINSTRING and its length
+    with tarfile.open(path) as tar:
+        raw = [tar.extractfile(f"cifar-10-batches-py/data_batch_{i}").read() for i in range(1, 6)]
+    pixels = b"".join(r[(i := r.index(marker) + 5):i + 10_000 * 3072] for r in raw)
+    return torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(-1, 3, 32, 32)
 
 
 def prefetch(name):
@@ -1046,6 +1079,22 @@ def table(rows):
     """A list of dicts with the same keys as a Markdown table."""
     lines = [rows[0].keys(), ["---"] * len(rows[0]), *(row.values() for row in rows)]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def save_table(path, rows, note):
+    """Writes rows as a table, and a note below it, in the first process; returns the text."""
+    text = f"{table(rows)}\n\n{note}"
+    if os.environ.get("RANK", "0") == "0":
+        with open(path, "w") as file:
+            file.write(text + "\n")
+    return text
+
+
+def seed_range(text):
+    """"0-63" or "7" -> range; empty if it is neither."""
+    first, _, last = text.partition("-")
+    last = last or first
+    return range(int(first), int(last) + 1) if first.isdecimal() and last.isdecimal() else range(0)
 
 
 # ---- command line ------------------------------------------------------------------------------

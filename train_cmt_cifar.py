@@ -23,7 +23,6 @@ import os
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 import traceback
 import zlib
@@ -31,7 +30,7 @@ from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from typing import Literal, get_args
 
 import torch
@@ -116,9 +115,11 @@ FILES = {"cifar10": "data/cifar-10-python.tar.gz",
          "ffhq": "data/ffhq-64x64.zip", "afhqv2": "data/afhqv2-64x64.zip"}
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 CIFAR_MD5 = "c58f30108f718f92721af3b95e74349a"
-FREE = {  # fields that may differ when a stage goes on, or is found finished; a teacher's weights may not
+STAMPED = "data", "teacher"                           # compared by what they hold, wherever that lies
+FREE = {  # fields that may differ when a stage goes on, or is found finished; by stage, and by --decay
     "*": "stage out teacher seeds samples repeat mid_sigma sigma_shift compile batch_gpu log_every "
          "save_every",
+    "constant": "steps",
     "pretrain": "mid post init nfe trajectories q double huber_c loss",
     "mid": "post q double P_mean P_std",
     "post": "trajectories loss nfe",
@@ -140,7 +141,7 @@ def parse(argv=None):
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], [f"--{f.name}" for f in fields(Config)], 1)
         fail(2, f"unknown flag {unknown[0]}; " + (f"did you mean {near[0]}?" if near else "--help lists all"))
-    flags = vars(typed)                               # only what was typed
+    flags = {k: v for k, v in vars(typed).items() if (k, v) != ("out", "")}      # only what was typed
     name = data_name(Config(**flags))
     whole = Config(**{**PRESETS.get((name, "*", "*"), {}), **flags})
     key = name, whole.stage, getattr(whole, whole.stage, "*")       # the method is what --mid or --post says
@@ -167,7 +168,7 @@ def load_data(cfg):
     if cfg.data == "digits":
         return fid.digits()[0]
     path = data_file(cfg)
-    return read_cifar(path) if path.endswith(".tar.gz") else fid.load_images(path, cfg.res)
+    return fid.read_cifar(path, CIFAR_MD5) if path.endswith(".tar.gz") else fid.load_images(path, cfg.res)
 
 
 def data_file(cfg):
@@ -180,22 +181,6 @@ def data_file(cfg):
     if data_name(cfg) == "own" and os.sep not in path and "." not in path:
         fail(2, f"--data {path}: not one of {', '.join([*FILES, 'digits'])}, and no such file or folder")
     fail(3, f"--data {cfg.data}: {path} is not there; put or link an EDM zip there, or pass --data PATH")
-
-
-def read_cifar(path):
-    """The 50,000 training images in cifar-10-python.tar.gz, not unpickled: the pixels lie in one piece."""
-    nets.check_sums(path, f"{path} (delete it to download it again)", "", CIFAR_MD5)
-    marker = b"T" + (10_000 * 3072).to_bytes(4, "little")          # BINSTRING and its length
-    with tarfile.open(path) as tar:
-        raw = [tar.extractfile(f"cifar-10-batches-py/data_batch_{i}").read() for i in range(1, 6)]
-    pixels = b"".join(r[(i := r.index(marker) + 5):i + 10_000 * 3072] for r in raw)
-    return torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(-1, 3, 32, 32)
-
-
-def to_float(images, device):
-    """uint8 (B, C, H, W) -> [-1, 1], channels_last, on device."""
-    x = images.to(device, non_blocking=True).float() / 127.5 - 1
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 # ---- losses -----------------------------------------------------------------------------------
@@ -323,6 +308,8 @@ def pictures(cfg, found):
 
 # ---- plumbing ---------------------------------------------------------------------------------
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
+SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]                      # USR1: Slurm's --signal
+SIGNALS += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)      # trap: nohup ignores it
 STOP = []                                             # signals received: the loop saves, then ends
 # choice: half an hour for an answer: process 0 may be writing 24 GB while the others wait
 TIMEOUT = timedelta(minutes=30)
@@ -345,7 +332,7 @@ def launch(cfg):
 def fail(code, message):
     """One line, then exit: 1 crash, 2 usage or config, 3 data or weights, 4 diverged, 75 stopped, saved."""
     if code in (1, 3) or os.environ.get("RANK", "0") == "0":              # these may strike one process alone
-        print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
+        fid.show(f"{os.path.basename(sys.argv[0])}: {message}", sys.stderr)
     raise SystemExit(code)
 
 
@@ -361,6 +348,8 @@ def one_line(cfg):
         now = cfg.batch_gpu or cfg.batch // WORLD
         fail(1, f"{str(e).splitlines()[0]} Run again with a --batch_gpu smaller than {now}")
     except RuntimeError as e:
+        if lost := [line for line in str(e).splitlines() if "C++ compiler" in line or "C compiler" in line]:
+            fail(2, f"--compile: {lost[0]}; install g++ and gcc, or go without it")
         calls = [f.line for f in traceback.extract_tb(e.__traceback__) if "dist." in f.line]
         if not calls:
             raise
@@ -380,7 +369,7 @@ def randn(shape, g):
 def draw(images, n, g):
     """n of the images in [-1, 1] on the generator's device."""
     # choice: drawn with replacement, no augmentation: a batch is then a function of its step alone
-    return to_float(images[torch.randint(len(images), (n,), generator=g, device=g.device)], g.device)
+    return fid.to_float(images[torch.randint(len(images), (n,), generator=g, device=g.device)], g.device)
 
 
 def gather(x):
@@ -405,7 +394,7 @@ def agree(what, facts):
 def log(cfg, text, **numbers):
     """A line on the screen and in log.txt; numbers, if any, go to metrics.jsonl. First process only."""
     if RANK == 0:
-        print(text, flush=True)
+        fid.show(text, sys.stdout)
         lines = {"log.txt": text, "metrics.jsonl": numbers and json.dumps(numbers)}
         for name in lines if numbers else ["log.txt"]:
             with open(f"{cfg.out}/{name}", "a") as f:
@@ -415,13 +404,30 @@ def log(cfg, text, **numbers):
 def resume(cfg, path):
     """The checkpoint at path, if this configuration made it; else exit code 2 names what differs."""
     ckpt = nets.load_checkpoint(path, whole=True)
-    free = f"{FREE['*']} {FREE.get(cfg.stage, '')}".split()
+    free = " ".join(FREE.get(key, "") for key in ("*", cfg.stage, cfg.decay)).split()
+    later = any(os.path.exists(f"{cfg.out}/{s}.pt") for s in STAGES[STAGES.index(cfg.stage) + 1:])
     for f in fields(Config) if ckpt else ():
         was, now = ckpt["cfg"].get(f.name, f.default), getattr(cfg, f.name)
-        if f.name not in free and was != now:
-            fail(2, f"{path} was made with --{f.name} {was}, now it is {now}; use another --out")
+        may, how = f.name in free, "use another --out"
+        if f.name == "data":                          # of one kind; what they hold is compared in is_over
+            may = data_name(replace(cfg, data=was)) == data_name(cfg)
+        if f.name == "steps":                         # more of them, before another stage begins from here
+            may = may and not later and now >= ckpt["step"]
+            how += f", there train on from it by --init {path}" * (cfg.stage != "pretrain")
+        if was != now and not may:
+            fail(2, f"{path} was made with --{f.name} {was}, now it is {now}; {how}")
     agree(f"step of {path}", ckpt and ckpt["step"])
     return ckpt
+
+
+def is_over(cfg, path, ckpt, data=""):
+    """Whether the stage is finished: with data and a teacher of the same names or, once read, this stamp."""
+    if data and ckpt and ckpt["data"] != data:
+        fail(2, f"--data or --teacher has changed: {path} saw {ckpt['data']}, now {data}; use another --out")
+    same = data or ckpt and all(ckpt["cfg"][name] == getattr(cfg, name) for name in STAMPED)
+    if over := same and ckpt and ckpt["step"] >= cfg.steps:
+        log(cfg, f"{cfg.stage}: {path} is finished, nothing to do")
+    return over
 
 
 def lr_at(cfg, step):
@@ -508,19 +514,20 @@ def open_out(cfg, argv):
         lock.seek(0)
         fail(2, f"another run ({lock.read()}) is at work in {cfg.out}; use another --out")
     except OSError:
-        print(f"warning: {cfg.out} cannot be locked; start no second run in it", file=sys.stderr)
+        fid.show(f"warning: {cfg.out} cannot be locked; start no second run in it", sys.stderr)
     lock.truncate(0)
     print(f"process {os.getpid()} on {os.uname().nodename}", end="", file=lock, flush=True)
     git = f"git -C '{os.path.dirname(os.path.abspath(__file__))}' rev-parse --short HEAD 2>/dev/null"
     device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
     log(cfg, f"{os.path.basename(__file__)} {' '.join(argv)} | torch {torch.__version__} | {device} | commit "
              f"{subprocess.getoutput(git + ' || echo none')}")
+    fid.say = cache(partial(log, cfg))                # lines about files, each once
     return lock
 
 
 LIMITS = {  # (rule, least, below): fields
     ("above 0", 1e-300, math.inf): "batch steps nfe repeat log_every save_every lr P_std mid_sigma",
-    ("0 or more", 0, math.inf): "batch_gpu warmup double huber_c trajectories",
+    ("0 or more", 0, math.inf): "batch_gpu warmup double huber_c trajectories res",
     ("in [0, 1)", 0, 1): "ema_beta dropout",
     ("2 or more", 2, math.inf): "q samples",
 }
@@ -528,9 +535,10 @@ LIMITS = {  # (rule, least, below): fields
 
 def check(cfg):
     """Everything that would stop this stage, before any stage starts: values (exit code 2), files (3)."""
-    check_values(cfg)
-    n, pairs = solves(cfg)
-    if cfg.stage == "mid" and cfg.mid != "none":
+    needless = cfg.stage == "pretrain" and has_teacher(cfg) or cfg.stage == "mid" and cfg.mid == "none"
+    check_values(cfg, trains := cfg.stage not in RUN and not needless)
+    if cfg.stage == "mid" and trains:
+        n, pairs = solves(cfg)
         if not pairs or pairs % cfg.batch:
             fail(2, f"--nfe {cfg.nfe} and --trajectories {cfg.trajectories} must fill whole batches of "
                     f"--batch {cfg.batch}")
@@ -538,9 +546,13 @@ def check(cfg):
             fail(2, f"the {n} --trajectories of a solve must be a multiple of the {WORLD} processes")
         if cfg.loss == "lpips" and cfg.data == "digits" or cfg.loss == "huber" and not cfg.huber_c:
             fail(2, f"--loss {cfg.loss} --huber_c {cfg.huber_c}: digits need huber or l2; huber a c above 0")
+        if cfg.loss == "lpips" and data_name(cfg) == "own" and os.path.exists(cfg.data):
+            side, _, channels = fid.image_shape(cfg.data, cfg.res)
+            if channels != 3 or side < 16:
+                fail(2, f"--loss lpips needs 3x16x16 at least, not {channels}x{side}x{side}; or --loss huber")
         if cfg.loss == "lpips" and not os.path.exists(f"{cfg.out}/mid.pt"):
             nets.pretrained_lpips()                   # downloaded now
-    if cfg.init not in INITS and "://" not in cfg.init and not os.path.exists(cfg.init):
+    if not (cfg.stage == "pretrain" or cfg.init in INITS or "://" in cfg.init or os.path.exists(cfg.init)):
         fail(3, f"--init {cfg.init}: no such file")
     if needs_data(cfg) and not os.path.exists(f"{cfg.out}/{cfg.stage}.pt"):
         data_file(cfg)                                # not after days of mid-training, which needs no data
@@ -548,27 +560,20 @@ def check(cfg):
         fid.prefetch(cfg.data)
 
 
-def check_values(cfg):
-    """What every stage asks of its knobs; exit code 2 names flag, value and remedy."""
+def check_values(cfg, trains):
+    """What a stage asks of its knobs, of more where it trains; exit code 2 names flag, value and remedy."""
     for (rule, least, below), names in LIMITS.items():
         for name in names.split():
             if not least <= getattr(cfg, name) < below:
                 fail(2, f"--{name} {getattr(cfg, name)} is not possible; it must be {rule}")
-    if cfg.batch % WORLD:
+    if trains and cfg.batch % WORLD:
         fail(2, f"--batch {cfg.batch} must be a multiple of the {WORLD} processes")
-    if cfg.batch_gpu and cfg.batch // WORLD % cfg.batch_gpu:
+    if trains and cfg.batch_gpu and cfg.batch // WORLD % cfg.batch_gpu:
         fail(2, f"--batch_gpu {cfg.batch_gpu} must divide the {cfg.batch // WORLD} of --batch in a process")
     if os.path.isfile(cfg.out):
         fail(2, f"--out {cfg.out} is a file; name a folder")
-    if not seed_range(cfg.seeds):
+    if not fid.seed_range(cfg.seeds):
         fail(2, f"--seeds {cfg.seeds} is not possible; write 7 or 0-63")
-
-
-def seed_range(text):
-    """"0-63" or "7" -> range; empty if it is neither."""
-    first, _, last = text.partition("-")
-    last = last or first
-    return range(int(first), int(last) + 1) if first.isdigit() and last.isdigit() else range(0)
 
 
 # ---- main -------------------------------------------------------------------------------------
@@ -640,8 +645,8 @@ def train(cfg):
         return
     path, B = f"{cfg.out}/{cfg.stage}.pt", cfg.batch
     ckpt = resume(cfg, path)
-    if ckpt and ckpt["step"] >= cfg.steps:
-        return log(cfg, f"{cfg.stage}: {path} is finished, nothing to do")
+    if is_over(cfg, path, ckpt):
+        return
     images, data = None, "none"
     if needs_data(cfg):
         images = load_data(cfg)
@@ -653,8 +658,8 @@ def train(cfg):
         weights, model = teacher_state(cfg)
     if asks_teacher:
         data += f", teacher {nets.stamp(weights)}"
-    if ckpt and ckpt["data"] != data:
-        fail(2, f"--data or --teacher has changed: {path} saw {ckpt['data']}, now {data}; use another --out")
+    if is_over(cfg, path, ckpt, data):
+        return
     model = model if ckpt or weights else model_size(cfg, images)
     if asks_teacher:
         # choice: the teacher too in --precision: bf16 moves its ends less than a finer solve would
@@ -760,7 +765,7 @@ def candidates(cfg):
 
 def sample(cfg):
     """One PNG per seed in <out>/samples/<net>_<steps>, and a sheet of the first 64."""
-    seeds, batch = seed_range(cfg.seeds), cfg.batch_gpu or 64
+    seeds, batch = fid.seed_range(cfg.seeds), cfg.batch_gpu or 64
     for name, net, kinds, _ in candidates(cfg):
         for steps, kind in kinds.items():
             prefix, sampler = f"{cfg.out}/samples/{name}_{steps}/", make_sampler(cfg, net, kind)
@@ -791,11 +796,8 @@ def evaluate(cfg):
                 stage="eval", net=name, metric=column, values=values)
         rows.append(row)
     note = f"{cfg.samples} samples a score, seeds from 0, EMA weights, second noise level {cfg.mid_sigma}"
-    text = f"{fid.table(rows)}\n\n{fid.protocol(ours, reference)}\n{note}, sigma_shift {cfg.sigma_shift}."
-    log(cfg, text)
-    if RANK == 0:
-        with open(f"{cfg.out}/results.md", "w") as f:
-            f.write(text + "\n")
+    note = f"{fid.protocol(ours, reference)}\n{note}, sigma_shift {cfg.sigma_shift}."
+    log(cfg, fid.save_table(f"{cfg.out}/results.md", rows, note))
 
 
 def main(argv=None):
@@ -817,7 +819,7 @@ def main(argv=None):
                     c = replace(c, init=Config.init)  # --init FILE starts the first stage, not all
                 torch.backends.cuda.matmul.allow_tf32 = c.precision != "fp32"
                 torch.backends.cudnn.allow_tf32 = c.precision != "fp32"
-                for number in (signal.SIGTERM, signal.SIGINT):    # training saves first, the rest just ends
+                for number in SIGNALS:                # training saves first, the rest just ends
                     signal.signal(number, signal.SIG_DFL if c.stage in RUN else on_signal)
                 RUN.get(c.stage, train)(c)
     if dist.is_initialized():

@@ -129,12 +129,14 @@ PRESETS = {  # (data, stage, method): matching rows are laid over each other, to
 STAGES = ["pretrain", "vgg", "mid", "post", "eval"]   # what --stage all runs, in this order
 INITS = "teacher", "random"                        # what --init says that is no FILE
 FILES = {"imagenet64": "data/imagenet64.zip", "imagenet512": "data/imagenet512-sd.zip"}
-FREE = {  # fields that may differ when a stage goes on, or is found finished; a teacher's weights may not
-    "*": "stage out source teacher vae seeds samples repeat mid_sigma sampler labels batch_gpu log_every "
-         "save_every",
-    "pretrain": "mid post init nfe trajectories q huber_c main guide w loss ensemble",
-    "vgg": "mid post init nfe trajectories q huber_c main guide w loss ensemble P_mean P_std dropout",
-    "mid": "post q main guide w P_mean P_std",
+STAMPED = "data", "teacher", "main", "guide"          # compared by what they hold, wherever that lies
+FREE = {  # fields that may differ when a stage goes on, or is found finished; by stage, and by --decay
+    "*": "stage out source teacher main guide vae seeds samples repeat mid_sigma sampler labels batch_gpu "
+         "log_every save_every",
+    "constant": "steps", "sqrt": "steps",
+    "pretrain": "mid post init nfe trajectories q huber_c w loss ensemble",
+    "vgg": "mid post init nfe trajectories q huber_c w loss ensemble P_mean P_std dropout",
+    "mid": "post q w P_mean P_std",
     "post": "trajectories loss ensemble nfe",
 }
 HEUN_STEPS = 32                                       # of --sampler heun: 63 calls (EDM2)
@@ -156,7 +158,7 @@ def parse(argv=None):
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], [f"--{f.name}" for f in fields(Config)], 1)
         fail(2, f"unknown flag {unknown[0]}; " + (f"did you mean {near[0]}?" if near else "--help lists all"))
-    flags = vars(typed)                               # only what was typed
+    flags = {k: v for k, v in vars(typed).items() if (k, v) != ("out", "")}      # only what was typed
     name = data_name(Config(**flags))
     whole = Config(**{**PRESETS.get((name, "*", "*"), {}), **flags})
     key = name, whole.stage, getattr(whole, whole.stage, "*")       # the method is what --mid or --post says
@@ -256,15 +258,9 @@ def to_input(raw, noise):
     A latent is a new sample of its posterior each time, mean + noise * deviation, on EDM2's scale.
     """
     if raw.dtype == torch.uint8:
-        return to_float(raw, DEVICE)
+        return fid.to_float(raw, DEVICE)
     (mean, deviation), (mu, sd) = raw.to(DEVICE, non_blocking=True).chunk(2, 1), latent_scale(DEVICE)
     return ((mean + noise * deviation - mu) * (0.5 / sd)).contiguous(memory_format=torch.channels_last)
-
-
-def to_float(images, device):
-    """uint8 (B, C, H, W) -> [-1, 1], channels_last, on device."""
-    x = images.to(device, non_blocking=True).float() / 127.5 - 1
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 def encoder_of_data(cfg, kind, load, name):
@@ -293,9 +289,17 @@ def encode_zip(cfg):
 
     First as shards in <zip>.parts, then all in one file: for a while, twice its size is needed.
     """
-    target, (names, open_picture) = FILES.get(data_name(cfg), cfg.data), fid.list_pictures(cfg.source)
+    target = FILES.get(data_name(cfg), cfg.data)
+    parts = f"{target}.parts"
+    if not os.path.exists(cfg.source):
+        fail(3, f"--source {cfg.source!r}: not there; name ImageNet's training folder, a folder per class")
+    if not target.endswith(".zip"):
+        fail(2, f"--data {target}: images are encoded into a .zip; name one")
+    if os.path.exists(target) and not os.path.exists(f"{parts}/begun.json"):
+        fail(2, f"{target} is there already, and {parts} does not say of what; name another --data ZIP")
+    names, open_picture = fid.list_pictures(cfg.source)
     labels, _ = fid.read_labels(cfg.source, names) or (torch.zeros(len(names), dtype=torch.long), 1)
-    parts, vae, size = f"{target}.parts", None, 3 * cfg.res**2
+    vae, size = None, 3 * cfg.res**2
     record = dict(crop=f"EDM2 {cfg.res}", precision=cfg.precision,
                   labels=f"crc32 {zlib.crc32(labels.numpy()):08x}")
     if cfg.res == 512:
@@ -526,6 +530,8 @@ def draw_sheets(cfg, found):
 
 # ---- plumbing ---------------------------------------------------------------------------------
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
+SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]                      # USR1: Slurm's --signal
+SIGNALS += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)      # trap: nohup ignores it
 STOP = []                                             # signals received: the loop saves, then ends
 # choice: half an hour for an answer: process 0 may be writing 24 GB while the others wait
 TIMEOUT = timedelta(minutes=30)
@@ -548,7 +554,7 @@ def launch(cfg):
 def fail(code, message):
     """One line, then exit: 1 crash, 2 usage or config, 3 data or weights, 4 diverged, 75 stopped, saved."""
     if code in (1, 3) or os.environ.get("RANK", "0") == "0":              # these may strike one process alone
-        print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
+        fid.show(f"{os.path.basename(sys.argv[0])}: {message}", sys.stderr)
     raise SystemExit(code)
 
 
@@ -564,6 +570,8 @@ def one_line(cfg):
         now = cfg.batch_gpu or cfg.batch // WORLD
         fail(1, f"{str(e).splitlines()[0]} Run again with a --batch_gpu smaller than {now}")
     except RuntimeError as e:
+        if lost := [line for line in str(e).splitlines() if "C++ compiler" in line or "C compiler" in line]:
+            fail(2, f"--compile: {lost[0]}; install g++ and gcc, or go without it")
         calls = [f.line for f in traceback.extract_tb(e.__traceback__) if "dist." in f.line]
         if not calls:
             raise
@@ -602,7 +610,7 @@ def agree(what, facts):
 def log(cfg, text, **numbers):
     """A line on the screen and in log.txt; numbers, if any, go to metrics.jsonl. First process only."""
     if RANK == 0:
-        print(text, flush=True)
+        fid.show(text, sys.stdout)
         lines = {"log.txt": text, "metrics.jsonl": numbers and json.dumps(numbers)}
         for name in lines if numbers else ["log.txt"]:
             with open(f"{cfg.out}/{name}", "a") as f:
@@ -612,13 +620,30 @@ def log(cfg, text, **numbers):
 def resume(cfg, path):
     """The checkpoint at path, if this configuration made it; else exit code 2 names what differs."""
     ckpt = nets.load_checkpoint(path, whole=True)
-    free = f"{FREE['*']} {FREE.get(cfg.stage, '')}".split()
+    free = " ".join(FREE.get(key, "") for key in ("*", cfg.stage, cfg.decay)).split()
+    later = any(os.path.exists(f"{cfg.out}/{s}.pt") for s in STAGES[STAGES.index(cfg.stage) + 1:])
     for f in fields(Config) if ckpt else ():
         was, now = ckpt["cfg"].get(f.name, f.default), getattr(cfg, f.name)
-        if f.name not in free and was != now:
-            fail(2, f"{path} was made with --{f.name} {was}, now it is {now}; use another --out")
+        may, how = f.name in free, "use another --out"
+        if f.name == "data":                          # of one kind; what they hold is compared in is_over
+            may = data_name(replace(cfg, data=was)) == data_name(cfg)
+        if f.name == "steps":                         # more of them, before another stage begins from here
+            may = may and not later and now >= ckpt["step"]
+            how += f", there train on from it by --init {path}" * (cfg.stage != "pretrain")
+        if was != now and not may:
+            fail(2, f"{path} was made with --{f.name} {was}, now it is {now}; {how}")
     agree(f"step of {path}", ckpt and ckpt["step"])
     return ckpt
+
+
+def is_over(cfg, path, ckpt, data=""):
+    """Whether the stage is finished: with data and a teacher of the same names or, once read, this stamp."""
+    if data and ckpt and ckpt["data"] != data:
+        fail(2, f"--data or --teacher has changed: {path} saw {ckpt['data']}, now {data}; use another --out")
+    same = data or ckpt and all(ckpt["cfg"][name] == getattr(cfg, name) for name in STAMPED)
+    if over := same and ckpt and ckpt["step"] >= cfg.steps:
+        log(cfg, f"{cfg.stage}: {path} is finished, nothing to do")
+    return over
 
 
 SQRT_FROM = {"imagenet512": 70_000, "digits": 500}    # steps before --decay sqrt falls (EDM2); else 35,000
@@ -699,18 +724,19 @@ def open_out(cfg, argv):
         lock.seek(0)
         fail(2, f"another run ({lock.read()}) is at work in {cfg.out}; use another --out")
     except OSError:
-        print(f"warning: {cfg.out} cannot be locked; start no second run in it", file=sys.stderr)
+        fid.show(f"warning: {cfg.out} cannot be locked; start no second run in it", sys.stderr)
     lock.truncate(0)
     print(f"process {os.getpid()} on {os.uname().nodename}", end="", file=lock, flush=True)
     git = f"git -C '{os.path.dirname(os.path.abspath(__file__))}' rev-parse --short HEAD 2>/dev/null"
     device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
     log(cfg, f"{os.path.basename(__file__)} {' '.join(argv)} | torch {torch.__version__} | {device} | commit "
              f"{subprocess.getoutput(git + ' || echo none')}")
+    fid.say = cache(partial(log, cfg))                # lines about files, each once
     return lock
 
 
 LIMITS = {  # (rule, least, below): fields
-    ("above 0", 1e-300, math.inf): "batch steps nfe repeat log_every save_every lr P_std mid_sigma",
+    ("above 0", 1e-300, math.inf): "batch steps nfe repeat log_every save_every lr P_std mid_sigma res",
     ("0 or more", 0, math.inf): "batch_gpu warmup huber_c trajectories ema_std",
     ("in [0, 1)", 0, 1): "ema_beta dropout",
     ("2 or more", 2, math.inf): "q samples",
@@ -719,16 +745,16 @@ LIMITS = {  # (rule, least, below): fields
 
 def check(cfg):
     """Everything that would stop this stage, before any stage starts: values (exit code 2), files (3)."""
-    encode = cfg.stage == "encode"                    # has a --batch_gpu of its own
-    check_values(replace(cfg, batch=WORLD * max(1, cfg.batch_gpu)) if encode else cfg)
+    trains = cfg.stage not in RUN and (reads_data(cfg) or cfg.stage == "mid" and cfg.mid != "none")
+    check_values(cfg, trains)
     name, (n, pairs) = data_name(cfg), solves(cfg)
     if cfg.data == "imagenet" and cfg.res not in (64, 512):
         fail(2, f"--res {cfg.res} is not possible with --data imagenet; it is 64 or 512")
     if name == "own" and not (os.sep in cfg.data or "." in cfg.data or os.path.exists(cfg.data)):
         fail(2, f"--data {cfg.data}: not one of imagenet, digits, and no such file or folder")
-    if cfg.ensemble != "none" and cfg.loss != "elatent":
-        fail(2, f"--ensemble {cfg.ensemble} belongs to --loss elatent, not {cfg.loss}")
-    if cfg.stage == "mid" and cfg.mid != "none":
+    if cfg.stage == "mid" and trains:
+        if cfg.ensemble != "none" and cfg.loss != "elatent":
+            fail(2, f"--ensemble {cfg.ensemble} belongs to --loss elatent, not {cfg.loss}")
         if not pairs or pairs % cfg.batch:
             fail(2, f"--nfe {cfg.nfe} and --trajectories {cfg.trajectories} must fill whole batches of "
                     f"--batch {cfg.batch}")
@@ -738,13 +764,11 @@ def check(cfg):
             fail(2, f"--loss {cfg.loss} does not measure --res {cfg.res}; lpips is for 64, elatent for 512")
         if cfg.loss == "huber" and not cfg.huber_c:
             fail(2, f"--loss huber --huber_c {cfg.huber_c}: huber needs a c above 0")
+        if name == "own" and os.path.exists(cfg.data):
+            channels, side, _ = load_data(cfg).shape                  # of another size than --res: refused
+            if cfg.loss == "lpips" and (channels != 3 or side < 16):
+                fail(2, f"--loss lpips needs 3x16x16 at least, not {channels}x{side}x{side}; or --loss huber")
     missing, path = [], FILES.get(name, cfg.data)
-    if encode and not os.path.exists(cfg.source):
-        fail(3, f"--source {cfg.source!r}: not there; name ImageNet's training folder, a folder per class")
-    if encode and not path.endswith(".zip"):
-        fail(2, f"--data {path}: images are encoded into a .zip; name one")
-    if encode and os.path.exists(path) and not os.path.exists(f"{path}.parts/begun.json"):
-        fail(2, f"{path} is there already, and {path}.parts does not say of what; name another --data ZIP")
     if reads_data(cfg) and cfg.data != "digits" and not os.path.exists(path):
         missing.append(f"{path} is not there; pass --data PATH, or make it from ImageNet: python "
                        f"train_cmt_imagenet.py --res {cfg.res} --stage encode --source FOLDER")
@@ -763,27 +787,20 @@ def check(cfg):
         fid.prefetch(name)
 
 
-def check_values(cfg):
-    """What every stage asks of its knobs; exit code 2 names flag, value and remedy."""
+def check_values(cfg, trains):
+    """What a stage asks of its knobs, of more where it trains; exit code 2 names flag, value and remedy."""
     for (rule, least, below), names in LIMITS.items():
         for name in names.split():
             if not least <= getattr(cfg, name) < below:
                 fail(2, f"--{name} {getattr(cfg, name)} is not possible; it must be {rule}")
-    if cfg.batch % WORLD:
+    if trains and cfg.batch % WORLD:
         fail(2, f"--batch {cfg.batch} must be a multiple of the {WORLD} processes")
-    if cfg.batch_gpu and cfg.batch // WORLD % cfg.batch_gpu:
+    if trains and cfg.batch_gpu and cfg.batch // WORLD % cfg.batch_gpu:
         fail(2, f"--batch_gpu {cfg.batch_gpu} must divide the {cfg.batch // WORLD} of --batch in a process")
     if os.path.isfile(cfg.out):
         fail(2, f"--out {cfg.out} is a file; name a folder")
-    if not seed_range(cfg.seeds):
+    if not fid.seed_range(cfg.seeds):
         fail(2, f"--seeds {cfg.seeds} is not possible; write 7 or 0-63")
-
-
-def seed_range(text):
-    """"0-63" or "7" -> range; empty if it is neither."""
-    first, _, last = text.partition("-")
-    last = last or first
-    return range(int(first), int(last) + 1) if first.isdigit() and last.isdigit() else range(0)
 
 
 # ---- main -------------------------------------------------------------------------------------
@@ -846,6 +863,15 @@ def frozen_teacher(cfg, weights, model):
     return autoguided(build(cfg, model, weights, cfg.main or "the teacher"), weak_model(cfg), cfg.w)
 
 
+def stamps_of_teachers(cfg, weights):
+    """What a stage notes of those it asks: the teacher's weights; ECD: --main's or these, and --guide's."""
+    names = ("main", "guide") if cfg.stage == "post" and cfg.post.startswith("ecd") else ()
+    asked = {name: snapshot(getattr(cfg, name))[0] for name in names if getattr(cfg, name)}
+    if cfg.stage == "mid" or names and not cfg.main:
+        asked["teacher"] = weights
+    return "".join(f", {name} {nets.stamp(state)}" for name, state in asked.items())
+
+
 def first_weights(cfg, teacher, model={}):
     """(weights, their name) a student of arguments `model` starts from: of mid.pt, teacher, FILE, or none."""
     if cfg.stage in ("pretrain", "vgg"):
@@ -875,18 +901,17 @@ def train(cfg):
         return
     path, B = f"{cfg.out}/{cfg.stage}.pt", cfg.batch
     ckpt = resume(cfg, path)
-    if ckpt and ckpt["step"] >= cfg.steps:
-        return log(cfg, f"{cfg.stage}: {path} is finished, nothing to do")
+    if is_over(cfg, path, ckpt):
+        return
     images = load_data(cfg) if reads_data(cfg) else None
     data = images.stamp if images else "none"
     is_ecd = cfg.stage == "post" and cfg.post.startswith("ecd")
     weights, model = None, ckpt["model"] if ckpt else {}
     if cfg.stage == "mid" or is_ecd and not cfg.main or cfg.stage == "post" and not ckpt:
         weights, model = teacher_state(cfg)
-    if cfg.stage == "mid" or is_ecd and not cfg.main:
-        data += f", teacher {nets.stamp(weights)}"
-    if ckpt and ckpt["data"] != data:
-        fail(2, f"--data or --teacher has changed: {path} saw {ckpt['data']}, now {data}; use another --out")
+    data += stamps_of_teachers(cfg, weights)
+    if is_over(cfg, path, ckpt, data):
+        return
     model = model if ckpt or weights else edm2_size(cfg, images)
     teacher = frozen_teacher(cfg, weights, model) if is_ecd or cfg.stage == "mid" else None
     net = build(cfg, model, *(() if ckpt else first_weights(cfg, weights, model)), train=True)
@@ -1002,7 +1027,7 @@ def candidates(cfg):
 
 def sample(cfg):
     """One PNG per seed in <out>/samples/<net>_<steps>, and a sheet of the first 64."""
-    seeds, batch = seed_range(cfg.seeds), cfg.batch_gpu or 64
+    seeds, batch = fid.seed_range(cfg.seeds), cfg.batch_gpu or 64
     for name, net, kinds, _ in candidates(cfg):
         for steps, kind in kinds.items():
             prefix, sampler = f"{cfg.out}/samples/{name}_{steps}/", make_sampler(cfg, net, kind)
@@ -1038,11 +1063,7 @@ def evaluate(cfg):
         rows.append(row)
     note = (f"{cfg.samples} samples a score, seeds from 0, EMA weights, second noise level {cfg.mid_sigma}, "
             f"{cfg.labels} labels, teacher by {cfg.sampler}, guide {cfg.guide or 'none'}, w {cfg.w}")
-    text = f"{fid.table(rows)}\n\n{fid.protocol(ours, reference)}\n{note}."
-    log(cfg, text)
-    if RANK == 0:
-        with open(f"{cfg.out}/results.md", "w") as f:
-            f.write(text + "\n")
+    log(cfg, fid.save_table(f"{cfg.out}/results.md", rows, f"{fid.protocol(ours, reference)}\n{note}."))
 
 
 def main(argv=None):
@@ -1064,7 +1085,7 @@ def main(argv=None):
                     c = replace(c, init=Config.init)  # --init FILE starts the first stage, not all
                 torch.backends.cuda.matmul.allow_tf32 = c.precision != "fp32"
                 torch.backends.cudnn.allow_tf32 = c.precision != "fp32"
-                for number in (signal.SIGTERM, signal.SIGINT):    # training saves first, the rest just ends
+                for number in SIGNALS:                # training saves first, the rest just ends
                     signal.signal(number, signal.SIG_DFL if c.stage in RUN else on_signal)
                 RUN.get(c.stage, train)(c)
     if dist.is_initialized():

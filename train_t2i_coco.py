@@ -35,7 +35,7 @@ from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from typing import Literal, get_args
 
 import numpy as np
@@ -88,7 +88,7 @@ class Config:                   # field default < matching rows of PRESETS < com
     trajectories: int = 256     # choice: per solve, for 64 steps of 4 x 28 pairs (B.6), shuffled
 
     nfe: int = 50               # steps of the teacher's samples (B.6); the students have 1 and 2
-    prompts: str = ""           # sample: captions between bars, or FILE, one a line; "" = validation set's
+    prompts: str = ""           # sample: captions between bars | FILE.txt, one a line; "" = validation's
     seeds: str = "0-7"          # sample: one image per seed and caption, FIRST-LAST
     samples: int = 30_000       # eval: images per score (U-ViT)
     repeat: int = 1             # eval: scores with fresh seeds, reported as mean, deviation and minimum
@@ -123,9 +123,11 @@ INITS = "sit", "random"                            # what --init says that is no
 FILES = {"coco": "data/coco256-sd"}
 SIDES = {"coco": 32, "digits": 8}                     # of the squares that the networks see
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-FREE = {  # fields that may differ when a stage goes on, or is found finished; a teacher's weights may not
+STAMPED = "data", "teacher"                           # compared by what they hold, wherever that lies
+FREE = {  # fields that may differ when a stage goes on, or is found finished; by stage, and by --decay
     "*": "stage out source encoders teacher vae prompts seeds samples repeat nfe compile batch_gpu "
          "log_every save_every",
+    "constant": "steps",
     "pretrain": "mid post init omega kappa guide_from guide_to nodes trajectories",
     "mid": "pretrain post ratio P_mean P_std power",
     "post": "pretrain nodes trajectories",
@@ -147,7 +149,7 @@ def parse(argv=None):
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], [f"--{f.name}" for f in fields(Config)], 1)
         fail(2, f"unknown flag {unknown[0]}; " + (f"did you mean {near[0]}?" if near else "--help lists all"))
-    flags = vars(typed)                               # only what was typed
+    flags = {k: v for k, v in vars(typed).items() if (k, v) != ("out", "")}      # only what was typed
     name = data_name(Config(**flags))
     whole = Config(**{**PRESETS.get((name, "*", "*"), {}), **flags})
     key = name, whole.stage, getattr(whole, whole.stage, "*")       # the method is what --mid or --post says
@@ -290,8 +292,8 @@ class Words:
         self.table, self.place = (table.to(device) for table in tables)
 
     def ids(self, captions):
-        """Captions -> (B, L) int64; 0 = no word."""
-        words = [caption.lower().split()[:self.LENGTH] for caption in captions]
+        """Captions -> (B, L) int64; 0 = no word. Punctuation is left out."""
+        words = [re.findall(r"\w+", caption.lower())[:self.LENGTH] for caption in captions]
         rows = [[1 + zlib.crc32(word.encode()) % 4095 for word in row] for row in words]
         return torch.tensor([row + [0] * (self.LENGTH - len(row)) for row in rows])
 
@@ -376,15 +378,9 @@ def pinned(batch):
 def to_latents(raw, noise):
     """What the reader gave -> (B, C, H, W) on the device: digits in [-1, 1], or a sample of each latent."""
     if raw.dtype == torch.uint8:
-        return to_float(raw, DEVICE)
+        return fid.to_float(raw, DEVICE)
     mean, deviation = raw.to(DEVICE, non_blocking=True).chunk(2, 1)
     return nets.SD_SCALE * (mean + noise * deviation)
-
-
-def to_float(images, device):
-    """uint8 (B, C, H, W) -> [-1, 1], channels_last, on device."""
-    x = images.to(device, non_blocking=True).float() / 127.5 - 1
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 def encoder_of_data(cfg, kind, load, name):
@@ -434,7 +430,7 @@ def encode_coco(cfg):
         return np.asarray(fid.square(fid.rgb(picture), 256))
 
     def encode(images):
-        moments = nets.encode_moments(vae, to_float(images, DEVICE))
+        moments = nets.encode_moments(vae, fid.to_float(images, DEVICE))
         return moments.half(), vision(images).half()
     size = len(train) * 2 * (8 * 32**2 + 16**2 * 768)                         # moments and tokens in fp16
     record, refused = fid.begin_encode(target, record, cfg.source, names, read, size)
@@ -693,6 +689,8 @@ def caption_sheets(cfg, found, images, encoder):
 
 # ---- plumbing ---------------------------------------------------------------------------------
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
+SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]                      # USR1: Slurm's --signal
+SIGNALS += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)      # trap: nohup ignores it
 STOP = []                                             # signals received: the loop saves, then ends
 # choice: half an hour for an answer: process 0 may be writing 24 GB while the others wait
 TIMEOUT = timedelta(minutes=30)
@@ -715,7 +713,7 @@ def launch(cfg):
 def fail(code, message):
     """One line, then exit: 1 crash, 2 usage or config, 3 data or weights, 4 diverged, 75 stopped, saved."""
     if code in (1, 3) or os.environ.get("RANK", "0") == "0":              # these may strike one process alone
-        print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
+        fid.show(f"{os.path.basename(sys.argv[0])}: {message}", sys.stderr)
     raise SystemExit(code)
 
 
@@ -731,6 +729,8 @@ def one_line(cfg):
         now = cfg.batch_gpu or cfg.batch // WORLD
         fail(1, f"{str(e).splitlines()[0]} Run again with a --batch_gpu smaller than {now}")
     except RuntimeError as e:
+        if lost := [line for line in str(e).splitlines() if "C++ compiler" in line or "C compiler" in line]:
+            fail(2, f"--compile: {lost[0]}; install g++ and gcc, or go without it")
         calls = [f.line for f in traceback.extract_tb(e.__traceback__) if "dist." in f.line]
         if not calls:
             raise
@@ -769,7 +769,7 @@ def agree(what, facts):
 def log(cfg, text, **numbers):
     """A line on the screen and in log.txt; numbers, if any, go to metrics.jsonl. First process only."""
     if RANK == 0:
-        print(text, flush=True)
+        fid.show(text, sys.stdout)
         lines = {"log.txt": text, "metrics.jsonl": numbers and json.dumps(numbers)}
         for name in lines if numbers else ["log.txt"]:
             with open(f"{cfg.out}/{name}", "a") as f:
@@ -779,13 +779,30 @@ def log(cfg, text, **numbers):
 def resume(cfg, path):
     """The checkpoint at path, if this configuration made it; else exit code 2 names what differs."""
     ckpt = nets.load_checkpoint(path, whole=True)
-    free = f"{FREE['*']} {FREE.get(cfg.stage, '')}".split()
+    free = " ".join(FREE.get(key, "") for key in ("*", cfg.stage, cfg.decay)).split()
+    later = any(os.path.exists(f"{cfg.out}/{s}.pt") for s in STAGES[STAGES.index(cfg.stage) + 1:])
     for f in fields(Config) if ckpt else ():
         was, now = ckpt["cfg"].get(f.name, f.default), getattr(cfg, f.name)
-        if f.name not in free and was != now:
-            fail(2, f"{path} was made with --{f.name} {was}, now it is {now}; use another --out")
+        may, how = f.name in free, "use another --out"
+        if f.name == "data":                          # of one kind; what they hold is compared in is_over
+            may = data_name(replace(cfg, data=was)) == data_name(cfg)
+        if f.name == "steps":                         # more of them, before another stage begins from here
+            may = may and not later and now >= ckpt["step"]
+            how += f", there train on from it by --init {path}" * (cfg.stage != "pretrain")
+        if was != now and not may:
+            fail(2, f"{path} was made with --{f.name} {was}, now it is {now}; {how}")
     agree(f"step of {path}", ckpt and ckpt["step"])
     return ckpt
+
+
+def is_over(cfg, path, ckpt, data=""):
+    """Whether the stage is finished: with data and a teacher of the same names or, once read, this stamp."""
+    if data and ckpt and ckpt["data"] != data:
+        fail(2, f"--data or --teacher has changed: {path} saw {ckpt['data']}, now {data}; use another --out")
+    same = data or ckpt and all(ckpt["cfg"][name] == getattr(cfg, name) for name in STAMPED)
+    if over := same and ckpt and ckpt["step"] >= cfg.steps:
+        log(cfg, f"{cfg.stage}: {path} is finished, nothing to do")
+    return over
 
 
 def lr_at(cfg, step):
@@ -880,13 +897,14 @@ def open_out(cfg, argv):
         lock.seek(0)
         fail(2, f"another run ({lock.read()}) is at work in {cfg.out}; use another --out")
     except OSError:
-        print(f"warning: {cfg.out} cannot be locked; start no second run in it", file=sys.stderr)
+        fid.show(f"warning: {cfg.out} cannot be locked; start no second run in it", sys.stderr)
     lock.truncate(0)
     print(f"process {os.getpid()} on {os.uname().nodename}", end="", file=lock, flush=True)
     git = f"git -C '{os.path.dirname(os.path.abspath(__file__))}' rev-parse --short HEAD 2>/dev/null"
     device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
     log(cfg, f"{os.path.basename(__file__)} {' '.join(argv)} | torch {torch.__version__} | {device} | commit "
              f"{subprocess.getoutput(git + ' || echo none')}")
+    fid.say = cache(partial(log, cfg))                # lines about files, each once
     return lock
 
 
@@ -901,25 +919,29 @@ LIMITS = {  # (rule, least, below): fields
 
 def check(cfg):
     """Everything that would stop this stage, before any stage starts: values (exit code 2), files (3)."""
-    encode = cfg.stage == "encode"                    # has a --batch_gpu of its own
-    check_values(replace(cfg, batch=WORLD * max(1, cfg.batch_gpu)) if encode else cfg)
-    for part in ("train2014", "val2014") if encode else ():
+    given = cfg.stage in RUN or cfg.stage == "pretrain" and cfg.teacher
+    check_values(cfg, trains := not given and not left_out(cfg))
+    for part in ("train2014", "val2014") if cfg.stage == "encode" else ():
         name = f"annotations/captions_{part}.json"
         if not cfg.source or not os.path.exists(f"{cfg.source}/{name}"):
             fail(3, f"--source {cfg.source!r} holds no {name}; name COCO's folder")
     shape_of_size(cfg, SIDES.get(cfg.data, 0))
     if cfg.guide_from > cfg.guide_to:
         fail(2, f"--guide_from {cfg.guide_from} must not be above --guide_to {cfg.guide_to}")
-    if cfg.stage == "mid" and cfg.mid != "none":
+    if cfg.stage == "mid" and trains:
         if pairs_per_solve(cfg) % cfg.batch:
             fail(2, f"the {pairs_per_solve(cfg)} pairs of --nodes {cfg.nodes} and --trajectories "
                     f"{cfg.trajectories} must fill whole batches of --batch {cfg.batch}")
         if cfg.trajectories % WORLD:
             fail(2, f"--trajectories {cfg.trajectories} must be a multiple of the {WORLD} processes")
-    if cfg.stage in ("mid", "post") and not os.path.exists(f"{cfg.out}/{cfg.stage}.pt"):
-        if cfg.init not in INITS and "://" not in cfg.init and not os.path.exists(cfg.init):
+    if trains and not os.path.exists(f"{cfg.out}/{cfg.stage}.pt"):
+        net_arguments(cfg, load_data(cfg), 0)         # do the data have what this stage needs, of this size?
+        known = cfg.stage == "pretrain" or cfg.init in INITS or "://" in cfg.init
+        if not known and not os.path.exists(cfg.init):
             fail(3, f"--init {cfg.init}: no such file")
-    path = latents_path(cfg) if cfg.stage in STAGES else ""
+    if cfg.stage == "sample" and cfg.prompts:
+        given_prompts(cfg)
+    path = latents_path(cfg) if cfg.stage == "eval" else ""
     if cfg.stage == "eval" and cfg.data != "digits":  # found now, not after days of training
         if not os.path.exists(f"{path}/val.npz"):
             fail(3, f"{path}/val.npz: not there; --stage encode makes it, or python fid.py --save")
@@ -928,30 +950,28 @@ def check(cfg):
         text_encoder(cfg)
 
 
-def check_values(cfg):
-    """What every stage asks of its knobs; exit code 2 names flag, value and remedy."""
+def check_values(cfg, trains):
+    """What a stage asks of its knobs, of more where it trains; exit code 2 names flag, value and remedy."""
     for (rule, least, below), names in LIMITS.items():
         for name in names.split():
             if not least <= getattr(cfg, name) < below:
                 fail(2, f"--{name} {getattr(cfg, name)} is not possible; it must be {rule}")
-    if cfg.batch % WORLD:
+    if trains and cfg.batch % WORLD:
         fail(2, f"--batch {cfg.batch} must be a multiple of the {WORLD} processes")
-    if cfg.batch_gpu and cfg.batch // WORLD % cfg.batch_gpu:
+    if trains and cfg.batch_gpu and cfg.batch // WORLD % cfg.batch_gpu:
         fail(2, f"--batch_gpu {cfg.batch_gpu} must divide the {cfg.batch // WORLD} of --batch in a process")
     if os.path.isfile(cfg.out):
         fail(2, f"--out {cfg.out} is a file; name a folder")
-    if not seed_range(cfg.seeds):
+    if not fid.seed_range(cfg.seeds):
         fail(2, f"--seeds {cfg.seeds} is not possible; write 7 or 0-63")
 
 
-def seed_range(text):
-    """"0-63" or "7" -> range; empty if it is neither."""
-    first, _, last = text.partition("-")
-    last = last or first
-    return range(int(first), int(last) + 1) if first.isdigit() and last.isdigit() else range(0)
-
-
 # ---- main -------------------------------------------------------------------------------------
+def left_out(cfg):
+    """Whether --mid none leaves this stage out: pre-training too, unless the student starts as the SiT."""
+    return cfg.mid == "none" and (cfg.stage == "mid" or cfg.stage == "pretrain" and cfg.init != "sit")
+
+
 def pairs_per_solve(cfg):
     """Pairs that one call of teacher_pairs gives."""
     return cfg.trajectories * cfg.nodes * (cfg.nodes - 1) // 2
@@ -1047,15 +1067,15 @@ def first_weights(cfg, teacher):
 
 def train(cfg):
     """One stage (pretrain, mid, post) from its last checkpoint to its end. Method first, bookkeeping last."""
-    if cfg.stage in ("pretrain", "mid") and cfg.mid == "none" and (cfg.stage == "mid" or cfg.init != "sit"):
+    if left_out(cfg):
         return log(cfg, f"{cfg.stage}: not needed with --mid none --init {cfg.init}")
     if cfg.stage == "pretrain" and cfg.teacher:
         teacher_state(cfg)                            # read and checked, not trained
         return
     path, B = f"{cfg.out}/{cfg.stage}.pt", cfg.batch
     ckpt = resume(cfg, path)
-    if ckpt and ckpt["step"] >= cfg.steps:
-        return log(cfg, f"{cfg.stage}: {path} is finished, nothing to do")
+    if is_over(cfg, path, ckpt):
+        return
     images, encoder = load_data(cfg), text_encoder(cfg)                   # mid reads captions, never an image
     data, null, shape = images.stamp, encoder(images.null[None]), images.shape
     weights, sit_start = None, cfg.stage == "post" and cfg.mid == "none" and cfg.init == "sit"
@@ -1065,8 +1085,8 @@ def train(cfg):
         teacher = build(cfg, model, weights, cfg.teacher or "the teacher")
         teacher.requires_grad_()                      # else autocast casts its weights anew at each call
         data += f", teacher {nets.stamp(weights)}"
-    if ckpt and ckpt["data"] != data:
-        fail(2, f"--data or --teacher has changed: {path} saw {ckpt['data']}, now {data}; use another --out")
+    if is_over(cfg, path, ckpt, data):
+        return
     model = net_arguments(cfg, images, null.shape[-1])
     net = build(cfg, model, *(() if ckpt else first_weights(cfg, weights)), train=True)
     ema = deepcopy(net).requires_grad_(False).eval()
@@ -1184,20 +1204,38 @@ def candidates(cfg):
 
 
 def given_prompts(cfg):
-    """--prompts: captions between bars, or of a file, one a line; without it eight of the validation set."""
-    if os.path.isfile(cfg.prompts):
-        with fid.blame(cfg.prompts), open(cfg.prompts) as f:
-            return [line.strip() for line in f if line.strip()]
-    captions = [p.strip() for p in cfg.prompts.split("|")]
-    if not cfg.prompts and not any(captions := load_data(cfg).validation(range(8))[0]):
+    """--prompts: captions between bars, or of a FILE, one a line; without it eight of the validation set.
+
+    A FILE is what is there, ends in .txt, or is one word with a slash or an ending.
+    """
+    given, captions = cfg.prompts, cfg.prompts.split("|")
+    if os.path.exists(given) or re.fullmatch(r"[^|]*\.txt|[^|\s]*(/|\.\w)[^|\s]*", given):
+        if not os.path.isfile(given):
+            fail(2, f"--prompts {given}: no such file; to have it as a caption write '{given}|'")
+        with fid.blame(given), open(given, encoding="utf-8-sig") as f:        # with a byte-order mark or not
+            captions = f.readlines()
+    captions = [c.strip() for c in captions if c.strip()]
+    if not given and not any(captions := load_data(cfg).validation(range(8))[0]):
         fail(2, f"--prompts is empty, and --data {cfg.data} holds no text; pass --prompts 'a cat|a dog'")
-    return captions
+    return captions or fail(2, f"--prompts {given}: holds no caption; write one a line, or 'a cat|a dog'")
+
+
+def words_cut_off(encoder, caption):
+    """What the encoder does not read of a caption that is too long for it; "" for the others."""
+    whole, words = encoder.ids([caption]), caption.split()
+    if not torch.equal(whole, encoder.ids([caption + " zero"])):
+        return ""                                     # there is room for one word more
+    kept = (k for k in range(len(words)) if torch.equal(whole, encoder.ids([" ".join(words[:k])])))
+    return " ".join(words[next(kept, len(words)):])
 
 
 def sample_captions(cfg):
     """A PNG per caption and seed in <out>/samples/<net>_<steps>, and a sheet with the captions."""
-    seeds, batch, encoder = seed_range(cfg.seeds), cfg.batch_gpu or 64, text_encoder(cfg)
+    seeds, batch, encoder = fid.seed_range(cfg.seeds), cfg.batch_gpu or 64, text_encoder(cfg)
     found, prompts, null = candidates(cfg), given_prompts(cfg), encoder(encoder.ids([""]))
+    for prompt in prompts:
+        if cut := words_cut_off(encoder, prompt):
+            log(cfg, f"warning: --prompts {prompt!r} is too long for the text encoder, which drops {cut!r}")
     for name, net, kinds, _ in found:
         for steps in kinds:
             folder, shown = f"{cfg.out}/samples/{name}_{steps}", []
@@ -1247,11 +1285,7 @@ def evaluate(cfg):
     decoder = "none (pixels)" if digits else encoder_of_data(cfg, "vae", load_vae, cfg.vae).identity
     note = (f"{cfg.samples} samples a score, seeds from 0, EMA weights, decoder {decoder}, guidance "
             f"{scale:.4g} (omega {cfg.omega}, kappa {cfg.kappa}) for t in [{cfg.guide_from}, {cfg.guide_to}]")
-    text = f"{fid.table(rows)}\n\n{fid.protocol(ours, reference)}\n{note}"
-    log(cfg, text)
-    if RANK == 0:
-        with open(f"{cfg.out}/results.md", "w") as f:
-            f.write(text + "\n")
+    log(cfg, fid.save_table(f"{cfg.out}/results.md", rows, f"{fid.protocol(ours, reference)}\n{note}"))
 
 
 def main(argv=None):
@@ -1273,7 +1307,7 @@ def main(argv=None):
                     c = replace(c, init=Config.init)  # --init FILE starts the first stage, not all
                 torch.backends.cuda.matmul.allow_tf32 = c.precision != "fp32"
                 torch.backends.cudnn.allow_tf32 = c.precision != "fp32"
-                for number in (signal.SIGTERM, signal.SIGINT):    # training saves first, the rest just ends
+                for number in SIGNALS:                # training saves first, the rest just ends
                     signal.signal(number, signal.SIG_DFL if c.stage in RUN else on_signal)
                 RUN.get(c.stage, train)(c)
     if dist.is_initialized():

@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT))
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+import fid  # noqa: E402
 import train_cmt_cifar as script  # noqa: E402
 import train_cmt_imagenet  # noqa: E402
 
@@ -30,20 +31,35 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "long: only with --long")
 
 
+BESIDE = {"gpu": ["gpu_cases.py"], "files": ["test_load_pretrained.py", "test_encoders.py"]}
+
+
 def pytest_collection_modifyitems(config, items):
-    items.sort(key=lambda item: item.path.name == "test_gpu.py")       # last: it waits for what started first
+    """The whole suite keeps two cores busy: it leaves BESIDE to processes of their own, and waits for them last."""
+    items.sort(key=lambda item: item.path.name == "test_beside.py")
+    if items and items[-1].path.name == "test_beside.py":
+        left = [item for item in items if item.path.name in BESIDE["files"]]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in left]
     for item in items:
         if "long" in item.keywords and not config.getoption("--long"):
             item.add_marker(pytest.mark.skip(reason="--long runs it"))
 
 
 @pytest.fixture(scope="session", autouse=True)
-def gpu_cases(request):
-    """gpu_cases.py, running beside the other tests, if test_gpu.py is among them."""
-    if all(item.path.name != "test_gpu.py" for item in request.session.items):
+def beside(request):
+    """The processes of BESIDE, started before the other tests, if test_beside.py is among them."""
+    if all(item.path.name != "test_beside.py" for item in request.session.items):
         return None
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests/gpu_cases.py")]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    return {name: subprocess.Popen([*command, *(str(ROOT / "tests" / file) for file in files)], text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for name, files in BESIDE.items()}
+
+
+@pytest.fixture(autouse=True)
+def say(monkeypatch, say=fid.say):
+    """Lines about files go to stderr again: a run sends them to its log."""
+    monkeypatch.setattr(fid, "say", say)
 
 
 @pytest.fixture
@@ -53,7 +69,7 @@ def here(tmp_path, monkeypatch):
     monkeypatch.setenv("CMT_CACHE", str(tmp_path / "cache"))
     for module in (script, train_cmt_imagenet):
         monkeypatch.setattr(module, "STOP", [])
-    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    before = {s: signal.getsignal(s) for s in script.SIGNALS}
     yield
     for s, handler in before.items():
         signal.signal(s, handler)

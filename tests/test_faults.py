@@ -133,6 +133,37 @@ def test_f2_signal_to_one_of_two_processes_stops_both():
     assert nets.load_checkpoint("run/pretrain.pt")["step"] == last_step("run") < 5000
 
 
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
+def test_a_closed_terminal_and_slurms_signal_save_like_sigterm(number):
+    heard = lambda: setattr(script, "SIGNALS", [number])           # noqa: E731    pytest itself may run under nohup
+    pid = fork([*PRETRAIN, "--steps", "5000", "--save_every", "5000", "--out", "run"], "log", patch=heard)
+    wait_for_step("run", 2, pid)
+    os.kill(pid, number)
+    assert wait(pid) == 75 and nets.load_checkpoint("run/pretrain.pt")["step"] == last_step("run")
+
+
+def test_what_nohup_ignores_stays_ignored():
+    text = "import signal, train_cmt_cifar as s; print(signal.SIGHUP in s.SIGNALS, signal.SIGTERM in s.SIGNALS)"
+    command = f"trap '' HUP; exec {sys.executable} -c '{text}'"
+    run = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert run.stdout.split() == ["False", "True"], run.stderr
+
+
+@pytest.mark.parametrize("streams", [[1], [1, 2]])
+def test_a_closed_pipe_ends_the_output_not_the_run(streams):
+    """As `| head` does, or `2>&1 | head`; the exit code of a stop is kept as well."""
+    def deaf():
+        read, write = os.pipe()
+        for stream in streams:
+            os.dup2(write, stream)
+        os.close(read)
+    argv = [*PRETRAIN, "--steps", "4", "--out", "run"]
+    assert wait(fork(argv, "log", patch=lambda: (deaf(), stop_after(2)()))) == 75
+    assert wait(fork(argv, "log", patch=deaf)) == 0
+    assert nets.load_checkpoint("run/pretrain.pt")["step"] == 4 == last_step("run")
+    assert "pretrain      4/4" in Path("run/log.txt").read_text()
+
+
 def test_f3_kill_inside_a_save(often):
     """At every point of a save the old or the new checkpoint is whole; after the last rename the new one is."""
     Path("run").mkdir()
@@ -336,6 +367,14 @@ def test_a_resumed_post_training_needs_neither_teacher_nor_mid(road):
 
 
 # ---- the disk ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["log.txt", "metrics.jsonl"])
+def test_f4_a_line_that_finds_no_room_is_an_error_of_one_line(name, capsys):
+    Path("run").mkdir()
+    Path("run", name).symlink_to("/dev/full")
+    exit_code, err = code([*PRETRAIN, "--steps", "1", "--out", "run"], capsys)
+    assert exit_code == 3 and "No space left" in err and "free some space for run" in err and len(err.strip().splitlines()) == 1
+
+
 def test_f4_full_disk_is_one_line_and_keeps_what_was_saved():
     """A write limit stands in for a full disk: torch fails in the middle of a checkpoint."""
     argv = [*PRETRAIN, "--steps", "9", "--save_every", "3", "--out", "run"]
@@ -437,6 +476,74 @@ def test_another_teacher_is_not_taken_up_in_the_middle(road, capsys, monkeypatch
     assert exit_code == 2 and "--data or --teacher has changed" in err and "teacher crc32" in err
     script.main([*map(str, argv), "copy.pt"])
     assert nets.load_checkpoint("x/mid.pt")["step"] == 4
+
+
+def own_images(name, seed=0):
+    Path(name).mkdir()
+    for i in range(4):
+        Image.fromarray(np.random.default_rng(seed + i).integers(0, 255, (16, 16, 3), np.uint8)).save(f"{name}/{i}.png")
+
+
+def test_a_run_goes_on_when_the_data_are_the_same_wherever_they_lie(capsys, monkeypatch):
+    """Two steps a run, under other names and on two threads: the end of one run; other images are refused."""
+    own_images("own")
+    own_images("copy")
+    own_images("other", seed=9)
+    argv, real = "--stage pretrain --batch 4 --nfe 2 --log_every 1 --steps 9".split(), script.count
+    script.main([*argv, "--data", "own", "--out", "whole"])
+    monkeypatch.setattr(script, "count", lambda *a: (real(*a), script.STOP.append(signal.SIGTERM)))
+    for name in ("own", "own/", f"{os.getcwd()}/own", "./own"):
+        assert code([*argv, "--data", name, "--out", "cut"], capsys)[0] == 75
+        script.STOP.clear()
+        exit_code, err = code([*argv, "--data", "other", "--out", "cut"], capsys)
+        assert exit_code == 2 and "--data or --teacher has changed" in err
+    monkeypatch.setattr(script, "count", real)
+    torch.set_num_threads(2)
+    try:
+        script.main([*argv, "--data", "copy", "--out", "cut"])
+    finally:
+        torch.set_num_threads(1)
+    assert nets.finished("cut/pretrain.pt")["step"] == 9
+    assert torch.allclose(weights("cut/pretrain.pt"), weights("whole/pretrain.pt"), atol=1e-6)
+    exit_code, err = code([*argv, "--data", "other", "--out", "cut"], capsys)         # the finished stage too
+    assert exit_code == 2 and "--data or --teacher has changed" in err
+    script.main([*argv, "--data", "own/", "--out", "cut"])
+    assert "finished, nothing to do" in capsys.readouterr().out
+    exit_code, err = code([*argv, "--data", "digits", "--out", "cut"], capsys)
+    assert exit_code == 2 and "was made with --data" in err
+
+
+def test_a_finished_stage_of_another_teacher_is_refused(road, capsys):
+    """Its name alone decides nothing: a copy is the same teacher."""
+    argv = [*TINY, "--stage", "mid", "--loss", "l2", "--steps", "2", "--out", "x", "--teacher"]
+    script.main([*map(str, argv), str(road / "pretrain.pt")])
+    other = torch.load(road / "pretrain.pt", weights_only=True)
+    torch.save(other, "copy.pt")
+    script.main([*map(str, argv), "copy.pt"])
+    assert "finished, nothing to do" in capsys.readouterr().out
+    other["ema"]["model.map_layer0.bias"] += 1e-3
+    torch.save(other, "other.pt")
+    exit_code, err = code([*argv, "other.pt"], capsys)
+    assert exit_code == 2 and "--data or --teacher has changed" in err
+
+
+def test_a_finished_stage_of_constant_rate_goes_on_with_more_steps(road, capsys):
+    """Bit for bit as if they had been asked for at first; not with fewer, nor beneath a stage that began from it."""
+    argv = [*PRETRAIN, "--decay", "constant", "--warmup", "2", "--steps"]
+    script.main([*argv, "4", "--out", "whole"])
+    script.main([*argv, "2", "--out", "grown"])
+    script.main([*argv, "4", "--out", "grown"])
+    assert same("whole/pretrain.pt", "grown/pretrain.pt")
+    assert nets.finished("grown/pretrain.pt")["cfg"]["steps"] == 4
+    assert code([*argv, "3", "--out", "grown"], capsys)[0] == 2
+    Path("grown/mid.pt").touch()
+    exit_code, err = code([*argv, "6", "--out", "grown"], capsys)
+    assert exit_code == 2 and "--steps 4, now it is 6" in err
+    exit_code, err = code([*TINY, "--out", road, "--stage", "post", "--steps", "6"], capsys)
+    assert exit_code == 2 and f"use another --out, there train on from it by --init {road}/post.pt" in err
+    words = [*TINY, "--out", "new", "--stage", "post", "--steps", "1", "--init", road / "post.pt", "--teacher", road / "pretrain.pt"]
+    script.main([str(a) for a in words])
+    assert nets.finished("new/post.pt")["step"] == 1
 
 
 def test_a_signal_between_stages_ends_the_road(road, capsys, monkeypatch):
@@ -579,6 +686,21 @@ def test_the_error_of_a_collective_is_printed(capsys):
         dist.all_reduce()
     line = capsys.readouterr().err
     assert e.value.code == 1 and "CUDA error: device-side assert triggered" in line and len(line.splitlines()) == 1
+
+
+def test_compile_without_a_compiler_is_one_line_before_the_first_step(monkeypatch, capsys):
+    """What inductor and triton say of it, somewhere in a long message; another error stays a crash."""
+    for text in ("RuntimeError: No working C++ compiler found in torch._inductor.config.cpp.cxx: (None, 'g++')",
+                 "RuntimeError: Failed to find C compiler. Please specify via CC environment variable"):
+        def fails(*a, **k):
+            raise RuntimeError(f"backend='inductor' raised:\n{text}\n\nSet TORCHDYNAMO_VERBOSE=1 for more")
+        monkeypatch.setattr(torch, "compile", lambda net: fails)
+        exit_code, err = code([*PRETRAIN, "--compile", "--steps", "2", "--out", "x"], capsys)
+        assert exit_code == 2 and text in err and "install g++" in err and len(err.strip().splitlines()) == 1
+        assert not Path("x/pretrain.pt").exists()
+    text = "another"
+    with pytest.raises(RuntimeError, match="another"):
+        script.main([*PRETRAIN, "--compile", "--steps", "2", "--out", "x"])
 
 
 def test_out_of_memory_names_the_flag(capsys):

@@ -77,6 +77,36 @@ def test_guide_changes_the_teacher_of_ecd_and_its_samples(road, tmp_path):
     assert (plain - guided).abs().max() > 1e-3
 
 
+def test_teachers_of_ecd_are_known_by_their_weights(road, capsys):
+    """Under other names a finished or begun stage goes on; with other weights it is refused, by the name of the flag."""
+    state = torch.load(road / "pretrain.pt", weights_only=True)
+    for name in ("main", "guide", "copy", "other"):
+        state["ema"]["unet.out_gain"] = torch.tensor(0.5 if name == "other" else 1.0)
+        torch.save({"ema": state["ema"], "model": state["model"]}, f"{name}.pt")
+    base = [*TINY, "--teacher", road / "pretrain.pt", "--w", "2.0", "--stage", "post", "--mid", "none", "--post", "ecd", "--out", "x",
+            "--decay", "constant"]
+    for steps in ("1", "1", "2"):
+        script.main([str(a) for a in [*base, "--main", "main.pt", "--guide", "guide.pt", "--steps", steps]])
+    for steps in ("2", "3"):
+        script.main([str(a) for a in [*base, "--main", "copy.pt", "--guide", "./guide.pt", "--steps", steps]])
+        for flag in ("--main", "--guide"):
+            words = [*base, "--main", "main.pt", "--guide", "guide.pt", flag, "other.pt", "--steps", steps]
+            exit_code, err = code(words, capsys, script.main)
+            assert exit_code == 2 and "saw 1797 images" in err and "main crc32" in err and len(err.strip().splitlines()) == 1
+    assert nets.load_checkpoint("x/post.pt")["step"] == 3
+
+
+def test_own_images_that_no_distance_measures_are_refused_before_the_first_stage(capsys):
+    for mode, side, text in (("L", 16, "not 1x16x16"), ("RGB", 8, "not 3x8x8"), ("RGB", 24, "needs (3, 16, 16)")):
+        os.makedirs(f"{mode}{side}")
+        Image.new(mode, (side, side)).save(f"{mode}{side}/a.png")
+        argv = ["--data", f"{mode}{side}", "--res", 8 if side == 8 else 16, "--teacher", "scratch", "--out", "x", "--batch", 8,
+                "--trajectories", 8]
+        exit_code, err = code(argv, capsys, script.main)
+        *_, line = err.strip().splitlines()
+        assert exit_code in (2, 3) and text in line and not os.path.exists("x/log.txt"), err
+
+
 def test_a_frozen_teacher_equals_the_net_that_was_saved(road):
     state = torch.load(road / "pretrain.pt", weights_only=True)
     c = cfg(*TINY, "--stage", "mid")
@@ -301,9 +331,8 @@ def test_own_zip_trains_and_a_bad_picture_is_named(capsys):
     model = dict(img_resolution=16, img_channels=3, label_dim=2, **nets.SIZES["edm2-8"])
     torch.save({"ema": nets.EDM2Precond(**model).state_dict(), "model": model}, "teacher.pt")
     exit_code, err = code([*argv, "--teacher", "teacher.pt"], capsys, script.main)
-    labels, *lines = err.strip().splitlines()
-    assert exit_code == 3 and "2 classes of 2 to 2 pictures" in labels and len(lines) == 1 and "img00000002.png" in lines[0]
-    assert "1 of 4 pictures" in lines[0] and not os.path.exists("x/post.pt")             # before the first step
+    assert exit_code == 3 and len(err.strip().splitlines()) == 1 and "img00000002.png" in err and "1 of 4 pictures" in err
+    assert Path("x/log.txt").read_text().count("2 classes of 2 to 2 pictures") == 1 and not os.path.exists("x/post.pt")
     with zipfile.ZipFile("own.zip") as old, zipfile.ZipFile("bad.zip", "w") as new:
         new.writestr("00000/img00000000.png", old.read("00000/img00000000.png"))
         new.writestr("dataset.json", '{"labels": [["00000/other.png", 1]]}')

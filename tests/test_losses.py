@@ -234,5 +234,5 @@ def test_trained_vgg_sees_a_change_of_digit_as_larger_than_noise():
     images, labels = script.fid.digits()
     torch.manual_seed(0)
     vgg = nets.VGG()
-    x = script.to_float(images[:64], "cpu")
+    x = fid.to_float(images[:64], "cpu")
     assert vgg(x, x.flip(0)).mean() > vgg(x, x + 0.02 * torch.randn(x.shape)).mean()

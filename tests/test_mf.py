@@ -459,6 +459,15 @@ def test_encoded_shards_resume_and_are_read_back(monkeypatch, capsys):
     assert exit_code == 3 and "0.18125" in err and len(err.strip().splitlines()) == 1
 
 
+def test_sizes_that_do_not_fit_own_latents_are_refused_before_the_first_stage(capsys):
+    os.makedirs("lat")
+    np.save("lat/labels.npy", np.arange(8) % 3)
+    np.save("lat/00000.npy", np.zeros((8, 2, 8, 8, 8), np.float16))
+    Path("lat/index.json").write_text(json.dumps(dict(kind="mean, deviation; plain, flipped", scale=0.18215, shards=1)))
+    exit_code, err = code(["--data", "lat", "--out", "x", "--weak", "4x32x1", "--size", "3x32x1"], capsys, main=script.main)
+    assert exit_code == 2 and "--size 3x32x1: its patches do not fill the 8 pixels" in err and not os.path.exists("x")
+
+
 def test_latents_train_and_are_scored(monkeypatch):
     """The latent road on tiny moments: pretrain, mid, post, sample with a decoder."""
     monkeypatch.setitem(sys.modules, "diffusers", types.SimpleNamespace(AutoencoderKL=FakeVAE))

@@ -1,4 +1,5 @@
 """The training script through its own command line: every stage, two processes, own data, bad input. Faults: test_faults.py."""
+import hashlib
 import importlib
 import json
 import os
@@ -166,9 +167,9 @@ def test_cifar10_is_read_from_the_archive_without_unpickling(monkeypatch):
             Path("batch").write_bytes(body)
             tar.add("batch", f"cifar-10-batches-py/data_batch_{i + 1}")
     with pytest.raises(ValueError, match="md5 is .* expected c58f30108f"):
-        script.read_cifar("cifar.tar.gz")
-    monkeypatch.setattr(nets, "check_sums", lambda *a: "")
-    x = script.read_cifar("cifar.tar.gz")
+        load("--data", "cifar.tar.gz")
+    monkeypatch.setattr(script, "CIFAR_MD5", hashlib.md5(Path("cifar.tar.gz").read_bytes()).hexdigest())
+    x = load("--data", "cifar.tar.gz")
     assert not os.path.exists("evil") and np.array_equal(x.reshape(50_000, 3072).numpy(), pixels)
 
 
@@ -207,6 +208,15 @@ BAD = [  # (command line, exit code, what the line must say)
     ("--data digits --lr -1", 2, "--lr -1.0 is not possible"),
     ("--data digits --steps 0", 2, "--steps 0 is not possible"),
     ("--data digits --seeds a-b", 2, "--seeds a-b"),
+    ("--data digits --seeds 5-3", 2, "--seeds 5-3 is not possible; write 7 or 0-63"),
+    ("--data digits --seeds -5", 2, "--seeds -5 is not possible"),
+    ("--data digits --seeds \u00b2", 2, "--seeds \u00b2 is not possible"),
+    ("--data digits --steps 1e4", 2, "--steps: invalid int value: '1e4'"),
+    ("--data digits --steps=0", 2, "--steps 0 is not possible"),
+    ("--data digits --lr nan", 2, "--lr nan is not possible"),
+    ("--data digits --batch", 2, "--batch: expected one argument"),
+    ("--data digits --compile=yes", 2, "--compile"),
+    ("--data own.zip --res -16", 2, "--res -16 is not possible"),
     ("--data cifra10", 2, "not one of cifar10"),
     ("--data ffhq --stage post --mid none --teacher none.pkl", 3, "data/ffhq-64x64.zip is not there"),
     ("--data missing.zip --stage pretrain", 3, "missing.zip is not there"),
@@ -229,6 +239,30 @@ BAD = [  # (command line, exit code, what the line must say)
 def test_bad_input_is_one_line_with_its_exit_code(line, expected, text, capsys):
     exit_code, err = code(line.split(), capsys)
     assert exit_code == expected and text in err and len(err.strip().splitlines()) == 1, err
+
+
+def test_the_last_of_two_equal_flags_counts_and_an_empty_out_is_none():
+    c = script.parse(["--data", "digits", "--steps", "3", "--steps=5", "--out", ""])
+    assert c.steps == 5 and c.out == "out/digits"
+
+
+@pytest.mark.parametrize("mode, side, res", [("L", 32, 0), ("RGB", 8, 0), ("RGB", 32, 8), ("LA", 16, 0)])
+def test_images_that_lpips_does_not_measure_are_refused_before_the_first_stage(mode, side, res, capsys):
+    Path("own").mkdir()
+    Image.new(mode, (side, side)).save("own/a.png")
+    exit_code, err = code(["--data", "own", "--res", res, "--teacher", "scratch", "--out", "x"], capsys)
+    assert exit_code == 2 and "--loss lpips needs 3x16x16" in err and len(err.strip().splitlines()) == 1 and not os.path.exists("x")
+
+
+def test_lines_about_files_are_in_the_log_once():
+    """Pre-training and the score read the same folder."""
+    Path("own").mkdir()
+    Path("own/notes.txt").write_text("mine")
+    for i in range(4):
+        Image.new("RGB", (16, 16), (60 * i, 0, 0)).save(f"own/{i}.png")
+    argv = "--data own --stage pretrain --steps 1 --batch 4 --nfe 2 --out x".split()
+    script.main(argv)
+    assert Path("x/log.txt").read_text().count("left out: 1 files") == 1
 
 
 def test_post_without_a_finished_mid_is_refused(road, capsys):

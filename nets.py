@@ -123,7 +123,7 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(min(32, channels // 4), channels, eps=1e-6)
 
     def forward(self, x):
-        # choice: norms in x's precision, half the bytes that autocast moves; the statistics are float32 anyhow
+        # choice: group norms in x's precision: half the bytes of autocast, whose float32 only statistics need
         with torch.autocast(x.device.type, enabled=False):
             return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 

@@ -13,12 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import conftest
 from conftest import Pretrained, code, fork, frozen_calls, wait, weights
 from PIL import Image
 
 import fid
 import nets
 import solvers
+import train_cmt_cifar as cifar
 import train_mf_imagenet256 as script
 
 TINY = ("--data digits --samples 16 --trajectories 8 --batch 16 --log_every 1 --nfe 3 --omega 0.4 --kappa 0.5 "
@@ -516,6 +518,20 @@ def test_caches_of_others_are_read_as_what_they_are(capsys):
                        ("b", r"\(4, 4, 4\), not mean and deviation"), ("none", "none"), ("odd", "<U32"), ("c", "n02/x.npy.*1 of 2")):
         exit_code, err = code(["--data", f"./{name}", "--stage", "pretrain", "--out", "x"], capsys, main=script.main)
         assert exit_code == 3 and re.search(text, err) and len(err.strip().splitlines()) <= 2, err
+
+
+def test_the_walkthrough_runs_as_printed(road, capsys):
+    """Its blocks, one after the other, with 20 images instead of 500; each prints what it says."""
+    cifar.main([*conftest.TINY, "--out", "out/digits", "--steps", "2"])
+    os.symlink(road, "out/digits-mf")
+    blocks = re.findall(r"```python\n(.*?)```", (Path(nets.__file__).parent / "docs/walkthrough.md").read_text(), re.S)
+    capsys.readouterr()
+    space, printed = {}, []
+    with torch.set_grad_enabled(True):                # put back what the first block switches off
+        for block in blocks:
+            exec(block.replace("500", "20"), space)
+            printed.append(len(capsys.readouterr().out.splitlines()))
+    assert printed == [0, 4, 4, 6, 4, 3, 4] and space["xs"].shape == (17, 20, 1, 8, 8)
 
 
 # ---- faults --------------------------------------------------------------------------------------

@@ -11,6 +11,9 @@ pretrain: train or fetch the teacher. mid: regress the student onto the ends of 
 (Eq. 7). post: ECT with a fixed step (Eq. 3). Paper: 1/2-step FID 2.74/1.97 on CIFAR-10, 51.2 million images.
 Run the same command again to resume. Copy and fork as you please.
 """
+# /// script
+# dependencies = ["torch", "numpy", "lpips", "pillow", "scipy"]
+# ///
 import argparse
 import difflib
 import errno
@@ -43,7 +46,7 @@ import solvers
 
 # ---- knobs ------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Config:                   # field default < matching rows of PRESETS < command line; --flag is the field
+class Config:                   # field default < matching rows of PRESETS < --field < --stage.field
     data: str = "cifar10"       # cifar10 | ffhq | afhqv2 | digits | folder, .zip or .npz of your own images
     stage: Literal["all", "pretrain", "mid", "post", "sample", "eval"] = "all"   # all: the unfinished
     out: str = ""               # folder of the run; "" = out/<data>
@@ -136,12 +139,16 @@ def parse(argv=None):
         kind = dict(type=f.type if f.type in (int, float) else str, choices=get_args(f.type) or None)
         if f.type is bool:
             kind = dict(action=argparse.BooleanOptionalAction)
-        p.add_argument(f"--{f.name}", help=argparse.SUPPRESS, **kind)
+        stages = () if f.name in ("data", "stage", "out") else STAGES         # --mid.lr: in mid alone
+        for stage in ("", *(f"{name}." for name in stages)):
+            p.add_argument(f"--{stage}{f.name}", help=argparse.SUPPRESS, **kind)
     typed, unknown = p.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], [f"--{f.name}" for f in fields(Config)], 1)
         fail(2, f"unknown flag {unknown[0]}; " + (f"did you mean {near[0]}?" if near else "--help lists all"))
-    flags = {k: v for k, v in vars(typed).items() if (k, v) != ("out", "")}      # only what was typed
+    own = f"{getattr(typed, 'stage', 'all')}."        # only what was typed, for all stages or for this one
+    flags = {k: v for k, v in vars(typed).items() if "." not in k and (k, v) != ("out", "")}
+    flags |= {k.removeprefix(own): v for k, v in vars(typed).items() if k.startswith(own)}
     name = data_name(Config(**flags))
     whole = Config(**{**PRESETS.get((name, "*", "*"), {}), **flags})
     key = name, whole.stage, getattr(whole, whole.stage, "*")       # the method is what --mid or --post says

@@ -11,6 +11,9 @@ pretrain: train the teacher, a small Mean Flow net. mid: regress the student ont
 all states of the teacher's roll-outs (Eq. 8). post: Mean Flow again. Paper: 1-step FID 3.34 in half the time.
 Run the same command again to resume. Copy and fork as you please.
 """
+# /// script
+# dependencies = ["torch", "numpy", "lpips", "pillow", "scipy"]
+# ///
 import argparse
 import difflib
 import errno
@@ -47,7 +50,7 @@ import solvers
 
 # ---- knobs ------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Config:                   # field default < matching rows of PRESETS < command line; --flag is the field
+class Config:                   # field default < matching rows of PRESETS < --field < --stage.field
     data: str = "imagenet"      # imagenet | digits | folder of latents: shards of --stage encode, .npy, .pt
     stage: Literal["all", "encode", "pretrain", "mid", "post", "sample", "eval"] = "all"  # all: unfinished
     out: str = ""               # folder of the run; "" = out/<data>, out/digits-mf
@@ -141,12 +144,16 @@ def parse(argv=None):
         kind = dict(type=f.type if f.type in (int, float) else str, choices=get_args(f.type) or None)
         if f.type is bool:
             kind = dict(action=argparse.BooleanOptionalAction)
-        p.add_argument(f"--{f.name}", help=argparse.SUPPRESS, **kind)
+        stages = () if f.name in ("data", "stage", "out") else STAGES         # --mid.lr: in mid alone
+        for stage in ("", *(f"{name}." for name in stages)):
+            p.add_argument(f"--{stage}{f.name}", help=argparse.SUPPRESS, **kind)
     typed, unknown = p.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], [f"--{f.name}" for f in fields(Config)], 1)
         fail(2, f"unknown flag {unknown[0]}; " + (f"did you mean {near[0]}?" if near else "--help lists all"))
-    flags = {k: v for k, v in vars(typed).items() if (k, v) != ("out", "")}      # only what was typed
+    own = f"{getattr(typed, 'stage', 'all')}."        # only what was typed, for all stages or for this one
+    flags = {k: v for k, v in vars(typed).items() if "." not in k and (k, v) != ("out", "")}
+    flags |= {k.removeprefix(own): v for k, v in vars(typed).items() if k.startswith(own)}
     name = data_name(Config(**flags))
     whole = Config(**{**PRESETS.get((name, "*", "*"), {}), **flags})
     key = name, whole.stage, getattr(whole, whole.stage, "*")       # the method is what --mid or --post says

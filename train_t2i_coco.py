@@ -12,6 +12,9 @@ of its guided trajectories (Eq. 8; reads captions, no image). post: Mean Flow + 
 15.12, 5.01 in half the time (teacher, mid, post: 32 hours, Mean Flow from scratch: 60).
 Run the same command again to resume. Copy and fork as you please.
 """
+# /// script
+# dependencies = ["torch", "numpy", "lpips", "pillow", "scipy"]
+# ///
 import argparse
 import difflib
 import errno
@@ -50,7 +53,7 @@ import solvers
 
 # ---- knobs ------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Config:                   # field default < matching rows of PRESETS < command line; --flag is the field
+class Config:                   # field default < matching rows of PRESETS < --field < --stage.field
     data: str = "coco"          # coco | digits | folder: shards of --stage encode, or U-ViT's features
     stage: Literal["all", "encode", "pretrain", "mid", "post", "sample", "eval"] = "all"   # all: unfinished
     out: str = ""               # folder of the run; "" = out/<data>, out/digits-t2i
@@ -144,12 +147,16 @@ def parse(argv=None):
         kind = dict(type=f.type if f.type in (int, float) else str, choices=get_args(f.type) or None)
         if f.type is bool:
             kind = dict(action=argparse.BooleanOptionalAction)
-        p.add_argument(f"--{f.name}", help=argparse.SUPPRESS, **kind)
+        stages = () if f.name in ("data", "stage", "out") else STAGES         # --mid.lr: in mid alone
+        for stage in ("", *(f"{name}." for name in stages)):
+            p.add_argument(f"--{stage}{f.name}", help=argparse.SUPPRESS, **kind)
     typed, unknown = p.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], [f"--{f.name}" for f in fields(Config)], 1)
         fail(2, f"unknown flag {unknown[0]}; " + (f"did you mean {near[0]}?" if near else "--help lists all"))
-    flags = {k: v for k, v in vars(typed).items() if (k, v) != ("out", "")}      # only what was typed
+    own = f"{getattr(typed, 'stage', 'all')}."        # only what was typed, for all stages or for this one
+    flags = {k: v for k, v in vars(typed).items() if "." not in k and (k, v) != ("out", "")}
+    flags |= {k.removeprefix(own): v for k, v in vars(typed).items() if k.startswith(own)}
     name = data_name(Config(**flags))
     whole = Config(**{**PRESETS.get((name, "*", "*"), {}), **flags})
     key = name, whole.stage, getattr(whole, whole.stage, "*")       # the method is what --mid or --post says

@@ -322,6 +322,20 @@ def test_a_cut_zip_is_named(flags, capsys):
     assert exit_code == 3 and "own.zip" in err and len(err.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize("name", ["train_cmt_cifar", "train_cmt_imagenet", "train_mf_imagenet256", "train_t2i_coco"])
+def test_a_flag_behind_a_stage_is_that_stages_alone(name, capsys):
+    other = __import__(name)
+    argv = ["--data", "digits", "--lr", "0.5", "--mid.lr", "0.25", "--post.steps=7", "--eval.samples", "9"]
+    given = {stage: other.parse([*argv, "--stage", stage]) for stage in other.STAGES}
+    assert {s: c.lr for s, c in given.items()} == {s: 0.25 if s == "mid" else 0.5 for s in other.STAGES}
+    assert [s for s, c in given.items() if c.steps == 7] == ["post"] and [s for s, c in given.items() if c.samples == 9] == ["eval"]
+    assert other.parse(argv).lr == 0.5
+    for wrong in ("--mid.lrr", "--mid.out", "--sample.lr", "--mid.stage"):
+        with pytest.raises(SystemExit) as stop:
+            other.parse([*argv, wrong, "1"])
+        assert stop.value.code == 2 and f"unknown flag {wrong}" in capsys.readouterr().err
+
+
 def test_help_shows_every_knob_with_its_comment():
     text = subprocess.run([sys.executable, str(ROOT / "train_cmt_cifar.py"), "--help"], capture_output=True, text=True).stdout
     assert "torchrun --nproc_per_node=8" in text and "# teacher steps per trajectory (B.2)" in text

@@ -7,18 +7,23 @@
   python bench.py mf                     # a Mean Flow step, in flow-matching steps on the same net
   python bench.py precision --net out/digits/mid.pt     # what each precision leaves of ECT's D_t - D_r
   python bench.py growth                 # pairs/s against batch, micro-batch, processes; start-up; a long run
-  python bench.py memory --script train_cmt_imagenet --res 64 --batch_gpu 16          # bytes of each stage
+  python bench.py plan                   # the paper's runs: memory, hours, what the network carries; --device a100
+  python bench.py plan train_cmt_imagenet --res 64 --gpus 8 --device h100 --price 2.5          # one of them, or yours
+  python bench.py roofline train_cmt_imagenet --stage mid     # where its bytes, FLOP, kernels and time go
 
 Losses, trajectories and updates are the functions of the scripts; calls are counted by hooks, FLOPs by torch,
-memory by counting (`memory`) or by what was allocated (the rest). What the method gives: claims.py.
+memory by what was allocated; `plan` and `roofline` count all of it on a GPU without data, and need no GPU. What the method gives: claims.py.
 """
 import argparse
 import contextlib
 import copy
 import functools
+import glob
+import importlib
 import itertools
 import json
 import math
+import os
 import re
 import resource
 import statistics
@@ -26,11 +31,24 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
+import warnings
+import weakref
+from collections import Counter
+from dataclasses import replace
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._C import DispatchKey, DispatchKeySet, _ExcludeDispatchKeyGuard
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.autograd import forward_ad
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils import backend_registration
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+import fid
 import nets
 import solvers
 import train_cmt_cifar as script
@@ -504,79 +522,511 @@ def growth(args, device):
         print(f"| {name} | {steps:,} | {startup:.1f} | {' | '.join(cells)} |", flush=True)
 
 
-# ---- memory -----------------------------------------------------------------------------------
-EDM2 = dict(digits=MODELS["edm2"], imagenet64=MODELS["imagenet64"], imagenet512=dict(
-    nets.SIZES["edm2-xxl"], img_resolution=64, img_channels=4, label_dim=1000))
+# ---- a GPU without data ----
+aten, TORCH = torch.ops.aten, os.path.dirname(torch.__file__)
+COPY, INDEX = (aten._to_copy, aten.copy_), (aten.index, aten.index_put, aten.index_put_)
+SAME_DEVICE = *COPY, aten.cat, aten.stack             # elsewhere a single number may come from the CPU
+SAME_DTYPE = {getattr(aten, name) for name in "mm bmm addmm baddbmm convolution lerp_ index_put index_put_ "
+              "index_add_ native_group_norm native_layer_norm".split()}
+LIBRARIES, RESULTS, ON_GPU = [], {}, {}               # kept alive; shapes by call; generators
 
 
-def on_meta(cfg, model):
-    """An EDM2 without memory, as train_cmt_imagenet.py would build it in this precision."""
-    with torch.device("meta"):
-        net = nets.EDM2Precond(**{**model, "logvar_channels": 0})
-    net.compute_dtype = imagenet.HALF.get(cfg.precision)
-    return net
+class Module(backend_registration._DummyBackendModule):
+    """torch.gpu, as far as torch asks for it."""
+    def __getattr__(self, name):
+        return lambda *a: {"get_amp_supported_dtype": [torch.bfloat16, torch.float16]}.get(name)
 
 
-def frozen_nets(cfg, model):
-    """The constructor arguments of the frozen nets that a stage holds: a teacher, in ECD also its guide."""
-    def size(name):                                       # of a snapshot, by its name; of a FILE: as model
-        found = re.match(r"edm2-img\d+-(\w+)-", name)
-        return {**model, **nets.SIZES[f"edm2-{found[1]}"]} if found else model
-    if cfg.stage == "mid":
-        return [model]
-    if cfg.stage != "post" or cfg.post == "ect":
-        return []
-    return [size(cfg.main)] + [size(cfg.guide)] * bool(cfg.guide and cfg.w != 1)
+class Generator(torch.Generator):
+    """A CPU generator that says it is on its device."""
+    def __new__(cls, device="cpu"):
+        g = super().__new__(cls)
+        g.on = torch.device(device)
+        ON_GPU[g._cdata] = g.on.type == "gpu"
+        return g
+    device = property(lambda g: g.on)
 
 
-def held(cfg, model):
-    """Gigabytes of a process: (weights and all that is as large, frozen nets, activations of one image)."""
-    net, seen = on_meta(cfg, model), {}
-    with torch.device("meta"):
-        x = torch.zeros(1, net.img_channels, net.img_resolution, net.img_resolution)
-
-        def keep(t):
-            return seen.setdefault(t.untyped_storage()._cdata, t)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), nets.hoist(net):
-            net(x, torch.ones(1), torch.zeros(1, net.label_dim))
-            own = {t.untyped_storage()._cdata for t in [*net.parameters(), *net.buffers()]}
-        frozen = [nets.freeze(on_meta(cfg, arguments)) for arguments in frozen_nets(cfg, model)]
-    one = sum(t.untyped_storage().nbytes() for key, t in seen.items() if key not in own) / 1e9
-    size = sum(p.numel() for p in net.parameters()) * 4 / 1e9
-    copies = 6 if net.compute_dtype else 7    # weights, gradients, Adam's two, EMA; hoisted and its gradient
-    return copies * size, sum(t.nbytes for f in frozen for t in f.buffers()) / 1e9, one
+def pin_memory(tensor):
+    """Tensor.pin_memory in every thread: a copy whose storage says what it is."""
+    tensor = tensor.clone()
+    tensor.untyped_storage().pinned = True
+    return tensor
 
 
-def memory(argv):
-    """A line a stage: what a process will hold, counted on nets without memory. Other flags: the script's."""
-    p = argparse.ArgumentParser(prog="bench.py memory", description=memory.__doc__)
-    p.add_argument("--script", default="train_cmt_imagenet", choices=["train_cmt_imagenet"])
-    p.add_argument("--processes", type=int, default=1, help="that share the batch")
+def tolist(tensor):
+    """FakeTensor.tolist, which reads number by number, as CUDA does it: by one copy."""
+    return tensor.cpu().tolist()
+
+
+def each(f, a):
+    """f of every argument; an operator has them singly or in lists."""
+    return [each(f, b) for b in a] if isinstance(a, (list, tuple)) else f(a)
+
+
+def flat(args, kwargs):
+    """Every argument, those in lists too."""
+    return [b for a in (*args, *kwargs.values()) for b in (a if isinstance(a, (list, tuple)) else [a])]
+
+
+def floats(tensors):
+    """The dtypes of those that hold floats."""
+    return {a.dtype for a in tensors if isinstance(a, Tensor) and a.is_floating_point()}
+
+
+def seen(a):
+    """What the shape of a result depends on."""
+    if isinstance(a, (list, tuple)):
+        return tuple(map(seen, a))
+    return (a.shape, a.stride(), a.dtype) if isinstance(a, Tensor) else \
+        Generator if isinstance(a, torch._C.Generator) else (type(a), a)
+
+
+def install():
+    """Make "gpu" a device of torch with CUDA's rules of autocast, read from torch's own header."""
+    backend_registration._setup_privateuseone_for_python_backend("gpu", Module())
+    LIBRARIES.extend(torch.library.Library(name, "IMPL") for name in ("aten", "_"))
+    LIBRARIES[1].fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+    LIBRARIES[0].impl("silu_backward", install, "PrivateUse1")        # else it comes apart; never called
+    LIBRARIES[0].impl("_fused_sgd_", lambda *a, **k: None, "Meta")    # torch has none
+    with open(f"{TORCH}/include/ATen/autocast_mode.h") as f:
+        lists = re.findall(r"#define AT_FORALL_([A-Z]+)_?\w*\(_\)(.*?)\n(?:\n|#)", f.read(), re.S)
+    for policy, body in lists:
+        for name, overload in re.findall(r'[("](\w+)(?:[.]|, )?(\w*)[)"]', body):
+            if op := getattr(getattr(aten, name), overload or "default", None):
+                autocast(policy, op)
+
+
+def autocast(policy, op):
+    """One rule: op's floats become bf16 or fp16 (LOWER), the widest among them (PROMOTE), else float32."""
+    def rule(*args, **kwargs):
+        low = policy == "LOWER" or policy == "PROMOTE" and torch.float32 not in floats(flat(args, kwargs))
+        dtype = torch.get_autocast_dtype("gpu") if low else torch.float32
+
+        def cast(a):
+            return a.to(dtype) if floats([a]) - {torch.float64} else a
+        with _ExcludeDispatchKeyGuard(DispatchKeySet(DispatchKey.AutocastPrivateUse1)):
+            return op(*each(cast, args), **{k: each(cast, a) for k, a in kwargs.items()})
+    LIBRARIES[0].impl(op._name, rule, "AutocastPrivateUse1")
+
+
+class FakeGPU(TorchDispatchMode):
+    mode = None                                       # one for all: a script may keep a tensor between two
+
+    def __init__(self):
+        super().__init__()
+        if not self.mode:
+            install()
+            FakeGPU.mode = mode = FakeTensorMode()
+            mode.__deepcopy__ = lambda memo: mode     # trap: deepcopy of a tensor would copy its mode
+        self.waits, self.device = [], torch.device("gpu", 0)
+
+    def __enter__(self):
+        self.before = torch.Generator, Tensor.pin_memory, FakeTensor.tolist
+        torch.Generator, Tensor.pin_memory, FakeTensor.tolist = Generator, pin_memory, tolist
+        torch._C._set_only_lift_cpu_tensors(True)     # else torch.tensor(..., device=) is not seen here
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        torch.Generator, Tensor.pin_memory, FakeTensor.tolist = self.before
+        torch._C._set_only_lift_cpu_tensors(False)
+        return super().__exit__(*error)
+
+    def wait(self, why):
+        """Note the line that waits: the innermost one of a function outside torch and this file."""
+        f = sys._getframe(2)
+        while f and (f.f_code.co_filename.startswith((TORCH, __file__)) or f.f_code.co_name[0] == "<"):
+            f = f.f_back
+        file, line, name = (f.f_code.co_filename, f.f_lineno, f.f_code.co_name) if f else ("", 0, "backward")
+        self.waits.append(f"{os.path.basename(file)}:{line} {name}: {why}")
+
+    def fake(self, a):
+        real = isinstance(a, Tensor) and not isinstance(a, FakeTensor)
+        return FakeTensor(self.mode, a, self.device) if real else a
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs, op = kwargs or {}, func.overloadpacket
+        leaves = flat(args, kwargs)
+        tensors = [a for a in leaves if isinstance(a, Tensor)]
+        on = [isinstance(t, FakeTensor) for t in tensors]
+        here = kwargs["device"].type == "gpu" if kwargs.get("device") else any(on)     # is the result on it?
+        if any(ON_GPU.get(a._cdata, False) != here for a in leaves if isinstance(a, torch._C.Generator)):
+            raise RuntimeError(f"{func}: the generator is on another device than the result")
+        if not here and not any(on):
+            return func(*args, **kwargs)
+        if op is torch.ops.prim.device:               # trap: C++ asks for a tensor's device this way
+            return self.device
+        if op is aten._local_scalar_dense:
+            self.wait("item")
+            return torch.ones((), dtype=args[0].dtype).item()
+        if op is aten.nonzero:
+            self.wait("nonzero")
+            return self.fake(torch.empty(args[0].numel(), args[0].ndim, dtype=torch.long, device="meta"))
+        mixed = not all(o or t.ndim == 0 and op not in SAME_DEVICE for o, t in zip(on, tensors))
+        if op in COPY and on[-1] and (mixed or not here):
+            self.wait("to cpu")
+            dtype = kwargs.get("dtype") or args[0].dtype
+            return args[0] if op is aten.copy_ else torch.zeros(args[0].shape, dtype=dtype)
+        if op in COPY and mixed:
+            source = tensors[-1]
+            if not (kwargs.get("non_blocking") or op is aten.copy_ and args[-1] is True):
+                self.wait("to gpu, blocking")
+            # CUDA sets up to 64 KB aside: a vector has a number for each sample, whatever the size of the net
+            elif source.ndim > 1 and not getattr(source.untyped_storage(), "pinned", False):
+                self.wait("to gpu, not pinned")
+        elif mixed and not (op in INDEX and on[0] or kwargs.get("device")) or \
+                op in SAME_DTYPE and len(floats(tensors)) > 1:
+            raise RuntimeError(f"{func}: {[(*t.shape, t.dtype, t.device.type) for t in tensors]}")
+        if op in INDEX:
+            mask = [i is not None and i.dtype == torch.bool for i in args[1]]
+            if mixed or any(mask):
+                self.wait("mask" if any(mask) else "index from the cpu")
+            places = [torch.empty(i.numel(), dtype=torch.long) if m else i for i, m in zip(args[1], mask)]
+            args = args[0], places, *args[2:]
+        return self.result(func, args, kwargs)
+
+    def result(self, func, args, kwargs):
+        """Tensors of the right shapes, which are worked out once for each kind of call."""
+        pure = not any(a.alias_info for a in (*func._schema.arguments, *func._schema.returns))
+        key = (func, seen(args), *kwargs, seen([*kwargs.values()])) if pure else None
+        if key in RESULTS:
+            kind, known = RESULTS[key]
+            empty = [torch.empty_strided(*a[:2], dtype=a[2], device="meta") if len(a) == 3 else a[1] for a in known]
+            return kind([self.fake(a) for a in empty])
+
+        def meta(a):
+            if isinstance(a, Tensor) and not isinstance(a, FakeTensor):
+                return torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="meta")
+            return torch.device("meta") if isinstance(a, torch.device) else a
+        with in_kernel_invocation_manager(self.mode):
+            out = func(*each(meta, args), **{k: each(meta, a) for k, a in kwargs.items()})
+        if pure and isinstance(out, (Tensor, tuple)):
+            kind, outs = (tuple, out) if isinstance(out, tuple) else (lambda outs: outs[0], [out])
+            RESULTS[key] = kind, [seen(a) for a in outs]
+        return each(self.fake, out)
+
+# ---- full size: memory, FLOP, bytes, hours ------------------------------------------------------
+FULL = (  # the paper's runs
+    "train_cmt_cifar", "train_cmt_cifar --data ffhq", "train_cmt_imagenet --res 64",
+    "train_cmt_imagenet --res 64 --stage post --post ecd", "train_cmt_imagenet --res 512",
+    "train_mf_imagenet256", "train_mf_imagenet256 --stage post --post vanilla --mid none", "train_t2i_coco")
+CARDS = {  # public data sheets: dense TFLOP/s in bf16, TF32, fp32; TB/s; GB/s to the next card; GB
+    "a100": (312, 156, 19.5, 2.04, 300, 80), "h100": (989, 495, 67, 3.35, 450, 80),
+    "h200": (989, 495, 67, 4.8, 450, 141), "4090": (165, 82.6, 82.6, 1.01, 32, 24)}
+REACHED = 0.455, 0.505, 0.67, 0.776, 0.776            # of these: an H100's 450, 250, 45, 2.6; the last as memory
+LAUNCH, ETHERNET = 7e-6, 12.5 * REACHED[4]            # seconds a kernel; 100 Gb/s between nodes, in GB/s
+IMAGES = dict(cifar10=50_000, ffhq=70_000, afhqv2=15_803)
+PHASES = "teacher", "forward", "backward", "weights"
+EMPTY = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided, aten.detach,
+         aten._unsafe_view, aten.lift_fresh, aten._local_scalar_dense, torch.ops.prim.device}
+OVERWRITE = aten.zero_, aten.fill_, aten.copy_, aten.bernoulli_, aten.normal_, aten.random_, aten.uniform_
+
+
+def tensors_of(args):
+    """The tensors on the fake GPU among arguments, each once."""
+    return [*{id(t): t for t in flat(args, {}) if isinstance(t, FakeTensor)}.values()]
+
+
+class Meter(FakeGPU):
+    """Counts kernels, as calls[phase, kind of number, FLOP, bytes], and the bytes in use.
+
+    A kernel reads its operands and writes its results, once each. The phase follows from whose forward was
+    called last, that of a frozen net or of one in training; what is neither of them nor backward is weights:
+    the optimiser, the average, norms.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.phase, self.calls, self.wire = "weights", Counter(), 0
+        self.living, self.now, self.peak = set(), 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out, schema, op = super().__torch_dispatch__(func, types, args, kwargs), func._schema, func.overloadpacket
+        writes = [s.alias_info is not None and s.alias_info.is_write for s in (*schema.arguments, *schema.returns)]
+        written = tensors_of([out, *(a for a, w in zip(args, writes) if w)])
+        for t in written:
+            self.hold(t.untyped_storage())
+        view = schema.returns and schema.returns[0].alias_info and not writes[-1]
+        if not written or view or op in EMPTY:
+            return out
+        read = tensors_of([*args[op in OVERWRITE:], *(a for k, a in (kwargs or {}).items() if k != "out")])
+        moved = sum(min(t.numel() * t.itemsize, t.untyped_storage().nbytes()) for t in (*read, *written))
+        kind, flop = "", 0
+        if op in flop_registry:
+            exact = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "fp32"
+            kind = exact if torch.float32 in floats(read) else "bf16"
+            flop = flop_registry[op](*args, **kwargs or {}, out_val=out)
+        self.calls[self.phase, kind, flop, moved] += 1
+        return out
+
+    def hold(self, storage):
+        """Count a storage as long as it lives."""
+        if storage._cdata not in self.living:
+            self.living.add(storage._cdata)
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.release, storage._cdata, storage.nbytes())
+
+    def release(self, key, size):
+        self.living.remove(key)
+        self.now -= size
+
+    def called(self, module, args):
+        """A hook of every module's forward."""
+        if module.training:
+            self.phase = "forward"
+        elif self.phase == "weights":
+            self.phase = "teacher"
+
+    def within(self, phase, f):
+        """f in a phase; weights follow."""
+        def phased(*args, **kwargs):
+            self.phase = phase
+            try:
+                return f(*args, **kwargs)
+            finally:
+                self.phase = "weights"
+        return phased
+
+
+def as_cuda():
+    """Functions of torch.nn.functional that take other ways on a GPU than the fake one would."""
+    conv, norm, attend = F.conv2d, F.group_norm, F.scaled_dot_product_attention
+
+    def conv2d(x, w, *args, **kwargs):                # cuDNN takes its operands in the layout of the weights
+        last = w.is_contiguous(memory_format=torch.channels_last) and not w.is_contiguous()
+        return conv(x.contiguous(memory_format=torch.channels_last) if last else x, w, *args, **kwargs)
+
+    def group_norm(x, *args, **kwargs):
+        return norm(x.contiguous(), *args, **kwargs)
+
+    def attention(q, k, v):
+        if q.ndim < 4 or any(t.stride(-1) != 1 for t in (q, k, v)):      # no fused kernel
+            return attend(q, k, v)
+        if q.dtype == torch.float32:
+            record = torch.is_grad_enabled() and q.requires_grad
+            return aten._scaled_dot_product_efficient_attention(q, k, v, None, record)[0]
+        return aten._scaled_dot_product_flash_attention(q, k, v)[0]
+    return dict(conv2d=conv2d, group_norm=group_norm, scaled_dot_product_attention=attention)
+
+
+def blank(script, cfg):
+    """The data of a full-size stage as far as its shapes; other data are read."""
+    name, res = script.data_name(cfg), getattr(cfg, "res", 0)
+    if name in IMAGES:
+        return torch.zeros(IMAGES[name], 3, res or 32, res or 32, dtype=torch.uint8)
+    if name in ("digits", "own"):
+        return script.load_data(cfg)
+    raw, kind = ((3, 64, 64), torch.uint8) if res == 64 else ((8, 64, 64) if res else (8, 32, 32), torch.float32)
+
+    def read(index, other=None):
+        images = torch.zeros(len(index), *raw, dtype=kind)
+        return (images, torch.zeros(len(index), 256, 768), texts(index)) if name == "coco" else images
+
+    def texts(index, pick=None):
+        return torch.zeros(len(index), 77, 768)
+    return types.SimpleNamespace(
+        labels=torch.zeros(1000, dtype=torch.long), classes=1000, count=1000, null=torch.zeros(77, 768), stamp="",
+        shape=(4, 32, 32) if not res else raw, read=read, texts=texts)
+
+
+def teacher_arguments(script, cfg, images):
+    """Constructor arguments of the stage's teacher."""
+    if hasattr(script, "model_size"):
+        return script.model_size(cfg, images)
+    if hasattr(script, "edm2_size"):
+        return script.edm2_size(cfg, images)
+    if hasattr(script, "net_arguments"):
+        null = images.null[None]
+        return script.net_arguments(replace(cfg, stage="pretrain"), images, null.shape[-1])
+    return dict(script.size_row(cfg, "weak"), input_size=images.shape[1], in_channels=images.shape[0],
+                num_classes=images.classes, average_velocity=cfg.pretrain == "mf")
+
+
+class Enough(Exception):
+    """Two steps are done."""
+
+
+def measure(script, cfg, gpus):
+    """One of `gpus` processes in the first two steps of a stage: script.train itself on a GPU without data.
+
+    Returns parameters; bytes: held before the first step, of the optimiser, peak; calls of one step, in which
+    a solve has its share; wire: bytes that a process sends in a step. None for a stage that trains nothing.
+    """
+    meter, images, steps, found = Meter(), blank(script, cfg), [], types.SimpleNamespace()
+    size = teacher_arguments(script, cfg, images)
+
+    def on_gpu(make):
+        def made(*args, **kwargs):
+            with meter.device:
+                return make(*args, **kwargs)
+        return made
+
+    def snapshot(name):                               # EDM2's are known by their names
+        row = re.match(r"edm2-img\d+-(\w+)-", name)
+        return {}, {**size, **nets.SIZES[f"edm2-{row[1]}"]} if row else size
+
+    def memory(weights, opt):
+        found.parameters, found.held, found.opt, meter.peak = len(weights), meter.now, opt, 0
+        meter.calls.clear()
+
+    def count(*args):
+        steps.append((meter.calls, meter.wire))
+        meter.calls, meter.wire = Counter(), 0
+        if len(steps) == 2:
+            raise Enough
+
+    def reduce(x):                                    # in a ring
+        meter.wire += 2 * (gpus - 1) / gpus * x.nbytes
+
+    def collect(parts, x):
+        meter.wire += (gpus - 1) * x.nbytes
+    nothing = types.SimpleNamespace(all_reduce=reduce, all_gather=collect, all_gather_object=lambda seen, x: 0)
+    stand_in = {
+        script: dict(WORLD=gpus, RANK=0, DEVICE=meter.device, dist=nothing, count=count, snapshot=snapshot,
+                     load_data=lambda cfg: images, teacher_state=lambda cfg: ({}, size), build=on_gpu(script.build),
+                     resume=lambda *a: None, log=lambda *a, **k: None),
+        nets: dict(load_weights=lambda *a: None, load_flow=lambda *a: None, load_pretrained=snapshot, memory=memory,
+                   finished=lambda path: dict(ema={}, model=size, cfg={}), stamp=lambda state: "",
+                   pretrained_lpips=on_gpu(nets.LPIPS), force_weight_norm=meter.within("weights", nets.force_weight_norm)),
+        torch.Tensor: dict(backward=meter.within("backward", torch.Tensor.backward)), F: as_cuda()}
+    with contextlib.ExitStack() as stack:
+        for home, names in stand_in.items():
+            known = {name: f for name, f in names.items() if hasattr(home, name)}
+            stack.enter_context(mock.patch.multiple(home, **known))
+        hook = torch.nn.modules.module.register_module_forward_pre_hook(meter.called)
+        stack.callback(hook.remove)
+        matmul = torch.backends.cuda.matmul
+        stack.callback(setattr, matmul, "allow_tf32", matmul.allow_tf32)
+        matmul.allow_tf32 = cfg.precision != "fp32"
+        stack.enter_context(warnings.catch_warnings(action="ignore"))
+        stack.enter_context(script.one_line(cfg))
+        stack.enter_context(contextlib.suppress(Enough))
+        script.check_values(cfg)
+        with meter:
+            script.train(cfg)
+    if len(steps) < 2:
+        return None
+    (solving, wire), (found.calls, found.wire) = steps
+    pairs = script.solves(cfg)[1] if hasattr(script, "solves") else script.pairs_per_solve(cfg)
+    k = pairs // cfg.batch if cfg.stage == "mid" else 1
+    if k > 1:                                         # the first step has a solve for k steps, the second none
+        found.calls.update({key: n / k for key, n in solving.items() if key[0] == "teacher"})
+        found.wire += (wire - found.wire) / k
+    found.optimiser = sum(t.nbytes for s in found.opt.state.values() for t in s.values() if isinstance(t, FakeTensor))
+    found.peak = meter.peak
+    return found
+
+
+def times(calls, card):
+    """Seconds of these calls on a card: their arithmetic alone, the GPU's by a roofline, to launch them."""
+    *tops, bandwidth = (share * top * 1e12 for share, top in zip(REACHED, CARDS[card][:4]))
+    top = dict(zip(("bf16", "tf32", "fp32"), tops))
+    rows = [(n, flop / top.get(kind, 1), moved / bandwidth) for (_, kind, flop, moved), n in calls.items()]
+    return sum(n * a for n, a, _ in rows), sum(n * max(a, b) for n, a, b in rows), sum(calls.values()) * LAUNCH
+
+
+def stages(args, flags):
+    """(name, script, configuration) of every stage that is asked for."""
+    lines = [" ".join([args.script, *flags])] if args.script else FULL
+    for name, *given in map(str.split, lines):
+        home = importlib.import_module(name.removesuffix(".py"))
+        first = home.parse(given)
+        for stage in home.STAGES[:-1] if first.stage == "all" else [first.stage]:
+            cfg = home.parse([*given, "--stage", stage])
+            method = getattr(cfg, stage, "")
+            yield f"{name[6:]} {home.data_name(cfg)}: {stage} {method} {cfg.precision}", home, cfg
+
+
+def fitting(home, cfg, gpus, room):
+    """(images at once in a process, what a step does then): all of its share, or as many as fit in room bytes."""
+    share, micro = cfg.batch // gpus, cfg.batch_gpu or cfg.batch // gpus
+    step = measure(home, cfg, gpus)
+    if not step or step.peak <= room or cfg.batch_gpu or share == 1:
+        return micro, step
+    sizes = [n for n in range(1, share + 1) if share % n == 0]
+    fewer = measure(home, replace(cfg, batch_gpu=sizes[-2]), gpus)
+    one = (step.peak - fewer.peak) / (share - sizes[-2])                      # memory is affine in what is at once
+    micro = max((n for n in sizes if step.peak - one * (share - n) <= room), default=1)
+    return micro, measure(home, replace(cfg, batch_gpu=micro), gpus)
+
+
+def plan(argv):
+    """Memory, hours and price of whole stages, counted on a GPU without data. Other flags: the script's."""
+    args, flags = full_size(argv, plan)
+    link, size = CARDS[args.device][4:]
+    memory, time = [], []
+    for name, home, cfg in stages(args, flags):
+        micro, step = fitting(home, cfg, args.gpus, 0.9e9 * size)
+        if not step:
+            continue
+        arithmetic, gpu, launch = (1e3 * t for t in times(step.calls, args.device))
+        one, moments, wire = step.parameters * 4e-9, step.optimiser / 1e9, step.wire / 1e9
+        frozen = step.held / 1e9 - 3 * one
+        near, far = 1e3 * wire / (link * REACHED[4]), 1e3 * wire / ETHERNET
+        ms = max(gpu, launch) + near
+        hours = ms * cfg.steps / 3.6e6
+        parts = dict(weights=one, gradients=one, averages=one, optimiser=moments, frozen=frozen,
+                     activations=step.peak / 1e9 - 3 * one - moments - frozen)
+        memory.append({"stage": name, "parameters": f"{step.parameters:,}"} | {
+            f"{part}, GB": f"{value:.2f}" for part, value in parts.items()} | {
+            "peak, GB": f"{step.peak / 1e9:.1f}" + " (too much)" * (step.peak > 0.9e9 * size), "--batch_gpu": micro})
+        time.append({
+            "stage": name, "TFLOP": f"{sum(k[2] * n for k, n in step.calls.items()) / 1e12:.2f}",
+            "GB moved": f"{sum(k[3] * n for k, n in step.calls.items()) / 1e9:.0f}",
+            "kernels": f"{sum(step.calls.values()):,.0f}", "arithmetic, ms": f"{arithmetic:.0f}",
+            "GPU, ms": f"{gpu:.0f}", "launches, ms": f"{launch:.0f}", "step, ms": f"{ms:.0f}",
+            "steps": f"{cfg.steps:,}", "hours": f"{hours:.1f}", "GPU-hours": f"{hours * args.gpus:.0f}",
+            "GB sent": f"{wire:.1f}", "of the step": f"{near / ms:.0%}", "at 100 Gb/s": f"{far / (ms - near + far):.0%}"} |
+            ({"dollars": f"{hours * args.gpus * args.price:,.0f}"} if args.price else {}))
+    print(f"{args.gpus} x {args.device}: a process each. {assumed(args.device)}\n")
+    print(fid.table(memory), fid.table(time), sep="\n\n")
+
+
+def roofline(argv):
+    """Where a step's FLOP, bytes, kernels and time go, phase by phase. Other flags: the script's."""
+    args, flags = full_size(argv, roofline)
+    print(f"1 of {args.gpus} x {args.device}. {assumed(args.device)}\n")
+    for name, home, cfg in stages(args, flags):
+        rows, step = [], measure(home, cfg, args.gpus)
+        if not step:
+            continue
+        for phase in (*PHASES, "all"):
+            calls = {key: n for key, n in step.calls.items() if phase in (key[0], "all")}
+            arithmetic, gpu, launch = (1e3 * t for t in times(calls, args.device))
+            moved = [sum(key[3] * n for key, n in calls.items() if bool(key[1]) == product) / 1e9
+                     for product in (True, False)]
+            rows.append({
+                "phase": phase, "TFLOP": f"{sum(key[2] * n for key, n in calls.items()) / 1e12:.2f}",
+                "GB of products": f"{moved[0]:.1f}", "GB of the rest": f"{moved[1]:.1f}",
+                "bytes a parameter": f"{1e9 * sum(moved) / step.parameters:.0f}",
+                "kernels": f"{sum(calls.values()):,.0f}", "arithmetic, ms": f"{arithmetic:.0f}",
+                "GPU, ms": f"{gpu:.0f}", "launches, ms": f"{launch:.0f}"})
+        print(f"{name}: {arithmetic / max(gpu, launch):.0%} of the ceiling, peak {step.peak / 1e9:.1f} GB\n\n"
+              f"{fid.table(rows)}\n", flush=True)
+
+
+def assumed(card):
+    """What plan and roofline take for granted, in words."""
+    bf16, tf32, fp32, memory, link = (share * top for share, top in zip(REACHED, CARDS[card][:5]))
+    return (f"Assumed: {bf16:.0f} TFLOP/s in bf16, {tf32:.0f} in TF32, {fp32:.0f} in fp32, {memory:.2f} TB/s, "
+            f"{link:.0f} GB/s to the next GPU ({', '.join(f'{s:.0%}' for s in REACHED)} of the data sheet), "
+            f"{1e6 * LAUNCH:.0f} us to launch a kernel, no --compile; a step takes the GPU's time or that of "
+            "its launches, whichever is longer, and then sends its gradient.")
+
+
+def full_size(argv, command):
+    """The command line of plan and roofline, and the flags that are the script's."""
+    p = argparse.ArgumentParser(prog=f"bench.py {command.__name__}", description=command.__doc__, allow_abbrev=False)
+    p.add_argument("script", nargs="?", help="train_*; left out: the paper's runs")
+    p.add_argument("--gpus", type=int, default=8, help="processes that share the batch")
+    p.add_argument("--device", choices=CARDS, default="h100")
+    p.add_argument("--price", type=float, default=0.0, help="plan: dollars for an hour of one GPU")
     args, flags = p.parse_known_args(argv)
-    cfg = imagenet.parse(flags)
-    for stage in ("mid", "post") if cfg.stage == "all" else [cfg.stage]:
-        cfg = imagenet.parse([*flags, "--stage", stage])
-        model = EDM2.get(imagenet.data_name(cfg))
-        if not model or stage not in ("pretrain", "mid", "post"):
-            script.fail(2, f"--data {cfg.data} --res {cfg.res} --stage {stage}: memory knows pretrain, mid "
-                           f"and post of {', '.join(EDM2)}")
-        n = cfg.batch_gpu or cfg.batch // args.processes
-        fixed, frozen, one = held(cfg, model)
-        total = fixed + frozen + one * n
-        print(f"{stage}, {cfg.precision}: memory a process: {total:.1f} GB = {fixed:.1f} weights, gradients, "
-              f"Adam, EMA, hoisted + {frozen:.1f} frozen nets + {n} images at once of {one:.3f}" +
-              fitting(total, one, n))
-
-
-def fitting(total, one, n):
-    """What to pass, where this machine's GPU is smaller than total gigabytes."""
-    if not torch.cuda.is_available():
-        return ""
-    room = torch.cuda.get_device_properties(0).total_memory / 1e9
-    if total <= room:
-        return ""
-    fit = max(1, int((room - total + one * n) / one))
-    return f"; this device has {room:.0f} GB: pass --batch_gpu {2 ** int(math.log2(fit))}"
+    names = [os.path.basename(path)[:-3] for path in glob.glob(f"{os.path.dirname(__file__)}/train_*.py")]
+    if args.gpus < 1 or args.script and args.script.removesuffix(".py") not in names:
+        p.error(f"{args.script} on --gpus {args.gpus}: the scripts are {', '.join(sorted(names))}")
+    return args, flags
 
 
 # ---- command line -----------------------------------------------------------------------------
@@ -586,10 +1036,11 @@ COMMANDS = {f.__name__: f for f in (pairs, weights, mf, precision, growth)}
 def main(argv=None):
     """The command line of the docstring."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["memory"] or argv[:1] == ["watched"]:          # the flags behind it are those of a script
-        return dict(memory=memory, watched=watched)[argv[0]](argv[1:])
+    behind = dict(plan=plan, roofline=roofline, watched=watched)   # the flags behind it are those of a script
+    if argv and argv[0] in behind:
+        return behind[argv[0]](argv[1:])
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=COMMANDS, help="or memory, with the flags of its script")
+    p.add_argument("what", choices=COMMANDS, help="or plan, roofline: see plan --help")
     p.add_argument("--data", default="digits", choices=MODELS, help="edm2: the EDM2 of digits")
     p.add_argument("--methods", default="", help=f"pairs: between commas; \"\" = {','.join(METHODS)}")
     p.add_argument("--net", default="", help="precision: checkpoint; \"\" = random weights")

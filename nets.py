@@ -1623,3 +1623,9 @@ def cost(ckpt):
         return dict(steps="-", images="-", seconds="-")
     images = ckpt["step"] * ckpt["cfg"]["batch"]
     return dict(steps=ckpt["step"], images=f"{images:,}", seconds=f"{ckpt['seconds']:.0f}")
+
+
+def memory(weights, opt):
+    """What is known of memory before the first step, as a text; a GPU's memory beside it."""
+    moments, one = 1 if isinstance(opt, torch.optim.SGD) else 2, weights.nbytes / 1e9
+    return f"{len(weights):,} parameters"

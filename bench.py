@@ -3,33 +3,27 @@
   python bench.py pairs                  # the digits net: CMT, ECT, ECD, KD, Slow CMT, a plain loop
   python bench.py pairs --data cifar10 --batch 16 --batch_gpu 4 --trajectories 1      # the 32x32 DDPM++
   python bench.py pairs --data edm2      # EDM2 on digits; --data imagenet64 --precision bf16: XL
-  python bench.py weights                # EDM2: weights normalised at every call, once a step, or for good
   python bench.py mf                     # a Mean Flow step, in flow-matching steps on the same net
   python bench.py precision --net out/digits/mid.pt     # what each precision leaves of ECT's D_t - D_r
-  python bench.py growth                 # pairs/s against batch, micro-batch, processes; start-up; a long run
-  python bench.py plan                   # the paper's runs: memory, hours, what the network carries; --device a100
-  python bench.py plan train_cmt_imagenet --res 64 --gpus 8 --device h100 --price 2.5          # one of them, or yours
-  python bench.py roofline train_cmt_imagenet --stage mid     # where its bytes, FLOP, kernels and time go
+  python bench.py plan                   # the paper's runs on 8 GPUs: memory, hours, what the network carries
+  python bench.py plan train_cmt_imagenet --res 64 --gpus 4 --device a100 --price 2.5    # one of them
+  python bench.py roofline train_cmt_imagenet --stage mid    # where its bytes, FLOP, kernels and time go
 
-Losses, trajectories and updates are the functions of the scripts; calls are counted by hooks, FLOPs by torch,
-memory by what was allocated; `plan` and `roofline` count all of it on a GPU without data, and need no GPU. What the method gives: claims.py.
+Losses, trajectories and updates are the functions of the scripts; calls are counted by hooks, FLOPs by torch.
+`plan` and `roofline` run a script's train() on a GPU without data and need no GPU. What the method gives:
+claims.py.
 """
 import argparse
 import contextlib
 import copy
 import functools
-import glob
 import importlib
 import itertools
-import json
 import math
 import os
 import re
-import resource
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 import types
 import warnings
@@ -45,6 +39,7 @@ from torch._C import DispatchKey, DispatchKeySet, _ExcludeDispatchKeyGuard
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.autograd import forward_ad
 from torch.utils import backend_registration
+from torch.utils._device import device_decorator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
@@ -61,7 +56,6 @@ MODELS = dict(                                        # --data: constructor argu
     edm2=dict(nets.SIZES["edm2-8"], img_resolution=8, img_channels=1, label_dim=10),
     imagenet64=dict(nets.SIZES["edm2-xl"], img_resolution=64, img_channels=3, label_dim=1000))
 FLAGS = dict(edm2=["--data", "digits"], imagenet64=["--data", "imagenet"])            # of their script
-BATCHES = 16, 32, 64, 128, 256
 METHODS = {  # flags of the stage that trains by this method
     "cmt": "--stage mid", "ect": "--stage post", "ecd euler": "--stage post --post ecd_euler",
     "ecd heun": "--stage post --post ecd", "kd": "--stage mid --mid kd", "slow": "--stage mid --mid slow",
@@ -284,39 +278,6 @@ def pairs(args, device):
               f"{peak[name]:.0f} |", flush=True)
 
 
-# ---- weights of EDM2 --------------------------------------------------------------------------
-def weights(args, device):
-    """EDM2: a step of micro-batches, weights normalised at each call or hoisted; a forward, frozen or not."""
-    model = dict(img_resolution=16, img_channels=4, label_dim=10, model_channels=args.channels,
-                 channel_mult=(1, 2), num_blocks=1, attn_resolutions=(8,))
-    net = nets.EDM2Precond(**model).to(device, memory_format=torch.channels_last)
-    frozen = nets.freeze(copy.deepcopy(net))
-    for p in net.parameters():
-        p.grad = torch.zeros_like(p)
-    n = args.batch or 1
-    x, sigma = torch.randn(n, 4, 16, 16, device=device), torch.ones(n, device=device)
-
-    def step():
-        for _ in range(4):
-            net(x, sigma).square().mean().backward()
-
-    def hoisted():
-        with nets.hoist(net):
-            step()
-
-    @torch.no_grad()
-    def forward(n):
-        n(x, sigma)
-    tasks = {"step of 4 micro-batches, normalised at every call": step, "the same, hoisted": hoisted,
-             "forward, normalised": lambda: forward(net), "forward, frozen": lambda: forward(frozen),
-             "forced normalisation, once per step": lambda: nets.force_weight_norm(net)}
-    size = sum(p.numel() for p in net.parameters()) / 1e6
-    print(f"EDM2 of {size:.1f}M parameters, micro-batch {n}, 16x16 latents")
-    for name, times in interleaved(tasks, args.rounds, device).items():
-        middle, low, high = (f(times) * 1e3 for f in (statistics.median, min, max))
-        print(f"{name:50s} {middle:8.1f} ms ({low:.1f}-{high:.1f})")
-
-
 # ---- a step of Mean Flow ----------------------------------------------------------------------
 class Calls:
     """Samples that a net's forward passes see: recorded for backward, inside a product, for guidance."""
@@ -470,56 +431,6 @@ def precision(args, device):
     print(f"\n| as a teacher: ends of {cfg.nfe} steps | moved by fp32 | bf16 | fp16 | "
           f"by {2 * cfg.nfe} steps |\n|---|---|---|---|---|")
     print(f"| {size(true)} | {' | '.join(moved)} |")
-
-
-# ---- growth -----------------------------------------------------------------------------------
-def watched(argv):
-    """Run the CIFAR script with the peak memory of its process, in MiB, in every line of its log."""
-    plain = script.report
-    unit = 2**20 if sys.platform == "darwin" else 2**10   # macOS counts bytes, Linux KiB
-
-    def report(*args):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-        if script.DEVICE.type == "cuda":
-            peak = torch.cuda.max_memory_allocated() / 2**20
-        plain(*args, memory=peak)
-    script.report = report
-    try:
-        script.main(argv)
-    finally:
-        script.report = plain
-
-
-def growth(args, device):
-    """Does a pair cost the same in large batches, micro-batches, two processes, and late in a long run?"""
-    print("| batch | us per pair of CMT, range over rounds |\n|---|---|")
-    for batch in BATCHES:
-        args.batch = batch
-        p = Pairs("cmt", args, device)
-        times = [t / p.pairs() * 1e6 for t in interleaved({"cmt": p.cycle}, args.rounds, device)["cmt"]]
-        print(f"| {batch} | {statistics.median(times):.0f} ({min(times):.0f}-{max(times):.0f}) |", flush=True)
-    print("\n| pretrain | steps | start-up, s | images/s, first quarter | last | MiB, first quarter | last |")
-    print("|---" * 7 + "|")
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    short = args.steps // 10
-    for name, steps, launcher, flags in (
-            ("one process", args.steps, [], []),
-            ("one process, --batch_gpu 8", short, [], ["--batch_gpu", "8"]),
-            ("two processes", short, torchrun, [])):
-        with tempfile.TemporaryDirectory() as out:
-            line = [sys.executable, *launcher, __file__, "watched", "--data", "digits", "--stage", "pretrain"]
-            start = time.time()
-            subprocess.run([*line, "--out", out, "--steps", str(steps), "--save_every", "1000000", *flags],
-                           check=True, stdout=subprocess.DEVNULL)
-            took = time.time() - start
-            with open(f"{out}/metrics.jsonl") as f:
-                lines = [json.loads(line) for line in f]
-        k, cells = max(1, len(lines) // 4), []
-        for what in ("images_per_second", "memory"):
-            seen = [m[what] for m in lines]
-            cells += [f"{statistics.median(seen[:k]):.0f}", f"{statistics.median(seen[-k:]):.0f}"]
-        startup = took - lines[-1]["seconds"]
-        print(f"| {name} | {steps:,} | {startup:.1f} | {' | '.join(cells)} |", flush=True)
 
 
 # ---- a GPU without data ----
@@ -691,8 +602,8 @@ class FakeGPU(TorchDispatchMode):
         key = (func, seen(args), *kwargs, seen([*kwargs.values()])) if pure else None
         if key in RESULTS:
             kind, known = RESULTS[key]
-            empty = [torch.empty_strided(*a[:2], dtype=a[2], device="meta") if len(a) == 3 else a[1] for a in known]
-            return kind([self.fake(a) for a in empty])
+            empty = functools.partial(torch.empty_strided, device="meta")
+            return kind([self.fake(empty(*a[:2], dtype=a[2])) if len(a) == 3 else a[1] for a in known])
 
         def meta(a):
             if isinstance(a, Tensor) and not isinstance(a, FakeTensor):
@@ -705,7 +616,8 @@ class FakeGPU(TorchDispatchMode):
             RESULTS[key] = kind, [seen(a) for a in outs]
         return each(self.fake, out)
 
-# ---- full size: memory, FLOP, bytes, hours ------------------------------------------------------
+
+# ---- full size ----------------------------------------------------------------------------------
 FULL = (  # the paper's runs
     "train_cmt_cifar", "train_cmt_cifar --data ffhq", "train_cmt_imagenet --res 64",
     "train_cmt_imagenet --res 64 --stage post --post ecd", "train_cmt_imagenet --res 512",
@@ -713,157 +625,124 @@ FULL = (  # the paper's runs
 CARDS = {  # public data sheets: dense TFLOP/s in bf16, TF32, fp32; TB/s; GB/s to the next card; GB
     "a100": (312, 156, 19.5, 2.04, 300, 80), "h100": (989, 495, 67, 3.35, 450, 80),
     "h200": (989, 495, 67, 4.8, 450, 141), "4090": (165, 82.6, 82.6, 1.01, 32, 24)}
-REACHED = 0.455, 0.505, 0.67, 0.776, 0.776            # of these: an H100's 450, 250, 45, 2.6; the last as memory
-LAUNCH, ETHERNET = 7e-6, 12.5 * REACHED[4]            # seconds a kernel; 100 Gb/s between nodes, in GB/s
+REACHED = 0.455, 0.505, 0.67, 0.776, 0.776            # of these: an H100's 450, 250, 45, 2.6, 350
+LAUNCH, ETHERNET = 7e-6, 9.7                          # seconds a kernel; GB/s of 100 Gb/s between nodes
 IMAGES = dict(cifar10=50_000, ffhq=70_000, afhqv2=15_803)
-PHASES = "teacher", "forward", "backward", "weights"
-EMPTY = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided, aten.detach,
-         aten._unsafe_view, aten.lift_fresh, aten._local_scalar_dense, torch.ops.prim.device}
-OVERWRITE = aten.zero_, aten.fill_, aten.copy_, aten.bernoulli_, aten.normal_, aten.random_, aten.uniform_
+OVERWRITE = aten.zero_, aten.fill_, aten.copy_, aten.bernoulli_, aten.normal_
 
 
-def tensors_of(args):
-    """The tensors on the fake GPU among arguments, each once."""
+def fakes(args):
+    """The fake GPU's tensors among arguments, each once."""
     return [*{id(t): t for t in flat(args, {}) if isinstance(t, FakeTensor)}.values()]
 
 
 class Meter(FakeGPU):
-    """Counts kernels, as calls[phase, kind of number, FLOP, bytes], and the bytes in use.
+    """Counts kernels, in calls[phase, kind of number, FLOP, bytes], and the bytes in use.
 
     A kernel reads its operands and writes its results, once each. The phase follows from whose forward was
-    called last, that of a frozen net or of one in training; what is neither of them nor backward is weights:
-    the optimiser, the average, norms.
+    called last, a frozen net's or one's in training. What is neither these nor backward is the weights':
+    optimiser, average, norms.
     """
 
     def __init__(self):
         super().__init__()
-        self.phase, self.calls, self.wire = "weights", Counter(), 0
-        self.living, self.now, self.peak = set(), 0, 0
+        self.phase, self.calls, self.alive, self.now, self.peak = "weights", Counter(), {}, 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out, schema, op = super().__torch_dispatch__(func, types, args, kwargs), func._schema, func.overloadpacket
-        writes = [s.alias_info is not None and s.alias_info.is_write for s in (*schema.arguments, *schema.returns)]
-        written = tensors_of([out, *(a for a, w in zip(args, writes) if w)])
+        out, kwargs = super().__torch_dispatch__(func, types, args, kwargs), kwargs or {}
+        schema, op = func._schema, func.overloadpacket
+        writes = [a.alias_info and a.alias_info.is_write for a in (*schema.arguments, *schema.returns)]
+        written = fakes([out, *(a for a, write in zip(args, writes) if write)])
         for t in written:
             self.hold(t.untyped_storage())
-        view = schema.returns and schema.returns[0].alias_info and not writes[-1]
-        if not written or view or op in EMPTY:
-            return out
-        read = tensors_of([*args[op in OVERWRITE:], *(a for k, a in (kwargs or {}).items() if k != "out")])
-        moved = sum(min(t.numel() * t.itemsize, t.untyped_storage().nbytes()) for t in (*read, *written))
-        kind, flop = "", 0
-        if op in flop_registry:
-            exact = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "fp32"
-            kind = exact if torch.float32 in floats(read) else "bf16"
-            flop = flop_registry[op](*args, **kwargs or {}, out_val=out)
-        self.calls[self.phase, kind, flop, moved] += 1
+        is_view = schema.returns and schema.returns[0].alias_info and not writes[-1]
+        if written and not is_view and not re.search("empty|_unsafe_view", func.name()):
+            read = fakes([*args[op in OVERWRITE:], *(a for k, a in kwargs.items() if k != "out")])
+            sizes = (min(t.numel() * t.itemsize, t.untyped_storage().nbytes()) for t in (*read, *written))
+            kind, flop = "", 0
+            if op in flop_registry:
+                exact = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "fp32"
+                kind = exact if torch.float32 in floats(read) else "bf16"
+                flop = flop_registry[op](*args, **kwargs, out_val=out)
+            self.calls[self.phase, kind, flop, sum(sizes)] += 1
         return out
 
     def hold(self, storage):
         """Count a storage as long as it lives."""
-        if storage._cdata not in self.living:
-            self.living.add(storage._cdata)
+        if storage._cdata not in self.alive:
+            self.alive[storage._cdata] = storage.nbytes()
             self.now += storage.nbytes()
             self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self.release, storage._cdata, storage.nbytes())
+            weakref.finalize(storage, self.release, storage._cdata)
 
-    def release(self, key, size):
-        self.living.remove(key)
-        self.now -= size
+    def release(self, key):
+        self.now -= self.alive.pop(key)
 
     def called(self, module, args):
-        """A hook of every module's forward."""
-        if module.training:
-            self.phase = "forward"
-        elif self.phase == "weights":
-            self.phase = "teacher"
+        """Before every forward of a module."""
+        if module.training or self.phase == "weights":
+            self.phase = "forward" if module.training else "teacher"
 
     def within(self, phase, f):
-        """f in a phase; weights follow."""
+        """f in a phase of its own, behind which weights follow."""
         def phased(*args, **kwargs):
             self.phase = phase
-            try:
-                return f(*args, **kwargs)
-            finally:
-                self.phase = "weights"
+            f(*args, **kwargs)
+            self.phase = "weights"
         return phased
 
 
-def as_cuda():
-    """Functions of torch.nn.functional that take other ways on a GPU than the fake one would."""
-    conv, norm, attend = F.conv2d, F.group_norm, F.scaled_dot_product_attention
-
-    def conv2d(x, w, *args, **kwargs):                # cuDNN takes its operands in the layout of the weights
-        last = w.is_contiguous(memory_format=torch.channels_last) and not w.is_contiguous()
-        return conv(x.contiguous(memory_format=torch.channels_last) if last else x, w, *args, **kwargs)
-
-    def group_norm(x, *args, **kwargs):
-        return norm(x.contiguous(), *args, **kwargs)
-
-    def attention(q, k, v):
-        if q.ndim < 4 or any(t.stride(-1) != 1 for t in (q, k, v)):      # no fused kernel
-            return attend(q, k, v)
-        if q.dtype == torch.float32:
-            record = torch.is_grad_enabled() and q.requires_grad
-            return aten._scaled_dot_product_efficient_attention(q, k, v, None, record)[0]
-        return aten._scaled_dot_product_flash_attention(q, k, v)[0]
-    return dict(conv2d=conv2d, group_norm=group_norm, scaled_dot_product_attention=attention)
+def attention(q, k, v, plain=F.scaled_dot_product_attention):
+    """As CUDA has it: fused where heads have an axis and channels lie side by side."""
+    if q.ndim < 4 or any(t.stride(-1) != 1 for t in (q, k, v)):
+        return plain(q, k, v)
+    if q.dtype == torch.float32:
+        return aten._scaled_dot_product_efficient_attention(q, k, v, None, q.requires_grad)[0]
+    return aten._scaled_dot_product_flash_attention(q, k, v)[0]
 
 
-def blank(script, cfg):
-    """The data of a full-size stage as far as its shapes; other data are read."""
-    name, res = script.data_name(cfg), getattr(cfg, "res", 0)
+def blank(home, cfg):
+    """The data of a full-size stage as far as their shapes; other data are read."""
+    name, res = home.data_name(cfg), getattr(cfg, "res", 0)
+    if name in ("digits", "own"):
+        return home.load_data(cfg)
     if name in IMAGES:
         return torch.zeros(IMAGES[name], 3, res or 32, res or 32, dtype=torch.uint8)
-    if name in ("digits", "own"):
-        return script.load_data(cfg)
-    raw, kind = ((3, 64, 64), torch.uint8) if res == 64 else ((8, 64, 64) if res else (8, 32, 32), torch.float32)
+    shape, text = (3, 64, 64) if res == 64 else (8, res // 8 or 32, res // 8 or 32), torch.zeros(77, 768)
 
-    def read(index, other=None):
-        images = torch.zeros(len(index), *raw, dtype=kind)
-        return (images, torch.zeros(len(index), 256, 768), texts(index)) if name == "coco" else images
-
-    def texts(index, pick=None):
-        return torch.zeros(len(index), 77, 768)
+    def read(index, pick=None):
+        x = torch.zeros(len(index), *shape, dtype=torch.uint8 if res == 64 else torch.float32)
+        return (x, torch.zeros(len(x), 256, 768), text.expand(len(x), -1, -1)) if name == "coco" else x
     return types.SimpleNamespace(
-        labels=torch.zeros(1000, dtype=torch.long), classes=1000, count=1000, null=torch.zeros(77, 768), stamp="",
-        shape=(4, 32, 32) if not res else raw, read=read, texts=texts)
+        read=read, texts=lambda index, pick: text.expand(len(index), -1, -1), null=text, count=1000, stamp="",
+        labels=torch.zeros(1000, dtype=torch.long), classes=1000, shape=shape if res else (4, 32, 32))
 
 
-def teacher_arguments(script, cfg, images):
+def teacher_size(home, cfg, images):
     """Constructor arguments of the stage's teacher."""
-    if hasattr(script, "model_size"):
+    if home is script:
         return script.model_size(cfg, images)
-    if hasattr(script, "edm2_size"):
-        return script.edm2_size(cfg, images)
-    if hasattr(script, "net_arguments"):
-        null = images.null[None]
-        return script.net_arguments(replace(cfg, stage="pretrain"), images, null.shape[-1])
-    return dict(script.size_row(cfg, "weak"), input_size=images.shape[1], in_channels=images.shape[0],
-                num_classes=images.classes, average_velocity=cfg.pretrain == "mf")
+    if home is imagenet:
+        return imagenet.edm2_size(cfg, images)
+    if home is mean_flow:
+        return dict(mean_flow.size_row(cfg, "weak"), input_size=images.shape[1], in_channels=images.shape[0],
+                    num_classes=images.classes, average_velocity=cfg.pretrain == "mf")
+    width = home.text_encoder(cfg)(images.null[None]).shape[-1]
+    return home.net_arguments(replace(cfg, stage="pretrain"), images, width)
 
 
-class Enough(Exception):
-    """Two steps are done."""
+def measure(home, cfg, gpus):
+    """Two steps of a stage in one of `gpus` processes: its script's own train(), on a GPU without data.
 
-
-def measure(script, cfg, gpus):
-    """One of `gpus` processes in the first two steps of a stage: script.train itself on a GPU without data.
-
-    Returns parameters; bytes: held before the first step, of the optimiser, peak; calls of one step, in which
-    a solve has its share; wire: bytes that a process sends in a step. None for a stage that trains nothing.
+    Returns its parameters; bytes held before the first step, of the optimiser, at the peak; calls and bytes
+    sent of one step, with its share of a solve. None for a stage that trains nothing.
     """
-    meter, images, steps, found = Meter(), blank(script, cfg), [], types.SimpleNamespace()
-    size = teacher_arguments(script, cfg, images)
+    meter, images, steps, sent, found = Meter(), blank(home, cfg), [], [], types.SimpleNamespace()
+    size, on_gpu = teacher_size(home, cfg, images), functools.partial(device_decorator, meter.device)
+    conv, norm, last, skip = F.conv2d, F.group_norm, torch.channels_last, lambda *a, **k: None
 
-    def on_gpu(make):
-        def made(*args, **kwargs):
-            with meter.device:
-                return make(*args, **kwargs)
-        return made
-
-    def snapshot(name):                               # EDM2's are known by their names
-        row = re.match(r"edm2-img\d+-(\w+)-", name)
+    def load(name):                                   # EDM2's are known by their names
+        row = re.search(r"edm2-img\d+-(\w+)-", name)
         return {}, {**size, **nets.SIZES[f"edm2-{row[1]}"]} if row else size
 
     def memory(weights, opt):
@@ -871,184 +750,156 @@ def measure(script, cfg, gpus):
         meter.calls.clear()
 
     def count(*args):
-        steps.append((meter.calls, meter.wire))
-        meter.calls, meter.wire = Counter(), 0
+        steps.append((meter.calls.copy(), sum(sent)))
+        meter.calls.clear(), sent.clear()
         if len(steps) == 2:
-            raise Enough
+            raise StopIteration                       # enough is seen
 
-    def reduce(x):                                    # in a ring
-        meter.wire += 2 * (gpus - 1) / gpus * x.nbytes
-
-    def collect(parts, x):
-        meter.wire += (gpus - 1) * x.nbytes
-    nothing = types.SimpleNamespace(all_reduce=reduce, all_gather=collect, all_gather_object=lambda seen, x: 0)
-    stand_in = {
-        script: dict(WORLD=gpus, RANK=0, DEVICE=meter.device, dist=nothing, count=count, snapshot=snapshot,
-                     load_data=lambda cfg: images, teacher_state=lambda cfg: ({}, size), build=on_gpu(script.build),
-                     resume=lambda *a: None, log=lambda *a, **k: None),
-        nets: dict(load_weights=lambda *a: None, load_flow=lambda *a: None, load_pretrained=snapshot, memory=memory,
-                   finished=lambda path: dict(ema={}, model=size, cfg={}), stamp=lambda state: "",
-                   pretrained_lpips=on_gpu(nets.LPIPS), force_weight_norm=meter.within("weights", nets.force_weight_norm)),
-        torch.Tensor: dict(backward=meter.within("backward", torch.Tensor.backward)), F: as_cuda()}
+    def conv2d(x, w, *args, **kwargs):                # as cuDNN: in the layout of the weights
+        is_last = w.is_contiguous(memory_format=last) and not w.is_contiguous()
+        return conv(x.contiguous(memory_format=last) if is_last else x, w, *args, **kwargs)
+    nccl = types.SimpleNamespace(all_reduce=lambda x: sent.append(2 * (gpus - 1) / gpus * x.nbytes),
+                                 all_gather=lambda parts, x: sent.append((gpus - 1) * x.nbytes))
+    stand_ins = {
+        home: dict(WORLD=gpus, DEVICE=meter.device, dist=nccl, build=on_gpu(home.build), count=count,
+                   load_data=lambda cfg: images, teacher_state=lambda cfg: ({}, size), agree=skip, log=skip,
+                   resume=skip, first_weights=lambda *a: (None, "")),
+        nets: dict(load_pretrained=load, finished=lambda path: dict(ema={}), pretrained_lpips=nets.LPIPS,
+                   force_weight_norm=meter.within("weights", nets.force_weight_norm), memory=memory,
+                   load_weights=skip, load_flow=skip, stamp=str),
+        Tensor: dict(backward=meter.within("backward", Tensor.backward)),
+        F: dict(conv2d=conv2d, group_norm=lambda x, *a: norm(x.contiguous(), *a),     # as CUDA: in its layout
+                scaled_dot_product_attention=attention)}
     with contextlib.ExitStack() as stack:
-        for home, names in stand_in.items():
-            known = {name: f for name, f in names.items() if hasattr(home, name)}
-            stack.enter_context(mock.patch.multiple(home, **known))
-        hook = torch.nn.modules.module.register_module_forward_pre_hook(meter.called)
-        stack.callback(hook.remove)
-        matmul = torch.backends.cuda.matmul
-        stack.callback(setattr, matmul, "allow_tf32", matmul.allow_tf32)
-        matmul.allow_tf32 = cfg.precision != "fp32"
-        stack.enter_context(warnings.catch_warnings(action="ignore"))
-        stack.enter_context(script.one_line(cfg))
-        stack.enter_context(contextlib.suppress(Enough))
-        script.check_values(cfg)
-        with meter:
-            script.train(cfg)
-    if len(steps) < 2:
+        for where, names in stand_ins.items():
+            for name in set(names) & set(dir(where)):
+                stack.enter_context(mock.patch.object(where, name, names[name]))
+        stack.callback(torch.nn.modules.module.register_module_forward_pre_hook(meter.called).remove)
+        stack.callback(setattr, tf32 := torch.backends.cuda.matmul, "allow_tf32", tf32.allow_tf32)
+        tf32.allow_tf32 = cfg.precision != "fp32"
+        with warnings.catch_warnings(action="ignore"), home.one_line(cfg), contextlib.suppress(StopIteration):
+            home.check_values(cfg)
+            with meter:
+                home.train(cfg)
+    if not steps:
         return None
-    (solving, wire), (found.calls, found.wire) = steps
-    pairs = script.solves(cfg)[1] if hasattr(script, "solves") else script.pairs_per_solve(cfg)
-    k = pairs // cfg.batch if cfg.stage == "mid" else 1
-    if k > 1:                                         # the first step has a solve for k steps, the second none
-        found.calls.update({key: n / k for key, n in solving.items() if key[0] == "teacher"})
-        found.wire += (wire - found.wire) / k
-    found.optimiser = sum(t.nbytes for s in found.opt.state.values() for t in s.values() if isinstance(t, FakeTensor))
-    found.peak = meter.peak
+    (first, sent), (found.calls, found.sent) = steps
+    pairs = home.solves(cfg)[1] if hasattr(home, "solves") else home.pairs_per_solve(cfg)
+    if cfg.stage == "mid" and (k := pairs // cfg.batch) > 1:       # only the first step has a solve
+        found.calls.update({key: n / k for key, n in first.items() if key[0] == "teacher"})
+        found.sent += (sent - found.sent) / k
+    moments = fakes([t for state in found.opt.state.values() for t in state.values()])
+    found.optimiser, found.peak = sum(t.nbytes for t in moments), meter.peak
     return found
 
 
-def times(calls, card):
-    """Seconds of these calls on a card: their arithmetic alone, the GPU's by a roofline, to launch them."""
-    *tops, bandwidth = (share * top * 1e12 for share, top in zip(REACHED, CARDS[card][:4]))
-    top = dict(zip(("bf16", "tf32", "fp32"), tops))
-    rows = [(n, flop / top.get(kind, 1), moved / bandwidth) for (_, kind, flop, moved), n in calls.items()]
-    return sum(n * a for n, a, _ in rows), sum(n * max(a, b) for n, a, b in rows), sum(calls.values()) * LAUNCH
-
-
-def stages(args, flags):
-    """(name, script, configuration) of every stage that is asked for."""
-    lines = [" ".join([args.script, *flags])] if args.script else FULL
-    for name, *given in map(str.split, lines):
-        home = importlib.import_module(name.removesuffix(".py"))
-        first = home.parse(given)
-        for stage in home.STAGES[:-1] if first.stage == "all" else [first.stage]:
-            cfg = home.parse([*given, "--stage", stage])
-            method = getattr(cfg, stage, "")
-            yield f"{name[6:]} {home.data_name(cfg)}: {stage} {method} {cfg.precision}", home, cfg
-
-
 def fitting(home, cfg, gpus, room):
-    """(images at once in a process, what a step does then): all of its share, or as many as fit in room bytes."""
-    share, micro = cfg.batch // gpus, cfg.batch_gpu or cfg.batch // gpus
-    step = measure(home, cfg, gpus)
-    if not step or step.peak <= room or cfg.batch_gpu or share == 1:
-        return micro, step
-    sizes = [n for n in range(1, share + 1) if share % n == 0]
-    fewer = measure(home, replace(cfg, batch_gpu=sizes[-2]), gpus)
-    one = (step.peak - fewer.peak) / (share - sizes[-2])                      # memory is affine in what is at once
+    """(images at once, what a step does then): the process's share, or what fits in room bytes."""
+    share, step = cfg.batch // gpus, measure(home, cfg, gpus)
+    if not step or cfg.batch_gpu or step.peak <= room or share == 1:
+        return cfg.batch_gpu or share, step
+    sizes = [n for n in range(1, share) if share % n == 0]
+    fewer = measure(home, replace(cfg, batch_gpu=sizes[-1]), gpus)
+    one = (step.peak - fewer.peak) / (share - sizes[-1])          # memory is affine in what is at once
     micro = max((n for n in sizes if step.peak - one * (share - n) <= room), default=1)
     return micro, measure(home, replace(cfg, batch_gpu=micro), gpus)
 
 
-def plan(argv):
-    """Memory, hours and price of whole stages, counted on a GPU without data. Other flags: the script's."""
-    args, flags = full_size(argv, plan)
-    link, size = CARDS[args.device][4:]
-    memory, time = [], []
-    for name, home, cfg in stages(args, flags):
-        micro, step = fitting(home, cfg, args.gpus, 0.9e9 * size)
-        if not step:
-            continue
-        arithmetic, gpu, launch = (1e3 * t for t in times(step.calls, args.device))
-        one, moments, wire = step.parameters * 4e-9, step.optimiser / 1e9, step.wire / 1e9
-        frozen = step.held / 1e9 - 3 * one
-        near, far = 1e3 * wire / (link * REACHED[4]), 1e3 * wire / ETHERNET
-        ms = max(gpu, launch) + near
-        hours = ms * cfg.steps / 3.6e6
-        parts = dict(weights=one, gradients=one, averages=one, optimiser=moments, frozen=frozen,
-                     activations=step.peak / 1e9 - 3 * one - moments - frozen)
-        memory.append({"stage": name, "parameters": f"{step.parameters:,}"} | {
-            f"{part}, GB": f"{value:.2f}" for part, value in parts.items()} | {
-            "peak, GB": f"{step.peak / 1e9:.1f}" + " (too much)" * (step.peak > 0.9e9 * size), "--batch_gpu": micro})
-        time.append({
-            "stage": name, "TFLOP": f"{sum(k[2] * n for k, n in step.calls.items()) / 1e12:.2f}",
-            "GB moved": f"{sum(k[3] * n for k, n in step.calls.items()) / 1e9:.0f}",
-            "kernels": f"{sum(step.calls.values()):,.0f}", "arithmetic, ms": f"{arithmetic:.0f}",
-            "GPU, ms": f"{gpu:.0f}", "launches, ms": f"{launch:.0f}", "step, ms": f"{ms:.0f}",
-            "steps": f"{cfg.steps:,}", "hours": f"{hours:.1f}", "GPU-hours": f"{hours * args.gpus:.0f}",
-            "GB sent": f"{wire:.1f}", "of the step": f"{near / ms:.0%}", "at 100 Gb/s": f"{far / (ms - near + far):.0%}"} |
-            ({"dollars": f"{hours * args.gpus * args.price:,.0f}"} if args.price else {}))
-    print(f"{args.gpus} x {args.device}: a process each. {assumed(args.device)}\n")
-    print(fid.table(memory), fid.table(time), sep="\n\n")
+def spent(calls, card):
+    """(columns of a table, milliseconds, share of them that is arithmetic) of these calls."""
+    *tops, bandwidth = (share * top * 1e9 for share, top in zip(REACHED, CARDS[card][:4]))         # a ms
+    tops, totals = dict(zip(("bf16", "tf32", "fp32"), tops)), Counter()
+    for (_, kind, flop, moved), n in calls.items():
+        arithmetic = flop / tops.get(kind, 1)
+        totals.update(kernels=n, launches=n * LAUNCH * 1e3, flop=n * flop, arithmetic=n * arithmetic,
+                      moved=n * moved, products=n * moved * bool(kind),
+                      gpu=n * max(arithmetic, moved / bandwidth))
+    t = types.SimpleNamespace(**totals)
+    ms = max(t.gpu, t.launches)
+    return {"TFLOP": f"{t.flop / 1e12:.3g}", "kernels": f"{t.kernels:,.0f}", "GB: products, rest":
+            f"{t.products / 1e9:.3g}, {(t.moved - t.products) / 1e9:.3g}", "ms: arithmetic, GPU, launches":
+            f"{t.arithmetic:.3g}, {t.gpu:.3g}, {t.launches:.3g}"}, ms, t.arithmetic / ms
 
 
-def roofline(argv):
-    """Where a step's FLOP, bytes, kernels and time go, phase by phase. Other flags: the script's."""
-    args, flags = full_size(argv, roofline)
-    print(f"1 of {args.gpus} x {args.device}. {assumed(args.device)}\n")
-    for name, home, cfg in stages(args, flags):
-        rows, step = [], measure(home, cfg, args.gpus)
-        if not step:
-            continue
-        for phase in (*PHASES, "all"):
-            calls = {key: n for key, n in step.calls.items() if phase in (key[0], "all")}
-            arithmetic, gpu, launch = (1e3 * t for t in times(calls, args.device))
-            moved = [sum(key[3] * n for key, n in calls.items() if bool(key[1]) == product) / 1e9
-                     for product in (True, False)]
-            rows.append({
-                "phase": phase, "TFLOP": f"{sum(key[2] * n for key, n in calls.items()) / 1e12:.2f}",
-                "GB of products": f"{moved[0]:.1f}", "GB of the rest": f"{moved[1]:.1f}",
-                "bytes a parameter": f"{1e9 * sum(moved) / step.parameters:.0f}",
-                "kernels": f"{sum(calls.values()):,.0f}", "arithmetic, ms": f"{arithmetic:.0f}",
-                "GPU, ms": f"{gpu:.0f}", "launches, ms": f"{launch:.0f}"})
-        print(f"{name}: {arithmetic / max(gpu, launch):.0%} of the ceiling, peak {step.peak / 1e9:.1f} GB\n\n"
-              f"{fid.table(rows)}\n", flush=True)
+def plan(home, name, cfg, args):
+    """A row: memory of a process, hours and price of a stage, what it sends."""
+    link, room = CARDS[args.device][4:]
+    micro, step = fitting(home, cfg, args.gpus, 0.9e9 * room)
+    if not step:
+        return []
+    columns, ms, _ = spent(step.calls, args.device)
+    one, moments, held, peak = step.parameters * 4e-9, step.optimiser / 1e9, step.held / 1e9, step.peak / 1e9
+    parts = one, one, one, moments, held - 3 * one, peak - held - moments
+    near, far = (step.sent / 1e6 / speed for speed in (link * REACHED[4], ETHERNET))
+    hours = (ms + near) * cfg.steps / 3.6e6
+    row = {"stage": name, "parameters": f"{step.parameters:,}",
+           "GB: weights, gradients, average, optimiser, frozen and data, activations":
+           ", ".join(f"{part:.3g}" for part in parts), "peak GB": f"{peak:.3g}" + "!" * (peak > 0.9 * room),
+           "at once": micro, **columns, "ms a step": f"{ms + near:.3g}", "steps": f"{cfg.steps:,}",
+           "hours": f"{hours:.3g}", "GPU-hours": f"{hours * args.gpus:.3g}",
+           "GB sent": f"{step.sent / 1e9:.3g}",
+           "of the time, at 100 Gb/s": f"{near / (ms + near):.0%}, {far / (ms + far):.0%}"}
+    return [row | ({"dollars": f"{hours * args.gpus * args.price:,.2f}"} if args.price else {})]
 
 
-def assumed(card):
-    """What plan and roofline take for granted, in words."""
-    bf16, tf32, fp32, memory, link = (share * top for share, top in zip(REACHED, CARDS[card][:5]))
-    return (f"Assumed: {bf16:.0f} TFLOP/s in bf16, {tf32:.0f} in TF32, {fp32:.0f} in fp32, {memory:.2f} TB/s, "
-            f"{link:.0f} GB/s to the next GPU ({', '.join(f'{s:.0%}' for s in REACHED)} of the data sheet), "
-            f"{1e6 * LAUNCH:.0f} us to launch a kernel, no --compile; a step takes the GPU's time or that of "
-            "its launches, whichever is longer, and then sends its gradient.")
+def roofline(home, name, cfg, args):
+    """Rows: where the FLOP, bytes, kernels and time of a step go."""
+    step, rows = measure(home, cfg, args.gpus), []
+    for phase in ("teacher", "forward", "backward", "weights", "all") if step else ():
+        calls = {key: n for key, n in step.calls.items() if phase in (key[0], "all")}
+        if calls:
+            columns, _, share = spent(calls, args.device)
+            moved = sum(n * key[3] for key, n in calls.items()) / step.parameters
+            rows.append({"stage": name, "phase": phase, **columns, "bytes a parameter": f"{moved:.0f}",
+                         "of the ceiling": f"{share:.0%}", "peak GB": f"{step.peak / 1e9:.3g}"})
+    return rows
 
 
-def full_size(argv, command):
-    """The command line of plan and roofline, and the flags that are the script's."""
-    p = argparse.ArgumentParser(prog=f"bench.py {command.__name__}", description=command.__doc__, allow_abbrev=False)
-    p.add_argument("script", nargs="?", help="train_*; left out: the paper's runs")
+def full_size(command, argv):
+    """Prints the rows that plan or roofline has for each stage. Other flags: the script's."""
+    p = argparse.ArgumentParser(prog=f"bench.py {command.__name__}", description=command.__doc__,
+                                epilog="Other flags: the script's.", allow_abbrev=False)
+    p.add_argument("script", nargs="?", choices=sorted({line.split()[0] for line in FULL}),
+                   type=lambda name: name.removesuffix(".py"), help="left out: the paper's runs")
     p.add_argument("--gpus", type=int, default=8, help="processes that share the batch")
     p.add_argument("--device", choices=CARDS, default="h100")
     p.add_argument("--price", type=float, default=0.0, help="plan: dollars for an hour of one GPU")
     args, flags = p.parse_known_args(argv)
-    names = [os.path.basename(path)[:-3] for path in glob.glob(f"{os.path.dirname(__file__)}/train_*.py")]
-    if args.gpus < 1 or args.script and args.script.removesuffix(".py") not in names:
-        p.error(f"{args.script} on --gpus {args.gpus}: the scripts are {', '.join(sorted(names))}")
-    return args, flags
+    if args.gpus < 1:
+        p.error(f"--gpus {args.gpus} is not possible; it must be above 0")
+    bf16, tf32, fp32, memory, link = (share * top for share, top in zip(REACHED, CARDS[args.device]))
+    print(f"{args.gpus} x {args.device}, a process each. Taken for granted: {bf16:.0f} TFLOP/s in bf16, "
+          f"{tf32:.0f} in TF32, {fp32:.0f} in fp32, {memory:.2f} TB/s, {link:.0f} GB/s to the next GPU ("
+          f"{', '.join(f'{share:.1%}' for share in REACHED)} of data sheets), {1e6 * LAUNCH:.0f} us a launch.\n"
+          "A step takes the GPU's time or its launches', what is longer, and then sends its gradient.\n")
+    rows = []
+    for line in [" ".join([args.script, *flags])] if args.script else FULL:
+        home, given = importlib.import_module(line.split()[0]), line.split()[1:]
+        first = home.parse(given)
+        for stage in home.STAGES[:-1] if first.stage == "all" else [first.stage]:
+            cfg = home.parse([*given, "--stage", stage])
+            name = f"{home.data_name(cfg)} {stage} {getattr(cfg, stage, '')} {cfg.precision}"
+            rows += command(home, name, cfg, args)
+    print(fid.table(rows))
 
 
 # ---- command line -----------------------------------------------------------------------------
-COMMANDS = {f.__name__: f for f in (pairs, weights, mf, precision, growth)}
+COMMANDS = {f.__name__: f for f in (pairs, mf, precision)}
 
 
 def main(argv=None):
     """The command line of the docstring."""
     argv = sys.argv[1:] if argv is None else argv
-    behind = dict(plan=plan, roofline=roofline, watched=watched)   # the flags behind it are those of a script
-    if argv and argv[0] in behind:
-        return behind[argv[0]](argv[1:])
+    if argv[:1] in (["plan"], ["roofline"]):          # the flags behind it are those of a script
+        return full_size(dict(plan=plan, roofline=roofline)[argv[0]], argv[1:])
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("what", choices=COMMANDS, help="or plan, roofline: see plan --help")
     p.add_argument("--data", default="digits", choices=MODELS, help="edm2: the EDM2 of digits")
     p.add_argument("--methods", default="", help=f"pairs: between commas; \"\" = {','.join(METHODS)}")
     p.add_argument("--net", default="", help="precision: checkpoint; \"\" = random weights")
-    p.add_argument("--steps", type=int, default=10_000, help="growth: of the long run")
-    p.add_argument("--batch", type=int, default=0, help="0 = the script's own; weights: 1; mf: 16")
+    p.add_argument("--batch", type=int, default=0, help="0 = the script's own; mf: 16")
     p.add_argument("--batch_gpu", type=int, default=0, help="pairs: of a forward pass; 0 = the batch")
     p.add_argument("--trajectories", type=int, default=0, help="pairs: per solve; 0 = the script's own")
-    p.add_argument("--channels", type=int, default=128, help="weights: model_channels of the EDM2")
     p.add_argument("--size", default="4x256x8", help="mf: the DiT, PATCHxWIDTHxDEPTH or a row of nets.SIZES")
     p.add_argument("--loss", default="", help="pairs: of mid-training; \"\" = the script's own")
     p.add_argument("--precision", default="fp32", help="pairs: of student and teacher")

@@ -1626,13 +1626,13 @@ def cost(ckpt):
 
 
 def memory(weights, opt):
-    """What a stage holds for certain, in GB, as a text; on a GPU what frozen nets and data take, and of how much.
-    """
+    """What a process holds for certain before its first step, as a text; on a GPU also of how much."""
     one, moments = weights.nbytes / 1e9, 1 if isinstance(opt, torch.optim.SGD) else 2
-    known = f"{one:.2f} each for weights, gradients, average, {moments * one:.2f} optimiser"
+    text = (f"{len(weights):,} parameters; GB: weights, gradients, average {one:.3g} each, "
+            f"optimiser {moments * one:.3g}")
     if weights.is_cuda:
         room = torch.cuda.get_device_properties(weights.device).total_memory / 1e9
         held = torch.cuda.memory_allocated(weights.device) / 1e9 + moments * one * (not opt.state)
-        known += f", {held - (3 + moments) * one:.2f} frozen nets and data = {held:.1f} of {room:.1f}"
-        known += "; warning: above 90 %" * (held > 0.9 * room)
-    return f"{len(weights):,} parameters, GB: {known}; activations: bench.py plan"
+        text += f", frozen nets and data {held - (3 + moments) * one:.3g}: {held:.3g} of {room:.3g}"
+        text += ", warning: above 90 %" * (held > 0.9 * room)
+    return f"{text}; activations: bench.py plan"

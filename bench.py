@@ -10,8 +10,7 @@
   python bench.py roofline train_cmt_imagenet --stage mid    # where its bytes, FLOP, kernels and time go
 
 Losses, trajectories and updates are the functions of the scripts; calls are counted by hooks, FLOPs by torch.
-`plan` and `roofline` run a script's train() on a GPU without data and need no GPU. What the method gives:
-claims.py.
+`plan` and `roofline` run train() on a GPU without data and need none. What the method gives: claims.py.
 """
 import argparse
 import contextlib
@@ -245,12 +244,6 @@ def ceiling(device):
     return 4 * 2 * n**3 / min(times)
 
 
-def here(device):
-    """Where the numbers below come from: for their heading."""
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU, one thread"
-    return f"torch {torch.__version__}, {name}"
-
-
 def pairs(args, device):
     """Table C.1 and the accounting of C.2: time, calls, FLOPs and memory per training pair of each method."""
     names = args.methods.split(",") if args.methods else [*METHODS]
@@ -261,7 +254,7 @@ def pairs(args, device):
     top, times = ceiling(device), interleaved({m: p.cycle for m, p in methods.items()}, args.rounds, device)
     times = {m: [t / methods[m].pairs() * 1e6 for t in times[m]] for m in methods}
     peak = {m: peak_memory(p.cycle, device) / 1e6 for m, p in methods.items()}
-    print(f"{args.data}, batch {methods['cmt'].cfg.batch}, {args.rounds} rounds, {here(device)}, "
+    print(f"{args.data}, batch {methods['cmt'].cfg.batch}, {args.rounds} rounds, "
           f"matmul {top / 1e9:.0f} GFLOP/s")
     print("| method | us per pair, median (range) | of CMT, median over rounds (range) | paper, CIFAR-10 | "
           "teacher calls | forwards | backwards | MFLOP | share of matmul | peak MB |\n" + "|---" * 10 + "|")
@@ -372,8 +365,8 @@ def mf(args, device):
             counts.setdefault(name, []).append((calls.recorded, calls.product, calls.guidance))
     params = sum(p.numel() for p in net.parameters()) / 1e6
     base = statistics.median(times["flow matching"]) * 1e3
-    print(f"{args.size} on 4x32x32 ({params:.1f}M parameters), batch {cfg.batch}, {args.rounds} rounds, "
-          f"{here(device)}; flow matching {base:.0f} ms")
+    print(f"{args.size} on 4x32x32 ({params:.1f}M parameters), batch {cfg.batch}, {args.rounds} rounds; "
+          f"flow matching {base:.0f} ms")
     print("| a step of | of a flow-matching step, median (range) | FLOPs | forwards recorded | "
           "in a product | for guidance |\n|---|---|---|---|---|---|")
     for name in STEPS:
@@ -465,11 +458,6 @@ def pin_memory(tensor):
     return tensor
 
 
-def tolist(tensor):
-    """FakeTensor.tolist, which reads number by number, as CUDA does it: by one copy."""
-    return tensor.cpu().tolist()
-
-
 def each(f, a):
     """f of every argument; an operator has them singly or in lists."""
     return [each(f, b) for b in a] if isinstance(a, (list, tuple)) else f(a)
@@ -505,23 +493,27 @@ def install():
     for policy, body in lists:
         for name, overload in re.findall(r'[("](\w+)(?:[.]|, )?(\w*)[)"]', body):
             if op := getattr(getattr(aten, name), overload or "default", None):
-                autocast(policy, op)
+                LIBRARIES[0].impl(op._name, functools.partial(autocast, policy, op), "AutocastPrivateUse1")
 
 
-def autocast(policy, op):
-    """One rule: op's floats become bf16 or fp16 (LOWER), the widest among them (PROMOTE), else float32."""
-    def rule(*args, **kwargs):
-        low = policy == "LOWER" or policy == "PROMOTE" and torch.float32 not in floats(flat(args, kwargs))
-        dtype = torch.get_autocast_dtype("gpu") if low else torch.float32
+def autocast(policy, op, *args, **kwargs):
+    """op with its floats in bf16 or fp16 (LOWER), in the widest among them (PROMOTE), else in float32."""
+    low = policy == "LOWER" or policy == "PROMOTE" and torch.float32 not in floats(flat(args, kwargs))
+    dtype = torch.get_autocast_dtype("gpu") if low else torch.float32
 
-        def cast(a):
-            return a.to(dtype) if floats([a]) - {torch.float64} else a
-        with _ExcludeDispatchKeyGuard(DispatchKeySet(DispatchKey.AutocastPrivateUse1)):
-            return op(*each(cast, args), **{k: each(cast, a) for k, a in kwargs.items()})
-    LIBRARIES[0].impl(op._name, rule, "AutocastPrivateUse1")
+    def cast(a):
+        return a.to(dtype) if floats([a]) - {torch.float64} else a
+    with _ExcludeDispatchKeyGuard(DispatchKeySet(DispatchKey.AutocastPrivateUse1)):
+        return op(*each(cast, args), **{k: each(cast, a) for k, a in kwargs.items()})
 
 
 class FakeGPU(TorchDispatchMode):
+    """Inside it a tensor on "gpu" has shape, dtype and device; CPU tensors are real.
+
+    What CUDA refuses raises: operands on two devices or of two dtypes, a generator of another device. Each
+    time the host waits for the device, .waits gains "file:line function: why". Nothing is computed: a number
+    that is read is 1, and what is copied to the CPU is 0.
+    """
     mode = None                                       # one for all: a script may keep a tensor between two
 
     def __init__(self):
@@ -534,7 +526,8 @@ class FakeGPU(TorchDispatchMode):
 
     def __enter__(self):
         self.before = torch.Generator, Tensor.pin_memory, FakeTensor.tolist
-        torch.Generator, Tensor.pin_memory, FakeTensor.tolist = Generator, pin_memory, tolist
+        torch.Generator, Tensor.pin_memory = Generator, pin_memory
+        FakeTensor.tolist = lambda tensor: tensor.cpu().tolist()       # by one copy, as CUDA, not by number
         torch._C._set_only_lift_cpu_tensors(True)     # else torch.tensor(..., device=) is not seen here
         return super().__enter__()
 
@@ -618,10 +611,9 @@ class FakeGPU(TorchDispatchMode):
 
 
 # ---- full size ----------------------------------------------------------------------------------
-FULL = (  # the paper's runs
-    "train_cmt_cifar", "train_cmt_cifar --data ffhq", "train_cmt_imagenet --res 64",
-    "train_cmt_imagenet --res 64 --stage post --post ecd", "train_cmt_imagenet --res 512",
-    "train_mf_imagenet256", "train_mf_imagenet256 --stage post --post vanilla --mid none", "train_t2i_coco")
+FULL = ("train_cmt_cifar", "train_cmt_cifar --data ffhq", "train_cmt_imagenet", "train_cmt_imagenet --res 512",
+        "train_cmt_imagenet --stage post --post ecd", "train_mf_imagenet256",
+        "train_mf_imagenet256 --stage post --post vanilla --mid none", "train_t2i_coco")     # the paper's runs
 CARDS = {  # public data sheets: dense TFLOP/s in bf16, TF32, fp32; TB/s; GB/s to the next card; GB
     "a100": (312, 156, 19.5, 2.04, 300, 80), "h100": (989, 495, 67, 3.35, 450, 80),
     "h200": (989, 495, 67, 4.8, 450, 141), "4090": (165, 82.6, 82.6, 1.01, 32, 24)}
@@ -639,22 +631,24 @@ def fakes(args):
 class Meter(FakeGPU):
     """Counts kernels, in calls[phase, kind of number, FLOP, bytes], and the bytes in use.
 
-    A kernel reads its operands and writes its results, once each. The phase follows from whose forward was
-    called last, a frozen net's or one's in training. What is neither these nor backward is the weights':
-    optimiser, average, norms.
+    A kernel reads its operands and writes its results, once each. Phases: the last forward was a frozen net's
+    (teacher), or one's in training; backward; weights, all the rest: optimiser, average, norms.
     """
 
     def __init__(self):
         super().__init__()
-        self.phase, self.calls, self.alive, self.now, self.peak = "weights", Counter(), {}, 0, 0
+        self.phase, self.calls, self.alive, self.peak = "weights", Counter(), {}, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out, kwargs = super().__torch_dispatch__(func, types, args, kwargs), kwargs or {}
         schema, op = func._schema, func.overloadpacket
         writes = [a.alias_info and a.alias_info.is_write for a in (*schema.arguments, *schema.returns)]
         written = fakes([out, *(a for a, write in zip(args, writes) if write)])
-        for t in written:
-            self.hold(t.untyped_storage())
+        for storage in (t.untyped_storage() for t in written):
+            if storage._cdata not in self.alive:
+                self.alive[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.alive.pop, storage._cdata)
+                self.peak = max(self.peak, sum(self.alive.values()))
         is_view = schema.returns and schema.returns[0].alias_info and not writes[-1]
         if written and not is_view and not re.search("empty|_unsafe_view", func.name()):
             read = fakes([*args[op in OVERWRITE:], *(a for k, a in kwargs.items() if k != "out")])
@@ -666,17 +660,6 @@ class Meter(FakeGPU):
                 flop = flop_registry[op](*args, **kwargs, out_val=out)
             self.calls[self.phase, kind, flop, sum(sizes)] += 1
         return out
-
-    def hold(self, storage):
-        """Count a storage as long as it lives."""
-        if storage._cdata not in self.alive:
-            self.alive[storage._cdata] = storage.nbytes()
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self.release, storage._cdata)
-
-    def release(self, key):
-        self.now -= self.alive.pop(key)
 
     def called(self, module, args):
         """Before every forward of a module."""
@@ -746,12 +729,14 @@ def measure(home, cfg, gpus):
         return {}, {**size, **nets.SIZES[f"edm2-{row[1]}"]} if row else size
 
     def memory(weights, opt):
-        found.parameters, found.held, found.opt, meter.peak = len(weights), meter.now, opt, 0
+        found.parameters, found.held, found.opt = len(weights), sum(meter.alive.values()), opt
         meter.calls.clear()
+        meter.peak = found.held
 
     def count(*args):
         steps.append((meter.calls.copy(), sum(sent)))
-        meter.calls.clear(), sent.clear()
+        meter.calls.clear()
+        sent.clear()
         if len(steps) == 2:
             raise StopIteration                       # enough is seen
 
@@ -794,15 +779,12 @@ def measure(home, cfg, gpus):
 
 
 def fitting(home, cfg, gpus, room):
-    """(images at once, what a step does then): the process's share, or what fits in room bytes."""
-    share, step = cfg.batch // gpus, measure(home, cfg, gpus)
-    if not step or cfg.batch_gpu or step.peak <= room or share == 1:
-        return cfg.batch_gpu or share, step
-    sizes = [n for n in range(1, share) if share % n == 0]
-    fewer = measure(home, replace(cfg, batch_gpu=sizes[-1]), gpus)
-    one = (step.peak - fewer.peak) / (share - sizes[-1])          # memory is affine in what is at once
-    micro = max((n for n in sizes if step.peak - one * (share - n) <= room), default=1)
-    return micro, measure(home, replace(cfg, batch_gpu=micro), gpus)
+    """(images at once, what a step does then): a process's share, or half of it until it fits in room."""
+    micro, step = cfg.batch_gpu or cfg.batch // gpus, measure(home, cfg, gpus)
+    while step and step.peak > room and micro % 2 == 0 and not cfg.batch_gpu:
+        micro //= 2
+        step = measure(home, replace(cfg, batch_gpu=micro), gpus)
+    return micro, step
 
 
 def spent(calls, card):
@@ -867,11 +849,10 @@ def full_size(command, argv):
     args, flags = p.parse_known_args(argv)
     if args.gpus < 1:
         p.error(f"--gpus {args.gpus} is not possible; it must be above 0")
-    bf16, tf32, fp32, memory, link = (share * top for share, top in zip(REACHED, CARDS[args.device]))
-    print(f"{args.gpus} x {args.device}, a process each. Taken for granted: {bf16:.0f} TFLOP/s in bf16, "
-          f"{tf32:.0f} in TF32, {fp32:.0f} in fp32, {memory:.2f} TB/s, {link:.0f} GB/s to the next GPU ("
-          f"{', '.join(f'{share:.1%}' for share in REACHED)} of data sheets), {1e6 * LAUNCH:.0f} us a launch.\n"
-          "A step takes the GPU's time or its launches', what is longer, and then sends its gradient.\n")
+    reached = ", ".join(f"{share * top:.3g} ({share:.1%})" for share, top in zip(REACHED, CARDS[args.device]))
+    print(f"{args.gpus} x {args.device}, a process each. Taken for granted (of the data sheet): TFLOP/s in "
+          f"bf16, TF32, fp32, TB/s, GB/s to the next GPU {reached}; {1e6 * LAUNCH:.0f} us a launch; a step takes "
+          "the GPU's time or its launches', what is longer, and then sends its gradient.\n")
     rows = []
     for line in [" ".join([args.script, *flags])] if args.script else FULL:
         home, given = importlib.import_module(line.split()[0]), line.split()[1:]
@@ -884,16 +865,13 @@ def full_size(command, argv):
 
 
 # ---- command line -----------------------------------------------------------------------------
-COMMANDS = {f.__name__: f for f in (pairs, mf, precision)}
-
-
 def main(argv=None):
     """The command line of the docstring."""
-    argv = sys.argv[1:] if argv is None else argv
+    argv, commands = sys.argv[1:] if argv is None else argv, {f.__name__: f for f in (pairs, mf, precision)}
     if argv[:1] in (["plan"], ["roofline"]):          # the flags behind it are those of a script
         return full_size(dict(plan=plan, roofline=roofline)[argv[0]], argv[1:])
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=COMMANDS, help="or plan, roofline: see plan --help")
+    p.add_argument("what", choices=commands, help="or plan, roofline: see plan --help")
     p.add_argument("--data", default="digits", choices=MODELS, help="edm2: the EDM2 of digits")
     p.add_argument("--methods", default="", help=f"pairs: between commas; \"\" = {','.join(METHODS)}")
     p.add_argument("--net", default="", help="precision: checkpoint; \"\" = random weights")
@@ -912,7 +890,9 @@ def main(argv=None):
     if device.type == "cpu":
         torch.set_num_threads(1)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
-    COMMANDS[args.what](args, device)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU, one thread"
+    print(f"torch {torch.__version__}, {name}")
+    commands[args.what](args, device)
 
 
 if __name__ == "__main__":

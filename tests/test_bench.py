@@ -98,13 +98,13 @@ with bench.Meter() as meter:
     y.t()
     forward = [*meter.calls.items()]
     meter.calls.clear()
-    held = meter.now
+    held = sum(meter.alive.values())
     y.sum().backward()
     x.add_(x)
     x.zero_()
     rest = [*meter.calls.items()]
     del x, y
-    small = dict(forward=forward, rest=rest, held=held, left=meter.now)
+    small = dict(forward=forward, rest=rest, held=held, left=sum(meter.alive.values()))
 sizes = [seen(f"--stage post --batch_gpu {n}") for n in (8, 16, 32)]
 post = bench.script.parse("--data digits --stage post".split())
 fit, step = bench.fitting(bench.script, post, 1, sizes[1]["peak"])

@@ -611,9 +611,10 @@ class FakeGPU(TorchDispatchMode):
 
 
 # ---- full size ----------------------------------------------------------------------------------
-FULL = ("train_cmt_cifar", "train_cmt_cifar --data ffhq", "train_cmt_imagenet", "train_cmt_imagenet --res 512",
-        "train_cmt_imagenet --stage post --post ecd", "train_mf_imagenet256",
-        "train_mf_imagenet256 --stage post --post vanilla --mid none", "train_t2i_coco")     # the paper's runs
+FULL = (  # the paper's runs
+    "train_cmt_cifar", "train_cmt_cifar --data ffhq", "train_cmt_imagenet", "train_cmt_imagenet --res 512",
+    "train_cmt_imagenet --stage post --post ecd", "train_mf_imagenet256", "train_t2i_coco",
+    "train_mf_imagenet256 --stage post --post vanilla --mid none")
 CARDS = {  # public data sheets: dense TFLOP/s in bf16, TF32, fp32; TB/s; GB/s to the next card; GB
     "a100": (312, 156, 19.5, 2.04, 300, 80), "h100": (989, 495, 67, 3.35, 450, 80),
     "h200": (989, 495, 67, 4.8, 450, 141), "4090": (165, 82.6, 82.6, 1.01, 32, 24)}
@@ -811,7 +812,7 @@ def plan(home, name, cfg, args):
         return []
     columns, ms, _ = spent(step.calls, args.device)
     one, moments, held, peak = step.parameters * 4e-9, step.optimiser / 1e9, step.held / 1e9, step.peak / 1e9
-    parts = one, one, one, moments, held - 3 * one, peak - held - moments
+    parts = [round(x, 5) for x in (one, one, one, moments, held - 3 * one, peak - held - moments)]
     near, far = (step.sent / 1e6 / speed for speed in (link * REACHED[4], ETHERNET))
     hours = (ms + near) * cfg.steps / 3.6e6
     row = {"stage": name, "parameters": f"{step.parameters:,}",
@@ -850,9 +851,9 @@ def full_size(command, argv):
     if args.gpus < 1:
         p.error(f"--gpus {args.gpus} is not possible; it must be above 0")
     reached = ", ".join(f"{share * top:.3g} ({share:.1%})" for share, top in zip(REACHED, CARDS[args.device]))
-    print(f"{args.gpus} x {args.device}, a process each. Taken for granted (of the data sheet): TFLOP/s in "
-          f"bf16, TF32, fp32, TB/s, GB/s to the next GPU {reached}; {1e6 * LAUNCH:.0f} us a launch; a step takes "
-          "the GPU's time or its launches', what is longer, and then sends its gradient.\n")
+    print(f"{args.gpus} x {args.device}, a process each. Taken for granted (of the data sheet): bf16, TF32, "
+          f"fp32 TFLOP/s, TB/s, GB/s to the next GPU {reached}; {1e6 * LAUNCH:.0f} us a launch; a step lasts "
+          "as long as the GPU, or its launches if they take longer, and then sends its gradient.\n")
     rows = []
     for line in [" ".join([args.script, *flags])] if args.script else FULL:
         home, given = importlib.import_module(line.split()[0]), line.split()[1:]

@@ -857,12 +857,12 @@ def full_size(command, argv):
     rows = []
     for line in [" ".join([args.script, *flags])] if args.script else FULL:
         home, given = importlib.import_module(line.split()[0]), line.split()[1:]
-        first = home.parse(given)
-        for stage in home.STAGES[:-1] if first.stage == "all" else [first.stage]:
+        stages = home.STAGES if (asked := home.parse(given).stage) == "all" else [asked]
+        for stage in [stage for stage in stages if stage not in home.RUN]:
             cfg = home.parse([*given, "--stage", stage])
             name = f"{home.data_name(cfg)} {stage} {getattr(cfg, stage, '')} {cfg.precision}"
             rows += command(home, name, cfg, args)
-    print(fid.table(rows))
+    print(fid.table(rows) if rows else "nothing of this trains")
 
 
 # ---- command line -----------------------------------------------------------------------------

@@ -200,6 +200,12 @@ def test_plan_refuses_what_it_cannot_plan(capsys):
         assert e.value.code == 2, flags
 
 
+@pytest.mark.parametrize("flags", ["--stage mid --mid none", "--stage eval", "--stage pretrain"])
+def test_plan_says_that_nothing_trains(flags, capsys):
+    bench.main(["plan", "train_cmt_cifar", *flags.split()])
+    assert capsys.readouterr().out.endswith("nothing of this trains\n")
+
+
 def test_a_stage_says_what_it_holds(road, monkeypatch):
     """In the log of every stage; on a GPU beside what there is, with a warning above 90 % of it."""
     said = re.findall(r"^(\w+): 1 process\(es\) on cpu, ([\d,]+) parameters; GB: weights, gradients, average (\S+) "

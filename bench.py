@@ -3,34 +3,46 @@
   python bench.py pairs                  # the digits net: CMT, ECT, ECD, KD, Slow CMT, a plain loop
   python bench.py pairs --data cifar10 --batch 16 --batch_gpu 4 --trajectories 1      # the 32x32 DDPM++
   python bench.py pairs --data edm2      # EDM2 on digits; --data imagenet64 --precision bf16: XL
-  python bench.py weights                # EDM2: weights normalised at every call, once a step, or for good
   python bench.py mf                     # a Mean Flow step, in flow-matching steps on the same net
   python bench.py precision --net out/digits/mid.pt     # what each precision leaves of ECT's D_t - D_r
-  python bench.py growth                 # pairs/s against batch, micro-batch, processes; start-up; a long run
-  python bench.py memory --script train_cmt_imagenet --res 64 --batch_gpu 16          # bytes of each stage
+  python bench.py plan                   # the paper's runs on 8 GPUs: memory, hours, what the network carries
+  python bench.py plan train_cmt_imagenet --res 64 --gpus 4 --device a100 --price 2.5    # one of them
+  python bench.py roofline train_cmt_imagenet --stage mid    # where its bytes, FLOP, kernels and time go
 
-Losses, trajectories and updates are the functions of the scripts; calls are counted by hooks, FLOPs by torch,
-memory by counting (`memory`) or by what was allocated (the rest). What the method gives: claims.py.
+Losses, trajectories and updates are the functions of the scripts; calls are counted by hooks, FLOPs by torch.
+`plan` and `roofline` run train() on a GPU without data and need none. What the method gives: claims.py.
 """
 import argparse
 import contextlib
 import copy
 import functools
+import importlib
 import itertools
-import json
 import math
+import os
 import re
-import resource
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
+import types
+import warnings
+import weakref
+from collections import Counter
+from dataclasses import replace
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._C import DispatchKey, DispatchKeySet, _ExcludeDispatchKeyGuard
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.autograd import forward_ad
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils import backend_registration
+from torch.utils._device import device_decorator
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+import fid
 import nets
 import solvers
 import train_cmt_cifar as script
@@ -43,7 +55,6 @@ MODELS = dict(                                        # --data: constructor argu
     edm2=dict(nets.SIZES["edm2-8"], img_resolution=8, img_channels=1, label_dim=10),
     imagenet64=dict(nets.SIZES["edm2-xl"], img_resolution=64, img_channels=3, label_dim=1000))
 FLAGS = dict(edm2=["--data", "digits"], imagenet64=["--data", "imagenet"])            # of their script
-BATCHES = 16, 32, 64, 128, 256
 METHODS = {  # flags of the stage that trains by this method
     "cmt": "--stage mid", "ect": "--stage post", "ecd euler": "--stage post --post ecd_euler",
     "ecd heun": "--stage post --post ecd", "kd": "--stage mid --mid kd", "slow": "--stage mid --mid slow",
@@ -233,12 +244,6 @@ def ceiling(device):
     return 4 * 2 * n**3 / min(times)
 
 
-def here(device):
-    """Where the numbers below come from: for their heading."""
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU, one thread"
-    return f"torch {torch.__version__}, {name}"
-
-
 def pairs(args, device):
     """Table C.1 and the accounting of C.2: time, calls, FLOPs and memory per training pair of each method."""
     names = args.methods.split(",") if args.methods else [*METHODS]
@@ -249,7 +254,7 @@ def pairs(args, device):
     top, times = ceiling(device), interleaved({m: p.cycle for m, p in methods.items()}, args.rounds, device)
     times = {m: [t / methods[m].pairs() * 1e6 for t in times[m]] for m in methods}
     peak = {m: peak_memory(p.cycle, device) / 1e6 for m, p in methods.items()}
-    print(f"{args.data}, batch {methods['cmt'].cfg.batch}, {args.rounds} rounds, {here(device)}, "
+    print(f"{args.data}, batch {methods['cmt'].cfg.batch}, {args.rounds} rounds, "
           f"matmul {top / 1e9:.0f} GFLOP/s")
     print("| method | us per pair, median (range) | of CMT, median over rounds (range) | paper, CIFAR-10 | "
           "teacher calls | forwards | backwards | MFLOP | share of matmul | peak MB |\n" + "|---" * 10 + "|")
@@ -264,39 +269,6 @@ def pairs(args, device):
               f"{statistics.median(of_cmt):.2f} ({min(of_cmt):.2f}-{max(of_cmt):.2f}) | "
               f"{PAPER.get(name, '-')} | {calls} | {flops / 1e6:.1f} | {flops / middle / top * 1e6:.0%} | "
               f"{peak[name]:.0f} |", flush=True)
-
-
-# ---- weights of EDM2 --------------------------------------------------------------------------
-def weights(args, device):
-    """EDM2: a step of micro-batches, weights normalised at each call or hoisted; a forward, frozen or not."""
-    model = dict(img_resolution=16, img_channels=4, label_dim=10, model_channels=args.channels,
-                 channel_mult=(1, 2), num_blocks=1, attn_resolutions=(8,))
-    net = nets.EDM2Precond(**model).to(device, memory_format=torch.channels_last)
-    frozen = nets.freeze(copy.deepcopy(net))
-    for p in net.parameters():
-        p.grad = torch.zeros_like(p)
-    n = args.batch or 1
-    x, sigma = torch.randn(n, 4, 16, 16, device=device), torch.ones(n, device=device)
-
-    def step():
-        for _ in range(4):
-            net(x, sigma).square().mean().backward()
-
-    def hoisted():
-        with nets.hoist(net):
-            step()
-
-    @torch.no_grad()
-    def forward(n):
-        n(x, sigma)
-    tasks = {"step of 4 micro-batches, normalised at every call": step, "the same, hoisted": hoisted,
-             "forward, normalised": lambda: forward(net), "forward, frozen": lambda: forward(frozen),
-             "forced normalisation, once per step": lambda: nets.force_weight_norm(net)}
-    size = sum(p.numel() for p in net.parameters()) / 1e6
-    print(f"EDM2 of {size:.1f}M parameters, micro-batch {n}, 16x16 latents")
-    for name, times in interleaved(tasks, args.rounds, device).items():
-        middle, low, high = (f(times) * 1e3 for f in (statistics.median, min, max))
-        print(f"{name:50s} {middle:8.1f} ms ({low:.1f}-{high:.1f})")
 
 
 # ---- a step of Mean Flow ----------------------------------------------------------------------
@@ -393,8 +365,8 @@ def mf(args, device):
             counts.setdefault(name, []).append((calls.recorded, calls.product, calls.guidance))
     params = sum(p.numel() for p in net.parameters()) / 1e6
     base = statistics.median(times["flow matching"]) * 1e3
-    print(f"{args.size} on 4x32x32 ({params:.1f}M parameters), batch {cfg.batch}, {args.rounds} rounds, "
-          f"{here(device)}; flow matching {base:.0f} ms")
+    print(f"{args.size} on 4x32x32 ({params:.1f}M parameters), batch {cfg.batch}, {args.rounds} rounds; "
+          f"flow matching {base:.0f} ms")
     print("| a step of | of a flow-matching step, median (range) | FLOPs | forwards recorded | "
           "in a product | for guidance |\n|---|---|---|---|---|---|")
     for name in STEPS:
@@ -454,150 +426,459 @@ def precision(args, device):
     print(f"| {size(true)} | {' | '.join(moved)} |")
 
 
-# ---- growth -----------------------------------------------------------------------------------
-def watched(argv):
-    """Run the CIFAR script with the peak memory of its process, in MiB, in every line of its log."""
-    plain = script.report
-    unit = 2**20 if sys.platform == "darwin" else 2**10   # macOS counts bytes, Linux KiB
-
-    def report(*args):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-        if script.DEVICE.type == "cuda":
-            peak = torch.cuda.max_memory_allocated() / 2**20
-        plain(*args, memory=peak)
-    script.report = report
-    try:
-        script.main(argv)
-    finally:
-        script.report = plain
+# ---- a GPU without data ----
+aten, TORCH = torch.ops.aten, os.path.dirname(torch.__file__)
+COPY, INDEX = (aten._to_copy, aten.copy_), (aten.index, aten.index_put, aten.index_put_)
+SAME_DEVICE = *COPY, aten.cat, aten.stack             # elsewhere a single number may come from the CPU
+SAME_DTYPE = {getattr(aten, name) for name in "mm bmm addmm baddbmm convolution lerp_ index_put index_put_ "
+              "index_add_ native_group_norm native_layer_norm".split()}
+LIBRARIES, RESULTS, ON_GPU = [], {}, {}               # kept alive; shapes by call; generators
 
 
-def growth(args, device):
-    """Does a pair cost the same in large batches, micro-batches, two processes, and late in a long run?"""
-    print("| batch | us per pair of CMT, range over rounds |\n|---|---|")
-    for batch in BATCHES:
-        args.batch = batch
-        p = Pairs("cmt", args, device)
-        times = [t / p.pairs() * 1e6 for t in interleaved({"cmt": p.cycle}, args.rounds, device)["cmt"]]
-        print(f"| {batch} | {statistics.median(times):.0f} ({min(times):.0f}-{max(times):.0f}) |", flush=True)
-    print("\n| pretrain | steps | start-up, s | images/s, first quarter | last | MiB, first quarter | last |")
-    print("|---" * 7 + "|")
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    short = args.steps // 10
-    for name, steps, launcher, flags in (
-            ("one process", args.steps, [], []),
-            ("one process, --batch_gpu 8", short, [], ["--batch_gpu", "8"]),
-            ("two processes", short, torchrun, [])):
-        with tempfile.TemporaryDirectory() as out:
-            line = [sys.executable, *launcher, __file__, "watched", "--data", "digits", "--stage", "pretrain"]
-            start = time.time()
-            subprocess.run([*line, "--out", out, "--steps", str(steps), "--save_every", "1000000", *flags],
-                           check=True, stdout=subprocess.DEVNULL)
-            took = time.time() - start
-            with open(f"{out}/metrics.jsonl") as f:
-                lines = [json.loads(line) for line in f]
-        k, cells = max(1, len(lines) // 4), []
-        for what in ("images_per_second", "memory"):
-            seen = [m[what] for m in lines]
-            cells += [f"{statistics.median(seen[:k]):.0f}", f"{statistics.median(seen[-k:]):.0f}"]
-        startup = took - lines[-1]["seconds"]
-        print(f"| {name} | {steps:,} | {startup:.1f} | {' | '.join(cells)} |", flush=True)
+class Module(backend_registration._DummyBackendModule):
+    """torch.gpu, as far as torch asks for it."""
+    def __getattr__(self, name):
+        return lambda *a: {"get_amp_supported_dtype": [torch.bfloat16, torch.float16]}.get(name)
 
 
-# ---- memory -----------------------------------------------------------------------------------
-EDM2 = dict(digits=MODELS["edm2"], imagenet64=MODELS["imagenet64"], imagenet512=dict(
-    nets.SIZES["edm2-xxl"], img_resolution=64, img_channels=4, label_dim=1000))
+class Generator(torch.Generator):
+    """A CPU generator that says it is on its device."""
+    def __new__(cls, device="cpu"):
+        g = super().__new__(cls)
+        g.on = torch.device(device)
+        ON_GPU[g._cdata] = g.on.type == "gpu"
+        return g
+    device = property(lambda g: g.on)
 
 
-def on_meta(cfg, model):
-    """An EDM2 without memory, as train_cmt_imagenet.py would build it in this precision."""
-    with torch.device("meta"):
-        net = nets.EDM2Precond(**{**model, "logvar_channels": 0})
-    net.compute_dtype = imagenet.HALF.get(cfg.precision)
-    return net
+def pin_memory(tensor):
+    """Tensor.pin_memory in every thread: a copy whose storage says what it is."""
+    tensor = tensor.clone()
+    tensor.untyped_storage().pinned = True
+    return tensor
 
 
-def frozen_nets(cfg, model):
-    """The constructor arguments of the frozen nets that a stage holds: a teacher, in ECD also its guide."""
-    def size(name):                                       # of a snapshot, by its name; of a FILE: as model
-        found = re.match(r"edm2-img\d+-(\w+)-", name)
-        return {**model, **nets.SIZES[f"edm2-{found[1]}"]} if found else model
-    if cfg.stage == "mid":
-        return [model]
-    if cfg.stage != "post" or cfg.post == "ect":
+def each(f, a):
+    """f of every argument; an operator has them singly or in lists."""
+    return [each(f, b) for b in a] if isinstance(a, (list, tuple)) else f(a)
+
+
+def flat(args, kwargs):
+    """Every argument, those in lists too."""
+    return [b for a in (*args, *kwargs.values()) for b in (a if isinstance(a, (list, tuple)) else [a])]
+
+
+def floats(tensors):
+    """The dtypes of those that hold floats."""
+    return {a.dtype for a in tensors if isinstance(a, Tensor) and a.is_floating_point()}
+
+
+def seen(a):
+    """What the shape of a result depends on."""
+    if isinstance(a, (list, tuple)):
+        return tuple(map(seen, a))
+    return (a.shape, a.stride(), a.dtype) if isinstance(a, Tensor) else \
+        Generator if isinstance(a, torch._C.Generator) else (type(a), a)
+
+
+def install():
+    """Make "gpu" a device of torch with CUDA's rules of autocast, read from torch's own header."""
+    backend_registration._setup_privateuseone_for_python_backend("gpu", Module())
+    LIBRARIES.extend(torch.library.Library(name, "IMPL") for name in ("aten", "_"))
+    LIBRARIES[1].fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+    LIBRARIES[0].impl("silu_backward", install, "PrivateUse1")        # else it comes apart; never called
+    LIBRARIES[0].impl("_fused_sgd_", lambda *a, **k: None, "Meta")    # torch has none
+    with open(f"{TORCH}/include/ATen/autocast_mode.h") as f:
+        lists = re.findall(r"#define AT_FORALL_([A-Z]+)_?\w*\(_\)(.*?)\n(?:\n|#)", f.read(), re.S)
+    for policy, body in lists:
+        for name, overload in re.findall(r'[("](\w+)(?:[.]|, )?(\w*)[)"]', body):
+            if op := getattr(getattr(aten, name), overload or "default", None):
+                LIBRARIES[0].impl(op._name, functools.partial(autocast, policy, op), "AutocastPrivateUse1")
+
+
+def autocast(policy, op, *args, **kwargs):
+    """op with its floats in bf16 or fp16 (LOWER), in the widest among them (PROMOTE), else in float32."""
+    low = policy == "LOWER" or policy == "PROMOTE" and torch.float32 not in floats(flat(args, kwargs))
+    dtype = torch.get_autocast_dtype("gpu") if low else torch.float32
+
+    def cast(a):
+        return a.to(dtype) if floats([a]) - {torch.float64} else a
+    with _ExcludeDispatchKeyGuard(DispatchKeySet(DispatchKey.AutocastPrivateUse1)):
+        return op(*each(cast, args), **{k: each(cast, a) for k, a in kwargs.items()})
+
+
+class FakeGPU(TorchDispatchMode):
+    """Inside it a tensor on "gpu" has shape, dtype and device; CPU tensors are real.
+
+    What CUDA refuses raises: operands on two devices or of two dtypes, a generator of another device. Each
+    time the host waits for the device, .waits gains "file:line function: why". Nothing is computed: a number
+    that is read is 1, and what is copied to the CPU is 0.
+    """
+    mode = None                                       # one for all: a script may keep a tensor between two
+
+    def __init__(self):
+        super().__init__()
+        if not self.mode:
+            install()
+            FakeGPU.mode = mode = FakeTensorMode()
+            mode.__deepcopy__ = lambda memo: mode     # trap: deepcopy of a tensor would copy its mode
+        self.waits, self.device = [], torch.device("gpu", 0)
+
+    def __enter__(self):
+        self.before = torch.Generator, Tensor.pin_memory, FakeTensor.tolist
+        torch.Generator, Tensor.pin_memory = Generator, pin_memory
+        FakeTensor.tolist = lambda tensor: tensor.cpu().tolist()       # by one copy, as CUDA, not by number
+        torch._C._set_only_lift_cpu_tensors(True)     # else torch.tensor(..., device=) is not seen here
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        torch.Generator, Tensor.pin_memory, FakeTensor.tolist = self.before
+        torch._C._set_only_lift_cpu_tensors(False)
+        return super().__exit__(*error)
+
+    def wait(self, why):
+        """Note the line that waits: the innermost one of a function outside torch and this file."""
+        f = sys._getframe(2)
+        while f and (f.f_code.co_filename.startswith((TORCH, __file__)) or f.f_code.co_name[0] == "<"):
+            f = f.f_back
+        file, line, name = (f.f_code.co_filename, f.f_lineno, f.f_code.co_name) if f else ("", 0, "backward")
+        self.waits.append(f"{os.path.basename(file)}:{line} {name}: {why}")
+
+    def fake(self, a):
+        real = isinstance(a, Tensor) and not isinstance(a, FakeTensor)
+        return FakeTensor(self.mode, a, self.device) if real else a
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs, op = kwargs or {}, func.overloadpacket
+        leaves = flat(args, kwargs)
+        tensors = [a for a in leaves if isinstance(a, Tensor)]
+        on = [isinstance(t, FakeTensor) for t in tensors]
+        here = kwargs["device"].type == "gpu" if kwargs.get("device") else any(on)     # is the result on it?
+        if any(ON_GPU.get(a._cdata, False) != here for a in leaves if isinstance(a, torch._C.Generator)):
+            raise RuntimeError(f"{func}: the generator is on another device than the result")
+        if not here and not any(on):
+            return func(*args, **kwargs)
+        if op is torch.ops.prim.device:               # trap: C++ asks for a tensor's device this way
+            return self.device
+        if op is aten._local_scalar_dense:
+            self.wait("item")
+            return torch.ones((), dtype=args[0].dtype).item()
+        if op is aten.nonzero:
+            self.wait("nonzero")
+            return self.fake(torch.empty(args[0].numel(), args[0].ndim, dtype=torch.long, device="meta"))
+        mixed = not all(o or t.ndim == 0 and op not in SAME_DEVICE for o, t in zip(on, tensors))
+        if op in COPY and on[-1] and (mixed or not here):
+            self.wait("to cpu")
+            dtype = kwargs.get("dtype") or args[0].dtype
+            return args[0] if op is aten.copy_ else torch.zeros(args[0].shape, dtype=dtype)
+        if op in COPY and mixed:
+            source = tensors[-1]
+            if not (kwargs.get("non_blocking") or op is aten.copy_ and args[-1] is True):
+                self.wait("to gpu, blocking")
+            # CUDA sets up to 64 KB aside: a vector has a number for each sample, whatever the size of the net
+            elif source.ndim > 1 and not getattr(source.untyped_storage(), "pinned", False):
+                self.wait("to gpu, not pinned")
+        elif mixed and not (op in INDEX and on[0] or kwargs.get("device")) or \
+                op in SAME_DTYPE and len(floats(tensors)) > 1:
+            raise RuntimeError(f"{func}: {[(*t.shape, t.dtype, t.device.type) for t in tensors]}")
+        if op in INDEX:
+            mask = [i is not None and i.dtype == torch.bool for i in args[1]]
+            if mixed or any(mask):
+                self.wait("mask" if any(mask) else "index from the cpu")
+            places = [torch.empty(i.numel(), dtype=torch.long) if m else i for i, m in zip(args[1], mask)]
+            args = args[0], places, *args[2:]
+        return self.result(func, args, kwargs)
+
+    def result(self, func, args, kwargs):
+        """Tensors of the right shapes, which are worked out once for each kind of call."""
+        pure = not any(a.alias_info for a in (*func._schema.arguments, *func._schema.returns))
+        key = (func, seen(args), *kwargs, seen([*kwargs.values()])) if pure else None
+        if key in RESULTS:
+            kind, known = RESULTS[key]
+            empty = functools.partial(torch.empty_strided, device="meta")
+            return kind([self.fake(empty(*a[:2], dtype=a[2])) if len(a) == 3 else a[1] for a in known])
+
+        def meta(a):
+            if isinstance(a, Tensor) and not isinstance(a, FakeTensor):
+                return torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="meta")
+            return torch.device("meta") if isinstance(a, torch.device) else a
+        with in_kernel_invocation_manager(self.mode):
+            out = func(*each(meta, args), **{k: each(meta, a) for k, a in kwargs.items()})
+        if pure and isinstance(out, (Tensor, tuple)):
+            kind, outs = (tuple, out) if isinstance(out, tuple) else (lambda outs: outs[0], [out])
+            RESULTS[key] = kind, [seen(a) for a in outs]
+        return each(self.fake, out)
+
+
+# ---- full size ----------------------------------------------------------------------------------
+FULL = (  # the paper's runs
+    "train_cmt_cifar", "train_cmt_cifar --data ffhq", "train_cmt_imagenet", "train_cmt_imagenet --res 512",
+    "train_cmt_imagenet --stage post --post ecd", "train_mf_imagenet256", "train_t2i_coco",
+    "train_mf_imagenet256 --stage post --post vanilla --mid none")
+CARDS = {  # public data sheets: dense TFLOP/s in bf16, TF32, fp32; TB/s; GB/s to the next card; GB
+    "a100": (312, 156, 19.5, 2.04, 300, 80), "h100": (989, 495, 67, 3.35, 450, 80),
+    "h200": (989, 495, 67, 4.8, 450, 141), "4090": (165, 82.6, 82.6, 1.01, 32, 24)}
+REACHED = 0.455, 0.505, 0.67, 0.776, 0.776            # of these: an H100's 450, 250, 45, 2.6, 350
+LAUNCH, ETHERNET = 7e-6, 9.7                          # seconds a kernel; GB/s of 100 Gb/s between nodes
+IMAGES = dict(cifar10=50_000, ffhq=70_000, afhqv2=15_803)
+OVERWRITE = aten.zero_, aten.fill_, aten.copy_, aten.bernoulli_, aten.normal_
+
+
+def fakes(args):
+    """The fake GPU's tensors among arguments, each once."""
+    return [*{id(t): t for t in flat(args, {}) if isinstance(t, FakeTensor)}.values()]
+
+
+class Meter(FakeGPU):
+    """Counts kernels, in calls[phase, kind of number, FLOP, bytes], and the bytes in use.
+
+    A kernel reads its operands and writes its results, once each. Phases: the last forward was a frozen net's
+    (teacher), or one's in training; backward; weights, all the rest: optimiser, average, norms.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.phase, self.calls, self.alive, self.peak = "weights", Counter(), {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out, kwargs = super().__torch_dispatch__(func, types, args, kwargs), kwargs or {}
+        schema, op = func._schema, func.overloadpacket
+        writes = [a.alias_info and a.alias_info.is_write for a in (*schema.arguments, *schema.returns)]
+        written = fakes([out, *(a for a, write in zip(args, writes) if write)])
+        for storage in (t.untyped_storage() for t in written):
+            if storage._cdata not in self.alive:
+                self.alive[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.alive.pop, storage._cdata)
+                self.peak = max(self.peak, sum(self.alive.values()))
+        is_view = schema.returns and schema.returns[0].alias_info and not writes[-1]
+        if written and not is_view and not re.search("empty|_unsafe_view", func.name()):
+            read = fakes([*args[op in OVERWRITE:], *(a for k, a in kwargs.items() if k != "out")])
+            sizes = (min(t.numel() * t.itemsize, t.untyped_storage().nbytes()) for t in (*read, *written))
+            kind, flop = "", 0
+            if op in flop_registry:
+                exact = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "fp32"
+                kind = exact if torch.float32 in floats(read) else "bf16"
+                flop = flop_registry[op](*args, **kwargs, out_val=out)
+            self.calls[self.phase, kind, flop, sum(sizes)] += 1
+        return out
+
+    def called(self, module, args):
+        """Before every forward of a module."""
+        if module.training or self.phase == "weights":
+            self.phase = "forward" if module.training else "teacher"
+
+    def within(self, phase, f):
+        """f in a phase of its own, behind which weights follow."""
+        def phased(*args, **kwargs):
+            self.phase = phase
+            f(*args, **kwargs)
+            self.phase = "weights"
+        return phased
+
+
+def attention(q, k, v, plain=F.scaled_dot_product_attention):
+    """As CUDA has it: fused where heads have an axis and channels lie side by side."""
+    if q.ndim < 4 or any(t.stride(-1) != 1 for t in (q, k, v)):
+        return plain(q, k, v)
+    if q.dtype == torch.float32:
+        return aten._scaled_dot_product_efficient_attention(q, k, v, None, q.requires_grad)[0]
+    return aten._scaled_dot_product_flash_attention(q, k, v)[0]
+
+
+def blank(home, cfg):
+    """The data of a full-size stage as far as their shapes; other data are read."""
+    name, res = home.data_name(cfg), getattr(cfg, "res", 0)
+    if name in ("digits", "own"):
+        return home.load_data(cfg)
+    if name in IMAGES:
+        return torch.zeros(IMAGES[name], 3, res or 32, res or 32, dtype=torch.uint8)
+    shape, text = (3, 64, 64) if res == 64 else (8, res // 8 or 32, res // 8 or 32), torch.zeros(77, 768)
+
+    def read(index, pick=None):
+        x = torch.zeros(len(index), *shape, dtype=torch.uint8 if res == 64 else torch.float32)
+        return (x, torch.zeros(len(x), 256, 768), text.expand(len(x), -1, -1)) if name == "coco" else x
+    return types.SimpleNamespace(
+        read=read, texts=lambda index, pick: text.expand(len(index), -1, -1), null=text, count=1000, stamp="",
+        labels=torch.zeros(1000, dtype=torch.long), classes=1000, shape=shape if res else (4, 32, 32))
+
+
+def teacher_size(home, cfg, images):
+    """Constructor arguments of the stage's teacher."""
+    if home is script:
+        return script.model_size(cfg, images)
+    if home is imagenet:
+        return imagenet.edm2_size(cfg, images)
+    if home is mean_flow:
+        return dict(mean_flow.size_row(cfg, "weak"), input_size=images.shape[1], in_channels=images.shape[0],
+                    num_classes=images.classes, average_velocity=cfg.pretrain == "mf")
+    width = home.text_encoder(cfg)(images.null[None]).shape[-1]
+    return home.net_arguments(replace(cfg, stage="pretrain"), images, width)
+
+
+def measure(home, cfg, gpus):
+    """Two steps of a stage in one of `gpus` processes: its script's own train(), on a GPU without data.
+
+    Returns its parameters; bytes held before the first step, of the optimiser, at the peak; calls and bytes
+    sent of one step, with its share of a solve. None for a stage that trains nothing.
+    """
+    meter, images, steps, sent, found = Meter(), blank(home, cfg), [], [], types.SimpleNamespace()
+    size, on_gpu = teacher_size(home, cfg, images), functools.partial(device_decorator, meter.device)
+    conv, norm, last, skip = F.conv2d, F.group_norm, torch.channels_last, lambda *a, **k: None
+
+    def load(name):                                   # EDM2's are known by their names
+        row = re.search(r"edm2-img\d+-(\w+)-", name)
+        return {}, {**size, **nets.SIZES[f"edm2-{row[1]}"]} if row else size
+
+    def memory(weights, opt):
+        found.parameters, found.held, found.opt = len(weights), sum(meter.alive.values()), opt
+        meter.calls.clear()
+        meter.peak = found.held
+
+    def count(*args):
+        steps.append((meter.calls.copy(), sum(sent)))
+        meter.calls.clear()
+        sent.clear()
+        if len(steps) == 2:
+            raise StopIteration                       # enough is seen
+
+    def conv2d(x, w, *args, **kwargs):                # as cuDNN: in the layout of the weights
+        is_last = w.is_contiguous(memory_format=last) and not w.is_contiguous()
+        return conv(x.contiguous(memory_format=last) if is_last else x, w, *args, **kwargs)
+    nccl = types.SimpleNamespace(all_reduce=lambda x: sent.append(2 * (gpus - 1) / gpus * x.nbytes),
+                                 all_gather=lambda parts, x: sent.append((gpus - 1) * x.nbytes))
+    stand_ins = {
+        home: dict(WORLD=gpus, DEVICE=meter.device, dist=nccl, build=on_gpu(home.build), count=count,
+                   load_data=lambda cfg: images, teacher_state=lambda cfg: ({}, size), agree=skip, log=skip,
+                   resume=skip, first_weights=lambda *a: (None, "")),
+        nets: dict(load_pretrained=load, finished=lambda path: dict(ema={}), pretrained_lpips=nets.LPIPS,
+                   force_weight_norm=meter.within("weights", nets.force_weight_norm), memory=memory,
+                   load_weights=skip, load_flow=skip, stamp=str),
+        Tensor: dict(backward=meter.within("backward", Tensor.backward)),
+        F: dict(conv2d=conv2d, group_norm=lambda x, *a: norm(x.contiguous(), *a),     # as CUDA: in its layout
+                scaled_dot_product_attention=attention)}
+    with contextlib.ExitStack() as stack:
+        for where, names in stand_ins.items():
+            for name in set(names) & set(dir(where)):
+                stack.enter_context(mock.patch.object(where, name, names[name]))
+        stack.callback(torch.nn.modules.module.register_module_forward_pre_hook(meter.called).remove)
+        stack.callback(setattr, tf32 := torch.backends.cuda.matmul, "allow_tf32", tf32.allow_tf32)
+        tf32.allow_tf32 = cfg.precision != "fp32"
+        with warnings.catch_warnings(action="ignore"), home.one_line(cfg), contextlib.suppress(StopIteration):
+            home.check_values(cfg)
+            with meter:
+                home.train(cfg)
+    if not steps:
+        return None
+    (first, sent), (found.calls, found.sent) = steps
+    pairs = home.solves(cfg)[1] if hasattr(home, "solves") else home.pairs_per_solve(cfg)
+    if cfg.stage == "mid" and (k := pairs // cfg.batch) > 1:       # only the first step has a solve
+        found.calls.update({key: n / k for key, n in first.items() if key[0] == "teacher"})
+        found.sent += (sent - found.sent) / k
+    moments = fakes([t for state in found.opt.state.values() for t in state.values()])
+    found.optimiser, found.peak = sum(t.nbytes for t in moments), meter.peak
+    return found
+
+
+def fitting(home, cfg, gpus, room):
+    """(images at once, what a step does then): a process's share, or half of it until it fits in room."""
+    micro, step = cfg.batch_gpu or cfg.batch // gpus, measure(home, cfg, gpus)
+    while step and step.peak > room and micro % 2 == 0 and not cfg.batch_gpu:
+        micro //= 2
+        step = measure(home, replace(cfg, batch_gpu=micro), gpus)
+    return micro, step
+
+
+def spent(calls, card):
+    """(columns of a table, milliseconds, share of them that is arithmetic) of these calls."""
+    *tops, bandwidth = (share * top * 1e9 for share, top in zip(REACHED, CARDS[card][:4]))         # a ms
+    tops, totals = dict(zip(("bf16", "tf32", "fp32"), tops)), Counter()
+    for (_, kind, flop, moved), n in calls.items():
+        arithmetic = flop / tops.get(kind, 1)
+        totals.update(kernels=n, launches=n * LAUNCH * 1e3, flop=n * flop, arithmetic=n * arithmetic,
+                      moved=n * moved, products=n * moved * bool(kind),
+                      gpu=n * max(arithmetic, moved / bandwidth))
+    t = types.SimpleNamespace(**totals)
+    ms = max(t.gpu, t.launches)
+    return {"TFLOP": f"{t.flop / 1e12:.3g}", "kernels": f"{t.kernels:,.0f}", "GB: products, rest":
+            f"{t.products / 1e9:.3g}, {(t.moved - t.products) / 1e9:.3g}", "ms: arithmetic, GPU, launches":
+            f"{t.arithmetic:.3g}, {t.gpu:.3g}, {t.launches:.3g}"}, ms, t.arithmetic / ms
+
+
+def plan(home, name, cfg, args):
+    """A row: memory of a process, hours and price of a stage, what it sends."""
+    link, room = CARDS[args.device][4:]
+    micro, step = fitting(home, cfg, args.gpus, 0.9e9 * room)
+    if not step:
         return []
-    return [size(cfg.main)] + [size(cfg.guide)] * bool(cfg.guide and cfg.w != 1)
+    columns, ms, _ = spent(step.calls, args.device)
+    one, moments, held, peak = step.parameters * 4e-9, step.optimiser / 1e9, step.held / 1e9, step.peak / 1e9
+    parts = [round(x, 5) for x in (one, one, one, moments, held - 3 * one, peak - held - moments)]
+    near, far = (step.sent / 1e6 / speed for speed in (link * REACHED[4], ETHERNET))
+    hours = (ms + near) * cfg.steps / 3.6e6
+    row = {"stage": name, "parameters": f"{step.parameters:,}",
+           "GB: weights, gradients, average, optimiser, frozen and data, activations":
+           ", ".join(f"{part:.3g}" for part in parts), "peak GB": f"{peak:.3g}" + "!" * (peak > 0.9 * room),
+           "at once": micro, **columns, "ms a step": f"{ms + near:.3g}", "steps": f"{cfg.steps:,}",
+           "hours": f"{hours:.3g}", "GPU-hours": f"{hours * args.gpus:.3g}",
+           "GB sent": f"{step.sent / 1e9:.3g}",
+           "of the time, at 100 Gb/s": f"{near / (ms + near):.0%}, {far / (ms + far):.0%}"}
+    return [row | ({"dollars": f"{hours * args.gpus * args.price:,.2f}"} if args.price else {})]
 
 
-def held(cfg, model):
-    """Gigabytes of a process: (weights and all that is as large, frozen nets, activations of one image)."""
-    net, seen = on_meta(cfg, model), {}
-    with torch.device("meta"):
-        x = torch.zeros(1, net.img_channels, net.img_resolution, net.img_resolution)
-
-        def keep(t):
-            return seen.setdefault(t.untyped_storage()._cdata, t)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), nets.hoist(net):
-            net(x, torch.ones(1), torch.zeros(1, net.label_dim))
-            own = {t.untyped_storage()._cdata for t in [*net.parameters(), *net.buffers()]}
-        frozen = [nets.freeze(on_meta(cfg, arguments)) for arguments in frozen_nets(cfg, model)]
-    one = sum(t.untyped_storage().nbytes() for key, t in seen.items() if key not in own) / 1e9
-    size = sum(p.numel() for p in net.parameters()) * 4 / 1e9
-    copies = 6 if net.compute_dtype else 7    # weights, gradients, Adam's two, EMA; hoisted and its gradient
-    return copies * size, sum(t.nbytes for f in frozen for t in f.buffers()) / 1e9, one
+def roofline(home, name, cfg, args):
+    """Rows: where the FLOP, bytes, kernels and time of a step go."""
+    step, rows = measure(home, cfg, args.gpus), []
+    for phase in ("teacher", "forward", "backward", "weights", "all") if step else ():
+        calls = {key: n for key, n in step.calls.items() if phase in (key[0], "all")}
+        if calls:
+            columns, _, share = spent(calls, args.device)
+            moved = sum(n * key[3] for key, n in calls.items()) / step.parameters
+            rows.append({"stage": name, "phase": phase, **columns, "bytes a parameter": f"{moved:.0f}",
+                         "of the ceiling": f"{share:.0%}", "peak GB": f"{step.peak / 1e9:.3g}"})
+    return rows
 
 
-def memory(argv):
-    """A line a stage: what a process will hold, counted on nets without memory. Other flags: the script's."""
-    p = argparse.ArgumentParser(prog="bench.py memory", description=memory.__doc__)
-    p.add_argument("--script", default="train_cmt_imagenet", choices=["train_cmt_imagenet"])
-    p.add_argument("--processes", type=int, default=1, help="that share the batch")
+def full_size(command, argv):
+    """Prints the rows that plan or roofline has for each stage. Other flags: the script's."""
+    p = argparse.ArgumentParser(prog=f"bench.py {command.__name__}", description=command.__doc__,
+                                epilog="Other flags: the script's.", allow_abbrev=False)
+    p.add_argument("script", nargs="?", choices=sorted({line.split()[0] for line in FULL}),
+                   type=lambda name: name.removesuffix(".py"), help="left out: the paper's runs")
+    p.add_argument("--gpus", type=int, default=8, help="processes that share the batch")
+    p.add_argument("--device", choices=CARDS, default="h100")
+    p.add_argument("--price", type=float, default=0.0, help="plan: dollars for an hour of one GPU")
     args, flags = p.parse_known_args(argv)
-    cfg = imagenet.parse(flags)
-    for stage in ("mid", "post") if cfg.stage == "all" else [cfg.stage]:
-        cfg = imagenet.parse([*flags, "--stage", stage])
-        model = EDM2.get(imagenet.data_name(cfg))
-        if not model or stage not in ("pretrain", "mid", "post"):
-            script.fail(2, f"--data {cfg.data} --res {cfg.res} --stage {stage}: memory knows pretrain, mid "
-                           f"and post of {', '.join(EDM2)}")
-        n = cfg.batch_gpu or cfg.batch // args.processes
-        fixed, frozen, one = held(cfg, model)
-        total = fixed + frozen + one * n
-        print(f"{stage}, {cfg.precision}: memory a process: {total:.1f} GB = {fixed:.1f} weights, gradients, "
-              f"Adam, EMA, hoisted + {frozen:.1f} frozen nets + {n} images at once of {one:.3f}" +
-              fitting(total, one, n))
-
-
-def fitting(total, one, n):
-    """What to pass, where this machine's GPU is smaller than total gigabytes."""
-    if not torch.cuda.is_available():
-        return ""
-    room = torch.cuda.get_device_properties(0).total_memory / 1e9
-    if total <= room:
-        return ""
-    fit = max(1, int((room - total + one * n) / one))
-    return f"; this device has {room:.0f} GB: pass --batch_gpu {2 ** int(math.log2(fit))}"
+    if args.gpus < 1:
+        p.error(f"--gpus {args.gpus} is not possible; it must be above 0")
+    reached = ", ".join(f"{share * top:.3g} ({share:.1%})" for share, top in zip(REACHED, CARDS[args.device]))
+    print(f"{args.gpus} x {args.device}, a process each. Taken for granted (of the data sheet): bf16, TF32, "
+          f"fp32 TFLOP/s, TB/s, GB/s to the next GPU {reached}; {1e6 * LAUNCH:.0f} us a launch; a step lasts "
+          "as long as the GPU, or its launches if they take longer, and then sends its gradient.\n")
+    rows = []
+    for line in [" ".join([args.script, *flags])] if args.script else FULL:
+        home, given = importlib.import_module(line.split()[0]), line.split()[1:]
+        stages = home.STAGES if (asked := home.parse(given).stage) == "all" else [asked]
+        for stage in [stage for stage in stages if stage not in home.RUN]:
+            cfg = home.parse([*given, "--stage", stage])
+            name = f"{home.data_name(cfg)} {stage} {getattr(cfg, stage, '')} {cfg.precision}"
+            rows += command(home, name, cfg, args)
+    print(fid.table(rows) if rows else "nothing of this trains")
 
 
 # ---- command line -----------------------------------------------------------------------------
-COMMANDS = {f.__name__: f for f in (pairs, weights, mf, precision, growth)}
-
-
 def main(argv=None):
     """The command line of the docstring."""
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["memory"] or argv[:1] == ["watched"]:          # the flags behind it are those of a script
-        return dict(memory=memory, watched=watched)[argv[0]](argv[1:])
+    argv, commands = sys.argv[1:] if argv is None else argv, {f.__name__: f for f in (pairs, mf, precision)}
+    if argv[:1] in (["plan"], ["roofline"]):          # the flags behind it are those of a script
+        return full_size(dict(plan=plan, roofline=roofline)[argv[0]], argv[1:])
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=COMMANDS, help="or memory, with the flags of its script")
+    p.add_argument("what", choices=commands, help="or plan, roofline: see plan --help")
     p.add_argument("--data", default="digits", choices=MODELS, help="edm2: the EDM2 of digits")
     p.add_argument("--methods", default="", help=f"pairs: between commas; \"\" = {','.join(METHODS)}")
     p.add_argument("--net", default="", help="precision: checkpoint; \"\" = random weights")
-    p.add_argument("--steps", type=int, default=10_000, help="growth: of the long run")
-    p.add_argument("--batch", type=int, default=0, help="0 = the script's own; weights: 1; mf: 16")
+    p.add_argument("--batch", type=int, default=0, help="0 = the script's own; mf: 16")
     p.add_argument("--batch_gpu", type=int, default=0, help="pairs: of a forward pass; 0 = the batch")
     p.add_argument("--trajectories", type=int, default=0, help="pairs: per solve; 0 = the script's own")
-    p.add_argument("--channels", type=int, default=128, help="weights: model_channels of the EDM2")
     p.add_argument("--size", default="4x256x8", help="mf: the DiT, PATCHxWIDTHxDEPTH or a row of nets.SIZES")
     p.add_argument("--loss", default="", help="pairs: of mid-training; \"\" = the script's own")
     p.add_argument("--precision", default="fp32", help="pairs: of student and teacher")
@@ -610,7 +891,9 @@ def main(argv=None):
     if device.type == "cpu":
         torch.set_num_threads(1)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
-    COMMANDS[args.what](args, device)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU, one thread"
+    print(f"torch {torch.__version__}, {name}")
+    commands[args.what](args, device)
 
 
 if __name__ == "__main__":

@@ -1835,6 +1835,19 @@ def cost(ckpt):
     return dict(steps=ckpt["step"], images=f"{images:,}", seconds=f"{ckpt['seconds']:.0f}")
 
 
+def memory(weights, opt):
+    """What a process holds for certain before its first step, as a text; on a GPU also of how much."""
+    one, moments = weights.nbytes / 1e9, 1 if isinstance(opt, torch.optim.SGD) else 2
+    text = (f"{len(weights):,} parameters; GB: weights, gradients, average {one:.3g} each, "
+            f"optimiser {moments * one:.3g}")
+    if weights.is_cuda:
+        room = torch.cuda.get_device_properties(weights.device).total_memory / 1e9
+        held = torch.cuda.memory_allocated(weights.device) / 1e9 + moments * one * (not opt.state)
+        text += f", frozen nets and data {held - (3 + moments) * one:.3g}: {held:.3g} of {room:.3g}"
+        text += ", warning: above 90 %" * (held > 0.9 * room)
+    return f"{text}; activations: bench.py plan"
+
+
 if __name__ == "__main__":
     if len(sys.argv) != 3 or not sys.argv[2].endswith(".safetensors"):
         sys.exit(print("nets.py: it has one use: python nets.py IN OUT.safetensors", file=sys.stderr) or 2)

@@ -688,7 +688,7 @@ def train(cfg):
     sigmas, (n, pairs), share = solvers.logsnr_sigmas(cfg.nfe), solves(cfg), B // WORLD
     distance, micro = make_distance(cfg, shape[0]) if cfg.stage == "mid" else None, cfg.batch_gpu or share
     log(cfg, f"{cfg.stage}: {json.dumps(asdict(cfg))}")
-    log(cfg, f"{cfg.stage}: {len(flat):,} parameters, {WORLD} process(es) on {DEVICE}")
+    log(cfg, f"{cfg.stage}: {WORLD} process(es) on {DEVICE}, {nets.memory(flat, opt)}")
 
     for step in range(start := since["step"], cfg.steps):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)

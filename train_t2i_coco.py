@@ -1121,7 +1121,7 @@ def train(cfg):
     reader = ThreadPoolExecutor(1)                    # it reads one step ahead
     ahead = reader.submit(read_captioned, cfg, images, since["step"]) if cfg.stage != "mid" else None
     log(cfg, f"{cfg.stage}: {json.dumps(asdict(cfg))}")
-    log(cfg, f"{cfg.stage}: {len(flat):,} parameters, {WORLD} process(es) on {DEVICE}")
+    log(cfg, f"{cfg.stage}: {WORLD} process(es) on {DEVICE}, {nets.memory(flat, opt)}")
 
     for step in range(start := since["step"], cfg.steps):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)

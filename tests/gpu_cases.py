@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from fakegpu import FakeGPU, FakeTensor
+from bench import FakeGPU, FakeTensor
 from PIL import Image
 from torch.utils._pytree import tree_map
 

@@ -1,5 +1,10 @@
 """bench.py: what it counts is what the methods cost, and every command of its docstring runs."""
+import argparse
+import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,11 +53,6 @@ def test_a_mean_flow_step_is_a_forward_pass_and_a_quarter_of_a_product(capsys):
     assert 0.25 <= rows["Mean Flow, omega 0.2, kappa 0.92, t in [0, 0.75]"][3] <= 1.25
 
 
-def test_weights_prints_a_time_for_each_way(capsys):
-    bench.main(["weights", "--rounds", "1", "--channels", "64"])
-    assert len(re.findall(r"\d ms \(", capsys.readouterr().out)) == 5
-
-
 @pytest.mark.long
 @pytest.mark.parametrize("data", ["digits", "edm2"])
 def test_precision_says_that_bf16_rounds_the_step_away(tmp_path, capsys, data):
@@ -77,47 +77,153 @@ def test_precision_says_that_bf16_rounds_the_step_away(tmp_path, capsys, data):
     assert 0 < fp32 < fp16 < bf16 < twice < size
 
 
-@pytest.mark.long
-def test_growth_times_batches_and_runs(monkeypatch, capsys):
-    monkeypatch.setattr(bench, "BATCHES", [16])
-    monkeypatch.setitem(bench.script.PRESETS, ("digits", "mid", "*"), dict(nfe=4, trajectories=4))
-    real = bench.subprocess.run
-
-    def run(line, **flags):
-        if line[0] != bench.sys.executable:
-            return real(line, **flags)
-        bench.main(line[line.index(bench.__file__) + 1:] + ["--log_every", "1", "--batch", "16"])
-    monkeypatch.setattr(bench.subprocess, "run", run)
-    bench.main(["growth", "--rounds", "1", "--steps", "40"])
-    out = capsys.readouterr().out
-    assert len(re.findall(r"^\| 16 \| \d+ \(\d+-\d+\) \|$", out, re.M)) == 1
-    pattern = r"^\| (one|two) process.* \| (\d+) \| -?[\d.]+ \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$"
-    rows = re.findall(pattern, out, re.M)
-    assert [r[:2] for r in rows] == [("one", "40"), ("one", "4"), ("two", "4")]
-    assert all(0 < int(first) <= int(last) for *_, first, last in rows)
+COUNTED = """
+import json, sys
+import torch
+import bench
 
 
-def test_memory_counts_activations_of_the_full_size_net_without_building_it(capsys):
-    """XL: 31 GB (bf16 27) of weights, gradients, Adam, EMA, hoisted and theirs, under 1 GB an image."""
-    for precision, held, least, most in (("fp32", 7, 0.5, 1.0), ("bf16", 6, 0.25, 0.5)):
-        flags = "--script train_cmt_imagenet --res 64 --batch_gpu 16".split()
-        bench.main(["memory", *flags, "--precision", precision])
-        lines = capsys.readouterr().out.splitlines()
-        mid, post = [[float(v) for v in re.findall(r"\d+\.\d+", line)] for line in lines]
-        for total, fixed, frozen, one in (mid, post):
-            assert fixed == pytest.approx(held * 1.1193 * 4, rel=0.01) and least < one < most
-            assert total == pytest.approx(fixed + frozen + 16 * one, rel=0.01)
-        assert post[2] == 0 < mid[2] == pytest.approx(1.1193 * (4 if precision == "fp32" else 2), rel=0.1)
-    bench.main("memory --res 64 --stage post --post ecd".split())      # the teacher, and a weak XS
-    assert 1.05 < float(re.search(r"([\d.]+) frozen nets", capsys.readouterr().out)[1]) / (1.1193 * 4) < 1.2
+def seen(flags):
+    cfg = bench.script.parse(["--data", "digits", *flags.split()])
+    step = bench.measure(bench.script, cfg, 1)
+    flop = {phase: sum(n * k[2] for k, n in step.calls.items() if k[0] == phase) for phase, *_ in step.calls}
+    return dict(flop=flop, **{k: getattr(step, k) for k in ("parameters", "held", "optimiser", "peak", "sent")})
 
 
-def test_memory_says_what_to_pass_to_a_smaller_gpu(monkeypatch):
-    monkeypatch.setattr(bench.torch.cuda, "is_available", lambda: True)
-    room = bench.argparse.Namespace(total_memory=40e9)
-    monkeypatch.setattr(bench.torch.cuda, "get_device_properties", lambda device: room)
-    assert bench.fitting(39, 0.5, 16) == ""
-    assert bench.fitting(31 + 64, 0.5, 128).endswith("pass --batch_gpu 16")
+with bench.Meter() as meter:
+    net = torch.nn.Linear(8, 16, bias=False).to(meter.device)
+    meter.calls.clear()
+    x = torch.zeros(4, 8, device=meter.device)
+    y = net(x)
+    y.t()
+    forward = [*meter.calls.items()]
+    meter.calls.clear()
+    held = sum(meter.alive.values())
+    y.sum().backward()
+    x.add_(x)
+    x.zero_()
+    rest = [*meter.calls.items()]
+    del x, y
+    small = dict(forward=forward, rest=rest, held=held, left=sum(meter.alive.values()))
+sizes = [seen(f"--stage post --batch_gpu {n}") for n in (8, 16, 32)]
+post = bench.script.parse("--data digits --stage post".split())
+fit, step = bench.fitting(bench.script, post, 1, sizes[1]["peak"])
+none = bench.measure(bench.script, bench.script.parse("--stage mid --mid none".split()), 1)
+print(json.dumps(dict(small=small, sizes=sizes, mid=seen("--stage mid"), fit=fit, peak=step.peak, none=none)))
+bench.main("plan train_mf_imagenet256.py --data digits --gpus 2 --price 3 --device a100".split())
+bench.main("roofline train_mf_imagenet256 --data digits --stage mid".split())
+"""
+
+
+@pytest.fixture(scope="module")
+def counted():
+    """What a process of its own has counted on a GPU without data, and the tables that it printed."""
+    out = subprocess.run([sys.executable, "-c", COUNTED], capture_output=True, text=True, check=True,
+                         cwd=Path(bench.__file__).parent).stdout
+    first, rest = out.split("\n", 1)
+    lines = [re.split(r" *\| *", line)[1:-1] for line in rest.splitlines() if line.startswith("|")]
+    heads = [k for k, cells in enumerate(lines) if cells[0] == "stage"] + [None]
+    tables = [[dict(zip(lines[a], cells)) for cells in lines[a + 2:b]] for a, b in zip(heads, heads[1:])]
+    return json.loads(first), tables
+
+
+def test_a_small_net_costs_what_is_counted_by_hand(counted):
+    """One linear layer, 4 images, 8 to 16 channels."""
+    small = counted[0]["small"]
+    zeros, product = small["forward"]                                  # and the transpose is no kernel
+    assert product == [["weights", "fp32", 2 * 4 * 8 * 16, 4 * (4 * 8 + 8 * 16 + 4 * 16)], 1]
+    rest = [key for key, _ in small["rest"]]
+    assert [key[2] for key in rest if key[2]] == [2 * 4 * 8 * 16]      # of the weights, none of the images
+    assert rest[-2:] == [["weights", "", 0, 2 * 4 * 32], ["weights", "", 0, 4 * 32]]       # x += x; zero_
+    assert small["held"] == 4 * (128 + 32 + 64) and small["left"] == 4 * 2 * 128           # weights, gradient
+
+
+def test_a_stage_holds_what_its_parameters_say(counted):
+    """Weights, gradients, average 4 bytes each, RAdam's moments 8; the rest is affine in the images at once."""
+    sizes, n = counted[0]["sizes"], counted[0]["sizes"][0]["parameters"]
+    for step in sizes:
+        assert step["parameters"] == n and 12 * n <= step["held"] < 12.5 * n and step["sent"] == 0
+        assert step["optimiser"] == pytest.approx(8 * n, abs=8) and step["flop"] == sizes[0]["flop"]
+    low, middle, high = (step["peak"] for step in sizes)
+    assert high - middle == pytest.approx(2 * (middle - low), rel=0.02) and middle > 20 * n
+    assert (counted[0]["fit"], counted[0]["peak"]) == (16, middle)     # as many as fit in what 16 need
+    assert counted[0]["none"] is None
+
+
+def test_a_pair_costs_one_call_of_the_teacher_and_one_of_the_student(counted):
+    """C.2, by FLOP; backward is two more, but for the gradient of the images, which nobody asks for."""
+    flop, post = counted[0]["mid"]["flop"], counted[0]["sizes"][0]["flop"]
+    assert flop["teacher"] == flop["forward"] == post["forward"] / 2 and flop["weights"] == 0
+    assert 1.9 < flop["backward"] / flop["forward"] < 2
+    assert counted[0]["mid"]["held"] == pytest.approx(16 * counted[0]["mid"]["parameters"], rel=0.01)
+
+
+def test_plan_has_a_row_a_stage_and_prices_multiply(counted):
+    rows = counted[1][0]
+    assert [row["stage"].split()[1] for row in rows] == ["pretrain", "mid", "post"]
+    for row in rows:
+        n = int(row["parameters"].replace(",", ""))
+        column = next(c for c in row if c.startswith("GB: weights, gradients, average, optimiser, frozen"))
+        parts = [float(part) for part in row[column].split(", ")]
+        assert parts[:4] == [pytest.approx(b * n / 1e9, rel=0.01) for b in (4, 4, 4, 8)]
+        assert float(row["GB sent"]) == pytest.approx(4 * n / 1e9, rel=0.1)    # of two: the gradient, once each
+        assert sum(parts) == pytest.approx(float(row["peak GB"]), rel=0.02)
+        hours = float(row["ms a step"]) * int(row["steps"].replace(",", "")) / 3.6e6
+        assert float(row["hours"]) == pytest.approx(hours, rel=0.01)
+        assert float(row["GPU-hours"]) == pytest.approx(2 * hours, rel=0.01)
+        assert float(row["dollars"]) == pytest.approx(6 * hours, abs=0.01)
+        assert {"TFLOP", "kernels", "GB: products, rest", "GB sent", "of the time, at 100 Gb/s"} <= set(row)
+
+
+def test_roofline_splits_a_step(counted):
+    rows = {row["phase"]: row for row in counted[1][1]}
+    assert list(rows) == ["teacher", "forward", "backward", "weights", "all"]
+    kernels = [int(row["kernels"].replace(",", "")) for row in rows.values()]
+    assert sum(kernels[:-1]) == pytest.approx(kernels[-1], abs=2)
+    assert 60 < int(rows["weights"]["bytes a parameter"]) < 130 and float(rows["weights"]["TFLOP"]) == 0
+
+
+@pytest.mark.parametrize("calls, ms, share", [
+    ({("forward", "bf16", 450e9, 1): 1}, 1.0, 1.0), ({("forward", "tf32", 0.25e9, 1): 2000}, 14.0, 1 / 7),
+    ({("weights", "", 0, 2.6e9): 3}, 3.0, 0.0), ({("forward", "fp32", 45e9, 26e9): 1}, 10.0, 0.1)])
+def test_a_step_takes_its_arithmetic_its_bytes_or_its_launches(calls, ms, share):
+    """An H100's numbers; a kernel takes what is longer of its arithmetic and its bytes."""
+    columns, took, of_it = bench.spent(calls, "h100")
+    assert took == pytest.approx(ms, rel=0.01) and of_it == pytest.approx(share, abs=0.01)
+
+
+def test_plan_refuses_what_it_cannot_plan(capsys):
+    for flags in ("train_cmt_mnist", "train_cmt_cifar --gpus 0", "train_cmt_cifar --device tpu",
+                  "train_cmt_cifar --data digits --gpus 5", "train_cmt_cifar --banana 1"):
+        with pytest.raises(SystemExit) as e:
+            bench.main(["plan", *flags.split()])
+        assert e.value.code == 2, flags
+
+
+@pytest.mark.parametrize("flags", ["--stage mid --mid none", "--stage eval", "--stage pretrain"])
+def test_plan_says_that_nothing_trains(flags, capsys):
+    bench.main(["plan", "train_cmt_cifar", *flags.split()])
+    assert capsys.readouterr().out.endswith("nothing of this trains\n")
+
+
+def test_a_stage_says_what_it_holds(road, monkeypatch):
+    """In the log of every stage; on a GPU beside what there is, with a warning above 90 % of it."""
+    said = re.findall(r"^(\w+): 1 process\(es\) on cpu, ([\d,]+) parameters; GB: weights, gradients, average (\S+) "
+                      r"each, optimiser (\S+); activations: bench.py plan$", (road / "log.txt").read_text(), re.M)
+    assert [stage for stage, *_ in said] == ["pretrain", "mid", "post"]
+    for _, n, one, moments in said:
+        n = int(n.replace(",", ""))
+        assert [float(one), float(moments)] == [pytest.approx(4e-9 * n, rel=0.01), pytest.approx(8e-9 * n, rel=0.01)]
+
+    class Weights(list):
+        nbytes, is_cuda, device = 4e9, True, "cuda:0"
+    for room, warns in ((30e9, False), (28e9, True)):
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: argparse.Namespace(total_memory=room))
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 18e9)
+        text = nets.memory(Weights(), argparse.Namespace(state={}))
+        assert f"frozen nets and data 6: 26 of {room / 1e9:.0f}" in text and ("above 90 %" in text) == warns
+        begun = nets.memory(Weights(), argparse.Namespace(state={0: "moments"}))                   # allocated by now
+        assert "frozen nets and data -2: 18 of" in begun
 
 
 def test_an_unknown_word_is_refused():

@@ -748,11 +748,11 @@ def measure(home, cfg, gpus):
                                  all_gather=lambda parts, x: sent.append((gpus - 1) * x.nbytes))
     stand_ins = {
         home: dict(WORLD=gpus, DEVICE=meter.device, dist=nccl, build=on_gpu(home.build), count=count,
-                   load_data=lambda cfg: images, teacher_state=lambda cfg: ({}, size), agree=skip, log=skip,
+                   load_data=lambda cfg: images, teacher_state=lambda cfg: ({"": ""}, size), agree=skip, log=skip,
                    resume=skip, first_weights=lambda *a: (None, "")),
         nets: dict(load_pretrained=load, finished=lambda path: dict(ema={}), pretrained_lpips=nets.LPIPS,
                    force_weight_norm=meter.within("weights", nets.force_weight_norm), memory=memory,
-                   load_weights=skip, load_flow=skip, stamp=str),
+                   load_weights=skip, load_flow=skip, fitting=skip, stamp=str),
         Tensor: dict(backward=meter.within("backward", Tensor.backward)),
         F: dict(conv2d=conv2d, group_norm=lambda x, *a: norm(x.contiguous(), *a),     # as CUDA: in its layout
                 scaled_dot_product_attention=attention)}
@@ -764,7 +764,7 @@ def measure(home, cfg, gpus):
         stack.callback(setattr, tf32 := torch.backends.cuda.matmul, "allow_tf32", tf32.allow_tf32)
         tf32.allow_tf32 = cfg.precision != "fp32"
         with warnings.catch_warnings(action="ignore"), home.one_line(cfg), contextlib.suppress(StopIteration):
-            home.check_values(cfg)
+            home.check_values(cfg, True)
             with meter:
                 home.train(cfg)
     if not steps:

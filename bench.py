@@ -748,8 +748,8 @@ def measure(home, cfg, gpus):
                                  all_gather=lambda parts, x: sent.append((gpus - 1) * x.nbytes))
     stand_ins = {
         home: dict(WORLD=gpus, DEVICE=meter.device, dist=nccl, build=on_gpu(home.build), count=count,
-                   load_data=lambda cfg: images, teacher_state=lambda cfg: ({"": ""}, size), agree=skip, log=skip,
-                   resume=skip, first_weights=lambda *a: (None, "")),
+                   load_data=lambda cfg: images, teacher_state=lambda cfg: ({"": ""}, size), agree=skip,
+                   log=skip, resume=skip, first_weights=lambda *a: (None, "")),
         nets: dict(load_pretrained=load, finished=lambda path: dict(ema={}), pretrained_lpips=nets.LPIPS,
                    force_weight_norm=meter.within("weights", nets.force_weight_norm), memory=memory,
                    load_weights=skip, load_flow=skip, fitting=skip, stamp=str),

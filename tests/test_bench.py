@@ -180,7 +180,8 @@ def test_roofline_splits_a_step(counted):
     assert list(rows) == ["teacher", "forward", "backward", "weights", "all"]
     kernels = [int(row["kernels"].replace(",", "")) for row in rows.values()]
     assert sum(kernels[:-1]) == pytest.approx(kernels[-1], abs=2)
-    assert 60 < int(rows["weights"]["bytes a parameter"]) < 130 and float(rows["weights"]["TFLOP"]) == 0
+    # gradient: read, zeroed; Adam: 28; average: 12; autocast's copies of the weights: 6
+    assert 48 <= int(rows["weights"]["bytes a parameter"]) < 56 and float(rows["weights"]["TFLOP"]) == 0
 
 
 @pytest.mark.parametrize("calls, ms, share", [

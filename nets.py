@@ -81,39 +81,33 @@ SIZES = {  # EDMPrecond(**row); 55.7M and 61.8M parameters at 32 and 64 pixels (
 
 
 # ---- DDPM++ --------------------------------------------------------------------------------------
-class Linear(nn.Linear):
-    """nn.Linear with DDPM++'s initialisation: Xavier uniform scaled by init_weight, bias zero."""
+def xavier_(layer, gain=1.0):
+    """layer, with a Xavier uniform weight times gain and a bias of zero."""
+    nn.init.xavier_uniform_(layer.weight).data.mul_(gain)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
 
-    def __init__(self, in_features, out_features, bias=True, init_weight=1.0):
-        super().__init__(in_features, out_features, bias)
-        xavier_(self, init_weight)
+
+def resample(x, how):
+    """x at twice its resolution ("up": nearest neighbour), at half ("down": 2x2 mean), or unchanged."""
+    if how == "up":
+        return F.interpolate(x, scale_factor=2, mode="nearest")
+    return F.avg_pool2d(x, 2) if how == "down" else x
 
 
 class Conv2d(nn.Conv2d):
-    """Convolution that may first halve or double the resolution: 2x2 mean, nearest neighbour."""
+    """Convolution of x resampled."""
 
-    def __init__(self, in_channels, out_channels, kernel, up=False, down=False, init_weight=1.0):
+    def __init__(self, in_channels, out_channels, kernel, how="keep", gain=1.0):
         super().__init__(in_channels, out_channels, kernel, padding=kernel // 2)
-        self.up, self.down = up, down
-        xavier_(self, init_weight)
-        if up or down:
+        self.how = how
+        xavier_(self, gain)
+        if how != "keep":
             self.register_buffer("resample_filter", torch.full((1, 1, 2, 2), 0.25))  # in official checkpoints
 
     def forward(self, x):
-        if self.up:
-            x = F.interpolate(x, scale_factor=2, mode="nearest")
-        if self.down:
-            x = F.avg_pool2d(x, 2)
-        return super().forward(x)
-
-
-def xavier_(layer, gain):
-    """Xavier uniform weight times gain, zero bias, in place."""
-    nn.init.xavier_uniform_(layer.weight)
-    with torch.no_grad():
-        layer.weight.mul_(gain)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
+        return super().forward(resample(x, self.how))
 
 
 class GroupNorm(nn.GroupNorm):
@@ -130,17 +124,10 @@ class GroupNorm(nn.GroupNorm):
 
 def dropout(block, x, kept):
     """Dropout in training. kept (B, C H W) bool: what stays (dropout_masks); None: torch draws it."""
-    if kept is None or not block.training:
+    if kept is None or not block.training or not block.dropout:
         return F.dropout(x, block.dropout, block.training)
     B, C, H, W = x.shape
     return x * kept.view(B, H, W, C).permute(0, 3, 1, 2) / (1 - block.dropout)
-
-
-def mask_sizes(unet):
-    """How many numbers dropout decides on in each block, in forward order; 0: it has no dropout."""
-    named = [*unet.enc.items(), *unet.dec.items()]
-    return [block.width * int(name.split("x")[0]) ** 2 * (block.dropout > 0)
-            for name, block in named if hasattr(block, "dropout")]
 
 
 def dropout_masks(net, seeds):
@@ -149,7 +136,7 @@ def dropout_masks(net, seeds):
     Row i follows from seeds[i] alone, so a sample's masks depend on its place in the whole batch, and not on
     the number of processes or micro-batches. The two calls of Eq. 3 share one.
     """
-    size = sum(next(m.sizes for m in net.modules() if hasattr(m, "sizes")))
+    size = sum(next(m.sizes for m in net.modules() if isinstance(m, UNet)))
     if not size or not net.training:
         return None
     p, device = max(getattr(m, "dropout", 0) for m in net.modules()), next(net.parameters()).device
@@ -159,36 +146,78 @@ def dropout_masks(net, seeds):
     return masks
 
 
-def split_masks(masks, sizes):
-    """dropout_masks -> an iterator over the part of each block, None for blocks without dropout."""
-    parts = [None] * len(sizes) if masks is None else masks.split(sizes, 1)
-    return iter([part if size else None for part, size in zip(parts, sizes)])
+class UNet(nn.Module):
+    """What DDPM++ and EDM2 share: residual blocks over resolutions under their official names."""
+
+    def add_blocks(self, block, first, img_resolution, widths, num_blocks, attn_resolutions, every):
+        """Fill enc and dec; returns the width of the last block.
+
+        block(flavor, res, c_in, c_out, ...) makes one; first: the convolution before them; every: in dec
+        attention follows each block of a resolution in attn_resolutions, else the last one only.
+        """
+        self.enc, self.dec, skips, c = nn.ModuleDict(), nn.ModuleDict(), [], len(first.weight)
+        for level, width in enumerate(widths):
+            res = img_resolution >> level
+            if level == 0:
+                self.enc[f"{res}x{res}_conv"] = first
+            else:
+                self.enc[f"{res}x{res}_down"] = block("enc", res, c, c, resample="down")
+            skips.append(c)
+            for i in range(num_blocks):
+                attention = res in attn_resolutions
+                self.enc[f"{res}x{res}_block{i}"] = block("enc", res, c, width, attention=attention)
+                skips.append(c := width)
+        for level, width in reversed(list(enumerate(widths))):
+            res = img_resolution >> level
+            if level == len(widths) - 1:
+                self.dec[f"{res}x{res}_in0"] = block("dec", res, c, c, attention=True)
+                self.dec[f"{res}x{res}_in1"] = block("dec", res, c, c)
+            else:
+                self.dec[f"{res}x{res}_up"] = block("dec", res, c, c, resample="up")
+            for i in range(num_blocks + 1):
+                attention = res in attn_resolutions and (every or i == num_blocks)
+                c_in, c = c + skips.pop(), width
+                self.dec[f"{res}x{res}_block{i}"] = block("dec", res, c_in, c, attention=attention)
+        named = [*self.enc.items(), *self.dec.items()][1:]     # numbers that dropout decides on in each block
+        self.sizes = [b.width * int(name.split("x")[0]) ** 2 * (b.dropout > 0) for name, b in named]
+        return c
+
+    def walk(self, x, emb, masks, join):
+        """x through all blocks; those of dec get join(x, what enc left). masks: of dropout_masks, or None."""
+        kept = iter([None] * len(self.sizes) if masks is None else masks.split(self.sizes, 1))
+        skips = []
+        for name, block in self.enc.items():
+            x = block(x) if name.endswith("_conv") else block(x, emb, next(kept))
+            skips.append(x)
+        for name, block in self.dec.items():
+            if "_aux_" not in name:
+                x = block(join(x, skips.pop()) if "_block" in name else x, emb, next(kept))
+        return x
 
 
 class UNetBlock(nn.Module):
-    """Residual block of DDPM++: two 3x3 convolutions, the noise embedding added between, optional
-    self-attention.
+    """Residual block of DDPM++: two 3x3 convolutions, the noise embedding added between, self-attention.
 
     forward: x (B, in, H, W), emb (B, emb_channels) -> (B, out, H', W'). Both sums are scaled by sqrt(1/2).
     """
 
-    def __init__(self, in_channels, out_channels, emb_channels, up=False, down=False, attention=False,
+    def __init__(self, in_channels, out_channels, emb_channels, resample="keep", attention=False,
                  dropout=0.0):
         super().__init__()
         self.norm0 = GroupNorm(in_channels)
-        self.conv0 = Conv2d(in_channels, out_channels, 3, up=up, down=down)
-        self.affine = Linear(emb_channels, out_channels)
+        self.conv0 = Conv2d(in_channels, out_channels, 3, resample)
+        self.affine = xavier_(nn.Linear(emb_channels, out_channels))
         self.norm1 = GroupNorm(out_channels)
         self.dropout, self.width = dropout, out_channels
-        self.conv1 = Conv2d(out_channels, out_channels, 3, init_weight=1e-5)
+        self.conv1 = Conv2d(out_channels, out_channels, 3, gain=1e-5)
         self.skip = None
-        if in_channels != out_channels or up or down:
-            self.skip = Conv2d(in_channels, out_channels, 1, up=up, down=down)
+        if in_channels != out_channels or resample != "keep":
+            self.skip = Conv2d(in_channels, out_channels, 1, resample)
         self.norm2 = None
         if attention:
             self.norm2 = GroupNorm(out_channels)
-            self.qkv = Conv2d(out_channels, 3 * out_channels, 1, init_weight=math.sqrt(0.2))
-            self.proj = Conv2d(out_channels, out_channels, 1, init_weight=1e-5)
+            self.qkv = Conv2d(out_channels, 3 * out_channels, 1, gain=math.sqrt(0.2))
+            self.proj = Conv2d(out_channels, out_channels, 1, gain=1e-5)
 
     def forward(self, x, emb, kept=None):
         h = self.conv0(F.silu(self.norm0(x)))
@@ -204,12 +233,11 @@ class UNetBlock(nn.Module):
         return x
 
 
-class SongUNet(nn.Module):
-    """DDPM++ (Song et al. 2021, Table 7 of EDM): U-Net over resolutions, attention where attn_resolutions
-    says.
+class SongUNet(UNet):
+    """DDPM++ (Song et al. 2021, Table 7 of EDM): U-Net with attention at the resolutions attn_resolutions.
 
-    forward(x (B, C, H, W), noise_labels (B,), class_labels (B, label_dim) one-hot or None,
-    augment_labels (B, augment_dim) or None) -> F_x (B, C, H, W).
+    forward(x (B, C, H, W), noise_labels (B,), class_labels (B, label_dim) one-hot or None, augment_labels (B,
+    augment_dim) or None) -> F_x (B, C, H, W).
     """
 
     def __init__(self, img_resolution, in_channels, out_channels, label_dim=0, augment_dim=0,
@@ -217,43 +245,19 @@ class SongUNet(nn.Module):
                  attn_resolutions=(16,), dropout=0.1, label_dropout=0.0):
         super().__init__()
         self.model_channels, self.label_dropout = model_channels, label_dropout
-        emb = model_channels * channel_mult_emb
-        self.map_label = Linear(label_dim, model_channels) if label_dim else None
-        self.map_augment = Linear(augment_dim, model_channels, bias=False) if augment_dim else None
-        self.map_layer0 = Linear(model_channels, emb)
-        self.map_layer1 = Linear(emb, emb)
+        c, emb = model_channels, model_channels * channel_mult_emb
+        self.map_label = xavier_(nn.Linear(label_dim, c)) if label_dim else None
+        self.map_augment = xavier_(nn.Linear(augment_dim, c, bias=False)) if augment_dim else None
+        self.map_layer0 = xavier_(nn.Linear(c, emb))
+        self.map_layer1 = xavier_(nn.Linear(emb, emb))
 
-        self.enc = nn.ModuleDict()
-        skips, c = [], model_channels
-        for level, mult in enumerate(channel_mult):
-            res = img_resolution >> level
-            if level == 0:
-                self.enc[f"{res}x{res}_conv"] = Conv2d(in_channels, c, 3)
-            else:
-                self.enc[f"{res}x{res}_down"] = UNetBlock(c, c, emb, down=True, dropout=dropout)
-            skips.append(c)
-            for i in range(num_blocks):
-                c_in, c = c, model_channels * mult
-                self.enc[f"{res}x{res}_block{i}"] = UNetBlock(c_in, c, emb, attention=res in attn_resolutions,
-                                                              dropout=dropout)
-                skips.append(c)
-
-        self.dec = nn.ModuleDict()
-        for level, mult in reversed(list(enumerate(channel_mult))):
-            res = img_resolution >> level
-            if level == len(channel_mult) - 1:
-                self.dec[f"{res}x{res}_in0"] = UNetBlock(c, c, emb, attention=True, dropout=dropout)
-                self.dec[f"{res}x{res}_in1"] = UNetBlock(c, c, emb, dropout=dropout)
-            else:
-                self.dec[f"{res}x{res}_up"] = UNetBlock(c, c, emb, up=True, dropout=dropout)
-            for i in range(num_blocks + 1):
-                c_in, c = c + skips.pop(), model_channels * mult
-                attention = i == num_blocks and res in attn_resolutions
-                self.dec[f"{res}x{res}_block{i}"] = UNetBlock(c_in, c, emb, attention=attention,
-                                                              dropout=dropout)
-        self.dec[f"{res}x{res}_aux_norm"] = GroupNorm(c)
-        self.dec[f"{res}x{res}_aux_conv"] = Conv2d(c, out_channels, 3, init_weight=1e-5)
-        self.sizes = mask_sizes(self)
+        def block(flavor, res, c_in, c_out, **kwargs):
+            return UNetBlock(c_in, c_out, emb, dropout=dropout, **kwargs)
+        widths = [model_channels * m for m in channel_mult]
+        first = Conv2d(in_channels, c, 3)
+        c = self.add_blocks(block, first, img_resolution, widths, num_blocks, attn_resolutions, every=False)
+        self.dec[f"{img_resolution}x{img_resolution}_aux_norm"] = GroupNorm(c)
+        self.dec[f"{img_resolution}x{img_resolution}_aux_conv"] = Conv2d(c, out_channels, 3, gain=1e-5)
 
     def forward(self, x, noise_labels, class_labels=None, augment_labels=None, masks=None):
         half = self.model_channels // 2
@@ -268,22 +272,13 @@ class SongUNet(nn.Module):
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)
         emb = F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
-
-        skips, kept = [], split_masks(masks, self.sizes)
-        for name, block in self.enc.items():
-            x = block(x) if name.endswith("_conv") else block(x, emb, next(kept))
-            skips.append(x)
-        for name, block in self.dec.items():
-            if "_aux_" in name:
-                x = F.silu(block(x)) if name.endswith("norm") else block(x)
-            else:
-                x = block(torch.cat([x, skips.pop()], 1) if "_block" in name else x, emb, next(kept))
-        return x
+        x = self.walk(x, emb, masks, lambda x, skip: torch.cat([x, skip], 1))
+        norm, conv = [*self.dec.values()][-2:]
+        return conv(F.silu(norm(x)))
 
 
 FIXED = dict(model_type="SongUNet", embedding_type="positional", encoder_type="standard",
              decoder_type="standard", channel_mult_noise=1, resample_filter=[1, 1])
-IGNORED = {"use_fp16", "sigma_min", "sigma_max"}                  # in official files, without a meaning here
 
 
 class EDMPrecond(nn.Module):
@@ -296,13 +291,13 @@ class EDMPrecond(nn.Module):
     trained. ValueError for constructor arguments that are not DDPM++.
     """
 
-    def __init__(self, img_resolution, img_channels, label_dim=0, sigma_data=0.5, sigma_shift=0.0, **unet):
+    def __init__(self, img_resolution, img_channels, label_dim=0, sigma_data=0.5, sigma_shift=0.0,
+                 use_fp16=None, sigma_min=None, sigma_max=None, **unet):         # in files, without a meaning
         super().__init__()
         for name, value in FIXED.items():
             given = unet.pop(name, value)
             if (list(given) if isinstance(given, tuple) else given) != value:
                 raise WeightsError(f"{name}={given!r}: DDPM++ has {value!r}; no other SongUNet is here")
-        unet = {name: value for name, value in unet.items() if name not in IGNORED}
         self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
         self.sigma_data, self.sigma_shift = sigma_data, sigma_shift
         self.model = SongUNet(img_resolution, img_channels, img_channels, label_dim, **unet)
@@ -327,8 +322,7 @@ EPS = 1e-4                                            # added to a root mean squ
 
 
 def row_norm(w):
-    """eps sqrt(fan_in) + |row| of a weight (out, in, ...), float32; w / row_norm(w) is what a layer applies.
-    """
+    """eps sqrt(fan_in) + |row| of a weight (out, in, ...), float32; a layer applies w / row_norm(w)."""
     dims = tuple(range(1, w.ndim))
     norm = torch.linalg.vector_norm(w, dim=dims, keepdim=True, dtype=torch.float32)
     return norm + EPS * math.sqrt(w[0].numel())     # normalised to RMS 1, then over sqrt(fan_in): EDM2 Eq. 47
@@ -371,11 +365,9 @@ class MPFourier(nn.Module):
 
 
 class MPConv(nn.Module):
-    """Convolution (kernel (k, k)) or linear layer (kernel ()) whose rows are normalised in the graph: EDM2
-    Eq. 47.
+    """Convolution (kernel (k, k)) or linear layer (kernel ()) with normalised rows: EDM2 Eq. 47.
 
-    weight is normalised at every call, unless `hoist` or `freeze` has put what comes out of that into
-    `hoisted`.
+    weight is normalised at every call, in the graph, unless `hoist` or `freeze` has filled `hoisted`.
     """
 
     def __init__(self, in_channels, out_channels, kernel=()):
@@ -390,8 +382,7 @@ class MPConv(nn.Module):
 
     @torch.no_grad()
     def effective(self, dtype, d):
-        """What forward applies, w / d with d = row_norm(w); dtype is for convolutions, others stay float32.
-        """
+        """w / d with d = row_norm(w), as forward applies it; dtype is for convolutions, None: float32."""
         w = self.weight.detach()
         dtype = torch.float32 if dtype is None or w.ndim == 2 else dtype
         return torch.div(w, d, out=torch.empty_like(w, dtype=dtype))
@@ -410,11 +401,9 @@ class MPConv(nn.Module):
 
 @torch.no_grad()
 def force_weight_norm(net):
-    """Rows of every MPConv to root mean square 1, in place (EDM2 Eq. 66): once per step, before its first
-    forward.
+    """Rows of every MPConv to root mean square 1, in place (EDM2 Eq. 66): once a step, before its forwards.
 
-    trap: not in forward, as in the official code; there a second forward alters what the first one's backward
-    needs.
+    trap: not in forward, as in the official code: there a second one alters what the first's backward needs.
     """
     for m in trainable(net):
         m.weight.div_(row_norm(m.weight) / math.sqrt(m.weight[0].numel()))
@@ -427,12 +416,10 @@ def trainable(net):
 
 @contextlib.contextmanager
 def hoist(net):
-    """Inside, every forward of net uses weights normalised once, in net.compute_dtype; backward must be
-    inside too.
+    """Inside, all forwards and backwards of net share weights normalised once, in net.compute_dtype.
 
     At the end the gradient they collected over all micro-batches, in that precision, goes through the
-    normalisation once, into weight.grad; after an exception it is dropped. The weights must not change
-    inside. No need of it when frozen.
+    normalisation once, into weight.grad; after an exception it is dropped. The weights must stay inside.
     """
     layers, dtype = trainable(net), getattr(net, "compute_dtype", None)
     try:
@@ -443,23 +430,18 @@ def hoist(net):
         for m, d in zip(layers, norms):
             if m.hoisted.grad is not None:
                 m.pull_back(m.hoisted.grad, d)
-            m.hoisted = None
     finally:
         for m in layers:
             m.hoisted = None
 
 
-def freeze(net, dtype=None):
-    """net for inference alone, returned: weights normalised for good, one copy, in dtype (None:
-    net.compute_dtype).
+def freeze(net):
+    """net for inference alone, returned: weights normalised for good, one copy, in net.compute_dtype.
 
-    The trainable weights are gone: state_dict() is refused, so a frozen network is neither saved nor loaded
-    into.
+    The trainable weights are gone: state_dict() is refused, so it is neither saved nor loaded into.
     """
-    if dtype is not None:
-        net.compute_dtype = dtype
     for m in trainable(net):
-        m.hoisted = m.effective(getattr(net, "compute_dtype", None), row_norm(m.weight.detach()))
+        m.hoisted = m.effective(net.compute_dtype, row_norm(m.weight.detach()))
         m.weight = None
     net.register_state_dict_pre_hook(refuse_state)
     return net.requires_grad_(False).eval()
@@ -492,10 +474,7 @@ class Block(nn.Module):
         self.attn_proj = MPConv(out_channels, out_channels, (1, 1)) if self.heads else None
 
     def forward(self, x, emb, kept=None):
-        if self.resample == "up":
-            x = F.interpolate(x, scale_factor=2, mode="nearest")
-        elif self.resample == "down":
-            x = F.avg_pool2d(x, 2)
+        x = resample(x, self.resample)
         skip = (lambda x: x) if self.conv_skip is None else self.conv_skip
         if self.flavor == "enc":
             x = normalize(skip(x), 1)         # trap: pixel norm after the skip convolution, before the branch
@@ -509,15 +488,14 @@ class Block(nn.Module):
 
     def attend(self, x):
         """Softmax attention of q, k, v with unit magnitude per head; the result is channels_last."""
-        # trap: channel 3 (head channels_per_head + c) + {0, 1, 2} is q, k, v; they are not three contiguous
-        # blocks
+        # trap: channel 3 (head channels_per_head + c) + {0, 1, 2} is q, k, v, which are no contiguous blocks
         qkv = self.attn_qkv(x).unflatten(1, (self.heads, -1, 3)).flatten(4)             # (B, heads, C, 3, HW)
         q, k, v = normalize(qkv.permute(3, 0, 1, 4, 2).contiguous(), -1)              # (B, heads, HW, C) each
         a = F.scaled_dot_product_attention(q, k, v)
         return a.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, x.shape[2:])    # (B, heads C, H, W)
 
 
-class EDM2UNet(nn.Module):
+class EDM2UNet(UNet):
     """U-Net of EDM2. forward(x (B, C, H, W), noise_labels (B,), class_labels (B, label_dim) or None) -> F_x.
 
     The embedding is float32, the rest has x's dtype. block: the balances, clip_act and channels_per_head of
@@ -537,47 +515,20 @@ class EDM2UNet(nn.Module):
         self.emb_noise = MPConv(noise, emb)
         self.emb_label = MPConv(label_dim, emb) if label_dim else None
 
-        def make(c_in, c_out, **kwargs):              # at the resolution of the loops below
+        def make(flavor, res, c_in, c_out, **kwargs):
             p = dropout if dropout_res is None or res <= dropout_res else 0.0
-            return Block(c_in, c_out, emb, dropout=p, **kwargs, **block)
-
-        self.enc, self.dec, skips, c = nn.ModuleDict(), nn.ModuleDict(), [], widths[0]
-        for level, width in enumerate(widths):
-            res = img_resolution >> level
-            if level == 0:
-                self.enc[f"{res}x{res}_conv"] = MPConv(img_channels + 1, c, (3, 3))
-            else:
-                self.enc[f"{res}x{res}_down"] = make(c, c, resample="down")
-            skips.append(c)
-            for i in range(num_blocks):
-                self.enc[f"{res}x{res}_block{i}"] = make(c, width, attention=res in attn_resolutions)
-                skips.append(c := width)
-        for level, width in reversed(list(enumerate(widths))):
-            res = img_resolution >> level
-            if level == len(widths) - 1:
-                self.dec[f"{res}x{res}_in0"] = make(c, c, flavor="dec", attention=True)
-                self.dec[f"{res}x{res}_in1"] = make(c, c, flavor="dec")
-            else:
-                self.dec[f"{res}x{res}_up"] = make(c, c, flavor="dec", resample="up")
-            for i in range(num_blocks + 1):
-                self.dec[f"{res}x{res}_block{i}"] = make(c + skips.pop(), width, flavor="dec",
-                                                         attention=res in attn_resolutions)
-                c = width
+            return Block(c_in, c_out, emb, flavor, dropout=p, **kwargs, **block)
+        first = MPConv(img_channels + 1, widths[0], (3, 3))
+        c = self.add_blocks(make, first, img_resolution, widths, num_blocks, attn_resolutions, every=True)
         self.out_conv = MPConv(c, img_channels, (3, 3))
-        self.sizes = mask_sizes(self)
 
     def forward(self, x, noise_labels, class_labels=None, masks=None):
         emb = self.emb_noise(self.emb_fourier(noise_labels))
         if self.emb_label is not None:
             emb = mp_sum(emb, self.emb_label(class_labels * math.sqrt(self.label_dim)), self.label_balance)
         emb = mp_silu(emb)
-        x, skips = torch.cat([x, torch.ones_like(x[:, :1])], 1), []  # a channel of ones stands for the biases
-        kept = split_masks(masks, self.sizes)
-        for name, block in self.enc.items():
-            x = block(x) if name.endswith("_conv") else block(x, emb, next(kept))
-            skips.append(x)
-        for name, block in self.dec.items():
-            x = block(mp_cat(x, skips.pop(), self.concat_balance) if "_block" in name else x, emb, next(kept))
+        x = torch.cat([x, torch.ones_like(x[:, :1])], 1)             # a channel of ones stands for the biases
+        x = self.walk(x, emb, masks, lambda x, skip: mp_cat(x, skip, self.concat_balance))
         return self.out_conv(x, self.out_gain)
 
 
@@ -592,8 +543,7 @@ class EDM2Precond(nn.Module):
     """
 
     def __init__(self, img_resolution, img_channels, label_dim, sigma_data=0.5, logvar_channels=128,
-                 # use_fp16: in files, no meaning
-                 compute_dtype=None, use_fp16=None, resample_filter=(1, 1), **unet):
+                 compute_dtype=None, use_fp16=None, resample_filter=(1, 1), **unet):    # use_fp16: no meaning
         super().__init__()
         if list(resample_filter) != [1, 1]:
             raise WeightsError(f"resample_filter={resample_filter!r}: EDM2 has [1, 1]; others are not here")
@@ -622,8 +572,7 @@ class EDM2Precond(nn.Module):
 # Each has .features(x) -> list of tensors, .distance(features_a, features_b) -> (B,), .forward(a, b) -> (B,),
 # so that the features of a target that many states share are computed once.
 class PixelDistance(nn.Module):
-    """Squared distance, mean over pixels (huber = 0), or pseudo-Huber sqrt(|a - b|^2 + c^2) - c, c = huber.
-    """
+    """Squared, mean over pixels (huber = 0), or pseudo-Huber sqrt(|a - b|^2 + c^2) - c with c = huber."""
 
     def __init__(self, huber=0.0):
         super().__init__()
@@ -644,85 +593,16 @@ class PixelDistance(nn.Module):
 
 def unit(f, eps):
     """Feature map (B, C, H, W) of unit length over channels; eps keeps a zero pixel zero."""
-    # trap: eps inside the root. Outside it, as in the lpips package, the derivative at a zero pixel is 0 *
-    # inf
+    # trap: eps inside the root. Outside it, as in the lpips package, a zero pixel's derivative is 0 * inf
     return f * (f.square().sum(1, keepdim=True) + eps).rsqrt()
 
 
-class LPIPS(nn.Module):
-    """LPIPS v0.1 with VGG-16: (B, 3, H, W) in [-1, 1], any size from 16 pixels; no resize, no clamp (B.2).
-
-    vgg_state: state dict of torchvision's VGG-16 (`features.*`; the classifier is left out); None = random
-    weights. The linear heads are read from the installed lpips package without importing it, because the
-    import needs a torchvision that matches torch to the build. The weights are frozen; gradients reach the
-    images.
-    """
-    # indices of convolutions in torchvision
-    SLICES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
-    WIDTHS = (64, 128, 256, 512, 512)
-
-    def __init__(self, vgg_state=None):
-        super().__init__()
-        self.features_ = nn.ModuleDict()
-        channels = 3
-        for slice_, width in zip(self.SLICES, self.WIDTHS):
-            for index in slice_:
-                self.features_[str(index)] = nn.Conv2d(channels, width, 3, padding=1)
-                channels = width
-        for k, width in enumerate(self.WIDTHS):
-            setattr(self, f"lin{k}", nn.Conv2d(width, 1, 1, bias=False))
-        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
-        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
-        if vgg_state is not None:
-            trunk = {k.removeprefix("features."): v for k, v in vgg_state.items()
-                     if k.startswith("features.")}
-            load_weights(self.features_, trunk, "VGG-16")
-        heads = torch.load(lpips_heads(), map_location="cpu", weights_only=True)
-        for k in range(5):
-            getattr(self, f"lin{k}").load_state_dict({"weight": heads[f"lin{k}.model.1.weight"]})
-        self.requires_grad_(False).eval()
-
-    def features(self, x):
-        x, maps = (x - self.shift) / self.scale, []
-        for k, slice_ in enumerate(self.SLICES):
-            if k:
-                x = F.max_pool2d(x, 2)
-            for index in slice_:
-                x = F.relu(self.features_[str(index)](x))
-            maps.append(unit(x, 1e-20))
-        return maps
-
-    def distance(self, features_a, features_b):
-        return sum(getattr(self, f"lin{k}")((a - b).square()).mean((1, 2, 3))
-                   for k, (a, b) in enumerate(zip(features_a, features_b)))
-
-    def forward(self, a, b):
-        return self.distance(self.features(a), self.features(b))
-
-
-def pretrained_lpips():
-    """LPIPS with torchvision's VGG-16, downloaded to the cache once; frozen."""
-    vgg = fetch("https://download.pytorch.org/models/vgg16-397923af.pth")
-    return LPIPS(load_pretrained(vgg)[0]).requires_grad_(False).eval()
-
-
-def lpips_heads():
-    """Path of the LPIPS heads inside the installed lpips package; FileNotFoundError with the install line."""
-    spec = importlib.util.find_spec("lpips")
-    path = spec and os.path.join(os.path.dirname(spec.origin), "weights", "v0.1", "vgg.pth")
-    if not path or not os.path.exists(path):
-        raise FileNotFoundError("the lpips package holds the linear heads of LPIPS and is not installed; "
-                                "run: pip install lpips")
-    return path
-
-
 class VGG(nn.Module):
-    """VGG with GroupNorm, trained on the labels of the data it will measure (App. B.5); LPIPS form without
-    heads.
+    """VGG with GroupNorm, trained on the labels of the data it will measure (App. B.5); LPIPS without heads.
 
     widths: one tuple of channels per slice; pools: slices that begin by halving the resolution. The distance
     is the squared difference of unit feature maps, summed over channels and slices, mean over pixels. groups
-    = 0: of 8 channels each. .logits(x) -> (B, num_classes) trains it; num_classes = 0: without that head.
+    = 0: of 8 channels each, None: no norm. .logits(x) -> (B, num_classes) trains; num_classes = 0: no head.
     """
 
     def __init__(self, in_channels=1, widths=((16, 16), (32, 32), (64, 64)), num_classes=10, pools=(1, 2),
@@ -732,8 +612,8 @@ class VGG(nn.Module):
         for k, slice_ in enumerate(widths):
             layers = [nn.MaxPool2d(2)] if k in pools else []
             for width in slice_:
-                norm = nn.GroupNorm(groups or width // 8, width)
-                layers += [nn.Conv2d(c, width, 3, padding=1), norm, nn.ReLU()]
+                norm = [] if groups is None else [nn.GroupNorm(groups or width // 8, width)]
+                layers += [nn.Conv2d(c, width, 3, padding=1), *norm, nn.ReLU()]
                 c = width
             self.slices.append(nn.Sequential(*layers))
         self.head = nn.Linear(c, num_classes) if num_classes else None
@@ -759,9 +639,55 @@ class VGG(nn.Module):
         return self.distance(self.features(a), self.features(b))
 
 
+class LPIPS(VGG):
+    """LPIPS v0.1 with VGG-16: (B, 3, H, W) in [-1, 1], any size from 16 pixels; no resize, no clamp (B.2).
+
+    vgg_state: state dict of torchvision's VGG-16 (`features.*`; the classifier is left out); None = random
+    weights. The weights are frozen; gradients reach the images.
+    """
+    WIDTHS = ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3)
+
+    def __init__(self, vgg_state=None):
+        super().__init__(3, self.WIDTHS, num_classes=0, pools=(1, 2, 3, 4), groups=None)
+        self.heads = nn.ModuleList([nn.Conv2d(slice_[-1], 1, 1, bias=False) for slice_ in self.WIDTHS])
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
+        if vgg_state is not None:
+            trunk = nn.Sequential(*[layer for slice_ in self.slices for layer in slice_])    # torchvision's
+            state = {k[9:]: v for k, v in vgg_state.items() if k.startswith("features.")}
+            load_weights(trunk, state, "VGG-16")
+        state = torch.load(lpips_heads(), map_location="cpu", weights_only=True)
+        load_weights(self.heads, {f"{k}.weight": state[f"lin{k}.model.1.weight"] for k in range(5)}, "LPIPS")
+        self.requires_grad_(False).eval()
+
+    def features(self, x):
+        return [unit(f, 1e-20) for f in self.maps((x - self.shift) / self.scale)]
+
+    def distance(self, features_a, features_b):
+        return sum(head((a - b).square()).mean((1, 2, 3))
+                   for head, a, b in zip(self.heads, features_a, features_b))
+
+
+def pretrained_lpips():
+    """LPIPS with torchvision's VGG-16, downloaded to the cache once."""
+    return LPIPS(load_pretrained(fetch("https://download.pytorch.org/models/vgg16-397923af.pth"))[0])
+
+
+def lpips_heads():
+    """Path of the linear heads in the installed lpips package; FileNotFoundError with the install line.
+
+    The package is not imported, for that needs a torchvision that matches torch to the build.
+    """
+    spec = importlib.util.find_spec("lpips")
+    path = spec and os.path.join(os.path.dirname(spec.origin), "weights", "v0.1", "vgg.pth")
+    if not path or not os.path.exists(path):
+        raise FileNotFoundError("the lpips package holds the linear heads of LPIPS and is not installed; "
+                                "run: pip install lpips")
+    return path
+
+
 class ELatentLPIPS(VGG):
-    """VGG-16 with GroupNorm on latents of deviation 0.5, (B, 4, 64, 64); taps of 64, 64, 64, 32, 16 pixels
-    (B.5).
+    """VGG-16 with GroupNorm on latents of deviation 0.5, (B, 4, 64, 64); taps of 64, 64, 64, 32, 16 (B.5).
 
     vgg_state: state dict of one that .logits has trained; None = random weights. num_classes: with VGG-16's
     head, trainable; 0 = the distance alone, frozen. ensemble: the random transformations of E-LatentLPIPS, a
@@ -769,12 +695,11 @@ class ELatentLPIPS(VGG):
     .features never does, so features of a target can be kept only without. colour: "rgb", or "all" for any
     channels, all treated alike.
     """
-    WIDTHS = ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3)
-    # blit, geometry, colour, filter, noise, cutout (o)
-    ENSEMBLES = {"none": "", "bg": "bg", "bgc": "bgc", "bgcfnc": "bgcfno"}
+    ENSEMBLES = {"none": "", "bg": "bg", "bgc": "bgc",
+                 "bgcfnc": "bgcfno"}                  # blit, geometry, colour, filter, noise, cutout (o)
 
     def __init__(self, vgg_state=None, in_channels=4, num_classes=0, ensemble="none", colour="rgb"):
-        super().__init__(in_channels, self.WIDTHS, 0, pools=(3, 4), groups=32)
+        super().__init__(in_channels, LPIPS.WIDTHS, num_classes=0, pools=(3, 4), groups=32)
         if ensemble not in self.ENSEMBLES or (colour, in_channels) != ("rgb", 4) and colour != "all":
             raise ValueError(f"ensemble={ensemble!r}, colour={colour!r}, {in_channels} channels: ensembles "
                              f"are {', '.join(self.ENSEMBLES)}; colours are all, and with 4 channels rgb")

@@ -257,7 +257,9 @@ def test_gradient_is_orthogonal_to_the_weight(net):
 def test_frozen_network(net):
     expected, size = net(*batch()), sum(p.numel() for p in net.parameters())
     for dtype, tolerance in ((None, 1e-5), (torch.bfloat16, 0.04)):
-        frozen = nets.freeze(copy.deepcopy(net).train(), dtype)
+        frozen = copy.deepcopy(net).train()
+        frozen.compute_dtype = dtype
+        frozen = nets.freeze(frozen)
         out = frozen(*batch())
         assert (out - expected).abs().max() < tolerance * expected.abs().max()
         assert not frozen.training and not out.requires_grad and not any(p.requires_grad for p in frozen.parameters())

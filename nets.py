@@ -661,7 +661,11 @@ class LPIPS(VGG):
         self.requires_grad_(False).eval()
 
     def features(self, x):
-        return [unit(f, 1e-20) for f in self.maps((x - self.shift) / self.scale)]
+        x, maps = (x - self.shift) / self.scale, []
+        for slice_ in self.slices:
+            x = slice_(x)
+            maps.append(unit(x, 1e-20))
+        return maps
 
     def distance(self, features_a, features_b):
         return sum(head((a - b).square()).mean((1, 2, 3))
@@ -670,7 +674,7 @@ class LPIPS(VGG):
 
 def pretrained_lpips():
     """LPIPS with torchvision's VGG-16, downloaded to the cache once."""
-    return LPIPS(load_pretrained(fetch("https://download.pytorch.org/models/vgg16-397923af.pth"))[0])
+    return LPIPS(load_pretrained(fetch(VGG_URL))[0])
 
 
 def lpips_heads():
@@ -831,9 +835,9 @@ PRETRAINED = {"cifar10": EDM_URL % "cifar10-32x32", "ffhq": EDM_URL % "ffhq-64x6
               # choice: 64's teacher is not named; this one has the FID the paper quotes, 1.33 in 63 calls
               "imagenet64": EDM2_URL % "edm2-img64-xl-0671088-0.040",
               "imagenet512": EDM2_URL % "edm2-img512-xxl-0939524-0.070"}
+VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 CHECKSUMS = {  # url -> sha256; NVIDIA publishes none, so `fetch` prints it: pin it here once you trust a file
-    "https://download.pytorch.org/models/vgg16-397923af.pth":
-        "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
+    VGG_URL: "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
     "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz":
         "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
 }
@@ -905,8 +909,8 @@ def read_pickle(stream, refused=REFUSED):
 
 
 def kind(node):
-    """Name of what a Record stands for, "" for a plain value."""
-    return type(node).__name__ if isinstance(node, Record) else ""
+    """Name of a value's type; of a Record, what it stands for."""
+    return type(node).__name__
 
 
 def raw_bytes(node):
@@ -974,7 +978,7 @@ def plain(value):
             return np.frombuffer(raw_bytes(raw), np.dtype(dtype.args[0]).newbyteorder(dtype.state[1])).item()
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    raise ValueError(f"a constructor argument is a {kind(value) or type(value).__name__}")
+    raise ValueError(f"a constructor argument is a {kind(value)}")
 
 
 def read_nvidia(path):
@@ -1179,11 +1183,11 @@ def load_weights(net, state, what):
         tensor.copy_(state[k])
 
 
-def fetch(url, sha256="", md5=""):
+def fetch(url, sha256=""):
     """Path of url's file in the cache ($CMT_CACHE, else ~/.cache/cmt), downloaded if it is not there yet.
 
-    The sums given (sha256 defaults to CHECKSUMS) are checked, of a cached file too. A download gets its final
-    name only when it is whole and right. OSError names url, file and remedy; WeightsError names both sums.
+    sha256 (default: of CHECKSUMS) is checked, of a cached file too. A download gets its final name only when it
+    is whole and right. OSError names url, file and remedy; WeightsError names both sums.
     """
     sha256 = sha256 or CHECKSUMS.get(url, "")
     cache = os.environ.get("CMT_CACHE") or os.path.expanduser("~/.cache/cmt")
@@ -1193,41 +1197,37 @@ def fetch(url, sha256="", md5=""):
     os.makedirs(cache, exist_ok=True)
     part, folder = f"{target}.{os.getpid()}.part", os.open(cache, os.O_RDONLY)
     fcntl.flock(folder, fcntl.LOCK_EX)    # trap: the processes of one machine would each download a copy
-    cached = os.path.exists(target)
     try:
-        if not cached:
-            with urllib.request.urlopen(url, timeout=60) as r, open(part, "wb") as f:
-                size = r.headers.get("Content-Length")
-                print(f"downloading {url}, {size or 'unknown number of'} bytes, to {target}", flush=True)
-                shutil.copyfileobj(r, f, 1 << 20)
-            # trap: a lost connection looks like the file's end
-            if size and int(size) != os.path.getsize(part):
-                raise OSError(f"{os.path.getsize(part)} of {size} bytes arrived")
-            print(f"sha256 {check_sums(part, url, sha256, md5)}  {target}", flush=True)
-            os.replace(part, target)
+        if os.path.exists(target):
+            if sha256:
+                check_sum(target, f"{target} (delete it to download it again)", sha256)
+            return target
+        with urllib.request.urlopen(url, timeout=60) as r, open(part, "wb") as f:
+            size = r.headers.get("Content-Length")
+            print(f"downloading {url}, {size or 'unknown number of'} bytes, to {target}", flush=True)
+            shutil.copyfileobj(r, f, 1 << 20)
+        if size and int(size) != os.path.getsize(part):    # trap: a lost connection looks like the file's end
+            raise OSError(f"{os.path.getsize(part)} of {size} bytes arrived")
+        print(f"sha256 {check_sum(part, url, sha256)}  {target}", flush=True)
+        os.replace(part, target)
+        return target
     except (OSError, http.client.HTTPException) as e:
         raise OSError(f"cannot download {url} ({e}): download it yourself and save it as {target}") from None
     finally:
         os.close(folder)
         if os.path.exists(part):
             os.remove(part)
-    if cached:
-        check_sums(target, f"{target} (delete it to download it again)", sha256, md5)
-    return target
 
 
-def check_sums(path, what, sha256, md5):
-    """sha256 of a file. WeightsError with `what` and both sums if it or the md5 is not as given ("" = any).
-    """
-    sums = hashlib.sha256(), hashlib.md5()
+def check_sum(path, what, expected):
+    """sha256 of a file. WeightsError with `what` and both sums if it is not as expected ("" = any)."""
+    found = hashlib.sha256()
     with open(path, "rb") as f:
         while block := f.read(1 << 20):
-            for s in sums:
-                s.update(block)
-    for s, wanted in zip(sums, (sha256, md5)):
-        if wanted and s.hexdigest() != wanted.lower():
-            raise WeightsError(f"{what}: its {s.name} is {s.hexdigest()}, expected {wanted}")
-    return sums[0].hexdigest()
+            found.update(block)
+    if expected and found.hexdigest() != expected.lower():
+        raise WeightsError(f"{what}: its sha256 is {found.hexdigest()}, expected {expected}")
+    return found.hexdigest()
 
 
 # ---- DiT, SiT, MM-DiT ----------------------------------------------------------------------------
@@ -1597,15 +1597,14 @@ def decode_latents(vae, z):
 
 
 class CLIPText:
-    """CLIP's text tower, frozen, float32: last hidden states of 77 tokens (U-ViT). Loaded when first asked.
-    """
+    """CLIP's text tower, frozen, float32: last hidden states of 77 tokens (U-ViT). Loaded when first used."""
 
     def __init__(self, name, device):
-        self.name, self.device, self.model = name or CLIP, device, None
+        self.name, self.device = name or CLIP, device
 
-    def load(self):
-        if self.model is not None:
-            return
+    @functools.cached_property
+    def parts(self):
+        """The model and its tokenizer."""
         model = pretrained("CLIPTextModel", self.name, self.device)
         make = library("transformers", "CLIPTokenizer")
 
@@ -1614,18 +1613,16 @@ class CLIPText:
             if len(found) != expected:                # trap: without its files it would know two tokens
                 raise ValueError(f"{len(found)} tokens, not {expected}; are vocab.json and merges.txt there?")
             return found
-        self.tokenizer, self.model = local_first("CLIPTextModel", self.name, load), model
+        return model, local_first("CLIPTextModel", self.name, load)
 
     @property
     def identity(self):
-        self.load()
-        return self.model.identity
+        return self.parts[0].identity
 
     def ids(self, captions):
         """Captions -> token ids (B, 77), cut or filled."""
-        self.load()
-        return self.tokenizer(list(captions), padding="max_length", truncation=True, max_length=77,
-                              return_tensors="pt").input_ids
+        return self.parts[1](list(captions), padding="max_length", truncation=True, max_length=77,
+                             return_tensors="pt").input_ids
 
     @torch.no_grad()
     def __call__(self, words):
@@ -1633,8 +1630,7 @@ class CLIPText:
         words = words.to(self.device, non_blocking=True)
         if words.is_floating_point():
             return words.float()
-        self.load()
-        return self.model(input_ids=words.long()).last_hidden_state.float()
+        return self.parts[0](input_ids=words.long()).last_hidden_state.float()
 
 
 def dinov2(name, device):

@@ -29,7 +29,6 @@ import fcntl
 import functools
 import hashlib
 import http.client
-import importlib
 import importlib.util
 import inspect
 import io
@@ -42,7 +41,6 @@ import pickle
 import pickletools
 import re
 import shutil
-import struct
 import sys
 import urllib.parse
 import urllib.request
@@ -285,10 +283,9 @@ class EDMPrecond(nn.Module):
     """EDM preconditioning around DDPM++: D_x = c_skip x + c_out F(c_in x, c_noise)   (EDM Table 1, Eq. 7).
 
     forward(x (B, C, H, W), sigma (B,), class_labels=None, augment_labels=None, masks=None) -> D_x, float32.
-    masks: of dropout_masks; None: dropout as torch draws it.
-    sigma_shift (same unit as sigma): outside training sigma - sigma_shift replaces sigma in the numerators,
-    as the official CMT and ECT checkpoints are sampled (0.003); 0, our default, samples the function that was
-    trained. ValueError for constructor arguments that are not DDPM++.
+    masks: of dropout_masks; None: dropout as torch draws it. Outside training sigma - sigma_shift replaces
+    sigma in the numerators, as official CMT and ECT checkpoints are sampled (0.003); 0 samples the function
+    that was trained. ValueError for constructor arguments that are not DDPM++.
     """
 
     def __init__(self, img_resolution, img_channels, label_dim=0, sigma_data=0.5, sigma_shift=0.0,
@@ -395,8 +392,7 @@ class MPConv(nn.Module):
         along = (w * g).sum(dims, keepdim=True)
         if w.grad is None:
             w.grad = torch.zeros_like(w)
-        # trap: in place, flat views
-        w.grad.addcmul_(g, 1 / d).addcmul_(w, along / (norm * d**2), value=-1)
+        w.grad.addcmul_(g, 1 / d).addcmul_(w, along / (norm * d**2), value=-1)    # trap: in place, flat views
 
 
 @torch.no_grad()
@@ -778,8 +774,7 @@ class ELatentLPIPS(VGG):
     def augment(x, draw):
         """x after what .draw returned; differentiable in x."""
         if "affine" in draw:
-            # choice: bilinear sampling, reflection at the borders; the authors resample through a sym6
-            # wavelet
+            # choice: bilinear sampling, reflection at the borders; the authors resample by a sym6 wavelet
             grid = F.affine_grid(draw["affine"][:, :2], x.shape, align_corners=False)
             x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
         if "colour" in draw:
@@ -804,16 +799,13 @@ def affine(turns, sx=1, sy=1, shift=0):
 
 
 def rgb_matrix(bright, contrast, luma, hue, saturation):
-    """(B, 4, 4) matrix of StyleGAN2-ADA's colour changes, each (B,): luma is 1 or -1 (flipped), hue in turns.
-    """
-    # choice: the matrix of RGB pixels acts on 4 latent channels, as the authors ran it; channel 4 is where
-    # RGB has 1
+    """(B, 4, 4) matrix of StyleGAN2-ADA's colours, each (B,): luma is 1 or -1 (flipped), hue in turns."""
+    # choice: the matrix of RGB pixels acts on 4 latent channels, as the authors ran it; the 4th is RGB's 1
     grey, eye = bright.new_full((3, 3), 1 / 3), torch.eye(4, device=bright.device, dtype=bright.dtype)
     cross = (eye[:3, :3].roll(1, 0) - eye[:3, :3].roll(-1, 0)) / math.sqrt(3)          # [0, -1, 1], ...
-    given = bright, contrast, luma, hue, saturation
+    given = bright, contrast, luma, 2 * math.pi * hue, saturation
     bright, contrast, luma, hue, saturation = (v.view(-1, 1, 1) for v in given)
-    hue = 2 * math.pi * hue                           # turns around grey; saturation scales away from it
-    around = hue.cos() * (eye[:3, :3] - grey) + hue.sin() * cross
+    around = hue.cos() * (eye[:3, :3] - grey) + hue.sin() * cross    # saturation scales away from grey
     matrix = eye.repeat(len(bright), 1, 1)
     matrix[:, :3, :3] = contrast * (luma * grey + saturation * around)
     matrix[:, :3, 3:] = contrast * luma * bright
@@ -931,7 +923,7 @@ def read_storage(node):
     start, count = stream.tell() + 8, stream.read(8)
     if not (magic == 0x1950A86A20F9469CFC6C and version == 1001 and system["little_endian"] is True
             and tag == "storage" and isinstance(dtype, torch.dtype) and view is None and keys == [key]
-            and count == struct.pack("<q", numel) and len(raw) == start + numel * dtype.itemsize):
+            and count == numel.to_bytes(8, "little") and len(raw) == start + numel * dtype.itemsize):
         raise ValueError("a tensor's storage has a wrong header or length")
     return torch.from_numpy(np.ndarray(numel, f"<i{dtype.itemsize}", raw, start).copy()).view(dtype)
 
@@ -1037,8 +1029,7 @@ def read_safetensors(path):
 
 
 def write_safetensors(ckpt, file):
-    """The average in a checkpoint as .safetensors; constructor arguments and configuration go to the header.
-    """
+    """The average in a checkpoint as .safetensors; constructor arguments and configuration in the header."""
     state, end = sorted(ckpt["ema"].items(), key=lambda item: -item[1].dtype.itemsize), 0        # so aligned
     names = {dtype: name for name, dtype in DTYPES.items()}
     header = {"__metadata__": {"cmt": json.dumps({k: ckpt[k] for k in ("model", "cfg")})}}
@@ -1073,8 +1064,7 @@ def state_dicts(tree, place=()):
 
 
 def choose(tree):
-    """(place, state dict) of a nest: the average, else the trained net, else the only one. ValueError if two.
-    """
+    """(place, state dict) in a nest: the average, else the trained net, else the only one. Two: ValueError."""
     found = state_dicts(tree)
     for names in (AVERAGED, TRAINED, {name for place in found for name in place}):
         places = [place for place in found if not place or names & set(place)]
@@ -1099,8 +1089,7 @@ def unet_size(state):
 
 
 def read_weights(path_or_url):
-    """(state_dict, init_kwargs, configuration) of load_pretrained's file; configuration: of our own, else {}.
-    """
+    """load_pretrained's (state_dict, init_kwargs), and the configuration that our own files have, else {}."""
     path = str(path_or_url)
     try:
         path = fetch(path) if "://" in path else path
@@ -1186,8 +1175,8 @@ def load_weights(net, state, what):
 def fetch(url, sha256=""):
     """Path of url's file in the cache ($CMT_CACHE, else ~/.cache/cmt), downloaded if it is not there yet.
 
-    sha256 (default: of CHECKSUMS) is checked, of a cached file too. A download gets its final name only when it
-    is whole and right. OSError names url, file and remedy; WeightsError names both sums.
+    sha256 (default: of CHECKSUMS) is checked, of a cached file too. A download gets its final name only when
+    it is whole and right. OSError names url, file and remedy; WeightsError names both sums.
     """
     sha256 = sha256 or CHECKSUMS.get(url, "")
     cache = os.environ.get("CMT_CACHE") or os.path.expanduser("~/.cache/cmt")
@@ -1269,7 +1258,7 @@ def attention(qkv):
     q, k, v = qkv.transpose(1, 3).unbind(2)                                          # (B, heads, N, d)
     # trap: no fused kernel has a forward derivative. The level is private, -1 outside forward mode; unlike a
     # look for tangents it also works under vmap and torch.compile
-    if torch.autograd.forward_ad._current_level < 0:
+    if forward_ad._current_level < 0:
         a = F.scaled_dot_product_attention(q, k, v)
     else:
         a = (q @ k.transpose(2, 3) * q.shape[-1] ** -0.5).softmax(-1) @ v
@@ -1279,8 +1268,7 @@ def attention(qkv):
 class DiTBlock(nn.Module):
     """Transformer block with adaptive layer norm, cut at its attention, where MM-DiT joins two streams.
 
-    x (B, N, D), m = modulation(c (B, D)). pre_only: the text of MM-DiT's last block, read by the image, then
-    dropped.
+    x (B, N, D), m = modulation(c (B, D)). pre_only: the text of MM-DiT's last block, read, then dropped.
     """
 
     def __init__(self, hidden_size, num_heads, mlp_ratio=4.0, pre_only=False):
@@ -1458,8 +1446,8 @@ def derivative(net, z, t, r, y, v):
 
 
 def dit_shape(state, name):
-    """Constructor arguments of a DiT, read off its weights. Its heads, which they do not show, are those of
-    the row of SIZES with its width and depth; without one num_heads is 0.
+    """Constructor arguments of a DiT, read off its weights; num_heads, which they do not show, is that of the
+    row of SIZES with its width and depth, else 0.
     """
     try:
         hidden, channels, patch, _ = state["x_embedder.proj.weight"].shape
@@ -1515,8 +1503,6 @@ def turned(state, channels):
 
 # ---- encoders ----------------------------------------------------------------------------------
 SD_SCALE = 0.18215                                  # latents of the SD-VAE times this have a deviation near 1
-
-
 # choice: MF's SD-VAE for all; REPA's script decodes with ft-ema. CLIP is U-ViT's, DINOv2 REPA's
 SD_VAE, CLIP, DINO = "stabilityai/sd-vae-ft-mse", "openai/clip-vit-large-patch14", "facebook/dinov2-base"
 ENCODERS = {           # class: package, what its config.json calls it, the flag that takes a folder

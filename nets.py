@@ -692,18 +692,16 @@ class ELatentLPIPS(VGG):
     vgg_state: state dict of one that .logits has trained; None = random weights. num_classes: with VGG-16's
     head, trainable; 0 = the distance alone, frozen. ensemble: the random transformations of E-LatentLPIPS, a
     name of ENSEMBLES; .forward(a, b, generator) draws them once per sample and treats a and b alike,
-    .features never does, so features of a target can be kept only without. colour: "rgb", or "all" for any
-    channels, all treated alike.
+    .features never does, so features of a target can be kept only without.
     """
     ENSEMBLES = {"none": "", "bg": "bg", "bgc": "bgc",
                  "bgcfnc": "bgcfno"}                  # blit, geometry, colour, filter, noise, cutout (o)
 
-    def __init__(self, vgg_state=None, in_channels=4, num_classes=0, ensemble="none", colour="rgb"):
-        super().__init__(in_channels, LPIPS.WIDTHS, num_classes=0, pools=(3, 4), groups=32)
-        if ensemble not in self.ENSEMBLES or (colour, in_channels) != ("rgb", 4) and colour != "all":
-            raise ValueError(f"ensemble={ensemble!r}, colour={colour!r}, {in_channels} channels: ensembles "
-                             f"are {', '.join(self.ENSEMBLES)}; colours are all, and with 4 channels rgb")
-        self.parts, self.colour = self.ENSEMBLES[ensemble], colour
+    def __init__(self, vgg_state=None, num_classes=0, ensemble="none"):
+        super().__init__(4, LPIPS.WIDTHS, num_classes=0, pools=(3, 4), groups=32)
+        if ensemble not in self.ENSEMBLES:
+            raise ValueError(f"ensemble={ensemble!r}: it must be one of {', '.join(self.ENSEMBLES)}")
+        self.parts = self.ENSEMBLES[ensemble]
         if num_classes:
             self.head = nn.Sequential(
                 nn.AdaptiveAvgPool2d(7), nn.Flatten(), nn.Linear(512 * 49, 4096), nn.ReLU(), nn.Dropout(),
@@ -750,11 +748,7 @@ class ELatentLPIPS(VGG):
             draw["affine"] = draw["affine"] @ stretched @ affine(U())
         if "c" in self.parts:
             bright, contrast = 0.2 * N(), 2 ** (0.5 * N())
-            if self.colour == "all":
-                draw["colour"] = contrast[:, None, None] * torch.linalg.qr(N(C, C))[0]
-                draw["offset"] = (contrast * bright).view(-1, 1, 1, 1)
-            else:
-                draw["colour"] = rgb_matrix(bright, contrast, U().round() * 2 - 1, U(), 2 ** N())
+            draw["colour"] = rgb_matrix(bright, contrast, U().round() * 2 - 1, U(), 2 ** N())
         if "f" in self.parts:                     # one band after the other, the power of a 1/f spectrum kept
             draw["gains"], power = x.new_ones(len(x), 4), x.new_ones(4)
             power[0] = 10
@@ -778,7 +772,7 @@ class ELatentLPIPS(VGG):
             grid = F.affine_grid(draw["affine"][:, :2], x.shape, align_corners=False)
             x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
         if "colour" in draw:
-            x = torch.einsum("bij,bjhw->bihw", draw["colour"], x) + draw.get("offset", 0)
+            x = torch.einsum("bij,bjhw->bihw", draw["colour"], x)
         if "gains" in draw:
             # choice: four bands by binomial blurs of reach 1, 2, 4; the authors filter with a sym2 wavelet
             fine = blur(x, 1)

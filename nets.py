@@ -208,12 +208,10 @@ class UNetBlock(nn.Module):
         self.norm1 = GroupNorm(out_channels)
         self.dropout, self.width = dropout, out_channels
         self.conv1 = Conv2d(out_channels, out_channels, 3, gain=1e-5)
-        self.skip = None
-        if in_channels != out_channels or resample != "keep":
-            self.skip = Conv2d(in_channels, out_channels, 1, resample)
-        self.norm2 = None
+        same = in_channels == out_channels and resample == "keep"
+        self.skip = None if same else Conv2d(in_channels, out_channels, 1, resample)
+        self.norm2 = GroupNorm(out_channels) if attention else None
         if attention:
-            self.norm2 = GroupNorm(out_channels)
             self.qkv = Conv2d(out_channels, 3 * out_channels, 1, gain=math.sqrt(0.2))
             self.proj = Conv2d(out_channels, out_channels, 1, gain=1e-5)
 
@@ -415,7 +413,7 @@ def hoist(net):
     """Inside, all forwards and backwards of net share weights normalised once, in net.compute_dtype.
 
     At the end the gradient they collected over all micro-batches, in that precision, goes through the
-    normalisation once, into weight.grad; after an exception it is dropped. The weights must stay inside.
+    normalisation once, into weight.grad; after an exception it is dropped. Weights must not change inside.
     """
     layers, dtype = trainable(net), getattr(net, "compute_dtype", None)
     try:
@@ -709,7 +707,7 @@ class ELatentLPIPS(VGG):
         for m in self.modules():                      # torchvision's initialisation of VGG
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
-            elif isinstance(m, nn.Linear):
+            if isinstance(m, nn.Linear):
                 nn.init.normal_(m.weight, 0, 0.01)
             if isinstance(m, (nn.Conv2d, nn.Linear)):
                 nn.init.zeros_(m.bias)
@@ -1058,7 +1056,7 @@ def state_dicts(tree, place=()):
 
 
 def choose(tree):
-    """(place, state dict) in a nest: the average, else the trained net, else the only one. Two: ValueError."""
+    """(place, state dict) in a nest: the average, else the trained net, else the only; ValueError if two."""
     found = state_dicts(tree)
     for names in (AVERAGED, TRAINED, {name for place in found for name in place}):
         places = [place for place in found if not place or names & set(place)]
@@ -1316,10 +1314,10 @@ class FlowTransformer(nn.Module):
         if repa_dim and not 1 <= repa_depth <= depth:
             raise ValueError(f"repa_depth={repa_depth}: the network has {depth} blocks")
         self.repa_depth = repa_depth if repa_dim else 0
-        widths = [hidden_size, projector_dim, projector_dim, repa_dim]
         if repa_dim:
-            layers = [layer for a, b in zip(widths, widths[1:]) for layer in (nn.Linear(a, b), nn.SiLU())]
-            self.projectors = nn.ModuleList([nn.Sequential(*layers[:-1])])
+            self.projectors = nn.ModuleList([nn.Sequential(
+                nn.Linear(hidden_size, projector_dim), nn.SiLU(),
+                nn.Linear(projector_dim, projector_dim), nn.SiLU(), nn.Linear(projector_dim, repa_dim))])
 
     def add_final_layer(self, hidden_size, out_channels):
         self.final_layer = nn.ModuleDict({

@@ -920,33 +920,32 @@ def read_storage(node):
     return torch.from_numpy(np.ndarray(numel, f"<i{dtype.itemsize}", raw, start).copy()).view(dtype)
 
 
-def read_tensor(node, done):
-    """_rebuild_parameter or _rebuild_tensor_v2 Record -> tensor. done: id of storage -> flat tensor."""
+def read_tensor(node):
+    """_rebuild_parameter or _rebuild_tensor_v2 Record -> tensor."""
     node = node.args[0] if kind(node) == "_rebuild_parameter" else node
     if kind(node) != "_rebuild_tensor_v2" or kind(node.args[0]) != "_load_from_bytes":
         raise ValueError(f"a tensor is made by {kind(node)!r}")
     storage, offset, size, stride = node.args[:4]
     if any(type(n) is not int or n < 0 for n in (offset, *size, *stride)) or len(size) != len(stride):
         raise ValueError("a tensor has a negative or no size, stride or offset")
-    if id(storage) not in done:
-        done[id(storage)] = read_storage(storage)
-        storage.args = ()                             # trap: else two copies of EDM2-XXL, 3 GB each, are held
-    flat = done[id(storage)]
+    if not torch.is_tensor(storage.args):             # trap: bytes go, else two copies of EDM2-XXL, 3 GB each
+        storage.args = read_storage(storage)
+    flat = storage.args
     end = 1 + offset + sum((n - 1) * s for n, s in zip(size, stride)) if 0 not in size else 0
     if max(end, math.prod(size)) > len(flat):         # trap: stride 0 fits anywhere, its copy is of any size
         raise ValueError(f"a tensor of size {size}, stride {stride} leaves its storage of {len(flat)}")
     return flat.as_strided(size, stride, offset)
 
 
-def read_module(node, prefix, state, done):
+def read_module(node, prefix, state):
     """Fill `state` with a recorded module's tensors by name, in torch's order. Returns its __dict__."""
     fields = node.args[0]["state"] if kind(node) == "_reconstruct_persistent_obj" else node.state
     for name, tensor in (*fields["_parameters"].items(), *fields["_buffers"].items()):
         if tensor is not None and name not in fields.get("_non_persistent_buffers_set", ()):
-            state[prefix + name] = read_tensor(tensor, done)
+            state[prefix + name] = read_tensor(tensor)
     for name, child in fields["_modules"].items():
         if child is not None:
-            read_module(child, f"{prefix}{name}.", state, done)
+            read_module(child, f"{prefix}{name}.", state)
     return fields
 
 
@@ -975,7 +974,7 @@ def read_nvidia(path):
     if ema.args[0]["class_name"] in ("VPPrecond", "VEPrecond", "iDDPMPrecond"):     # same names, other noise
         raise ValueError(f"its {ema.args[0]['class_name']} has another noise process than EDMPrecond")
     state = {}
-    fields = read_module(ema, "", state, {})
+    fields = read_module(ema, "", state)
     args, kwargs = plain(fields.get("_init_args", ())), plain(fields.get("_init_kwargs", {}))
     named = {"_init_args": args} if len(args) > len(INTERFACE) else dict(zip(INTERFACE, args))
     return state, {**named, **kwargs}

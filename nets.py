@@ -29,7 +29,6 @@ import fcntl
 import functools
 import hashlib
 import http.client
-import importlib
 import importlib.util
 import inspect
 import io
@@ -42,7 +41,6 @@ import pickle
 import pickletools
 import re
 import shutil
-import struct
 import sys
 import urllib.parse
 import urllib.request
@@ -81,39 +79,33 @@ SIZES = {  # EDMPrecond(**row); 55.7M and 61.8M parameters at 32 and 64 pixels (
 
 
 # ---- DDPM++ --------------------------------------------------------------------------------------
-class Linear(nn.Linear):
-    """nn.Linear with DDPM++'s initialisation: Xavier uniform scaled by init_weight, bias zero."""
+def xavier_(layer, gain=1.0):
+    """layer, with a Xavier uniform weight times gain and a bias of zero."""
+    nn.init.xavier_uniform_(layer.weight).data.mul_(gain)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
 
-    def __init__(self, in_features, out_features, bias=True, init_weight=1.0):
-        super().__init__(in_features, out_features, bias)
-        xavier_(self, init_weight)
+
+def resample(x, how):
+    """x at twice its resolution ("up": nearest neighbour), at half ("down": 2x2 mean), or unchanged."""
+    if how == "up":
+        return F.interpolate(x, scale_factor=2, mode="nearest")
+    return F.avg_pool2d(x, 2) if how == "down" else x
 
 
 class Conv2d(nn.Conv2d):
-    """Convolution that may first halve or double the resolution: 2x2 mean, nearest neighbour."""
+    """Convolution of x resampled."""
 
-    def __init__(self, in_channels, out_channels, kernel, up=False, down=False, init_weight=1.0):
+    def __init__(self, in_channels, out_channels, kernel, how="keep", gain=1.0):
         super().__init__(in_channels, out_channels, kernel, padding=kernel // 2)
-        self.up, self.down = up, down
-        xavier_(self, init_weight)
-        if up or down:
+        self.how = how
+        xavier_(self, gain)
+        if how != "keep":
             self.register_buffer("resample_filter", torch.full((1, 1, 2, 2), 0.25))  # in official checkpoints
 
     def forward(self, x):
-        if self.up:
-            x = F.interpolate(x, scale_factor=2, mode="nearest")
-        if self.down:
-            x = F.avg_pool2d(x, 2)
-        return super().forward(x)
-
-
-def xavier_(layer, gain):
-    """Xavier uniform weight times gain, zero bias, in place."""
-    nn.init.xavier_uniform_(layer.weight)
-    with torch.no_grad():
-        layer.weight.mul_(gain)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
+        return super().forward(resample(x, self.how))
 
 
 class GroupNorm(nn.GroupNorm):
@@ -130,17 +122,10 @@ class GroupNorm(nn.GroupNorm):
 
 def dropout(block, x, kept):
     """Dropout in training. kept (B, C H W) bool: what stays (dropout_masks); None: torch draws it."""
-    if kept is None or not block.training:
+    if kept is None or not block.training or not block.dropout:
         return F.dropout(x, block.dropout, block.training)
     B, C, H, W = x.shape
     return x * kept.view(B, H, W, C).permute(0, 3, 1, 2) / (1 - block.dropout)
-
-
-def mask_sizes(unet):
-    """How many numbers dropout decides on in each block, in forward order; 0: it has no dropout."""
-    named = [*unet.enc.items(), *unet.dec.items()]
-    return [block.width * int(name.split("x")[0]) ** 2 * (block.dropout > 0)
-            for name, block in named if hasattr(block, "dropout")]
 
 
 def dropout_masks(net, seeds):
@@ -149,7 +134,7 @@ def dropout_masks(net, seeds):
     Row i follows from seeds[i] alone, so a sample's masks depend on its place in the whole batch, and not on
     the number of processes or micro-batches. The two calls of Eq. 3 share one.
     """
-    size = sum(next(m.sizes for m in net.modules() if hasattr(m, "sizes")))
+    size = sum(next(m.sizes for m in net.modules() if isinstance(m, UNet)))
     if not size or not net.training:
         return None
     p, device = max(getattr(m, "dropout", 0) for m in net.modules()), next(net.parameters()).device
@@ -159,36 +144,76 @@ def dropout_masks(net, seeds):
     return masks
 
 
-def split_masks(masks, sizes):
-    """dropout_masks -> an iterator over the part of each block, None for blocks without dropout."""
-    parts = [None] * len(sizes) if masks is None else masks.split(sizes, 1)
-    return iter([part if size else None for part, size in zip(parts, sizes)])
+class UNet(nn.Module):
+    """What DDPM++ and EDM2 share: residual blocks over resolutions under their official names."""
+
+    def add_blocks(self, block, first, img_resolution, widths, num_blocks, attn_resolutions, every):
+        """Fill enc and dec; returns the width of the last block.
+
+        block(flavor, res, c_in, c_out, ...) makes one; first: the convolution before them; every: in dec
+        attention follows each block of a resolution in attn_resolutions, else the last one only.
+        """
+        self.enc, self.dec, skips, c = nn.ModuleDict(), nn.ModuleDict(), [], len(first.weight)
+        for level, width in enumerate(widths):
+            res = img_resolution >> level
+            if level == 0:
+                self.enc[f"{res}x{res}_conv"] = first
+            else:
+                self.enc[f"{res}x{res}_down"] = block("enc", res, c, c, resample="down")
+            skips.append(c)
+            for i in range(num_blocks):
+                attention = res in attn_resolutions
+                self.enc[f"{res}x{res}_block{i}"] = block("enc", res, c, width, attention=attention)
+                skips.append(c := width)
+        for level, width in reversed(list(enumerate(widths))):
+            res = img_resolution >> level
+            if level == len(widths) - 1:
+                self.dec[f"{res}x{res}_in0"] = block("dec", res, c, c, attention=True)
+                self.dec[f"{res}x{res}_in1"] = block("dec", res, c, c)
+            else:
+                self.dec[f"{res}x{res}_up"] = block("dec", res, c, c, resample="up")
+            for i in range(num_blocks + 1):
+                attention = res in attn_resolutions and (every or i == num_blocks)
+                c_in, c = c + skips.pop(), width
+                self.dec[f"{res}x{res}_block{i}"] = block("dec", res, c_in, c, attention=attention)
+        named = [*self.enc.items(), *self.dec.items()][1:]     # numbers that dropout decides on in each block
+        self.sizes = [b.width * int(name.split("x")[0]) ** 2 * (b.dropout > 0) for name, b in named]
+        return c
+
+    def walk(self, x, emb, masks, join):
+        """x through all blocks; those of dec get join(x, what enc left). masks: of dropout_masks, or None."""
+        kept = iter([None] * len(self.sizes) if masks is None else masks.split(self.sizes, 1))
+        skips = []
+        for name, block in self.enc.items():
+            x = block(x) if name.endswith("_conv") else block(x, emb, next(kept))
+            skips.append(x)
+        for name, block in self.dec.items():
+            if "_aux_" not in name:
+                x = block(join(x, skips.pop()) if "_block" in name else x, emb, next(kept))
+        return x
 
 
 class UNetBlock(nn.Module):
-    """Residual block of DDPM++: two 3x3 convolutions, the noise embedding added between, optional
-    self-attention.
+    """Residual block of DDPM++: two 3x3 convolutions, the noise embedding added between, self-attention.
 
     forward: x (B, in, H, W), emb (B, emb_channels) -> (B, out, H', W'). Both sums are scaled by sqrt(1/2).
     """
 
-    def __init__(self, in_channels, out_channels, emb_channels, up=False, down=False, attention=False,
+    def __init__(self, in_channels, out_channels, emb_channels, resample="keep", attention=False,
                  dropout=0.0):
         super().__init__()
         self.norm0 = GroupNorm(in_channels)
-        self.conv0 = Conv2d(in_channels, out_channels, 3, up=up, down=down)
-        self.affine = Linear(emb_channels, out_channels)
+        self.conv0 = Conv2d(in_channels, out_channels, 3, resample)
+        self.affine = xavier_(nn.Linear(emb_channels, out_channels))
         self.norm1 = GroupNorm(out_channels)
         self.dropout, self.width = dropout, out_channels
-        self.conv1 = Conv2d(out_channels, out_channels, 3, init_weight=1e-5)
-        self.skip = None
-        if in_channels != out_channels or up or down:
-            self.skip = Conv2d(in_channels, out_channels, 1, up=up, down=down)
-        self.norm2 = None
+        self.conv1 = Conv2d(out_channels, out_channels, 3, gain=1e-5)
+        same = in_channels == out_channels and resample == "keep"
+        self.skip = None if same else Conv2d(in_channels, out_channels, 1, resample)
+        self.norm2 = GroupNorm(out_channels) if attention else None
         if attention:
-            self.norm2 = GroupNorm(out_channels)
-            self.qkv = Conv2d(out_channels, 3 * out_channels, 1, init_weight=math.sqrt(0.2))
-            self.proj = Conv2d(out_channels, out_channels, 1, init_weight=1e-5)
+            self.qkv = Conv2d(out_channels, 3 * out_channels, 1, gain=math.sqrt(0.2))
+            self.proj = Conv2d(out_channels, out_channels, 1, gain=1e-5)
 
     def forward(self, x, emb, kept=None):
         h = self.conv0(F.silu(self.norm0(x)))
@@ -204,12 +229,11 @@ class UNetBlock(nn.Module):
         return x
 
 
-class SongUNet(nn.Module):
-    """DDPM++ (Song et al. 2021, Table 7 of EDM): U-Net over resolutions, attention where attn_resolutions
-    says.
+class SongUNet(UNet):
+    """DDPM++ (Song et al. 2021, Table 7 of EDM): U-Net with attention at the resolutions attn_resolutions.
 
-    forward(x (B, C, H, W), noise_labels (B,), class_labels (B, label_dim) one-hot or None,
-    augment_labels (B, augment_dim) or None) -> F_x (B, C, H, W).
+    forward(x (B, C, H, W), noise_labels (B,), class_labels (B, label_dim) one-hot or None, augment_labels (B,
+    augment_dim) or None) -> F_x (B, C, H, W).
     """
 
     def __init__(self, img_resolution, in_channels, out_channels, label_dim=0, augment_dim=0,
@@ -217,43 +241,19 @@ class SongUNet(nn.Module):
                  attn_resolutions=(16,), dropout=0.1, label_dropout=0.0):
         super().__init__()
         self.model_channels, self.label_dropout = model_channels, label_dropout
-        emb = model_channels * channel_mult_emb
-        self.map_label = Linear(label_dim, model_channels) if label_dim else None
-        self.map_augment = Linear(augment_dim, model_channels, bias=False) if augment_dim else None
-        self.map_layer0 = Linear(model_channels, emb)
-        self.map_layer1 = Linear(emb, emb)
+        c, emb = model_channels, model_channels * channel_mult_emb
+        self.map_label = xavier_(nn.Linear(label_dim, c)) if label_dim else None
+        self.map_augment = xavier_(nn.Linear(augment_dim, c, bias=False)) if augment_dim else None
+        self.map_layer0 = xavier_(nn.Linear(c, emb))
+        self.map_layer1 = xavier_(nn.Linear(emb, emb))
 
-        self.enc = nn.ModuleDict()
-        skips, c = [], model_channels
-        for level, mult in enumerate(channel_mult):
-            res = img_resolution >> level
-            if level == 0:
-                self.enc[f"{res}x{res}_conv"] = Conv2d(in_channels, c, 3)
-            else:
-                self.enc[f"{res}x{res}_down"] = UNetBlock(c, c, emb, down=True, dropout=dropout)
-            skips.append(c)
-            for i in range(num_blocks):
-                c_in, c = c, model_channels * mult
-                self.enc[f"{res}x{res}_block{i}"] = UNetBlock(c_in, c, emb, attention=res in attn_resolutions,
-                                                              dropout=dropout)
-                skips.append(c)
-
-        self.dec = nn.ModuleDict()
-        for level, mult in reversed(list(enumerate(channel_mult))):
-            res = img_resolution >> level
-            if level == len(channel_mult) - 1:
-                self.dec[f"{res}x{res}_in0"] = UNetBlock(c, c, emb, attention=True, dropout=dropout)
-                self.dec[f"{res}x{res}_in1"] = UNetBlock(c, c, emb, dropout=dropout)
-            else:
-                self.dec[f"{res}x{res}_up"] = UNetBlock(c, c, emb, up=True, dropout=dropout)
-            for i in range(num_blocks + 1):
-                c_in, c = c + skips.pop(), model_channels * mult
-                attention = i == num_blocks and res in attn_resolutions
-                self.dec[f"{res}x{res}_block{i}"] = UNetBlock(c_in, c, emb, attention=attention,
-                                                              dropout=dropout)
-        self.dec[f"{res}x{res}_aux_norm"] = GroupNorm(c)
-        self.dec[f"{res}x{res}_aux_conv"] = Conv2d(c, out_channels, 3, init_weight=1e-5)
-        self.sizes = mask_sizes(self)
+        def block(flavor, res, c_in, c_out, **kwargs):
+            return UNetBlock(c_in, c_out, emb, dropout=dropout, **kwargs)
+        widths = [model_channels * m for m in channel_mult]
+        first = Conv2d(in_channels, c, 3)
+        c = self.add_blocks(block, first, img_resolution, widths, num_blocks, attn_resolutions, every=False)
+        self.dec[f"{img_resolution}x{img_resolution}_aux_norm"] = GroupNorm(c)
+        self.dec[f"{img_resolution}x{img_resolution}_aux_conv"] = Conv2d(c, out_channels, 3, gain=1e-5)
 
     def forward(self, x, noise_labels, class_labels=None, augment_labels=None, masks=None):
         half = self.model_channels // 2
@@ -268,41 +268,31 @@ class SongUNet(nn.Module):
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)
         emb = F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
-
-        skips, kept = [], split_masks(masks, self.sizes)
-        for name, block in self.enc.items():
-            x = block(x) if name.endswith("_conv") else block(x, emb, next(kept))
-            skips.append(x)
-        for name, block in self.dec.items():
-            if "_aux_" in name:
-                x = F.silu(block(x)) if name.endswith("norm") else block(x)
-            else:
-                x = block(torch.cat([x, skips.pop()], 1) if "_block" in name else x, emb, next(kept))
-        return x
+        x = self.walk(x, emb, masks, lambda x, skip: torch.cat([x, skip], 1))
+        norm, conv = [*self.dec.values()][-2:]
+        return conv(F.silu(norm(x)))
 
 
 FIXED = dict(model_type="SongUNet", embedding_type="positional", encoder_type="standard",
              decoder_type="standard", channel_mult_noise=1, resample_filter=[1, 1])
-IGNORED = {"use_fp16", "sigma_min", "sigma_max"}                  # in official files, without a meaning here
 
 
 class EDMPrecond(nn.Module):
     """EDM preconditioning around DDPM++: D_x = c_skip x + c_out F(c_in x, c_noise)   (EDM Table 1, Eq. 7).
 
     forward(x (B, C, H, W), sigma (B,), class_labels=None, augment_labels=None, masks=None) -> D_x, float32.
-    masks: of dropout_masks; None: dropout as torch draws it.
-    sigma_shift (same unit as sigma): outside training sigma - sigma_shift replaces sigma in the numerators,
-    as the official CMT and ECT checkpoints are sampled (0.003); 0, our default, samples the function that was
-    trained. ValueError for constructor arguments that are not DDPM++.
+    masks: of dropout_masks; None: dropout as torch draws it. Outside training sigma - sigma_shift replaces
+    sigma in the numerators, as official CMT and ECT checkpoints are sampled (0.003); 0 samples the function
+    that was trained. ValueError for constructor arguments that are not DDPM++.
     """
 
-    def __init__(self, img_resolution, img_channels, label_dim=0, sigma_data=0.5, sigma_shift=0.0, **unet):
+    def __init__(self, img_resolution, img_channels, label_dim=0, sigma_data=0.5, sigma_shift=0.0,
+                 use_fp16=None, sigma_min=None, sigma_max=None, **unet):         # in files, without a meaning
         super().__init__()
         for name, value in FIXED.items():
             given = unet.pop(name, value)
             if (list(given) if isinstance(given, tuple) else given) != value:
                 raise WeightsError(f"{name}={given!r}: DDPM++ has {value!r}; no other SongUNet is here")
-        unet = {name: value for name, value in unet.items() if name not in IGNORED}
         self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
         self.sigma_data, self.sigma_shift = sigma_data, sigma_shift
         self.model = SongUNet(img_resolution, img_channels, img_channels, label_dim, **unet)
@@ -327,8 +317,7 @@ EPS = 1e-4                                            # added to a root mean squ
 
 
 def row_norm(w):
-    """eps sqrt(fan_in) + |row| of a weight (out, in, ...), float32; w / row_norm(w) is what a layer applies.
-    """
+    """eps sqrt(fan_in) + |row| of a weight (out, in, ...), float32; a layer applies w / row_norm(w)."""
     dims = tuple(range(1, w.ndim))
     norm = torch.linalg.vector_norm(w, dim=dims, keepdim=True, dtype=torch.float32)
     return norm + EPS * math.sqrt(w[0].numel())     # normalised to RMS 1, then over sqrt(fan_in): EDM2 Eq. 47
@@ -371,11 +360,9 @@ class MPFourier(nn.Module):
 
 
 class MPConv(nn.Module):
-    """Convolution (kernel (k, k)) or linear layer (kernel ()) whose rows are normalised in the graph: EDM2
-    Eq. 47.
+    """Convolution (kernel (k, k)) or linear layer (kernel ()) with normalised rows: EDM2 Eq. 47.
 
-    weight is normalised at every call, unless `hoist` or `freeze` has put what comes out of that into
-    `hoisted`.
+    weight is normalised at every call, in the graph, unless `hoist` or `freeze` has filled `hoisted`.
     """
 
     def __init__(self, in_channels, out_channels, kernel=()):
@@ -390,8 +377,7 @@ class MPConv(nn.Module):
 
     @torch.no_grad()
     def effective(self, dtype, d):
-        """What forward applies, w / d with d = row_norm(w); dtype is for convolutions, others stay float32.
-        """
+        """w / d with d = row_norm(w), as forward applies it; dtype is for convolutions, None: float32."""
         w = self.weight.detach()
         dtype = torch.float32 if dtype is None or w.ndim == 2 else dtype
         return torch.div(w, d, out=torch.empty_like(w, dtype=dtype))
@@ -404,17 +390,14 @@ class MPConv(nn.Module):
         along = (w * g).sum(dims, keepdim=True)
         if w.grad is None:
             w.grad = torch.zeros_like(w)
-        # trap: in place, flat views
-        w.grad.addcmul_(g, 1 / d).addcmul_(w, along / (norm * d**2), value=-1)
+        w.grad.addcmul_(g, 1 / d).addcmul_(w, along / (norm * d**2), value=-1)    # trap: in place, flat views
 
 
 @torch.no_grad()
 def force_weight_norm(net):
-    """Rows of every MPConv to root mean square 1, in place (EDM2 Eq. 66): once per step, before its first
-    forward.
+    """Rows of every MPConv to root mean square 1, in place (EDM2 Eq. 66): once a step, before its forwards.
 
-    trap: not in forward, as in the official code; there a second forward alters what the first one's backward
-    needs.
+    trap: not in forward, as in the official code: there a second one alters what the first's backward needs.
     """
     for m in trainable(net):
         m.weight.div_(row_norm(m.weight) / math.sqrt(m.weight[0].numel()))
@@ -427,12 +410,10 @@ def trainable(net):
 
 @contextlib.contextmanager
 def hoist(net):
-    """Inside, every forward of net uses weights normalised once, in net.compute_dtype; backward must be
-    inside too.
+    """Inside, all forwards and backwards of net share weights normalised once, in net.compute_dtype.
 
     At the end the gradient they collected over all micro-batches, in that precision, goes through the
-    normalisation once, into weight.grad; after an exception it is dropped. The weights must not change
-    inside. No need of it when frozen.
+    normalisation once, into weight.grad; after an exception it is dropped. Weights must not change inside.
     """
     layers, dtype = trainable(net), getattr(net, "compute_dtype", None)
     try:
@@ -443,23 +424,18 @@ def hoist(net):
         for m, d in zip(layers, norms):
             if m.hoisted.grad is not None:
                 m.pull_back(m.hoisted.grad, d)
-            m.hoisted = None
     finally:
         for m in layers:
             m.hoisted = None
 
 
-def freeze(net, dtype=None):
-    """net for inference alone, returned: weights normalised for good, one copy, in dtype (None:
-    net.compute_dtype).
+def freeze(net):
+    """net for inference alone, returned: weights normalised for good, one copy, in net.compute_dtype.
 
-    The trainable weights are gone: state_dict() is refused, so a frozen network is neither saved nor loaded
-    into.
+    The trainable weights are gone: state_dict() is refused, so it is neither saved nor loaded into.
     """
-    if dtype is not None:
-        net.compute_dtype = dtype
     for m in trainable(net):
-        m.hoisted = m.effective(getattr(net, "compute_dtype", None), row_norm(m.weight.detach()))
+        m.hoisted = m.effective(net.compute_dtype, row_norm(m.weight.detach()))
         m.weight = None
     net.register_state_dict_pre_hook(refuse_state)
     return net.requires_grad_(False).eval()
@@ -492,10 +468,7 @@ class Block(nn.Module):
         self.attn_proj = MPConv(out_channels, out_channels, (1, 1)) if self.heads else None
 
     def forward(self, x, emb, kept=None):
-        if self.resample == "up":
-            x = F.interpolate(x, scale_factor=2, mode="nearest")
-        elif self.resample == "down":
-            x = F.avg_pool2d(x, 2)
+        x = resample(x, self.resample)
         skip = (lambda x: x) if self.conv_skip is None else self.conv_skip
         if self.flavor == "enc":
             x = normalize(skip(x), 1)         # trap: pixel norm after the skip convolution, before the branch
@@ -509,15 +482,14 @@ class Block(nn.Module):
 
     def attend(self, x):
         """Softmax attention of q, k, v with unit magnitude per head; the result is channels_last."""
-        # trap: channel 3 (head channels_per_head + c) + {0, 1, 2} is q, k, v; they are not three contiguous
-        # blocks
+        # trap: channel 3 (head channels_per_head + c) + {0, 1, 2} is q, k, v, which are no contiguous blocks
         qkv = self.attn_qkv(x).unflatten(1, (self.heads, -1, 3)).flatten(4)             # (B, heads, C, 3, HW)
         q, k, v = normalize(qkv.permute(3, 0, 1, 4, 2).contiguous(), -1)              # (B, heads, HW, C) each
         a = F.scaled_dot_product_attention(q, k, v)
         return a.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, x.shape[2:])    # (B, heads C, H, W)
 
 
-class EDM2UNet(nn.Module):
+class EDM2UNet(UNet):
     """U-Net of EDM2. forward(x (B, C, H, W), noise_labels (B,), class_labels (B, label_dim) or None) -> F_x.
 
     The embedding is float32, the rest has x's dtype. block: the balances, clip_act and channels_per_head of
@@ -537,47 +509,20 @@ class EDM2UNet(nn.Module):
         self.emb_noise = MPConv(noise, emb)
         self.emb_label = MPConv(label_dim, emb) if label_dim else None
 
-        def make(c_in, c_out, **kwargs):              # at the resolution of the loops below
+        def make(flavor, res, c_in, c_out, **kwargs):
             p = dropout if dropout_res is None or res <= dropout_res else 0.0
-            return Block(c_in, c_out, emb, dropout=p, **kwargs, **block)
-
-        self.enc, self.dec, skips, c = nn.ModuleDict(), nn.ModuleDict(), [], widths[0]
-        for level, width in enumerate(widths):
-            res = img_resolution >> level
-            if level == 0:
-                self.enc[f"{res}x{res}_conv"] = MPConv(img_channels + 1, c, (3, 3))
-            else:
-                self.enc[f"{res}x{res}_down"] = make(c, c, resample="down")
-            skips.append(c)
-            for i in range(num_blocks):
-                self.enc[f"{res}x{res}_block{i}"] = make(c, width, attention=res in attn_resolutions)
-                skips.append(c := width)
-        for level, width in reversed(list(enumerate(widths))):
-            res = img_resolution >> level
-            if level == len(widths) - 1:
-                self.dec[f"{res}x{res}_in0"] = make(c, c, flavor="dec", attention=True)
-                self.dec[f"{res}x{res}_in1"] = make(c, c, flavor="dec")
-            else:
-                self.dec[f"{res}x{res}_up"] = make(c, c, flavor="dec", resample="up")
-            for i in range(num_blocks + 1):
-                self.dec[f"{res}x{res}_block{i}"] = make(c + skips.pop(), width, flavor="dec",
-                                                         attention=res in attn_resolutions)
-                c = width
+            return Block(c_in, c_out, emb, flavor, dropout=p, **kwargs, **block)
+        first = MPConv(img_channels + 1, widths[0], (3, 3))
+        c = self.add_blocks(make, first, img_resolution, widths, num_blocks, attn_resolutions, every=True)
         self.out_conv = MPConv(c, img_channels, (3, 3))
-        self.sizes = mask_sizes(self)
 
     def forward(self, x, noise_labels, class_labels=None, masks=None):
         emb = self.emb_noise(self.emb_fourier(noise_labels))
         if self.emb_label is not None:
             emb = mp_sum(emb, self.emb_label(class_labels * math.sqrt(self.label_dim)), self.label_balance)
         emb = mp_silu(emb)
-        x, skips = torch.cat([x, torch.ones_like(x[:, :1])], 1), []  # a channel of ones stands for the biases
-        kept = split_masks(masks, self.sizes)
-        for name, block in self.enc.items():
-            x = block(x) if name.endswith("_conv") else block(x, emb, next(kept))
-            skips.append(x)
-        for name, block in self.dec.items():
-            x = block(mp_cat(x, skips.pop(), self.concat_balance) if "_block" in name else x, emb, next(kept))
+        x = torch.cat([x, torch.ones_like(x[:, :1])], 1)             # a channel of ones stands for the biases
+        x = self.walk(x, emb, masks, lambda x, skip: mp_cat(x, skip, self.concat_balance))
         return self.out_conv(x, self.out_gain)
 
 
@@ -592,8 +537,7 @@ class EDM2Precond(nn.Module):
     """
 
     def __init__(self, img_resolution, img_channels, label_dim, sigma_data=0.5, logvar_channels=128,
-                 # use_fp16: in files, no meaning
-                 compute_dtype=None, use_fp16=None, resample_filter=(1, 1), **unet):
+                 compute_dtype=None, use_fp16=None, resample_filter=(1, 1), **unet):    # use_fp16: no meaning
         super().__init__()
         if list(resample_filter) != [1, 1]:
             raise WeightsError(f"resample_filter={resample_filter!r}: EDM2 has [1, 1]; others are not here")
@@ -622,8 +566,7 @@ class EDM2Precond(nn.Module):
 # Each has .features(x) -> list of tensors, .distance(features_a, features_b) -> (B,), .forward(a, b) -> (B,),
 # so that the features of a target that many states share are computed once.
 class PixelDistance(nn.Module):
-    """Squared distance, mean over pixels (huber = 0), or pseudo-Huber sqrt(|a - b|^2 + c^2) - c, c = huber.
-    """
+    """Squared, mean over pixels (huber = 0), or pseudo-Huber sqrt(|a - b|^2 + c^2) - c with c = huber."""
 
     def __init__(self, huber=0.0):
         super().__init__()
@@ -644,85 +587,16 @@ class PixelDistance(nn.Module):
 
 def unit(f, eps):
     """Feature map (B, C, H, W) of unit length over channels; eps keeps a zero pixel zero."""
-    # trap: eps inside the root. Outside it, as in the lpips package, the derivative at a zero pixel is 0 *
-    # inf
+    # trap: eps inside the root. Outside it, as in the lpips package, a zero pixel's derivative is 0 * inf
     return f * (f.square().sum(1, keepdim=True) + eps).rsqrt()
 
 
-class LPIPS(nn.Module):
-    """LPIPS v0.1 with VGG-16: (B, 3, H, W) in [-1, 1], any size from 16 pixels; no resize, no clamp (B.2).
-
-    vgg_state: state dict of torchvision's VGG-16 (`features.*`; the classifier is left out); None = random
-    weights. The linear heads are read from the installed lpips package without importing it, because the
-    import needs a torchvision that matches torch to the build. The weights are frozen; gradients reach the
-    images.
-    """
-    # indices of convolutions in torchvision
-    SLICES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
-    WIDTHS = (64, 128, 256, 512, 512)
-
-    def __init__(self, vgg_state=None):
-        super().__init__()
-        self.features_ = nn.ModuleDict()
-        channels = 3
-        for slice_, width in zip(self.SLICES, self.WIDTHS):
-            for index in slice_:
-                self.features_[str(index)] = nn.Conv2d(channels, width, 3, padding=1)
-                channels = width
-        for k, width in enumerate(self.WIDTHS):
-            setattr(self, f"lin{k}", nn.Conv2d(width, 1, 1, bias=False))
-        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
-        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
-        if vgg_state is not None:
-            trunk = {k.removeprefix("features."): v for k, v in vgg_state.items()
-                     if k.startswith("features.")}
-            load_weights(self.features_, trunk, "VGG-16")
-        heads = torch.load(lpips_heads(), map_location="cpu", weights_only=True)
-        for k in range(5):
-            getattr(self, f"lin{k}").load_state_dict({"weight": heads[f"lin{k}.model.1.weight"]})
-        self.requires_grad_(False).eval()
-
-    def features(self, x):
-        x, maps = (x - self.shift) / self.scale, []
-        for k, slice_ in enumerate(self.SLICES):
-            if k:
-                x = F.max_pool2d(x, 2)
-            for index in slice_:
-                x = F.relu(self.features_[str(index)](x))
-            maps.append(unit(x, 1e-20))
-        return maps
-
-    def distance(self, features_a, features_b):
-        return sum(getattr(self, f"lin{k}")((a - b).square()).mean((1, 2, 3))
-                   for k, (a, b) in enumerate(zip(features_a, features_b)))
-
-    def forward(self, a, b):
-        return self.distance(self.features(a), self.features(b))
-
-
-def pretrained_lpips():
-    """LPIPS with torchvision's VGG-16, downloaded to the cache once; frozen."""
-    vgg = fetch("https://download.pytorch.org/models/vgg16-397923af.pth")
-    return LPIPS(load_pretrained(vgg)[0]).requires_grad_(False).eval()
-
-
-def lpips_heads():
-    """Path of the LPIPS heads inside the installed lpips package; FileNotFoundError with the install line."""
-    spec = importlib.util.find_spec("lpips")
-    path = spec and os.path.join(os.path.dirname(spec.origin), "weights", "v0.1", "vgg.pth")
-    if not path or not os.path.exists(path):
-        raise FileNotFoundError("the lpips package holds the linear heads of LPIPS and is not installed; "
-                                "run: pip install lpips")
-    return path
-
-
 class VGG(nn.Module):
-    """VGG with GroupNorm, trained on the labels of the data it will measure (App. B.5); LPIPS form without
-    heads.
+    """VGG with GroupNorm, trained on the labels of the data it will measure (App. B.5); LPIPS without heads.
 
     widths: one tuple of channels per slice; pools: slices that begin by halving the resolution. The distance
     is the squared difference of unit feature maps, summed over channels and slices, mean over pixels. groups
-    = 0: of 8 channels each. .logits(x) -> (B, num_classes) trains it; num_classes = 0: without that head.
+    = 0: of 8 channels each, None: no norm. .logits(x) -> (B, num_classes) trains; num_classes = 0: no head.
     """
 
     def __init__(self, in_channels=1, widths=((16, 16), (32, 32), (64, 64)), num_classes=10, pools=(1, 2),
@@ -732,8 +606,8 @@ class VGG(nn.Module):
         for k, slice_ in enumerate(widths):
             layers = [nn.MaxPool2d(2)] if k in pools else []
             for width in slice_:
-                norm = nn.GroupNorm(groups or width // 8, width)
-                layers += [nn.Conv2d(c, width, 3, padding=1), norm, nn.ReLU()]
+                norm = [] if groups is None else [nn.GroupNorm(groups or width // 8, width)]
+                layers += [nn.Conv2d(c, width, 3, padding=1), *norm, nn.ReLU()]
                 c = width
             self.slices.append(nn.Sequential(*layers))
         self.head = nn.Linear(c, num_classes) if num_classes else None
@@ -759,26 +633,73 @@ class VGG(nn.Module):
         return self.distance(self.features(a), self.features(b))
 
 
+class LPIPS(VGG):
+    """LPIPS v0.1 with VGG-16: (B, 3, H, W) in [-1, 1], any size from 16 pixels; no resize, no clamp (B.2).
+
+    vgg_state: state dict of torchvision's VGG-16 (`features.*`; the classifier is left out); None = random
+    weights. The weights are frozen; gradients reach the images.
+    """
+    WIDTHS = ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3)
+
+    def __init__(self, vgg_state=None):
+        super().__init__(3, self.WIDTHS, num_classes=0, pools=(1, 2, 3, 4), groups=None)
+        self.heads = nn.ModuleList([nn.Conv2d(slice_[-1], 1, 1, bias=False) for slice_ in self.WIDTHS])
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
+        if vgg_state is not None:
+            trunk = nn.Sequential(*[layer for slice_ in self.slices for layer in slice_])    # torchvision's
+            state = {k[9:]: v for k, v in vgg_state.items() if k.startswith("features.")}
+            load_weights(trunk, state, "VGG-16")
+        state = torch.load(lpips_heads(), map_location="cpu", weights_only=True)
+        load_weights(self.heads, {f"{k}.weight": state[f"lin{k}.model.1.weight"] for k in range(5)}, "LPIPS")
+        self.requires_grad_(False).eval()
+
+    def features(self, x):
+        x, maps = (x - self.shift) / self.scale, []
+        for slice_ in self.slices:
+            x = slice_(x)
+            maps.append(unit(x, 1e-20))
+        return maps
+
+    def distance(self, features_a, features_b):
+        return sum(head((a - b).square()).mean((1, 2, 3))
+                   for head, a, b in zip(self.heads, features_a, features_b))
+
+
+def pretrained_lpips():
+    """LPIPS with torchvision's VGG-16, downloaded to the cache once."""
+    return LPIPS(load_pretrained(fetch(VGG_URL))[0])
+
+
+def lpips_heads():
+    """Path of the linear heads in the installed lpips package; FileNotFoundError with the install line.
+
+    The package is not imported, for that needs a torchvision that matches torch to the build.
+    """
+    spec = importlib.util.find_spec("lpips")
+    path = spec and os.path.join(os.path.dirname(spec.origin), "weights", "v0.1", "vgg.pth")
+    if not path or not os.path.exists(path):
+        raise FileNotFoundError("the lpips package holds the linear heads of LPIPS and is not installed; "
+                                "run: pip install lpips")
+    return path
+
+
 class ELatentLPIPS(VGG):
-    """VGG-16 with GroupNorm on latents of deviation 0.5, (B, 4, 64, 64); taps of 64, 64, 64, 32, 16 pixels
-    (B.5).
+    """VGG-16 with GroupNorm on latents of deviation 0.5, (B, 4, 64, 64); taps of 64, 64, 64, 32, 16 (B.5).
 
     vgg_state: state dict of one that .logits has trained; None = random weights. num_classes: with VGG-16's
     head, trainable; 0 = the distance alone, frozen. ensemble: the random transformations of E-LatentLPIPS, a
     name of ENSEMBLES; .forward(a, b, generator) draws them once per sample and treats a and b alike,
-    .features never does, so features of a target can be kept only without. colour: "rgb", or "all" for any
-    channels, all treated alike.
+    .features never does, so features of a target can be kept only without.
     """
-    WIDTHS = ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3)
-    # blit, geometry, colour, filter, noise, cutout (o)
-    ENSEMBLES = {"none": "", "bg": "bg", "bgc": "bgc", "bgcfnc": "bgcfno"}
+    ENSEMBLES = {"none": "", "bg": "bg", "bgc": "bgc",
+                 "bgcfnc": "bgcfno"}                  # blit, geometry, colour, filter, noise, cutout (o)
 
-    def __init__(self, vgg_state=None, in_channels=4, num_classes=0, ensemble="none", colour="rgb"):
-        super().__init__(in_channels, self.WIDTHS, 0, pools=(3, 4), groups=32)
-        if ensemble not in self.ENSEMBLES or (colour, in_channels) != ("rgb", 4) and colour != "all":
-            raise ValueError(f"ensemble={ensemble!r}, colour={colour!r}, {in_channels} channels: ensembles "
-                             f"are {', '.join(self.ENSEMBLES)}; colours are all, and with 4 channels rgb")
-        self.parts, self.colour = self.ENSEMBLES[ensemble], colour
+    def __init__(self, vgg_state=None, num_classes=0, ensemble="none"):
+        super().__init__(4, LPIPS.WIDTHS, num_classes=0, pools=(3, 4), groups=32)
+        if ensemble not in self.ENSEMBLES:
+            raise ValueError(f"ensemble={ensemble!r}: it must be one of {', '.join(self.ENSEMBLES)}")
+        self.parts = self.ENSEMBLES[ensemble]
         if num_classes:
             self.head = nn.Sequential(
                 nn.AdaptiveAvgPool2d(7), nn.Flatten(), nn.Linear(512 * 49, 4096), nn.ReLU(), nn.Dropout(),
@@ -786,7 +707,7 @@ class ELatentLPIPS(VGG):
         for m in self.modules():                      # torchvision's initialisation of VGG
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
-            elif isinstance(m, nn.Linear):
+            if isinstance(m, nn.Linear):
                 nn.init.normal_(m.weight, 0, 0.01)
             if isinstance(m, (nn.Conv2d, nn.Linear)):
                 nn.init.zeros_(m.bias)
@@ -825,11 +746,7 @@ class ELatentLPIPS(VGG):
             draw["affine"] = draw["affine"] @ stretched @ affine(U())
         if "c" in self.parts:
             bright, contrast = 0.2 * N(), 2 ** (0.5 * N())
-            if self.colour == "all":
-                draw["colour"] = contrast[:, None, None] * torch.linalg.qr(N(C, C))[0]
-                draw["offset"] = (contrast * bright).view(-1, 1, 1, 1)
-            else:
-                draw["colour"] = rgb_matrix(bright, contrast, U().round() * 2 - 1, U(), 2 ** N())
+            draw["colour"] = rgb_matrix(bright, contrast, U().round() * 2 - 1, U(), 2 ** N())
         if "f" in self.parts:                     # one band after the other, the power of a 1/f spectrum kept
             draw["gains"], power = x.new_ones(len(x), 4), x.new_ones(4)
             power[0] = 10
@@ -849,12 +766,11 @@ class ELatentLPIPS(VGG):
     def augment(x, draw):
         """x after what .draw returned; differentiable in x."""
         if "affine" in draw:
-            # choice: bilinear sampling, reflection at the borders; the authors resample through a sym6
-            # wavelet
+            # choice: bilinear sampling, reflection at the borders; the authors resample by a sym6 wavelet
             grid = F.affine_grid(draw["affine"][:, :2], x.shape, align_corners=False)
             x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
         if "colour" in draw:
-            x = torch.einsum("bij,bjhw->bihw", draw["colour"], x) + draw.get("offset", 0)
+            x = torch.einsum("bij,bjhw->bihw", draw["colour"], x)
         if "gains" in draw:
             # choice: four bands by binomial blurs of reach 1, 2, 4; the authors filter with a sym2 wavelet
             fine = blur(x, 1)
@@ -875,16 +791,13 @@ def affine(turns, sx=1, sy=1, shift=0):
 
 
 def rgb_matrix(bright, contrast, luma, hue, saturation):
-    """(B, 4, 4) matrix of StyleGAN2-ADA's colour changes, each (B,): luma is 1 or -1 (flipped), hue in turns.
-    """
-    # choice: the matrix of RGB pixels acts on 4 latent channels, as the authors ran it; channel 4 is where
-    # RGB has 1
+    """(B, 4, 4) matrix of StyleGAN2-ADA's colours, each (B,): luma is 1 or -1 (flipped), hue in turns."""
+    # choice: the matrix of RGB pixels acts on 4 latent channels, as the authors ran it; the 4th is RGB's 1
     grey, eye = bright.new_full((3, 3), 1 / 3), torch.eye(4, device=bright.device, dtype=bright.dtype)
     cross = (eye[:3, :3].roll(1, 0) - eye[:3, :3].roll(-1, 0)) / math.sqrt(3)          # [0, -1, 1], ...
-    given = bright, contrast, luma, hue, saturation
+    given = bright, contrast, luma, 2 * math.pi * hue, saturation
     bright, contrast, luma, hue, saturation = (v.view(-1, 1, 1) for v in given)
-    hue = 2 * math.pi * hue                           # turns around grey; saturation scales away from it
-    around = hue.cos() * (eye[:3, :3] - grey) + hue.sin() * cross
+    around = hue.cos() * (eye[:3, :3] - grey) + hue.sin() * cross    # saturation scales away from grey
     matrix = eye.repeat(len(bright), 1, 1)
     matrix[:, :3, :3] = contrast * (luma * grey + saturation * around)
     matrix[:, :3, 3:] = contrast * luma * bright
@@ -906,9 +819,9 @@ PRETRAINED = {"cifar10": EDM_URL % "cifar10-32x32", "ffhq": EDM_URL % "ffhq-64x6
               # choice: 64's teacher is not named; this one has the FID the paper quotes, 1.33 in 63 calls
               "imagenet64": EDM2_URL % "edm2-img64-xl-0671088-0.040",
               "imagenet512": EDM2_URL % "edm2-img512-xxl-0939524-0.070"}
+VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 CHECKSUMS = {  # url -> sha256; NVIDIA publishes none, so `fetch` prints it: pin it here once you trust a file
-    "https://download.pytorch.org/models/vgg16-397923af.pth":
-        "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
+    VGG_URL: "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
     "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz":
         "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
 }
@@ -980,8 +893,8 @@ def read_pickle(stream, refused=REFUSED):
 
 
 def kind(node):
-    """Name of what a Record stands for, "" for a plain value."""
-    return type(node).__name__ if isinstance(node, Record) else ""
+    """Name of a value's type; of a Record, what it stands for."""
+    return type(node).__name__
 
 
 def raw_bytes(node):
@@ -1002,38 +915,37 @@ def read_storage(node):
     start, count = stream.tell() + 8, stream.read(8)
     if not (magic == 0x1950A86A20F9469CFC6C and version == 1001 and system["little_endian"] is True
             and tag == "storage" and isinstance(dtype, torch.dtype) and view is None and keys == [key]
-            and count == struct.pack("<q", numel) and len(raw) == start + numel * dtype.itemsize):
+            and count == numel.to_bytes(8, "little") and len(raw) == start + numel * dtype.itemsize):
         raise ValueError("a tensor's storage has a wrong header or length")
     return torch.from_numpy(np.ndarray(numel, f"<i{dtype.itemsize}", raw, start).copy()).view(dtype)
 
 
-def read_tensor(node, done):
-    """_rebuild_parameter or _rebuild_tensor_v2 Record -> tensor. done: id of storage -> flat tensor."""
+def read_tensor(node):
+    """_rebuild_parameter or _rebuild_tensor_v2 Record -> tensor."""
     node = node.args[0] if kind(node) == "_rebuild_parameter" else node
     if kind(node) != "_rebuild_tensor_v2" or kind(node.args[0]) != "_load_from_bytes":
         raise ValueError(f"a tensor is made by {kind(node)!r}")
     storage, offset, size, stride = node.args[:4]
     if any(type(n) is not int or n < 0 for n in (offset, *size, *stride)) or len(size) != len(stride):
         raise ValueError("a tensor has a negative or no size, stride or offset")
-    if id(storage) not in done:
-        done[id(storage)] = read_storage(storage)
-        storage.args = ()                             # trap: else two copies of EDM2-XXL, 3 GB each, are held
-    flat = done[id(storage)]
+    if not torch.is_tensor(storage.args):             # trap: bytes go, else two copies of EDM2-XXL, 3 GB each
+        storage.args = read_storage(storage)
+    flat = storage.args
     end = 1 + offset + sum((n - 1) * s for n, s in zip(size, stride)) if 0 not in size else 0
     if max(end, math.prod(size)) > len(flat):         # trap: stride 0 fits anywhere, its copy is of any size
         raise ValueError(f"a tensor of size {size}, stride {stride} leaves its storage of {len(flat)}")
     return flat.as_strided(size, stride, offset)
 
 
-def read_module(node, prefix, state, done):
+def read_module(node, prefix, state):
     """Fill `state` with a recorded module's tensors by name, in torch's order. Returns its __dict__."""
     fields = node.args[0]["state"] if kind(node) == "_reconstruct_persistent_obj" else node.state
     for name, tensor in (*fields["_parameters"].items(), *fields["_buffers"].items()):
         if tensor is not None and name not in fields.get("_non_persistent_buffers_set", ()):
-            state[prefix + name] = read_tensor(tensor, done)
+            state[prefix + name] = read_tensor(tensor)
     for name, child in fields["_modules"].items():
         if child is not None:
-            read_module(child, f"{prefix}{name}.", state, done)
+            read_module(child, f"{prefix}{name}.", state)
     return fields
 
 
@@ -1049,7 +961,7 @@ def plain(value):
             return np.frombuffer(raw_bytes(raw), np.dtype(dtype.args[0]).newbyteorder(dtype.state[1])).item()
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    raise ValueError(f"a constructor argument is a {kind(value) or type(value).__name__}")
+    raise ValueError(f"a constructor argument is a {kind(value)}")
 
 
 def read_nvidia(path):
@@ -1062,7 +974,7 @@ def read_nvidia(path):
     if ema.args[0]["class_name"] in ("VPPrecond", "VEPrecond", "iDDPMPrecond"):     # same names, other noise
         raise ValueError(f"its {ema.args[0]['class_name']} has another noise process than EDMPrecond")
     state = {}
-    fields = read_module(ema, "", state, {})
+    fields = read_module(ema, "", state)
     args, kwargs = plain(fields.get("_init_args", ())), plain(fields.get("_init_kwargs", {}))
     named = {"_init_args": args} if len(args) > len(INTERFACE) else dict(zip(INTERFACE, args))
     return state, {**named, **kwargs}
@@ -1108,8 +1020,7 @@ def read_safetensors(path):
 
 
 def write_safetensors(ckpt, file):
-    """The average in a checkpoint as .safetensors; constructor arguments and configuration go to the header.
-    """
+    """The average in a checkpoint as .safetensors; constructor arguments and configuration in the header."""
     state, end = sorted(ckpt["ema"].items(), key=lambda item: -item[1].dtype.itemsize), 0        # so aligned
     names = {dtype: name for name, dtype in DTYPES.items()}
     header = {"__metadata__": {"cmt": json.dumps({k: ckpt[k] for k in ("model", "cfg")})}}
@@ -1144,8 +1055,7 @@ def state_dicts(tree, place=()):
 
 
 def choose(tree):
-    """(place, state dict) of a nest: the average, else the trained net, else the only one. ValueError if two.
-    """
+    """(place, state dict) in a nest: the average, else the trained net, else the only; ValueError if two."""
     found = state_dicts(tree)
     for names in (AVERAGED, TRAINED, {name for place in found for name in place}):
         places = [place for place in found if not place or names & set(place)]
@@ -1170,8 +1080,7 @@ def unet_size(state):
 
 
 def read_weights(path_or_url):
-    """(state_dict, init_kwargs, configuration) of load_pretrained's file; configuration: of our own, else {}.
-    """
+    """load_pretrained's (state_dict, init_kwargs), and the configuration that our own files have, else {}."""
     path = str(path_or_url)
     try:
         path = fetch(path) if "://" in path else path
@@ -1254,11 +1163,11 @@ def load_weights(net, state, what):
         tensor.copy_(state[k])
 
 
-def fetch(url, sha256="", md5=""):
+def fetch(url, sha256=""):
     """Path of url's file in the cache ($CMT_CACHE, else ~/.cache/cmt), downloaded if it is not there yet.
 
-    The sums given (sha256 defaults to CHECKSUMS) are checked, of a cached file too. A download gets its final
-    name only when it is whole and right. OSError names url, file and remedy; WeightsError names both sums.
+    sha256 (default: of CHECKSUMS) is checked, of a cached file too. A download gets its final name only when
+    it is whole and right. OSError names url, file and remedy; WeightsError names both sums.
     """
     sha256 = sha256 or CHECKSUMS.get(url, "")
     cache = os.environ.get("CMT_CACHE") or os.path.expanduser("~/.cache/cmt")
@@ -1268,41 +1177,37 @@ def fetch(url, sha256="", md5=""):
     os.makedirs(cache, exist_ok=True)
     part, folder = f"{target}.{os.getpid()}.part", os.open(cache, os.O_RDONLY)
     fcntl.flock(folder, fcntl.LOCK_EX)    # trap: the processes of one machine would each download a copy
-    cached = os.path.exists(target)
     try:
-        if not cached:
-            with urllib.request.urlopen(url, timeout=60) as r, open(part, "wb") as f:
-                size = r.headers.get("Content-Length")
-                print(f"downloading {url}, {size or 'unknown number of'} bytes, to {target}", flush=True)
-                shutil.copyfileobj(r, f, 1 << 20)
-            # trap: a lost connection looks like the file's end
-            if size and int(size) != os.path.getsize(part):
-                raise OSError(f"{os.path.getsize(part)} of {size} bytes arrived")
-            print(f"sha256 {check_sums(part, url, sha256, md5)}  {target}", flush=True)
-            os.replace(part, target)
+        if os.path.exists(target):
+            if sha256:
+                check_sum(target, f"{target} (delete it to download it again)", sha256)
+            return target
+        with urllib.request.urlopen(url, timeout=60) as r, open(part, "wb") as f:
+            size = r.headers.get("Content-Length")
+            print(f"downloading {url}, {size or 'unknown number of'} bytes, to {target}", flush=True)
+            shutil.copyfileobj(r, f, 1 << 20)
+        if size and int(size) != os.path.getsize(part):    # trap: a lost connection looks like the file's end
+            raise OSError(f"{os.path.getsize(part)} of {size} bytes arrived")
+        print(f"sha256 {check_sum(part, url, sha256)}  {target}", flush=True)
+        os.replace(part, target)
+        return target
     except (OSError, http.client.HTTPException) as e:
         raise OSError(f"cannot download {url} ({e}): download it yourself and save it as {target}") from None
     finally:
         os.close(folder)
         if os.path.exists(part):
             os.remove(part)
-    if cached:
-        check_sums(target, f"{target} (delete it to download it again)", sha256, md5)
-    return target
 
 
-def check_sums(path, what, sha256, md5):
-    """sha256 of a file. WeightsError with `what` and both sums if it or the md5 is not as given ("" = any).
-    """
-    sums = hashlib.sha256(), hashlib.md5()
+def check_sum(path, what, expected):
+    """sha256 of a file. WeightsError with `what` and both sums if it is not as expected ("" = any)."""
+    found = hashlib.sha256()
     with open(path, "rb") as f:
         while block := f.read(1 << 20):
-            for s in sums:
-                s.update(block)
-    for s, wanted in zip(sums, (sha256, md5)):
-        if wanted and s.hexdigest() != wanted.lower():
-            raise WeightsError(f"{what}: its {s.name} is {s.hexdigest()}, expected {wanted}")
-    return sums[0].hexdigest()
+            found.update(block)
+    if expected and found.hexdigest() != expected.lower():
+        raise WeightsError(f"{what}: its sha256 is {found.hexdigest()}, expected {expected}")
+    return found.hexdigest()
 
 
 # ---- DiT, SiT, MM-DiT ----------------------------------------------------------------------------
@@ -1344,7 +1249,7 @@ def attention(qkv):
     q, k, v = qkv.transpose(1, 3).unbind(2)                                          # (B, heads, N, d)
     # trap: no fused kernel has a forward derivative. The level is private, -1 outside forward mode; unlike a
     # look for tangents it also works under vmap and torch.compile
-    if torch.autograd.forward_ad._current_level < 0:
+    if forward_ad._current_level < 0:
         a = F.scaled_dot_product_attention(q, k, v)
     else:
         a = (q @ k.transpose(2, 3) * q.shape[-1] ** -0.5).softmax(-1) @ v
@@ -1354,8 +1259,7 @@ def attention(qkv):
 class DiTBlock(nn.Module):
     """Transformer block with adaptive layer norm, cut at its attention, where MM-DiT joins two streams.
 
-    x (B, N, D), m = modulation(c (B, D)). pre_only: the text of MM-DiT's last block, read by the image, then
-    dropped.
+    x (B, N, D), m = modulation(c (B, D)). pre_only: the text of MM-DiT's last block, read, then dropped.
     """
 
     def __init__(self, hidden_size, num_heads, mlp_ratio=4.0, pre_only=False):
@@ -1409,10 +1313,10 @@ class FlowTransformer(nn.Module):
         if repa_dim and not 1 <= repa_depth <= depth:
             raise ValueError(f"repa_depth={repa_depth}: the network has {depth} blocks")
         self.repa_depth = repa_depth if repa_dim else 0
-        widths = [hidden_size, projector_dim, projector_dim, repa_dim]
         if repa_dim:
-            layers = [layer for a, b in zip(widths, widths[1:]) for layer in (nn.Linear(a, b), nn.SiLU())]
-            self.projectors = nn.ModuleList([nn.Sequential(*layers[:-1])])
+            self.projectors = nn.ModuleList([nn.Sequential(
+                nn.Linear(hidden_size, projector_dim), nn.SiLU(),
+                nn.Linear(projector_dim, projector_dim), nn.SiLU(), nn.Linear(projector_dim, repa_dim))])
 
     def add_final_layer(self, hidden_size, out_channels):
         self.final_layer = nn.ModuleDict({
@@ -1533,8 +1437,8 @@ def derivative(net, z, t, r, y, v):
 
 
 def dit_shape(state, name):
-    """Constructor arguments of a DiT, read off its weights. Its heads, which they do not show, are those of
-    the row of SIZES with its width and depth; without one num_heads is 0.
+    """Constructor arguments of a DiT, read off its weights; num_heads, which they do not show, is that of the
+    row of SIZES with its width and depth, else 0.
     """
     try:
         hidden, channels, patch, _ = state["x_embedder.proj.weight"].shape
@@ -1590,8 +1494,6 @@ def turned(state, channels):
 
 # ---- encoders ----------------------------------------------------------------------------------
 SD_SCALE = 0.18215                                  # latents of the SD-VAE times this have a deviation near 1
-
-
 # choice: MF's SD-VAE for all; REPA's script decodes with ft-ema. CLIP is U-ViT's, DINOv2 REPA's
 SD_VAE, CLIP, DINO = "stabilityai/sd-vae-ft-mse", "openai/clip-vit-large-patch14", "facebook/dinov2-base"
 ENCODERS = {           # class: package, what its config.json calls it, the flag that takes a folder
@@ -1672,15 +1574,14 @@ def decode_latents(vae, z):
 
 
 class CLIPText:
-    """CLIP's text tower, frozen, float32: last hidden states of 77 tokens (U-ViT). Loaded when first asked.
-    """
+    """CLIP's text tower, frozen, float32: last hidden states of 77 tokens (U-ViT). Loaded when first used."""
 
     def __init__(self, name, device):
-        self.name, self.device, self.model = name or CLIP, device, None
+        self.name, self.device = name or CLIP, device
 
-    def load(self):
-        if self.model is not None:
-            return
+    @functools.cached_property
+    def parts(self):
+        """The model and its tokenizer."""
         model = pretrained("CLIPTextModel", self.name, self.device)
         make = library("transformers", "CLIPTokenizer")
 
@@ -1689,18 +1590,16 @@ class CLIPText:
             if len(found) != expected:                # trap: without its files it would know two tokens
                 raise ValueError(f"{len(found)} tokens, not {expected}; are vocab.json and merges.txt there?")
             return found
-        self.tokenizer, self.model = local_first("CLIPTextModel", self.name, load), model
+        return model, local_first("CLIPTextModel", self.name, load)
 
     @property
     def identity(self):
-        self.load()
-        return self.model.identity
+        return self.parts[0].identity
 
     def ids(self, captions):
         """Captions -> token ids (B, 77), cut or filled."""
-        self.load()
-        return self.tokenizer(list(captions), padding="max_length", truncation=True, max_length=77,
-                              return_tensors="pt").input_ids
+        return self.parts[1](list(captions), padding="max_length", truncation=True, max_length=77,
+                             return_tensors="pt").input_ids
 
     @torch.no_grad()
     def __call__(self, words):
@@ -1708,8 +1607,7 @@ class CLIPText:
         words = words.to(self.device, non_blocking=True)
         if words.is_floating_point():
             return words.float()
-        self.load()
-        return self.model(input_ids=words.long()).last_hidden_state.float()
+        return self.parts[0](input_ids=words.long()).last_hidden_state.float()
 
 
 def dinov2(name, device):

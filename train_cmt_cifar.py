@@ -184,7 +184,7 @@ def data_file(cfg):
     if cfg.data == "digits" or os.path.exists(path):
         return path
     if cfg.data == "cifar10":
-        return nets.fetch(CIFAR_URL, md5=CIFAR_MD5)
+        return nets.fetch(CIFAR_URL)
     if data_name(cfg) == "own" and os.sep not in path and "." not in path:
         fail(2, f"--data {path}: not one of {', '.join([*FILES, 'digits'])}, and no such file or folder")
     fail(3, f"--data {cfg.data}: {path} is not there; put or link an EDM zip there, or pass --data PATH")

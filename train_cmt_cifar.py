@@ -167,10 +167,8 @@ def load_data(cfg):
     """Images of --data as uint8 (N, C, H, W), whole in memory. Missing: exit code 3 with the remedy."""
     if cfg.data == "digits":
         return fid.digits()[0]
-    if (path := data_file(cfg)).endswith(".tar.gz"):
-        return fid.read_cifar(path, CIFAR_MD5)
-    fid.say(f"{path}: no classes are learned here, if there are any; train_cmt_imagenet.py learns them")
-    return fid.load_images(path, cfg.res)
+    path = data_file(cfg)
+    return fid.read_cifar(path, CIFAR_MD5) if path.endswith(".tar.gz") else fid.load_images(path, cfg.res)
 
 
 def stamp(images):
@@ -671,6 +669,7 @@ def train(cfg):
     if needs_data(cfg):
         images = load_data(cfg)
         data = stamp(images)
+        log(cfg, f"{cfg.data}: {data}; classes, if it has any, are not learned here")
         images = images.to(DEVICE)
     asks_teacher = cfg.stage == "mid" or cfg.stage == "post" and cfg.post.startswith("ecd")
     weights, model = None, ckpt["model"] if ckpt else {}

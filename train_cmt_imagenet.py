@@ -774,14 +774,9 @@ def check(cfg):
             missing.append(f"{file}: no such file")
     if missing and not os.path.exists(f"{cfg.out}/{cfg.stage}.pt"):
         fail(3, "; ".join(missing))
-    if trains and cfg.stage in ("mid", "post") and os.path.exists(path) \
-            and not os.path.exists(f"{cfg.out}/{cfg.stage}.pt"):
-        images = load_data(cfg)                       # not after days of mid-training, which needs no data
-        shape = {k: edm2_size(cfg, images)[k] for k in nets.INTERFACE}
-        check_teacher(cfg, has_edm2(cfg), images.stamp, shape)
-        channels, side, _ = images.shape
-        if name == "own" and cfg.stage == "mid" and cfg.loss == "lpips" and (channels != 3 or side < 16):
-            fail(2, f"--loss lpips needs 3x16x16 at least, not {channels}x{side}x{side}; or --loss huber")
+    there = os.path.exists(path) and not os.path.exists(f"{cfg.out}/{cfg.stage}.pt")
+    if trains and there and cfg.stage in ("mid", "post"):
+        check_data(cfg)
     if cfg.res == 512 and cfg.data != "digits" and cfg.stage in ("encode", "sample", "eval"):
         encoder_of_data(cfg, "vae", load_vae, cfg.vae)        # are diffusers and the VAE there?
     for file in (cfg.main, cfg.guide) if cfg.stage == "post" and cfg.post != "ect" else ():
@@ -789,6 +784,15 @@ def check(cfg):
             nets.fetch(nets.EDM2_URL % file)          # not after days of mid-training
     if cfg.stage == "eval" and cfg.data != "digits":
         fid.prefetch(name)
+
+
+def check_data(cfg):
+    """Whether mid- and post-training can use --data: not after days of the first, which needs none."""
+    images = load_data(cfg)
+    size, (channels, side, _) = edm2_size(cfg, images), images.shape
+    check_teacher(cfg, has_edm2(cfg), images.stamp, {k: size[k] for k in nets.INTERFACE})
+    if cfg.data != "digits" and cfg.stage == "mid" and cfg.loss == "lpips" and (channels != 3 or side < 16):
+        fail(2, f"--loss lpips needs 3x16x16 at least, not {channels}x{side}x{side}; or --loss huber")
 
 
 def check_teacher(cfg, given, data, wanted):

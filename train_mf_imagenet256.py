@@ -760,7 +760,8 @@ def check(cfg):
             channels, _, side = images.shape
             if cfg.stage == "post" and (cfg.mid != "none" or cfg.init == "sit"):
                 shape = dict(in_channels=channels, input_size=side, num_classes=images.classes)
-                check_teacher(cfg, cfg.teacher and not os.path.exists(f"{cfg.out}/mid.pt"), images.stamp, shape)
+                asked = cfg.teacher and not os.path.exists(f"{cfg.out}/mid.pt")
+                check_teacher(cfg, asked, images.stamp, shape)
         known = cfg.stage == "pretrain" or cfg.init in INITS or "://" in cfg.init
         if not known and not os.path.exists(cfg.init):
             fail(3, f"--init {cfg.init}: no such file")

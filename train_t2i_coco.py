@@ -409,12 +409,13 @@ def read_coco(source, part):
         captions = {}
         for a in given["annotations"]:
             captions.setdefault(a["image_id"], []).append(a["caption"])
-        images = {i["id"]: i["file_name"] for i in given["images"]}
-        texts = {k for k, some in captions.items() if all(isinstance(text, str) for text in some)}
-        if (odd := images.keys() ^ texts) or not images or len(images) < len(given["images"]):
-            raise fid.DataError(f"{name}: images must be there once, with captions that are text; not so: "
-                                f"{len(odd)}, such as image_id {min(odd, key=str, default='')!r}")
-        return [(f"{part}/{images[k]}", captions[k]) for k in sorted(images)]
+        images = sorted((i["id"], i["file_name"]) for i in given["images"])
+        ids = [k for k, _ in images]
+        told = sorted(k for k, some in captions.items() if all(isinstance(text, str) for text in some))
+        if ids != told or not ids:
+            raise fid.DataError(f"{name}: {len(ids)} images, captions of {len(told)} are text, not both: "
+                                f"{sorted(set(ids) ^ set(told))[:3]}; each needs one entry, and captions")
+        return [(f"{part}/{file}", captions[k]) for k, file in images]
 
 
 def encode_coco(cfg):

@@ -100,7 +100,7 @@ def blame(name):
 def show(text, stream):
     """Print a line. Where nobody reads on (`| head`, a closed terminal) the output ends, not the run."""
     try:
-        print(text, file=stream, flush=True)
+        print(text.encode(errors="backslashreplace").decode(), file=stream, flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
@@ -552,7 +552,10 @@ def members(path):
     if os.stat(path) and not path.lower().endswith(".zip"):
         raise DataError(f"{path}: expected a folder or .zip of pictures, or what python fid.py --help lists")
     root = zipfile.Path(path)
-    return [name for name in root.root.namelist() if not name.endswith("/")], root
+    names = [name for name in root.root.namelist() if not name.endswith("/")]
+    if odd := [name for name, n in collections.Counter(names).items() if n > 1 or "\\" in name]:
+        raise DataError(f"{path}: {odd[0]!r} is there twice or has a backslash; unpack it, and zip it again")
+    return names, root
 
 
 def list_pictures(path, endings=PICTURES):
@@ -581,9 +584,12 @@ PARSING = threading.Lock()
 
 
 def load_array(file):
-    """np.load for threads."""
+    """np.load for threads, of finite numbers."""
     with PARSING:                     # trap: numpy parses headers by `ast`, which two threads can break
-        return np.load(file)
+        array = np.load(file)
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise ValueError("it holds NaN or infinity")
+    return array
 
 
 def read_labels(path, names):
@@ -680,13 +686,13 @@ def from_first(work):
 
 
 def listing(path, names):
-    """{name: [size, time]} of files of a folder, {name: [size, CRC]} of those of a .zip."""
+    """{name: [size, times of its content and its name]} in a folder, {name: [size, CRC]} in a .zip."""
     if os.path.isfile(path):
         with zipfile.ZipFile(path) as file:
             return {name: [file.getinfo(name).file_size, file.getinfo(name).CRC] for name in names}
     with ThreadPoolExecutor() as pool:
         stats = pool.map(lambda name: os.stat(os.path.join(path, name)), names)
-        return {name: [s.st_size, s.st_mtime_ns] for name, s in zip(names, stats)}
+        return {name: [s.st_size, s.st_mtime_ns, s.st_ctime_ns] for name, s in zip(names, stats)}
 
 
 def check_once(path, names, read, note):
@@ -920,7 +926,7 @@ def difference(old, new):
     """What has changed between two contents of begun.json, in words; "" if nothing has."""
     was, now = old["pictures"], new["pictures"]
     changes = dict(added=now.keys() - was, removed=was.keys() - now,
-                   changed=[name for name in was if now.get(name, was[name]) != was[name]])
+                   changed=[name for name in was if now.get(name, was[name])[:2] != was[name][:2]])
     texts = [f"{len(names)} pictures {how}, such as {min(names)}" for how, names in changes.items() if names]
     was, now = old["record"], new["record"]
     texts += [f"{key} was {was.get(key)}, now {now[key]}" for key in now
@@ -938,6 +944,7 @@ def begin_encode(folder, record, source, names, read, size):
     """
     def begin():
         begun, there = f"{folder}/begun.json", os.listdir(folder) if os.path.isdir(folder) else []
+        there = set(there) - {"begun.json.tmp"}       # trap: a kill may leave it alone
         new = dict(record=dict(record, shard=SHARD), pictures=listing(source, names))
         if is_begun := os.path.exists(begun):
             with blame(begun), open(begun) as file:
@@ -997,8 +1004,8 @@ def encode_shards(folder, arrays, names, read, encode, batch):
             rows = []
         if rank == 0 and (time.time() > told + 10 or not left):
             told, rate = time.time(), done / (time.time() - start)
-            print(f"{folder}: {done:,}/{done + left:,} pictures{' of process 0' * (world > 1)}, "
-                  f"{rate:,.0f} a second, {left / rate / 60:.1f} min left", flush=True)
+            show(f"{folder}: {done:,}/{done + left:,} pictures{' of process 0' * (world > 1)}, "
+                 f"{rate:,.0f} a second, {left / rate / 60:.1f} min left", sys.stdout)
     if group:
         dist.barrier(group)
 
@@ -1085,7 +1092,7 @@ def save_table(path, rows, note):
     """Writes rows as a table, and a note below it, in the first process; returns the text."""
     text = f"{table(rows)}\n\n{note}"
     if os.environ.get("RANK", "0") == "0":
-        with open(path, "w") as file:
+        with open(path, "w", errors="backslashreplace") as file:
             file.write(text + "\n")
     return text
 
@@ -1154,15 +1161,15 @@ def report(args):
         return
     for r in (a, *rest):
         if 0 < r.n < len(r.mu):
-            print(f"warning: {r.file}: {r.n} images are too few for {len(r.mu)} features", file=sys.stderr)
+            show(f"warning: {r.file}: {r.n} images are too few for {len(r.mu)} features", sys.stderr)
     if args.save:
         save_statistics(args.save, a)
-        print(f"{args.save}: {a.n or '?'} images {a.file}, {a.features or 'features not stated'}")
+        show(f"{args.save}: {a.n or '?'} images {a.file}, {a.features or 'features not stated'}", sys.stdout)
     for b in rest:
         with blame(f"{a.file} against {b.file}"):
             line, distance = protocol(a, b), frechet_distance(*a[:2], *b[:2])
         name = (a.features or b.features or "FID" * (len(a.mu) == 2048) or "Frechet distance").split(":")[0]
-        print(f"{name} {distance:.4f}\n{line}")
+        show(f"{name} {distance:.4f}\n{line}", sys.stdout)
 
 
 def main():

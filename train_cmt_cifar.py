@@ -178,6 +178,11 @@ def load_data(cfg):
     return fid.read_cifar(path, CIFAR_MD5) if path.endswith(".tar.gz") else fid.load_images(path, cfg.res)
 
 
+def stamp(images):
+    """A text that changes when the images do."""
+    return f"{len(images)} images, crc32 {zlib.crc32(images.numpy()):08x}"
+
+
 def data_file(cfg):
     """Where the images of --data are; CIFAR-10 is downloaded, others: exit code 3 with the remedy."""
     path = FILES.get(cfg.data, cfg.data)
@@ -404,7 +409,7 @@ def log(cfg, text, **numbers):
         fid.show(text, sys.stdout)
         lines = {"log.txt": text, "metrics.jsonl": numbers and json.dumps(numbers)}
         for name in lines if numbers else ["log.txt"]:
-            with open(f"{cfg.out}/{name}", "a") as f:
+            with open(f"{cfg.out}/{name}", "a", errors="backslashreplace") as f:
                 f.write(lines[name] + "\n")
 
 
@@ -562,9 +567,22 @@ def check(cfg):
     if not (cfg.stage == "pretrain" or cfg.init in INITS or "://" in cfg.init or os.path.exists(cfg.init)):
         fail(3, f"--init {cfg.init}: no such file")
     if needs_data(cfg) and not os.path.exists(f"{cfg.out}/{cfg.stage}.pt"):
-        data_file(cfg)                                # not after days of mid-training, which needs no data
+        images = load_data(cfg)                       # not after days of mid-training, which needs no data
+        shape = dict(img_channels=images.shape[1], img_resolution=images.shape[2], label_dim=0)
+        check_teacher(cfg, has_teacher(cfg), stamp(images), shape)
     if cfg.stage == "eval" and cfg.data != "digits":
         fid.prefetch(cfg.data)
+
+
+def check_teacher(cfg, given, data, wanted):
+    """Exit code 2 if our own learned other data; 3 if the given one draws other images. wanted: arguments."""
+    own = nets.finished(f"{cfg.out}/pretrain.pt") if cfg.teacher in ("", "scratch") else None
+    said = teacher_state(cfg)[1] if given and not own else {}
+    if own and own["data"] != data:
+        fail(2, f"--data has changed: {cfg.out}/pretrain.pt saw {own['data']}, now {data}; use another --out")
+    if odd := [name for name in wanted if said.get(name, wanted[name]) != wanted[name]]:
+        fail(3, f"--teacher {cfg.teacher}: its {odd[0]} is {said[odd[0]]}, that of --data {cfg.data} is "
+                f"{wanted[odd[0]]}; pass a teacher of such data")
 
 
 def check_values(cfg, trains):
@@ -657,7 +675,8 @@ def train(cfg):
     images, data = None, "none"
     if needs_data(cfg):
         images = load_data(cfg)
-        data = f"{len(images)} images, crc32 {zlib.crc32(images.numpy()):08x}"
+        data = stamp(images)
+        log(cfg, f"{cfg.data}: {data}; classes, if it has any, are not learned here")
         images = images.to(DEVICE)
     asks_teacher = cfg.stage == "mid" or cfg.stage == "post" and cfg.post.startswith("ecd")
     weights, model = None, ckpt["model"] if ckpt else {}

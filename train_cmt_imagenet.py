@@ -620,7 +620,7 @@ def log(cfg, text, **numbers):
         fid.show(text, sys.stdout)
         lines = {"log.txt": text, "metrics.jsonl": numbers and json.dumps(numbers)}
         for name in lines if numbers else ["log.txt"]:
-            with open(f"{cfg.out}/{name}", "a") as f:
+            with open(f"{cfg.out}/{name}", "a", errors="backslashreplace") as f:
                 f.write(lines[name] + "\n")
 
 
@@ -771,12 +771,8 @@ def check(cfg):
             fail(2, f"--loss {cfg.loss} does not measure --res {cfg.res}; lpips is for 64, elatent for 512")
         if cfg.loss == "huber" and not cfg.huber_c:
             fail(2, f"--loss huber --huber_c {cfg.huber_c}: huber needs a c above 0")
-        if name == "own" and os.path.exists(cfg.data):
-            channels, side, _ = load_data(cfg).shape                  # of another size than --res: refused
-            if cfg.loss == "lpips" and (channels != 3 or side < 16):
-                fail(2, f"--loss lpips needs 3x16x16 at least, not {channels}x{side}x{side}; or --loss huber")
-    missing, path = [], FILES.get(name, cfg.data)
-    if reads_data(cfg) and cfg.data != "digits" and not os.path.exists(path):
+    missing, path = [], __file__ if cfg.data == "digits" else FILES.get(name, cfg.data)
+    if reads_data(cfg) and not os.path.exists(path):
         missing.append(f"{path} is not there; pass --data PATH, or make it from ImageNet: python "
                        f"train_cmt_imagenet.py --res {cfg.res} --stage encode --source FOLDER")
     for file in (cfg.teacher, cfg.main, cfg.guide, cfg.init):
@@ -785,6 +781,9 @@ def check(cfg):
             missing.append(f"{file}: no such file")
     if missing and not os.path.exists(f"{cfg.out}/{cfg.stage}.pt"):
         fail(3, "; ".join(missing))
+    there = os.path.exists(path) and not os.path.exists(f"{cfg.out}/{cfg.stage}.pt")
+    if trains and there and cfg.stage in ("mid", "post"):
+        check_data(cfg)
     if cfg.res == 512 and cfg.data != "digits" and cfg.stage in ("encode", "sample", "eval"):
         encoder_of_data(cfg, "vae", load_vae, cfg.vae)        # are diffusers and the VAE there?
     for file in (cfg.main, cfg.guide) if cfg.stage == "post" and cfg.post != "ect" else ():
@@ -792,6 +791,26 @@ def check(cfg):
             nets.fetch(nets.EDM2_URL % file)          # not after days of mid-training
     if cfg.stage == "eval" and cfg.data != "digits":
         fid.prefetch(name)
+
+
+def check_data(cfg):
+    """Whether mid- and post-training can use --data: not after days of the first, which needs none."""
+    images = load_data(cfg)
+    size, (channels, side, _) = edm2_size(cfg, images), images.shape
+    check_teacher(cfg, has_edm2(cfg), images.stamp, {k: size[k] for k in nets.INTERFACE})
+    if cfg.data != "digits" and cfg.stage == "mid" and cfg.loss == "lpips" and (channels != 3 or side < 16):
+        fail(2, f"--loss lpips needs 3x16x16 at least, not {channels}x{side}x{side}; or --loss huber")
+
+
+def check_teacher(cfg, given, data, wanted):
+    """Exit code 2 if our own learned other data; 3 if the given one draws other images. wanted: arguments."""
+    own = nets.finished(f"{cfg.out}/pretrain.pt") if cfg.teacher in ("", "scratch") else None
+    said = teacher_state(cfg)[1] if given and not own else {}
+    if own and own["data"] != data:
+        fail(2, f"--data has changed: {cfg.out}/pretrain.pt saw {own['data']}, now {data}; use another --out")
+    if odd := [name for name in wanted if said.get(name, wanted[name]) != wanted[name]]:
+        fail(3, f"--teacher {cfg.teacher}: its {odd[0]} is {said[odd[0]]}, that of --data {cfg.data} is "
+                f"{wanted[odd[0]]}; pass a teacher of such data")
 
 
 def check_values(cfg, trains):

@@ -51,7 +51,7 @@ import solvers
 # ---- knobs ------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Config:                   # field default < matching rows of PRESETS < --field < --stage.field
-    data: str = "imagenet"      # imagenet | digits | folder of latents: shards of --stage encode, .npy, .pt
+    data: str = "imagenet"      # imagenet | digits | folder of latents: shards of --stage encode, or .npy
     stage: Literal["all", "encode", "pretrain", "mid", "post", "sample", "eval"] = "all"  # all: unfinished
     out: str = ""               # folder of the run; "" = out/<data>, out/digits-mf
     source: str = ""            # encode: folder of ImageNet's class folders
@@ -626,7 +626,7 @@ def log(cfg, text, **numbers):
         fid.show(text, sys.stdout)
         lines = {"log.txt": text, "metrics.jsonl": numbers and json.dumps(numbers)}
         for name in lines if numbers else ["log.txt"]:
-            with open(f"{cfg.out}/{name}", "a") as f:
+            with open(f"{cfg.out}/{name}", "a", errors="backslashreplace") as f:
                 f.write(lines[name] + "\n")
 
 
@@ -763,7 +763,12 @@ def check(cfg):
     side = SIDES.get(cfg.data, 0)
     if trains and not os.path.exists(f"{cfg.out}/{cfg.stage}.pt"):
         if cfg.stage != "mid" and latents_path(cfg):  # not after days of mid-training, which needs no data
-            side = side or load_data(cfg).shape[-1]
+            images = load_data(cfg)
+            channels, _, side = images.shape
+            if cfg.stage == "post" and (cfg.mid != "none" or cfg.init == "sit"):
+                shape = dict(in_channels=channels, input_size=side, num_classes=images.classes)
+                asked = cfg.teacher and not os.path.exists(f"{cfg.out}/mid.pt")
+                check_teacher(cfg, asked, images.stamp, shape)
         known = cfg.stage == "pretrain" or cfg.init in INITS or "://" in cfg.init
         if not known and not os.path.exists(cfg.init):
             fail(3, f"--init {cfg.init}: no such file")
@@ -772,6 +777,17 @@ def check(cfg):
     if cfg.stage == "eval" and cfg.data != "digits":
         fid.prefetch(REFERENCE.get(cfg.data, cfg.data))
         encoder_of_data(cfg, "vae", nets.sd_vae, cfg.vae)     # not after training: is the VAE there?
+
+
+def check_teacher(cfg, given, data, wanted):
+    """Exit code 2 if our own learned other data; 3 if the given one draws other images. wanted: arguments."""
+    own = nets.finished(f"{cfg.out}/pretrain.pt") if cfg.teacher in ("", "scratch") else None
+    said = teacher_state(cfg)[1] if given and not own else {}
+    if own and own["data"] != data:
+        fail(2, f"--data has changed: {cfg.out}/pretrain.pt saw {own['data']}, now {data}; use another --out")
+    if odd := [name for name in wanted if said.get(name, wanted[name]) != wanted[name]]:
+        fail(3, f"--teacher {cfg.teacher}: its {odd[0]} is {said[odd[0]]}, that of --data {cfg.data} is "
+                f"{wanted[odd[0]]}; pass a teacher of such data")
 
 
 def check_values(cfg, trains):

@@ -417,6 +417,11 @@ def read_coco(source, part):
         for a in given["annotations"]:
             captions.setdefault(a["image_id"], []).append(a["caption"])
         images = sorted((i["id"], i["file_name"]) for i in given["images"])
+        ids = [k for k, _ in images]
+        told = sorted(k for k, some in captions.items() if all(isinstance(text, str) for text in some))
+        if ids != told or not ids:
+            raise fid.DataError(f"{name}: {len(ids)} images, captions of {len(told)} are text, not both: "
+                                f"{sorted(set(ids) ^ set(told))[:3]}; each needs one entry, and captions")
         return [(f"{part}/{file}", captions[k]) for k, file in images]
 
 
@@ -779,7 +784,7 @@ def log(cfg, text, **numbers):
         fid.show(text, sys.stdout)
         lines = {"log.txt": text, "metrics.jsonl": numbers and json.dumps(numbers)}
         for name in lines if numbers else ["log.txt"]:
-            with open(f"{cfg.out}/{name}", "a") as f:
+            with open(f"{cfg.out}/{name}", "a", errors="backslashreplace") as f:
                 f.write(lines[name] + "\n")
 
 
@@ -942,7 +947,11 @@ def check(cfg):
         if cfg.trajectories % WORLD:
             fail(2, f"--trajectories {cfg.trajectories} must be a multiple of the {WORLD} processes")
     if trains and not os.path.exists(f"{cfg.out}/{cfg.stage}.pt"):
-        net_arguments(cfg, load_data(cfg), 0)         # do the data have what this stage needs, of this size?
+        images = load_data(cfg)                       # do they have what this stage needs, of this size?
+        shape = net_arguments(cfg, images, text_encoder(cfg)(images.null[None]).shape[-1])
+        if cfg.stage != "pretrain" and (cfg.mid != "none" or cfg.init == "sit"):
+            shape = {k: shape[k] for k in ("input_size", "in_channels", "context_dim")}
+            check_teacher(cfg, cfg.teacher, images.stamp, shape)
         known = cfg.stage == "pretrain" or cfg.init in INITS or "://" in cfg.init
         if not known and not os.path.exists(cfg.init):
             fail(3, f"--init {cfg.init}: no such file")
@@ -955,6 +964,17 @@ def check(cfg):
         fid.prefetch(cfg.data)
         encoder_of_data(cfg, "vae", nets.sd_vae, cfg.vae)
         text_encoder(cfg)
+
+
+def check_teacher(cfg, given, data, wanted):
+    """Exit code 2 if our own learned other data; 3 if the given one draws other images. wanted: arguments."""
+    own = nets.finished(f"{cfg.out}/pretrain.pt") if cfg.teacher in ("", "scratch") else None
+    said = teacher_state(cfg)[1] if given and not own else {}
+    if own and own["data"] != data:
+        fail(2, f"--data has changed: {cfg.out}/pretrain.pt saw {own['data']}, now {data}; use another --out")
+    if odd := [name for name in wanted if said.get(name, wanted[name]) != wanted[name]]:
+        fail(3, f"--teacher {cfg.teacher}: its {odd[0]} is {said[odd[0]]}, that of --data {cfg.data} is "
+                f"{wanted[odd[0]]}; pass a teacher of such data")
 
 
 def check_values(cfg, trains):

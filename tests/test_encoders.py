@@ -2,6 +2,7 @@
 small, with random weights, where these packages import (otherwise skipped, and pytest says so)."""
 import functools
 import importlib
+import io
 import json
 import os
 import re
@@ -180,6 +181,42 @@ def test_other_settings_are_refused(case, capsys):
     os.remove(LINES[case.kind][2])                    # killed
     exit_code, err = code([*case.line, "--vae", "three"], capsys, case.script.main)
     assert exit_code == 2 and re.search("vae was .*one/vae, crc32 .*, now .*three, crc32", err)
+
+
+def test_a_kill_in_the_first_write_and_a_closed_pipe_cost_nothing(case, monkeypatch):
+    """begun.json.tmp alone is no other's data; `| head -1` ends the output, not hours of work."""
+    os.makedirs(shards_of(case))
+    Path(shards_of(case), "begun.json.tmp").write_text("{")
+
+    class Pipe(io.TextIOBase):
+        def write(self, text):
+            raise BrokenPipeError
+
+        def fileno(self):
+            return os.dup(1)
+    monkeypatch.setattr(sys, "stdout", Pipe())
+    case.main()
+    assert os.path.exists(LINES[case.kind][2])
+
+
+CAPTIONS = {  # what is done to a COCO list: what the line says
+    "an image without one": (lambda d: [d["annotations"].pop() for _ in "12"], "10 images, captions of 9 are text, not both: [9]"),
+    "no text": (lambda d: d["annotations"][3].update(caption=None), "captions of 9 are text, not both: [1]"),
+    "of no image": (lambda d: d["annotations"].append(dict(image_id=77, caption="")), "captions of 11 are text, not both: [77]"),
+    "an image twice": (lambda d: d["images"].append(d["images"][0]), "11 images, captions of 10 are text"),
+    "none": (lambda d: (d["images"].clear(), d["annotations"].clear()), "0 images")}
+
+
+@pytest.mark.parametrize("what", CAPTIONS)
+@pytest.mark.parametrize("case", ["coco"], indirect=True)
+def test_captions_that_are_missing_or_no_text_are_refused_before_any_encoding(case, what, capsys):
+    name = "src/annotations/captions_val2014.json"
+    content = json.loads(Path(name).read_text())
+    CAPTIONS[what][0](content)
+    Path(name).write_text(json.dumps(content))
+    exit_code, err = code(case.line, capsys, case.script.main)
+    assert exit_code == 3 and f"{name}: " in err and CAPTIONS[what][1] in err and len(err.splitlines()) == 1
+    assert not os.path.exists("d")
 
 
 def test_a_killed_encode_goes_on_and_two_processes_give_what_one_gives(case, tmp_path):

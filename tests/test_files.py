@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import struct
+import sys
 import zipfile
 import zlib
 from pathlib import Path
@@ -14,6 +15,11 @@ import torch
 from PIL import Image
 
 import fid
+import nets
+import train_cmt_cifar
+import train_cmt_imagenet
+import train_mf_imagenet256
+import train_t2i_coco
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (6, 5, 3), np.uint8)
@@ -269,6 +275,24 @@ def test_where_no_picture_is_the_path_and_what_was_seen_are_named():
         one_line(error)
 
 
+@pytest.mark.parametrize("names", [["a.png", "b.png", "a.png"], ["a/1.png", "b\\2.png"]], ids=["twice", "backslash"])
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_names_in_a_zip_that_would_lose_a_picture_or_a_class_are_refused(names):
+    with zipfile.ZipFile("set.zip", "w") as z:
+        for name in names:
+            z.writestr(name, ONE)
+    for reader in (fid.list_pictures, fid.load_images, lambda path: fid.read_labels(path, names)):
+        with pytest.raises(fid.DataError, match="twice or has a backslash") as error:
+            reader("set.zip")
+        one_line(error, "set.zip", repr(names[-1]))
+
+
+def test_lines_and_tables_hold_any_name(capfd):
+    fid.show("data/\udce9", sys.stdout)
+    fid.save_table("results.md", [dict(stage="post")], "of --data \udce9")
+    assert "udce9" in capfd.readouterr().out and "udce9" in Path("results.md").read_text()
+
+
 def test_links_are_followed_but_not_in_circles_and_broken_ones_are_named():
     as_folder_and_zip({"b/1.png": ONE})
     Path("far/deep").mkdir(parents=True)
@@ -302,12 +326,18 @@ def test_lines_come_from_the_first_process_or_go_where_a_script_wants_them(monke
 def test_latents_are_listed_and_read_too():
     file = io.BytesIO()
     np.save(file, np.ones((8, 2, 2), np.float32))
-    for path in as_folder_and_zip({"0/a.npy": file.getvalue(), "0/b.npy": b"no", "0/c.txt": b""}):
+    files = {"0/a.npy": file.getvalue(), "0/b.npy": b"no", "0/c.txt": b""}
+    for name, number in (("0/nan.npy", np.nan), ("0/inf.npy", -np.inf)):
+        file = io.BytesIO()
+        np.save(file, np.array([1, number], np.float16))
+        files[name] = file.getvalue()
+    for path in as_folder_and_zip(files):
         names, read = fid.list_pictures(path, (".npy", ".pt"))
-        assert names == ["0/a.npy", "0/b.npy"] and read("0/a.npy").shape == (8, 2, 2)
-        with pytest.raises(fid.DataError, match="0/b.npy") as error:
-            read("0/b.npy")
-        one_line(error)
+        assert names == ["0/a.npy", "0/b.npy", "0/inf.npy", "0/nan.npy"] and read("0/a.npy").shape == (8, 2, 2)
+        for name in names[1:]:
+            with pytest.raises(fid.DataError, match=name) as error:
+                read(name)
+            one_line(error)
 
 
 # ---- labels --------------------------------------------------------------------------------------
@@ -436,6 +466,18 @@ def test_the_stamp_is_of_contents_in_order_of_names(monkeypatch):
     assert stamp("copy") == first                                         # mended: the run goes on
 
 
+def test_files_of_one_size_and_time_that_were_exchanged_are_read_again():
+    path, _ = as_folder_and_zip({f"{i}.bmp": saved(np.full((4, 3, 3), i, np.uint8), "BMP") for i in range(3)})
+    names, read = fid.list_pictures(path)
+    answers = []
+    for k in range(2):
+        [os.utime(f"{path}/{name}", (0, 0)) for name in names * (not k)]
+        answers.append(fid.check_once(path, names, lambda k: read(names[k]), "out/checked.txt"))
+        for a, b in ("0", "x"), ("1", "0"), ("x", "1"):
+            os.replace(f"{path}/{a}.bmp", f"{path}/{b}.bmp")
+    assert answers[0] != answers[1]
+
+
 def test_the_first_damaged_picture_is_named_with_the_count():
     files = many()
     names = sorted(files)
@@ -471,3 +513,46 @@ def test_pictures_of_other_sizes_are_named_and_the_middle_square_is_taken():
             mine = fid.load_images(path, 4)[k].permute(1, 2, 0)
             assert np.array_equal(mine, np.asarray(fid.square(plain, 4)))
             assert fid.crop(fid.rgb(read(name)), 4).tobytes() == fid.crop(plain, 4).tobytes()
+
+
+# ---- teachers of other data ----------------------------------------------------------------------
+UNET = dict(img_resolution=8, img_channels=1, label_dim=0)
+DIT = dict(input_size=8, patch_size=2, in_channels=1, hidden_size=32, depth=1, num_heads=1, num_classes=10)
+MMDIT = dict(input_size=8, in_channels=1, context_dim=32)
+ROADS = [(train_cmt_cifar, UNET), (train_cmt_imagenet, dict(UNET, label_dim=10)), (train_mf_imagenet256, DIT),
+         (train_t2i_coco, MMDIT)]
+OTHERS = dict(img_resolution=16, img_channels=3, label_dim=3, input_size=16, in_channels=3, num_classes=3, context_dim=16)
+
+
+def refused(script, capsys, *flags):
+    """Exit code and lines of the check of post-training of digits; 0 if it passes."""
+    cfg = script.parse(["--data", "digits", "--stage", "post", "--out", "x", *flags])
+    try:
+        with script.one_line(cfg):
+            script.check(cfg)
+    except SystemExit as e:
+        return e.code, capsys.readouterr().err.splitlines()
+    return 0, []
+
+
+@pytest.mark.parametrize("script, model", ROADS, ids=lambda v: getattr(v, "__name__", ""))
+def test_a_teacher_of_other_pictures_or_classes_is_refused_before_any_training(script, model, capsys):
+    """Else one more class draws what no picture shows, and another shape ends in a trace after mid-training."""
+    for name, value in [("", 0), *((k, v) for k, v in OTHERS.items() if k in model)]:
+        said = {**model, name: value} if name else model
+        state = nets.DiT(**said).state_dict() if model is DIT else {"context_embedder.weight": torch.zeros(1)}
+        torch.save({"ema": state, "model": said}, "teacher.pt")
+        code, lines = refused(script, capsys, "--teacher", "teacher.pt")
+        assert code == (3 if name else 0) and len(lines) == bool(name)
+        assert not name or f"teacher.pt: its {name} is {value}" in lines[0] and f"digits is {model[name]}" in lines[0]
+
+
+@pytest.mark.parametrize("script, model", ROADS, ids=lambda v: getattr(v, "__name__", ""))
+def test_pictures_that_changed_after_pre_training_are_refused(script, model, capsys):
+    os.makedirs("x")
+    seen = f"1797 images, crc32 {zlib.crc32(fid.digits()[0].numpy()):08x}"
+    for data, expected in ((seen, 0), ("1797 images, crc32 00000000", 2)):
+        torch.save(dict(ema={}, model=model, data=data, step=1, cfg=dict(steps=1)), "x/pretrain.pt")
+        code, lines = refused(script, capsys)
+        assert code == expected and len(lines) == bool(expected)
+        assert not expected or f"saw {data}, now {seen}" in lines[0]

@@ -851,6 +851,14 @@ def test_load_weights_copies_by_name_into_the_nets_dtype():
     assert torch.equal(b.model["w"], a.model["w"].float()) and b.model["w"].requires_grad
 
 
+@pytest.mark.parametrize("change", [lambda w: (w * 40).to(torch.int8), lambda w: w.to(torch.complex64), lambda w: w / 0])
+def test_weights_that_are_no_fractions_or_not_finite_are_refused(change):
+    """Of int8 the scale is missing, of complex numbers a half would be dropped; a NaN would end the training later."""
+    net, state = Small(a=(2,), b=(3, 2)), Small(a=(2,), b=(3, 2)).state_dict()
+    with pytest.raises(ValueError, match="1 not finite, or integers: model.b"):
+        nets.load_weights(net, {**state, "model.b": change(state["model.b"])}, "x.pt")
+
+
 def test_wrong_weights_are_named_and_nothing_is_copied():
     net = Small(a=(2,), b=(3, 2), c=(4,))
     before = {k: v.clone() for k, v in net.state_dict().items()}

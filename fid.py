@@ -1146,12 +1146,12 @@ def save_seeds(path, images, seeds, caption, classes=(), columns=16):
     save_sheet(path, rows, caption, classes and ["class", *classes])
 
 
-def net_label(name, steps, table=()):
+def net_label(name, steps, table=(), sep="\n"):
     """What a row of a sheet is called: net, number of steps, and its score where the table has one."""
     rows = (row for row in table if row["stage"].split(",")[0] == name)
     scores = (f", {key.split(' ')[1]} {value}" for row in rows for key, value in row.items()
               if key.startswith(f"{steps}-step "))
-    return f"{NAMES[name]}\n{steps} step{'s' * (steps > 1)}{next(scores, '')}"
+    return f"{NAMES[name]}{sep}{steps} step{'s' * (steps > 1)}{next(scores, '')}"
 
 
 def save_stages(out, shown, names=(), table=()):
@@ -1170,15 +1170,15 @@ def save_stages(out, shown, names=(), table=()):
                f"image in the steps named.{score}", header)
 
 
-def save_trajectory(out, states, levels, answers, names, show=lambda x: x):
+def save_trajectory(out, states, levels, answers, show=lambda x: x):
     """<out>/trajectory.png: trajectories of the teacher, and below each what the nets answer along it.
 
     states (N+1, n, C, H, W) at levels (N+1,): sigma, or the time t of a flow. answers: {net: where it lands
-    in one call from each state}, shaped as states. names: of the n trajectories. show: a batch -> images.
+    in one call from each state}, shaped as states. show: a batch of either -> images.
     """
     rows, wide = [], levels.clamp(min=1).to(states).view(-1, 1, 1, 1)
-    for j, name in enumerate(names):
-        rows.append((f"{name}\nstates of the teacher", show(states[:, j] / wide)))       # at unit scale
+    for j in range(states.shape[1]):
+        rows.append((f"noise {j + 1}\nstates of the teacher", show(states[:, j] / wide)))     # at unit scale
         rows += [(f"student's answers\n{NAMES[net]}", show(x[:, j])) for net, x in answers.items()]
     caption = ("The teacher walks from noise at the left to an image at the right. Below each of its states: "
                "the image that the student answers with when it is shown this state, in one call. The better "
@@ -1269,12 +1269,12 @@ def begin_stage(out, stage, config, done):
         write_whole(f"{out}/metrics.jsonl", lambda f: f.write(text.encode()))
 
 
-def overview(road, where, on_cpu):
-    """What a run is going to do, from {stage: (steps, batch)} of those that train. on_cpu: warn of it."""
+def overview(road, world, device, data):
+    """What a run is going to train, {stage: (steps, batch)}; a warning where a GPU is meant and none is there."""
     text = ", ".join(f"{stage} {steps:,} steps of {batch}" for stage, (steps, batch) in road.items())
-    text = f"to train on {where}: {text or 'nothing'}"
-    warning = "; warning: no GPU here, and this is made for GPUs: days to years; --data digits takes minutes"
-    return text + warning * (on_cpu and bool(road))
+    text = f"{world} process(es) on {device.type}; to train: {text or 'nothing'}"
+    alone = road and device.type == "cpu" and data != "digits"
+    return text + "; warning: no GPU is there, which this is made for; --data digits is for a CPU" * bool(alone)
 
 
 def step_line(stage, steps, batch, later, numbers):
@@ -1285,8 +1285,8 @@ def step_line(stage, steps, batch, later, numbers):
     left = (steps - step) * batch / rate
     rest = f", {duration(left + later / rate)} with the next stages" if later else ""
     return (f"{stage} {step:6d}/{steps} {step / steps:4.0%} | loss {loss:.5f} | {more}grad {grad:.3g} | "
-            f"skipped {skipped} | lr {lr:.2e} | {numbers['images'] / 1e6:.3f} M images | {rate:.0f} images/s | "
-            f"{duration(left)} left{rest}")
+            f"skipped {skipped} | lr {lr:.2e} | {numbers['images'] / 1e6:.3f} M images | "
+            f"{rate:.0f} images/s | {duration(left)} left{rest}")
 
 
 CURVES = {"loss": "loss", "grad": "gradient norm", "mse_gap4": "square error of pairs with t - r above 3/4"}
@@ -1307,27 +1307,39 @@ def save_curve(out):
 
 
 def save_preview(out, stage, done, sampler, batch=64):
-    """<out>/previews/<stage>_<done>.png of the same 64 noises as ever, and <out>/curve.png. First process."""
-    caption = (f"After {done:,} steps of {stage}-training: what the net, averaged over its last steps, makes of "
-               "noises that are the same in every preview.")
-    images = draw_in(30, sampler, range(64), batch)
-    save_seeds(f"{out}/previews/{stage}_{done:07d}.png", images, range(64), caption)
+    """<out>/curve.png and, of a sampler, <out>/previews/<stage>_<done>.png: 64 noises, always the same."""
+    caption = (f"After {done:,} steps of {stage}-training: what the net, averaged over its last steps, makes "
+               "of noises that are the same in every preview.").replace("pretrain-", "pre-")
     save_curve(out)
+    if sampler:
+        images = draw_in(30, sampler, range(64), batch)
+        save_seeds(f"{out}/previews/{stage}_{done:07d}.png", images, range(64), caption)
 
 
 def save_samples(out, name, steps, sampler, seeds, batch):
     """One PNG a seed and a sheet of the first 64, of a net in so many steps. Returns the folder of PNGs."""
     folder = f"{out}/samples/{name}_{steps}/"
     save_images(sampler, seeds, folder, batch)
-    caption = f"{net_label(name, steps)}: one image a seed; every net starts from the same noises."
+    caption = f"{net_label(name, steps, sep=', ')}: one image a seed; every net starts from the same noises."
     if processes()[0] == 0:
         save_seeds(f"{out}/samples_{name}_{steps}.png", draw(sampler, seeds[:64], batch), seeds, caption)
     return folder
 
 
+def save_captions(path, name, steps, rows):
+    """A sheet of what a net draws in so many steps: rows are captions, each with its images."""
+    save_sheet(path, rows, f"{net_label(name, steps, sep=', ')}: images of each caption at the left, one a seed.")
+
+
+def slug(text):
+    """A caption as part of a file's name; with a checksum where another caption would have the same one."""
+    words = re.sub(r"\W+", "-", text.lower()).strip("-")[:40]
+    return words if words.replace("-", " ") == text else f"{words}-{zlib.crc32(text.encode()):08x}"
+
+
 def save_classes(out, name, steps, images, seeds, classes):
     """<out>/samples_<net>_<steps>step.png, a class a column; of a net without classes, whatever it draws."""
-    caption = f"{net_label(name, steps)}: " + ("each column is a class." if classes else "one image a seed.")
+    caption = f"{net_label(name, steps, sep=', ')}: " + ("each column is a class." if classes else "one image a seed.")
     save_seeds(f"{out}/samples_{name}_{steps}step.png", images, seeds, caption, classes, 10)
 
 

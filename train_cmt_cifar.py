@@ -110,7 +110,7 @@ PRESETS = {  # (data, stage, method): matching rows are laid over each other, to
     ("digits", "post", "annealed"): dict(q=2, double=187, steps=1_500, lr=1e-3),
 }
 ABOUT = {"pretrain": "stage 1 of 4, pre-training: the loss soon stays level, while the images still improve",
-         "mid": "stage 2 of 4, mid-training (Eq. 7): the loss, how far from the teacher's ends, falls; grad is level",
+         "mid": "stage 2 of 4, mid-training (Eq. 7): the loss, how far from the teacher's ends, falls",
          "post": "stage 3 of 4, post-training (Eq. 3): loss and grad, over a small step, are large and level",
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
@@ -306,7 +306,7 @@ def pictures(cfg, found):
         xs = solvers.dpmpp(teacher, prior(teacher, range(3))[0], sigmas)             # (nfe+1, 3, C, H, W)
         answers = {name: torch.stack([net(x, s.expand(3)) for x, s in zip(xs, sigmas.to(xs))])
                    for name, net, *_ in found[1:]}                                   # D_x of each state
-        fid.save_trajectory(cfg.out, xs, sigmas, answers, ["noise 1", "noise 2", "noise 3"])
+        fid.save_trajectory(cfg.out, xs, sigmas, answers)
     return [shown]
 
 
@@ -413,14 +413,13 @@ def resume(cfg, path):
     later = any(os.path.exists(f"{cfg.out}/{s}.pt") for s in STAGES[STAGES.index(cfg.stage) + 1:])
     for f in fields(Config) if ckpt else ():
         was, now = ckpt["cfg"].get(f.name, f.default), getattr(cfg, f.name)
-        may, how = f.name in free, "use another --out"
+        may, how = f.name in free, f"use another --out, {ckpt.get('script', 'a script')} made this one"
         if f.name == "data":                          # of one kind; what they hold is compared in is_over
             may = data_name(replace(cfg, data=was)) == data_name(cfg)
         if f.name == "steps":                         # more of them, before another stage begins from here
             may = may and not later and now >= ckpt["step"]
             how += f", there train on from it by --init {path}" * (cfg.stage != "pretrain")
         if was != now and not may:
-            how += f"; {ckpt.get('script', 'this script')} made the file"
             fail(2, f"{path} was made with --{f.name} {was}, now it is {now}; {how}")
     agree(f"step of {path}", ckpt and ckpt["step"])
     return ckpt
@@ -685,7 +684,7 @@ def train(cfg):
     sigmas, (n, pairs), share = solvers.logsnr_sigmas(cfg.nfe), solves(cfg), B // WORLD
     distance, micro = make_distance(cfg, shape[0]) if cfg.stage == "mid" else None, cfg.batch_gpu or share
     fid.begin_stage(cfg.out, cfg.stage, asdict(cfg), since["step"])
-    log(cfg, f"{cfg.stage}: {len(flat):,} parameters, {WORLD} process(es) on {DEVICE}")
+    log(cfg, f"{cfg.stage}: {len(flat):,} parameters, from step {since['step']} to {cfg.steps}")
 
     for step in range(start := since["step"], cfg.steps):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
@@ -810,8 +809,7 @@ def main(argv=None):
     with one_line(cfg):
         ROAD[:] = [c for c in configs if check(c)]
         with open_out(cfg, argv) if RANK == 0 else nullcontext():     # holds the lock of <out>
-            log(cfg, fid.overview({c.stage: (c.steps, c.batch) for c in ROAD}, f"{WORLD} x {DEVICE.type}",
-                                  DEVICE.type == "cpu" and cfg.data != "digits"))
+            log(cfg, fid.overview({c.stage: (c.steps, c.batch) for c in ROAD}, WORLD, DEVICE, cfg.data))
             for c in configs:
                 if STOP:
                     fail(75, "stopped by a signal; run the same command again to go on")

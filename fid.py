@@ -11,8 +11,10 @@
   begin_encode, encode_shards,     pictures -> arrays by an encoder      what was encoded stays known
   made_of
   crop, square                     photos to train on                    ADM and EDM2, U-ViT
-  draw, score, save_images,        what a sampler makes
-  save_grid, table                 one PNG a seed, sheets, Markdown
+  draw, score, save_images         what a sampler makes                  one PNG a seed
+  save_sheet, save_stages,         pictures with words, charts           read without the README
+  save_trajectory, save_chart
+  begin_stage, read_metrics        the folder of a run                   config.json, metrics.jsonl, previews
   read_images, digits, to_uint8    folder, .zip, .npz, .npy, .png sheet  EDM zip, ADM samples, digits.png
   load_reference, read_statistics  .npz, .pkl (nothing in it is run)     EDM, EDM2, ADM, and what --save wrote
 
@@ -1111,7 +1113,7 @@ def save_sheet(path, rows, caption, header=(), block=0):
     labels = [boxed(label, 26, font) for label, _ in rows]
     corner, *_ = heads = [boxed(text, 16, font) for text in header] or [("", 0, 0)]
     left = max(width for _, width, _ in (corner, *labels)) + 3 * gap
-    zoom = max(1, min(128 // w, -((left + n * gap - 900) // (n * w))))
+    zoom = max(1, min(96 // w, -((left + n * gap - 900) // (n * w))))
     zoom = max([zoom, *(width // w for _, width, _ in heads[1:])])
     cell = max([w * zoom, *(width + gap for _, width, _ in heads[1:])]) + gap
     words = boxed(caption, max(900, left + n * cell) * 2 // em, font)
@@ -1182,7 +1184,8 @@ def save_trajectory(out, states, levels, answers, show=lambda x: x):
         rows += [(f"student's answers\n{NAMES[net]}", show(x[:, j])) for net, x in answers.items()]
     caption = ("The teacher walks from noise at the left to an image at the right. Below each of its states: "
                "the image that the student answers with when it is shown this state, in one call. The better "
-               "it has learned, the less the answers of a row differ.")
+               "it has learned, the less the answers of a row differ."
+               + " States above sigma 1 are shown divided by sigma." * bool(levels.max() > 1))
     header = ["sigma" if levels.max() > 1 else "t", *(f"{level:.2g}" for level in levels.tolist())]
     save_sheet(f"{out}/trajectory.png", rows, caption, header, 1 + len(answers))
 
@@ -1270,11 +1273,12 @@ def begin_stage(out, stage, config, done):
 
 
 def overview(road, world, device, data):
-    """What a run is going to train, {stage: (steps, batch)}; a warning where a GPU is meant and none is there."""
+    """What a run is going to train, {stage: (steps, batch)}; a warning where a GPU is meant and there is none."""
     text = ", ".join(f"{stage} {steps:,} steps of {batch}" for stage, (steps, batch) in road.items())
     text = f"{world} process(es) on {device.type}; to train: {text or 'nothing'}"
-    alone = road and device.type == "cpu" and data != "digits"
-    return text + "; warning: no GPU is there, which this is made for; --data digits is for a CPU" * bool(alone)
+    if road and device.type == "cpu" and data != "digits":
+        text += "; warning: this is made for GPUs, and none is there; --data digits is for a CPU"
+    return text
 
 
 def step_line(stage, steps, batch, later, numbers):
@@ -1289,21 +1293,20 @@ def step_line(stage, steps, batch, later, numbers):
             f"{rate:.0f} images/s | {duration(left)} left{rest}")
 
 
-CURVES = {"loss": "loss", "grad": "gradient norm", "mse_gap4": "square error of pairs with t - r above 3/4"}
+CURVES = {"loss": "loss", "grad": "gradient norm", "mse_gap1": "square error where t - r is at most 1/4"}
 
 
 def save_curve(out):
     """<out>/curve.png: what metrics.jsonl has of every stage, on one axis of images."""
-    panels, before, last = {}, 0, 0
+    panels, before, last = {title: {} for title in CURVES.values()}, 0, {}
     for m in read_metrics(out):
         if "images" in m:
-            before += last * (m["images"] <= last)       # another stage begins
-            last = m["images"]
-            for key in filter(m.__contains__, CURVES):
-                curve = panels.setdefault(CURVES[key], {}).setdefault(m["stage"], [])
-                curve.append((before + last, m[key]))
+            before += last.get("images", 0) * (last.get("stage") not in (None, m["stage"]))
+            last = m
+            for key in CURVES.keys() & m:
+                panels[CURVES[key]].setdefault(m["stage"], []).append((before + m["images"], m[key]))
     save_chart(f"{out}/curve.png", panels, "Every stage of the run, against the images (or pairs) that were "
-               "trained on. The stages have other losses: compare within one, not between them.")
+               "trained on. Each stage has a loss of its own: compare within a stage, not between them.")
 
 
 def save_preview(out, stage, done, sampler, batch=64):
@@ -1328,7 +1331,8 @@ def save_samples(out, name, steps, sampler, seeds, batch):
 
 def save_captions(path, name, steps, rows):
     """A sheet of what a net draws in so many steps: rows are captions, each with its images."""
-    save_sheet(path, rows, f"{net_label(name, steps, sep=', ')}: images of each caption at the left, one a seed.")
+    label = net_label(name, steps, sep=", ")
+    save_sheet(path, rows, f"{label}: images of the caption at the left, one a seed.")
 
 
 def slug(text):
@@ -1339,7 +1343,8 @@ def slug(text):
 
 def save_classes(out, name, steps, images, seeds, classes):
     """<out>/samples_<net>_<steps>step.png, a class a column; of a net without classes, whatever it draws."""
-    caption = f"{net_label(name, steps, sep=', ')}: " + ("each column is a class." if classes else "one image a seed.")
+    label = net_label(name, steps, sep=", ")
+    caption = f"{label}: one image a seed" + ", each column a class." * bool(classes)
     save_seeds(f"{out}/samples_{name}_{steps}step.png", images, seeds, caption, classes, 10)
 
 

@@ -197,16 +197,16 @@ def train_vgg(path, seed, steps=300, batch=128, lr=3e-3):
 def plot(args, device):
     """The curves of any runs beside each other, a panel for each stage and quantity: <out>/plot.png."""
     panels = {}
-    for run in args.runs or [args.out]:
+    for run in args.runs:
         for m in fid.read_metrics(run):
-            for key in fid.CURVES.keys() & m:
-                panel = panels.setdefault((m["stage"], fid.CURVES[key]), {})
-                panel.setdefault(run, []).append((m["images"], m[key]))
+            for key in fid.CURVES if "images" in m else ():
+                panel = panels.setdefault(f"{m['stage']}: {fid.CURVES[key]}", {})
+                panel.setdefault(run, []).append((m["images"], m.get(key, 0)))
     if not panels:
-        script.fail(3, f"{' '.join(args.runs or [args.out])}: no metrics.jsonl of a run is there")
+        script.fail(3, f"plot: no metrics.jsonl in {args.runs}; name the folders of finished or running runs")
     os.makedirs(args.out, exist_ok=True)
-    fid.save_chart(f"{args.out}/plot.png", {f"{stage}: {key}": c for (stage, key), c in sorted(panels.items())},
-                   "Each stage of the runs against the images (or pairs) that this stage has been trained on.")
+    fid.save_chart(f"{args.out}/plot.png", panels,
+                   "The stages of each run against the images (or pairs) that the stage has been trained on.")
     print(f"{args.out}/plot.png")
 
 
@@ -335,7 +335,10 @@ def photo_run(row, seed, small, args):
 
 
 def photos(args, device):
-    """CMT + ECT beside ECT on 16x16 photos (--data: an EDM zip with labels), settings of digits: photos.png."""
+    """CMT + ECT beside ECT on photos of 16x16 (--data: an EDM zip with labels), with the settings of digits.
+
+    <out>/<seed>/photos.png shows the same noises through every net.
+    """
     os.makedirs(args.out, exist_ok=True)
     small, n = f"{args.out}/photos.npz", args.samples or 5_000
     images, labels = small_photos(args.data, small)
@@ -355,8 +358,8 @@ def photos(args, device):
                 found.append(fid.score(sampler, features, reference, n)[0])
                 shown.append((f"{row}\n{steps} steps, {found[-1]}", sampler(range(16))))
             print(f"| {row} | {seed} | {' / '.join(found)} | {state['seconds']:.0f} |", flush=True)
-            fid.save_sheet(f"{args.out}/{seed}/photos.png", shown, "Each column starts from one noise, which "
-                           "every net turns into a photo in so many steps. Beside: FD-photos, lower is better.")
+            fid.save_sheet(f"{args.out}/{seed}/photos.png", shown, "Each column starts from one noise that "
+                           "every net turns into a photo. At the left: steps and FD-photos, lower is better.")
 
 
 # ---- gradient bias ----------------------------------------------------------------------------

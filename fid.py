@@ -1265,15 +1265,14 @@ def begin_stage(out, stage, config, done):
             configs = json.loads(pathlib.Path(file).read_bytes())
     text = json.dumps({**configs, stage: config}, indent=1) + "\n"
     write_whole(file, lambda f: f.write(text.encode()))
-    lines = read_metrics(out)
-    kept = [m for m in lines if m["stage"] != stage or m["step"] <= done]
-    if kept != lines:
-        text = "".join(json.dumps(m) + "\n" for m in kept)
-        write_whole(f"{out}/metrics.jsonl", lambda f: f.write(text.encode()))
+    kept = [m for m in read_metrics(out) if m["stage"] != stage or m["step"] <= done]
+    if os.path.isfile(f"{out}/metrics.jsonl"):
+        lines = "".join(json.dumps(m) + "\n" for m in kept)
+        write_whole(f"{out}/metrics.jsonl", lambda f: f.write(lines.encode()))
 
 
 def overview(road, world, device, data):
-    """What a run is going to train, {stage: (steps, batch)}; a warning where a GPU is meant and there is none."""
+    """What a run is to train, {stage: (steps, batch)}; a warning where a GPU is meant and there is none."""
     text = ", ".join(f"{stage} {steps:,} steps of {batch}" for stage, (steps, batch) in road.items())
     text = f"{world} process(es) on {device.type}; to train: {text or 'nothing'}"
     if road and device.type == "cpu" and data != "digits":
@@ -1303,8 +1302,8 @@ def save_curve(out):
         if "images" in m:
             before += last.get("images", 0) * (last.get("stage") not in (None, m["stage"]))
             last = m
-            for key in CURVES.keys() & m:
-                panels[CURVES[key]].setdefault(m["stage"], []).append((before + m["images"], m[key]))
+            for key, title in CURVES.items():
+                panels[title].setdefault(m["stage"], []).append((before + m["images"], m.get(key, 0)))
     save_chart(f"{out}/curve.png", panels, "Every stage of the run, against the images (or pairs) that were "
                "trained on. Each stage has a loss of its own: compare within a stage, not between them.")
 
@@ -1339,6 +1338,12 @@ def slug(text):
     """A caption as part of a file's name; with a checksum where another caption would have the same one."""
     words = re.sub(r"\W+", "-", text.lower()).strip("-")[:40]
     return words if words.replace("-", " ") == text else f"{words}-{zlib.crc32(text.encode()):08x}"
+
+
+def class_seeds(n):
+    """Names of the first ten of n classes, and ten seeds of each, row by row; n = 0: no names, 100 seeds."""
+    columns = range(min(n or 10, 10))
+    return [str(k) for k in columns if n], [k + (n or 10) * j for j in range(10) for k in columns]
 
 
 def save_classes(out, name, steps, images, seeds, classes):

@@ -505,17 +505,22 @@ def make_sampler(cfg, net, steps):
     return sampler
 
 
+def previewer(cfg, net):
+    """Sampler of previews; None where there is nothing to see: of a VGG, of latents without their VAE."""
+    if cfg.stage != "vgg" and net.img_channels != 4:
+        return make_sampler(replace(cfg, guide=""), net, 0 if cfg.stage == "pretrain" else 1)
+
+
 @torch.no_grad()
 def draw_sheets(cfg, found):
     """A sheet per net, a column per class; stages.png, trajectory.png. Returns what stages.png is made of."""
-    n, balanced, shown = found[0][1].label_dim, replace(cfg, labels="balanced"), []
-    classes, columns = [str(k) for k in range(min(10, n))], min(10, n or 10)
-    seeds = [k + (n or 10) * j for j in range(10) for k in range(columns)]
+    balanced, shown = replace(cfg, labels="balanced"), []
+    classes, seeds = fid.class_seeds(found[0][1].label_dim)
     for name, net, kinds, _ in found:
         for steps, kind in kinds.items():
             x = fid.draw(make_sampler(balanced, net, kind), seeds, cfg.batch_gpu or 64).cpu()
             fid.save_classes(cfg.out, name, steps, x, seeds, classes)
-            shown.append((name, steps, x[:columns]))
+            shown.append((name, steps, x[:len(classes) or 10]))
     fid.save_stages(cfg.out, shown, classes)
     if found[0][0] == "teacher":
         teacher, sigmas = found[0][1], solvers.logsnr_sigmas(cfg.nfe)
@@ -997,9 +1002,7 @@ def train(cfg):
             nets.save_checkpoint(path, net=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(),
                                  data=data, model=model, cfg=asdict(cfg), **{k: since[k] for k in kept},
                                  script=os.path.basename(__file__))
-            sampler = make_sampler(replace(cfg, guide=""), ema, 0 if cfg.stage == "pretrain" else 1)
-            viewed = cfg.stage != "vgg" and shape[0] != 4
-            fid.save_preview(cfg.out, cfg.stage, done, viewed and sampler, cfg.batch_gpu or 64)
+            fid.save_preview(cfg.out, cfg.stage, done, previewer(cfg, ema), cfg.batch_gpu or 64)
             since["clock"] = time.time()
         if stop:
             break

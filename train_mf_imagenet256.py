@@ -515,9 +515,8 @@ def make_sampler(cfg, net, steps, decode=True):
 @torch.no_grad()
 def class_sheets(cfg, found):
     """A sheet per net, a column per class; stages.png, trajectory.png. Returns what stages.png is made of."""
-    n, balanced, shown = found[0][1].num_classes, replace(cfg, labels="balanced"), []
-    classes = [str(k) for k in range(min(10, n))]
-    seeds = [int(k) + n * j for j in range(10) for k in classes]
+    balanced, shown = replace(cfg, labels="balanced"), []
+    classes, seeds = fid.class_seeds(found[0][1].num_classes)
     for name, net, kinds, _ in found:
         for steps in kinds:
             x = fid.draw(make_sampler(balanced, net, steps), seeds, cfg.batch_gpu or 64).cpu()

@@ -1280,16 +1280,15 @@ def overview(road, world, device, data):
     return text
 
 
-def step_line(stage, steps, batch, later, numbers):
-    """A line of the log from the numbers of a step. later: images of the stages after this one."""
+def step_line(stage, steps, batch, later, m):
+    """A line of the log from the numbers m of a step. later: images of the stages after this one."""
     known = "step images loss grad skipped lr images_per_second seconds".split()
-    more = "".join(f"{name} {value:.4g} | " for name, value in numbers.items() if name not in known)
-    step, loss, grad, skipped, lr, rate = (numbers[known[k]] for k in (0, 2, 3, 4, 5, 6))
-    left = (steps - step) * batch / rate
-    rest = f", {duration(left + later / rate)} with the next stages" if later else ""
-    return (f"{stage} {step:6d}/{steps} {step / steps:4.0%} | loss {loss:.5f} | {more}grad {grad:.3g} | "
-            f"skipped {skipped} | lr {lr:.2e} | {numbers['images'] / 1e6:.3f} M images | "
-            f"{rate:.0f} images/s | {duration(left)} left{rest}")
+    more = "".join(f"{name} {value:.4g} | " for name, value in m.items() if name not in known)
+    left, rate = (steps - m["step"]) * batch, m["images_per_second"]
+    rest = f", {duration((left + later) / rate)} with the next stages" if later else ""
+    return (f"{stage} {m['step']:6d}/{steps} {m['step'] / steps:4.0%} | loss {m['loss']:.5f} | {more}"
+            f"grad {m['grad']:.3g} | skipped {m['skipped']} | lr {m['lr']:.2e} | {m['images'] / 1e6:.3f} M "
+            f"images | {rate:.0f} images/s | {duration(left / rate)} left{rest}")
 
 
 CURVES = {"loss": "loss", "grad": "gradient norm", "mse_gap1": "square error where t - r is at most 1/4"}
@@ -1310,12 +1309,12 @@ def save_curve(out):
 
 def save_preview(out, stage, done, sampler, batch=64):
     """<out>/curve.png and, of a sampler, <out>/previews/<stage>_<done>.png: 64 noises, always the same."""
-    caption = (f"After {done:,} steps of {stage}-training: what the net, averaged over its last steps, makes "
-               "of noises that are the same in every preview.").replace("pretrain-", "pre-")
     save_curve(out)
     if sampler:
         images = draw_in(30, sampler, range(64), batch)
-        save_seeds(f"{out}/previews/{stage}_{done:07d}.png", images, range(64), caption)
+        save_seeds(f"{out}/previews/{stage}_{done:07d}.png", images, range(64),
+                   f"{stage}, after {done:,} steps: what the net, averaged over its last steps, makes of noises "
+                   "that are the same in every preview.")
 
 
 def save_samples(out, name, steps, sampler, seeds, batch):

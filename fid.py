@@ -1313,8 +1313,8 @@ def save_preview(out, stage, done, sampler, batch=64):
     if sampler:
         images = draw_in(30, sampler, range(64), batch)
         save_seeds(f"{out}/previews/{stage}_{done:07d}.png", images, range(64),
-                   f"{stage}, after {done:,} steps: what the net, averaged over its last steps, makes of noises "
-                   "that are the same in every preview.")
+                   f"{stage}, after {done:,} steps: what the net, averaged over its last steps, makes of "
+                   "noises that are the same in every preview.")
 
 
 def save_samples(out, name, steps, sampler, seeds, batch):

@@ -111,7 +111,7 @@ PRESETS = {  # (data, stage, method): matching rows are laid over each other, to
 }
 ABOUT = {"pretrain": "stage 1 of 4, pre-training: the loss soon stays level, while the images still improve",
          "mid": "stage 2 of 4, mid-training (Eq. 7): the loss, how far from the teacher's ends, falls",
-         "post": "stage 3 of 4, post-training (Eq. 3): loss and grad, over a small step, are large and level",
+         "post": "stage 3 of 4, post-training (Eq. 3): over a small step, so grad is large and the loss hardly falls",
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "teacher", "random"                        # what --init says that is no FILE

@@ -1252,14 +1252,16 @@ def read_metrics(out):
     return lines
 
 
-def begin_stage(out, stage, config, done):
+def begin_stage(out, config, done, parameters):
     """Before a stage goes on from step `done`: its knobs go to config.json, later metrics go away.
 
-    A killed run has logged steps that are not in its checkpoint and come again. First process only.
+    A killed run has logged steps that are not in its checkpoint and come again. The first process writes;
+    returned is the line that says so.
     """
+    stage, file, configs = config["stage"], f"{out}/config.json", {}
+    begins = f"{stage}: {parameters:,} parameters, from step {done} to {config['steps']}"
     if processes()[0]:
-        return
-    file, configs = f"{out}/config.json", {}
+        return begins
     if os.path.exists(file):
         with blame(file):
             configs = json.loads(pathlib.Path(file).read_bytes())
@@ -1269,6 +1271,7 @@ def begin_stage(out, stage, config, done):
     if os.path.isfile(f"{out}/metrics.jsonl"):
         lines = "".join(json.dumps(m) + "\n" for m in kept)
         write_whole(f"{out}/metrics.jsonl", lambda f: f.write(lines.encode()))
+    return begins
 
 
 def overview(road, world, device, data):

@@ -111,7 +111,7 @@ PRESETS = {  # (data, stage, method): matching rows are laid over each other, to
 }
 ABOUT = {"pretrain": "stage 1 of 4, pre-training: the loss soon stays level, while the images still improve",
          "mid": "stage 2 of 4, mid-training (Eq. 7): the loss, how far from the teacher's ends, falls",
-         "post": "stage 3 of 4, post-training (Eq. 3): over a small step, so grad is large and the loss hardly falls",
+         "post": "stage 3 of 4, post-training (Eq. 3): over a small step, grad large, loss hardly falls",
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "teacher", "random"                        # what --init says that is no FILE
@@ -413,14 +413,15 @@ def resume(cfg, path):
     later = any(os.path.exists(f"{cfg.out}/{s}.pt") for s in STAGES[STAGES.index(cfg.stage) + 1:])
     for f in fields(Config) if ckpt else ():
         was, now = ckpt["cfg"].get(f.name, f.default), getattr(cfg, f.name)
-        may, how = f.name in free, f"use another --out, {ckpt.get('script', 'a script')} made this one"
+        may, how = f.name in free, "use another --out"
         if f.name == "data":                          # of one kind; what they hold is compared in is_over
             may = data_name(replace(cfg, data=was)) == data_name(cfg)
         if f.name == "steps":                         # more of them, before another stage begins from here
             may = may and not later and now >= ckpt["step"]
             how += f", there train on from it by --init {path}" * (cfg.stage != "pretrain")
         if was != now and not may:
-            fail(2, f"{path} was made with --{f.name} {was}, now it is {now}; {how}")
+            fail(2, f"{path} was made with --{f.name} {was}, now it is {now}; {how} (the file is of "
+                    f"{ckpt.get('script', 'an older script')})")
     agree(f"step of {path}", ckpt and ckpt["step"])
     return ckpt
 
@@ -683,8 +684,7 @@ def train(cfg):
     shape = net.img_channels, net.img_resolution, net.img_resolution
     sigmas, (n, pairs), share = solvers.logsnr_sigmas(cfg.nfe), solves(cfg), B // WORLD
     distance, micro = make_distance(cfg, shape[0]) if cfg.stage == "mid" else None, cfg.batch_gpu or share
-    fid.begin_stage(cfg.out, cfg.stage, asdict(cfg), since["step"])
-    log(cfg, f"{cfg.stage}: {len(flat):,} parameters, from step {since['step']} to {cfg.steps}")
+    log(cfg, fid.begin_stage(cfg.out, asdict(cfg), since["step"], len(flat)))
 
     for step in range(start := since["step"], cfg.steps):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)

@@ -629,14 +629,15 @@ def resume(cfg, path):
     later = any(os.path.exists(f"{cfg.out}/{s}.pt") for s in STAGES[STAGES.index(cfg.stage) + 1:])
     for f in fields(Config) if ckpt else ():
         was, now = ckpt["cfg"].get(f.name, f.default), getattr(cfg, f.name)
-        may, how = f.name in free, f"use another --out, {ckpt.get('script', 'a script')} made this one"
+        may, how = f.name in free, "use another --out"
         if f.name == "data":                          # of one kind; what they hold is compared in is_over
             may = data_name(replace(cfg, data=was)) == data_name(cfg)
         if f.name == "steps":                         # more of them, before another stage begins from here
             may = may and not later and now >= ckpt["step"]
             how += f", there train on from it by --init {path}" * (cfg.stage != "pretrain")
         if was != now and not may:
-            fail(2, f"{path} was made with --{f.name} {was}, now it is {now}; {how}")
+            fail(2, f"{path} was made with --{f.name} {was}, now it is {now}; {how} (the file is of "
+                    f"{ckpt.get('script', 'an older script')})")
     agree(f"step of {path}", ckpt and ckpt["step"])
     return ckpt
 
@@ -939,8 +940,7 @@ def train(cfg):
     mine, classes = slice(RANK * share, (RANK + 1) * share), model["label_dim"]
     reader = ThreadPoolExecutor(1)                    # it reads one step ahead
     ahead = reader.submit(read_share, cfg, images, since["step"]) if images else None
-    fid.begin_stage(cfg.out, cfg.stage, asdict(cfg), since["step"])
-    log(cfg, f"{cfg.stage}: {len(flat):,} parameters, from step {since['step']} to {cfg.steps}")
+    log(cfg, fid.begin_stage(cfg.out, asdict(cfg), since["step"], len(flat)))
 
     for step in range(start := since["step"], cfg.steps):
         opt.param_groups[0]["lr"] = lr = learning_rate(cfg, step)

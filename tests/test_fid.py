@@ -771,13 +771,13 @@ def test_metrics_have_every_step_once_after_a_kill(tmp_path):
     rows = [dict(stage=s, step=k, images=k) for s in ("pretrain", "mid") for k in (1, 2, 3, 4)] + [dict(stage="eval", net="mid")]
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(m) + "\n" for m in rows) + '{"stage": "mid", "st')
-    fid.begin_stage(str(tmp_path), "mid", dict(steps=9), 2)
+    fid.begin_stage(str(tmp_path), mid := dict(stage="mid", steps=9), 2, 7)
     assert [m.get("step") for m in fid.read_metrics(str(tmp_path))] == [1, 2, 3, 4, 1, 2, None]
-    fid.begin_stage(str(tmp_path), "post", dict(steps=7), 0)
-    assert json.loads((tmp_path / "config.json").read_text()) == dict(mid=dict(steps=9), post=dict(steps=7))
+    assert fid.begin_stage(str(tmp_path), post := dict(stage="post", steps=7), 0, 1234) == "post: 1,234 parameters, from step 0 to 7"
+    assert json.loads((tmp_path / "config.json").read_text()) == dict(mid=mid, post=post)
     with open(path, "a") as f:
         f.write('{"stage": "post"')
-    fid.begin_stage(str(tmp_path), "post", dict(steps=7), 0)
+    fid.begin_stage(str(tmp_path), post, 0, 7)
     assert all(json.loads(line) for line in path.read_text().splitlines())
 
 

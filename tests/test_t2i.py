@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -363,6 +364,7 @@ def test_a_caption_that_is_cut_draws_a_warning(road, capsys):
 
 def test_prompts_make_a_picture_for_each_caption_and_seed(road):
     Path("prompts.txt").write_text("the digit seven\n\na purple elephant\n")
+    shutil.rmtree(road / "samples", ignore_errors=True)
     for prompts in ("the digit seven|a purple elephant", "prompts.txt"):
         run(*TINY, "--stage", "sample", "--out", road, "--prompts", prompts, "--seeds", "3-5")
         for k in ("teacher_3", "mid_1", "post_2"):

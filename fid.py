@@ -1164,7 +1164,7 @@ def save_stages(out, shown, names=(), table=()):
     """
     labels = [net_label(name, steps, table) for name, steps, _ in shown]
     rows, header, line = [*zip(labels, (x for *_, x in shown))], names and ["class", *names], "column"
-    if any(len(name) > 9 for name in names):
+    if any(len(name) > 8 for name in names):
         columns = torch.stack([x.cpu() for *_, x in shown], 1)
         rows, header, line = [*zip(names, columns)], ["caption", *labels], "row"
     score = " Scores: Frechet distance to the data, lower is better." * bool(table)

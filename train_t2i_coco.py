@@ -668,7 +668,7 @@ def read_digits(sampler, reader, right):
 def caption_sheets(cfg, found, images, encoder):
     """A sheet per net, a row per caption; stages.png, trajectory.png. Returns what stages.png is made of."""
     (captions, text), null = validation_text(images, encoder, range(10)), encoder(images.null[None])
-    captions = [caption or f"caption {k}" for k, caption in enumerate(captions)]     # U-ViT's features: no text
+    captions = [caption or f"caption {k}" for k, caption in enumerate(captions)]     # U-ViT: no text
     seeds, shown = [k + 10 * j for k in range(10) for j in range(8)], []             # 8 of each caption
     for name, net, kinds, _ in found:
         for steps in kinds:

@@ -126,10 +126,10 @@ PRESETS = {  # (data, stage, method): matching rows are laid over each other, to
     ("digits", "mid", "*"): dict(steps=900, batch=32, lr=3e-3, ema_beta=0.99),
     ("digits", "post", "*"): dict(steps=600, batch=32, lr=3e-4, ema_beta=0.99, q=512, decay="linear"),
 }
-ABOUT = {"pretrain": "stage 1 of 5, pre-training (EDM2): the loss falls as long as the images improve",
+ABOUT = {"pretrain": "stage 1 of 5, pre-training (EDM2): loss falls while the images improve; grad is level",
          "vgg": "stage 2 of 5, the VGG that measures in mid-training: its loss on labels falls to about 0",
-         "mid": "stage 3 of 5, mid-training (Eq. 7): the loss, how far from the teacher's ends, falls",
-         "post": "stage 4 of 5, post-training (Eq. 3): the loss, over a small step, soon stays level",
+         "mid": "stage 3 of 5, mid-training (Eq. 7): loss, the distance to the teacher's ends, falls; grad too",
+         "post": "stage 4 of 5, post-training (Eq. 3): loss and grad, over a small step, soon stay level",
          "eval": "stage 5 of 5, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "teacher", "random"                        # what --init says that is no FILE

@@ -115,7 +115,7 @@ PRESETS = {  # (data, stage, method): matching rows are laid over each other, to
     ("digits", "post", "vanilla"): dict(steps=1_900),                      # the time of mid and post together
 }
 ABOUT = {"pretrain": "stage 1 of 4, pre-training: Mean Flow divides its loss by itself: near 1; see mse",
-         "mid": "stage 2 of 4, mid-training (Eq. 8): the loss, the square error of mean velocities, falls",
+         "mid": "stage 2 of 4, mid-training (Eq. 8): loss, square error of mean velocities, falls; grad too",
          "post": "stage 3 of 4, post-training: Mean Flow divides its loss by itself: near 1; see mse",
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order

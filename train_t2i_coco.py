@@ -118,9 +118,9 @@ PRESETS = {  # (data, stage, method): matching rows are laid over each other, to
     ("digits", "mid", "*"): dict(steps=800, lr=1e-3),
     ("digits", "post", "*"): dict(steps=700, lr=5e-4),
 }
-ABOUT = {"pretrain": "stage 1 of 4, pre-training: the loss, square error (mse_same) less REPA's gain, falls",
-         "mid": "stage 2 of 4, mid-training (Eq. 8): the loss, the square error of mean velocities, falls",
-         "post": "stage 3 of 4, post-training: the loss is divided by itself, so level; the error is mse",
+ABOUT = {"pretrain": "stage 1 of 4, pre-training: loss, square error (mse_same) less REPA's gain, falls",
+         "mid": "stage 2 of 4, mid-training (Eq. 8): loss, square error of mean velocities, falls; grad too",
+         "post": "stage 3 of 4, post-training: Mean Flow divides its loss by itself: level; see mse",
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "sit", "random"                            # what --init says that is no FILE

@@ -109,8 +109,8 @@ PRESETS = {  # (data, stage, method): matching rows are laid over each other, to
     ("digits", "post", "*"): dict(steps=600, batch=32, lr=3e-4, ema_beta=0.99, q=512, warmup=20),
     ("digits", "post", "annealed"): dict(q=2, double=187, steps=1_500, lr=1e-3),
 }
-ABOUT = {"pretrain": "stage 1 of 4, pre-training: loss and grad soon stay level, while the images still improve",
-         "mid": "stage 2 of 4, mid-training (Eq. 7): loss, the distance to the teacher's ends, falls; grad is level",
+ABOUT = {"pretrain": "stage 1 of 4, pre-training: loss and grad soon stay level, images still improve",
+         "mid": "stage 2 of 4, mid-training (Eq. 7): loss, distance to the teacher's ends, falls; grad level",
          "post": "stage 3 of 4, post-training (Eq. 3): over a small step; grad is large, loss is level",
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order

@@ -128,7 +128,7 @@ PRESETS = {  # (data, stage, method): matching rows are laid over each other, to
 }
 ABOUT = {"pretrain": "stage 1 of 5, pre-training (EDM2): loss falls while the images improve; grad is level",
          "vgg": "stage 2 of 5, the VGG that measures in mid-training: its loss on labels falls to about 0",
-         "mid": "stage 3 of 5, mid-training (Eq. 7): loss, the distance to the teacher's ends, falls; grad too",
+         "mid": "stage 3 of 5, mid-training (Eq. 7): loss, distance to the teacher's ends, falls; grad too",
          "post": "stage 4 of 5, post-training (Eq. 3): loss and grad, over a small step, soon stay level",
          "eval": "stage 5 of 5, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order

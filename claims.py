@@ -3,6 +3,7 @@
   python claims.py claims                   # every claim, three seeds of every run (hours)
   python claims.py claims --methods "CMT + ECT;ECT" --seeds 0       # some rows, one seed
   python claims.py curves                   # CMT + ECT beside ECT: score and gradient norm against images
+  python claims.py plot out/digits out/ect  # loss and gradient norm of any runs beside each other
   python claims.py photos --data cifar10.zip --out out/photos       # CMT + ECT beside ECT on 16x16 photos
   python claims.py bias --out out/digits    # Theorem 5.1: the gradient bias at each start of a finished run
 
@@ -24,7 +25,6 @@ from dataclasses import replace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
 
 import fid
 import nets
@@ -194,33 +194,20 @@ def train_vgg(path, seed, steps=300, batch=128, lr=3e-3):
 
 
 # ---- curves -----------------------------------------------------------------------------------
-def chart(path, curves, title, x_label):
-    """{name: [(x, y)]} -> a PNG of lines, y logarithmic with its ticks at 1, 2, 5 times powers of ten."""
-    width, height, left, low = 900, 520, 70, 60
-    colours = ["#1f5fbf", "#6fa8f5", "#c0392b", "#f0a090", "#2e8b57", "#8e44ad"]
-    image = Image.new("RGB", (width, height), "white")
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(15)
-    xs, ys = zip(*(p for points in curves.values() for p in points))
-    ticks = [m * 10.0**e for e in range(-6, 7) for m in (1, 2, 5)]
-    around = zip(ticks, ticks[1:], ticks[2:])
-    ticks = [y for below, y, above in around if above > min(ys) and below < max(ys)]
-    bottom, top = math.log(ticks[0]), math.log(ticks[-1])
-
-    def at(x, y):
-        return (left + (width - left - 20) * x / max(xs),
-                height - low - (height - low - 50) * (math.log(y) - bottom) / (top - bottom))
-    for y in ticks:
-        draw.line([at(0, y), at(max(xs), y)], "#dddddd")
-        draw.text((left - 8, at(0, y)[1]), f"{y:g}", "black", font, anchor="rm")
-    for k in range(6):
-        x, anchor = max(xs) * k / 5, "mt" if k < 5 else "rt"
-        draw.text((at(x, ticks[0])[0], height - low + 8), f"{x:,.0f}", "black", font, anchor=anchor)
-    draw.text((width / 2, height - 22), x_label, "black", font, anchor="mt")
-    draw.text((left, 14), title, "black", font)
-    for k, ((name, points), colour) in enumerate(zip(curves.items(), colours[::1 + (len(curves) < 4)])):
-        draw.line([at(*p) for p in points], colour, 3, joint="curve")
-        draw.text((width - 30, 50 + 22 * k), name, colour, font, anchor="rt")
-    image.save(path)
+def plot(args, device):
+    """The curves of any runs beside each other, a panel for each stage and quantity: <out>/plot.png."""
+    panels = {}
+    for run in args.runs:
+        for m in fid.read_metrics(run):
+            for key in fid.CURVES if "images" in m else ():
+                panel = panels.setdefault(f"{m['stage']}: {fid.CURVES[key]}", {})
+                panel.setdefault(run, []).append((m["images"], m.get(key, 0)))
+    if not panels:
+        script.fail(3, f"plot: no metrics.jsonl in {args.runs}; name the folders of finished or running runs")
+    os.makedirs(args.out, exist_ok=True)
+    fid.save_chart(f"{args.out}/plot.png", panels,
+                   "The stages of each run against the images (or pairs) that the stage has been trained on.")
+    print(f"{args.out}/plot.png")
 
 
 @contextlib.contextmanager
@@ -262,12 +249,12 @@ def curves(args, device):
                     found = fid.score(script.make_sampler(cfg, net, steps), features, reference, cfg.samples)
                     scores.setdefault(f"{name}, {steps} step", []).append((seen + images, found[1][0]))
             seen += images
-        with open(f"{folder}/metrics.jsonl") as f:
-            for m in map(json.loads, f):
-                before += m["images"] - before if m["stage"] == "mid" else 0
-                norms.setdefault(name, []).append((m["images"] + before * (m["stage"] == "post"), m["grad"]))
-    chart(f"{args.out}/curve.png", scores, "FD-digits against training images", "images (pairs) seen")
-    chart(f"{args.out}/norms.png", norms, "gradient norm of every step", "images (pairs) seen")
+        for m in fid.read_metrics(folder):
+            before += m["images"] - before if m["stage"] == "mid" else 0
+            norms.setdefault(name, []).append((m["images"] + before * (m["stage"] == "post"), m["grad"]))
+    x_axis = "against the images (or pairs) that were trained on, teacher not counted"
+    fid.save_chart(f"{args.out}/curve.png", {"FD-digits, lower is better": scores}, f"The score {x_axis}.")
+    fid.save_chart(f"{args.out}/norms.png", {"gradient norm of every step": norms}, f"The gradient {x_axis}.")
     for name, points in scores.items():
         print(f"{name}: " + ", ".join(f"{x:,} {y:.2f}" for x, y in points))
 
@@ -348,7 +335,10 @@ def photo_run(row, seed, small, args):
 
 
 def photos(args, device):
-    """CMT + ECT beside ECT on 16x16 photos (--data: an EDM zip with labels), the settings of digits."""
+    """CMT + ECT beside ECT on photos of 16x16 (--data: an EDM zip with labels), with the settings of digits.
+
+    <out>/<seed>/photos.png shows the same noises through every net.
+    """
     os.makedirs(args.out, exist_ok=True)
     small, n = f"{args.out}/photos.npz", args.samples or 5_000
     images, labels = small_photos(args.data, small)
@@ -357,16 +347,19 @@ def photos(args, device):
     print(f"{len(images):,} images; {features.protocol}")
     print("| run | seed | FD-photos, 1 / 2 steps | seconds |\n|---|---|---|---|")
     for seed in args.seeds.split(","):
+        shown = []
         for row in args.methods.split(";") if args.methods else PHOTOS:
             folder, stage = photo_run(row, seed, small, args)
             state = torch.load(f"{folder}/{stage}.pt", weights_only=True)
             cfg = script.parse(["--data", small])
             net, found = script.build(cfg, state["model"], state["ema"]), []
-            for kind, name in [(0, "teacher")] if row == "teacher" else [(1, "1"), (2, "2")]:
+            for kind, steps in [(0, cfg.nfe)] if row == "teacher" else [(1, 1), (2, 2)]:
                 sampler = script.make_sampler(cfg, net, kind)
                 found.append(fid.score(sampler, features, reference, n)[0])
-                fid.save_grid(sampler(range(64)), f"{folder}/samples_{name}.png", columns=16)
+                shown.append((f"{row}\n{steps} steps, {found[-1]}", sampler(range(16))))
             print(f"| {row} | {seed} | {' / '.join(found)} | {state['seconds']:.0f} |", flush=True)
+            fid.save_sheet(f"{args.out}/{seed}/photos.png", shown, "Each column starts from one noise that "
+                           "every net turns into a photo. At the left: steps and FD-photos, lower is better.")
 
 
 # ---- gradient bias ----------------------------------------------------------------------------
@@ -441,13 +434,14 @@ def bias(args, device):
 
 
 # ---- command line -----------------------------------------------------------------------------
-COMMANDS = {f.__name__: f for f in (claims, curves, photos, bias)}
+COMMANDS = {f.__name__: f for f in (claims, curves, plot, photos, bias)}
 
 
 def main(argv=None):
     """The command line of the docstring."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("what", choices=COMMANDS)
+    p.add_argument("runs", nargs="*", metavar="OUT", help="plot: folders of runs, of any script")
     p.add_argument("--out", default="", help="folder of the runs; \"\" = out/claims; bias: out/digits")
     p.add_argument("--methods", default="", help="claims, photos: rows, between semicolons; \"\" = all")
     p.add_argument("--seeds", default="0,1,2", help="claims, photos: of the whole pipeline")

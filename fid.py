@@ -11,8 +11,10 @@
   begin_encode, encode_shards,     pictures -> arrays by an encoder      what was encoded stays known
   made_of
   crop, square                     photos to train on                    ADM and EDM2, U-ViT
-  draw, score, save_images,        what a sampler makes
-  save_grid, table                 one PNG a seed, sheets, Markdown
+  draw, score, save_images         what a sampler makes                  one PNG a seed
+  save_sheet, save_stages,         pictures with words, charts           read without the README
+  save_trajectory, save_chart
+  begin_stage, read_metrics        the folder of a run                   config.json, metrics.jsonl, previews
   read_images, digits, to_uint8    folder, .zip, .npz, .npy, .png sheet  EDM zip, ADM samples, digits.png
   load_reference, read_statistics  .npz, .pkl (nothing in it is run)     EDM, EDM2, ADM, and what --save wrote
 
@@ -38,6 +40,7 @@ import hashlib
 import http.client
 import io
 import json
+import math
 import os
 import pathlib
 import pickle
@@ -45,8 +48,10 @@ import re
 import shutil
 import sys
 import tarfile
+import textwrap
 import threading
 import time
+import unicodedata
 import urllib.request
 import zipfile
 import zlib
@@ -56,7 +61,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 
 ASSETS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets")
@@ -1034,6 +1039,26 @@ def draw(sampler, seeds, batch=64):
     return torch.cat([sampler(seeds[i:i + batch]) for i in range(0, len(seeds), batch)])
 
 
+def draw_in(seconds, sampler, seeds, batch=64):
+    """Images of the seeds, of fewer where the machine is slow: after so many seconds no more are begun."""
+    end, images = time.time() + seconds, sampler(seeds[:2])
+    while len(images) < len(seeds) and time.time() < end:
+        some = seeds[len(images):len(images) + min(len(images), batch)]
+        images = torch.cat([images, sampler(some)])
+    return images
+
+
+def in_batches(seeds, batch):
+    """Yields the seeds, `batch` at a time; every ten seconds the first process says how far they are."""
+    start = told = time.time()
+    for i in range(0, len(seeds), batch):
+        yield seeds[i:i + batch]
+        done, now = min(i + batch, len(seeds)), time.time()
+        if processes()[0] == 0 and now > told + 10:
+            told, left = now, duration((now - start) * (len(seeds) / done - 1))
+            show(f"{done:,}/{len(seeds):,} images drawn, {left} left", sys.stdout)
+
+
 def score(sampler, features, reference, samples, repeat=1, batch=250):
     """Frechet distances of `repeat` sets of `samples` images, fresh seeds each; processes share the work.
 
@@ -1044,7 +1069,7 @@ def score(sampler, features, reference, samples, repeat=1, batch=250):
     distances, device = [], next(features.parameters()).device
     for j in range(repeat):
         seeds = range(j * samples + rank, (j + 1) * samples, world)
-        batches = (to_uint8(sampler(seeds[i:i + batch])) for i in range(0, len(seeds), batch))
+        batches = (to_uint8(sampler(some)) for some in in_batches(seeds, batch))
         ours = measure(features, batches, device)
         distances.append(frechet_distance(ours.mu, ours.cov, reference.mu, reference.cov))
     text = f"{np.mean(distances):.2f}"
@@ -1058,28 +1083,283 @@ def save_images(sampler, seeds, prefix, batch=64):
     rank, world = processes()
     os.makedirs(os.path.dirname(prefix), exist_ok=True)
     mine = seeds[rank::world]
-    for i in range(0, len(mine), batch):
-        images = to_uint8(sampler(mine[i:i + batch])).permute(0, 2, 3, 1).cpu().numpy()
-        for seed, image in zip(mine[i:i + batch], images):
+    for some in in_batches(mine, batch):
+        images = to_uint8(sampler(some)).permute(0, 2, 3, 1).cpu().numpy()
+        for seed, image in zip(some, images):
             Image.fromarray(image.squeeze()).save(f"{prefix}{seed:06d}.png")
 
 
-def save_grid(images, path, columns=8, captions=()):
-    """(N, C, H, W) in [-1, 1] -> one PNG, rows of `columns`, small images enlarged; captions above rows."""
-    x = to_uint8(images.cpu()).permute(0, 2, 3, 1).numpy()
-    zoom = max(1, 32 // x.shape[1])
-    x = x.repeat(zoom, 1).repeat(zoom, 2)
-    n, h, w, c = x.shape
-    top, gap = 18 if captions else 0, 2
-    sheet = np.full((-(-n // columns), top + h + gap, columns, w + gap, c), 255, np.uint8)
-    for k, image in enumerate(x):
-        sheet[k // columns, top:top + h, k % columns, :w] = image
-    picture = Image.fromarray(sheet.reshape(-1, columns * (w + gap), c).squeeze())
-    pen = ImageDraw.Draw(picture)
-    for row, caption in enumerate(captions):          # Pillow's own font has no other letters
-        shown = caption.encode("latin-1", "replace").decode("latin-1")
-        pen.text((2, row * (top + h + gap) + 2), shown, fill="black")
+# ---- pictures with words -----------------------------------------------------------------------
+NAMES = dict(teacher="teacher", mid="after mid-training", post="after post-training", init="--init")
+COLOURS = "#1f5fbf", "#c0392b", "#2e8b57", "#8e44ad", "#d98a00", "#6fa8f5", "#f0a090", "#555555"
+
+
+def plain(text):
+    """Text as Pillow's bundled font can write it: without accents, and a question mark for other letters."""
+    letters = (c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    return "".join(letters).encode("ascii", "replace").decode()
+
+
+def boxed(text, letters, font):
+    """(text in lines of so many letters, its width, its height): the size makes room, so nothing is cut."""
+    wrap = functools.partial(textwrap.fill, width=letters, break_on_hyphens=False)
+    text = "\n".join(map(wrap, plain(text).split("\n")))
+    return text, *ImageDraw.Draw(Image.new("L", (1, 1))).multiline_textbbox((0, 0), text, font)[2:]
+
+
+def save_sheet(path, rows, caption, header=(), block=0):
+    """Rows of images with words around them -> one PNG of at least 900 pixels in width.
+
+    rows: a list of (label, images (n, C, H, W) in [-1, 1]); the label stands at the left. Small images are
+    enlarged, each pixel a square; of latents (4 channels) three are shown. header: texts above the columns,
+    the first one above the labels. caption: a sentence below. block: a wider gap after so many rows.
+    """
+    n, (h, w) = max(len(x) for _, x in rows), rows[0][1].shape[-2:]
+    em = max(16, n * w // 60)                            # letters grow with the sheet
+    font, gap = ImageFont.load_default(em), em // 4
+    labels = [boxed(label, 26, font) for label, _ in rows]
+    corner, *_ = heads = [boxed(text, 16, font) for text in header] or [("", 0, 0)]
+    left = max(width for _, width, _ in (corner, *labels)) + 3 * gap
+    zoom = max(1, min(96 // w, -((left + n * gap - 900) // (n * w))))
+    zoom = max([zoom, *(width // w for _, width, _ in heads[1:])])
+    cell = max([w * zoom, *(width + gap for _, width, _ in heads[1:])]) + gap
+    words = boxed(caption, max(900, left + n * cell) * 2 // em, font)
+    top = max(height for *_, height in heads) + 3 * gap
+    heights = [max(h * zoom, height) + gap for *_, height in labels]
+    heights = [height + 4 * gap * (block > 0 and k % block == 0) for k, height in enumerate(heights, 1)]
+    width = max(900, left + n * cell + gap, words[1] + 4 * gap)
+    picture = Image.new("RGB", (width, top + sum(heights) + words[2] + 5 * gap), "white")
+    write, y = functools.partial(ImageDraw.Draw(picture).multiline_text, fill="black", font=font), top
+    write((2 * gap, top - gap), corner[0], anchor="ld")
+    for k, (text, *_) in enumerate(heads[1:]):
+        write((left + k * cell + w * zoom // 2, top - gap), text, anchor="md", align="center")
+    for (text, _, high), (_, images), height in zip(labels, rows, heights):
+        x = images.float().cpu()
+        x = x[:, :3] / (2 * x.std()) if x.shape[1] == 4 else x.expand(-1, 3, -1, -1)
+        write((2 * gap, y + max(h * zoom, high) // 2), text, anchor="lm")
+        for k, image in enumerate(to_uint8(x).permute(0, 2, 3, 1).numpy()):
+            image = Image.fromarray(image).resize((w * zoom, h * zoom), Image.NEAREST)
+            picture.paste(image, (left + k * cell, y))
+        y += height
+    write((2 * gap, y + gap), words[0])
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     write_whole(path, lambda file: picture.save(file, format="PNG"))
+
+
+def save_seeds(path, images, seeds, caption, classes=(), columns=16):
+    """A sheet of the images of these seeds, fewer if they are; of classes one a column."""
+    rows, columns = [], len(classes) or columns
+    for k, row in enumerate(images.split(columns)):
+        mine = seeds[columns * k:columns * k + len(row)]
+        rows.append((f"seeds {mine[0]} to {mine[-1]}", row))
+    save_sheet(path, rows, caption, classes and ["class", *classes])
+
+
+def net_label(name, steps, table=(), sep="\n"):
+    """What a row of a sheet is called: net, number of steps, and its score where the table has one."""
+    rows = (row for row in table if row["stage"].split(",")[0] == name)
+    scores = (f", {key.split(' ')[1]} {value}" for row in rows for key, value in row.items()
+              if key.startswith(f"{steps}-step "))
+    return f"{NAMES[name]}{sep}{steps} step{'s' * (steps > 1)}{next(scores, '')}"
+
+
+def save_stages(out, shown, names=(), table=()):
+    """<out>/stages.png: the same noises through every net. The scores are in it once the table has them.
+
+    shown: a list of (net, steps, images (n, C, H, W)). names: n texts, what is to be drawn: classes stand
+    above the columns; captions, which are long, at the left, and the nets above.
+    """
+    labels = [net_label(name, steps, table) for name, steps, _ in shown]
+    rows, header, line = [*zip(labels, (x for *_, x in shown))], names and ["class", *names], "column"
+    if any(len(name) > 8 for name in names):
+        columns = torch.stack([x.cpu() for *_, x in shown], 1)
+        rows, header, line = [*zip(names, columns)], ["caption", *labels], "row"
+    score = " Scores: Frechet distance to the data, lower is better." * bool(table)
+    save_sheet(f"{out}/stages.png", rows, f"Each {line} starts from one noise, which every net turns into an "
+               f"image in the steps named.{score}", header)
+
+
+def save_trajectory(out, states, levels, answers, show=lambda x: x):
+    """<out>/trajectory.png: trajectories of the teacher, and below each what the nets answer along it.
+
+    states (N+1, n, C, H, W) at levels (N+1,): sigma, or the time t of a flow. answers: {net: where it lands
+    in one call from each state}, shaped as states. show: a batch of either -> images.
+    """
+    rows, wide = [], levels.clamp(min=1).to(states).view(-1, 1, 1, 1)
+    for j in range(states.shape[1]):
+        rows.append((f"noise {j + 1}\nstates of the teacher", show(states[:, j] / wide)))     # at unit scale
+        rows += [(f"student's answers\n{NAMES[net]}", show(x[:, j])) for net, x in answers.items()]
+    caption = ("The teacher walks from noise at the left to an image at the right. Below each of its states: "
+               "the image that the student answers with when it is shown this state, in one call. The better "
+               "it has learned, the less the answers of a row differ."
+               + " States above sigma 1 are shown divided by sigma." * bool(levels.max() > 1))
+    header = ["sigma" if levels.max() > 1 else "t", *(f"{level:.2g}" for level in levels.tolist())]
+    save_sheet(f"{out}/trajectory.png", rows, caption, header, 1 + len(answers))
+
+
+def ticks_of(low, high):
+    """Round numbers from the last one below low to the first one above high."""
+    ticks = [m * 10.0**e for e in range(-9, 13) for m in (1, 2, 5)]
+    return [t for below, t, above in zip([0, *ticks], ticks, [*ticks[1:], math.inf])
+            if above > low and below < high]
+
+
+def save_chart(path, panels, caption):
+    """{title: {name: [(x, y)]}} -> a PNG, a panel a title; y is logarithmic, what is not above 0 left out."""
+    font, width, height = ImageFont.load_default(16), 1000, 300
+    panels = {title: {name: [p for p in points if 0 < p[1] < math.inf] for name, points in curves.items()}
+              for title, curves in panels.items()}
+    panels = {title: curves for title, curves in panels.items() if any(curves.values())}
+    names = dict.fromkeys(plain(name) for curves in panels.values() for name in curves)
+    left, right = 80, max((boxed(name, 40, font)[1] for name in names), default=0) + 40
+    words = boxed(caption, 115, font)
+    picture = Image.new("RGB", (width, height * len(panels) + words[2] + 20), "white")
+    pen = ImageDraw.Draw(picture)
+    for k, (title, curves) in enumerate(panels.items()):
+        xs, ys = zip(*(p for points in curves.values() for p in points))
+        top, bottom, end = k * height + 40, (k + 1) * height - 30, max(xs) or 1
+        ticks = ticks_of(min(ys), max(ys))
+        low, high = math.log(ticks[0]), math.log(ticks[-1]) + (len(ticks) == 1)
+
+        def at(x, y):
+            return (left + (width - left - right) * x / end,
+                    bottom - (bottom - top) * (math.log(y) - low) / (high - low))
+        for y in ticks if len(ticks) < 9 else [t for t in ticks if f"{t:e}"[0] == "1"]:
+            pen.line([at(0, y), at(end, y)], "#dddddd")
+            pen.text((left - 8, at(0, y)[1]), f"{y:g}", "black", font, anchor="rm")
+        step = next(t for t in ticks_of(1e-9, end) if end / t <= 6)
+        for x in range(int(end / step) + 1):
+            pen.text((at(x * step, ticks[0])[0], bottom + 6), f"{x * step:,g}", "black", font, anchor="mt")
+        pen.text((left, top - 12), plain(title), "black", font, anchor="ls")
+        for row, (name, points) in enumerate(curves.items()):
+            colour = COLOURS[list(names).index(plain(name)) % len(COLOURS)]
+            pen.line([at(*p) for p in points], colour, 3, joint="curve")
+            pen.text((width - right + 20, top + 22 * row), plain(name), colour, font, anchor="lt")
+    pen.multiline_text((left, height * len(panels) + 5), words[0], "black", font)
+    write_whole(path, lambda file: picture.save(file, format="PNG"))
+
+
+# ---- the folder of a run -----------------------------------------------------------------------
+def duration(seconds):
+    """90 -> "90 s"; 150 -> "2.5 min"; up to days."""
+    for unit, size in ("days", 86400), ("h", 3600), ("min", 60):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def read_metrics(out):
+    """The lines of <out>/metrics.jsonl, a dict each. A line that a kill has cut is left out."""
+    lines = []
+    if os.path.isfile(f"{out}/metrics.jsonl"):
+        with open(f"{out}/metrics.jsonl") as file:
+            for line in file:
+                with contextlib.suppress(ValueError):
+                    lines.append(json.loads(line))
+    return lines
+
+
+def begin_stage(out, config, done, memory):
+    """Before a stage goes on from step `done`: its knobs go to config.json, later metrics go away.
+
+    A killed run has logged steps that are not in its checkpoint and come again. The first process writes;
+    returned is the line that says so.
+    """
+    stage, file, configs = config["stage"], f"{out}/config.json", {}
+    begins = f"{stage}: from step {done} to {config['steps']}, {memory}"
+    if processes()[0]:
+        return begins
+    if os.path.exists(file):
+        with blame(file):
+            configs = json.loads(pathlib.Path(file).read_bytes())
+    text = json.dumps({**configs, stage: config}, indent=1) + "\n"
+    write_whole(file, lambda f: f.write(text.encode()))
+    kept = [m for m in read_metrics(out) if m["stage"] != stage or m["step"] <= done]
+    if os.path.isfile(f"{out}/metrics.jsonl"):
+        lines = "".join(json.dumps(m) + "\n" for m in kept)
+        write_whole(f"{out}/metrics.jsonl", lambda f: f.write(lines.encode()))
+    return begins
+
+
+def overview(road, world, device, data):
+    """What a run is to train, {stage: (steps, batch)}; a warning where a GPU is meant and there is none."""
+    text = ", ".join(f"{stage} {steps:,} steps of {batch}" for stage, (steps, batch) in road.items())
+    text = f"{world} process(es) on {device.type}; to train: {text or 'nothing'}"
+    if road and device.type == "cpu" and data != "digits":
+        text += "; warning: this is made for GPUs, and none is there; --data digits is for a CPU"
+    return text
+
+
+def step_line(stage, steps, batch, later, m):
+    """A line of the log from the numbers m of a step. later: images of the stages after this one."""
+    known = "step images loss grad skipped lr images_per_second seconds".split()
+    more = "".join(f"{name} {value:.4g} | " for name, value in m.items() if name not in known)
+    left, rate = (steps - m["step"]) * batch, m["images_per_second"]
+    rest = f", {duration((left + later) / rate)} with the next stages" if later else ""
+    return (f"{stage} {m['step']:6d}/{steps} {m['step'] / steps:4.0%} | loss {m['loss']:.5f} | {more}"
+            f"grad {m['grad']:.3g} | skipped {m['skipped']} | lr {m['lr']:.2e} | {m['images'] / 1e6:.3f} M "
+            f"images | {rate:.0f} images/s | {duration(left / rate)} left{rest}")
+
+
+CURVES = {"loss": "loss", "grad": "gradient norm", "mse_gap1": "square error where t - r is at most 1/4"}
+
+
+def save_curve(out):
+    """<out>/curve.png: what metrics.jsonl has of every stage, on one axis of images."""
+    panels, before, last = {title: {} for title in CURVES.values()}, 0, {}
+    for m in read_metrics(out):
+        if "images" in m:
+            before += last.get("images", 0) * (last.get("stage") not in (None, m["stage"]))
+            last = m
+            for key, title in CURVES.items():
+                panels[title].setdefault(m["stage"], []).append((before + m["images"], m.get(key, 0)))
+    save_chart(f"{out}/curve.png", panels, "Every stage of the run, against the images (or pairs) that were "
+               "trained on. Each stage has a loss of its own: compare within a stage, not between them.")
+
+
+def save_preview(out, stage, done, sampler, batch=64):
+    """<out>/curve.png and, of a sampler, <out>/previews/<stage>_<done>.png: 64 noises, always the same."""
+    save_curve(out)
+    if sampler:
+        images = draw_in(30, sampler, range(64), batch)
+        save_seeds(f"{out}/previews/{stage}_{done:07d}.png", images, range(64),
+                   f"{stage}, after {done:,} steps: what the net, averaged over its last steps, makes of "
+                   "noises that are the same in every preview.")
+
+
+def save_samples(out, name, steps, sampler, seeds, batch):
+    """One PNG a seed and a sheet of the first 64, of a net in so many steps. Returns the folder of PNGs."""
+    folder = f"{out}/samples/{name}_{steps}/"
+    save_images(sampler, seeds, folder, batch)
+    caption = f"{net_label(name, steps, sep=', ')}: one image a seed; every net starts from the same noises."
+    if processes()[0] == 0:
+        save_seeds(f"{out}/samples_{name}_{steps}.png", draw(sampler, seeds[:64], batch), seeds, caption)
+    return folder
+
+
+def save_captions(path, name, steps, rows):
+    """A sheet of what a net draws in so many steps: rows are captions, each with its images."""
+    label = net_label(name, steps, sep=", ")
+    save_sheet(path, rows, f"{label}: images of the caption at the left, one a seed.")
+
+
+def slug(text):
+    """A caption as part of a file's name; with a checksum where another caption would have the same one."""
+    words = re.sub(r"\W+", "-", text.lower()).strip("-")[:40]
+    return words if words.replace("-", " ") == text else f"{words}-{zlib.crc32(text.encode()):08x}"
+
+
+def class_seeds(n):
+    """Names of the first ten of n classes, and ten seeds of each, row by row; n = 0: no names, 100 seeds."""
+    columns = range(min(n or 10, 10))
+    return [str(k) for k in columns if n], [k + (n or 10) * j for j in range(10) for k in columns]
+
+
+def save_classes(out, name, steps, images, seeds, classes):
+    """<out>/samples_<net>_<steps>step.png, a class a column; of a net without classes, whatever it draws."""
+    label = net_label(name, steps, sep=", ")
+    caption = f"{label}: one image a seed" + ", each column a class." * bool(classes)
+    save_seeds(f"{out}/samples_{name}_{steps}step.png", images, seeds, caption, classes, 10)
 
 
 def table(rows):
@@ -1088,13 +1368,17 @@ def table(rows):
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def save_table(path, rows, note):
-    """Writes rows as a table, and a note below it, in the first process; returns the text."""
+def save_results(out, rows, note, stages):
+    """<out>/results.md, rows as a table and a note, and stages.png with the scores; returns what to print.
+
+    stages: arguments of save_stages, of the first process alone, which writes.
+    """
     text = f"{table(rows)}\n\n{note}"
-    if os.environ.get("RANK", "0") == "0":
-        with open(path, "w", errors="backslashreplace") as file:
+    if processes()[0] == 0:
+        with open(f"{out}/results.md", "w", errors="backslashreplace") as file:
             file.write(text + "\n")
-    return text
+        save_stages(out, *stages, table=rows)
+    return f"{text}\nopen {out}/stages.png, trajectory.png, curve.png and results.md there"
 
 
 def seed_range(text):

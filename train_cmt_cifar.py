@@ -112,7 +112,11 @@ PRESETS = {  # (data, stage, method): matching rows are laid over each other, to
     ("digits", "post", "*"): dict(steps=600, batch=32, lr=3e-4, ema_beta=0.99, q=512, warmup=20),
     ("digits", "post", "annealed"): dict(q=2, double=187, steps=1_500, lr=1e-3),
 }
-STAGES = ["pretrain", "mid", "post", "eval"]          # what --stage all runs, in this order
+ABOUT = {"pretrain": "stage 1 of 4, pre-training: loss and grad soon stay level, images still improve",
+         "mid": "stage 2 of 4, mid-training (Eq. 7): loss, distance to the teacher's ends, falls; grad level",
+         "post": "stage 3 of 4, post-training (Eq. 3): over a small step; grad is large, loss is level",
+         "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
+STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "teacher", "random"                        # what --init says that is no FILE
 FILES = {"cifar10": "data/cifar-10-python.tar.gz",
          "ffhq": "data/ffhq-64x64.zip", "afhqv2": "data/afhqv2-64x64.zip"}
@@ -305,17 +309,17 @@ def make_sampler(cfg, net, steps):
 
 @torch.no_grad()
 def pictures(cfg, found):
-    """Saves two sheets: 16 noises through every net; 3 trajectories, and below each the students' answers."""
-    rows = [make_sampler(cfg, net, kind)(range(16)) for _, net, kinds, _ in found for kind in kinds.values()]
-    fid.save_grid(torch.cat(rows), f"{cfg.out}/samples_stages.png", columns=16)
-    teacher, *students = [net for _, net, *_ in found]
-    sigmas, rows = solvers.logsnr_sigmas(cfg.nfe), []
-    xs = solvers.dpmpp(teacher, prior(teacher, range(3))[0], sigmas)                 # (nfe+1, 3, C, H, W)
-    shown = xs / sigmas.clamp(min=1).to(xs).view(-1, 1, 1, 1, 1)                     # states at unit scale
-    for j in range(3):
-        rows.append(shown[:, j])
-        rows += [net(xs[:, j], sigmas.to(xs)) for net in students]                   # D_x of each state
-    fid.save_grid(torch.cat(rows), f"{cfg.out}/samples_trajectory.png", columns=cfg.nfe + 1)
+    """Saves stages.png and trajectory.png. Returns what the first is made of, to draw it with its scores."""
+    shown = [(name, steps, make_sampler(cfg, net, kind)(range(12)))
+             for name, net, kinds, _ in found for steps, kind in kinds.items()]
+    fid.save_stages(cfg.out, shown)
+    if found[0][0] == "teacher":
+        teacher, sigmas = found[0][1], solvers.logsnr_sigmas(cfg.nfe)
+        xs = solvers.dpmpp(teacher, prior(teacher, range(3))[0], sigmas)             # (nfe+1, 3, C, H, W)
+        answers = {name: torch.stack([net(x, s.expand(3)) for x, s in zip(xs, sigmas.to(xs))])
+                   for name, net, *_ in found[1:]}                                   # D_x of each state
+        fid.save_trajectory(cfg.out, xs, sigmas, answers)
+    return [shown]
 
 
 # ---- plumbing ---------------------------------------------------------------------------------
@@ -323,6 +327,7 @@ RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch(
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]                      # USR1: Slurm's --signal
 SIGNALS += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)      # trap: nohup ignores it
 STOP = []                                             # signals received: the loop saves, then ends
+ROAD = []                                             # configurations of the stages that this command trains
 # choice: half an hour for an answer: process 0 may be writing 24 GB while the others wait
 TIMEOUT = timedelta(minutes=30)
 
@@ -427,7 +432,8 @@ def resume(cfg, path):
             may = may and not later and now >= ckpt["step"]
             how += f", there train on from it by --init {path}" * (cfg.stage != "pretrain")
         if was != now and not may:
-            fail(2, f"{path} was made with --{f.name} {was}, now it is {now}; {how}")
+            fail(2, f"{path} was made with --{f.name} {was}, now it is {now}; {how} (the file is of "
+                    f"{ckpt.get('script', 'an older script')})")
     agree(f"step of {path}", ckpt and ckpt["step"])
     return ckpt
 
@@ -484,15 +490,12 @@ def report(cfg, done, lr, since, **more):
     took, n = time.time() - since["clock"], done - since["step"]
     loss, norm = (sum(v) / len(v) if v else math.nan for v in (since["losses"], since["norms"]))
     since.update(step=done, clock=time.time(), seconds=since["seconds"] + took, losses=[], norms=[])
-    rate, skipped, images = n * cfg.batch / took, since["skipped"], done * cfg.batch
     if DEVICE.type == "cuda":
         more["GB"] = torch.cuda.max_memory_allocated() / 1e9
-    extra = "".join(f"{name} {value:.4g} | " for name, value in more.items())
-    log(cfg, f"{cfg.stage} {done:6d}/{cfg.steps} {done / cfg.steps:4.0%} | loss {loss:.5f} | {extra}"
-             f"grad {norm:.3g} | skipped {skipped} | lr {lr:.2e} | {images / 1e6:.3f} M images | "
-             f"{rate:.0f} images/s | {(cfg.steps - done) * cfg.batch / rate / 60:.1f} min left",
-        stage=cfg.stage, step=done, images=images, loss=loss, grad=norm, skipped=skipped, lr=lr,
-        images_per_second=rate, seconds=since["seconds"], **more)
+    numbers = dict(step=done, images=done * cfg.batch, loss=loss, grad=norm, skipped=since["skipped"], lr=lr,
+                   images_per_second=n * cfg.batch / took, seconds=since["seconds"], **more)
+    later = sum(c.steps * c.batch for c in ROAD if STAGES.index(c.stage) > STAGES.index(cfg.stage))
+    log(cfg, fid.step_line(cfg.stage, cfg.steps, cfg.batch, later, numbers), stage=cfg.stage, **numbers)
 
 
 def count(cfg, since, loss, norm):
@@ -572,6 +575,7 @@ def check(cfg):
         check_teacher(cfg, has_teacher(cfg), stamp(images), shape)
     if cfg.stage == "eval" and cfg.data != "digits":
         fid.prefetch(cfg.data)
+    return trains
 
 
 def check_teacher(cfg, given, data, wanted):
@@ -706,8 +710,7 @@ def train(cfg):
     shape = net.img_channels, net.img_resolution, net.img_resolution
     sigmas, (n, pairs), share = solvers.logsnr_sigmas(cfg.nfe), solves(cfg), B // WORLD
     distance, micro = make_distance(cfg, shape[0]) if cfg.stage == "mid" else None, cfg.batch_gpu or share
-    log(cfg, f"{cfg.stage}: {json.dumps(asdict(cfg))}")
-    log(cfg, f"{cfg.stage}: {WORLD} process(es) on {DEVICE}, {nets.memory(flat, opt)}")
+    log(cfg, fid.begin_stage(cfg.out, asdict(cfg), since["step"], nets.memory(flat, opt)))
 
     for step in range(start := since["step"], cfg.steps):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
@@ -761,10 +764,10 @@ def train(cfg):
             report(cfg, done, lr, since)
         if to_save and RANK == 0:
             nets.save_checkpoint(path, net=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(),
-                                 data=data, model=model, cfg=asdict(cfg), **{k: since[k] for k in kept})
+                                 data=data, model=model, cfg=asdict(cfg), **{k: since[k] for k in kept},
+                                 script=os.path.basename(__file__))
             sampler = make_sampler(cfg, ema, 0 if cfg.stage == "pretrain" else 1)
-            preview = fid.draw(sampler, range(64), cfg.batch_gpu or 64)
-            fid.save_grid(preview, f"{cfg.out}/samples_{cfg.stage}_{done:07d}.png")
+            fid.save_preview(cfg.out, cfg.stage, done, sampler, cfg.batch_gpu or 64)
             since["clock"] = time.time()
         if stop:
             break
@@ -794,18 +797,14 @@ def sample(cfg):
     seeds, batch = fid.seed_range(cfg.seeds), cfg.batch_gpu or 64
     for name, net, kinds, _ in candidates(cfg):
         for steps, kind in kinds.items():
-            prefix, sampler = f"{cfg.out}/samples/{name}_{steps}/", make_sampler(cfg, net, kind)
-            fid.save_images(sampler, seeds, prefix, batch)
-            if RANK == 0:
-                fid.save_grid(fid.draw(sampler, seeds[:64], batch), f"{cfg.out}/samples_{name}_{steps}.png")
-            log(cfg, f"sample: {len(seeds)} images in {prefix}")
+            folder = fid.save_samples(cfg.out, name, steps, make_sampler(cfg, net, kind), seeds, batch)
+            log(cfg, f"sample: {len(seeds)} images in {folder}")
 
 
 def evaluate(cfg):
     """Score every net there is, the teacher by its solver, students in 1 and 2 steps: <out>/results.md."""
     metric, found, rows = "FD-digits" if cfg.data == "digits" else "FID", candidates(cfg), []
-    if RANK == 0:
-        pictures(cfg, found)
+    stages = pictures(cfg, found) if RANK == 0 else ()
     features = (fid.DigitsNet() if cfg.data == "digits" else fid.load_inception()).to(DEVICE)
     if cfg.data in FILES:
         reference = fid.load_reference(cfg.data)
@@ -823,7 +822,7 @@ def evaluate(cfg):
         rows.append(row)
     note = f"{cfg.samples} samples a score, seeds from 0, EMA weights, second noise level {cfg.mid_sigma}"
     note = f"{fid.protocol(ours, reference)}\n{note}, sigma_shift {cfg.sigma_shift}."
-    log(cfg, fid.save_table(f"{cfg.out}/results.md", rows, note))
+    log(cfg, fid.save_results(cfg.out, rows, note, stages))
 
 
 def main(argv=None):
@@ -834,9 +833,9 @@ def main(argv=None):
     stages = STAGES if cfg.stage == "all" else [cfg.stage]
     configs = [parse([*argv, "--stage", stage]) for stage in stages]
     with one_line(cfg):
-        for c in configs:
-            check(c)
+        ROAD[:] = [c for c in configs if check(c)]
         with open_out(cfg, argv) if RANK == 0 else nullcontext():     # holds the lock of <out>
+            log(cfg, fid.overview({c.stage: (c.steps, c.batch) for c in ROAD}, WORLD, DEVICE, cfg.data))
             for c in configs:
                 if STOP:
                     fail(75, "stopped by a signal; run the same command again to go on")
@@ -847,6 +846,7 @@ def main(argv=None):
                 torch.backends.cudnn.allow_tf32 = c.precision != "fp32"
                 for number in SIGNALS:                # training saves first, the rest just ends
                     signal.signal(number, signal.SIG_DFL if c.stage in RUN else on_signal)
+                log(c, ABOUT.get(c.stage, c.stage))
                 RUN.get(c.stage, train)(c)
     if dist.is_initialized():
         dist.destroy_process_group()

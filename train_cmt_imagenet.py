@@ -129,7 +129,12 @@ PRESETS = {  # (data, stage, method): matching rows are laid over each other, to
     ("digits", "mid", "*"): dict(steps=900, batch=32, lr=3e-3, ema_beta=0.99),
     ("digits", "post", "*"): dict(steps=600, batch=32, lr=3e-4, ema_beta=0.99, q=512, decay="linear"),
 }
-STAGES = ["pretrain", "vgg", "mid", "post", "eval"]   # what --stage all runs, in this order
+ABOUT = {"pretrain": "stage 1 of 5, pre-training (EDM2): loss falls while the images improve; grad is level",
+         "vgg": "stage 2 of 5, the VGG that measures in mid-training: its loss on labels falls to about 0",
+         "mid": "stage 3 of 5, mid-training (Eq. 7): loss, distance to the teacher's ends, falls; grad too",
+         "post": "stage 4 of 5, post-training (Eq. 3): loss and grad, over a small step, soon stay level",
+         "eval": "stage 5 of 5, scores: the images of every net against the data; lower is better"}
+STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "teacher", "random"                        # what --init says that is no FILE
 FILES = {"imagenet64": "data/imagenet64.zip", "imagenet512": "data/imagenet512-sd.zip"}
 STAMPED = "data", "teacher", "main", "guide"          # compared by what they hold, wherever that lies
@@ -507,32 +512,31 @@ def make_sampler(cfg, net, steps):
     return sampler
 
 
-def save_preview(cfg, net, path):
-    """A sheet of the same 64 noises at every save."""
-    sampler = make_sampler(replace(cfg, guide=""), net, 0 if cfg.stage == "pretrain" else 1)
-    fid.save_grid(fid.draw(sampler, range(64), cfg.batch_gpu or 64), path)
+def previewer(cfg, net):
+    """Sampler of previews; None where there is nothing to see: of a VGG, of latents without their VAE."""
+    if cfg.stage != "vgg" and net.img_channels != 4:
+        return make_sampler(replace(cfg, guide=""), net, 0 if cfg.stage == "pretrain" else 1)
 
 
 @torch.no_grad()
 def draw_sheets(cfg, found):
-    """A sheet per net with a column per class; one noise through all nets; trajectories and answers."""
-    balanced, columns, rows = replace(cfg, labels="balanced"), min(10, found[0][1].label_dim or 10), []
+    """A sheet per net, a column per class; stages.png, trajectory.png. Returns what stages.png is made of."""
+    balanced, shown = replace(cfg, labels="balanced"), []
+    classes, seeds = fid.class_seeds(found[0][1].label_dim)
     for name, net, kinds, _ in found:
         for steps, kind in kinds.items():
-            sampler = make_sampler(balanced, net, kind)
-            x = fid.draw(sampler, range(10 * columns), cfg.batch_gpu or 64).cpu()
-            fid.save_grid(x, f"{cfg.out}/samples_{name}_{steps}step.png", columns=columns)
-            rows.append(x[:2 * columns])
-    fid.save_grid(torch.cat(rows), f"{cfg.out}/samples_stages.png", columns=2 * columns)
-    teacher, *students = [net for _, net, *_ in found]
-    x_T, y, _ = class_prior(teacher, range(3), "balanced")
-    sigmas, rows = solvers.logsnr_sigmas(cfg.nfe), []
-    xs = solvers.dpmpp(lambda x, sigma: teacher(x, sigma, y), x_T, sigmas)           # (nfe+1, 3, C, H, W)
-    shown = xs / sigmas.clamp(min=1).to(xs).view(-1, 1, 1, 1, 1)                     # states at unit scale
-    for j in range(3):
-        label = y[j].expand(len(xs), -1)
-        rows += [shown[:, j], *(net(xs[:, j], sigmas.to(xs), label) for net in students)]      # D_x of each
-    fid.save_grid(to_images(cfg, torch.cat(rows)), f"{cfg.out}/samples_trajectory.png", columns=cfg.nfe + 1)
+            x = fid.draw(make_sampler(balanced, net, kind), seeds, cfg.batch_gpu or 64).cpu()
+            fid.save_classes(cfg.out, name, steps, x, seeds, classes)
+            shown.append((name, steps, x[:len(classes) or 10]))
+    fid.save_stages(cfg.out, shown, classes)
+    if found[0][0] == "teacher":
+        teacher, sigmas = found[0][1], solvers.logsnr_sigmas(cfg.nfe)
+        x_T, y, _ = class_prior(teacher, range(3), "balanced")
+        xs = solvers.dpmpp(lambda x, sigma: teacher(x, sigma, y), x_T, sigmas)       # (nfe+1, 3, C, H, W)
+        answers = {name: torch.stack([net(x, s.expand(3), y) for x, s in zip(xs, sigmas.to(xs))])
+                   for name, net, *_ in found[1:]}                                   # D_x of each state
+        fid.save_trajectory(cfg.out, xs, sigmas, answers, partial(to_images, cfg))
+    return shown, classes
 
 
 # ---- plumbing ---------------------------------------------------------------------------------
@@ -540,6 +544,7 @@ RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch(
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]                      # USR1: Slurm's --signal
 SIGNALS += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)      # trap: nohup ignores it
 STOP = []                                             # signals received: the loop saves, then ends
+ROAD = []                                             # configurations of the stages that this command trains
 # choice: half an hour for an answer: process 0 may be writing 24 GB while the others wait
 TIMEOUT = timedelta(minutes=30)
 
@@ -638,7 +643,8 @@ def resume(cfg, path):
             may = may and not later and now >= ckpt["step"]
             how += f", there train on from it by --init {path}" * (cfg.stage != "pretrain")
         if was != now and not may:
-            fail(2, f"{path} was made with --{f.name} {was}, now it is {now}; {how}")
+            fail(2, f"{path} was made with --{f.name} {was}, now it is {now}; {how} (the file is of "
+                    f"{ckpt.get('script', 'an older script')})")
     agree(f"step of {path}", ckpt and ckpt["step"])
     return ckpt
 
@@ -689,15 +695,12 @@ def report(cfg, done, lr, since, **more):
     took, n = time.time() - since["clock"], done - since["step"]
     loss, norm = (sum(v) / len(v) if v else math.nan for v in (since["losses"], since["norms"]))
     since.update(step=done, clock=time.time(), seconds=since["seconds"] + took, losses=[], norms=[])
-    rate, skipped, images = n * cfg.batch / took, since["skipped"], done * cfg.batch
     if DEVICE.type == "cuda":
         more["GB"] = torch.cuda.max_memory_allocated() / 1e9
-    extra = "".join(f"{name} {value:.4g} | " for name, value in more.items())
-    log(cfg, f"{cfg.stage} {done:6d}/{cfg.steps} {done / cfg.steps:4.0%} | loss {loss:.5f} | {extra}"
-             f"grad {norm:.3g} | skipped {skipped} | lr {lr:.2e} | {images / 1e6:.3f} M images | "
-             f"{rate:.0f} images/s | {(cfg.steps - done) * cfg.batch / rate / 60:.1f} min left",
-        stage=cfg.stage, step=done, images=images, loss=loss, grad=norm, skipped=skipped, lr=lr,
-        images_per_second=rate, seconds=since["seconds"], **more)
+    numbers = dict(step=done, images=done * cfg.batch, loss=loss, grad=norm, skipped=since["skipped"], lr=lr,
+                   images_per_second=n * cfg.batch / took, seconds=since["seconds"], **more)
+    later = sum(c.steps * c.batch for c in ROAD if STAGES.index(c.stage) > STAGES.index(cfg.stage))
+    log(cfg, fid.step_line(cfg.stage, cfg.steps, cfg.batch, later, numbers), stage=cfg.stage, **numbers)
 
 
 def count(cfg, since, loss, norm):
@@ -791,6 +794,7 @@ def check(cfg):
             nets.fetch(nets.EDM2_URL % file)          # not after days of mid-training
     if cfg.stage == "eval" and cfg.data != "digits":
         fid.prefetch(name)
+    return trains
 
 
 def check_data(cfg):
@@ -962,8 +966,7 @@ def train(cfg):
     mine, classes = slice(RANK * share, (RANK + 1) * share), model["label_dim"]
     reader = ThreadPoolExecutor(1)                    # it reads one step ahead
     ahead = reader.submit(read_share, cfg, images, since["step"]) if images else None
-    log(cfg, f"{cfg.stage}: {json.dumps(asdict(cfg))}")
-    log(cfg, f"{cfg.stage}: {WORLD} process(es) on {DEVICE}, {nets.memory(flat, opt)}")
+    log(cfg, fid.begin_stage(cfg.out, asdict(cfg), since["step"], nets.memory(flat, opt)))
 
     for step in range(start := since["step"], cfg.steps):
         opt.param_groups[0]["lr"] = lr = learning_rate(cfg, step)
@@ -1023,9 +1026,9 @@ def train(cfg):
             report(cfg, done, lr, since)
         if to_save and RANK == 0:
             nets.save_checkpoint(path, net=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(),
-                                 data=data, model=model, cfg=asdict(cfg), **{k: since[k] for k in kept})
-            if cfg.stage != "vgg" and shape[0] != 4:
-                save_preview(cfg, ema, f"{cfg.out}/samples_{cfg.stage}_{done:07d}.png")
+                                 data=data, model=model, cfg=asdict(cfg), **{k: since[k] for k in kept},
+                                 script=os.path.basename(__file__))
+            fid.save_preview(cfg.out, cfg.stage, done, previewer(cfg, ema), cfg.batch_gpu or 64)
             since["clock"] = time.time()
         if stop:
             break
@@ -1056,18 +1059,14 @@ def sample(cfg):
     seeds, batch = fid.seed_range(cfg.seeds), cfg.batch_gpu or 64
     for name, net, kinds, _ in candidates(cfg):
         for steps, kind in kinds.items():
-            prefix, sampler = f"{cfg.out}/samples/{name}_{steps}/", make_sampler(cfg, net, kind)
-            fid.save_images(sampler, seeds, prefix, batch)
-            if RANK == 0:
-                fid.save_grid(fid.draw(sampler, seeds[:64], batch), f"{cfg.out}/samples_{name}_{steps}.png")
-            log(cfg, f"sample: {len(seeds)} images in {prefix}")
+            folder = fid.save_samples(cfg.out, name, steps, make_sampler(cfg, net, kind), seeds, batch)
+            log(cfg, f"sample: {len(seeds)} images in {folder}")
 
 
 def evaluate(cfg):
     """Score every net there is, the teacher by its solver, students in 1 and 2 steps: <out>/results.md."""
     metric, found, rows = "FD-digits" if cfg.data == "digits" else "FID", candidates(cfg), []
-    if RANK == 0:
-        draw_sheets(cfg, found)
+    stages = draw_sheets(cfg, found) if RANK == 0 else ()
     features = (fid.DigitsNet() if cfg.data == "digits" else fid.load_inception()).to(DEVICE)
     if data_name(cfg) in fid.REFERENCES:
         reference = fid.load_reference(data_name(cfg))
@@ -1089,7 +1088,7 @@ def evaluate(cfg):
         rows.append(row)
     note = (f"{cfg.samples} samples a score, seeds from 0, EMA weights, second noise level {cfg.mid_sigma}, "
             f"{cfg.labels} labels, teacher by {cfg.sampler}, guide {cfg.guide or 'none'}, w {cfg.w}")
-    log(cfg, fid.save_table(f"{cfg.out}/results.md", rows, f"{fid.protocol(ours, reference)}\n{note}."))
+    log(cfg, fid.save_results(cfg.out, rows, f"{fid.protocol(ours, reference)}\n{note}.", stages))
 
 
 def main(argv=None):
@@ -1100,9 +1099,9 @@ def main(argv=None):
     stages = STAGES if cfg.stage == "all" else [cfg.stage]
     configs = [parse([*argv, "--stage", stage]) for stage in stages]
     with one_line(cfg):
-        for c in configs:
-            check(c)
+        ROAD[:] = [c for c in configs if check(c)]
         with open_out(cfg, argv) if RANK == 0 else nullcontext():     # holds the lock of <out>
+            log(cfg, fid.overview({c.stage: (c.steps, c.batch) for c in ROAD}, WORLD, DEVICE, cfg.data))
             for c in configs:
                 if STOP:
                     fail(75, "stopped by a signal; run the same command again to go on")
@@ -1113,6 +1112,7 @@ def main(argv=None):
                 torch.backends.cudnn.allow_tf32 = c.precision != "fp32"
                 for number in SIGNALS:                # training saves first, the rest just ends
                     signal.signal(number, signal.SIG_DFL if c.stage in RUN else on_signal)
+                log(c, ABOUT.get(c.stage, c.stage))
                 RUN.get(c.stage, train)(c)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -117,7 +117,11 @@ PRESETS = {  # (data, stage, method): matching rows are laid over each other, to
     ("digits", "post", "*"): dict(steps=1_000, batch=64, lr=4e-3, ema_beta=0.99, unguided=250),
     ("digits", "post", "vanilla"): dict(steps=1_900),                      # the time of mid and post together
 }
-STAGES = ["pretrain", "mid", "post", "eval"]          # what --stage all runs, in this order
+ABOUT = {"pretrain": "stage 1 of 4, pre-training: Mean Flow divides its loss by itself: near 1; see mse",
+         "mid": "stage 2 of 4, mid-training (Eq. 8): loss, square error of mean velocities, falls; grad too",
+         "post": "stage 3 of 4, post-training: Mean Flow divides its loss by itself: near 1; see mse",
+         "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
+STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "sit", "random"                            # what --init says that is no FILE
 FILES = {"imagenet": "data/imagenet256-sd"}
 REFERENCE = {"imagenet": "imagenet256"}               # scored by ADM's statistics, others by their own
@@ -511,34 +515,30 @@ def make_sampler(cfg, net, steps, decode=True):
     @torch.no_grad()
     def sampler(seeds):
         x = rollout(cfg, net, *noise_and_labels(net, seeds, cfg.labels), times)[0][-1]
-        return decoded(cfg, x) if decode else preview(x)
+        return decoded(cfg, x) if decode else x
     return sampler
-
-
-def preview(x):
-    """Latents -> something to look at without a VAE: their first three channels. Digits stay as they are."""
-    return x[:, :3] / 2 if x.shape[1] == 4 else x
 
 
 @torch.no_grad()
 def class_sheets(cfg, found):
-    """A sheet per net (of digits: a class per column); one noise through the stages; trajectories."""
-    columns, rows = min(10, found[0][1].num_classes), []
+    """A sheet per net, a column per class; stages.png, trajectory.png. Returns what stages.png is made of."""
+    balanced, shown = replace(cfg, labels="balanced"), []
+    classes, seeds = fid.class_seeds(found[0][1].num_classes)
     for name, net, kinds, _ in found:
         for steps in kinds:
-            sampler = make_sampler(replace(cfg, labels="balanced"), net, steps)
-            x = fid.draw(sampler, range(10 * columns), cfg.batch_gpu or 64).cpu()
-            fid.save_grid(x, f"{cfg.out}/samples_{name}_{steps}step.png", columns=columns)
-            rows.append(x[:2 * columns])
-    fid.save_grid(torch.cat(rows), f"{cfg.out}/samples_stages.png", columns=2 * columns)
-    teacher, *students = [net for _, net, *_ in found]
-    times, rows = torch.linspace(1, 0, cfg.nodes, dtype=torch.float64), []
-    z, y = noise_and_labels(teacher, range(3), "random")
-    states = rollout(cfg, teacher, z, y, times)[0]                                   # (nodes, 3, C, H, W)
-    for j in range(3):
-        x, t, label = states[:, j], times.to(states), y[j].expand(cfg.nodes)
-        rows += [x, *(x - t.view(-1, 1, 1, 1) * net(x, t, t * 0, label) for net in students)]
-    fid.save_grid(decoded(cfg, torch.cat(rows)), f"{cfg.out}/samples_trajectory.png", columns=cfg.nodes)
+            x = fid.draw(make_sampler(balanced, net, steps), seeds, cfg.batch_gpu or 64).cpu()
+            fid.save_classes(cfg.out, name, steps, x, seeds, classes)
+            shown.append((name, steps, x[:len(classes)]))
+    fid.save_stages(cfg.out, shown, classes)
+    if found[0][0] == "teacher":
+        teacher, times = found[0][1], torch.linspace(1, 0, cfg.nodes, dtype=torch.float64)
+        z, y = noise_and_labels(teacher, range(3), "balanced")
+        states = rollout(cfg, teacher, z, y, times)[0]                               # (nodes, 3, C, H, W)
+        pairs = [(x, t.expand(3)) for x, t in zip(states, times.to(states))]
+        answers = {name: torch.stack([x - t[0] * net(x, t, t * 0, y) for x, t in pairs])
+                   for name, net, *_ in found[1:]}
+        fid.save_trajectory(cfg.out, states, times, answers, partial(decoded, cfg))
+    return shown, classes
 
 
 # ---- plumbing ---------------------------------------------------------------------------------
@@ -546,6 +546,7 @@ RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch(
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]                      # USR1: Slurm's --signal
 SIGNALS += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)      # trap: nohup ignores it
 STOP = []                                             # signals received: the loop saves, then ends
+ROAD = []                                             # configurations of the stages that this command trains
 # choice: half an hour for an answer: process 0 may be writing 24 GB while the others wait
 TIMEOUT = timedelta(minutes=30)
 
@@ -644,7 +645,8 @@ def resume(cfg, path):
             may = may and not later and now >= ckpt["step"]
             how += f", there train on from it by --init {path}" * (cfg.stage != "pretrain")
         if was != now and not may:
-            fail(2, f"{path} was made with --{f.name} {was}, now it is {now}; {how}")
+            fail(2, f"{path} was made with --{f.name} {was}, now it is {now}; {how} (the file is of "
+                    f"{ckpt.get('script', 'an older script')})")
     agree(f"step of {path}", ckpt and ckpt["step"])
     return ckpt
 
@@ -684,15 +686,12 @@ def report(cfg, done, lr, since, **more):
     took, n = time.time() - since["clock"], done - since["step"]
     loss, norm = (sum(v) / len(v) if v else math.nan for v in (since["losses"], since["norms"]))
     since.update(step=done, clock=time.time(), seconds=since["seconds"] + took, losses=[], norms=[])
-    rate, skipped, images = n * cfg.batch / took, since["skipped"], done * cfg.batch
     if DEVICE.type == "cuda":
         more["GB"] = torch.cuda.max_memory_allocated() / 1e9
-    extra = "".join(f"{name} {value:.4g} | " for name, value in more.items())
-    log(cfg, f"{cfg.stage} {done:6d}/{cfg.steps} {done / cfg.steps:4.0%} | loss {loss:.5f} | {extra}"
-             f"grad {norm:.3g} | skipped {skipped} | lr {lr:.2e} | {images / 1e6:.3f} M images | "
-             f"{rate:.0f} images/s | {(cfg.steps - done) * cfg.batch / rate / 60:.1f} min left",
-        stage=cfg.stage, step=done, images=images, loss=loss, grad=norm, skipped=skipped, lr=lr,
-        images_per_second=rate, seconds=since["seconds"], **more)
+    numbers = dict(step=done, images=done * cfg.batch, loss=loss, grad=norm, skipped=since["skipped"], lr=lr,
+                   images_per_second=n * cfg.batch / took, seconds=since["seconds"], **more)
+    later = sum(c.steps * c.batch for c in ROAD if STAGES.index(c.stage) > STAGES.index(cfg.stage))
+    log(cfg, fid.step_line(cfg.stage, cfg.steps, cfg.batch, later, numbers), stage=cfg.stage, **numbers)
 
 
 def count(cfg, since, loss, norm):
@@ -777,6 +776,7 @@ def check(cfg):
     if cfg.stage == "eval" and cfg.data != "digits":
         fid.prefetch(REFERENCE.get(cfg.data, cfg.data))
         encoder_of_data(cfg, "vae", nets.sd_vae, cfg.vae)     # not after training: is the VAE there?
+    return trains
 
 
 def check_teacher(cfg, given, data, wanted):
@@ -973,8 +973,7 @@ def train(cfg):
     shown, steps = replace(cfg, labels="balanced"), cfg.nfe if cfg.stage == "pretrain" else 1      # previews
     reader = ThreadPoolExecutor(1)                    # it reads one step ahead
     ahead = reader.submit(read_batch, cfg, images, since["step"]) if images else None
-    log(cfg, f"{cfg.stage}: {json.dumps(asdict(cfg))}")
-    log(cfg, f"{cfg.stage}: {WORLD} process(es) on {DEVICE}, {nets.memory(flat, opt)}")
+    log(cfg, fid.begin_stage(cfg.out, asdict(cfg), since["step"], nets.memory(flat, opt)))
 
     for step in range(start := since["step"], cfg.steps):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
@@ -1018,9 +1017,10 @@ def train(cfg):
             report(cfg, done, lr, since, **mse_by_gap(errors))
         if to_save and RANK == 0:
             nets.save_checkpoint(path, net=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(),
-                                 data=data, model=model, cfg=asdict(cfg), **{k: since[k] for k in kept})
-            sheet = fid.draw(make_sampler(shown, ema, steps, decode=False), range(64), cfg.batch_gpu or 64)
-            fid.save_grid(sheet, f"{cfg.out}/samples_{cfg.stage}_{done:07d}.png")
+                                 data=data, model=model, cfg=asdict(cfg), **{k: since[k] for k in kept},
+                                 script=os.path.basename(__file__))
+            sampler = make_sampler(shown, ema, steps, decode=False)
+            fid.save_preview(cfg.out, cfg.stage, done, sampler, cfg.batch_gpu or 64)
             since["clock"] = time.time()
         if stop:
             break
@@ -1056,11 +1056,8 @@ def sample(cfg):
     seeds, batch = fid.seed_range(cfg.seeds), cfg.batch_gpu or 64
     for name, net, kinds, _ in candidates(cfg):
         for steps, kind in kinds.items():
-            prefix, sampler = f"{cfg.out}/samples/{name}_{steps}/", make_sampler(cfg, net, kind)
-            fid.save_images(sampler, seeds, prefix, batch)
-            if RANK == 0:
-                fid.save_grid(fid.draw(sampler, seeds[:64], batch), f"{cfg.out}/samples_{name}_{steps}.png")
-            log(cfg, f"sample: {len(seeds)} images in {prefix}")
+            folder = fid.save_samples(cfg.out, name, steps, make_sampler(cfg, net, kind), seeds, batch)
+            log(cfg, f"sample: {len(seeds)} images in {folder}")
 
 
 @torch.no_grad()
@@ -1075,8 +1072,7 @@ def own_images(cfg):
 def evaluate(cfg):
     """Score every net there is, in 1, 2 and --nfe steps; --labels both: random and balanced, a row each."""
     metric, found, rows = "FD-digits" if cfg.data == "digits" else "FID", candidates(cfg), []
-    if RANK == 0:
-        class_sheets(cfg, found)
+    stages = class_sheets(cfg, found) if RANK == 0 else ()
     features = (fid.DigitsNet() if cfg.data == "digits" else fid.load_inception()).to(DEVICE)
     if cfg.data in REFERENCE:
         reference = fid.load_reference(REFERENCE[cfg.data])
@@ -1098,7 +1094,7 @@ def evaluate(cfg):
         decoder = encoder_of_data(cfg, "vae", load_vae, cfg.vae).identity
     note = (f"{cfg.samples} samples a score, seeds from 0, EMA weights, decoder {decoder}, guidance "
             f"{scale:.4g} (omega {cfg.omega}, kappa {cfg.kappa}) for t in [{cfg.guide_from}, {cfg.guide_to}]")
-    log(cfg, fid.save_table(f"{cfg.out}/results.md", rows, f"{fid.protocol(ours, reference)}\n{note}"))
+    log(cfg, fid.save_results(cfg.out, rows, f"{fid.protocol(ours, reference)}\n{note}", stages))
 
 
 def main(argv=None):
@@ -1109,9 +1105,9 @@ def main(argv=None):
     stages = STAGES if cfg.stage == "all" else [cfg.stage]
     configs = [parse([*argv, "--stage", stage]) for stage in stages]
     with one_line(cfg):
-        for c in configs:
-            check(c)
+        ROAD[:] = [c for c in configs if check(c)]
         with open_out(cfg, argv) if RANK == 0 else nullcontext():     # holds the lock of <out>
+            log(cfg, fid.overview({c.stage: (c.steps, c.batch) for c in ROAD}, WORLD, DEVICE, cfg.data))
             for c in configs:
                 if STOP:
                     fail(75, "stopped by a signal; run the same command again to go on")
@@ -1122,6 +1118,7 @@ def main(argv=None):
                 torch.backends.cudnn.allow_tf32 = c.precision != "fp32"
                 for number in SIGNALS:                # training saves first, the rest just ends
                     signal.signal(number, signal.SIG_DFL if c.stage in RUN else on_signal)
+                log(c, ABOUT.get(c.stage, c.stage))
                 RUN.get(c.stage, train)(c)
     if dist.is_initialized():
         dist.destroy_process_group()

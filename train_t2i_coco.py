@@ -121,7 +121,11 @@ PRESETS = {  # (data, stage, method): matching rows are laid over each other, to
     ("digits", "mid", "*"): dict(steps=800, lr=1e-3),
     ("digits", "post", "*"): dict(steps=700, lr=5e-4),
 }
-STAGES = ["pretrain", "mid", "post", "eval"]          # what --stage all runs, in this order
+ABOUT = {"pretrain": "stage 1 of 4, pre-training: loss, square error (mse_same) less REPA's gain, falls",
+         "mid": "stage 2 of 4, mid-training (Eq. 8): loss, square error of mean velocities, falls; grad too",
+         "post": "stage 3 of 4, post-training: Mean Flow divides its loss by itself: level; see mse",
+         "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
+STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "sit", "random"                            # what --init says that is no FILE
 FILES = {"coco": "data/coco256-sd"}
 SIDES = {"coco": 32, "digits": 8}                     # of the squares that the networks see
@@ -652,7 +656,7 @@ def make_sampler(cfg, net, steps, text, null, decode=True):
     @torch.no_grad()
     def sampler(seeds):
         x = rollout_text(cfg, net, first_noise(net, seeds), text(seeds), null, times)[0][-1]
-        return decoded(cfg, x) if decode else preview(x)
+        return decoded(cfg, x) if decode else x
     return sampler
 
 
@@ -672,31 +676,28 @@ def read_digits(sampler, reader, right):
     return watched
 
 
-def preview(x):
-    """Latents -> something to look at without a VAE: their first three channels. Digits stay as they are."""
-    return x[:, :3] / 2 if x.shape[1] == 4 else x
-
-
 @torch.no_grad()
 def caption_sheets(cfg, found, images, encoder):
-    """A sheet with captions per net; one noise through the stages; trajectories, and answers below them."""
+    """A sheet per net, a row per caption; stages.png, trajectory.png. Returns what stages.png is made of."""
     (captions, text), null = validation_text(images, encoder, range(10)), encoder(images.null[None])
-    seeds, rows = [k + 10 * j for k in range(10) for j in range(8)], []              # 8 of each caption
+    captions = [caption or f"caption {k}" for k, caption in enumerate(captions)]     # U-ViT: no text
+    seeds, shown = [k + 10 * j for k in range(10) for j in range(8)], []             # 8 of each caption
     for name, net, kinds, _ in found:
         for steps in kinds:
             sampler = make_sampler(cfg, net, steps, lambda some: text[[s % 10 for s in some]], null)
-            x = fid.draw(sampler, seeds, cfg.batch_gpu or 64).cpu()
-            fid.save_grid(x, f"{cfg.out}/samples_{name}_{steps}step.png", captions=captions)
-            rows.append(x.unflatten(0, (10, 8))[:, :2].flatten(0, 1))
-    fid.save_grid(torch.cat(rows), f"{cfg.out}/samples_stages.png", columns=20)
-    teacher, *students = [net for _, net, *_ in found]
-    times, rows = torch.linspace(1, 0, cfg.nodes, dtype=torch.float64), []
-    z = first_noise(teacher, range(3))
-    states = rollout_text(cfg, teacher, z, text[:3], null, times)[0]                 # (nodes, 3, C, H, W)
-    for j in range(3):
-        x, t, words = states[:, j], times.to(states), text[j].expand(cfg.nodes, -1, -1)
-        rows += [x, *(x - t.view(-1, 1, 1, 1) * net(x, t, words, t * 0, repa=False) for net in students)]
-    fid.save_grid(decoded(cfg, torch.cat(rows)), f"{cfg.out}/samples_trajectory.png", columns=cfg.nodes)
+            rows = fid.draw(sampler, seeds, cfg.batch_gpu or 64).cpu().split(8)
+            path = f"{cfg.out}/samples_{name}_{steps}step.png"
+            fid.save_captions(path, name, steps, [*zip(captions, rows)])
+            shown.append((name, steps, torch.stack([row[0] for row in rows])))
+    fid.save_stages(cfg.out, shown, captions)
+    if found[0][0] == "teacher":
+        teacher, times = found[0][1], torch.linspace(1, 0, cfg.nodes, dtype=torch.float64)
+        states = rollout_text(cfg, teacher, first_noise(teacher, range(3)), text[:3], null, times)[0]
+        pairs = [(x, t.expand(3)) for x, t in zip(states, times.to(states))]
+        answers = {name: torch.stack([x - t[0] * net(x, t, text[:3], t * 0, repa=False) for x, t in pairs])
+                   for name, net, *_ in found[1:]}
+        fid.save_trajectory(cfg.out, states, times, answers, partial(decoded, cfg))
+    return shown, captions
 
 
 # ---- plumbing ---------------------------------------------------------------------------------
@@ -704,6 +705,7 @@ RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch(
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]                      # USR1: Slurm's --signal
 SIGNALS += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)      # trap: nohup ignores it
 STOP = []                                             # signals received: the loop saves, then ends
+ROAD = []                                             # configurations of the stages that this command trains
 # choice: half an hour for an answer: process 0 may be writing 24 GB while the others wait
 TIMEOUT = timedelta(minutes=30)
 
@@ -802,7 +804,8 @@ def resume(cfg, path):
             may = may and not later and now >= ckpt["step"]
             how += f", there train on from it by --init {path}" * (cfg.stage != "pretrain")
         if was != now and not may:
-            fail(2, f"{path} was made with --{f.name} {was}, now it is {now}; {how}")
+            fail(2, f"{path} was made with --{f.name} {was}, now it is {now}; {how} (the file is of "
+                    f"{ckpt.get('script', 'an older script')})")
     agree(f"step of {path}", ckpt and ckpt["step"])
     return ckpt
 
@@ -842,15 +845,12 @@ def report(cfg, done, lr, since, **more):
     took, n = time.time() - since["clock"], done - since["step"]
     loss, norm = (sum(v) / len(v) if v else math.nan for v in (since["losses"], since["norms"]))
     since.update(step=done, clock=time.time(), seconds=since["seconds"] + took, losses=[], norms=[])
-    rate, skipped, images = n * cfg.batch / took, since["skipped"], done * cfg.batch
     if DEVICE.type == "cuda":
         more["GB"] = torch.cuda.max_memory_allocated() / 1e9
-    extra = "".join(f"{name} {value:.4g} | " for name, value in more.items())
-    log(cfg, f"{cfg.stage} {done:6d}/{cfg.steps} {done / cfg.steps:4.0%} | loss {loss:.5f} | {extra}"
-             f"grad {norm:.3g} | skipped {skipped} | lr {lr:.2e} | {images / 1e6:.3f} M images | "
-             f"{rate:.0f} images/s | {(cfg.steps - done) * cfg.batch / rate / 60:.1f} min left",
-        stage=cfg.stage, step=done, images=images, loss=loss, grad=norm, skipped=skipped, lr=lr,
-        images_per_second=rate, seconds=since["seconds"], **more)
+    numbers = dict(step=done, images=done * cfg.batch, loss=loss, grad=norm, skipped=since["skipped"], lr=lr,
+                   images_per_second=n * cfg.batch / took, seconds=since["seconds"], **more)
+    later = sum(c.steps * c.batch for c in ROAD if STAGES.index(c.stage) > STAGES.index(cfg.stage))
+    log(cfg, fid.step_line(cfg.stage, cfg.steps, cfg.batch, later, numbers), stage=cfg.stage, **numbers)
 
 
 def count(cfg, since, loss, norm):
@@ -964,6 +964,7 @@ def check(cfg):
         fid.prefetch(cfg.data)
         encoder_of_data(cfg, "vae", nets.sd_vae, cfg.vae)
         text_encoder(cfg)
+    return trains
 
 
 def check_teacher(cfg, given, data, wanted):
@@ -1140,8 +1141,7 @@ def train(cfg):
     steps = cfg.nfe if cfg.stage == "pretrain" else 1
     reader = ThreadPoolExecutor(1)                    # it reads one step ahead
     ahead = reader.submit(read_captioned, cfg, images, since["step"]) if cfg.stage != "mid" else None
-    log(cfg, f"{cfg.stage}: {json.dumps(asdict(cfg))}")
-    log(cfg, f"{cfg.stage}: {WORLD} process(es) on {DEVICE}, {nets.memory(flat, opt)}")
+    log(cfg, fid.begin_stage(cfg.out, asdict(cfg), since["step"], nets.memory(flat, opt)))
 
     for step in range(start := since["step"], cfg.steps):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
@@ -1195,10 +1195,10 @@ def train(cfg):
             report(cfg, done, lr, since, **mse_by_gap(errors, "repa"))
         if to_save and RANK == 0:
             nets.save_checkpoint(path, net=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(),
-                                 data=data, model=model, cfg=asdict(cfg), **{k: since[k] for k in kept})
+                                 data=data, model=model, cfg=asdict(cfg), **{k: since[k] for k in kept},
+                                 script=os.path.basename(__file__))
             sampler = make_sampler(cfg, ema, steps, lambda seeds: shown[list(seeds)], null, decode=False)
-            sheet = fid.draw(sampler, range(64), cfg.batch_gpu or 64)
-            fid.save_grid(sheet, f"{cfg.out}/samples_{cfg.stage}_{done:07d}.png")
+            fid.save_preview(cfg.out, cfg.stage, done, sampler, cfg.batch_gpu or 64)
             since["clock"] = time.time()
         if stop:
             break
@@ -1266,15 +1266,14 @@ def sample_captions(cfg):
     for name, net, kinds, _ in found:
         for steps in kinds:
             folder, shown = f"{cfg.out}/samples/{name}_{steps}", []
-            for k, prompt in enumerate(prompts):
+            for prompt in prompts:
                 text = encoder(encoder.ids([prompt]))
                 sampler = make_sampler(cfg, net, steps, lambda part: text.expand(len(part), -1, -1), null)
-                fid.save_images(sampler, seeds, f"{folder}/{k:03d}_", batch)
-                if RANK == 0 and k < 64:
-                    shown.append(fid.draw(sampler, seeds[:16], batch).cpu())
+                fid.save_images(sampler, seeds, f"{folder}/{fid.slug(prompt)}_", batch)
+                if RANK == 0 and len(shown) < 64:
+                    shown.append((prompt, fid.draw(sampler, seeds[:8], batch)))
             if RANK == 0:
-                fid.save_grid(torch.cat(shown), f"{cfg.out}/samples_{name}_{steps}.png",
-                              columns=len(seeds[:16]), captions=prompts[:64])
+                fid.save_captions(f"{cfg.out}/samples_{name}_{steps}.png", name, steps, shown)
             log(cfg, f"sample: {len(seeds)} images of each of {len(prompts)} captions in {folder}")
 
 
@@ -1285,8 +1284,7 @@ def evaluate(cfg):
     """
     digits, images, encoder = cfg.data == "digits", load_data(cfg), text_encoder(cfg)
     metric, found, rows = "FD-digits" if digits else "FID", candidates(cfg), []
-    if RANK == 0:
-        caption_sheets(cfg, found, images, encoder)
+    stages = caption_sheets(cfg, found, images, encoder) if RANK == 0 else ()
     features = (fid.DigitsNet() if digits else fid.load_inception()).to(DEVICE)
     if digits:
         reference = fid.measure(features, images.pixels[RANK::WORLD].split(250), DEVICE, "of --data digits")
@@ -1312,7 +1310,7 @@ def evaluate(cfg):
     decoder = "none (pixels)" if digits else encoder_of_data(cfg, "vae", load_vae, cfg.vae).identity
     note = (f"{cfg.samples} samples a score, seeds from 0, EMA weights, decoder {decoder}, guidance "
             f"{scale:.4g} (omega {cfg.omega}, kappa {cfg.kappa}) for t in [{cfg.guide_from}, {cfg.guide_to}]")
-    log(cfg, fid.save_table(f"{cfg.out}/results.md", rows, f"{fid.protocol(ours, reference)}\n{note}"))
+    log(cfg, fid.save_results(cfg.out, rows, f"{fid.protocol(ours, reference)}\n{note}", stages))
 
 
 def main(argv=None):
@@ -1323,9 +1321,9 @@ def main(argv=None):
     stages = STAGES if cfg.stage == "all" else [cfg.stage]
     configs = [parse([*argv, "--stage", stage]) for stage in stages]
     with one_line(cfg):
-        for c in configs:
-            check(c)
+        ROAD[:] = [c for c in configs if check(c)]
         with open_out(cfg, argv) if RANK == 0 else nullcontext():     # holds the lock of <out>
+            log(cfg, fid.overview({c.stage: (c.steps, c.batch) for c in ROAD}, WORLD, DEVICE, cfg.data))
             for c in configs:
                 if STOP:
                     fail(75, "stopped by a signal; run the same command again to go on")
@@ -1336,6 +1334,7 @@ def main(argv=None):
                 torch.backends.cudnn.allow_tf32 = c.precision != "fp32"
                 for number in SIGNALS:                # training saves first, the rest just ends
                     signal.signal(number, signal.SIG_DFL if c.stage in RUN else on_signal)
+                log(c, ABOUT.get(c.stage, c.stage))
                 RUN.get(c.stage, train)(c)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -78,7 +78,16 @@ def test_curves_score_every_checkpoint_and_draw_two_pictures(tmp_path, monkeypat
     assert [x for x, _ in points[0]] == ["32", "64", "96", "128"] and len({y for _, y in points[0]}) == 4
     for name in ("curve", "norms"):
         with Image.open(tmp_path / f"{name}.png") as image:
-            assert image.size == (900, 520) and len(image.getcolors(1000000)) > 10
+            assert image.size[0] >= 900 and len(image.getcolors(1000000)) > 10
+    claims.main(["plot", str(tmp_path / "CMT_+_ECT"), str(tmp_path / "ECT"), "--out", str(tmp_path / "new")])
+    assert Image.open(tmp_path / "new/plot.png").size[0] >= 900 and capsys.readouterr().out.endswith("new/plot.png\n")
+
+
+def test_plot_without_a_run_is_one_line(tmp_path, capsys):
+    for runs in ([], [str(tmp_path)]):
+        with pytest.raises(SystemExit) as e:
+            claims.main(["plot", *runs, "--out", str(tmp_path / "new")])
+        assert e.value.code == 3 and "name the folders" in capsys.readouterr().err
 
 
 @pytest.mark.long

@@ -104,6 +104,8 @@ def test_f1_kill_at_random_times(road, stage, often):
         reached, saved = last_step("cut"), nets.load_checkpoint(f"cut/{stage}.pt")["step"]
         assert 0 <= reached - saved <= 3
     assert wait(fork([*argv, "--out", "cut"], "log")) == 0 and same(f"whole/{stage}.pt", f"cut/{stage}.pt")
+    assert [m["step"] for m in script.fid.read_metrics("cut")] == [*range(1, steps + 1)]        # each one once
+    assert nets.load_checkpoint(f"cut/{stage}.pt")["script"] == "train_cmt_cifar.py"
 
 
 @pytest.mark.parametrize("stage", [pytest.param("pretrain", marks=LONG), pytest.param("mid", marks=LONG), "post"])

@@ -11,6 +11,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 import zlib
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -683,13 +684,108 @@ def test_a_score_is_the_distance_of_its_samples_and_repeats_use_fresh_seeds(monk
     assert seen[-1][-1] == 1499 and text == f"{np.mean(values):.2f} +- {np.std(values, ddof=1):.2f}, min {min(values):.2f}"
 
 
-def test_sheets_have_rows_captions_and_enlarged_pixels(tmp_path):
-    fid.save_grid(seeded([0, 100, 200]), f"{tmp_path}/grid.png", columns=2)
-    sheet = np.asarray(Image.open(tmp_path / "grid.png"))
-    assert sheet.shape == (2 * 34, 2 * 34) and (sheet[:32, 34:66] == sheet[5, 40]).all() and (sheet[36:, 36:] == 255).all()
-    fid.save_grid(seeded([0, 100]), f"{tmp_path}/words.png", columns=1, captions=["the digit seven", "zw\u00f6lf \u2014"])
-    assert Image.open(tmp_path / "words.png").size == (34, 2 * 52)
-    assert np.asarray(Image.open(tmp_path / "words.png"))[:18].min() < 50            # the words above the first row
+def sheet_of(path, rows, caption="", **more):
+    """The sheet as saved: uint8 (H, W, 3)."""
+    fid.save_sheet(str(path / "sheet.png"), rows, caption, **more)
+    image = Image.open(path / "sheet.png")
+    assert image.mode == "RGB" and image.width >= 900
+    return np.asarray(image)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8, 8), (3, 32, 32), (4, 16, 16), (3, 128, 128), (3, 512, 512)])
+def test_sheets_show_every_pixel_enlarged_by_whole_numbers(tmp_path, shape):
+    """Grey, colour, latents (three of their channels); each image is found again by its own colours."""
+    rows, g = [], torch.Generator().manual_seed(0)
+    for k in range(2):
+        rows.append((f"row {k}", torch.rand((3, *shape), generator=g) * 2 - 1))
+    sheet = sheet_of(tmp_path, rows, "what it shows")
+    for _, images in rows:
+        for image in images if shape[0] != 4 else ():
+            expected = fid.to_uint8(image[None])[0].permute(1, 2, 0).expand(-1, -1, 3).numpy()
+            zoom = max(1, min(96 // shape[1], 260 // shape[1]))
+            big = expected.repeat(zoom, 0).repeat(zoom, 1)
+            places = zip(*(sheet == big[0, 0]).all(2).nonzero())
+            assert any(np.array_equal(sheet[y:y + len(big), x:x + len(big)], big) for y, x in places)
+    assert (sheet[-1] == 255).all() and (sheet[:, -1] == 255).all()                   # a light border
+
+
+LONG = "a man riding a wave on top of a surfboard in the ocean while a purple elephant looks on " * 3
+
+
+@pytest.mark.parametrize("part", ["label", "header", "caption"])
+def test_words_of_a_sheet_are_there_and_whole(tmp_path, part):
+    """Other words, other pixels; longer words, a larger sheet: the border stays white, so that nothing is cut."""
+    images, seen = seeded(range(3)), []
+    for text in ("seven", "eight", LONG, "W" * 300, "\u4e2d" * 50, "zw\u00f6lf \u2014\nB"):
+        words = dict(label="", header=["", "", "", ""], caption="") | {part: text}
+        words["header"] = ["", text, "", text] if part == "header" else words["header"]
+        sheet = sheet_of(tmp_path, [(words["label"], images)], words["caption"], header=words["header"])
+        seen.append(sheet)
+        assert (np.concatenate([sheet[0], sheet[-1], sheet[:, 0], sheet[:, -1]]) == 255).all()
+    assert not np.array_equal(seen[0], seen[1]) and seen[2].size > seen[0].size < seen[3].size
+    assert fid.plain("zw\u00f6lf \u2014") == "zwolf ?"
+
+
+def test_a_label_higher_than_its_images_makes_room(tmp_path):
+    """The labels of 600 letters beside images of 8 pixels do not run into each other: white between them."""
+    sheet = sheet_of(tmp_path, [(LONG, seeded([0])), (LONG, seeded([100]))])
+    left = (sheet[:, :150] < 128).any((1, 2)).nonzero()[0]
+    assert len(left) > 200 and max(np.diff(left)) < 16 and sheet.shape[0] > 2 * 10 * 20
+
+
+def test_stages_have_the_scores_once_the_table_has_them(tmp_path):
+    shown = [("teacher", 16, seeded(range(4))), ("mid", 1, seeded(range(4)))]
+    row = {"stage": "mid, balanced labels", "1-step FID": "3.50 +- 0.1", "2-step FID": "-"}
+    assert fid.net_label("mid", 1, [row]) == "after mid-training\n1 step, FID 3.50 +- 0.1"
+    assert fid.net_label("post", 2, [row]) == "after post-training\n2 steps"
+    for names in ([], list("0123"), [f"the digit {k}" for k in range(4)]):
+        sizes = []
+        for table in ((), [row]):
+            fid.save_stages(str(tmp_path), shown, names, table)
+            sizes.append((tmp_path / "stages.png").read_bytes())
+        assert sizes[0] != sizes[1]
+
+
+def test_a_slug_names_one_caption():
+    assert fid.slug("the digit seven") == "the-digit-seven"
+    slugs = {fid.slug(c) for c in ("A cat!", "a cat", "a  cat", "a cat.", "\u4e2d\u6587", "a/../b", "x" * 300, "x" * 301)}
+    assert len(slugs) == 8 and all("/" not in s and "." not in s and len(s) < 60 for s in slugs)
+
+
+def test_charts_leave_out_what_is_not_above_zero(tmp_path):
+    path = str(tmp_path / "chart.png")
+    for points in ([(1, 0.5), (2, 0.25)], [(0, 1.0)], [(5, 3e-7), (6, float("nan")), (7, -1.0), (9e7, 4e5)], []):
+        fid.save_chart(path, {"loss": {"mid": points}, "empty": {}}, "words")
+        assert Image.open(path).width >= 900 and (Image.open(path).height > 300) == bool(points)
+
+
+def test_slow_samplers_draw_fewer_images():
+    def slow(seeds):
+        time.sleep(0.03)
+        return seeded(seeds)
+    assert len(fid.draw_in(0.05, slow, range(64))) in (4, 8) and torch.equal(fid.draw_in(99, seeded, range(30), 5), seeded(range(30)))
+
+
+def test_metrics_have_every_step_once_after_a_kill(tmp_path):
+    """What a run logged beyond its checkpoint goes when it resumes, and so does a line that the kill has cut."""
+    rows = [dict(stage=s, step=k, images=k) for s in ("pretrain", "mid") for k in (1, 2, 3, 4)] + [dict(stage="eval", net="mid")]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(m) + "\n" for m in rows) + '{"stage": "mid", "st')
+    fid.begin_stage(str(tmp_path), mid := dict(stage="mid", steps=9), 2, "")
+    assert [m.get("step") for m in fid.read_metrics(str(tmp_path))] == [1, 2, 3, 4, 1, 2, None]
+    assert fid.begin_stage(str(tmp_path), post := dict(stage="post", steps=7), 0, "1 GB") == "post: from step 0 to 7, 1 GB"
+    assert json.loads((tmp_path / "config.json").read_text()) == dict(mid=mid, post=post)
+    with open(path, "a") as f:
+        f.write('{"stage": "post"')
+    fid.begin_stage(str(tmp_path), post, 0, "")
+    assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def test_durations_are_for_people():
+    assert [fid.duration(s) for s in (0, 89.6, 150, 9000, 8.64e5)] == ["0 s", "90 s", "2.5 min", "2.5 h", "10.0 days"]
+
+
+def test_tables_are_markdown():
     assert fid.table([dict(stage="mid", steps=3)]) == "| stage | steps |\n| --- | --- |\n| mid | 3 |"
 
 

@@ -48,8 +48,8 @@ def test_all_stages_leave_checkpoints_pictures_and_a_table(road):
     assert re.search(r"\| teacher \| 3 \| 48 \| \d+ \| - \| - \| \d+\.\d\d \|", table), table
     assert re.search(r"\| post \| 3 \| 48 \| \d+ \| \d+\.\d\d \| \d+\.\d\d \| - \|", table), table
     assert "balanced labels" in table and "FID" not in table.replace("fid", "")
-    for name in ("teacher_8step", "mid_1step", "post_2step", "stages", "trajectory", "mid_0000003"):
-        assert Image.open(road / f"samples_{name}.png").size[0] > 100
+    for name in ("samples_teacher_8step", "samples_mid_1step", "samples_post_2step", "stages", "trajectory", "curve", "previews/mid_0000003"):
+        assert Image.open(road / f"{name}.png").size[0] >= 900
 
 
 @pytest.mark.parametrize("flags", ["--post ecd --mid none", "--post ecd_euler --mid none", "--post ecd_code --mid none", "--init random --mid none",

@@ -313,8 +313,8 @@ def test_all_stages_leave_checkpoints_pictures_and_a_table(road):
             assert re.search(rf"\| {name}, {labels} labels \| 3 \| 48 \| \d+ \|( \d+\.\d\d \|){{3}}", table), table
     assert "decoder none" in table and "guidance 0.8" in table and "3-step FD-digits" in table
     assert "FID" not in table.replace("fid", "")
-    for name in ("teacher_3step", "mid_1step", "post_2step", "stages", "trajectory", "mid_0000003"):
-        assert Image.open(road / f"samples_{name}.png").size[0] > 100
+    for name in ("samples_teacher_3step", "samples_mid_1step", "samples_post_2step", "stages", "trajectory", "curve", "previews/mid_0000003"):
+        assert Image.open(road / f"{name}.png").size[0] >= 900
     lines = [json.loads(line) for line in (road / "metrics.jsonl").read_text().splitlines()]
     post = [m for m in lines if m["stage"] == "post"]
     assert 0.9 < post[0]["loss"] <= 1 and GAPS & set(post[0])

@@ -33,14 +33,14 @@ def test_all_stages_leave_checkpoints_pictures_and_a_table(road):
     assert re.search(r"\| teacher \| 3 \| 48 \| \d+ \| - \| - \| \d+\.\d\d \|", table), table
     assert re.search(r"\| post \| 3 \| 48 \| \d+ \| \d+\.\d\d \| \d+\.\d\d \| - \|", table), table
     assert "FD-digits" in table and "FID" not in table.replace("fid", "")
-    for name in ("stages", "trajectory", "mid_0000003"):
-        assert Image.open(road / f"samples_{name}.png").size[0] > 100
+    for name in ("stages", "trajectory", "curve", "previews/mid_0000003"):
+        assert Image.open(road / f"{name}.png").size[0] >= 900
     lines = [json.loads(line) for line in (road / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in lines if m["stage"] == "mid"] == [1, 2, 3]
     assert all(m["loss"] > 0 < m["grad"] and m["skipped"] == 0 for m in lines if m["stage"] == "mid")
     assert {"1-step FD-digits", "2-step FD-digits"} <= {m.get("metric") for m in lines}
     log = (road / "log.txt").read_text()
-    assert "--data digits" in log and torch.__version__ in log and "min left" in log and "images/s" in log
+    assert "--data digits" in log and torch.__version__ in log and " left, " in log and " with the next stages" in log and "images/s" in log
 
 
 def test_finished_stages_are_skipped_and_left_alone(road, capsys):

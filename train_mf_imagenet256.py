@@ -363,6 +363,7 @@ def flow_of(cfg, net, null):
             matmul.allow_tf32, cudnn.allow_tf32 = before
 
     if cfg.compile:           # trap: a compiled module inside jvp runs eager, in silence: functions are
+        torch.compiler.reset()                        # trap: past 8 graphs of u in all stages it would run eager
         u, slope = torch.compile(u), torch.compile(slope)
     return Flow(u, exact_slope, null)
 
@@ -535,17 +536,16 @@ def class_sheets(cfg, found):
 
 
 # ---- plumbing ---------------------------------------------------------------------------------
-RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
+RANK, WORLD, DEVICE, PATIENT = 0, 1, torch.device("cpu"), None         # of this process; launch() sets them
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]                      # USR1: Slurm's --signal
 SIGNALS += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)      # trap: nohup ignores it
 STOP = []                                             # signals received: the loop saves, then ends
-# choice: half an hour for an answer: process 0 may be writing 24 GB while the others wait
-TIMEOUT = timedelta(minutes=30)
+TIMEOUT = timedelta(minutes=10)                       # choice: ten minutes for an answer in a step
 
 
 def launch(cfg):
     """Join the other processes of torchrun, if any: gloo on CPUs, NCCL on GPUs. Plain python: one process."""
-    global RANK, WORLD, DEVICE
+    global RANK, WORLD, DEVICE, PATIENT
     RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if torch.cuda.is_available():
         DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -555,6 +555,7 @@ def launch(cfg):
         torch.set_num_threads(1)
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo", timeout=TIMEOUT)
+        PATIENT = fid.patient_group()                 # for waits where files are read or written
 
 
 def fail(code, message):
@@ -607,7 +608,7 @@ def agree(what, facts):
     """Exit code 3 where processes have read different files."""
     seen = [facts] * WORLD
     if WORLD > 1:
-        dist.all_gather_object(seen, facts)
+        dist.all_gather_object(seen, facts, PATIENT)
     if others := [k for k in range(WORLD) if seen[k] != seen[0]]:
         fail(3, f"{what}: {seen[0]} in process 0, {seen[others[0]]} in process {others[0]}; all nodes must "
                 "share --out, --data and weights")
@@ -999,12 +1000,10 @@ def train(cfg):
             sheet = fid.draw(make_sampler(shown, ema, steps, decode=False), range(64), cfg.batch_gpu or 64)
             fid.save_grid(sheet, f"{cfg.out}/samples_{cfg.stage}_{done:07d}.png")
             since["clock"] = time.time()
+        if to_save and WORLD > 1:
+            dist.barrier(PATIENT)                     # process 0 saves, however long that takes
         if stop:
-            break
-    if WORLD > 1:
-        dist.barrier()                                # nobody leaves while process 0 saves
-    if stop:
-        fail(75, f"stopped by a signal; step {done} is saved, run the same command again to go on")
+            fail(75, f"stopped by a signal; step {done} is saved, run the same command again to go on")
 
 
 def candidates(cfg):
@@ -1089,6 +1088,7 @@ def main(argv=None):
         for c in configs:
             check(c)
         with open_out(cfg, argv) if RANK == 0 else nullcontext():     # holds the lock of <out>
+            agree(f"{cfg.out}/log.txt", fid.written(f"{cfg.out}/log.txt"))
             for c in configs:
                 if STOP:
                     fail(75, "stopped by a signal; run the same command again to go on")

@@ -694,7 +694,7 @@ def test_compile_without_a_compiler_is_one_line_before_the_first_step(monkeypatc
                  "RuntimeError: Failed to find C compiler. Please specify via CC environment variable"):
         def fails(*a, **k):
             raise RuntimeError(f"backend='inductor' raised:\n{text}\n\nSet TORCHDYNAMO_VERBOSE=1 for more")
-        monkeypatch.setattr(torch, "compile", lambda net: fails)
+        monkeypatch.setattr(torch, "compile", lambda net, **k: fails)
         exit_code, err = code([*PRETRAIN, "--compile", "--steps", "2", "--out", "x"], capsys)
         assert exit_code == 2 and text in err and "install g++" in err and len(err.strip().splitlines()) == 1
         assert not Path("x/pretrain.pt").exists()

@@ -740,8 +740,8 @@ def train(cfg):
             preview = fid.draw(sampler, range(64), cfg.batch_gpu or 64)
             fid.save_grid(preview, f"{cfg.out}/samples_{cfg.stage}_{done:07d}.png")
             since["clock"] = time.time()
-        if to_save and WORLD > 1:
-            dist.barrier(PATIENT)                     # process 0 saves, however long that takes
+        if to_save and WORLD > 1:                     # process 0 may save for longer than it waits for others
+            dist.monitored_barrier(PATIENT, TIMEOUT if RANK == 0 else timedelta(days=9))
         if stop:
             fail(75, f"stopped by a signal; step {done} is saved, run the same command again to go on")
 

@@ -1004,8 +1004,8 @@ def train(cfg):
             if cfg.stage != "vgg" and shape[0] != 4:
                 save_preview(cfg, ema, f"{cfg.out}/samples_{cfg.stage}_{done:07d}.png")
             since["clock"] = time.time()
-        if to_save and WORLD > 1:
-            dist.barrier(PATIENT)                     # process 0 saves, however long that takes
+        if to_save and WORLD > 1:                     # process 0 may save for longer than it waits for others
+            dist.monitored_barrier(PATIENT, TIMEOUT if RANK == 0 else timedelta(days=9))
         if stop:
             fail(75, f"stopped by a signal; step {done} is saved, run the same command again to go on")
 

@@ -501,10 +501,12 @@ def make_sampler(cfg, net, steps):
     return sampler
 
 
-def save_preview(cfg, net, path):
-    """A sheet of the same 64 noises at every save."""
-    sampler = make_sampler(replace(cfg, guide=""), net, 0 if cfg.stage == "pretrain" else 1)
-    fid.save_grid(fid.draw(sampler, range(64), cfg.batch_gpu or 64), path)
+def save_preview(cfg, net, done):
+    """A sheet of the same 64 noises at every save; none of a VGG, and none of latents, which need a VAE."""
+    if cfg.stage != "vgg" and net.img_channels != 4:
+        sampler = make_sampler(replace(cfg, guide=""), net, 0 if cfg.stage == "pretrain" else 1)
+        sheet = fid.draw(sampler, range(64), cfg.batch_gpu or 64)
+        fid.save_grid(sheet, f"{cfg.out}/samples_{cfg.stage}_{done:07d}.png")
 
 
 @torch.no_grad()
@@ -1001,8 +1003,7 @@ def train(cfg):
         if to_save and RANK == 0:
             nets.save_checkpoint(path, net=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(),
                                  data=data, model=model, cfg=asdict(cfg), **{k: since[k] for k in kept})
-            if cfg.stage != "vgg" and shape[0] != 4:
-                save_preview(cfg, ema, f"{cfg.out}/samples_{cfg.stage}_{done:07d}.png")
+            save_preview(cfg, ema, done)
             since["clock"] = time.time()
         if to_save and WORLD > 1:                     # process 0 may save for longer than it waits for others
             dist.monitored_barrier(PATIENT, TIMEOUT if RANK == 0 else timedelta(days=9))

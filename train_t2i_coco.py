@@ -499,7 +499,7 @@ def flow_of(cfg, net, null):
             matmul.allow_tf32, cudnn.allow_tf32 = before
 
     if cfg.compile:           # trap: a compiled module inside jvp runs eager, in silence: functions are
-        torch.compiler.reset()                        # trap: past 8 graphs of u in all stages it would run eager
+        torch.compiler.reset()                        # trap: a ninth graph of u, in all stages, runs eager
         u, slope = torch.compile(u), torch.compile(slope)
     return Flow(u, exact_slope, null)
 

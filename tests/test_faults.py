@@ -229,6 +229,31 @@ def test_f7_torchrun_restarts_by_itself():
     assert p.wait(timeout=120) == 0 and same("whole/pretrain.pt", "cut/pretrain.pt")
 
 
+@LONG
+@pytest.mark.parametrize("nodes, ends", [("2", 1), ("1:2", 0)])
+def test_f7_a_dead_node(nodes, ends):
+    """Two torchruns, one is killed with its process. Of --nnodes=2 the other ends; of 1:2 it goes on alone, the same."""
+    argv = [str(a) for a in [*PRETRAIN, "--steps", "300", "--save_every", "20", "--batch_gpu", 8]]
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", "--nproc_per_node=1", "--max-restarts=1",
+              "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1",
+              "--rdzv_conf=last_call_timeout=3,join_timeout=20", str(ROOT / "train_cmt_cifar.py"), *argv, "--out", "cut"]
+    first = subprocess.Popen(launch, stdout=open("log", "w"), stderr=subprocess.STDOUT)
+    time.sleep(1)                                               # the store is the first one's
+    second = subprocess.Popen(launch, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for_step("cut", 50, first.pid)
+    children = subprocess.run(["pgrep", "-P", str(second.pid)], capture_output=True, text=True).stdout.split()
+    for pid in (second.pid, *map(int, children)):
+        os.kill(pid, signal.SIGKILL)
+    second.wait()
+    assert first.wait(timeout=180) == ends
+    assert "another process died" in Path("log").read_text()
+    if ends == 0:
+        assert wait(fork([*argv, "--out", "whole"], "log")) == 0 and same("whole/pretrain.pt", "cut/pretrain.pt")
+
+
 @pytest.mark.parametrize("step, call", [(2, "dist.all_reduce(grad)"), pytest.param(3, "dist.monitored_barrier(PATIENT,", marks=LONG)])
 def test_f8_a_hung_process_ends_the_run_and_a_slow_save_does_not(step, call):
     """Within TIMEOUT + 15 s, with a line that names the call that waited in vain. A save takes longer than TIMEOUT."""

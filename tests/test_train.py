@@ -107,7 +107,7 @@ SMALL = "--data digits --batch 16 --batch_gpu 8 --trajectories 8 --samples 16 --
 FLOW = "--dropout 0.3 --ratio 0.5 --omega 0.2 --kappa 0.9 --nfe 2"
 COMPILED = {  # by script: flags of its road, and how many graphs each stage makes
     "train_cmt_cifar": ("--dropout 0.1 --nfe 4 --post ecd", dict(pretrain=1, mid=2, post=3)),
-    "train_cmt_imagenet": ("--dropout 0.1 --nfe 4 --post ecd --loss l2", dict(pretrain=1, mid=2, post=3)),
+    "train_cmt_imagenet": ("--dropout 0.1 --nfe 2 --post ecd --loss l2", dict(pretrain=1, mid=2, post=3)),
     "train_mf_imagenet256": (f"{FLOW} --size 4x64x2 --weak 4x64x1", dict(pretrain=4, mid=1, post=4)),
     "train_t2i_coco": (FLOW, dict(pretrain=1, mid=1, post=4))}
 

@@ -680,6 +680,16 @@ def patient_group():
     return dist.new_group(timeout=days, backend="gloo") if dist.is_initialized() else None
 
 
+def written(path):
+    """What a file is when the first process has come this far, in words."""
+    if group := patient_group():
+        dist.barrier(group)
+    if not os.path.exists(path):
+        return "none"
+    data = pathlib.Path(path).read_bytes()            # opened, as its size alone may be an old one over NFS
+    return f"{len(data)} bytes, crc32 {zlib.crc32(data):08x}"
+
+
 def from_first(work):
     """work() as the first process does it, in all processes."""
     group, answer = patient_group(), [None]
@@ -704,7 +714,10 @@ def check_once(path, names, read, note):
     """check_pictures by the first process for all: read(k) of every k, a place in names, the files of path.
 
     Its answer is kept in the file `note`, as long as names, sizes and times (in a .zip: CRCs) are the same.
+    DataError in a process that sees other names than the first (in a .zip: or other CRCs).
     """
+    mine = zlib.crc32(repr(listing(path, names) if os.path.isfile(path) else names).encode())
+
     def check():
         seen = f"{zlib.crc32(repr(listing(path, names)).encode()):08x} "
         answer = pathlib.Path(note).read_text() if os.path.exists(note) else ""
@@ -712,8 +725,11 @@ def check_once(path, names, read, note):
             answer = seen + check_pictures(range(len(names)), read, path)
             os.makedirs(os.path.dirname(note), exist_ok=True)
             pathlib.Path(note).write_text(answer)
-        return answer.partition(" ")[2]
-    return from_first(check)
+        return mine, answer.partition(" ")[2]
+    first, answer = from_first(check)
+    if mine != first:
+        raise DataError(f"{path} holds other files here than in process 0; all nodes must share --data")
+    return answer
 
 
 def tiles(path):

@@ -94,6 +94,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     vae: str = ""               # 512: encode, decode: NAME, FOLDER; "" = the data's, else ft-mse (EDM2)
 
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "tf32"    # as the authors; mid: bf16; fp32: exact
+    compile: bool = False       # the networks that a stage trains or asks: one graph for each size of batch
     seed: int = 0
     log_every: int = 100
     save_every: int = 2_500
@@ -139,8 +140,8 @@ INITS = "teacher", "random"                        # what --init says that is no
 FILES = {"imagenet64": "data/imagenet64.zip", "imagenet512": "data/imagenet512-sd.zip"}
 STAMPED = "data", "teacher", "main", "guide"          # compared by what they hold, wherever that lies
 FREE = {  # fields that may differ when a stage goes on, or is found finished; by stage, and by --decay
-    "*": "stage out source teacher main guide vae seeds samples repeat mid_sigma sampler labels batch_gpu "
-         "log_every save_every",
+    "*": "stage out source teacher main guide vae seeds samples repeat mid_sigma sampler labels compile "
+         "batch_gpu log_every save_every",
     "constant": "steps", "sqrt": "steps",
     "pretrain": "mid post init nfe trajectories q huber_c w loss ensemble",
     "vgg": "mid post init nfe trajectories q huber_c w loss ensemble P_mean P_std dropout",
@@ -540,18 +541,17 @@ def draw_sheets(cfg, found):
 
 
 # ---- plumbing ---------------------------------------------------------------------------------
-RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
+RANK, WORLD, DEVICE, PATIENT = 0, 1, torch.device("cpu"), None         # of this process; launch() sets them
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]                      # USR1: Slurm's --signal
 SIGNALS += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)      # trap: nohup ignores it
 STOP = []                                             # signals received: the loop saves, then ends
 ROAD = []                                             # configurations of the stages that this command trains
-# choice: half an hour for an answer: process 0 may be writing 24 GB while the others wait
-TIMEOUT = timedelta(minutes=30)
+TIMEOUT = timedelta(minutes=10)                       # choice: ten minutes for an answer in a step
 
 
 def launch(cfg):
     """Join the other processes of torchrun, if any: gloo on CPUs, NCCL on GPUs. Plain python: one process."""
-    global RANK, WORLD, DEVICE
+    global RANK, WORLD, DEVICE, PATIENT
     RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if torch.cuda.is_available():
         DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -561,6 +561,7 @@ def launch(cfg):
         torch.set_num_threads(1)
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo", timeout=TIMEOUT)
+        PATIENT = fid.patient_group()                 # for waits where files are read or written
 
 
 def fail(code, message):
@@ -613,7 +614,7 @@ def agree(what, facts):
     """Exit code 3 where processes have read different files."""
     seen = [facts] * WORLD
     if WORLD > 1:
-        dist.all_gather_object(seen, facts)
+        dist.all_gather_object(seen, facts, PATIENT)
     if others := [k for k in range(WORLD) if seen[k] != seen[0]]:
         fail(3, f"{what}: {seen[0]} in process 0, {seen[others[0]]} in process {others[0]}; all nodes must "
                 "share --out, --data and weights")
@@ -873,6 +874,8 @@ def build(cfg, model, state=None, what="", train=False):
         nets.load_weights(net, {k: v for k, v in state.items() if not k.startswith("logvar_")}, what)
     net = net.to(DEVICE, memory_format=torch.channels_last)
     net.compute_dtype = HALF.get(cfg.precision)
+    if cfg.compile and cfg.stage not in RUN:
+        net.compile(dynamic=False)
     return net.train() if train else nets.freeze(net)
 
 
@@ -966,6 +969,7 @@ def train(cfg):
     mine, classes = slice(RANK * share, (RANK + 1) * share), model["label_dim"]
     reader = ThreadPoolExecutor(1)                    # it reads one step ahead
     ahead = reader.submit(read_share, cfg, images, since["step"]) if images else None
+    saved = dict(data=data, model=model, cfg=asdict(cfg), script=os.path.basename(__file__))
     log(cfg, fid.begin_stage(cfg.out, asdict(cfg), since["step"], nets.memory(flat, opt)))
 
     for step in range(start := since["step"], cfg.steps):
@@ -1026,16 +1030,13 @@ def train(cfg):
             report(cfg, done, lr, since)
         if to_save and RANK == 0:
             nets.save_checkpoint(path, net=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(),
-                                 data=data, model=model, cfg=asdict(cfg), **{k: since[k] for k in kept},
-                                 script=os.path.basename(__file__))
+                                 **saved, **{k: since[k] for k in kept})
             fid.save_preview(cfg.out, cfg.stage, done, previewer(cfg, ema), cfg.batch_gpu or 64)
             since["clock"] = time.time()
+        if to_save and WORLD > 1:                     # process 0 may save for longer than it waits for others
+            dist.monitored_barrier(PATIENT, TIMEOUT if RANK == 0 else timedelta(days=9))
         if stop:
-            break
-    if WORLD > 1:
-        dist.barrier()                                # nobody leaves while process 0 saves
-    if stop:
-        fail(75, f"stopped by a signal; step {done} is saved, run the same command again to go on")
+            fail(75, f"stopped by a signal; step {done} is saved, run the same command again to go on")
 
 
 def candidates(cfg):
@@ -1101,6 +1102,7 @@ def main(argv=None):
     with one_line(cfg):
         ROAD[:] = [c for c in configs if check(c)]
         with open_out(cfg, argv) if RANK == 0 else nullcontext():     # holds the lock of <out>
+            agree(f"{cfg.out}/log.txt", fid.written(f"{cfg.out}/log.txt"))
             log(cfg, fid.overview({c.stage: (c.steps, c.batch) for c in ROAD}, WORLD, DEVICE, cfg.data))
             for c in configs:
                 if STOP:

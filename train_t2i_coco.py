@@ -515,6 +515,7 @@ def flow_of(cfg, net, null):
             matmul.allow_tf32, cudnn.allow_tf32 = before
 
     if cfg.compile:           # trap: a compiled module inside jvp runs eager, in silence: functions are
+        torch.compiler.reset()                        # trap: a ninth graph of u, in all stages, runs eager
         u, slope = torch.compile(u), torch.compile(slope)
     return Flow(u, exact_slope, null)
 
@@ -701,18 +702,17 @@ def caption_sheets(cfg, found, images, encoder):
 
 
 # ---- plumbing ---------------------------------------------------------------------------------
-RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
+RANK, WORLD, DEVICE, PATIENT = 0, 1, torch.device("cpu"), None         # of this process; launch() sets them
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]                      # USR1: Slurm's --signal
 SIGNALS += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)      # trap: nohup ignores it
 STOP = []                                             # signals received: the loop saves, then ends
 ROAD = []                                             # configurations of the stages that this command trains
-# choice: half an hour for an answer: process 0 may be writing 24 GB while the others wait
-TIMEOUT = timedelta(minutes=30)
+TIMEOUT = timedelta(minutes=10)                       # choice: ten minutes for an answer in a step
 
 
 def launch(cfg):
     """Join the other processes of torchrun, if any: gloo on CPUs, NCCL on GPUs. Plain python: one process."""
-    global RANK, WORLD, DEVICE
+    global RANK, WORLD, DEVICE, PATIENT
     RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if torch.cuda.is_available():
         DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -722,6 +722,7 @@ def launch(cfg):
         torch.set_num_threads(1)
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo", timeout=TIMEOUT)
+        PATIENT = fid.patient_group()                 # for waits where files are read or written
 
 
 def fail(code, message):
@@ -774,7 +775,7 @@ def agree(what, facts):
     """Exit code 3 where processes have read different files."""
     seen = [facts] * WORLD
     if WORLD > 1:
-        dist.all_gather_object(seen, facts)
+        dist.all_gather_object(seen, facts, PATIENT)
     if others := [k for k in range(WORLD) if seen[k] != seen[0]]:
         fail(3, f"{what}: {seen[0]} in process 0, {seen[others[0]]} in process {others[0]}; all nodes must "
                 "share --out, --data and weights")
@@ -1141,6 +1142,7 @@ def train(cfg):
     steps = cfg.nfe if cfg.stage == "pretrain" else 1
     reader = ThreadPoolExecutor(1)                    # it reads one step ahead
     ahead = reader.submit(read_captioned, cfg, images, since["step"]) if cfg.stage != "mid" else None
+    saved = dict(data=data, model=model, cfg=asdict(cfg), script=os.path.basename(__file__))
     log(cfg, fid.begin_stage(cfg.out, asdict(cfg), since["step"], nets.memory(flat, opt)))
 
     for step in range(start := since["step"], cfg.steps):
@@ -1195,17 +1197,14 @@ def train(cfg):
             report(cfg, done, lr, since, **mse_by_gap(errors, "repa"))
         if to_save and RANK == 0:
             nets.save_checkpoint(path, net=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(),
-                                 data=data, model=model, cfg=asdict(cfg), **{k: since[k] for k in kept},
-                                 script=os.path.basename(__file__))
+                                 **saved, **{k: since[k] for k in kept})
             sampler = make_sampler(cfg, ema, steps, lambda seeds: shown[list(seeds)], null, decode=False)
             fid.save_preview(cfg.out, cfg.stage, done, sampler, cfg.batch_gpu or 64)
             since["clock"] = time.time()
+        if to_save and WORLD > 1:                     # process 0 may save for longer than it waits for others
+            dist.monitored_barrier(PATIENT, TIMEOUT if RANK == 0 else timedelta(days=9))
         if stop:
-            break
-    if WORLD > 1:
-        dist.barrier()                                # nobody leaves while process 0 saves
-    if stop:
-        fail(75, f"stopped by a signal; step {done} is saved, run the same command again to go on")
+            fail(75, f"stopped by a signal; step {done} is saved, run the same command again to go on")
 
 
 def candidates(cfg):
@@ -1323,6 +1322,7 @@ def main(argv=None):
     with one_line(cfg):
         ROAD[:] = [c for c in configs if check(c)]
         with open_out(cfg, argv) if RANK == 0 else nullcontext():     # holds the lock of <out>
+            agree(f"{cfg.out}/log.txt", fid.written(f"{cfg.out}/log.txt"))
             log(cfg, fid.overview({c.stage: (c.steps, c.batch) for c in ROAD}, WORLD, DEVICE, cfg.data))
             for c in configs:
                 if STOP:

@@ -83,8 +83,8 @@ def drive(monkeypatch, script, flags, rank=0, world=1):
     monkeypatch.setattr(script.nets, "save_checkpoint", lambda path, **a: save(path, **tree_map(real, a)))
     mine = dict(RANK=rank, WORLD=world, DEVICE=gpu.device, launch=lambda cfg: None, count=counted)
     mine["dist"] = types.SimpleNamespace(
-        all_reduce=nccl, all_gather=lambda parts, x: nccl(x), all_gather_object=lambda seen, x: None,
-        barrier=lambda: None, is_initialized=lambda: False)
+        all_reduce=nccl, all_gather=lambda parts, x: nccl(x), all_gather_object=lambda seen, x, group: None,
+        monitored_barrier=lambda group, timeout: None, is_initialized=lambda: False)
     for name, value in mine.items():
         monkeypatch.setattr(script, name, value)
     with gpu:

@@ -410,6 +410,9 @@ def test_compiled_functions_hold_the_product_and_change_nothing(monkeypatch):
     assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(*results))
     products = sum("jvp" in g.code or "make_dual" in g.code for g in graphs)
     assert made >= 2 and products >= 1
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):         # each stage makes its graphs anew
+        for k in range(9):
+            script.flow_of(c, eval(f"lambda z, t, r, y, repa: z + {k}"), None).u(z, t, r, y)
 
 
 # ---- the data ------------------------------------------------------------------------------------

@@ -103,6 +103,34 @@ def test_every_readme_command_on_digits_runs(road, scripts):
     assert scored.returncode == 0 and "FD-digits 0.0000" in scored.stdout
 
 
+SMALL = "--data digits --batch 16 --batch_gpu 8 --trajectories 8 --samples 16 --save_every 99 --steps 8".split()
+FLOW = "--dropout 0.3 --ratio 0.5 --omega 0.2 --kappa 0.9 --nfe 2"
+COMPILED = {  # by script: flags of its road, and how many graphs each stage makes
+    "train_cmt_cifar": ("--dropout 0.1 --nfe 4 --post ecd", dict(pretrain=1, mid=2, post=3)),
+    "train_cmt_imagenet": ("--dropout 0.1 --nfe 2 --post ecd --loss l2", dict(pretrain=1, mid=2, post=3)),
+    "train_mf_imagenet256": (f"{FLOW} --size 4x64x2 --weak 4x64x1", dict(pretrain=4, mid=1, post=4)),
+    "train_t2i_coco": (FLOW, dict(pretrain=1, mid=1, post=4))}
+
+
+@pytest.mark.parametrize("name, stages", [("train_cmt_imagenet", ["pretrain"]), *(
+    pytest.param(name, ["pretrain", "mid", "post"], marks=pytest.mark.long) for name in COMPILED)])
+def test_compiling_moves_no_weight_and_ends_after_the_first_steps(name, stages, monkeypatch):
+    """By a backend that compiles nothing; the sizes of what Mean Flow's loss asks vary. Limits hold for all stages."""
+    module, (flags, graphs), made, before = importlib.import_module(name), COMPILED[name], [], []
+    count, compile = module.count, torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **k: compile(f, backend=lambda g, _: made.append(g) or g.forward, **k))
+    monkeypatch.setattr(module, "count", lambda *a: (before.append(len(made)), count(*a)))
+    for stage in stages:
+        for out, more in (("eager", []), ("compiled", ["--compile"])):
+            began = len(made)
+            with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+                module.main([*SMALL, *flags.split(), *more, "--stage", stage, "--out", out])
+            assert len(made) - began == graphs[stage] * bool(more) and before[-6] == before[-1], before
+        one, two = (nets.load_checkpoint(f"{d}/{stage}.pt")["net"] for d in ("eager", "compiled"))
+        for k in one:
+            assert torch.allclose(one[k], two[k], rtol=0, atol=1e-6 if "cmt" not in name else 0), k      # another du/dt
+
+
 # ---- resume --------------------------------------------------------------------------------------
 def test_two_processes_give_the_result_of_one_dropout_included(road):
     """Micro-batches of one, none of two: the dropout masks are those of a sample's place in the whole batch."""

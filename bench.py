@@ -753,6 +753,7 @@ def measure(home, cfg, gpus):
         nets: dict(load_pretrained=load, finished=lambda path: dict(ema={}), pretrained_lpips=nets.LPIPS,
                    force_weight_norm=meter.within("weights", nets.force_weight_norm), memory=memory,
                    load_weights=skip, load_flow=skip, fitting=skip, stamp=str),
+        fid: dict(begin_stage=skip),
         Tensor: dict(backward=meter.within("backward", Tensor.backward)),
         F: dict(conv2d=conv2d, group_norm=lambda x, *a: norm(x.contiguous(), *a),     # as CUDA: in its layout
                 scaled_dot_product_attention=attention)}

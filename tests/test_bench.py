@@ -84,7 +84,7 @@ import bench
 
 
 def planned(flags):
-    """(exit code, output) of bench.py plan."""
+    # (exit code, output) of bench.py plan
     with contextlib.redirect_stdout(io.StringIO()) as out:
         try:
             return bench.main(["plan", *flags.split()]) or 0, out.getvalue()

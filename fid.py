@@ -1151,7 +1151,7 @@ def save_sheet(path, rows, caption, header=(), block=0):
         write((left + k * cell + w * zoom // 2, top - gap), text, anchor="md", align="center")
     for (text, _, high), (_, images), height in zip(labels, rows, heights):
         x = images.float().cpu()
-        x = x[:, :3] / (2 * x.std()) if x.shape[1] == 4 else x.expand(-1, 3, -1, -1)
+        x = x[:, :3] / (2 * x.std() + 1e-9) if x.shape[1] == 4 else x.expand(-1, 3, -1, -1)
         write((2 * gap, y + max(h * zoom, high) // 2), text, anchor="lm")
         for k, image in enumerate(to_uint8(x).permute(0, 2, 3, 1).numpy()):
             image = Image.fromarray(image).resize((w * zoom, h * zoom), Image.NEAREST)

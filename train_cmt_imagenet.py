@@ -152,8 +152,9 @@ HEUN_STEPS = 32                                       # of --sampler heun: 63 ca
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def parse(argv=None):
-    """argv (list of str, None = sys.argv[1:]) -> Config. Unknown flag, bad choice: exit code 2."""
+@cache
+def parser():
+    """Every field of Config as a flag, for all stages and, as --mid.lr, for one alone."""
     p = argparse.ArgumentParser(description=__doc__, epilog=inspect.getsource(Config), allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter,
                                 argument_default=argparse.SUPPRESS, usage="%(prog)s [--field value ...]")
@@ -162,10 +163,15 @@ def parse(argv=None):
         kind = dict(type=f.type if f.type in (int, float) else str, choices=get_args(f.type) or None)
         if f.type is bool:
             kind = dict(action=argparse.BooleanOptionalAction)
-        stages = () if f.name in ("data", "stage", "out") else STAGES         # --mid.lr: in mid alone
+        stages = () if f.name in ("data", "stage", "out") else STAGES
         for stage in ("", *(f"{name}." for name in stages)):
             p.add_argument(f"--{stage}{f.name}", help=argparse.SUPPRESS, **kind)
-    typed, unknown = p.parse_known_args(argv)
+    return p
+
+
+def parse(argv=None):
+    """argv (list of str, None = sys.argv[1:]) -> Config. Unknown flag, bad choice: exit code 2."""
+    typed, unknown = parser().parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], [f"--{f.name}" for f in fields(Config)], 1)
         fail(2, f"unknown flag {unknown[0]}; " + (f"did you mean {near[0]}?" if near else "--help lists all"))
@@ -238,11 +244,14 @@ def reads_data(cfg):
                 eval=data_name(cfg) not in fid.REFERENCES).get(cfg.stage, False)
 
 
+opened = cache(Images)                                # once for all checks, once for all stages
+
+
 def load_data(cfg):
     """Images of --data. Not of --res: exit code 3 with the remedy."""
     if cfg.data == "digits":
         return Digits()
-    images = Images(FILES.get(data_name(cfg), cfg.data), cfg.out)
+    images = opened(FILES.get(data_name(cfg), cfg.data), cfg.out)
     channels, side = ([8], 64) if cfg.res == 512 else ([1, 3], cfg.res)
     if images.shape[0] not in channels or images.shape[1:] != (side, side):
         fail(3, f"--data {images.path} holds {tuple(images.shape)}; --res {cfg.res} needs "
@@ -553,6 +562,7 @@ def launch(cfg):
     """Join the other processes of torchrun, if any: gloo on CPUs, NCCL on GPUs. Plain python: one process."""
     global RANK, WORLD, DEVICE, PATIENT
     RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    opened.cache_clear()
     if torch.cuda.is_available():
         DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(DEVICE)
@@ -1103,6 +1113,7 @@ def main(argv=None):
         ROAD[:] = [c for c in configs if check(c)]
         with open_out(cfg, argv) if RANK == 0 else nullcontext():     # holds the lock of <out>
             agree(f"{cfg.out}/log.txt", fid.written(f"{cfg.out}/log.txt"))
+            opened.cache_clear()                      # read once more, so that the log says what is read
             log(cfg, fid.overview({c.stage: (c.steps, c.batch) for c in ROAD}, WORLD, DEVICE, cfg.data))
             for c in configs:
                 if STOP:

@@ -141,8 +141,9 @@ FREE = {  # fields that may differ when a stage goes on, or is found finished; b
 }
 
 
-def parse(argv=None):
-    """argv (list of str, None = sys.argv[1:]) -> Config. Unknown flag, bad choice: exit code 2."""
+@cache
+def parser():
+    """Every field of Config as a flag, for all stages and, as --mid.lr, for one alone."""
     p = argparse.ArgumentParser(description=__doc__, epilog=inspect.getsource(Config), allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter,
                                 argument_default=argparse.SUPPRESS, usage="%(prog)s [--field value ...]")
@@ -151,10 +152,15 @@ def parse(argv=None):
         kind = dict(type=f.type if f.type in (int, float) else str, choices=get_args(f.type) or None)
         if f.type is bool:
             kind = dict(action=argparse.BooleanOptionalAction)
-        stages = () if f.name in ("data", "stage", "out") else STAGES         # --mid.lr: in mid alone
+        stages = () if f.name in ("data", "stage", "out") else STAGES
         for stage in ("", *(f"{name}." for name in stages)):
             p.add_argument(f"--{stage}{f.name}", help=argparse.SUPPRESS, **kind)
-    typed, unknown = p.parse_known_args(argv)
+    return p
+
+
+def parse(argv=None):
+    """argv (list of str, None = sys.argv[1:]) -> Config. Unknown flag, bad choice: exit code 2."""
+    typed, unknown = parser().parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], [f"--{f.name}" for f in fields(Config)], 1)
         fail(2, f"unknown flag {unknown[0]}; " + (f"did you mean {near[0]}?" if near else "--help lists all"))
@@ -335,11 +341,14 @@ def in_encoders(cfg, name):
     return folder if cfg.encoders and os.path.isdir(folder) else ""
 
 
+opened = cache(Coco)                                  # once for all checks, once for all stages
+
+
 def load_data(cfg):
     """Coco of --data, or the digits. Missing: exit code 3 with the remedy."""
     if cfg.data == "digits":
         return CaptionedDigits(8 // shape_of_size(cfg, 8)["patch_size"])
-    return Coco(latents_path(cfg), cfg.out)
+    return opened(latents_path(cfg), cfg.out)
 
 
 def latents_path(cfg):
@@ -714,6 +723,7 @@ def launch(cfg):
     """Join the other processes of torchrun, if any: gloo on CPUs, NCCL on GPUs. Plain python: one process."""
     global RANK, WORLD, DEVICE, PATIENT
     RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    opened.cache_clear()
     if torch.cuda.is_available():
         DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(DEVICE)
@@ -1323,6 +1333,7 @@ def main(argv=None):
         ROAD[:] = [c for c in configs if check(c)]
         with open_out(cfg, argv) if RANK == 0 else nullcontext():     # holds the lock of <out>
             agree(f"{cfg.out}/log.txt", fid.written(f"{cfg.out}/log.txt"))
+            opened.cache_clear()                      # read once more, so that the log says what is read
             log(cfg, fid.overview({c.stage: (c.steps, c.batch) for c in ROAD}, WORLD, DEVICE, cfg.data))
             for c in configs:
                 if STOP:

@@ -20,7 +20,7 @@ import train_cmt_cifar as script  # noqa: E402
 import train_cmt_imagenet  # noqa: E402
 
 torch.set_num_threads(1)
-TINY = "--data digits --samples 16 --trajectories 2 --batch 16 --log_every 1".split()
+TINY = "--data digits --samples 16 --trajectories 4 --nfe 4 --batch 16 --log_every 1".split()
 
 
 def pytest_addoption(parser):

@@ -232,7 +232,7 @@ def test_presets_are_those_of_the_paper():
 
 def test_ensembled_distance_sees_both_images_alike():
     elatent = nets.ELatentLPIPS(ensemble="bgcfnc")
-    x = torch.randn(1, 4, 64, 64)
+    x = torch.randn(1, 4, 32, 32)
     y = x + 0.5 * torch.randn_like(x)
 
     def seen(a, b, seed):

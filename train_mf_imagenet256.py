@@ -774,9 +774,10 @@ def check(cfg):
         if cfg.stage != "mid" and latents_path(cfg):  # not after days of mid-training, which needs no data
             images = load_data(cfg)
             channels, _, side = images.shape
-            if cfg.stage == "post" and not left_out(replace(cfg, stage="pretrain")):
+            led = cfg.post == "teacher"
+            if cfg.stage == "post" and (cfg.mid != "none" or cfg.init == "sit" or led):
                 shape = dict(in_channels=channels, input_size=side, num_classes=images.classes)
-                asked = cfg.teacher and (cfg.post == "teacher" or not os.path.exists(f"{cfg.out}/mid.pt"))
+                asked = cfg.teacher and (led or not os.path.exists(f"{cfg.out}/mid.pt"))
                 check_teacher(cfg, asked, images.stamp, shape)
         known = cfg.stage == "pretrain" or cfg.init in INITS or "://" in cfg.init
         if not known and not os.path.exists(cfg.init):
@@ -818,9 +819,8 @@ def check_values(cfg, trains):
 
 # ---- main -------------------------------------------------------------------------------------
 def left_out(cfg):
-    """Whether --mid none leaves this stage out: pre-training too, unless post-training asks for a teacher."""
-    asked = cfg.init == "sit" or cfg.post == "teacher"
-    return cfg.mid == "none" and (cfg.stage == "mid" or cfg.stage == "pretrain" and not asked)
+    """Whether --mid none leaves this stage out: pre-training too, unless the student starts as the SiT."""
+    return cfg.mid == "none" and (cfg.stage == "mid" or cfg.stage == "pretrain" and cfg.init != "sit")
 
 
 def pairs_per_solve(cfg):

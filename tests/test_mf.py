@@ -249,7 +249,7 @@ def test_the_teachers_velocity_is_the_target_and_the_tangent(monkeypatch):
     monkeypatch.setattr(script, "teacher_velocity", lambda *a: given.append(real_v(*a)) or given[-1])
     monkeypatch.setattr(script, "loss_mf", lambda *a: seen.append(a) or real(*a))
     flags = [*TINY, "--out", "led", "--mid", "none", "--post", "teacher", "--steps", 2, "--batch_gpu", 8]
-    run(*flags, "--stage", "pretrain")
+    run(*flags, "--stage", "pretrain", "--init", "sit")
     run(*flags, "--stage", "post")
     v, guided, a = *(torch.cat([a[k] for a in seen[-4:]]) for k in (2, 6)), seen[-1][7]
     assert torch.equal(v, torch.cat(given)) and len(given) == 4 and not guided.any() and (a.power, a.ratio) == (0, 0.75)

@@ -52,6 +52,7 @@ PIXELS = "--stage mid --loss huber"
 PLAIN, HUBER = "--stage post --huber_c 0", "--stage post --huber_c 0.06"
 ECT = f"{PLAIN} --mid none --steps 1500 --lr 1e-3"
 ANNEALED = "--stage post --mid none --post annealed --decay linear"
+SIT = "--pretrain fm --weak 4x128x4 --init sit"       # the teacher has the student's size, and its weights
 CLAIMS = {  # row: (script, row whose teacher and, with "mid", mid-training it goes on from, a list of calls)
     "CMT + ECT": ("cmt_cifar", "", ["--stage pretrain", VGG, PLAIN]),
     "CMT alone, all images": ("cmt_cifar", "CMT + ECT", [f"{VGG} --steps 1500"]),
@@ -107,6 +108,11 @@ CLAIMS = {  # row: (script, row whose teacher and, with "mid", mid-training it g
         "--mid none --post vanilla"]),
     "Mean Flow: CMT in bf16 + Mean Flow": ("mf_imagenet256", "Mean Flow: CMT + Mean Flow", [
         "--stage mid --precision bf16", "--stage post"]),
+    "Mean Flow from flow matching": ("mf_imagenet256", "", [f"{SIT} --mid none --post vanilla"]),
+    "Mean Flow from flow matching, CMT": ("mf_imagenet256", "Mean Flow from flow matching", [
+        f"{SIT} --stage mid --steps 1000", f"{SIT} --stage post --steps 1140"]),
+    "Mean Flow from flow matching, CMT, teacher's v": ("mf_imagenet256", "Mean Flow from flow matching", [
+        f"{SIT} --stage mid --steps 1000", f"{SIT} --stage post --post teacher --steps 780"]),
     "Text: CMT + Mean Flow": ("t2i_coco", "", [""]),
     "Text: CMT in bf16 + Mean Flow": ("t2i_coco", "Text: CMT + Mean Flow", [
         "--stage mid --precision bf16", "--stage post"]),

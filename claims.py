@@ -386,7 +386,7 @@ ROADS = {  # road: the road whose teacher it goes on from, its calls, laid over 
     "CMT + Mean Flow": ("weak Mean Flow", [
         "--stage mid --weak 2x64x3 --steps 460", "--stage post --weak 2x64x3 --steps 280"]),
     "from flow matching": ("flow matching", [f"{FM} --stage post --mid none --post vanilla --steps 370"]),
-    "from flow matching, CMT + teacher's velocity": ("flow matching", [
+    "flow matching, CMT, teacher's v": ("flow matching", [
         f"{FM} --stage mid --steps 300", f"{FM} --stage post --post teacher --ratio 0.25 --steps 160"]),
 }
 

@@ -22,7 +22,8 @@ OWN = {"Config", "load_data", "data_name", "check", "teacher_pairs", "make_sampl
 # lines are for. CIFAR has RAdam as rectified Adam (+16), all have flags of one stage, what uv reads (+7) and a refusal
 # of teachers of other data (+13 to +19); fid pictures with words, charts, the folder of a run (+284), nodes
 # that share no folder (+16). ImageNet has --compile, which issue 16 asks for in all four (one flag more).
-# Mean Flow has the teacher's velocity in post-training (+20), and no switches around the product any more (-9, COCO too).
+# Mean Flow has the teacher's velocity in post-training (+23), and no switches around the product any more (-9, COCO too);
+# claims Mean Flow's roads on photos (+39).
 BUDGET = {"train_cmt_cifar.py": 857, "train_cmt_imagenet.py": 1125, "train_mf_imagenet256.py": 1143,
           "train_t2i_coco.py": 1336, "nets.py": 1757, "fid.py": 1491, "solvers.py": 200, "bench.py": 901,
           "claims.py": 539, "README.md": 240}

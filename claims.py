@@ -5,10 +5,11 @@
   python claims.py curves                   # CMT + ECT beside ECT: score and gradient norm against images
   python claims.py plot out/digits out/ect  # loss and gradient norm of any runs beside each other
   python claims.py photos --data cifar10.zip --out out/photos       # CMT + ECT beside ECT on 16x16 photos
+  python claims.py roads --data cifar10.zip --out out/roads         # Mean Flow's roads there: score, time
   python claims.py bias --out out/digits    # Theorem 5.1: the gradient bias at each start of a finished run
 
 Every run is a run of a script and leaves that script's folder; what is finished is not run again. photos
-takes an EDM zip with labels. What a training pair costs: bench.py.
+and roads take an EDM zip with labels. What a training pair costs: bench.py.
 """
 import argparse
 import contextlib
@@ -19,6 +20,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
 import zipfile
 from dataclasses import replace
 
@@ -30,6 +32,7 @@ import fid
 import nets
 import solvers
 import train_cmt_cifar as script
+import train_mf_imagenet256 as flow
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -49,6 +52,7 @@ PIXELS = "--stage mid --loss huber"
 PLAIN, HUBER = "--stage post --huber_c 0", "--stage post --huber_c 0.06"
 ECT = f"{PLAIN} --mid none --steps 1500 --lr 1e-3"
 ANNEALED = "--stage post --mid none --post annealed --decay linear"
+SIT = "--pretrain fm --weak 4x128x4 --init sit"       # the teacher has the student's size, and its weights
 CLAIMS = {  # row: (script, row whose teacher and, with "mid", mid-training it goes on from, a list of calls)
     "CMT + ECT": ("cmt_cifar", "", ["--stage pretrain", VGG, PLAIN]),
     "CMT alone, all images": ("cmt_cifar", "CMT + ECT", [f"{VGG} --steps 1500"]),
@@ -104,6 +108,11 @@ CLAIMS = {  # row: (script, row whose teacher and, with "mid", mid-training it g
         "--mid none --post vanilla"]),
     "Mean Flow: CMT in bf16 + Mean Flow": ("mf_imagenet256", "Mean Flow: CMT + Mean Flow", [
         "--stage mid --precision bf16", "--stage post"]),
+    "Mean Flow from flow matching": ("mf_imagenet256", "", [f"{SIT} --mid none --post vanilla"]),
+    "Mean Flow from flow matching, CMT": ("mf_imagenet256", "Mean Flow from flow matching", [
+        f"{SIT} --stage mid --steps 1000", f"{SIT} --stage post --steps 1140"]),
+    "Mean Flow from flow matching, CMT, teacher's v": ("mf_imagenet256", "Mean Flow from flow matching", [
+        f"{SIT} --stage mid --steps 1000", f"{SIT} --stage post --post teacher --steps 780"]),
     "Text: CMT + Mean Flow": ("t2i_coco", "", [""]),
     "Text: CMT in bf16 + Mean Flow": ("t2i_coco", "Text: CMT + Mean Flow", [
         "--stage mid --precision bf16", "--stage post"]),
@@ -212,12 +221,13 @@ def plot(args, device):
 
 @contextlib.contextmanager
 def kept_checkpoints():
-    """Inside, the list of all checkpoints that are saved, each with its EMA weights as they were then."""
+    """Inside, the list of all checkpoints that are saved, with EMA weights and CPU seconds of that moment."""
     save, kept = nets.save_checkpoint, []
 
     def keep(path, **state):
         save(path, **state)
-        kept.append({**state, "ema": {k: v.clone() for k, v in state["ema"].items()}})
+        ema = {k: v.clone() for k, v in state["ema"].items()}
+        kept.append({**state, "ema": ema, "cpu": time.process_time()})
     nets.save_checkpoint = keep
     try:
         yield kept
@@ -317,6 +327,15 @@ def small_photos(path, small):
         return images, torch.from_numpy(f["labels"])
 
 
+def judged_photos(args, small):
+    """Images and labels of --data as small photos, the net that judges samples, its statistics of them."""
+    os.makedirs(args.out, exist_ok=True)
+    images, labels = small_photos(args.data, small)
+    features = PhotoNet(images, labels, f"{args.out}/features.pt")
+    print(f"{len(images):,} images; {features.protocol}")
+    return images, labels, features, fid.measure(features, images.split(500))
+
+
 def photo_run(row, seed, small, args):
     """Train one row of PHOTOS with one seed, unless it is there. Returns its folder and its last stage."""
     folder = f"{args.out}/{seed}/{row.replace(' ', '_').replace('/', '_')}"
@@ -339,12 +358,8 @@ def photos(args, device):
 
     <out>/<seed>/photos.png shows the same noises through every net.
     """
-    os.makedirs(args.out, exist_ok=True)
     small, n = f"{args.out}/photos.npz", args.samples or 5_000
-    images, labels = small_photos(args.data, small)
-    features = PhotoNet(images, labels, f"{args.out}/features.pt")
-    reference = fid.measure(features, images.split(500))
-    print(f"{len(images):,} images; {features.protocol}")
+    _, _, features, reference = judged_photos(args, small)
     print("| run | seed | FD-photos, 1 / 2 steps | seconds |\n|---|---|---|---|")
     for seed in args.seeds.split(","):
         shown = []
@@ -360,6 +375,68 @@ def photos(args, device):
             print(f"| {row} | {seed} | {' / '.join(found)} | {state['seconds']:.0f} |", flush=True)
             fid.save_sheet(f"{args.out}/{seed}/photos.png", shown, "Each column starts from one noise that "
                            "every net turns into a photo. At the left: steps and FD-photos, lower is better.")
+
+
+FM = "--pretrain fm --weak 2x128x6 --init sit"
+CAPTION = "The score against CPU seconds, those of the road's teacher before its curve begins."
+ROADS = {  # road: the road whose teacher it goes on from, its calls, laid over the settings of digits
+    "flow matching": ("", ["--stage pretrain --pretrain fm --weak 2x128x6 --steps 320"]),
+    "weak Mean Flow": ("", ["--stage pretrain --weak 2x64x3 --steps 800"]),
+    "from scratch": ("", ["--stage post --mid none --post vanilla --steps 640"]),
+    "CMT + Mean Flow": ("weak Mean Flow", [
+        "--stage mid --weak 2x64x3 --steps 460", "--stage post --weak 2x64x3 --steps 280"]),
+    "from flow matching": ("flow matching", [f"{FM} --stage post --mid none --post vanilla --steps 370"]),
+    "flow matching, CMT, teacher's v": ("flow matching", [
+        f"{FM} --stage mid --steps 300", f"{FM} --stage post --post teacher --ratio 0.25 --steps 160"]),
+}
+
+
+@contextlib.contextmanager
+def in_place_of_digits(images, labels):
+    """Inside, the digits of the Mean Flow script are these images of ten classes."""
+    before, fid.digits = fid.digits, lambda: (images, labels)
+    try:
+        yield
+    finally:
+        fid.digits = before
+
+
+def road_run(road, seed, data, args):
+    """Train a road; all checkpoints on it, with the CPU seconds of its own stages up to each."""
+    (base, calls), kept = ROADS[road], []
+    folder, source = (f"{args.out}/{seed}/{name.replace(' ', '_')}" for name in (road, base))
+    flags = ["--data", "digits", "--seed", seed, "--out", folder, "--size", "2x128x6", "--lr", "2e-3"]
+    for call in calls:
+        spent = (kept[-1]["cpu"] if kept else 0.0) - time.process_time()
+        teacher = ["--teacher", f"{source}/pretrain.pt"] if base else []
+        with kept_checkpoints() as new, in_place_of_digits(*data), quiet():
+            flow.main([*flags, *teacher, "--save_every", "150", *call.split()])
+        if not new:
+            script.fail(2, f"{folder} is finished, its checkpoints are gone; use another --out")
+        kept += [state | dict(cpu=spent + state["cpu"]) for state in new]
+    return kept
+
+
+def roads(args, device):
+    """Mean Flow's ROADS on photos of 16x16: score against CPU seconds, a teacher's too: <out>/roads.png."""
+    *data, features, reference = judged_photos(args, f"{args.out}/photos.npz")
+    cfg, panels = flow.parse(["--data", "digits", "--labels", "random"]), {}
+    print("| road | seed | stage, steps | CPU s, with the teacher's | FD-photos |\n|---|---|---|---|---|")
+    for seed in args.seeds.split(","):
+        ends, curves = {"": 0.0}, panels.setdefault(f"FD-photos in one step, seed {seed}", {})
+        for road in args.methods.split(";") if args.methods else ROADS:
+            for state in road_run(road, seed, data, args):
+                net = flow.build(cfg, state["model"], state["ema"])
+                seconds = ends[road] = ends[ROADS[road][0]] + state["cpu"]
+                steps = [cfg.nfe] if net.r_embedder is None else [1, 2]
+                samplers = [flow.make_sampler(cfg, net, k) for k in steps]
+                found = [fid.score(f, features, reference, args.samples or 2_500)[1][0] for f in samplers]
+                scores = " / ".join(f"{x:.2f}" for x in found)
+                stage = f"{state['cfg']['stage']}, {state['step']}"
+                print(f"| {road} | {seed} | {stage} | {seconds:.0f} | {scores} |", flush=True)
+                if ROADS[road][0] or "scratch" in road:
+                    curves.setdefault(road, []).append((seconds, found[0]))
+    fid.save_chart(f"{args.out}/roads.png", panels, CAPTION)
 
 
 # ---- gradient bias ----------------------------------------------------------------------------
@@ -434,7 +511,7 @@ def bias(args, device):
 
 
 # ---- command line -----------------------------------------------------------------------------
-COMMANDS = {f.__name__: f for f in (claims, curves, plot, photos, bias)}
+COMMANDS = {f.__name__: f for f in (claims, curves, plot, photos, roads, bias)}
 
 
 def main(argv=None):
@@ -444,10 +521,10 @@ def main(argv=None):
     p.add_argument("runs", nargs="*", metavar="OUT", help="plot: folders of runs, of any script")
     p.add_argument("--out", default="", help="folder of the runs; \"\" = out/claims; bias: out/digits")
     p.add_argument("--methods", default="", help="claims, photos: rows, between semicolons; \"\" = all")
-    p.add_argument("--seeds", default="0,1,2", help="claims, photos: of the whole pipeline")
+    p.add_argument("--seeds", default="0,1,2", help="claims, photos, roads: of the whole pipeline")
     p.add_argument("--net", default="out/digits/pretrain.pt", help="curves: the teacher")
-    p.add_argument("--data", default="", help="photos: an EDM zip with labels")
-    p.add_argument("--samples", type=int, default=0, help="0 = photos: 5,000 a score; bias: 500 images")
+    p.add_argument("--data", default="", help="photos, roads: an EDM zip with labels")
+    p.add_argument("--samples", type=int, default=0, help="0 = photos: 5,000, roads: 2,500, bias: 500")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = p.parse_args(argv)
     args.out = args.out or ("out/digits" if args.what == "bias" else "out/claims")

@@ -58,7 +58,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     teacher: str = ""           # FILE, URL of a Mean Flow net or a SiT; "" = <out>/pretrain.pt
     pretrain: Literal["mf", "fm"] = "mf"     # teacher: Mean Flow (B.4) or flow matching (SiT)
     mid: Literal["cmt", "none"] = "cmt"                  # Eq. 8
-    post: Literal["mf", "vanilla"] = "mf"    # batch 64 after mid (B.4), or MF's own recipe
+    post: Literal["mf", "vanilla", "teacher"] = "mf"  # B.4: batch 64; MF's recipe; B.4 by the teacher's v
     init: str = "random"        # first weights: random | sit (the teacher's) | FILE; sample, eval: show FILE
     weak: str = "dit-b/4"       # size of the teacher: row of nets.SIZES, or PATCHxWIDTHxDEPTH[xHEADS]
     size: str = "dit-xl/2"      # size of the student
@@ -93,7 +93,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     repeat: int = 1             # eval: scores with fresh seeds, reported as mean, deviation and minimum
     vae: str = ""               # encode, decode: NAME, FOLDER; "" = the data's, else sd-vae-ft-mse (MF)
 
-    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "tf32"    # mid: bf16; du/dt always fp32
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "tf32"    # mid: bf16; du/dt never less than tf32
     compile: bool = False       # the network, and the function that holds the Jacobian product
     seed: int = 0
     log_every: int = 100
@@ -109,6 +109,8 @@ PRESETS = {  # (data, stage, method): matching rows are laid over each other, to
     # choice: iterations of post-training, 587 h at the speed of Table 4's other rows
     ("*", "post", "*"): dict(steps=1_860_000, batch=64),                                   # B.4: 64
     ("*", "post", "vanilla"): dict(steps=1_200_960, batch=256),                            # MF: 240 epochs
+    # choice: by the teacher's velocity, squared error, and less often r = t: measured on digits
+    ("*", "post", "teacher"): dict(power=0.0, ratio=0.75),
     ("digits", "*", "*"): dict(out="out/digits-mf", precision="fp32", weak="4x64x2", size="4x128x4",
                                save_every=500, samples=2_000, labels="balanced", omega=1.0, kappa=0.0,
                                decay="linear", warmup=20),
@@ -358,7 +360,7 @@ def draw_times(n, g, ratio, mean, std):
 
 
 def flow_of(cfg, net, null):
-    """net(z, t, r, y, repa), and its null condition, as a Flow: u in --precision, du/dt always in fp32.
+    """net(z, t, r, y, repa), and its null condition, as a Flow: u in --precision, du/dt in fp32 or TF32.
 
     --compile compiles both functions. u(..., repa=True) is a pair: u, and REPA's features, None for a net
     without a projector.
@@ -370,22 +372,13 @@ def flow_of(cfg, net, null):
             answer = net(z, t, r, y, repa=repa)
         return (answer, None) if repa and torch.is_tensor(answer) else answer
 
-    def slope(z, t, r, y, v):
-        return nets.derivative(net, z, t, r, y, v)
-
-    def exact_slope(*args):
-        matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-        before = matmul.allow_tf32, cudnn.allow_tf32
-        matmul.allow_tf32 = cudnn.allow_tf32 = False  # trap: the patches are embedded by a convolution
-        try:
-            return slope(*args)
-        finally:
-            matmul.allow_tf32, cudnn.allow_tf32 = before
+    def slope(z, t, r, y, v):                         # choice: du/dt outside autocast, for TF32 moves it by a
+        return nets.derivative(net, z, t, r, y, v)    # thousandth, bf16 by a hundredth (docs/costs.md)
 
     if cfg.compile:           # trap: a compiled module inside jvp runs eager, in silence: functions are
         torch.compiler.reset()                        # trap: a ninth graph of u, in all stages, runs eager
         u, slope = torch.compile(u), torch.compile(slope)
-    return Flow(u, exact_slope, null)
+    return Flow(u, slope, null)
 
 
 def loss_mf(flow, z, v, t, r, y, guided, cfg):
@@ -423,6 +416,22 @@ def loss_mf(flow, z, v, t, r, y, guided, cfg):
     square = (u - target).square().flatten(1).sum(1)
     loss = (square / (square.detach() + WEIGHT_C) ** cfg.power).mean()
     return loss, square.detach(), features
+
+
+@torch.no_grad()
+def teacher_velocity(cfg, teacher, z, t, y, guided):
+    """v_T(z, t, y) of a frozen net, in --post teacher for eps - x: u's target is v_T - (t - r) du/dt.
+
+    It is the tangent too, and has no noise of a single image. A Mean Flow net's u(z, t, t) is guided already,
+    flow matching by omega / (1 - kappa) where `guided` (B,) says so, a mask on the CPU.
+    """
+    with torch.autocast(DEVICE.type, HALF.get(cfg.precision), enabled=cfg.precision in HALF):
+        v = teacher(z, t, t, y)
+        if teacher.r_embedder is None and guided.any():
+            i = guided.nonzero()[:, 0].to(z.device, non_blocking=True)
+            plain = teacher(z[i], t[i], y=torch.full_like(y[i], teacher.num_classes))
+            v[i] = plain.lerp(v[i], cfg.omega / (1 - cfg.kappa))
+    return v
 
 
 def all_pairs(nodes, device="cpu"):
@@ -775,9 +784,10 @@ def check(cfg):
         if cfg.stage != "mid" and latents_path(cfg):  # not after days of mid-training, which needs no data
             images = load_data(cfg)
             channels, _, side = images.shape
-            if cfg.stage == "post" and (cfg.mid != "none" or cfg.init == "sit"):
+            led = cfg.post == "teacher"
+            if cfg.stage == "post" and (cfg.mid != "none" or cfg.init == "sit" or led):
                 shape = dict(in_channels=channels, input_size=side, num_classes=images.classes)
-                asked = cfg.teacher and not os.path.exists(f"{cfg.out}/mid.pt")
+                asked = cfg.teacher and (led or not os.path.exists(f"{cfg.out}/mid.pt"))
                 check_teacher(cfg, asked, images.stamp, shape)
         known = cfg.stage == "pretrain" or cfg.init in INITS or "://" in cfg.init
         if not known and not os.path.exists(cfg.init):
@@ -951,11 +961,12 @@ def train(cfg):
         images = load_data(cfg)
         data, shape, null = images.stamp, images.shape, images.classes
     weights, sit_start = None, cfg.stage == "post" and cfg.mid == "none" and cfg.init == "sit"
-    if cfg.stage == "mid" or sit_start and not ckpt:
+    led = cfg.stage == "mid" or cfg.stage == "post" and cfg.post == "teacher"
+    if led or sit_start and not ckpt:
         weights, model = teacher_state(cfg)
         if cfg.init == "sit":
             nets.fitting(weights, model, size_row(cfg, "size"), "the teacher")
-    if cfg.stage == "mid":
+    if led:
         teacher = build(cfg, model, weights, cfg.teacher or "the teacher")
         teacher.requires_grad_()                      # else autocast casts its weights anew at each call
         null = model["num_classes"]
@@ -1011,6 +1022,9 @@ def train(cfg):
             if cfg.stage == "mid":
                 loss, square = loss_cmt_mf(flow.u, z[i], t[i], r[i], y[i], target[i])         # Eq. 8
             else:
+                if led:
+                    v[i] = teacher_velocity(cfg, teacher, z[i], level[i].view(-1), y[i], guided[i])
+                    guided[i] = False
                 loss, square, _ = loss_mf(flow, z[i], v[i], t[i], r[i], y[i], guided[i], cfg)
             (loss * weight).backward()
             grad[-2] += loss.detach() * weight

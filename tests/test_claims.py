@@ -90,28 +90,49 @@ def test_plot_without_a_run_is_one_line(tmp_path, capsys):
         assert e.value.code == 3 and "name the folders" in capsys.readouterr().err
 
 
-@pytest.mark.long
-def test_photos_train_and_score_every_row(tmp_path, monkeypatch, capsys):
-    """All nets start from the teacher's weights, and CMT's post-training from the mid-training above it."""
+def photo_zip(tmp_path):
+    """Forty photos of noise and their ten labels, as EDM packs them."""
     rng, names = np.random.default_rng(0), [f"00000/img{i:08d}.png" for i in range(40)]
     with zipfile.ZipFile(tmp_path / "photos.zip", "w") as z:
         for name in names:
             Image.fromarray(rng.integers(0, 255, (32, 32, 3), np.uint8)).save(tmp_path / "image.png")
             z.write(tmp_path / "image.png", name)
         z.writestr("dataset.json", json.dumps({"labels": [[n, i % 10] for i, n in enumerate(names)]}))
+    return ["--data", str(tmp_path / "photos.zip"), "--out", str(tmp_path / "out"), "--samples", "200"]
+
+
+@pytest.mark.long
+def test_photos_train_and_score_every_row(tmp_path, monkeypatch, capsys):
+    """All nets start from the teacher's weights, and CMT's post-training from the mid-training above it."""
+    flags = photo_zip(tmp_path)
     tiny = " --steps 2 --batch 16 --nfe 4 --trajectories 4"
     rows = {row: [call + tiny for call in calls] for row, calls in claims.PHOTOS.items()}
     monkeypatch.setattr(claims, "PHOTOS", rows)
     monkeypatch.setattr(claims.PhotoNet.__init__, "__defaults__", (2, 16))
     out = tmp_path / "out"
-    flags = ["--data", str(tmp_path / "photos.zip"), "--out", str(out)]
-    claims.main(["photos", *flags, "--seeds", "3", "--samples", "200"])
+    claims.main(["photos", *flags, "--seeds", "3"])
     found = re.findall(r"^\| (.+) \| 3 \| ([\d.]+)(?: / ([\d.]+))? \| \d+ \|$", capsys.readouterr().out, re.M)
     assert [name for name, *_ in found] == list(rows)
     assert found[0][2] == "" and all(two for _, _, two in found[1:])
     mids = [out / "3" / folder / "mid.pt" for folder in ("after_CMT", "CMT_+_ECT")]
     first, second = (torch.load(path, weights_only=True)["net"] for path in mids)
     assert all(torch.equal(v, second[k]) for k, v in first.items())
+
+
+@pytest.mark.long
+def test_roads_train_score_and_count_the_seconds_of_the_teacher(tmp_path, monkeypatch, capsys):
+    """A road's curve begins where its teacher ended; the digits are digits again afterwards."""
+    tiny = " --steps 2 --batch 16 --trajectories 4 --size 4x32x1 --save_every 1 --weak 4x32x1"
+    rows = {road: (base, [call + tiny for call in calls]) for road, (base, calls) in claims.ROADS.items()}
+    monkeypatch.setattr(claims, "ROADS", rows)
+    monkeypatch.setattr(claims.PhotoNet.__init__, "__defaults__", (2, 16))
+    claims.main(["roads", *photo_zip(tmp_path), "--seeds", "3"])
+    found = re.findall(r"^\| (.+) \| 3 \| (\w+), (\d) \| (\d+) \| ([\d.]+)(?: / ([\d.]+))? \|$", capsys.readouterr().out, re.M)
+    assert [(name, stage) for name, stage, step, *_ in found if step == "2"] == [
+        (road, call.split("--stage ")[1].split()[0]) for road, (_, calls) in rows.items() for call in calls]
+    ends = {name: float(seconds) for name, _, _, seconds, *_ in found}
+    assert all(ends[road] >= ends[base] for road, (base, _) in rows.items() if base)
+    assert (tmp_path / "out/roads.png").exists() and len(claims.fid.digits()[0]) == 1797
 
 
 @pytest.mark.usefixtures("here")

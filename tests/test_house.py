@@ -290,6 +290,21 @@ def test_plan_counts_the_steps_of_today(capsys):
     assert {row[0] for row in printed if re.search(" mid | post ", row[0])} <= {row[0] for row in stated}
 
 
+def test_hours_of_readme_are_those_of_plan():
+    """Behind each command of the paper's runs: the sum of its stages in the big table of docs/costs.md."""
+    rows = next(rows for rows in tables(DOCS["costs.md"]) if {"stage", "hours"} <= {*rows[0]})
+    hours = {" ".join(row["stage"].split()[:-1]): float(row["hours"]) for row in rows}
+    for words, stages in {"train_cmt_cifar.py .*# {} h": "cifar10 mid cmt, cifar10 post ect",
+                          "--data ffhq, afhqv2: {} h": "ffhq mid cmt, ffhq post ect",
+                          "--res 64 .*# {} h": "imagenet64 mid cmt, imagenet64 post ect",
+                          "--post ecd: {} h": "imagenet64 mid cmt, imagenet64 post ecd",
+                          "--res 512: {} h": "imagenet512 vgg, imagenet512 mid cmt, imagenet512 post ecd",
+                          "train_mf_imagenet256.py .*# {} h": "imagenet pretrain mf, imagenet mid cmt, imagenet post mf",
+                          "train_t2i_coco.py .*# {} h": "coco pretrain repa, coco mid cmt, coco post mf"}.items():
+        total = f"{sum(hours[stage] for stage in stages.split(', ')):.2g}"
+        assert re.search(words.format(re.escape(total)), README), f"{words.format(total)}: not in README"
+
+
 def test_readme_prints_commands_and_docs_the_choices_of_the_code():
     assert len([c for c in ALL if c in README]) >= 12
     for path in [*SCRIPTS, ROOT / "solvers.py", ROOT / "nets.py"]:

@@ -31,7 +31,6 @@ def test_pairs_cost_the_calls_that_the_paper_counts(monkeypatch, capsys):
         "slow": [2.5, 1, 1], "plain": [1, 1, 1]}
 
 
-@pytest.mark.long
 def test_pairs_of_edm2_cost_the_same_calls(monkeypatch, capsys):
     monkeypatch.setitem(bench.imagenet.PRESETS, ("digits", "mid", "*"), dict(batch=16, nfe=4, trajectories=4))
     monkeypatch.setattr(bench, "ceiling", lambda device: 1e9)

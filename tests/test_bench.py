@@ -231,10 +231,11 @@ def test_a_stage_says_what_it_holds(road, monkeypatch):
         assert "frozen nets and data -2: 18 of" in begun
 
 
-def test_docs_name_the_rows_of_mf_as_it_prints_them():
+def test_docs_name_the_rows_of_pairs_and_mf_as_they_are_printed():
     from test_house import DOCS, tables
     names = [row["a step of"] for rows in tables(DOCS["costs.md"]) for row in rows if "a step of" in row]
     assert [re.sub(r"\*\*| \(.*\)", "", name) for name in names] == [*bench.STEPS]
+    assert [row["method"] for rows in tables(DOCS["costs.md"]) for row in rows if "method" in row] == [*bench.METHODS]
 
 
 def test_an_unknown_word_is_refused():

@@ -73,7 +73,7 @@ class Pairs:
         for name in ("batch", "batch_gpu", "trajectories", "loss", "precision"):
             flags += [f"--{name}", str(getattr(args, name))] if getattr(args, name) else []
         self.cfg = cfg = self.script.parse(flags)
-        self.script.check_values(cfg)
+        self.script.check_values(cfg, True)
         if cfg.stage == "mid" and self.script.solves(cfg)[1] % cfg.batch:
             script.fail(2, f"--trajectories {cfg.trajectories} must fill batches of --batch {cfg.batch}")
         self.net = self.script.build(cfg, self.model, train=True)

@@ -65,7 +65,7 @@ CLAIMS = {  # row: (script, row whose teacher and, with "mid", mid-training it g
     "ECT, annealed": ("cmt_cifar", "CMT + ECT", [f"{ANNEALED} --huber_c 0"]),
     "ECT, annealed, pseudo-Huber": ("cmt_cifar", "CMT + ECT", [f"{ANNEALED} --huber_c 0.06"]),
     "ECT, pseudo-Huber": ("cmt_cifar", "CMT + ECT", [f"{ECT} --huber_c 0.06"]),
-    "CMT by pseudo-Huber + ECT, pseudo-Huber": ("cmt_cifar", "CMT by pseudo-Huber + ECT mid", [HUBER]),
+    "CMT + ECT, both by pseudo-Huber": ("cmt_cifar", "CMT by pseudo-Huber + ECT mid", [HUBER]),
     "ECT, annealed, random start": ("cmt_cifar", "CMT + ECT", [f"{ANNEALED} --init random --huber_c 0"]),
     "KD + ECT": ("cmt_cifar", "CMT + ECT", [f"{VGG} --mid kd", PLAIN]),
     "KD + ECT, equal time": ("cmt_cifar", "CMT + ECT", [f"{VGG} --mid kd --steps 206", PLAIN]),
@@ -83,11 +83,11 @@ CLAIMS = {  # row: (script, row whose teacher and, with "mid", mid-training it g
         f"{PLAIN} --q 4096"]),
     "ECT, step 1/64": ("cmt_cifar", "CMT + ECT", [f"{ECT} --q 64"]),
     "ECT, step 1/4096": ("cmt_cifar", "CMT + ECT", [f"{ECT} --q 4096"]),
-    "CMT + ECT, pseudo-Huber, a quarter": ("cmt_cifar", "CMT + ECT", [
+    "CMT + ECT, both by pseudo-Huber, a quarter": ("cmt_cifar", "CMT + ECT", [
         f"{PIXELS} --steps 225", f"{HUBER} --steps 150"]),
-    "CMT + ECT, pseudo-Huber, half": ("cmt_cifar", "CMT + ECT", [
+    "CMT + ECT, both by pseudo-Huber, half": ("cmt_cifar", "CMT + ECT", [
         f"{PIXELS} --steps 450", f"{HUBER} --steps 300"]),
-    "CMT + ECT, pseudo-Huber, twice": ("cmt_cifar", "CMT + ECT", [
+    "CMT + ECT, both by pseudo-Huber, twice": ("cmt_cifar", "CMT + ECT", [
         f"{PIXELS} --steps 1800", f"{HUBER} --steps 1200"]),
     "ECT, a quarter": ("cmt_cifar", "CMT + ECT", [f"{ECT} --steps 375"]),
     "ECT, half": ("cmt_cifar", "CMT + ECT", [f"{ECT} --steps 750"]),
@@ -98,6 +98,7 @@ CLAIMS = {  # row: (script, row whose teacher and, with "mid", mid-training it g
     "ECT, annealed, pseudo-Huber, twice": ("cmt_cifar", "CMT + ECT", [
         f"{ANNEALED} --huber_c 0.06 --steps 3000 --double 375"]),
     "EDM2: CMT + ECT": ("cmt_imagenet", "", [""]),
+    "EDM2: CMT + ECT, both by pseudo-Huber": ("cmt_imagenet", "EDM2: CMT + ECT", ["--loss huber"]),
     "EDM2: ECT": ("cmt_imagenet", "EDM2: CMT + ECT", ["--mid none --steps 1500"]),
     "EDM2: ECT tuned": ("cmt_imagenet", "EDM2: CMT + ECT", ["--mid none --steps 1500 --lr 2e-2 --q 64"]),
     "EDM2: CMT in bf16 + ECT": ("cmt_imagenet", "EDM2: CMT + ECT", [
@@ -122,18 +123,23 @@ CLAIMS = {  # row: (script, row whose teacher and, with "mid", mid-training it g
 
 
 def claims(args, device):
-    """Every row of CLAIMS with every seed, one run after the other; what is finished is not run again."""
+    """Every row of CLAIMS with every seed, one run after the other; what is finished is not run again.
+
+    A line for each net that a row has trained, as in docs/results.md: FD-digits in 1 / 2 / more steps.
+    """
     seeds = [int(s) for s in args.seeds.split(",")]
-    print("| run | " + " | ".join(f"seed {s}" for s in seeds) + " | median | seconds |")
-    print("|---" * (len(seeds) + 3) + "|")
+    print("| run | " + " | ".join(f"seed {s}" for s in seeds) + " | median | mean | seconds |")
+    print("|---" * (len(seeds) + 4) + "|")
     for row in CLAIMS if not args.methods else args.methods.split(";"):
-        runs = [claim(row, seed, args.out) for seed in seeds]
-        last = "post" if "post 1" in runs[0][0] else "mid"
-        pairs = [[scores[f"{last} {k}"] for scores, _ in runs] for k in (1, 2)]
-        cells = [f"{a:.2f} / {b:.2f}" for a, b in zip(*pairs)]
-        middle = " / ".join(f"{statistics.median(p):.2f}" for p in pairs)
-        seconds = statistics.median(t for _, t in runs)
-        print(f"| {row} | {' | '.join(cells)} | {middle} | {seconds:.0f} |", flush=True)
+        runs, base = [claim(row, seed, args.out) for seed in seeds], CLAIMS[row][1]
+        nets, seconds = dict.fromkeys(key.split()[0] for key in runs[0][0]), [t for _, t in runs]
+        known = ["teacher"] * bool(base) + ["mid"] * base.endswith(" mid")      # lines of the row before
+        for net in [net for net in nets if net not in known]:
+            columns = [[scores[key] for scores, _ in runs] for key in runs[0][0] if key.split()[0] == net]
+            cells = [*zip(*columns), map(statistics.median, columns), map(statistics.mean, columns)]
+            name = row if net == [*nets][-1] else f"{row} ({net})"
+            print(f"| {name} | " + " | ".join(" / ".join(f"{v:.2f}" for v in cell) for cell in cells)
+                  + f" | {statistics.median(seconds):.0f} |", flush=True)
 
 
 def claim(row, seed, out):

@@ -27,7 +27,6 @@
 The resize is part of the protocol; the two differ by 8.6 grey levels on CIFAR-10:
   tf1         pixel i reads from i in/299, then (x - 128) / 128; the default: TTUR, EDM, ECT, torch-fidelity
   half_pixel  pixel i reads from (i + 1/2) in/299 - 1/2, then x / 127.5 - 1: pytorch-fid
-FD-digits: half of the digits against the other half 0.78 +- 0.19, the mean image 197.6, uniform noise 119.5.
 Precision, recall and the like: reuse net(images). Exit codes: 0 done, 2 usage, 3 data or weights.
 """
 import argparse
@@ -82,6 +81,7 @@ REFERENCES = {         # nobody publishes their checksums, so the one found is p
 }
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")         # inside, whatever the name ends in
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+HALVES = "Half of the digits against the other scores 0.78 +- 0.19, uniform noise 119.5 (--train-digits)."
 HIDDEN = re.compile(r"(^|/)(\.[^/]|__MACOSX/)")                          # .DS_Store, ._x.png, .git
 Reference = collections.namedtuple("Reference", "mu cov n features file sha256")    # not stated: n 0, text ""
 
@@ -453,7 +453,7 @@ def protocol(a, b):
     """
     if a.features and b.features and a.features != b.features:
         raise DataError(f"features differ: {a.file} has {a.features}; {b.file} has {b.features}")
-    sides = [f"{r.n or '?'} images {r.file or 'of this run'} (sha256 {r.sha256 or 'none'})"
+    sides = [f"{r.n or '?'} images {r.file or 'of this run'}" + f" (sha256 {r.sha256})" * bool(r.sha256)
              + f", too few for {len(r.mu)} features," * (0 < r.n < len(r.mu)) for r in (a, b)]
     return f"{a.features or b.features or 'features not stated'}, covariance N-1, {' against '.join(sides)}"
 
@@ -1389,7 +1389,9 @@ def save_results(out, rows, note, stages):
 
     stages: arguments of save_stages, of the first process alone, which writes.
     """
-    text = f"{table(rows)}\n\n{note}"
+    took = {m["stage"]: m["seconds"] for m in read_metrics(out) if "seconds" in m}
+    text = f"{table(rows)}\n\n{note}" + f"\n{HALVES}" * note.startswith("FD-digits")
+    text += f"\n{', '.join(took)} took {duration(sum(took.values()))} of training." * bool(took)
     if processes()[0] == 0:
         with open(f"{out}/results.md", "w", errors="backslashreplace") as file:
             file.write(text + "\n")

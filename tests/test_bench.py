@@ -31,7 +31,6 @@ def test_pairs_cost_the_calls_that_the_paper_counts(monkeypatch, capsys):
         "slow": [2.5, 1, 1], "plain": [1, 1, 1]}
 
 
-@pytest.mark.long
 def test_pairs_of_edm2_cost_the_same_calls(monkeypatch, capsys):
     monkeypatch.setitem(bench.imagenet.PRESETS, ("digits", "mid", "*"), dict(batch=16, nfe=4, trajectories=4))
     monkeypatch.setattr(bench, "ceiling", lambda device: 1e9)
@@ -230,6 +229,13 @@ def test_a_stage_says_what_it_holds(road, monkeypatch):
         assert f"frozen nets and data 6: 26 of {room / 1e9:.0f}" in text and ("above 90 %" in text) == warns
         begun = nets.memory(Weights(), argparse.Namespace(state={0: "moments"}))                   # allocated by now
         assert "frozen nets and data -2: 18 of" in begun
+
+
+def test_docs_name_the_rows_of_pairs_and_mf_as_they_are_printed():
+    from test_house import DOCS, tables
+    names = [row["a step of"] for rows in tables(DOCS["costs.md"]) for row in rows if "a step of" in row]
+    assert [re.sub(r"\*\*| \(.*\)", "", name) for name in names] == [*bench.STEPS]
+    assert [row["method"] for rows in tables(DOCS["costs.md"]) for row in rows if "method" in row] == [*bench.METHODS]
 
 
 def test_an_unknown_word_is_refused():

@@ -30,8 +30,9 @@ def test_claims_run_every_row_once_and_print_what_they_scored(tmp_path, monkeypa
     monkeypatch.setattr(claims.subprocess, "run", run)
     for _ in range(2):
         claims.main(["claims", "--seeds", "5", "--out", str(tmp_path / "claims")])
-    table = re.findall(r"^\| (a|b) \| ([\d.]+ / [\d.]+) \| \2 \| \d+ \|$", capsys.readouterr().out, re.M)
+    table = re.findall(r"^\| (a|b) \| ([\d.]+ / [\d.]+) \| \2 \| \2 \| \d+ \|$", out := capsys.readouterr().out, re.M)
     assert ran == ["train_cmt_cifar.py"] * 3 and len(table) == 4 and table[:2] == table[2:]
+    assert re.findall(r"^\| (run|[ab]\b.*?) \|", out, re.M) == ["run", *["a (teacher)", "a (mid)", "a", "b"]] * 2
     log = (tmp_path / "claims/5/b/log.txt").read_text()
     assert f"eval: post 1-step FD-digits {table[1][1].split(' ')[0]}" in log and "mid: " not in log
 
@@ -46,6 +47,19 @@ def test_the_flags_of_every_row_exist(row):
     script_of_base, _, calls = claims.CLAIMS[base.removesuffix(" mid") or row]
     has_mid = calls == [""] or "--stage mid" in " ".join(calls)
     assert script_of_base == name and (has_mid or not base.endswith(" mid"))
+
+
+def test_tables_of_docs_have_the_rows_that_claims_prints():
+    """Under the same names; docs explain some in brackets. Nets before the last one are lines of the same runs."""
+    from test_house import DOCS, tables
+    found = 0
+    for heading, prefix, rows in (("## The paper's claims, on digits", "", claims.CLAIMS), ("### Larger pictures", "", claims.PHOTOS),
+                                  ("## ImageNet", "EDM2: ", claims.CLAIMS), ("## Text to image", "Text: ", claims.CLAIMS)):
+        section = DOCS["results.md"].split(f"\n{heading}")[1].split("\n#")[0]
+        for name in [next(iter(row.values())) for rows in tables(section) for row in rows if "seed 0" in row]:
+            found += not name.startswith(("teacher", "after "))
+            assert name.startswith(("teacher", "after ")) or prefix + re.sub(r"\*\*| \(.*\)", "", name) in rows, name
+    assert found >= 36
 
 
 @pytest.mark.long

@@ -1,13 +1,18 @@
 """What keeps the house in order: imports, one text per shared name, banners, knobs in use, README true."""
 import ast
+import functools
 import re
 import shlex
 import signal
+import statistics
 import sys
+import types
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+
+import fid
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(ROOT.glob("train_*.py"))
@@ -26,8 +31,8 @@ OWN = {"Config", "load_data", "data_name", "check", "teacher_pairs", "make_sampl
 # Mean Flow has the teacher's velocity in post-training (+23), and no switches around the product any more (-9, COCO too);
 # claims Mean Flow's roads on photos (+39).
 BUDGET = {"train_cmt_cifar.py": 867, "train_cmt_imagenet.py": 1136, "train_mf_imagenet256.py": 1154,
-          "train_t2i_coco.py": 1347, "nets.py": 1757, "fid.py": 1491, "solvers.py": 200, "bench.py": 901,
-          "claims.py": 539, "README.md": 240}
+          "train_t2i_coco.py": 1347, "nets.py": 1757, "fid.py": 1493, "solvers.py": 200, "bench.py": 901,
+          "claims.py": 545, "README.md": 240}
 FLAGS = {"train_cmt_cifar.py": 34, "train_cmt_imagenet.py": 41, "train_mf_imagenet256.py": 41, "train_t2i_coco.py": 42}
 README = (ROOT / "README.md").read_text()
 DOCS = {p.name: p.read_text() for p in sorted((ROOT / "docs").glob("*.md"))}
@@ -177,20 +182,130 @@ def commands(text):
                 yield command
 
 
-ALL = sorted({c for text in [README, *DOCS.values(), *(p.read_text().split('"""')[1] for p in [*SCRIPTS, ROOT / "bench.py"])] for c in commands(text)})
+ALL = sorted({c for text in [README, *DOCS.values(), *(p.read_text().split('"""')[1] for p in [*SCRIPTS, ROOT / "bench.py", ROOT / "claims.py"])] for c in commands(text)})
 
 
-@pytest.mark.parametrize("command", [c for c in ALL if "train_" in c])
+@pytest.mark.parametrize("command", ALL)
 def test_every_printed_command_parses(command, monkeypatch):
     """README, docs and docstrings: the flags exist, the values are possible."""
+    import bench
+    import claims
     words = shlex.split(command)
-    if "bench.py" in words:                            # its own flags, then the script's
-        import bench
-        monkeypatch.setattr(bench, "measure", lambda *a: None)
-        return bench.main(words[words.index("bench.py") + 1:])
-    name = next(w for w in words if w.startswith("train_"))
-    assert (ROOT / name).exists()
-    __import__(name[:-3]).parse(words[words.index(name) + 1:])
+    name, *flags = words[next(i for i, w in enumerate(words) if w.endswith(".py") and (ROOT / w).exists()):]
+    if name.startswith("train_"):
+        __import__(name[:-3]).parse(flags)
+    for f in (bench.measure, bench.pairs, bench.mf, bench.precision):
+        monkeypatch.setattr(bench, f.__name__, functools.wraps(f)(lambda *a: None))
+    monkeypatch.setattr(claims, "COMMANDS", dict.fromkeys(claims.COMMANDS, lambda *a: None))
+    monkeypatch.setattr(sys, "argv", [name, *flags])
+    run = {"fid.py": lambda flags: fid.parse(), "bench.py": bench.main, "claims.py": claims.main}
+    run.get(name, lambda flags: None)(flags)
+
+
+def tables(text):
+    """Every Markdown table of a text as a list of its rows: header -> cell."""
+    for block in re.findall(r"(?:^\|.*\n)+", text, re.M):
+        header, _, *rows = [[cell.strip() for cell in line.strip(" |").split(" | ")] for line in block.splitlines()]
+        yield [dict(zip(header, row)) for row in rows]
+
+
+def scores(cell):
+    """Numbers with two decimals; not what brackets say beside them."""
+    return [float(word) for word in re.findall(r"(?<![\d.])\d+\.\d\d\b", re.sub(r"\(.*?\)", "", cell))]
+
+
+def test_scores_of_readme_are_those_of_docs_and_means_are_means():
+    """The seeds in docs/ are what was measured: every mean and median comes from them, README's numbers too."""
+    known, compared = {"0.78"}, 0                      # what half of the digits scores
+    for row in [row for text in DOCS.values() for rows in tables(text) for row in rows if "seed 0" in row]:
+        seeds = [*zip(*(scores(row[f"seed {k}"]) for k in range(3)))]
+        for kind, middle in (("mean", statistics.mean), ("median", statistics.median)):
+            middles = [middle(values) for values in seeds]
+            stated = [scores(cell) for name, cell in row.items() if name.split(",")[0] == kind]
+            assert not stated or stated[0] == pytest.approx(middles[:len(stated[0])], abs=0.0051), row
+            known |= {f"{value:.2f}" for value in sum(stated, []) + middles + [v for values in seeds for v in values]}
+            compared += len(sum(stated, []))
+    for name, column, text in (("README.md", "ours", README), ("results.md", "ours, median of 3 seeds", DOCS["results.md"])):
+        rows = next(rows for rows in tables(text) if {"verdict", column} <= {*rows[0]})
+        found = {f"{value:.2f}" for row in rows for value in scores(row[column])}
+        assert len(found) >= 25 and found <= known, f"{name}: {found - known} are in no table of seeds"
+    assert compared >= 80
+
+
+STATED = {  # what README and docs say of defaults; digits: cifar imagenet flow coco, the paper's: big_*, ffhq, afhqv2
+    "README.md": ["{big_cifar.mid.millions:.1f} + {big_cifar.post.millions:.1f} Mimg each", "EDM's, {big_cifar.pretrain.millions:.0f} million",
+                  "{ffhq.mid.millions:.1f} + {ffhq.post.millions:.1f} Mimg", "{afhqv2.mid.millions:.1f} + {afhqv2.post.millions:.1f} Mimg",
+                  "each of its {cifar.mid.nfe} states", "noise of level {cifar.eval.mid_sigma} "],
+    "results.md": ["{big_cifar.mid.millions:.1f} + {big_cifar.post.millions:.1f} Mimg",
+                   "{cifar.mid.millions:.3f} + {cifar.post.millions:.3f} Mimg", "{imagenet.mid.millions:.3f} + {imagenet.post.millions:.3f} Mimg",
+                   "{flow.mid.millions:.3f} + {flow.post.millions:.3f} Mimg", "{coco.mid.millions:.3f} + {coco.post.millions:.3f} Mimg",
+                   "{cifar.mid.images:,} pairs of CMT + {cifar.post.images:,} images of ECT",
+                   "teacher, {cifar.mid.nfe} steps, {cifar.pretrain.images:,} images", "after CMT, {cifar.mid.images:,} pairs",
+                   "post-training is that of the default (lr {cifar.post.rate})", "with {cifar.post.warmup} steps of warm-up",
+                   "{imagenet.mid.images:,} pairs of CMT + {imagenet.post.images:,} of ECT",
+                   "the default: lr {imagenet.post.rate}, step 1/{imagenet.post.q}",
+                   "Teacher {flow.mid.weak} (", "student {flow.mid.size} (", "the shipped default: {flow.post.rate}",
+                   "| teacher, Mean Flow | {flow.pretrain.steps:,} x {flow.pretrain.batch} |",
+                   "| after CMT | {flow.mid.steps:,} x {flow.mid.batch} |", "| + {flow.post.steps:,} x {flow.post.batch} |",
+                   "{coco.pretrain.images:,} images of pre-training; then {coco.mid.images:,} pairs of CMT + {coco.post.images:,} images"],
+    "faq.md": ["EDM's {big_cifar.pretrain.millions:.0f} million images"],
+    "costs.md": ["{cifar.mid.steps} steps, every trajectory once (the default)"],
+    "choices.md": ["begins with {cifar.post.warmup} steps of warm-up", "post-training are not stated; {big_flow.post.steps:,} is",
+                   "give {big_coco.mid.steps:,}\n  and {big_coco.post.steps:,}", "per solve: {big_cifar.mid.trajectories}, and",
+                   "per solve: {big_flow.mid.trajectories}, for", "per solve {big_coco.mid.trajectories}, whose"],
+    "walkthrough.md": ["in {cifar.mid.nfe} calls", "`--trajectories {cifar.mid.trajectories}`", "noise of level {cifar.eval.mid_sigma} "],
+}
+
+
+def defaults(path, *flags):
+    """The stages of a script with these flags: each its Config, and what follows from that."""
+    script, stages = __import__(path.stem), {}
+    for stage in script.STAGES:
+        c = script.parse([*flags, "--stage", stage])
+        images, rate = c.steps * c.batch, f"{c.lr:.0e}".replace("e-0", "e-")
+        stages[stage] = types.SimpleNamespace(**vars(c), images=images, millions=images / 1e6, rate=rate)
+    return types.SimpleNamespace(**stages)
+
+
+def test_presets_are_stated_as_they_are():
+    """Whoever changes the steps, batch or rate of a default changes what README and docs say of it."""
+    names, values = ("cifar", "imagenet", "flow", "coco"), {}
+    for name, path in zip(names, SCRIPTS):
+        values |= {name: defaults(path, "--data", "digits"), f"big_{name}": defaults(path)}
+    values |= {data: defaults(SCRIPTS[0], "--data", data) for data in ("ffhq", "afhqv2")}
+    for name, sentences in STATED.items():
+        for words in sentences:
+            assert words.format(**values) in (README if name == "README.md" else DOCS[name]), f"{name}: {words.format(**values)}"
+    assert sum(map(len, STATED.values())) >= 35
+
+
+def test_plan_counts_the_steps_of_today(capsys):
+    """The big table of docs/costs.md has the stages, methods, precisions and steps that `bench.py plan` would print."""
+    import bench
+    def plan(home, name, cfg, args):
+        """A row without what takes minutes to count."""
+        return [{"stage": name, "steps": f"{cfg.steps:,}"}]
+    bench.full_size(plan, [])
+    printed = [[*row.values()] for rows in tables(capsys.readouterr().out) for row in rows]
+    stated = next(rows for rows in tables(DOCS["costs.md"]) if {"stage", "steps"} <= {*rows[0]})
+    stated = [[row["stage"], row["steps"]] for row in stated]
+    assert stated == [row for row in printed if row in stated] and len(stated) >= 16
+    assert {row[0] for row in printed if re.search(" mid | post ", row[0])} <= {row[0] for row in stated}
+
+
+def test_hours_of_readme_are_those_of_plan():
+    """Behind each command of the paper's runs: the sum of its stages in the big table of docs/costs.md."""
+    rows = next(rows for rows in tables(DOCS["costs.md"]) if {"stage", "hours"} <= {*rows[0]})
+    hours = {" ".join(row["stage"].split()[:-1]): float(row["hours"]) for row in rows}
+    for words, stages in {"train_cmt_cifar.py .*# {} h": "cifar10 mid cmt, cifar10 post ect",
+                          "--data ffhq, afhqv2: {} h": "ffhq mid cmt, ffhq post ect",
+                          "--res 64 .*# {} h": "imagenet64 mid cmt, imagenet64 post ect",
+                          "--post ecd: {} h": "imagenet64 mid cmt, imagenet64 post ecd",
+                          "--res 512: {} h": "imagenet512 vgg, imagenet512 mid cmt, imagenet512 post ecd",
+                          "train_mf_imagenet256.py .*# {} h": "imagenet pretrain mf, imagenet mid cmt, imagenet post mf",
+                          "train_t2i_coco.py .*# {} h": "coco pretrain repa, coco mid cmt, coco post mf"}.items():
+        total = f"{sum(hours[stage] for stage in stages.split(', ')):.2g}"
+        assert re.search(words.format(re.escape(total)), README), f"{words.format(total)}: not in README"
 
 
 def test_readme_prints_commands_and_docs_the_choices_of_the_code():

@@ -496,6 +496,8 @@ def fetch(urls, expected="", remedy=""):
     fcntl.flock(folder, fcntl.LOCK_EX)                   # trap: eight processes would download eight copies
     for url in urls if not os.path.exists(path) else ():
         try:
+            if os.environ.get("CMT_OFFLINE"):
+                raise OSError("CMT_OFFLINE is set")
             with urllib.request.urlopen(url, timeout=60) as page, open(temporary, "wb") as file:
                 file.write(page.read())                  # trap: in pieces, a connection cut short is no error
             if expected and sha256(temporary) != expected:
@@ -885,11 +887,21 @@ def read_cifar(path, md5):
     return torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(-1, 3, 32, 32)
 
 
-def prefetch(name):
-    """Downloads what a score against a name in REFERENCES needs: before hours of training, not after."""
-    fetch(INCEPTION_URLS, INCEPTION_SHA256, "save a copy of it there")
-    if name in REFERENCES:
-        fetch([REFERENCES[name]], remedy="save a copy of it there")
+def prefetch(name, must=True):
+    """Downloads what a score of data of this name needs: before hours of training, not after.
+
+    Returns whether it is all there. DataError names every file that is not, unless must is False.
+    """
+    wanted, problems = [(INCEPTION_URLS, INCEPTION_SHA256)], []
+    wanted += [([REFERENCES[name]], "")] if name in REFERENCES else []
+    for urls, expected in wanted:
+        try:
+            fetch(urls, expected, "save a copy of it there")
+        except DataError as error:
+            problems.append(str(error))
+    if problems and must:
+        raise DataError("; ".join(problems))
+    return not problems
 
 
 # ---- images to train on ------------------------------------------------------------------------

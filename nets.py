@@ -1184,6 +1184,8 @@ def fetch(url, sha256=""):
             if sha256:
                 check_sum(target, f"{target} (delete it to download it again)", sha256)
             return target
+        if os.environ.get("CMT_OFFLINE"):
+            raise OSError("CMT_OFFLINE is set")
         with urllib.request.urlopen(url, timeout=60) as r, open(part, "wb") as f:
             size = r.headers.get("Content-Length")
             print(f"downloading {url}, {size or 'unknown number of'} bytes, to {target}", flush=True)

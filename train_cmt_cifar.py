@@ -85,6 +85,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     seed: int = 0
     log_every: int = 100
     save_every: int = 5_000
+    dry_run: bool = False       # say what would be skipped and trained and what is missing, and end
 
 
 PRESETS = {  # (data, stage, method): matching rows are laid over each other, top to bottom; "own" = a path
@@ -102,6 +103,11 @@ PRESETS = {  # (data, stage, method): matching rows are laid over each other, to
     ("ffhq", "post", "*"): dict(q=512),
     ("afhqv2", "post", "*"): dict(q=1024),
     ("*", "post", "annealed"): dict(q=2, double=25_000, steps=200_000, decay="constant"),  # ECT, 25.6 million
+    # choice: a start for own images, hours on one GPU; the lengths above are for 50,000 and more
+    ("own", "*", "*"): dict(samples=10_000),
+    ("own", "pretrain", "*"): dict(steps=50_000, batch=128, lr=2e-4, warmup=1_000),
+    ("own", "mid", "*"): dict(steps=20_000),
+    ("own", "post", "*"): dict(steps=10_000),
     # choice: pseudo-Huber in both stages, which scores best on digits (docs/results.md)
     ("digits", "*", "*"): dict(precision="fp32", dropout=0.0, loss="huber", huber_c=0.06, log_every=50,
                                save_every=250, samples=2_000),
@@ -122,9 +128,10 @@ FILES = {"cifar10": "data/cifar-10-python.tar.gz",
          "ffhq": "data/ffhq-64x64.zip", "afhqv2": "data/afhqv2-64x64.zip"}
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 CIFAR_MD5 = "c58f30108f718f92721af3b95e74349a"
+NAMED = {}                                            # flags that need the stage's name: none here
 STAMPED = "data", "teacher"                           # compared by what they hold, wherever that lies
 FREE = {  # fields that may differ when a stage goes on, or is found finished; by stage, and by --decay
-    "*": "stage out teacher seeds samples repeat mid_sigma sigma_shift compile batch_gpu log_every "
+    "*": "dry_run stage out teacher seeds samples repeat mid_sigma sigma_shift compile batch_gpu log_every "
          "save_every",
     "constant": "steps",
     "pretrain": "mid post init nfe trajectories q double huber_c loss",
@@ -144,7 +151,7 @@ def parser():
         kind = dict(type=f.type if f.type in (int, float) else str, choices=get_args(f.type) or None)
         if f.type is bool:
             kind = dict(action=argparse.BooleanOptionalAction)
-        stages = () if f.name in ("data", "stage", "out") else STAGES
+        stages = () if f.name in ("data", "stage", "out", "dry_run") else STAGES
         for stage in ("", *(f"{name}." for name in stages)):
             p.add_argument(f"--{stage}{f.name}", help=argparse.SUPPRESS, **kind)
     return p
@@ -157,7 +164,9 @@ def parse(argv=None):
         near = difflib.get_close_matches(unknown[0].split("=")[0], [f"--{f.name}" for f in fields(Config)], 1)
         fail(2, f"unknown flag {unknown[0]}; " + (f"did you mean {near[0]}?" if near else "--help lists all"))
     own = f"{getattr(typed, 'stage', 'all')}."        # only what was typed, for all stages or for this one
-    flags = {k: v for k, v in vars(typed).items() if "." not in k and (k, v) != ("out", "")}
+    named = NAMED.get(own[:-1], "").split()
+    general = {k: v for k, v in vars(typed).items() if "." not in k and k not in named}
+    flags = {k: v for k, v in general.items() if (k, v) != ("out", "")}
     flags |= {k.removeprefix(own): v for k, v in vars(typed).items() if k.startswith(own)}
     name = data_name(Config(**flags))
     whole = Config(**{**PRESETS.get((name, "*", "*"), {}), **flags})
@@ -583,9 +592,32 @@ def check(cfg):
         images = load_data(cfg)                       # not after days of mid-training, which needs no data
         shape = dict(img_channels=images.shape[1], img_resolution=images.shape[2], label_dim=0)
         check_teacher(cfg, has_teacher(cfg), stamp(images), shape)
+    if cfg.dry_run and cfg.stage == "pretrain" and has_teacher(cfg):
+        teacher_state(cfg)                            # else train does it
     if cfg.stage == "eval" and cfg.data != "digits":
-        fid.prefetch(cfg.data)
+        fid.prefetch(cfg.data, must=cfg.data in FILES)
     return trains
+
+
+def dry_run(argv, configs):
+    """Print what a command would train and skip, and what it misses. Returns its exit code."""
+    os.environ |= dict(CMT_OFFLINE="1", HF_HUB_OFFLINE="1")       # a missing file is a line with its URL
+    codes, road, script = {}, {}, os.path.basename(__file__)
+    for c in configs:
+        try:
+            with one_line(c):
+                ckpt = resume(c, f"{c.out}/{c.stage}.pt") if check(c) else dict(step=c.steps)
+                if left := c.steps - (ckpt["step"] if ckpt else 0):
+                    road[c.stage] = left, c.batch
+        except SystemExit as stopped:                 # its line is printed; the next stages have theirs
+            codes[c.stage] = stopped.code
+    if RANK == 0:
+        missing = f"; what {', '.join(codes)} would stop at is said above" * bool(codes)
+        idle = ", ".join(c.stage for c in configs if c.stage not in (*road, *codes, *RUN)) or "none"
+        plan = " ".join(a for a in argv if a != "--dry_run")
+        text = f"{fid.overview(road, WORLD, DEVICE, c.data)}; --out {c.out}; finished or not needed: {idle}"
+        fid.show(f"{text}{missing}\nmemory and hours: python bench.py plan {script} {plan}", sys.stdout)
+    return max(codes.values(), default=0)
 
 
 def check_teacher(cfg, given, data, wanted):
@@ -813,6 +845,8 @@ def evaluate(cfg):
     """Score every net there is, the teacher by its solver, students in 1 and 2 steps: <out>/results.md."""
     metric, found, rows = "FD-digits" if cfg.data == "digits" else "FID", candidates(cfg), []
     stages = pictures(cfg, found) if RANK == 0 else ()
+    if data_name(cfg) == "own" and not fid.prefetch(cfg.data, must=False):
+        return log(cfg, f"eval: no score, Inception cannot be downloaded here; see the pictures in {cfg.out}")
     features = (fid.DigitsNet() if cfg.data == "digits" else fid.load_inception()).to(DEVICE)
     if cfg.data in FILES:
         reference = fid.load_reference(cfg.data)
@@ -840,6 +874,8 @@ def main(argv=None):
     launch(cfg)
     stages = STAGES if cfg.stage == "all" else [cfg.stage]
     configs = [parse([*argv, "--stage", stage]) for stage in stages]
+    if cfg.dry_run:
+        raise SystemExit(dry_run(argv, configs))
     with one_line(cfg):
         ROAD[:] = [c for c in configs if check(c)]
         with open_out(cfg, argv) if RANK == 0 else nullcontext():     # holds the lock of <out>

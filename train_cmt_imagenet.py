@@ -98,6 +98,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     seed: int = 0
     log_every: int = 100
     save_every: int = 2_500
+    dry_run: bool = False       # say what would be skipped and trained and what is missing, and end
 
 
 ECD = dict(steps=100_000, decay="constant", q=256)                                          # B.3
@@ -138,10 +139,11 @@ ABOUT = {"pretrain": "stage 1 of 5, pre-training (EDM2): loss falls while the im
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "teacher", "random"                        # what --init says that is no FILE
 FILES = {"imagenet64": "data/imagenet64.zip", "imagenet512": "data/imagenet512-sd.zip"}
+NAMED = {"vgg": "steps batch lr"}                     # flags that need the stage's name: --vgg.steps
 STAMPED = "data", "teacher", "main", "guide"          # compared by what they hold, wherever that lies
 FREE = {  # fields that may differ when a stage goes on, or is found finished; by stage, and by --decay
-    "*": "stage out source teacher main guide vae seeds samples repeat mid_sigma sampler labels compile "
-         "batch_gpu log_every save_every",
+    "*": "dry_run stage out source teacher main guide vae seeds samples repeat mid_sigma sampler labels "
+         "compile batch_gpu log_every save_every",
     "constant": "steps", "sqrt": "steps",
     "pretrain": "mid post init nfe trajectories q huber_c w loss ensemble",
     "vgg": "mid post init nfe trajectories q huber_c w loss ensemble P_mean P_std dropout",
@@ -163,7 +165,7 @@ def parser():
         kind = dict(type=f.type if f.type in (int, float) else str, choices=get_args(f.type) or None)
         if f.type is bool:
             kind = dict(action=argparse.BooleanOptionalAction)
-        stages = () if f.name in ("data", "stage", "out") else STAGES
+        stages = () if f.name in ("data", "stage", "out", "dry_run") else STAGES
         for stage in ("", *(f"{name}." for name in stages)):
             p.add_argument(f"--{stage}{f.name}", help=argparse.SUPPRESS, **kind)
     return p
@@ -176,7 +178,9 @@ def parse(argv=None):
         near = difflib.get_close_matches(unknown[0].split("=")[0], [f"--{f.name}" for f in fields(Config)], 1)
         fail(2, f"unknown flag {unknown[0]}; " + (f"did you mean {near[0]}?" if near else "--help lists all"))
     own = f"{getattr(typed, 'stage', 'all')}."        # only what was typed, for all stages or for this one
-    flags = {k: v for k, v in vars(typed).items() if "." not in k and (k, v) != ("out", "")}
+    named = NAMED.get(own[:-1], "").split()
+    general = {k: v for k, v in vars(typed).items() if "." not in k and k not in named}
+    flags = {k: v for k, v in general.items() if (k, v) != ("out", "")}
     flags |= {k.removeprefix(own): v for k, v in vars(typed).items() if k.startswith(own)}
     name = data_name(Config(**flags))
     whole = Config(**{**PRESETS.get((name, "*", "*"), {}), **flags})
@@ -800,11 +804,13 @@ def check(cfg):
         check_data(cfg)
     if cfg.res == 512 and cfg.data != "digits" and cfg.stage in ("encode", "sample", "eval"):
         encoder_of_data(cfg, "vae", load_vae, cfg.vae)        # are diffusers and the VAE there?
+    if cfg.dry_run and cfg.stage == "pretrain" and has_edm2(cfg):
+        teacher_state(cfg)                            # else train does it
     for file in (cfg.main, cfg.guide) if cfg.stage == "post" and cfg.post != "ect" else ():
         if file.startswith("edm2-") and not os.path.exists(file):
             nets.fetch(nets.EDM2_URL % file)          # not after days of mid-training
     if cfg.stage == "eval" and cfg.data != "digits":
-        fid.prefetch(name)
+        fid.prefetch(name, must=name != "own")
     return trains
 
 
@@ -815,6 +821,27 @@ def check_data(cfg):
     check_teacher(cfg, has_edm2(cfg), images.stamp, {k: size[k] for k in nets.INTERFACE})
     if cfg.data != "digits" and cfg.stage == "mid" and cfg.loss == "lpips" and (channels != 3 or side < 16):
         fail(2, f"--loss lpips needs 3x16x16 at least, not {channels}x{side}x{side}; or --loss huber")
+
+
+def dry_run(argv, configs):
+    """Print what a command would train and skip, and what it misses. Returns its exit code."""
+    os.environ |= dict(CMT_OFFLINE="1", HF_HUB_OFFLINE="1")       # a missing file is a line with its URL
+    codes, road, script = {}, {}, os.path.basename(__file__)
+    for c in configs:
+        try:
+            with one_line(c):
+                ckpt = resume(c, f"{c.out}/{c.stage}.pt") if check(c) else dict(step=c.steps)
+                if left := c.steps - (ckpt["step"] if ckpt else 0):
+                    road[c.stage] = left, c.batch
+        except SystemExit as stopped:                 # its line is printed; the next stages have theirs
+            codes[c.stage] = stopped.code
+    if RANK == 0:
+        missing = f"; what {', '.join(codes)} would stop at is said above" * bool(codes)
+        idle = ", ".join(c.stage for c in configs if c.stage not in (*road, *codes, *RUN)) or "none"
+        plan = " ".join(a for a in argv if a != "--dry_run")
+        text = f"{fid.overview(road, WORLD, DEVICE, c.data)}; --out {c.out}; finished or not needed: {idle}"
+        fid.show(f"{text}{missing}\nmemory and hours: python bench.py plan {script} {plan}", sys.stdout)
+    return max(codes.values(), default=0)
 
 
 def check_teacher(cfg, given, data, wanted):
@@ -1078,6 +1105,8 @@ def evaluate(cfg):
     """Score every net there is, the teacher by its solver, students in 1 and 2 steps: <out>/results.md."""
     metric, found, rows = "FD-digits" if cfg.data == "digits" else "FID", candidates(cfg), []
     stages = draw_sheets(cfg, found) if RANK == 0 else ()
+    if data_name(cfg) == "own" and not fid.prefetch(cfg.data, must=False):
+        return log(cfg, f"eval: no score, Inception cannot be downloaded here; see the pictures in {cfg.out}")
     features = (fid.DigitsNet() if cfg.data == "digits" else fid.load_inception()).to(DEVICE)
     if data_name(cfg) in fid.REFERENCES:
         reference = fid.load_reference(data_name(cfg))
@@ -1109,6 +1138,8 @@ def main(argv=None):
     launch(cfg)
     stages = STAGES if cfg.stage == "all" else [cfg.stage]
     configs = [parse([*argv, "--stage", stage]) for stage in stages]
+    if cfg.dry_run:
+        raise SystemExit(dry_run(argv, configs))
     with one_line(cfg):
         ROAD[:] = [c for c in configs if check(c)]
         with open_out(cfg, argv) if RANK == 0 else nullcontext():     # holds the lock of <out>

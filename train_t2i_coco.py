@@ -102,6 +102,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     seed: int = 0
     log_every: int = 100
     save_every: int = 5_000
+    dry_run: bool = False       # say what would be skipped and trained and what is missing, and end
 
 
 PRESETS = {  # (data, stage, method): matching rows are laid over each other, top to bottom; "own" = a path
@@ -130,9 +131,10 @@ INITS = "sit", "random"                            # what --init says that is no
 FILES = {"coco": "data/coco256-sd"}
 SIDES = {"coco": 32, "digits": 8}                     # of the squares that the networks see
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+NAMED = {}                                            # flags that need the stage's name: none here
 STAMPED = "data", "teacher"                           # compared by what they hold, wherever that lies
 FREE = {  # fields that may differ when a stage goes on, or is found finished; by stage, and by --decay
-    "*": "stage out source encoders teacher vae prompts seeds samples repeat nfe compile batch_gpu "
+    "*": "dry_run stage out source encoders teacher vae prompts seeds samples repeat nfe compile batch_gpu "
          "log_every save_every",
     "constant": "steps",
     "pretrain": "mid post init omega kappa guide_from guide_to nodes trajectories",
@@ -152,7 +154,7 @@ def parser():
         kind = dict(type=f.type if f.type in (int, float) else str, choices=get_args(f.type) or None)
         if f.type is bool:
             kind = dict(action=argparse.BooleanOptionalAction)
-        stages = () if f.name in ("data", "stage", "out") else STAGES
+        stages = () if f.name in ("data", "stage", "out", "dry_run") else STAGES
         for stage in ("", *(f"{name}." for name in stages)):
             p.add_argument(f"--{stage}{f.name}", help=argparse.SUPPRESS, **kind)
     return p
@@ -165,7 +167,9 @@ def parse(argv=None):
         near = difflib.get_close_matches(unknown[0].split("=")[0], [f"--{f.name}" for f in fields(Config)], 1)
         fail(2, f"unknown flag {unknown[0]}; " + (f"did you mean {near[0]}?" if near else "--help lists all"))
     own = f"{getattr(typed, 'stage', 'all')}."        # only what was typed, for all stages or for this one
-    flags = {k: v for k, v in vars(typed).items() if "." not in k and (k, v) != ("out", "")}
+    named = NAMED.get(own[:-1], "").split()
+    general = {k: v for k, v in vars(typed).items() if "." not in k and k not in named}
+    flags = {k: v for k, v in general.items() if (k, v) != ("out", "")}
     flags |= {k.removeprefix(own): v for k, v in vars(typed).items() if k.startswith(own)}
     name = data_name(Config(**flags))
     whole = Config(**{**PRESETS.get((name, "*", "*"), {}), **flags})
@@ -935,6 +939,8 @@ def check(cfg):
     """Everything that would stop this stage, before any stage starts: values (exit code 2), files (3)."""
     given = cfg.stage in RUN or cfg.stage == "pretrain" and cfg.teacher
     check_values(cfg, trains := not given and not left_out(cfg))
+    if cfg.dry_run and cfg.stage == "pretrain" and cfg.teacher and not left_out(cfg):
+        teacher_state(cfg)                            # else train does it
     for part in ("train2014", "val2014") if cfg.stage == "encode" else ():
         name = f"annotations/captions_{part}.json"
         if not cfg.source or not os.path.exists(f"{cfg.source}/{name}"):
@@ -967,6 +973,27 @@ def check(cfg):
         encoder_of_data(cfg, "vae", nets.sd_vae, cfg.vae)
         text_encoder(cfg)
     return trains
+
+
+def dry_run(argv, configs):
+    """Print what a command would train and skip, and what it misses. Returns its exit code."""
+    os.environ |= dict(CMT_OFFLINE="1", HF_HUB_OFFLINE="1")       # a missing file is a line with its URL
+    codes, road, script = {}, {}, os.path.basename(__file__)
+    for c in configs:
+        try:
+            with one_line(c):
+                ckpt = resume(c, f"{c.out}/{c.stage}.pt") if check(c) else dict(step=c.steps)
+                if left := c.steps - (ckpt["step"] if ckpt else 0):
+                    road[c.stage] = left, c.batch
+        except SystemExit as stopped:                 # its line is printed; the next stages have theirs
+            codes[c.stage] = stopped.code
+    if RANK == 0:
+        missing = f"; what {', '.join(codes)} would stop at is said above" * bool(codes)
+        idle = ", ".join(c.stage for c in configs if c.stage not in (*road, *codes, *RUN)) or "none"
+        plan = " ".join(a for a in argv if a != "--dry_run")
+        text = f"{fid.overview(road, WORLD, DEVICE, c.data)}; --out {c.out}; finished or not needed: {idle}"
+        fid.show(f"{text}{missing}\nmemory and hours: python bench.py plan {script} {plan}", sys.stdout)
+    return max(codes.values(), default=0)
 
 
 def check_teacher(cfg, given, data, wanted):
@@ -1320,6 +1347,8 @@ def main(argv=None):
     launch(cfg)
     stages = STAGES if cfg.stage == "all" else [cfg.stage]
     configs = [parse([*argv, "--stage", stage]) for stage in stages]
+    if cfg.dry_run:
+        raise SystemExit(dry_run(argv, configs))
     with one_line(cfg):
         ROAD[:] = [c for c in configs if check(c)]
         with open_out(cfg, argv) if RANK == 0 else nullcontext():     # holds the lock of <out>

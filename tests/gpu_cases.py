@@ -23,7 +23,7 @@ CIFAR, IMAGENET = "train_cmt_cifar", "train_cmt_imagenet"
 MF = "train_mf_imagenet256"
 T2I = "train_t2i_coco"
 FLOW = "--trajectories 8 --nodes 2 --omega 0.5 --kappa 0.3"
-ROADS = {CIFAR: TINY, IMAGENET: TINY, MF: f"{TINY} {FLOW}", T2I: f"{TINY} {FLOW}"}
+ROADS = {CIFAR: TINY, IMAGENET: f"{TINY} --vgg.steps 2", MF: f"{TINY} {FLOW}", T2I: f"{TINY} {FLOW}"}
 ORDER = ["pretrain", "vgg", "mid", "post"]
 VARIANTS = [
     (CIFAR, "pretrain", "--precision fp16 --batch_gpu 2 --dropout 0.13"),

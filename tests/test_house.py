@@ -27,13 +27,13 @@ OWN = {"Config", "load_data", "data_name", "check", "teacher_pairs", "make_sampl
 # lines are for. CIFAR has RAdam as rectified Adam (+16), all have flags of one stage, what uv reads (+7) and a refusal
 # of teachers of other data (+13 to +19); fid pictures with words, charts, the folder of a run (+284), nodes
 # that share no folder (+16). ImageNet has --compile, which issue 16 asks for in all four (one flag more).
-# Flags are parsed by one parser and data opened once for all checks (+9 to +11).
+# Flags are parsed by one parser and data opened once for all checks (+9 to +11). --dry_run (one flag more, +25), own images.
 # Mean Flow has the teacher's velocity in post-training (+23), and no switches around the product any more (-9, COCO too);
 # claims Mean Flow's roads on photos (+39).
-BUDGET = {"train_cmt_cifar.py": 867, "train_cmt_imagenet.py": 1136, "train_mf_imagenet256.py": 1154,
-          "train_t2i_coco.py": 1347, "nets.py": 1757, "fid.py": 1493, "solvers.py": 200, "bench.py": 901,
+BUDGET = {"train_cmt_cifar.py": 903, "train_cmt_imagenet.py": 1167, "train_mf_imagenet256.py": 1183,
+          "train_t2i_coco.py": 1376, "nets.py": 1759, "fid.py": 1505, "solvers.py": 200, "bench.py": 901,
           "claims.py": 545, "README.md": 240}
-FLAGS = {"train_cmt_cifar.py": 34, "train_cmt_imagenet.py": 41, "train_mf_imagenet256.py": 41, "train_t2i_coco.py": 42}
+FLAGS = {"train_cmt_cifar.py": 35, "train_cmt_imagenet.py": 42, "train_mf_imagenet256.py": 42, "train_t2i_coco.py": 43}
 README = (ROOT / "README.md").read_text()
 DOCS = {p.name: p.read_text() for p in sorted((ROOT / "docs").glob("*.md"))}
 
@@ -233,7 +233,7 @@ def test_scores_of_readme_are_those_of_docs_and_means_are_means():
 
 
 STATED = {  # what README and docs say of defaults; digits: cifar imagenet flow coco, the paper's: big_*, ffhq, afhqv2
-    "README.md": ["{big_cifar.mid.millions:.1f} + {big_cifar.post.millions:.1f} Mimg each", "EDM's, {big_cifar.pretrain.millions:.0f} million",
+    "README.md": ["{big_cifar.mid.millions:.1f} + {big_cifar.post.millions:.1f} Mimg each", "lengths ({own.pretrain.steps:,}, {own.mid.steps:,} and\n{own.post.steps:,} steps)",
                   "{ffhq.mid.millions:.1f} + {ffhq.post.millions:.1f} Mimg", "{afhqv2.mid.millions:.1f} + {afhqv2.post.millions:.1f} Mimg",
                   "each of its {cifar.mid.nfe} states", "noise of level {cifar.eval.mid_sigma} "],
     "results.md": ["{big_cifar.mid.millions:.1f} + {big_cifar.post.millions:.1f} Mimg",
@@ -273,6 +273,7 @@ def test_presets_are_stated_as_they_are():
     for name, path in zip(names, SCRIPTS):
         values |= {name: defaults(path, "--data", "digits"), f"big_{name}": defaults(path)}
     values |= {data: defaults(SCRIPTS[0], "--data", data) for data in ("ffhq", "afhqv2")}
+    values["own"] = defaults(SCRIPTS[0], "--data", "own.zip")
     for name, sentences in STATED.items():
         for words in sentences:
             assert words.format(**values) in (README if name == "README.md" else DOCS[name]), f"{name}: {words.format(**values)}"

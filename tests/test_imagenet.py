@@ -24,7 +24,7 @@ import solvers
 import train_cmt_imagenet as script
 
 pytestmark = pytest.mark.usefixtures("here")
-TINY = [*conftest.TINY, "--nfe", "8"]
+TINY = [*conftest.TINY, "--nfe", "8", "--vgg.steps", "3"]
 
 
 @pytest.fixture(scope="session")
@@ -426,7 +426,7 @@ def test_random_views_are_those_of_a_pairs_place_in_the_batch():
                                    pytest.param("post", marks=pytest.mark.long)])
 def test_kill_and_signal_leave_the_undisturbed_result_and_two_processes_agree(road, stage):
     """Kill -9, then SIGTERM (code 75), then to the end: bit for bit one quiet run. Two processes: to rounding."""
-    argv = [*TINY, "--stage", stage, "--steps", "10", "--batch_gpu", "8", "--save_every", "3", "--trajectories", "16",
+    argv = [*TINY, "--stage", stage, f"--{stage}.steps", "10", "--batch_gpu", "8", "--save_every", "3", "--trajectories", "16",
             "--dropout", "0.2", "--loss", "l2" if stage == "mid" else "lpips", "--nfe", "2"]
     argv += ["--teacher", road / "pretrain.pt", "--mid", "none" if stage == "post" else "cmt"] if stage in ("mid", "post") else []
 

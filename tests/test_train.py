@@ -97,6 +97,7 @@ def test_every_readme_command_on_digits_runs(road, scripts):
         _, name, *flags = shlex.split(line)
         known = {f"--{f.name}" for f in fields(importlib.import_module(name[:-3]).Config)}
         mine = [word for flag, value in zip(tiny[::2], tiny[1::2]) if flag in known for word in (flag, value)]
+        mine += ["--vgg.steps", "2"] * (name == "train_cmt_imagenet.py")
         importlib.import_module(name[:-3]).main([*flags, *mine])
     assert len(lines) >= 10 and len(list(Path("out").glob("*/results.md"))) >= 6
     scored = subprocess.run([sys.executable, "fid.py", "--features", "digits", "assets/digits.png", "assets/digits.png"],
@@ -175,7 +176,7 @@ def test_own_images_from_zip_folder_and_npz_train():
     np.savez("own.npz", images=x.permute(0, 2, 3, 1).numpy())
     assert torch.equal(x, load("--data", "own.npz"))
     cfg = script.parse(["--data", "own.zip", "--stage", "pretrain", "--out", "own"])
-    assert script.model_size(cfg, x) == nets.SIZES["ddpm++-32"] and cfg.lr == 1e-3
+    assert script.model_size(cfg, x) == nets.SIZES["ddpm++-32"] and (cfg.lr, cfg.steps) == (2e-4, 50_000)
 
 
 def test_larger_own_images_are_cropped_and_resized_smaller_ones_refused():
@@ -202,10 +203,9 @@ def test_cifar10_is_read_from_the_archive_without_unpickling(monkeypatch):
     assert not os.path.exists("evil") and np.array_equal(x.reshape(50_000, 3072).numpy(), pixels)
 
 
-@pytest.mark.parametrize("data, missing", [("cifar10", "cifar-10-python.tar.gz"), ("own.zip", "vgg16"),
-                                           ("own.zip --loss l2", "inception")])
+@pytest.mark.parametrize("data, missing", [("cifar10", "cifar-10-python.tar.gz"), ("own.zip", "vgg16")])
 def test_what_a_later_stage_reads_is_missed_before_the_first(data, missing, monkeypatch, capsys):
-    """Offline: CIFAR-10's file is for post, Inception's for eval; neither is found missing after days of mid."""
+    """Offline: CIFAR-10's file is for post; it is not found missing after days of mid."""
     def offline(*a, **k):
         raise OSError("no network")
     monkeypatch.setattr(nets.urllib.request, "urlopen", offline)
@@ -213,6 +213,35 @@ def test_what_a_later_stage_reads_is_missed_before_the_first(data, missing, monk
     exit_code, err = code(["--data", *data.split(), "--teacher", "scratch", "--out", "x"], capsys)
     assert exit_code == 3 and missing in err and "no network" in err and len(err.strip().splitlines()) == 1
     assert not os.path.exists("x")
+
+
+@pytest.mark.parametrize("name", ["train_cmt_cifar", "train_cmt_imagenet", "train_mf_imagenet256", "train_t2i_coco"])
+def test_a_dry_run_says_what_it_would_do_and_does_nothing(name, monkeypatch, capsys):
+    """It misses the paper's files, a line each with where they come from; digits need none. No download, no folder."""
+    main = __import__(name).main
+    monkeypatch.setattr(os, "environ", {**os.environ})
+    monkeypatch.setattr(nets.urllib.request, "urlopen", lambda *a, **k: pytest.fail("downloads"))
+    with pytest.raises(SystemExit) as stop:
+        main(["--data", "digits", "--dry_run", "--mid.steps", "7"])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0 and "mid 7 steps of 32" in out and f"plan {name}.py --data digits --mid.steps 7" in out
+    exit_code, err = code(["--dry_run"], capsys, main)
+    wanted = {"train_cmt_cifar": ["edm-cifar10", "vgg16", "cifar-10-python", "inception.*CMT_OFFLINE"],
+              "train_cmt_imagenet": ["edm2-img64-xl", "imagenet64.zip", "inception"],
+              "train_mf_imagenet256": ["imagenet256-sd", "inception"], "train_t2i_coco": ["coco256-sd"]}[name]
+    assert exit_code == 3 and all(any(re.search(word, line) for line in err.splitlines()) for word in wanted)
+    assert not os.path.exists("out")
+
+
+def test_own_images_offline_give_pictures_and_no_score(monkeypatch, capsys):
+    make_zip("own.zip", [8] * 4)
+    monkeypatch.setenv("CMT_OFFLINE", "1")
+    tiny = "--data own.zip --batch 4 --nfe 2 --trajectories 2 --loss huber --steps 1 --out x".split()
+    script.main(tiny)
+    assert "no score, Inception cannot be downloaded" in capsys.readouterr().out and os.path.exists("x/stages.png")
+    assert not os.path.exists("x/results.md")
+    with pytest.raises(ValueError, match="inception.*CMT_OFFLINE.*cifar10"):
+        script.fid.prefetch("cifar10")
 
 
 def test_huber_c_is_the_constant_of_mid_training_too():
@@ -356,7 +385,9 @@ def test_a_flag_behind_a_stage_is_that_stages_alone(name, capsys):
     other = __import__(name)
     argv = ["--data", "digits", "--lr", "0.5", "--mid.lr", "0.25", "--post.steps=7", "--eval.samples", "9"]
     given = {stage: other.parse([*argv, "--stage", stage]) for stage in other.STAGES}
-    assert {s: c.lr for s, c in given.items()} == {s: 0.25 if s == "mid" else 0.5 for s in other.STAGES}
+    assert {s: c.lr for s, c in given.items() if s not in other.NAMED} == {
+        s: 0.25 if s == "mid" else 0.5 for s in other.STAGES if s not in other.NAMED}
+    assert all(given[s].lr == other.parse(["--data", "digits", "--stage", s]).lr for s in other.NAMED)
     assert [s for s, c in given.items() if c.steps == 7] == ["post"] and [s for s, c in given.items() if c.samples == 9] == ["eval"]
     assert other.parse(argv).lr == 0.5
     for wrong in ("--mid.lrr", "--mid.out", "--sample.lr", "--mid.stage"):

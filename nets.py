@@ -1737,9 +1737,16 @@ def cost(ckpt):
     return dict(steps=ckpt["step"], images=f"{images:,}", seconds=f"{ckpt['seconds']:.0f}")
 
 
-def memory(weights, opt):
-    """What a process holds for certain before its first step, as a text; on a GPU also of how much."""
+def memory(weights, opt, out):
+    """What a process holds for certain before its first step, as a text; on a GPU also of how much.
+
+    OSError where the folder `out` has no room for the stage's checkpoint and the one before.
+    """
     one, moments = weights.nbytes / 1e9, 1 if isinstance(opt, torch.optim.SGD) else 2
+    free = shutil.disk_usage(out).free / 1e9
+    if free < (need := 2 * (2 + moments) * one):
+        raise OSError(f"{out}: two checkpoints take {need:.3g} GB, {free:.3g} are free; make room, or use "
+                      "another --out")
     text = (f"{len(weights):,} parameters; GB: weights, gradients, average {one:.3g} each, "
             f"optimiser {moments * one:.3g}")
     if weights.is_cuda:

@@ -297,10 +297,9 @@ def loss_ect(net, x_t, x_r, t, r, huber_c=0.0, weight=None):
 
 def make_distance(cfg, channels):
     """d of Eq. 7: LPIPS on the images as they are (B.2), or of pixels: pseudo-Huber, squared (App. D)."""
-    if cfg.loss == "huber":
-        return nets.PixelDistance(cfg.huber_c)
-    if cfg.loss == "l2":
-        return nets.PixelDistance(0.0)
+    if cfg.loss in ("huber", "l2"):
+        return nets.PixelDistance(cfg.huber_c if cfg.loss == "huber" else 0.0)
+    assert cfg.loss == "lpips", f"--loss {cfg.loss}: say above what it is"
     if channels != 3:
         fail(2, f"--loss lpips needs 3 channels, --data {cfg.data} has {channels}; pass --loss huber")
     return nets.pretrained_lpips().to(DEVICE)
@@ -753,7 +752,7 @@ def train(cfg):
     sigmas, (n, pairs), share = solvers.logsnr_sigmas(cfg.nfe), solves(cfg), B // WORLD
     distance, micro = make_distance(cfg, shape[0]) if cfg.stage == "mid" else None, cfg.batch_gpu or share
     saved = dict(data=data, model=model, cfg=asdict(cfg), script=os.path.basename(__file__))
-    log(cfg, fid.begin_stage(cfg.out, asdict(cfg), since["step"], nets.memory(flat, opt)))
+    log(cfg, fid.begin_stage(cfg.out, asdict(cfg), since["step"], nets.memory(flat, opt, cfg.out)))
 
     for step in range(start := since["step"], cfg.steps):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)

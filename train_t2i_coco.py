@@ -1171,7 +1171,7 @@ def train(cfg):
     reader = ThreadPoolExecutor(1)                    # it reads one step ahead
     ahead = reader.submit(read_captioned, cfg, images, since["step"]) if cfg.stage != "mid" else None
     saved = dict(data=data, model=model, cfg=asdict(cfg), script=os.path.basename(__file__))
-    log(cfg, fid.begin_stage(cfg.out, asdict(cfg), since["step"], nets.memory(flat, opt)))
+    log(cfg, fid.begin_stage(cfg.out, asdict(cfg), since["step"], nets.memory(flat, opt, cfg.out)))
 
     for step in range(start := since["step"], cfg.steps):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)

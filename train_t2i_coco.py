@@ -162,6 +162,10 @@ def parser():
 
 def parse(argv=None):
     """argv (list of str, None = sys.argv[1:]) -> Config. Unknown flag, bad choice: exit code 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    if "--help" in argv:
+        values = vars(parse([a for a in argv if a != "--help"])).items()
+        parser().epilog += f"\nWith these flags: {', '.join(f'{k} = {v!r}' for k, v in values)}"
     typed, unknown = parser().parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], [f"--{f.name}" for f in fields(Config)], 1)

@@ -396,6 +396,11 @@ def test_a_flag_behind_a_stage_is_that_stages_alone(name, capsys):
         assert stop.value.code == 2 and f"unknown flag {wrong}" in capsys.readouterr().err
 
 
-def test_help_shows_every_knob_with_its_comment():
+def test_help_shows_every_knob_with_its_comment(capsys):
     text = subprocess.run([sys.executable, str(ROOT / "train_cmt_cifar.py"), "--help"], capture_output=True, text=True).stdout
     assert "torchrun --nproc_per_node=8" in text and "# teacher steps per trajectory (B.2)" in text
+    with pytest.raises(SystemExit):
+        script.parse("--help --data digits --stage post --lr 7".split())
+    script.parser.cache_clear()
+    text = capsys.readouterr().out
+    assert "With these flags: data = 'digits'" in text and "lr = 7.0" in text and "steps = 600" in text

@@ -823,7 +823,7 @@ def dry_run(argv, configs):
         except SystemExit as stopped:                 # its line is printed; the next stages have theirs
             codes[c.stage] = stopped.code
     if RANK == 0:
-        missing = f"; what {', '.join(codes)} would stop at is said above" * bool(codes)
+        missing = f"; blocked, see above: {', '.join(codes)}" * bool(codes)
         idle = ", ".join(c.stage for c in configs if c.stage not in (*road, *codes, *RUN)) or "none"
         plan = " ".join(a for a in argv if a != "--dry_run")
         text = f"{fid.overview(road, WORLD, DEVICE, c.data)}; --out {c.out}; finished or not needed: {idle}"

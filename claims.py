@@ -14,7 +14,6 @@ and roads take an EDM zip with labels. What a training pair costs: bench.py.
 import argparse
 import contextlib
 import json
-import math
 import os
 import shutil
 import statistics

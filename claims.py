@@ -388,6 +388,7 @@ ROADS = {  # road: the road whose teacher it goes on from, its calls, laid over 
     "flow matching": ("", ["--stage pretrain --pretrain fm --weak 2x128x6 --steps 320"]),
     "weak Mean Flow": ("", ["--stage pretrain --weak 2x64x3 --steps 800"]),
     "from scratch": ("", ["--stage post --mid none --post vanilla --steps 640"]),
+    "from scratch, 495 steps": ("", ["--stage post --mid none --post vanilla --steps 495"]),
     "CMT + Mean Flow": ("weak Mean Flow", [
         "--stage mid --weak 2x64x3 --steps 460", "--stage post --weak 2x64x3 --steps 280"]),
     "from flow matching": ("flow matching", [f"{FM} --stage post --mid none --post vanilla --steps 370"]),

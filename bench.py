@@ -729,7 +729,7 @@ def measure(home, cfg, gpus):
         row = re.search(r"edm2-img\d+-(\w+)-", name)
         return {}, {**size, **nets.SIZES[f"edm2-{row[1]}"]} if row else size
 
-    def memory(weights, opt, out):
+    def memory(weights, opt, path):
         found.parameters, found.held, found.opt = len(weights), sum(meter.alive.values()), opt
         meter.calls.clear()
         meter.peak = found.held

@@ -225,8 +225,8 @@ def plot(args, device):
 
 
 @contextlib.contextmanager
-def kept_checkpoints():
-    """Inside, the list of all checkpoints that are saved, with EMA weights and CPU seconds of that moment."""
+def kept_checkpoints(folder):
+    """Inside, the checkpoints that a run saves, with EMA weights and CPU seconds then; none: exit code 2."""
     save, kept = nets.save_checkpoint, []
 
     def keep(path, **state):
@@ -238,6 +238,8 @@ def kept_checkpoints():
         yield kept
     finally:
         nets.save_checkpoint = save
+    if not kept:
+        script.fail(2, f"{folder} is finished, its checkpoints are gone; use another --out")
 
 
 def curves(args, device):
@@ -253,10 +255,8 @@ def curves(args, device):
         folder, seen, before = f"{args.out}/{name.replace(' ', '_')}", 0, 0
         flags = ["--data", "digits", "--teacher", args.net, "--out", folder]
         for call in calls:
-            with kept_checkpoints() as kept:
+            with kept_checkpoints(folder) as kept:
                 script.main([*flags, *call.split(), "--save_every", "150", "--log_every", "1"])
-            if not kept:
-                script.fail(2, f"{folder} is finished, its checkpoints are gone; use another --out")
             for state in kept:
                 net = script.build(cfg, state["model"], state["ema"])
                 images = state["step"] * state["cfg"]["batch"]
@@ -415,10 +415,8 @@ def road_run(road, seed, data, args):
     for call in calls:
         spent = (kept[-1]["cpu"] if kept else 0.0) - time.process_time()
         teacher = ["--teacher", f"{source}/pretrain.pt"] if base else []
-        with kept_checkpoints() as new, in_place_of_digits(*data), quiet():
+        with kept_checkpoints(folder) as new, in_place_of_digits(*data), quiet():
             flow.main([*flags, *teacher, "--save_every", "150", *call.split()])
-        if not new:
-            script.fail(2, f"{folder} is finished, its checkpoints are gone; use another --out")
         kept += [state | dict(cpu=spent + state["cpu"]) for state in new]
     return kept
 

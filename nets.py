@@ -1740,16 +1740,16 @@ def cost(ckpt):
     return dict(steps=ckpt["step"], images=f"{images:,}", seconds=f"{ckpt['seconds']:.0f}")
 
 
-def memory(weights, opt, out):
+def memory(weights, opt, path):
     """What a process holds for certain before its first step, as a text; on a GPU also of how much.
 
-    OSError where the folder `out` has no room for the stage's checkpoint and the one before.
+    OSError where the disk has no room for the checkpoint at path and the one before; for one, if it is there.
     """
     one, moments = weights.nbytes / 1e9, 1 if isinstance(opt, torch.optim.SGD) else 2
-    free = shutil.disk_usage(out).free / 1e9
-    if free < (need := 2 * (2 + moments) * one):
-        raise OSError(f"{out}: two checkpoints take {need:.3g} GB, {free:.3g} are free; make room, or use "
-                      "another --out")
+    free, copies = shutil.disk_usage(os.path.dirname(path) or ".").free / 1e9, 2 - os.path.exists(path)
+    if free < (need := copies * (2 + moments) * one):
+        what = "two checkpoints take" if copies == 2 else "a checkpoint takes"
+        raise OSError(f"{path}: {what} {need:.3g} GB, {free:.3g} are free; make room, or use another --out")
     text = (f"{len(weights):,} parameters; GB: weights, gradients, average {one:.3g} each, "
             f"optimiser {moments * one:.3g}")
     if weights.is_cuda:

@@ -581,7 +581,6 @@ def launch(cfg):
     """Join the other processes of torchrun, if any: gloo on CPUs, NCCL on GPUs. Plain python: one process."""
     global RANK, WORLD, DEVICE, PATIENT
     RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    opened.cache_clear()
     if torch.cuda.is_available():
         DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(DEVICE)
@@ -817,9 +816,9 @@ def dry_run(argv, configs):
     for c in configs:
         try:
             with one_line(c):
-                ckpt = resume(c, f"{c.out}/{c.stage}.pt") if check(c) else dict(step=c.steps)
-                if left := c.steps - (ckpt["step"] if ckpt else 0):
-                    road[c.stage] = left, c.batch
+                ckpt = check(c) and (resume(c, f"{c.out}/{c.stage}.pt") or dict(step=0))
+                if ckpt and ckpt["step"] < c.steps:
+                    road[c.stage] = c.steps - ckpt["step"], c.batch
         except SystemExit as stopped:                 # its line is printed; the next stages have theirs
             codes[c.stage] = stopped.code
     if RANK == 0:
@@ -1027,7 +1026,7 @@ def train(cfg):
     reader = ThreadPoolExecutor(1)                    # it reads one step ahead
     ahead = reader.submit(read_batch, cfg, images, since["step"]) if images else None
     saved = dict(data=data, model=model, cfg=asdict(cfg), script=os.path.basename(__file__))
-    log(cfg, fid.begin_stage(cfg.out, asdict(cfg), since["step"], nets.memory(flat, opt, cfg.out)))
+    log(cfg, fid.begin_stage(cfg.out, asdict(cfg), since["step"], nets.memory(flat, opt, path)))
 
     for step in range(start := since["step"], cfg.steps):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
@@ -1155,6 +1154,7 @@ def main(argv=None):
     """Run one stage, or with --stage all every stage that is not finished, in order, then the score."""
     argv = sys.argv[1:] if argv is None else argv
     cfg = parse(argv)
+    opened.cache_clear()                              # a script may be called twice in one process
     launch(cfg)
     stages = STAGES if cfg.stage == "all" else [cfg.stage]
     configs = [parse([*argv, "--stage", stage]) for stage in stages]

@@ -233,6 +233,7 @@ def test_a_stage_says_what_it_holds(road, monkeypatch):
     monkeypatch.setattr(nets.shutil, "disk_usage", lambda out: argparse.Namespace(free=31e9))
     with pytest.raises(OSError, match="out: two checkpoints take 32 GB, 31 are free"):                 # before the first step
         nets.memory(Weights(), argparse.Namespace(state={}), "out")
+    assert nets.memory(Weights(), argparse.Namespace(state={}), road / "mid.pt")        # going on asks for one
 
 
 def test_docs_name_the_rows_of_pairs_and_mf_as_they_are_printed():

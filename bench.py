@@ -8,6 +8,7 @@
   python bench.py plan                   # the paper's runs on 8 GPUs: memory, hours, what the network carries
   python bench.py plan train_cmt_imagenet --res 64 --gpus 4 --device a100 --price 2.5    # one of them
   python bench.py roofline train_cmt_imagenet --stage mid    # where its bytes, FLOP, kernels and time go
+  python bench.py step train_cmt_imagenet --stage mid        # time and memory of its step on your GPU
 
 Losses, trajectories and updates are the functions of the scripts; calls are counted by hooks, FLOPs by torch.
 `plan` and `roofline` run train() on a GPU without data and need none. What the method gives: claims.py.
@@ -621,6 +622,7 @@ CARDS = {  # public data sheets: dense TFLOP/s in bf16, TF32, fp32; TB/s; GB/s t
 REACHED = 0.455, 0.505, 0.67, 0.776, 0.776            # of these: an H100's 450, 250, 45, 2.6, 350
 LAUNCH, ETHERNET = 7e-6, 9.7                          # seconds a kernel; GB/s of 100 Gb/s between nodes
 IMAGES = dict(cifar10=50_000, ffhq=70_000, afhqv2=15_803)
+WARM_UP = 2                                           # steps before the clock runs; --compile: 4
 OVERWRITE = aten.zero_, aten.fill_, aten.copy_, aten.bernoulli_, aten.normal_
 
 
@@ -686,17 +688,19 @@ def attention(q, k, v, plain=F.scaled_dot_product_attention):
 
 
 def blank(home, cfg):
-    """The data of a full-size stage as far as their shapes; other data are read."""
+    """Noise in the shapes of a full-size stage's data; other data are read."""
     name, res = home.data_name(cfg), getattr(cfg, "res", 0)
     if name in ("digits", "own"):
         return home.load_data(cfg)
     if name in IMAGES:
-        return torch.zeros(IMAGES[name], 3, res or 32, res or 32, dtype=torch.uint8)
-    shape, text = (3, 64, 64) if res == 64 else (8, res // 8 or 32, res // 8 or 32), torch.zeros(77, 768)
+        few = torch.randint(256, (100, 3, res or 32, res or 32), dtype=torch.uint8)
+        return few[torch.arange(IMAGES[name]) % 100]
+    shape, text = (3, 64, 64) if res == 64 else (8, res // 8 or 32, res // 8 or 32), torch.randn(77, 768)
 
     def read(index, pick=None):
-        x = torch.zeros(len(index), *shape, dtype=torch.uint8 if res == 64 else torch.float32)
-        return (x, torch.zeros(len(x), 256, 768), text.expand(len(x), -1, -1)) if name == "coco" else x
+        x = torch.randn(len(index), *shape)
+        x = (50 * x + 128).clamp(0, 255).byte() if res == 64 else x
+        return (x, torch.randn(len(x), 256, 768), text.expand(len(x), -1, -1)) if name == "coco" else x
     return types.SimpleNamespace(
         read=read, texts=lambda index, pick: text.expand(len(index), -1, -1), null=text, count=1000, stamp="",
         labels=torch.zeros(1000, dtype=torch.long), classes=1000, shape=shape if res else (4, 32, 32))
@@ -715,19 +719,60 @@ def teacher_size(home, cfg, images):
     return home.net_arguments(replace(cfg, stage="pretrain"), images, width)
 
 
+@contextlib.contextmanager
+def random_weights(home, cfg, gpus, device, sent, more):
+    """Inside it home.train() runs as one of `gpus` processes, with random weights and data, and writes nothing.
+
+    `sent` gains the bytes that this process sends; `more` {module: {name: stand-in}} is laid over.
+    """
+    images, skip = blank(home, cfg), lambda *a, **k: None
+    size = teacher_size(home, cfg, images)
+
+    def load(name):                                   # EDM2's are known by their names
+        row = re.search(r"edm2-img\d+-(\w+)-", name)
+        return {}, {**size, **nets.SIZES[f"edm2-{row[1]}"]} if row else size
+
+    def all_gather(parts, x):
+        sent.append((gpus - 1) * x.nbytes)
+        if device.type == "cuda":                     # the other processes' parts, as if they were this one's
+            [part.copy_(x) for part in parts]
+    nccl = types.SimpleNamespace(all_reduce=lambda x: sent.append(2 * (gpus - 1) / gpus * x.nbytes),
+                                 all_gather=all_gather)
+    stand_ins = {
+        home: dict(WORLD=gpus, DEVICE=device, dist=nccl, build=device_decorator(device, home.build),
+                   load_data=lambda cfg: images, teacher_state=lambda cfg: ({"": ""}, size), agree=skip,
+                   log=skip, resume=skip, first_weights=lambda *a: (None, "")),
+        nets: dict(load_pretrained=load, finished=lambda path: dict(ema={}), pretrained_lpips=nets.LPIPS,
+                   load_weights=skip, load_flow=skip, fitting=skip, stamp=str, memory=skip),
+        fid: dict(begin_stage=skip)}
+    with contextlib.ExitStack() as stack:
+        for where in {**stand_ins, **more}:
+            for name, stand_in in {**stand_ins.get(where, {}), **more.get(where, {})}.items():
+                if hasattr(where, name):
+                    stack.enter_context(mock.patch.object(where, name, stand_in))
+        stack.callback(setattr, tf32 := torch.backends.cuda.matmul, "allow_tf32", tf32.allow_tf32)
+        torch.backends.cudnn.allow_tf32 = tf32.allow_tf32 = cfg.precision != "fp32"
+        stack.enter_context(warnings.catch_warnings(action="ignore"))
+        stack.enter_context(home.one_line(cfg))
+        stack.enter_context(contextlib.suppress(StopIteration))           # enough is seen
+        home.check_values(cfg, True)
+        yield
+
+
+def steps_of_a_solve(home, cfg):
+    """How many steps one solve of the teacher feeds."""
+    pairs = home.solves(cfg)[1] if hasattr(home, "solves") else home.pairs_per_solve(cfg)
+    return max(pairs // cfg.batch, 1) if cfg.stage == "mid" else 1
+
+
 def measure(home, cfg, gpus):
     """Two steps of a stage in one of `gpus` processes: its script's own train(), on a GPU without data.
 
     Returns its parameters; bytes held before the first step, of the optimiser, at the peak; calls and bytes
     sent of one step, with its share of a solve. None for a stage that trains nothing.
     """
-    meter, images, steps, sent, found = Meter(), blank(home, cfg), [], [], types.SimpleNamespace()
-    size, on_gpu = teacher_size(home, cfg, images), functools.partial(device_decorator, meter.device)
-    conv, norm, last, skip = F.conv2d, F.group_norm, torch.channels_last, lambda *a, **k: None
-
-    def load(name):                                   # EDM2's are known by their names
-        row = re.search(r"edm2-img\d+-(\w+)-", name)
-        return {}, {**size, **nets.SIZES[f"edm2-{row[1]}"]} if row else size
+    meter, steps, sent, found = Meter(), [], [], types.SimpleNamespace()
+    conv, norm, last = F.conv2d, F.group_norm, torch.channels_last
 
     def memory(weights, opt, path):
         found.parameters, found.held, found.opt = len(weights), sum(meter.alive.values()), opt
@@ -739,45 +784,56 @@ def measure(home, cfg, gpus):
         meter.calls.clear()
         sent.clear()
         if len(steps) == 2:
-            raise StopIteration                       # enough is seen
+            raise StopIteration
 
     def conv2d(x, w, *args, **kwargs):                # as cuDNN: in the layout of the weights
         is_last = w.is_contiguous(memory_format=last) and not w.is_contiguous()
         return conv(x.contiguous(memory_format=last) if is_last else x, w, *args, **kwargs)
-    nccl = types.SimpleNamespace(all_reduce=lambda x: sent.append(2 * (gpus - 1) / gpus * x.nbytes),
-                                 all_gather=lambda parts, x: sent.append((gpus - 1) * x.nbytes))
-    stand_ins = {
-        home: dict(WORLD=gpus, DEVICE=meter.device, dist=nccl, build=on_gpu(home.build), count=count,
-                   load_data=lambda cfg: images, teacher_state=lambda cfg: ({"": ""}, size), agree=skip,
-                   log=skip, resume=skip, first_weights=lambda *a: (None, "")),
-        nets: dict(load_pretrained=load, finished=lambda path: dict(ema={}), pretrained_lpips=nets.LPIPS,
-                   force_weight_norm=meter.within("weights", nets.force_weight_norm), memory=memory,
-                   load_weights=skip, load_flow=skip, fitting=skip, stamp=str),
-        fid: dict(begin_stage=skip),
-        Tensor: dict(backward=meter.within("backward", Tensor.backward)),
+    more = {
+        home: dict(count=count), Tensor: dict(backward=meter.within("backward", Tensor.backward)),
+        nets: dict(force_weight_norm=meter.within("weights", nets.force_weight_norm), memory=memory),
         F: dict(conv2d=conv2d, group_norm=lambda x, *a: norm(x.contiguous(), *a),     # as CUDA: in its layout
                 scaled_dot_product_attention=attention)}
-    with contextlib.ExitStack() as stack:
-        for where, names in stand_ins.items():
-            for name in set(names) & set(dir(where)):
-                stack.enter_context(mock.patch.object(where, name, names[name]))
-        stack.callback(torch.nn.modules.module.register_module_forward_pre_hook(meter.called).remove)
-        stack.callback(setattr, tf32 := torch.backends.cuda.matmul, "allow_tf32", tf32.allow_tf32)
-        tf32.allow_tf32 = cfg.precision != "fp32"
-        with warnings.catch_warnings(action="ignore"), home.one_line(cfg), contextlib.suppress(StopIteration):
-            home.check_values(cfg, True)
-            with meter:
-                home.train(cfg)
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(meter.called)
+    with random_weights(home, cfg, gpus, meter.device, sent, more), meter:
+        home.train(cfg)
+    hook.remove()
     if not steps:
         return None
     (first, sent), (found.calls, found.sent) = steps
-    pairs = home.solves(cfg)[1] if hasattr(home, "solves") else home.pairs_per_solve(cfg)
-    if cfg.stage == "mid" and (k := pairs // cfg.batch) > 1:       # only the first step has a solve
+    if (k := steps_of_a_solve(home, cfg)) > 1:                     # only the first step has a solve
         found.calls.update({key: n / k for key, n in first.items() if key[0] == "teacher"})
         found.sent += (sent - found.sent) / k
     moments = fakes([t for state in found.opt.state.values() for t in state.values()])
     found.optimiser, found.peak = sum(t.nbytes for t in moments), meter.peak
     return found
+
+
+def step(home, name, cfg, args):
+    """A row: milliseconds and memory of a stage's step on this GPU, mean over whole solves, nothing sent."""
+    if not torch.cuda.is_available():
+        home.fail(2, "step needs a GPU; plan estimates without one")
+    clock, k = [], steps_of_a_solve(home, cfg)
+    last = WARM_UP + k * math.ceil(6 / k)
+
+    def count(*args):
+        clock.append(torch.cuda.synchronize() or time.perf_counter())
+        if len(clock) > last:
+            raise StopIteration
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    torch.backends.cudnn.benchmark = True             # as launch() has it
+    with random_weights(home, cfg, args.gpus, torch.device("cuda", 0), [], {home: dict(count=count)}):
+        home.train(cfg)
+    if not clock:
+        return []
+    ms = 1e3 * (clock[last] - clock[WARM_UP]) / (last - WARM_UP)
+    hours, peak = ms * cfg.steps / 3.6e6, torch.cuda.max_memory_allocated() / 1e9
+    row = {"stage": name, "at once": cfg.batch_gpu or cfg.batch // args.gpus, "ms a step": f"{ms:.3g}",
+           "images/s": f"{1e3 * cfg.batch / args.gpus / ms:,.0f}", "peak GB": f"{peak:.3g}",
+           "hours": f"{hours:.3g}", "GPU-hours": f"{hours * args.gpus:.3g}"}
+    print(row, flush=True)
+    return [row]
 
 
 def fitting(home, cfg, gpus, room):
@@ -839,8 +895,13 @@ def roofline(home, name, cfg, args):
     return rows
 
 
+def gpu_name():
+    """What the machine's GPU is called, if it has one."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+
+
 def full_size(command, argv):
-    """Prints the rows that plan or roofline has for each stage. Other flags: the script's."""
+    """Prints the rows that plan, roofline or step has for each stage. Other flags: the script's."""
     p = argparse.ArgumentParser(prog=f"bench.py {command.__name__}", description=command.__doc__,
                                 epilog="Other flags: the script's.", allow_abbrev=False)
     p.add_argument("script", nargs="?", choices=sorted({line.split()[0] for line in FULL}),
@@ -852,7 +913,8 @@ def full_size(command, argv):
     if args.gpus < 1:
         p.error(f"--gpus {args.gpus} is not possible; it must be above 0")
     reached = ", ".join(f"{share * top:.3g} ({share:.1%})" for share, top in zip(REACHED, CARDS[args.device]))
-    print(f"{args.gpus} x {args.device}, a process each. Taken for granted (of the data sheet): bf16, TF32, "
+    print(f"torch {torch.__version__}, {gpu_name()}: one of {args.gpus} processes; nothing is sent\n"
+          if command is step else f"{args.gpus} x {args.device}, a process each. Taken for granted (of the data sheet): bf16, TF32, "
           f"fp32 TFLOP/s, TB/s, GB/s to the next GPU {reached}; {1e6 * LAUNCH:.0f} us a launch; a step lasts "
           "as long as the GPU, or its launches if they take longer, and then sends its gradient.\n")
     rows = []
@@ -870,10 +932,10 @@ def full_size(command, argv):
 def main(argv=None):
     """The command line of the docstring."""
     argv, commands = sys.argv[1:] if argv is None else argv, {f.__name__: f for f in (pairs, mf, precision)}
-    if argv[:1] in (["plan"], ["roofline"]):          # the flags behind it are those of a script
-        return full_size(dict(plan=plan, roofline=roofline)[argv[0]], argv[1:])
+    if argv[:1] in (["plan"], ["roofline"], ["step"]):          # the flags behind it are those of a script
+        return full_size(dict(plan=plan, roofline=roofline, step=step)[argv[0]], argv[1:])
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=commands, help="or plan, roofline: see plan --help")
+    p.add_argument("what", choices=commands, help="or plan, roofline, step: see plan --help")
     p.add_argument("--data", default="digits", choices=MODELS, help="edm2: the EDM2 of digits")
     p.add_argument("--methods", default="", help=f"pairs: between commas; \"\" = {','.join(METHODS)}")
     p.add_argument("--net", default="", help="precision: checkpoint; \"\" = random weights")
@@ -892,8 +954,7 @@ def main(argv=None):
     if device.type == "cpu":
         torch.set_num_threads(1)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU, one thread"
-    print(f"torch {torch.__version__}, {name}")
+    print(f"torch {torch.__version__}, {gpu_name() if device.type == 'cuda' else 'CPU, one thread'}")
     commands[args.what](args, device)
 
 

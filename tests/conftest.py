@@ -9,7 +9,7 @@ import zlib
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-if not any("cuda_cases" in a for a in sys.argv):       # the suite is the CPU's, also where there is a GPU
+if not os.environ.get("CMT_CUDA"):                     # the suite is the CPU's, also where there is a GPU
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))

@@ -1,4 +1,4 @@
-"""The scripts on a real GPU, where there is one: python -m pytest tests/cuda_cases.py. Two minutes, not part of the suite.
+"""The scripts on a real GPU: CMT_CUDA=1 python -m pytest tests/cuda_cases.py. Minutes, not part of the suite.
 
 What gpu_cases.py says of devices, dtypes and waits without a GPU is checked here by CUDA itself; numbers are the CPU's.
 """
@@ -15,7 +15,7 @@ import torch
 from conftest import weights
 from gpu_cases import CIFAR, IMAGENET, MF, ORDER, ROADS, ROOT, T2I, VARIANTS, start
 
-pytestmark = [pytest.mark.usefixtures("here"), pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+pytestmark = [pytest.mark.usefixtures("here"), pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU, or no CMT_CUDA=1")]
 SMALL = [(nets.EDMPrecond, "ddpm++-8", dict(img_resolution=8, img_channels=1)),
          (nets.EDM2Precond, "edm2-8", dict(img_resolution=8, img_channels=1, label_dim=10)),
          (nets.DiT, "dit-b/4", dict(input_size=8, patch_size=2, in_channels=4, hidden_size=64, depth=2, num_heads=2, num_classes=10))]

@@ -172,9 +172,7 @@ class Pairs:
     def step(self, loss):
         """One optimiser step as the scripts take it, over the micro-batches; loss: slice -> its mean."""
         B, micro = self.cfg.batch, self.cfg.batch_gpu or self.cfg.batch
-        if self.classes:
-            nets.force_weight_norm(self.net)
-        with nets.hoist(self.net) if self.classes else contextlib.nullcontext():
+        with nets.hoist(self.net, force=True) if self.classes else contextlib.nullcontext():
             for k in range(0, B, micro):
                 part = loss(slice(k, k + micro)) * (micro / B)
                 part.backward()
@@ -673,8 +671,9 @@ class Meter(FakeGPU):
         """f in a phase of its own, behind which weights follow."""
         def phased(*args, **kwargs):
             self.phase = phase
-            f(*args, **kwargs)
+            out = f(*args, **kwargs)
             self.phase = "weights"
+            return out
         return phased
 
 
@@ -794,7 +793,7 @@ def measure(home, cfg, gpus):
         return conv(x.contiguous(memory_format=last) if is_last else x, w, *args, **kwargs)
     more = {
         home: dict(count=count), Tensor: dict(backward=meter.within("backward", Tensor.backward)),
-        nets: dict(force_weight_norm=meter.within("weights", nets.force_weight_norm), memory=memory),
+        nets: dict(scale_rows=meter.within("weights", nets.scale_rows), memory=memory),
         F: dict(conv2d=conv2d, group_norm=lambda x, *a: norm(x.contiguous(), *a),     # as CUDA: in its layout
                 scaled_dot_product_attention=attention)}
     hook = torch.nn.modules.module.register_module_forward_pre_hook(meter.called)

@@ -3,8 +3,7 @@
   what                          of                            source
   EDMPrecond, SongUNet          D(x, sigma)                   DDPM++ of Score-SDE, preconditioned as in EDM
   EDM2Precond, EDM2UNet         D(x, sigma, y)                EDM2, normalised weights
-  force_weight_norm, hoist,     its weights normalised once   EDM2 Eq. 47, 66
-  freeze                        per step, batch, for good
+  hoist, freeze                 its weights normalised once   EDM2 Eq. 47, 66: per step, for good
   DiT                           v or u(x, t, r, y)            DiT, SiT with REPA's projector, Mean Flow
   MMDiT                         v or u(x, t, text, r)         MM-DiT of SD3 in the size of REPA
   derivative                    du/dt of Mean Flow            two products a linear layer
@@ -375,32 +374,50 @@ class MPConv(nn.Module):
         y = F.linear(x, w) if w.ndim == 2 else F.conv2d(x, w, padding=w.shape[-1] // 2)
         return y if gain is None else y * gain        # not w * gain: w would be another one for each gain
 
-    @torch.no_grad()
-    def effective(self, dtype, d):
-        """w / d with d = row_norm(w), as forward applies it; dtype is for convolutions, None: float32."""
-        w = self.weight.detach()
-        dtype = torch.float32 if dtype is None or w.ndim == 2 else dtype
-        return torch.div(w, d, out=torch.empty_like(w, dtype=dtype))
+    def scaled(self, dtype, force=False, compiled=False):
+        """(w / d, d) of scale_rows, the first as forward applies it; dtype is for convolutions, None: float32."""
+        w, f = self.weight.detach(), compile_rows(scale_rows) if compiled else scale_rows
+        h, d = f(rows(w), torch.float32 if dtype is None or w.ndim == 2 else dtype, force)
+        return h.as_strided(w.shape, w.stride()), d
 
-    @torch.no_grad()
-    def pull_back(self, g, d):
-        """Add to weight.grad the gradient g of effective(dtype, d): g / d - w (w . g) / (|w| d^2)."""
-        w, dims = self.weight, tuple(range(1, self.weight.ndim))
-        norm = (d - EPS * math.sqrt(w[0].numel())).clamp_min(1e-30)
-        along = (w * g).sum(dims, keepdim=True)
-        if w.grad is None:
-            w.grad = torch.zeros_like(w)
-        w.grad.addcmul_(g, 1 / d).addcmul_(w, along / (norm * d**2), value=-1)    # trap: in place, flat views
+    def collect(self, d, compiled=False):
+        """Add to weight.grad what hoisted.grad is behind the normalisation."""
+        if self.weight.grad is None:
+            self.weight.grad = torch.zeros_like(self.weight)
+        f = compile_rows(pull_back) if compiled else pull_back
+        f(*map(rows, (self.weight.grad, self.weight.detach(), self.hoisted.detach(), self.hoisted.grad)), d)
+
+
+def rows(w):
+    """w (out, in, ...) as (out, fan_in), a view in the order of its memory, channels last or not."""
+    return w.as_strided((len(w), w[0].numel()), (w[0].numel(), 1))
 
 
 @torch.no_grad()
-def force_weight_norm(net):
-    """Rows of every MPConv to root mean square 1, in place (EDM2 Eq. 66): once a step, before its forwards.
+def scale_rows(w, dtype, force):
+    """(w / d in dtype, d) for rows w (out, fan_in), d = row_norm(w).
 
-    trap: not in forward, as in the official code: there a second one alters what the first's backward needs.
+    force: the rows first get root mean square 1, in place (EDM2 Eq. 66); their new d needs no second pass.
     """
-    for m in trainable(net):
-        m.weight.div_(row_norm(m.weight) / math.sqrt(m.weight[0].numel()))
+    d, root = row_norm(w), math.sqrt(w.shape[1])
+    if force:
+        w.mul_(root / d)
+        d = (d - EPS * root) * root / d + EPS * root
+    return torch.div(w, d, out=torch.empty_like(w, dtype=dtype)), d
+
+
+@torch.no_grad()
+def pull_back(grad, w, h, g, d):
+    """Add to grad the gradient g of h = w / d, d = row_norm(w): g / d - w (w . g) / (|w| d^2)."""
+    norm = (d - EPS * math.sqrt(w.shape[1])).clamp_min(1e-30)
+    along = torch.bmm(h[:, None], g[..., None])[:, 0]           # w . g / d: reads each once, writes no product
+    grad.addcmul_(g, 1 / d).addcmul_(w, along / (norm * d), value=-1)         # trap: in place, flat views
+
+
+@functools.cache
+def compile_rows(f):
+    """f in one pass over memory; one graph for all sizes."""
+    return torch.compile(f, dynamic=True)
 
 
 def trainable(net):
@@ -409,21 +426,26 @@ def trainable(net):
 
 
 @contextlib.contextmanager
-def hoist(net):
+def hoist(net, force=False):
     """Inside, all forwards and backwards of net share weights normalised once, in net.compute_dtype.
 
+    force: rows of every MPConv get root mean square 1 before, in place (EDM2 Eq. 66): once a step.
+    trap: not in forward, as in the official code: there a second one alters what the first's backward needs.
     At the end the gradient they collected over all micro-batches, in that precision, goes through the
     normalisation once, into weight.grad; after an exception it is dropped. Weights must not change inside.
     """
     layers, dtype = trainable(net), getattr(net, "compute_dtype", None)
+    compiled = net._compiled_call_impl is not None
     try:
-        norms = [row_norm(m.weight.detach()) for m in layers]
-        for m, d in zip(layers, norms):
-            m.hoisted = m.effective(dtype, d).requires_grad_(m.weight.requires_grad)
+        norms = []
+        for m in layers:
+            h, d = m.scaled(dtype, force, compiled)
+            m.hoisted = h.requires_grad_(m.weight.requires_grad)
+            norms.append(d)
         yield net
         for m, d in zip(layers, norms):
             if m.hoisted.grad is not None:
-                m.pull_back(m.hoisted.grad, d)
+                m.collect(d, compiled)
     finally:
         for m in layers:
             m.hoisted = None
@@ -435,7 +457,7 @@ def freeze(net):
     The trainable weights are gone: state_dict() is refused, so it is neither saved nor loaded into.
     """
     for m in trainable(net):
-        m.hoisted = m.effective(net.compute_dtype, row_norm(m.weight.detach()))
+        m.hoisted = m.scaled(net.compute_dtype)[0]
         m.weight = None
     net.register_state_dict_pre_hook(refuse_state)
     return net.requires_grad_(False).eval()

@@ -1032,8 +1032,7 @@ def train(cfg):
                 x = x + vgg_noise(cfg, step, (B, *shape))[mine]
 
         weight = micro / B * since["scale"]
-        nets.force_weight_norm(net)                                           # EDM2 Eq. 66, once per step
-        with nets.hoist(net):                         # weights normalised once for all micro-batches
+        with nets.hoist(net, force=True):             # EDM2 Eq. 66: normalised once for all micro-batches
             for k in range(0, share, micro):
                 i, seed = slice(k, k + micro), fold(cfg.seed, cfg.stage, step, "dropout") + mine.start + k
                 masks = None if cfg.stage == "vgg" else nets.dropout_masks(net, range(seed, seed + micro))

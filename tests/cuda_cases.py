@@ -5,6 +5,7 @@ What gpu_cases.py says of devices, dtypes and waits without a GPU is checked her
 import copy
 import importlib
 import os
+import socket
 import subprocess
 import sys
 import warnings
@@ -132,10 +133,13 @@ def test_two_processes_train_as_one(road, name, tmp_path):
     for world in (1, 2):
         (out := tmp_path / str(world)).mkdir()
         argv = (start(road, name, "mid", out) + "--steps 3").split()
-        env = dict(os.environ, LOCAL_RANK="0", WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT="29517")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        env = dict(os.environ, LOCAL_RANK="0", WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         runs = [subprocess.Popen([sys.executable, "-c", TWO.format(name=name), *argv], env=dict(env, RANK=str(k)), cwd=ROOT,
                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for k in range(world)]
-        output = [run.communicate()[0] for run in runs]
+        output = [run.communicate(timeout=100)[0] for run in runs]
         assert not any(run.returncode for run in runs), output
         found.append(weights(out / "mid.pt"))
     assert (found[0] - found[1]).norm() / found[0].norm() < 1e-4

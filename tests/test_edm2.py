@@ -229,14 +229,16 @@ def test_hoisted_gradients_in_half_precision(net):
 
 
 def test_two_forwards_before_one_backward_after_forced_normalisation(net):
-    nets.force_weight_norm(net.train())
+    with nets.hoist(net.train(), force=True):
+        pass
     (net(*batch(seed=1)) - net(*batch(seed=2))).square().mean().backward()
     assert all(g.isfinite().all() for g in grads(net).values())
 
 
 def test_forced_normalisation_is_in_place_and_changes_no_output(net):
     before, pointers = net(*batch()), [p.data_ptr() for p in net.parameters()]
-    nets.force_weight_norm(net)
+    with nets.hoist(net, force=True):
+        pass
     assert pointers == [p.data_ptr() for p in net.parameters()]
     for m in nets.trainable(net):
         rms = m.weight.square().mean(tuple(range(1, m.weight.ndim))).sqrt()
@@ -265,8 +267,7 @@ def test_frozen_network(net):
         assert not frozen.training and not out.requires_grad and not any(p.requires_grad for p in frozen.parameters())
         held = sum(t.numel() for t in (*frozen.parameters(), *frozen.buffers()))
         assert held == size + sum(b.numel() for b in net.buffers())         # one copy
-        nets.force_weight_norm(frozen)
-        with nets.hoist(frozen):
+        with nets.hoist(frozen, force=True):
             assert torch.equal(frozen(*batch()), out)
         with pytest.raises(ValueError, match="frozen"):
             frozen.state_dict()

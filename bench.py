@@ -562,6 +562,11 @@ class FakeGPU(TorchDispatchMode):
         if op is aten._local_scalar_dense:
             self.wait("item")
             return torch.ones((), dtype=args[0].dtype).item()
+        if op is aten.scalar_tensor:
+            (out := self.result(func, args, kwargs)).untyped_storage().number = True
+            return out
+        if op in (*COPY, *INDEX[1:]) and getattr(tensors[-1].untyped_storage(), "number", False):
+            self.wait("number to gpu")                # x[0] = 1.0 copies it there: so an H200 says
         if op is aten.nonzero:
             self.wait("nonzero")
             return self.fake(torch.empty(args[0].numel(), args[0].ndim, dtype=torch.long, device="meta"))

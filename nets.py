@@ -374,19 +374,6 @@ class MPConv(nn.Module):
         y = F.linear(x, w) if w.ndim == 2 else F.conv2d(x, w, padding=w.shape[-1] // 2)
         return y if gain is None else y * gain        # not w * gain: w would be another one for each gain
 
-    def scaled(self, dtype, force=False, compiled=False):
-        """(w / d, d) of scale_rows, the first as forward applies it; dtype is for convolutions, None: float32."""
-        w, f = self.weight.detach(), compile_rows(scale_rows) if compiled else scale_rows
-        h, d = f(rows(w), torch.float32 if dtype is None or w.ndim == 2 else dtype, force)
-        return h.as_strided(w.shape, w.stride()), d
-
-    def collect(self, d, compiled=False):
-        """Add to weight.grad what hoisted.grad is behind the normalisation."""
-        if self.weight.grad is None:
-            self.weight.grad = torch.zeros_like(self.weight)
-        f = compile_rows(pull_back) if compiled else pull_back
-        f(*map(rows, (self.weight.grad, self.weight.detach(), self.hoisted.detach(), self.hoisted.grad)), d)
-
 
 def rows(w):
     """w (out, in, ...) as (out, fan_in), a view in the order of its memory, channels last or not."""
@@ -394,30 +381,43 @@ def rows(w):
 
 
 @torch.no_grad()
-def scale_rows(w, dtype, force):
-    """(w / d in dtype, d) for rows w (out, fan_in), d = row_norm(w).
+def scale_rows(layers, dtype, force=False):
+    """Fill .hoisted with weight / d as forward applies it, d = row_norm(weight); dtype (None: float32) is for
+    convolutions. Returns the d of every layer.
 
     force: the rows first get root mean square 1, in place (EDM2 Eq. 66); their new d needs no second pass.
     """
-    d, root = row_norm(w), math.sqrt(w.shape[1])
+    ws = [rows(m.weight.detach()) for m in layers]
+    roots = [math.sqrt(w.shape[1]) for w in ws]
+    eps = [EPS * root for root in roots]
+    norms = [torch.linalg.vector_norm(w, dim=1, keepdim=True, dtype=torch.float32) for w in ws]
+    ds = torch._foreach_add(norms, eps)               # what is a number a row: all layers in one kernel
     if force:
-        w.mul_(root / d)
-        d = (d - EPS * root) * root / d + EPS * root
-    return torch.div(w, d, out=torch.empty_like(w, dtype=dtype)), d
+        scales = torch._foreach_reciprocal(ds)
+        torch._foreach_mul_(scales, roots)
+        for w, scale in zip(ws, scales):
+            w.mul_(scale)
+        ds = torch._foreach_mul(norms, scales)
+        torch._foreach_add_(ds, eps)
+    for m, w, d in zip(layers, ws, ds):
+        low = torch.float32 if dtype is None or m.weight.ndim == 2 else dtype
+        h = torch.div(w, d, out=torch.empty_like(w, dtype=low))
+        m.hoisted = h.as_strided(m.weight.shape, m.weight.stride())
+    return ds
 
 
 @torch.no_grad()
-def pull_back(grad, w, h, g, d):
-    """Add to grad the gradient g of h = w / d, d = row_norm(w): g / d - w (w . g) / (|w| d^2)."""
-    norm = (d - EPS * math.sqrt(w.shape[1])).clamp_min(1e-30)
-    along = torch.bmm(h[:, None], g[..., None])[:, 0]           # w . g / d: reads each once, writes no product
-    grad.addcmul_(g, 1 / d).addcmul_(w, along / (norm * d), value=-1)         # trap: in place, flat views
-
-
-@functools.cache
-def compile_rows(f):
-    """f in one pass over memory; one graph for all sizes."""
-    return torch.compile(f, dynamic=True)
+def pull_back(layers, ds):
+    """Add to .weight.grad the gradient g of .hoisted = h = w / d: (g - h (h . g) d / |w|) / d."""
+    norms = torch._foreach_sub(ds, [EPS * math.sqrt(m.weight[0].numel()) for m in layers])
+    torch._foreach_clamp_min_(norms, 1e-30)
+    for m, ratio, inverse in zip(layers, torch._foreach_div(ds, norms), torch._foreach_reciprocal(ds)):
+        if m.hoisted.grad is not None:
+            h, g = rows(m.hoisted.detach()), rows(m.hoisted.grad)
+            along = torch.bmm(h[:, None], g[..., None])[:, 0]       # reads each once, writes no product
+            g.addcmul_(h, along.mul_(ratio), value=-1)
+            m.weight.grad = torch.zeros_like(m.weight) if m.weight.grad is None else m.weight.grad
+            rows(m.weight.grad).addcmul_(g, inverse)  # trap: in place, .grad is a view of the flat vector
 
 
 def trainable(net):
@@ -434,18 +434,16 @@ def hoist(net, force=False):
     At the end the gradient they collected over all micro-batches, in that precision, goes through the
     normalisation once, into weight.grad; after an exception it is dropped. Weights must not change inside.
     """
-    layers, dtype = trainable(net), getattr(net, "compute_dtype", None)
-    compiled = net._compiled_call_impl is not None
-    try:
-        norms = []
-        for m in layers:
-            h, d = m.scaled(dtype, force, compiled)
-            m.hoisted = h.requires_grad_(m.weight.requires_grad)
-            norms.append(d)
+    layers = trainable(net)
+    if not layers:                                    # frozen, or of another kind
         yield net
-        for m, d in zip(layers, norms):
-            if m.hoisted.grad is not None:
-                m.collect(d, compiled)
+        return
+    try:
+        ds = scale_rows(layers, getattr(net, "compute_dtype", None), force)
+        for m in layers:
+            m.hoisted.requires_grad_(m.weight.requires_grad)
+        yield net
+        pull_back(layers, ds)
     finally:
         for m in layers:
             m.hoisted = None
@@ -456,8 +454,10 @@ def freeze(net):
 
     The trainable weights are gone: state_dict() is refused, so it is neither saved nor loaded into.
     """
-    for m in trainable(net):
-        m.hoisted = m.scaled(net.compute_dtype)[0]
+    layers = trainable(net)
+    if layers:
+        scale_rows(layers, net.compute_dtype)
+    for m in layers:
         m.weight = None
     net.register_state_dict_pre_hook(refuse_state)
     return net.requires_grad_(False).eval()
@@ -773,9 +773,8 @@ class ELatentLPIPS(VGG):
             bright, contrast = 0.2 * N(), 2 ** (0.5 * N())
             draw["colour"] = rgb_matrix(bright, contrast, U().round() * 2 - 1, U(), 2 ** N())
         if "f" in self.parts:                     # one band after the other, the power of a 1/f spectrum kept
-            draw["gains"], power = x.new_ones(len(x), 4), x.new_ones(4)
-            power[0] = 10
-            power /= 13
+            draw["gains"] = x.new_ones(len(x), 4)
+            power = torch.cat([x.new_full((n,), share / 13) for n, share in ((1, 10), (3, 1))])
             for band in range(4):
                 draw["gains"][:, band] *= 2 ** N()
                 draw["gains"] /= (draw["gains"] ** 2 * power).sum(1, keepdim=True).sqrt()
@@ -808,8 +807,8 @@ class ELatentLPIPS(VGG):
 
 def affine(turns, sx=1, sy=1, shift=0):
     """(B, 3, 3): scale by sx, sy, turn by so many full turns (B,), move by shift (B, 2)."""
-    c, s, last = (2 * math.pi * turns).cos(), (2 * math.pi * turns).sin(), turns.new_zeros(3)
-    last[2] = 1
+    c, s = (2 * math.pi * turns).cos(), (2 * math.pi * turns).sin()
+    last = torch.cat([turns.new_zeros(2), turns.new_ones(1)])
     linear = torch.stack([c * sx, -s * sy, s * sx, c * sy], 1).view(-1, 2, 2)
     moved = torch.cat([linear, (shift + torch.zeros_like(linear[:, 0]))[:, :, None]], 2)
     return torch.cat([moved, last.expand(len(c), 1, 3)], 1)

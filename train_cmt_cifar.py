@@ -497,7 +497,7 @@ def total(grad, scale):
 
     Returns gradient norm, loss and stop as numbers: this is where the host waits for the device.
     """
-    grad[-1] = len(STOP) * scale
+    grad[-1:].fill_(len(STOP) * scale)                # trap: grad[-1] = number waits for the device
     if WORLD > 1:
         # choice: one all-reduce of one vector, no DDP wrapper: any number of processes, one result
         dist.all_reduce(grad)                         # trap: process 0's own loss is not the loss

@@ -50,6 +50,7 @@ BF16 = "pretrain --precision bf16"
 PLANTS = [  # script, stage, file, what stands there, the fault in its place, what is said of it
     (CIFAR, "pretrain", CIFAR, "images = images.to(DEVICE)", "pass", "aten.index"),
     (CIFAR, "pretrain", CIFAR, "loss.detach() * weight", "loss.item() * weight", "train: item"),
+    (CIFAR, "pretrain", CIFAR, "grad[-1:].fill_(len(STOP) * scale)", "grad[-1] = 0.0", "total: number to gpu"),
     (CIFAR, "pretrain", CIFAR, "(shape, generator=g, device=g.device)", "(shape)", "'cpu'"),
     (CIFAR, "pretrain", CIFAR, "torch.Generator(DEVICE)", "torch.Generator()", "'cpu'"),
     (IMAGENET, "pretrain", IMAGENET, "labels.to(DEVICE, non_blocking=True)", "labels", "'cpu'"),
@@ -233,6 +234,7 @@ def test_lpips(monkeypatch, tmp_path):
     ("cpu[None].to(x.device, non_blocking=True)", "to gpu, not pinned"),
     ("cpu.pin_memory().to(x.device)", "to gpu, blocking"), ("x.copy_(cpu)", "to gpu, blocking"),
     ("torch.tensor([1.0], device=x.device)", "to gpu, blocking"), ("x[cpu.long()]", "index from the cpu"),
+    ("x[:1].fill_(2.0)", ""), ("x.__setitem__(0, 2.0)", "number to gpu"), ("x.__setitem__(i[:1], 2.0)", "number to gpu"),
     ("x.cpu()", "to cpu"), ("x.tolist()", "to cpu"), ("x.nonzero()", "nonzero"), ("x[x > 0]", "mask"),
     ("float(x.sum())", "item"), ("x[: i[0]]", "item"), ("x if x.isfinite().all() else 0", "item")])
 def test_where_the_host_waits(code, waits):

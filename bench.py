@@ -70,7 +70,7 @@ class Pairs:
         self.method, self.device, self.model = method, device, MODELS[args.data]
         self.classes = self.model.get("label_dim", 0)
         self.script = imagenet if self.classes else script
-        flags = [*FLAGS.get(args.data, ["--data", args.data]), *METHODS[method].split()]
+        flags = [*FLAGS.get(args.data, ["--data", args.data]), *METHODS[method].split(), "--no-compile"]
         for name in ("batch", "batch_gpu", "trajectories", "loss", "precision"):
             flags += [f"--{name}", str(getattr(args, name))] if getattr(args, name) else []
         self.cfg = cfg = self.script.parse(flags)
@@ -343,7 +343,7 @@ def timed_step(name, net, cfg, k, device):
 
 def mf(args, device):
     """Cost of a Mean Flow step (loss and gradient, no update), in flow-matching steps of the same round."""
-    common = ["--stage", "post", "--size", args.size, "--batch", str(args.batch or 16)]
+    common = ["--stage", "post", "--size", args.size, "--batch", str(args.batch or 16), "--no-compile"]
     configs = {name: mean_flow.parse([*common, *flags.split()]) for name, (_, flags) in STEPS.items()}
     cfg = configs["Mean Flow"]
     model = dict(mean_flow.size_row(cfg, "size"), input_size=32, in_channels=4, num_classes=CLASSES)
@@ -382,7 +382,7 @@ def precision(args, device):
     home, state, model = imagenet if edm2 else script, None, MODELS[args.data]
     if args.net:
         state, model = nets.load_pretrained(args.net)
-    flags = [*FLAGS.get(args.data, ["--data", args.data]), "--stage", "post"]
+    flags = [*FLAGS.get(args.data, ["--data", args.data]), "--stage", "post", "--no-compile"]
 
     def net_in(name, layout=torch.channels_last):
         """The net in a precision, as (x, sigma) -> D_x of 64 images."""
@@ -623,9 +623,9 @@ CARDS = {  # public data sheets: dense TFLOP/s in bf16, TF32, fp32; TB/s; GB/s t
     "a100": (312, 156, 19.5, 2.04, 300, 80), "h100": (989, 495, 67, 3.35, 450, 80),
     "h200": (989, 495, 67, 4.8, 450, 141), "4090": (165, 82.6, 82.6, 1.01, 32, 24)}
 REACHED = 0.455, 0.505, 0.67, 0.776, 0.776            # of these: an H100's 450, 250, 45, 2.6, 350
-LAUNCH, ETHERNET = 7e-6, 9.7                          # seconds a kernel; GB/s of 100 Gb/s between nodes
+LAUNCH = 28e-6, 7e-6                                  # seconds a kernel, in Python (H200), by --compile
+ETHERNET = 9.7                                        # GB/s of 100 Gb/s between nodes
 IMAGES = dict(cifar10=50_000, ffhq=70_000, afhqv2=15_803)
-WARM_UP = 2                                           # steps before the clock runs; --compile: 4
 OVERWRITE = aten.zero_, aten.fill_, aten.copy_, aten.bernoulli_, aten.normal_
 
 
@@ -728,7 +728,7 @@ def teacher_size(home, cfg, images):
 
 @contextlib.contextmanager
 def random_weights(home, cfg, gpus, device, sent, more):
-    """Inside it home.train() runs as one of `gpus` processes, with random weights and data, and writes nothing.
+    """Inside it home.train() is one of `gpus` processes, with random weights and data; it writes nothing.
 
     `sent` gains the bytes that this process sends; `more` {module: {name: stand-in}} is laid over.
     """
@@ -778,7 +778,7 @@ def measure(home, cfg, gpus):
     Returns its parameters; bytes held before the first step, of the optimiser, at the peak; calls and bytes
     sent of one step, with its share of a solve. None for a stage that trains nothing.
     """
-    meter, steps, sent, found = Meter(), [], [], types.SimpleNamespace()
+    meter, steps, sent, found, cfg = Meter(), [], [], types.SimpleNamespace(), replace(cfg, compile=False)
     conv, norm, last = F.conv2d, F.group_norm, torch.channels_last
 
     def memory(weights, opt, path):
@@ -820,12 +820,12 @@ def step(home, name, cfg, args):
     """A row: milliseconds and memory of a stage's step on this GPU, mean over whole solves, nothing sent."""
     if not torch.cuda.is_available():
         home.fail(2, "step needs a GPU; plan estimates without one")
-    clock, k = [], steps_of_a_solve(home, cfg)
-    last = WARM_UP + k * math.ceil(6 / k)
+    clock, k, first = [], steps_of_a_solve(home, cfg), 6 if cfg.compile else 2        # it runs from the first
+    last = first + k * math.ceil(6 / k)
 
     def count(*args):
         clock.append(torch.cuda.synchronize() or time.perf_counter())
-        if len(clock) == WARM_UP:
+        if len(clock) == first:
             torch.cuda.reset_peak_memory_stats()      # cuDNN tries algorithms that need more than it chooses
         if len(clock) > last:
             raise StopIteration
@@ -835,12 +835,11 @@ def step(home, name, cfg, args):
         home.train(cfg)
     if not clock:
         return []
-    ms = 1e3 * (clock[last] - clock[WARM_UP]) / (last - WARM_UP)
+    ms = 1e3 * (clock[last] - clock[first]) / (last - first)
     hours, peak = ms * cfg.steps / 3.6e6, torch.cuda.max_memory_allocated() / 1e9
     row = {"stage": name, "at once": cfg.batch_gpu or cfg.batch // args.gpus, "ms a step": f"{ms:.3g}",
            "images/s": f"{1e3 * cfg.batch / args.gpus / ms:,.0f}", "peak GB": f"{peak:.3g}",
            "hours": f"{hours:.3g}", "GPU-hours": f"{hours * args.gpus:.3g}"}
-    print(row, flush=True)
     return [row]
 
 
@@ -853,14 +852,14 @@ def fitting(home, cfg, gpus, room):
     return micro, step
 
 
-def spent(calls, card):
+def spent(calls, card, compiled):
     """(columns of a table, milliseconds, share of them that is arithmetic) of these calls."""
     *tops, bandwidth = (share * top * 1e9 for share, top in zip(REACHED, CARDS[card][:4]))         # a ms
     tops, totals = dict(zip(("bf16", "tf32", "fp32"), tops)), Counter()
     for (_, kind, flop, moved), n in calls.items():
         arithmetic = flop / tops.get(kind, 1)
-        totals.update(kernels=n, launches=n * LAUNCH * 1e3, flop=n * flop, arithmetic=n * arithmetic,
-                      moved=n * moved, products=n * moved * bool(kind),
+        totals.update(kernels=n, launches=n * LAUNCH[compiled] * 1e3, flop=n * flop,
+                      arithmetic=n * arithmetic, moved=n * moved, products=n * moved * bool(kind),
                       gpu=n * max(arithmetic, moved / bandwidth))
     t = types.SimpleNamespace(**totals)
     ms = max(t.gpu, t.launches)
@@ -875,7 +874,7 @@ def plan(home, name, cfg, args):
     micro, step = fitting(home, cfg, args.gpus, 0.9e9 * room)
     if not step:
         return []
-    columns, ms, _ = spent(step.calls, args.device)
+    columns, ms, _ = spent(step.calls, args.device, cfg.compile)
     one, moments, held, peak = step.parameters * 4e-9, step.optimiser / 1e9, step.held / 1e9, step.peak / 1e9
     parts = [round(x, 5) for x in (one, one, one, moments, held - 3 * one, peak - held - moments)]
     near, far = (step.sent / 1e6 / speed for speed in (link * REACHED[4], ETHERNET))
@@ -896,7 +895,7 @@ def roofline(home, name, cfg, args):
     for phase in ("teacher", "forward", "backward", "weights", "all") if step else ():
         calls = {key: n for key, n in step.calls.items() if phase in (key[0], "all")}
         if calls:
-            columns, _, share = spent(calls, args.device)
+            columns, _, share = spent(calls, args.device, cfg.compile)
             moved = sum(n * key[3] for key, n in calls.items()) / step.parameters
             rows.append({"stage": name, "phase": phase, **columns, "bytes a parameter": f"{moved:.0f}",
                          "of the ceiling": f"{share:.0%}", "peak GB": f"{step.peak / 1e9:.3g}"})
@@ -921,10 +920,13 @@ def full_size(command, argv):
     if args.gpus < 1:
         p.error(f"--gpus {args.gpus} is not possible; it must be above 0")
     reached = ", ".join(f"{share * top:.3g} ({share:.1%})" for share, top in zip(REACHED, CARDS[args.device]))
-    print(f"torch {torch.__version__}, {gpu_name()}: one of {args.gpus} processes; nothing is sent\n"
-          if command is step else f"{args.gpus} x {args.device}, a process each. Taken for granted (of the data sheet): bf16, TF32, "
-          f"fp32 TFLOP/s, TB/s, GB/s to the next GPU {reached}; {1e6 * LAUNCH:.0f} us a launch; a step lasts "
-          "as long as the GPU, or its launches if they take longer, and then sends its gradient.\n")
+    said = (f"{args.gpus} x {args.device}, a process each. Taken for granted (of the data sheet): bf16, "
+            f"TF32, fp32 TFLOP/s, TB/s, GB/s to the next GPU {reached}; {1e6 * LAUNCH[0]:.0f} us a launch, "
+            f"{1e6 * LAUNCH[1]:.0f} under --compile; a step lasts as long as the GPU, or its launches if "
+            "they take longer, and then sends its gradient.")
+    if command is step:
+        said = f"torch {torch.__version__}, {gpu_name()}, one of {args.gpus} processes; nothing is sent."
+    print(said + "\n")
     rows = []
     for line in [" ".join([args.script, *flags])] if args.script else FULL:
         home, given = importlib.import_module(line.split()[0]), line.split()[1:]

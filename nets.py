@@ -1761,6 +1761,13 @@ def cost(ckpt):
     return dict(steps=ckpt["step"], images=f"{images:,}", seconds=f"{ckpt['seconds']:.0f}")
 
 
+def peak_memory():
+    """GB that torch held at most since it was last asked: cuDNN first tries what needs more than it takes."""
+    peak = torch.cuda.max_memory_allocated() / 1e9
+    torch.cuda.reset_peak_memory_stats()
+    return peak
+
+
 def memory(weights, opt, path):
     """What a process holds for certain before its first step, as a text; on a GPU also of how much.
 

@@ -601,9 +601,8 @@ def one_line(cfg):
         fail(1, f"{str(e).splitlines()[0]} Run again with a --batch_gpu smaller than {now}")
     except RuntimeError as e:
         if lost := [line for line in str(e).splitlines() if "C++ compiler" in line or "C compiler" in line]:
-            fail(2, f"--compile: {lost[0]}; install g++ and gcc, or go without it")
-        calls = [f.line for f in traceback.extract_tb(e.__traceback__) if "dist." in f.line]
-        if not calls:
+            fail(2, f"--compile: {lost[0]}; install g++ and gcc, or pass --no-compile")
+        if not (calls := [f.line for f in traceback.extract_tb(e.__traceback__) if "dist." in f.line]):
             raise
         fail(1, f"{calls[0]}: {str(e).splitlines()[0]}; if another process died, it says why; run again")
 
@@ -714,7 +713,7 @@ def report(cfg, done, lr, since, **more):
     loss, norm = (sum(v) / len(v) if v else math.nan for v in (since["losses"], since["norms"]))
     since.update(step=done, clock=time.time(), seconds=since["seconds"] + took, losses=[], norms=[])
     if DEVICE.type == "cuda":
-        more["GB"] = torch.cuda.max_memory_allocated() / 1e9
+        more["GB"] = nets.peak_memory()
     numbers = dict(step=done, images=done * cfg.batch, loss=loss, grad=norm, skipped=since["skipped"], lr=lr,
                    images_per_second=n * cfg.batch / took, seconds=since["seconds"], **more)
     later = sum(c.steps * c.batch for c in ROAD if STAGES.index(c.stage) > STAGES.index(cfg.stage))

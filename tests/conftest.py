@@ -33,7 +33,7 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "long: only with --long")
 
 
-BESIDE = {"gpu": ["gpu_cases.py"], "files": ["test_load_pretrained.py", "test_encoders.py", "test_t2i.py", "test_imagenet.py"]}
+BESIDE = {"gpu": ["gpu_cases.py"], "files": ["test_load_pretrained.py", "test_encoders.py", "test_t2i.py", "test_imagenet.py", "test_bench.py"]}
 
 
 def pytest_collection_modifyitems(config, items):

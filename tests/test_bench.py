@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -202,7 +203,7 @@ def test_roofline_splits_a_step(counted):
     ({("weights", "", 0, 2.6e9): 3}, 3.0, 0.0), ({("forward", "fp32", 45e9, 26e9): 1}, 10.0, 0.1)])
 def test_a_step_takes_its_arithmetic_its_bytes_or_its_launches(calls, ms, share):
     """An H100's numbers; a kernel takes what is longer of its arithmetic and its bytes."""
-    columns, took, of_it = bench.spent(calls, "h100")
+    columns, took, of_it = bench.spent(calls, "h100", True)
     assert took == pytest.approx(ms, rel=0.01) and of_it == pytest.approx(share, abs=0.01)
 
 
@@ -246,3 +247,30 @@ def test_docs_name_the_rows_of_pairs_and_mf_as_they_are_printed():
 def test_an_unknown_word_is_refused():
     with pytest.raises(SystemExit):
         bench.main(["pears"])
+
+
+def test_step_measures_the_scripts_own_step(monkeypatch, capsys):
+    """On a GPU; here the CPU stands in for it. Noise and random weights, the mean over whole solves, --gpus' share."""
+    steps, random_weights = Counter(), bench.random_weights
+    for name, value in dict(is_available=True, synchronize=None, empty_cache=None, reset_peak_memory_stats=None,
+                            max_memory_allocated=2e9, get_device_name="a GPU").items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+
+    def on_cpu(home, cfg, gpus, device, sent, more):
+        assert device.type == "cuda"
+        count = more[home]["count"]
+        more = {home: dict(count=lambda *args: steps.update([cfg.stage]) or count(*args))}
+        return random_weights(home, cfg, gpus, torch.device("cpu"), sent, more)
+    monkeypatch.setattr(bench, "random_weights", on_cpu)
+    bench.main("step train_mf_imagenet256 --data digits --batch 16 --trajectories 4 --gpus 2".split())
+    out = capsys.readouterr().out
+    assert "a GPU, one of 2 processes; nothing is sent" in out
+    rows = [re.split(r" *\| *", line)[1:-1] for line in out.splitlines() if line.startswith("| digits")]
+    assert [row[0].split()[1] for row in rows] == ["pretrain", "mid", "post"] == [*steps]
+    assert steps["pretrain"] == steps["post"] == 9 and steps["mid"] == 3 + 112 // 16     # 28 pairs a trajectory
+    for _, once, ms, speed, peak, *_ in rows:
+        assert (once, peak) == ("8", "2") and float(speed.replace(",", "")) == pytest.approx(8e3 / float(ms), rel=0.02)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        bench.main(["step", "train_cmt_cifar"])
+    assert "step needs a GPU; plan estimates without one" in capsys.readouterr().err

@@ -649,6 +649,8 @@ class Meter(FakeGPU):
         out, kwargs = super().__torch_dispatch__(func, types, args, kwargs), kwargs or {}
         schema, op = func._schema, func.overloadpacket
         writes = [a.alias_info and a.alias_info.is_write for a in (*schema.arguments, *schema.returns)]
+        if op is aten._fused_adam_ and not kwargs.get("grad_scale"):
+            writes[1] = False                         # without a scale it leaves gradients alone
         written = fakes([out, *(a for a, write in zip(args, writes) if write)])
         for storage in (t.untyped_storage() for t in written):
             if storage._cdata not in self.alive:

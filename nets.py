@@ -407,8 +407,8 @@ def scale_rows(layers, dtype, force=False):
 
 
 @torch.no_grad()
-def pull_back(layers, ds):
-    """Add to .weight.grad the gradient g of .hoisted = h = w / d: (g - h (h . g) d / |w|) / d."""
+def pull_back(layers, ds, anew):
+    """Add to .weight.grad the gradient g of .hoisted = h = w / d: (g - h (h . g) d / |w|) / d, or write it."""
     norms = torch._foreach_sub(ds, [EPS * math.sqrt(m.weight[0].numel()) for m in layers])
     torch._foreach_clamp_min_(norms, 1e-30)
     for m, ratio, inverse in zip(layers, torch._foreach_div(ds, norms), torch._foreach_reciprocal(ds)):
@@ -417,7 +417,8 @@ def pull_back(layers, ds):
             along = torch.bmm(h[:, None], g[..., None])[:, 0]       # reads each once, writes no product
             g.addcmul_(h, along.mul_(ratio), value=-1)
             m.weight.grad = torch.zeros_like(m.weight) if m.weight.grad is None else m.weight.grad
-            rows(m.weight.grad).addcmul_(g, inverse)  # trap: in place, .grad is a view of the flat vector
+            grad = rows(m.weight.grad)                # trap: in place, .grad is a view of the flat vector
+            torch.mul(g, inverse, out=grad) if anew else grad.addcmul_(g, inverse)
 
 
 def trainable(net):
@@ -429,7 +430,8 @@ def trainable(net):
 def hoist(net, force=False):
     """Inside, all forwards and backwards of net share weights normalised once, in net.compute_dtype.
 
-    force: rows of every MPConv get root mean square 1 before, in place (EDM2 Eq. 66): once a step.
+    force: once a step: rows of every MPConv get root mean square 1 before, in place (EDM2 Eq. 66), and their
+    .grad is written, not added to.
     trap: not in forward, as in the official code: there a second one alters what the first's backward needs.
     At the end the gradient they collected over all micro-batches, in that precision, goes through the
     normalisation once, into weight.grad; after an exception it is dropped. Weights must not change inside.
@@ -443,7 +445,7 @@ def hoist(net, force=False):
         for m in layers:
             m.hoisted.requires_grad_(m.weight.requires_grad)
         yield net
-        pull_back(layers, ds)
+        pull_back(layers, ds, force)
     finally:
         for m in layers:
             m.hoisted = None

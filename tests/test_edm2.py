@@ -198,6 +198,18 @@ def test_hoisting_adds_to_gradients_that_are_views_of_one_vector(net):
     assert torch.equal(flat, torch.cat([p.grad.flatten() for p in params])) and flat.abs().sum() > 0
 
 
+def test_a_step_writes_its_gradients_anew(net):
+    """force: what stood in .grad of the normalised weights is gone; the others add, as ever."""
+    other = copy.deepcopy(net)
+    with nets.hoist(other, force=True):
+        backward(other, [1])
+    for m, asked in zip(nets.trainable(net), nets.trainable(other)):
+        m.weight.grad = None if asked.weight.grad is None else torch.full_like(m.weight, 7.0)
+    with nets.hoist(net, force=True):
+        backward(net, [1])
+    assert_close(grads(net), grads(other), 1e-6)
+
+
 def test_hoisting_normalises_once_and_leaves_no_trace(net, monkeypatch):
     calls, scale_rows = [], nets.scale_rows
     expected, keys = net(*batch()), list(net.state_dict())

@@ -408,7 +408,7 @@ def scale_rows(layers, dtype, force=False):
 
 @torch.no_grad()
 def pull_back(layers, ds, anew):
-    """Add to .weight.grad the gradient g of .hoisted = h = w / d: (g - h (h . g) d / |w|) / d, or write it."""
+    """The gradient g of .hoisted = h = w / d, added to .weight.grad or anew: (g - h (h . g) d / |w|) / d."""
     norms = torch._foreach_sub(ds, [EPS * math.sqrt(m.weight[0].numel()) for m in layers])
     torch._foreach_clamp_min_(norms, 1e-30)
     for m, ratio, inverse in zip(layers, torch._foreach_div(ds, norms), torch._foreach_reciprocal(ds)):

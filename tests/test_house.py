@@ -29,10 +29,10 @@ OWN = {"Config", "load_data", "data_name", "check", "teacher_pairs", "make_sampl
 # that share no folder (+16). ImageNet has --compile, which issue 16 asks for in all four (one flag more).
 # Flags are parsed by one parser and data opened once for all checks (+9 to +11). --dry_run (one flag more, +25), own images.
 # Mean Flow has the teacher's velocity in post-training (+23), and no switches around the product any more (-9, COCO too);
-# claims Mean Flow's roads on photos (+39). bench measures a step of full size on a real GPU (+69), nets its norms
+# claims Mean Flow's roads on photos (+39). bench measures a step of full size on a real GPU (+73), nets its norms
 # in one pass less and a third of the kernels (+20), and the memory of what runs, not of what cuDNN tries (+7).
 BUDGET = {"train_cmt_cifar.py": 906, "train_cmt_imagenet.py": 1171, "train_mf_imagenet256.py": 1187,
-          "train_t2i_coco.py": 1380, "nets.py": 1799, "fid.py": 1506, "solvers.py": 200, "bench.py": 972,
+          "train_t2i_coco.py": 1380, "nets.py": 1799, "fid.py": 1506, "solvers.py": 200, "bench.py": 974,
           "claims.py": 545, "README.md": 240}
 FLAGS = {"train_cmt_cifar.py": 35, "train_cmt_imagenet.py": 42, "train_mf_imagenet256.py": 42, "train_t2i_coco.py": 43}
 README = (ROOT / "README.md").read_text()
@@ -234,8 +234,8 @@ def test_scores_of_readme_are_those_of_docs_and_means_are_means():
 
 
 STATED = {  # what README and docs say of defaults; digits: cifar imagenet flow coco, the paper's: big_*, ffhq, afhqv2
-    "README.md": ["{big_cifar.mid.millions:.1f} + {big_cifar.post.millions:.1f} Mimg each", "lengths ({own.pretrain.steps:,}, {own.mid.steps:,} and\n{own.post.steps:,} steps)",
-                  "{ffhq.mid.millions:.1f} + {ffhq.post.millions:.1f} Mimg", "{afhqv2.mid.millions:.1f} + {afhqv2.post.millions:.1f} Mimg",
+    "README.md": ["{big_cifar.mid.millions:.1f} + {big_cifar.post.millions:.1f} million images each", "lengths ({own.pretrain.steps:,}, {own.mid.steps:,} and\n{own.post.steps:,} steps)",
+                  "{ffhq.mid.millions:.1f} + {ffhq.post.millions:.1f} million images", "{afhqv2.mid.millions:.1f} + {afhqv2.post.millions:.1f} million images",
                   "each of its {cifar.mid.nfe} states", "noise of level {cifar.eval.mid_sigma} "],
     "results.md": ["{big_cifar.mid.millions:.1f} + {big_cifar.post.millions:.1f} Mimg",
                    "{cifar.mid.millions:.3f} + {cifar.post.millions:.3f} Mimg", "{imagenet.mid.millions:.3f} + {imagenet.post.millions:.3f} Mimg",

@@ -102,8 +102,14 @@ def blame(name):
         raise DataError(f"{name}: {' '.join(text.split())[:300]}") from error
 
 
+LOG = ""                                                 # file of a run that keeps what goes to stderr, too
+
+
 def show(text, stream):
     """Print a line. Where nobody reads on (`| head`, a closed terminal) the output ends, not the run."""
+    if LOG and stream is sys.stderr:
+        with contextlib.suppress(OSError), open(LOG, "a", errors="backslashreplace") as f:
+            f.write(text + "\n")
     try:
         print(text.encode(errors="backslashreplace").decode(), file=stream, flush=True)
     except OSError:

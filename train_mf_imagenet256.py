@@ -759,7 +759,7 @@ def open_out(cfg, argv):
     device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
     log(cfg, f"{os.path.basename(__file__)} {' '.join(argv)} | torch {torch.__version__} | {device} | commit "
              f"{subprocess.getoutput(git + ' || echo none')}")
-    fid.say = cache(partial(log, cfg))                # lines about files, each once
+    fid.say, fid.LOG = cache(partial(log, cfg)), f"{cfg.out}/log.txt"      # lines about files, once; errors
     return lock
 
 

@@ -62,6 +62,7 @@ def beside(request):
 def say(monkeypatch, say=fid.say):
     """Lines about files go to stderr again: a run sends them to its log."""
     monkeypatch.setattr(fid, "say", say)
+    monkeypatch.setattr(fid, "LOG", "")
 
 
 @pytest.fixture

@@ -763,6 +763,13 @@ def test_compile_without_a_compiler_is_one_line_before_the_first_step(monkeypatc
         script.main([*PRETRAIN, "--compile", "--steps", "2", "--out", "x"])
 
 
+def test_what_ends_a_run_stands_in_its_log(monkeypatch, capsys):
+    """Whoever comes back to a run in the morning reads log.txt, and finds why it ended."""
+    monkeypatch.setattr(script, "count", lambda *args: script.fail(4, "loss or gradient not finite"))
+    assert code([*PRETRAIN, "--steps", "2", "--out", "ended"], capsys)[0] == 4
+    assert Path("ended/log.txt").read_text().splitlines()[-1].endswith(": loss or gradient not finite")
+
+
 def test_out_of_memory_names_the_flag(capsys):
     cfg = script.parse(["--data", "digits", "--batch_gpu", "8"])
     with pytest.raises(SystemExit) as e, script.one_line(cfg):

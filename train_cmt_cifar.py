@@ -9,7 +9,7 @@
 
 pretrain: train or fetch the teacher. mid: regress the student onto the ends of the teacher's trajectories
 (Eq. 7). post: ECT with a fixed step (Eq. 3). Paper: 1/2-step FID 2.74/1.97 on CIFAR-10, 51.2 million images.
-Run the same command again to resume. Copy and fork as you please.
+Run the same command again to resume. Copy and fork. "choice": ours, not the paper's; "trap": a bug avoided.
 """
 # /// script
 # dependencies = ["torch", "numpy", "lpips", "pillow", "scipy"]
@@ -51,8 +51,8 @@ class Config:                   # field default < matching rows of PRESETS < --f
     stage: Literal["all", "pretrain", "mid", "post", "sample", "eval"] = "all"   # all: the unfinished
     out: str = ""               # folder of the run; "" = out/<data>
     teacher: str = ""           # FILE, URL; "" = the official one, else <out>/pretrain.pt; scratch = train it
-    mid: Literal["cmt", "kd", "slow", "none"] = "cmt"    # states of a solve: all, x_T, own
-    post: Literal["ect", "ecd", "ecd_euler", "annealed"] = "ect"   # Eq. 3 | distillation | ECT's own
+    mid: Literal["cmt", "kd", "slow", "none"] = "cmt"    # states: all | x_T | each solved; or skip
+    post: Literal["ect", "ecd", "ecd_euler", "annealed"] = "ect"   # fixed q | x_r by the teacher | q grows
     init: str = "teacher"       # student's first weights: teacher | random | FILE; sample, eval: show FILE
     res: int = 0                # own images are cropped and resized (LANCZOS) to this; 0 = they have one size
 
@@ -70,7 +70,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     nfe: int = 16               # teacher steps per trajectory (B.2)
     trajectories: int = 128     # choice: per solve, pairs shuffled over several steps; 0 = batch/nfe (paper)
     q: int = 4096               # post: the step in t is n(t) t / q (B.2: 1/4096)
-    double: int = 0             # post: steps after which q is multiplied by its first value; 0 = never (B.2)
+    double: int = 0             # post: every so many steps q -> q * (first q); 0 = never (B.2)
     P_mean: float = -1.1        # ln sigma ~ N(P_mean, P_std^2), not cut off (ECT)
     P_std: float = 2.0
 
@@ -121,7 +121,7 @@ PRESETS = {  # (data, stage, method): matching rows are laid over each other, to
 }
 ABOUT = {"pretrain": "stage 1 of 4, pre-training: loss and grad soon stay level, images still improve",
          "mid": "stage 2 of 4, mid-training (Eq. 7): loss, distance to the teacher's ends, falls; grad level",
-         "post": "stage 3 of 4, post-training (Eq. 3): over a small step; grad is large, loss is level",
+         "post": "stage 3 of 4, post-training (Eq. 3): grad is large, loss stays level",
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "teacher", "random"                        # what --init says that is no FILE
@@ -231,24 +231,24 @@ def loss_dm(net, x, sigma, eps, sigma_data=0.5):
 
 
 def solves(cfg):
-    """Trajectories that one call of teacher_pairs solves, and the pairs (state, end) that they give."""
+    """(n, pairs): trajectories of a solve (Slow CMT: at each level), and the pairs (state, end) they give."""
     n = cfg.trajectories or cfg.batch // cfg.nfe
     return (cfg.batch, cfg.batch) if cfg.mid == "kd" else (n, n * cfg.nfe)
 
 
 @torch.no_grad()
 def teacher_pairs(teacher, sigmas, n, shape, g, states):
-    """Eq. 7: n trajectories of the frozen teacher; each of their states is paired with its trajectory's end.
+    """Eq. 7: n trajectories of the frozen teacher; the first `states` of each are paired with its end.
 
-    sigmas (nfe+1,): decreasing grid; shape: of one image; g: Generator; states: how many of a trajectory are
-    used, the noisiest first. Every process solves its share, gets all. Returns, shuffled, x_t (P, C, H, W),
-    t (P,) and owner (P,), and the ends x_0 (n, C, H, W): pair p is regressed onto x_0[owner[p]].
+    sigmas (nfe+1,): from 80 to 0.002; shape: of one image; g: Generator. Every process solves its share, gets
+    all. Returns, shuffled, x_t (P, C, H, W), t (P,) and owner (P,), and the ends x_0 (n, C, H, W): pair p is
+    regressed onto x_0[owner[p]].
     """
     levels = sigmas.to(g.device, torch.float32, non_blocking=True)
     mine = slice(RANK * n // WORLD, (RANK + 1) * n // WORLD)
     # choice: x_T is pure noise (Eq. 7, the authors' 512-pixel code); their CIFAR code adds a training image
     x_T = levels[0] * randn((n, *shape), g)[mine]
-    xs = gather(solvers.dpmpp(teacher, x_T, sigmas, order=3))                        # (nfe+1, n, C, H, W)
+    xs = gather(solvers.dpmpp(teacher, x_T, sigmas))                                 # (nfe+1, n, C, H, W)
     order = torch.randperm(states * n, generator=g, device=g.device)
     t = levels[:states].repeat_interleave(n)
     return xs[:states].flatten(0, 1)[order], t[order], xs[-1], order % n
@@ -304,7 +304,7 @@ def make_distance(cfg, channels):
     """d of Eq. 7: LPIPS on the images as they are (B.2), or of pixels: pseudo-Huber, squared (App. D)."""
     if cfg.loss in ("huber", "l2"):
         return nets.PixelDistance(cfg.huber_c if cfg.loss == "huber" else 0.0)
-    assert cfg.loss == "lpips", f"--loss {cfg.loss}: say above what it is"
+    assert cfg.loss == "lpips", f"--loss {cfg.loss}: no branch above"
     if channels != 3:
         fail(2, f"--loss lpips needs 3 channels, --data {cfg.data} has {channels}; pass --loss huber")
     return nets.pretrained_lpips().to(DEVICE)
@@ -488,7 +488,7 @@ def rectify(opt, lr, t):
     rate = lr * eps
     if rho > 5:
         rate = lr * ((rho - 4) * (rho - 2) * end / ((end - 4) * (end - 2) * rho)) ** 0.5
-        eps = 1e-8 / (1 - beta**t) ** 0.5             # torch adds RAdam's to v before its bias is corrected
+        eps = 1e-8 / (1 - beta**t) ** 0.5             # torch's RAdam: on sqrt(v) before correction
     opt.param_groups[0].update(lr=rate, eps=eps)
 
 
@@ -710,7 +710,7 @@ def model_size(cfg, images):
 
 
 def train(cfg):
-    """One stage (pretrain, mid, post) from its last checkpoint to its end. Method first, bookkeeping last."""
+    """One stage (pretrain, mid, post) from its last checkpoint to its end: set-up, method, bookkeeping."""
     if cfg.stage == "mid" and cfg.mid == "none":
         return
     if cfg.stage == "pretrain" and has_teacher(cfg):

@@ -976,7 +976,7 @@ def mse_by_gap(errors, *more):
 
 
 def train(cfg):
-    """One stage (pretrain, mid, post) from its last checkpoint to its end. Method first, bookkeeping last."""
+    """One stage (pretrain, mid, post) from its last checkpoint to its end: set-up, method, bookkeeping."""
     if left_out(cfg):
         return log(cfg, f"{cfg.stage}: not needed with --mid none --init {cfg.init}")
     if cfg.stage == "pretrain" and cfg.teacher:

@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import gc
 import importlib
 import itertools
 import math
@@ -730,8 +731,9 @@ def teacher_size(home, cfg, images):
 
 @contextlib.contextmanager
 def random_weights(home, cfg, gpus, device, sent, more):
-    """Inside it home.train() is one of `gpus` processes, with random weights and data; it writes nothing.
+    """Inside it home.train() is one of `gpus` processes, with random weights and data.
 
+    Gives an ExitStack, and the configuration that train() should get: by it nothing is written or saved.
     `sent` gains the bytes that this process sends; `more` {module: {name: stand-in}} is laid over.
     """
     images, skip = blank(home, cfg), lambda *a, **k: None
@@ -759,13 +761,17 @@ def random_weights(home, cfg, gpus, device, sent, more):
             for name, stand_in in {**stand_ins.get(where, {}), **more.get(where, {})}.items():
                 if hasattr(where, name):
                     stack.enter_context(mock.patch.object(where, name, stand_in))
-        stack.callback(setattr, tf32 := torch.backends.cuda.matmul, "allow_tf32", tf32.allow_tf32)
-        torch.backends.cudnn.allow_tf32 = tf32.allow_tf32 = cfg.precision != "fp32"
+        for library in (torch.backends.cuda.matmul, cudnn := torch.backends.cudnn):
+            stack.callback(setattr, library, "allow_tf32", library.allow_tf32)
+            library.allow_tf32 = cfg.precision != "fp32"
+        stack.callback(setattr, cudnn, "benchmark", cudnn.benchmark)
+        cudnn.benchmark = True                        # as launch() has it
         stack.enter_context(warnings.catch_warnings(action="ignore"))
         stack.enter_context(home.one_line(cfg))
         stack.enter_context(contextlib.suppress(StopIteration))           # enough is seen
         home.check_values(cfg, True)
-        yield
+        never = 10**9
+        yield stack, replace(cfg, steps=never, save_every=never, log_every=never)
 
 
 def steps_of_a_solve(home, cfg):
@@ -780,7 +786,8 @@ def measure(home, cfg, gpus):
     Returns its parameters; bytes held before the first step, of the optimiser, at the peak; calls and bytes
     sent of one step, with its share of a solve. None for a stage that trains nothing.
     """
-    meter, steps, sent, found, cfg = Meter(), [], [], types.SimpleNamespace(), replace(cfg, compile=False)
+    meter, steps, sent, found = Meter(), [], [], types.SimpleNamespace()
+    cfg = replace(cfg, compile=False)
     conv, norm, last = F.conv2d, F.group_norm, torch.channels_last
 
     def memory(weights, opt, path):
@@ -803,10 +810,9 @@ def measure(home, cfg, gpus):
         nets: dict(scale_rows=meter.within("weights", nets.scale_rows), memory=memory),
         F: dict(conv2d=conv2d, group_norm=lambda x, *a: norm(x.contiguous(), *a),     # as CUDA: in its layout
                 scaled_dot_product_attention=attention)}
-    hook = torch.nn.modules.module.register_module_forward_pre_hook(meter.called)
-    with random_weights(home, cfg, gpus, meter.device, sent, more), meter:
+    with random_weights(home, cfg, gpus, meter.device, sent, more) as (stack, cfg), meter:
+        stack.callback(torch.nn.modules.module.register_module_forward_pre_hook(meter.called).remove)
         home.train(cfg)
-    hook.remove()
     if not steps:
         return None
     (first, sent), (found.calls, found.sent) = steps
@@ -831,10 +837,11 @@ def step(home, name, cfg, args):
             torch.cuda.reset_peak_memory_stats()      # cuDNN tries algorithms that need more than it chooses
         if len(clock) > last:
             raise StopIteration
+    gc.collect()                                      # the stage before is gone
     torch.cuda.empty_cache()
-    torch.backends.cudnn.benchmark = True             # as launch() has it
-    with random_weights(home, cfg, args.gpus, torch.device("cuda", 0), [], {home: dict(count=count)}):
-        home.train(cfg)
+    more = {home: dict(count=count)}
+    with random_weights(home, cfg, args.gpus, torch.device("cuda", 0), [], more) as (_, endless):
+        home.train(endless)
     if not clock:
         return []
     ms = 1e3 * (clock[last] - clock[first]) / (last - first)
@@ -842,6 +849,7 @@ def step(home, name, cfg, args):
     row = {"stage": name, "at once": cfg.batch_gpu or cfg.batch // args.gpus, "ms a step": f"{ms:.3g}",
            "images/s": f"{1e3 * cfg.batch / args.gpus / ms:,.0f}", "peak GB": f"{peak:.3g}",
            "hours": f"{hours:.3g}", "GPU-hours": f"{hours * args.gpus:.3g}"}
+    print(row, flush=True)                            # the next may not fit
     return [row]
 
 

@@ -1301,7 +1301,7 @@ def begin_stage(out, config, done, memory):
     """
     stage, file, configs = config["stage"], f"{out}/config.json", {}
     begins = f"{stage}: from step {done} to {config['steps']}, {memory}"
-    begins += "; --compile: minutes before the first step" * config.get("compile", False)
+    begins += "; compiles for minutes, --no-compile does not" * config.get("compile", False)
     if processes()[0]:
         return begins
     if os.path.exists(file):

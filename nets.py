@@ -383,7 +383,7 @@ def rows(w):
 @torch.no_grad()
 def scale_rows(layers, dtype, force=False):
     """Fill .hoisted with weight / d as forward applies it, d = row_norm(weight); dtype (None: float32) is for
-    convolutions. Returns the d of every layer.
+    convolutions. Returns |row| and d of every layer.
 
     force: the rows first get root mean square 1, in place (EDM2 Eq. 66); their new d needs no second pass.
     """
@@ -397,24 +397,25 @@ def scale_rows(layers, dtype, force=False):
         torch._foreach_mul_(scales, roots)
         for w, scale in zip(ws, scales):
             w.mul_(scale)
-        ds = torch._foreach_mul(norms, scales)
-        torch._foreach_add_(ds, eps)
+        torch._foreach_mul_(norms, scales)
+        ds = torch._foreach_add(norms, eps)
     for m, w, d in zip(layers, ws, ds):
         low = torch.float32 if dtype is None or m.weight.ndim == 2 else dtype
         h = torch.div(w, d, out=torch.empty_like(w, dtype=low))
         m.hoisted = h.as_strided(m.weight.shape, m.weight.stride())
-    return ds
+    return norms, ds
 
 
 @torch.no_grad()
-def pull_back(layers, ds, anew):
+def pull_back(layers, norms, ds, anew):
     """The gradient g of .hoisted = h = w / d, added to .weight.grad or anew: (g - h (h . g) d / |w|) / d."""
-    norms = torch._foreach_sub(ds, [EPS * math.sqrt(m.weight[0].numel()) for m in layers])
     torch._foreach_clamp_min_(norms, 1e-30)
     for m, ratio, inverse in zip(layers, torch._foreach_div(ds, norms), torch._foreach_reciprocal(ds)):
         if m.hoisted.grad is not None:
             h, g = rows(m.hoisted.detach()), rows(m.hoisted.grad)
-            along = torch.bmm(h[:, None], g[..., None])[:, 0]       # reads each once, writes no product
+            wide = torch.float32 if g.dtype == torch.float16 else g.dtype          # trap: h . g above 65,504
+            # choice: in g's precision, by a matrix product: it reads each once and writes no product
+            along = torch.bmm(h[:, None].to(wide), g[..., None].to(wide))[:, 0]
             g.addcmul_(h, along.mul_(ratio), value=-1)
             m.weight.grad = torch.zeros_like(m.weight) if m.weight.grad is None else m.weight.grad
             grad = rows(m.weight.grad)                # trap: in place, .grad is a view of the flat vector
@@ -430,8 +431,8 @@ def trainable(net):
 def hoist(net, force=False):
     """Inside, all forwards and backwards of net share weights normalised once, in net.compute_dtype.
 
-    force: once a step: rows of every MPConv get root mean square 1 before, in place (EDM2 Eq. 66), and their
-    .grad is written, not added to.
+    force: once a step: rows of every MPConv get root mean square 1 before, in place (EDM2 Eq. 66), and what
+    gradient they get is written to .grad, not added.
     trap: not in forward, as in the official code: there a second one alters what the first's backward needs.
     At the end the gradient they collected over all micro-batches, in that precision, goes through the
     normalisation once, into weight.grad; after an exception it is dropped. Weights must not change inside.
@@ -441,11 +442,11 @@ def hoist(net, force=False):
         yield net
         return
     try:
-        ds = scale_rows(layers, getattr(net, "compute_dtype", None), force)
+        norms, ds = scale_rows(layers, getattr(net, "compute_dtype", None), force)
         for m in layers:
             m.hoisted.requires_grad_(m.weight.requires_grad)
         yield net
-        pull_back(layers, ds, force)
+        pull_back(layers, norms, ds, force)
     finally:
         for m in layers:
             m.hoisted = None

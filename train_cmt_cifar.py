@@ -356,7 +356,7 @@ TIMEOUT = timedelta(minutes=10)                       # choice: ten minutes for 
 def launch(cfg):
     """Join the other processes of torchrun, if any: gloo on CPUs, NCCL on GPUs. Plain python: one process."""
     global RANK, WORLD, DEVICE, PATIENT
-    RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    fid.LOG, RANK, WORLD = "", int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if torch.cuda.is_available():
         DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(DEVICE)
@@ -387,8 +387,8 @@ def one_line(cfg):
         now = cfg.batch_gpu or cfg.batch // WORLD
         fail(1, f"{str(e).splitlines()[0]} Run again with a --batch_gpu smaller than {now}")
     except RuntimeError as e:
-        if lost := [line for line in str(e).splitlines() if "C++ compiler" in line or "C compiler" in line]:
-            fail(2, f"--compile: {lost[0]}; install g++ and gcc, or pass --no-compile")
+        if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            fail(2, f"--compile: {' '.join(str(e).split()[:40])}; mend the compiler, or pass --no-compile")
         if not (calls := [f.line for f in traceback.extract_tb(e.__traceback__) if "dist." in f.line]):
             raise
         fail(1, f"{calls[0]}: {str(e).splitlines()[0]}; if another process died, it says why; run again")

@@ -262,8 +262,9 @@ def test_step_measures_the_scripts_own_step(monkeypatch, capsys):
         more = {home: dict(count=lambda *args: steps.update([cfg.stage]) or count(*args))}
         return random_weights(home, cfg, gpus, torch.device("cpu"), sent, more)
     monkeypatch.setattr(bench, "random_weights", on_cpu)
-    bench.main("step train_mf_imagenet256 --data digits --batch 16 --trajectories 4 --gpus 2".split())
+    bench.main("step train_mf_imagenet256 --data digits --batch 16 --trajectories 4 --gpus 2 --steps 3 --save_every 1 --out x".split())
     out = capsys.readouterr().out
+    assert not Path("x").exists()                     # a run of that name is left alone
     assert "a GPU, one of 2 processes; nothing is sent" in out
     rows = [re.split(r" *\| *", line)[1:-1] for line in out.splitlines() if line.startswith("| digits")]
     assert [row[0].split()[1] for row in rows] == ["pretrain", "mid", "post"] == [*steps]

@@ -199,7 +199,7 @@ def test_hoisting_adds_to_gradients_that_are_views_of_one_vector(net):
 
 
 def test_a_step_writes_its_gradients_anew(net):
-    """force: what stood in .grad of the normalised weights is gone; the others add, as ever."""
+    """force: what stood in .grad of the normalised weights is gone."""
     other = copy.deepcopy(net)
     with nets.hoist(other, force=True):
         backward(other, [1])
@@ -240,6 +240,14 @@ def test_hoisted_gradients_in_half_precision(net):
         backward(net, (1, 2, 3, 4))
     a, b = (torch.cat([g.flatten() for g in grads(n).values()]) for n in (net, other))
     assert a.dtype == torch.float32 and F.cosine_similarity(a, b, 0) > 0.998
+
+
+def test_the_length_of_a_gradient_in_fp16_does_not_overflow():
+    layer = nets.MPConv(4096, 2, (1, 1))
+    layer.compute_dtype = torch.float16
+    with nets.hoist(layer):
+        layer.hoisted.grad = 1e5 * layer.hoisted.detach()                   # along the weight: nothing of it is left
+    assert layer.weight.grad.isfinite().all() and layer.weight.grad.norm() < 1e5 * 2e-3 / 64
 
 
 def test_two_forwards_before_one_backward_after_forced_normalisation(net):

@@ -407,7 +407,7 @@ def teacher_pairs(teacher, classes, sigmas, n, shape, g):
     # choice: pure noise, no guidance, uniform classes
     x_T = levels[0] * randn((n, *shape), g)[mine]
     y = one_hot(torch.randint(max(classes, 1), (n,), generator=g, device=g.device), classes)
-    xs = gather(solvers.dpmpp(lambda x, sigma: teacher(x, sigma, y[mine]), x_T, sigmas, ))
+    xs = gather(solvers.dpmpp(lambda x, sigma: teacher(x, sigma, y[mine]), x_T, sigmas))
     order = torch.randperm(N * n, generator=g, device=g.device)
     return xs[:N].flatten(0, 1)[order], levels[:N].repeat_interleave(n)[order], xs[-1], order % n, y
 

@@ -826,7 +826,7 @@ def measure(home, cfg, gpus):
 
 def step(home, name, cfg, args):
     """A row: milliseconds and memory of a stage's step on this GPU, mean over whole solves, nothing sent."""
-    if not torch.cuda.is_available():
+    if gpu_name() == "no GPU":
         home.fail(2, "step needs a GPU; plan estimates without one")
     clock, k, first = [], steps_of_a_solve(home, cfg), 6 if cfg.compile else 2        # it runs from the first
     last = first + k * math.ceil(6 / k)

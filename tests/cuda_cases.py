@@ -3,6 +3,7 @@
 What gpu_cases.py says of devices, dtypes and waits without a GPU is checked here by CUDA itself; numbers are the CPU's.
 """
 import copy
+import functools
 import importlib
 import os
 import socket
@@ -51,14 +52,11 @@ def one_wait(script, waits):
 @pytest.fixture(scope="module")
 def road(tmp_path_factory):
     """f(name): a folder in which a script has run from its first stage to its score, and its waits."""
-    known = {}
-
+    @functools.cache
     def whole(name):
-        if name not in known:
-            out = tmp_path_factory.mktemp(name)
-            with pytest.MonkeyPatch.context() as patch:
-                known[name] = out, drive(patch, importlib.import_module(name), f"{ROADS[name]} --out {out}")
-        return known[name]
+        out = tmp_path_factory.mktemp(name)
+        with pytest.MonkeyPatch.context() as patch:
+            return out, drive(patch, importlib.import_module(name), f"{ROADS[name]} --out {out}")
     return whole
 
 
@@ -80,20 +78,18 @@ def test_every_method_and_precision(road, name, stage, flags, monkeypatch, tmp_p
 
 @pytest.mark.parametrize("name, stage", [(CIFAR, "mid"), (CIFAR, "post"), (IMAGENET, "mid"), (IMAGENET, "post"), (MF, "mid"),
                                          (MF, "post"), (T2I, "mid"), (T2I, "post")])
-def test_compiled(road, name, stage, tmp_path):
+def test_compiled(road, name, stage, monkeypatch, tmp_path):
     """The same weights as without --compile, to rounding; nothing is compiled after the second step."""
-    script, flags, graphs = importlib.import_module(name), start(road, name, stage, tmp_path), []
-    stats = torch._dynamo.utils.counters["stats"]
+    script, flags, graphs, found = importlib.import_module(name), start(road, name, stage, tmp_path), [], []
+    stats, count = torch._dynamo.utils.counters["stats"], script.count
     torch._dynamo.reset()
-    count = script.count
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script, "count", lambda *args: graphs.append(stats["unique_graphs"]) or count(*args))
-        for more in ("", " --compile"):
-            os.path.exists(path := f"{tmp_path}/{stage}.pt") and os.remove(path)
-            script.main(f"{flags} --steps 5{more}".split())
-            plain, compiled = (weights(path), None) if not more else (plain, weights(path))
+    monkeypatch.setattr(script, "count", lambda *args: graphs.append(stats["unique_graphs"]) or count(*args))
+    for more in ("", " --compile"):
+        script.main(f"{flags} --steps 5{more}".split())
+        found.append(weights(tmp_path / f"{stage}.pt"))
+        (tmp_path / f"{stage}.pt").unlink()
     assert graphs[-1] == graphs[-4] > 0, graphs
-    assert (plain - compiled).norm() / plain.norm() < 1e-3
+    assert (found[0] - found[1]).norm() / found[0].norm() < 1e-3
 
 
 @pytest.mark.parametrize("name", ROADS)

@@ -767,7 +767,7 @@ def random_weights(home, cfg, gpus, device, sent, more):
         stack.callback(setattr, cudnn, "benchmark", cudnn.benchmark)
         cudnn.benchmark = True                        # as launch() has it
         stack.enter_context(warnings.catch_warnings(action="ignore"))
-        stack.enter_context(home.one_line(cfg))
+        stack.enter_context(fid.one_line(cfg, nets.WeightsError))
         stack.enter_context(contextlib.suppress(StopIteration))           # enough is seen
         home.check_values(cfg, True)
         never = 10**9

@@ -509,7 +509,7 @@ def bias(args, device):
         for name, net in starts.items():
             row = gradient_bias(net, x_t, x_r, t, r, end)
             lines.append(f"| {name} | 1/{q} | {row[0]:.4g} | {row[1]:.3f} | {row[2]:.3f} | {row[3]:.3f} |")
-            script.log(cfg, lines[-1], stage="bias", start=name, q=q, values=row)
+            fid.log(lines[-1], stage="bias", start=name, q=q, values=row)
     with open(f"{args.out}/bias.md", "w") as f:
         f.write("\n".join([*lines, "", f"{n} images, ln t ~ N({cfg.P_mean}, {cfg.P_std}^2)"]) + "\n")
 

@@ -33,6 +33,7 @@ import argparse
 import collections
 import contextlib
 import datetime
+import errno
 import fcntl
 import functools
 import hashlib
@@ -45,11 +46,13 @@ import pathlib
 import pickle
 import re
 import shutil
+import subprocess
 import sys
 import tarfile
 import textwrap
 import threading
 import time
+import traceback
 import unicodedata
 import urllib.request
 import zipfile
@@ -102,25 +105,98 @@ def blame(name):
         raise DataError(f"{name}: {' '.join(text.split())[:300]}") from error
 
 
-LOG = ""                                                 # file of a run that keeps what goes to stderr, too
+# ---- lines and errors of a run -----------------------------------------------------------------
+OUT = ""                                                 # folder of the first process's run, with its log.txt
 
 
 def show(text, stream):
     """Print a line. Where nobody reads on (`| head`, a closed terminal) the output ends, not the run."""
-    if LOG and stream is sys.stderr:
-        with contextlib.suppress(OSError), open(LOG, "a", errors="backslashreplace") as f:
-            f.write(text + "\n")
     try:
         print(text.encode(errors="backslashreplace").decode(), file=stream, flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+def write_line(file, text):
+    """Adds a line to a file of the run's folder, if there is one."""
+    if OUT:
+        with open(f"{OUT}/{file}", "a", errors="backslashreplace") as f:
+            f.write(text + "\n")
+
+
+def log(text, **numbers):
+    """A line on the screen and in log.txt; numbers, if any, go to metrics.jsonl. First process only."""
+    if processes()[0] == 0:
+        show(text, sys.stdout)
+        write_line("log.txt", text)
+        if numbers:
+            write_line("metrics.jsonl", json.dumps(numbers))
+
+
 @functools.cache                                         # once: every stage opens the same files again
 def say(text):
-    """A line about files on stderr, from the first process; a script puts its own log here."""
-    if os.environ.get("RANK", "0") == "0":
+    """A line about files, from the first process: in a run's log, else on stderr, apart from the results."""
+    if OUT:
+        log(text)
+    elif os.environ.get("RANK", "0") == "0":
         show(text, sys.stderr)
+
+
+def fail(code, message):
+    """One line, then exit: 1 crash, 2 usage or config, 3 data or weights, 4 diverged, 75 stopped, saved."""
+    if code in (1, 3) or os.environ.get("RANK", "0") == "0":              # these may strike one process alone
+        line = f"{os.path.basename(sys.argv[0])}: {message}"
+        show(line, sys.stderr)
+        with contextlib.suppress(OSError):
+            write_line("log.txt", line)
+    raise SystemExit(code)
+
+
+@contextlib.contextmanager
+def one_line(cfg, *errors):
+    """Turns errors that a user can mend into one line with its exit code; the rest stays a crash.
+
+    errors: those besides DataError and the system's. cfg: the Config whose flags the line names.
+    """
+    try:
+        yield
+    except (DataError, OSError, *errors) as e:
+        full = getattr(e, "errno", 0) in (errno.EFBIG, errno.ENOSPC, errno.EDQUOT)
+        fail(3, str(e).splitlines()[0] + f"; free some space for {cfg.out} and run again" * full)
+    except torch.OutOfMemoryError as e:
+        now = cfg.batch_gpu or cfg.batch // processes()[1]
+        fail(1, f"{str(e).splitlines()[0]} Run again with a --batch_gpu smaller than {now}")
+    except RuntimeError as e:
+        if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            fail(2, f"--compile: {' '.join(str(e).split()[:40])}; mend the compiler, or pass --no-compile")
+        if not (calls := [f.line for f in traceback.extract_tb(e.__traceback__) if "dist." in f.line]):
+            raise
+        fail(1, f"{calls[0]}: {str(e).splitlines()[0]}; if another process died, it says why; run again")
+
+
+def open_out(out, script, argv):
+    """Makes the folder of a run, locks it (two runs would mix), begins its log. First process only."""
+    global OUT
+    if os.path.isfile(out):
+        fail(2, f"--out {out} is a file; name a folder")
+    os.makedirs(out, exist_ok=True)
+    lock = open(f"{out}/.lock", "a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)    # released by the system, however the process ends
+    except BlockingIOError:
+        lock.seek(0)
+        fail(2, f"another run ({lock.read()}) is at work in {out}; use another --out")
+    except OSError:
+        show(f"warning: {out} cannot be locked; start no second run in it", sys.stderr)
+    lock.truncate(0)
+    print(f"process {os.getpid()} on {os.uname().nodename}", end="", file=lock, flush=True)
+    OUT = out
+    say.cache_clear()                                    # so that its log says once what is read
+    folder, name = os.path.split(os.path.abspath(script))
+    commit = subprocess.getoutput(f"git -C '{folder}' rev-parse --short HEAD 2>/dev/null || echo none")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    log(f"{name} {' '.join(argv)} | torch {torch.__version__} | {device} | commit {commit}")
+    return lock
 
 
 # ---- Inception-v3 ------------------------------------------------------------------------------
@@ -1419,10 +1495,11 @@ def save_results(out, rows, note, stages):
 
 
 def seed_range(text):
-    """"0-63" or "7" -> range; empty if it is neither."""
+    """--seeds "0-63" or "7" -> range; exit code 2 if it is neither."""
     first, _, last = text.partition("-")
-    last = last or first
-    return range(int(first), int(last) + 1) if first.isdecimal() and last.isdecimal() else range(0)
+    if not re.fullmatch(r"\d+(-\d+)?", text) or int(last or first) < int(first):
+        fail(2, f"--seeds {text} is not possible; write 7 or 0-63")
+    return range(int(first), int(last or first) + 1)
 
 
 # ---- command line ------------------------------------------------------------------------------
@@ -1430,7 +1507,7 @@ def parse():
     """Command line -> namespace; exit code 2 with one line for what it does not know."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"fid.py: {message}; see python fid.py --help\n")
+    parser.error = lambda message: fail(2, f"{message}; see python fid.py --help")
     cuda = torch.cuda.is_available()
     add = functools.partial(parser.add_argument, default="")
     add("paths", nargs="*", metavar="A B", help="or one of " + ", ".join(REFERENCES))
@@ -1503,7 +1580,7 @@ def main():
     try:
         train_digits(args.train_digits) if args.train_digits else report(args)
     except ValueError as error:
-        sys.exit(print(f"fid.py: {error}", file=sys.stderr) or 3)
+        fail(3, str(error))
     if dist.is_initialized():
         dist.destroy_process_group()
 

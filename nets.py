@@ -1749,11 +1749,17 @@ def stamp(state):
     return f"crc32 {total:08x}"
 
 
-def restore(ckpt, path, net, ema, opt):
-    """Put back the weights, their average and the optimiser's moments of the checkpoint that path names."""
+def restore(ckpt, path, net, ema, opt, numbers):
+    """Put back weights, their average and the optimiser's moments of the checkpoint at path, if there is one.
+
+    Returns what it holds under the names of `numbers`, a dict; without a checkpoint the numbers given.
+    """
+    if ckpt is None:
+        return numbers
     load_weights(net, ckpt["net"], path)
     load_weights(ema, ckpt["ema"], path)
     opt.load_state_dict(ckpt["opt"])
+    return {name: ckpt[name] for name in numbers}
 
 
 def cost(ckpt):

@@ -16,9 +16,6 @@ Run the same command again to resume. Copy and fork as you please.
 # dependencies = ["torch", "numpy", "lpips", "pillow", "scipy"]
 # ///
 import argparse
-import difflib
-import errno
-import fcntl
 import hashlib
 import inspect
 import itertools
@@ -27,14 +24,12 @@ import math
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
-import traceback
 import zlib
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
@@ -49,6 +44,7 @@ import torch.nn.functional as F
 import fid
 import nets
 import solvers
+from fid import fail, log
 
 
 # ---- knobs ------------------------------------------------------------------------------------
@@ -134,8 +130,8 @@ HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 NAMED = {}                                            # flags that need the stage's name: none here
 STAMPED = "data", "teacher"                           # compared by what they hold, wherever that lies
 FREE = {  # fields that may differ when a stage goes on, or is found finished; by stage, and by --decay
-    "*": "dry_run stage out source encoders teacher vae prompts seeds samples repeat nfe compile batch_gpu "
-         "log_every save_every",
+    "*": "dry_run data stage out source encoders teacher vae prompts seeds samples repeat nfe compile "
+         "batch_gpu log_every save_every",
     "constant": "steps",
     "pretrain": "mid post init omega kappa guide_from guide_to nodes trajectories",
     "mid": "pretrain post ratio P_mean P_std power",
@@ -166,10 +162,7 @@ def parse(argv=None):
     if "--help" in argv:
         values = vars(parse([a for a in argv if a != "--help"])).items()
         parser().epilog += f"\nWith these flags: {', '.join(f'{k} = {v!r}' for k, v in values)}"
-    typed, unknown = parser().parse_known_args(argv)
-    if unknown:
-        near = difflib.get_close_matches(unknown[0].split("=")[0], [f"--{f.name}" for f in fields(Config)], 1)
-        fail(2, f"unknown flag {unknown[0]}; " + (f"did you mean {near[0]}?" if near else "--help lists all"))
+    typed = parser().parse_args(argv)
     own = f"{getattr(typed, 'stage', 'all')}."        # only what was typed, for all stages or for this one
     named = NAMED.get(own[:-1], "").split()
     general = {k: v for k, v in vars(typed).items() if "." not in k and k not in named}
@@ -484,7 +477,7 @@ def encode_coco(cfg):
         np.save(f"{target}/null.npy", clip.ids([""])[0].numpy())
         fid.write_json(f"{target}/val.json", [captions for _, captions in val])
         fid.write_json(f"{target}/index.json", dict(record, shards=-(-len(train) // record["shard"])))
-        log(cfg, f"encode: {target}, {len(train):,} images, {len(texts):,} captions, {len(val):,} for FID")
+        log(f"encode: {target}, {len(train):,} images, {len(texts):,} captions, {len(val):,} for FID")
 
 
 # ---- losses -----------------------------------------------------------------------------------
@@ -721,7 +714,7 @@ TIMEOUT = timedelta(minutes=10)                       # choice: ten minutes for 
 def launch(cfg):
     """Join the other processes of torchrun, if any: gloo on CPUs, NCCL on GPUs. Plain python: one process."""
     global RANK, WORLD, DEVICE, PATIENT
-    fid.LOG, RANK, WORLD = "", int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    fid.OUT, RANK, WORLD = "", int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if torch.cuda.is_available():
         DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(DEVICE)
@@ -731,32 +724,6 @@ def launch(cfg):
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo", timeout=TIMEOUT)
         PATIENT = fid.patient_group()                 # for waits where files are read or written
-
-
-def fail(code, message):
-    """One line, then exit: 1 crash, 2 usage or config, 3 data or weights, 4 diverged, 75 stopped, saved."""
-    if code in (1, 3) or os.environ.get("RANK", "0") == "0":              # these may strike one process alone
-        fid.show(f"{os.path.basename(sys.argv[0])}: {message}", sys.stderr)
-    raise SystemExit(code)
-
-
-@contextmanager
-def one_line(cfg):
-    """Turns errors that a user can mend into one line with its exit code; the rest stays a crash."""
-    try:
-        yield
-    except (fid.DataError, nets.WeightsError, OSError) as e:
-        full = getattr(e, "errno", 0) in (errno.EFBIG, errno.ENOSPC, errno.EDQUOT)
-        fail(3, str(e).splitlines()[0] + f"; free some space for {cfg.out} and run again" * full)
-    except torch.OutOfMemoryError as e:
-        now = cfg.batch_gpu or cfg.batch // WORLD
-        fail(1, f"{str(e).splitlines()[0]} Run again with a --batch_gpu smaller than {now}")
-    except RuntimeError as e:
-        if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            fail(2, f"--compile: {' '.join(str(e).split()[:40])}; mend the compiler, or pass --no-compile")
-        if not (calls := [f.line for f in traceback.extract_tb(e.__traceback__) if "dist." in f.line]):
-            raise
-        fail(1, f"{calls[0]}: {str(e).splitlines()[0]}; if another process died, it says why; run again")
 
 
 def fold(*key):
@@ -788,16 +755,6 @@ def agree(what, facts):
                 "share --out, --data and weights")
 
 
-def log(cfg, text, **numbers):
-    """A line on the screen and in log.txt; numbers, if any, go to metrics.jsonl. First process only."""
-    if RANK == 0:
-        fid.show(text, sys.stdout)
-        lines = {"log.txt": text, "metrics.jsonl": numbers and json.dumps(numbers)}
-        for name in lines if numbers else ["log.txt"]:
-            with open(f"{cfg.out}/{name}", "a", errors="backslashreplace") as f:
-                f.write(lines[name] + "\n")
-
-
 def resume(cfg, path):
     """The checkpoint at path, if this configuration made it; else exit code 2 names what differs."""
     ckpt = nets.load_checkpoint(path, whole=True)
@@ -805,27 +762,19 @@ def resume(cfg, path):
     later = any(os.path.exists(f"{cfg.out}/{s}.pt") for s in STAGES[STAGES.index(cfg.stage) + 1:])
     for f in fields(Config) if ckpt else ():
         was, now = ckpt["cfg"].get(f.name, f.default), getattr(cfg, f.name)
-        may, how = f.name in free, "use another --out"
-        if f.name == "data":                          # of one kind; what they hold is compared in is_over
-            may = data_name(replace(cfg, data=was)) == data_name(cfg)
-        if f.name == "steps":                         # more of them, before another stage begins from here
-            may = may and not later and now >= ckpt["step"]
-            how += f", there train on from it by --init {path}" * (cfg.stage != "pretrain")
-        if was != now and not may:
-            fail(2, f"{path} was made with --{f.name} {was}, now it is {now}; {how} (the file is of "
-                    f"{ckpt.get('script', 'an older script')})")
+        steps = f.name == "steps"                     # more of them, before another stage begins from here
+        if was != now and (f.name not in free or steps and (later or now < ckpt["step"])):
+            how = f", there train on from it by --init {path}" * (steps and cfg.stage != "pretrain")
+            made = f"{ckpt.get('script', 'an older script')} --data {ckpt['cfg']['data']}"
+            fail(2, f"{path} was made with --{f.name} {was}, now {now}; use another --out{how} ({made})")
     agree(f"step of {path}", ckpt and ckpt["step"])
     return ckpt
 
 
-def is_over(cfg, path, ckpt, data=""):
-    """Whether the stage is finished: with data and a teacher of the same names or, once read, this stamp."""
-    if data and ckpt and ckpt["data"] != data:
+def same_data(ckpt, path, data):
+    """Exit code 2 if the checkpoint at path, if there is one, saw other data or asked another teacher."""
+    if ckpt and ckpt["data"] != data:
         fail(2, f"--data or --teacher has changed: {path} saw {ckpt['data']}, now {data}; use another --out")
-    same = data or ckpt and all(ckpt["cfg"][name] == getattr(cfg, name) for name in STAMPED)
-    if over := same and ckpt and ckpt["step"] >= cfg.steps:
-        log(cfg, f"{cfg.stage}: {path} is finished, nothing to do")
-    return over
 
 
 def lr_at(cfg, step):
@@ -848,31 +797,31 @@ def total(grad, scale):
     return torch.stack([grad[:-2].norm(), grad[-2], grad[-1]]).tolist()
 
 
-def report(cfg, done, lr, since, **more):
+def report(cfg, done, lr, tally, **more):
     """The line of a step: means over the finite steps since the last line, speed, time left."""
-    took, n = time.time() - since["clock"], done - since["step"]
-    loss, norm = (sum(v) / len(v) if v else math.nan for v in (since["losses"], since["norms"]))
-    since.update(step=done, clock=time.time(), seconds=since["seconds"] + took, losses=[], norms=[])
+    took, n = time.time() - tally["clock"], done - tally["step"]
+    loss, norm = (sum(v) / len(v) if v else math.nan for v in (tally["losses"], tally["norms"]))
+    tally.update(step=done, clock=time.time(), seconds=tally["seconds"] + took, losses=[], norms=[])
     if DEVICE.type == "cuda":
         more["GB"] = nets.peak_memory()
-    numbers = dict(step=done, images=done * cfg.batch, loss=loss, grad=norm, skipped=since["skipped"], lr=lr,
-                   images_per_second=n * cfg.batch / took, seconds=since["seconds"], **more)
+    numbers = dict(step=done, images=done * cfg.batch, loss=loss, grad=norm, skipped=tally["skipped"], lr=lr,
+                   images_per_second=n * cfg.batch / took, seconds=tally["seconds"], **more)
     later = sum(c.steps * c.batch for c in ROAD if STAGES.index(c.stage) > STAGES.index(cfg.stage))
-    log(cfg, fid.step_line(cfg.stage, cfg.steps, cfg.batch, later, numbers), stage=cfg.stage, **numbers)
+    log(fid.step_line(cfg.stage, cfg.steps, cfg.batch, later, numbers), stage=cfg.stage, **numbers)
 
 
-def count(cfg, since, loss, norm):
+def count(cfg, tally, loss, norm):
     """Count a step as finite or skipped; fp16's scale grows or halves. Exit code 4 at 10 skipped in a row."""
     if math.isfinite(norm + loss):
-        since["losses"].append(loss)
-        since["norms"].append(norm)
-        since.update(bad=0, scale=since["scale"] * (2 ** (1 / 2000) if cfg.precision == "fp16" else 1))
+        tally["losses"].append(loss)
+        tally["norms"].append(norm)
+        tally.update(bad=0, scale=tally["scale"] * (2 ** (1 / 2000) if cfg.precision == "fp16" else 1))
         return
-    since.update(bad=since["bad"] + 1, skipped=since["skipped"] + 1)
-    if cfg.precision == "fp16" and since["scale"] > 1:          # while the scale falls, nothing has diverged
-        since["scale"] /= 2
-    elif since["bad"] >= 10:
-        fail(4, f"{cfg.stage}: loss or gradient not finite in {since['bad']} steps in a row; {cfg.out} keeps "
+    tally.update(bad=tally["bad"] + 1, skipped=tally["skipped"] + 1)
+    if cfg.precision == "fp16" and tally["scale"] > 1:          # while the scale falls, nothing has diverged
+        tally["scale"] /= 2
+    elif tally["bad"] >= 10:
+        fail(4, f"{cfg.stage}: loss or gradient not finite in {tally['bad']} steps in a row; {cfg.out} keeps "
                 "the last good checkpoint; try a smaller --lr with another --out")
 
 
@@ -905,27 +854,6 @@ def on_signal(number, frame):
     """Ask the loop to save and leave (exit code 75); a second Ctrl-C leaves at once."""
     STOP.append(number)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def open_out(cfg, argv):
-    """Make <out>, lock it (two runs in it would mix), say in log.txt what runs. First process only."""
-    os.makedirs(cfg.out, exist_ok=True)
-    lock = open(f"{cfg.out}/.lock", "a+")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)    # released by the system, however the process ends
-    except BlockingIOError:
-        lock.seek(0)
-        fail(2, f"another run ({lock.read()}) is at work in {cfg.out}; use another --out")
-    except OSError:
-        fid.show(f"warning: {cfg.out} cannot be locked; start no second run in it", sys.stderr)
-    lock.truncate(0)
-    print(f"process {os.getpid()} on {os.uname().nodename}", end="", file=lock, flush=True)
-    git = f"git -C '{os.path.dirname(os.path.abspath(__file__))}' rev-parse --short HEAD 2>/dev/null"
-    device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
-    log(cfg, f"{os.path.basename(__file__)} {' '.join(argv)} | torch {torch.__version__} | {device} | commit "
-             f"{subprocess.getoutput(git + ' || echo none')}")
-    fid.say, fid.LOG = cache(partial(log, cfg)), f"{cfg.out}/log.txt"      # lines about files, once; errors
-    return lock
 
 
 LIMITS = {  # (rule, least, below): fields
@@ -983,7 +911,7 @@ def dry_run(argv, configs):
     codes, road, script = {}, {}, os.path.basename(__file__)
     for c in configs:
         try:
-            with one_line(c):
+            with fid.one_line(c, nets.WeightsError):
                 ckpt = check(c) and (resume(c, f"{c.out}/{c.stage}.pt") or dict(step=0))
                 if ckpt and ckpt["step"] < c.steps:
                     road[c.stage] = c.steps - ckpt["step"], c.batch
@@ -1002,8 +930,7 @@ def check_teacher(cfg, given, data, wanted):
     """Exit code 2 if our own learned other data; 3 if the given one draws other images. wanted: arguments."""
     own = nets.finished(f"{cfg.out}/pretrain.pt") if cfg.teacher in ("", "scratch") else None
     said = teacher_state(cfg)[1] if given and not own else {}
-    if own and own["data"] != data:
-        fail(2, f"--data has changed: {cfg.out}/pretrain.pt saw {own['data']}, now {data}; use another --out")
+    same_data(own, f"{cfg.out}/pretrain.pt", data)
     if odd := [name for name in wanted if said.get(name, wanted[name]) != wanted[name]]:
         fail(3, f"--teacher {cfg.teacher}: its {odd[0]} is {said[odd[0]]}, that of --data {cfg.data} is "
                 f"{wanted[odd[0]]}; pass a teacher of such data")
@@ -1019,10 +946,7 @@ def check_values(cfg, trains):
         fail(2, f"--batch {cfg.batch} must be a multiple of the {WORLD} processes")
     if trains and cfg.batch_gpu and cfg.batch // WORLD % cfg.batch_gpu:
         fail(2, f"--batch_gpu {cfg.batch_gpu} must divide the {cfg.batch // WORLD} of --batch in a process")
-    if os.path.isfile(cfg.out):
-        fail(2, f"--out {cfg.out} is a file; name a folder")
-    if not fid.seed_range(cfg.seeds):
-        fail(2, f"--seeds {cfg.seeds} is not possible; write 7 or 0-63")
+    fid.seed_range(cfg.seeds)
 
 
 # ---- main -------------------------------------------------------------------------------------
@@ -1127,14 +1051,14 @@ def first_weights(cfg, teacher):
 def train(cfg):
     """One stage (pretrain, mid, post) from its last checkpoint to its end: set-up, method, bookkeeping."""
     if left_out(cfg):
-        return log(cfg, f"{cfg.stage}: not needed with --mid none --init {cfg.init}")
+        return log(f"{cfg.stage}: not needed with --mid none --init {cfg.init}")
     if cfg.stage == "pretrain" and cfg.teacher:
         teacher_state(cfg)                            # read and checked, not trained
         return
     path, B = f"{cfg.out}/{cfg.stage}.pt", cfg.batch
     ckpt = resume(cfg, path)
-    if is_over(cfg, path, ckpt):
-        return
+    if ckpt and ckpt["step"] >= cfg.steps and all(ckpt["cfg"][k] == getattr(cfg, k) for k in STAMPED):
+        return log(f"{cfg.stage}: {path} is finished, nothing to do")
     images, encoder = load_data(cfg), text_encoder(cfg)                   # mid reads captions, never an image
     data, null, shape = images.stamp, encoder(images.null[None]), images.shape
     weights, sit_start = None, cfg.stage == "post" and cfg.mid == "none" and cfg.init == "sit"
@@ -1144,8 +1068,7 @@ def train(cfg):
         teacher = build(cfg, model, weights, cfg.teacher or "the teacher")
         teacher.requires_grad_()                      # else autocast casts its weights anew at each call
         data += f", teacher {nets.stamp(weights)}"
-    if is_over(cfg, path, ckpt, data):
-        return
+    same_data(ckpt, path, data)
     model = net_arguments(cfg, images, null.shape[-1])
     net = build(cfg, model, *(() if ckpt else first_weights(cfg, weights)), train=True)
     ema = deepcopy(net).requires_grad_(False).eval()
@@ -1154,12 +1077,10 @@ def train(cfg):
     flat.grad = grad[:-2]
     betas = (0.9, 0.999 if cfg.stage == "pretrain" else 0.95)                 # REPA; MF
     opt = torch.optim.Adam([flat], betas=betas, fused=True)
-    since = dict(step=0, seconds=0.0, skipped=0, scale=2.0**15 if cfg.precision == "fp16" else 1.0)
-    if ckpt:
-        nets.restore(ckpt, path, net, ema, opt)
-        since = {name: ckpt[name] for name in since}
+    tally = dict(step=0, seconds=0.0, skipped=0, scale=2.0**15 if cfg.precision == "fp16" else 1.0)
+    tally = nets.restore(ckpt, path, net, ema, opt, tally)
     agree("data and sum of the first weights", (data, flat.sum(dtype=torch.float64).item()))
-    kept, since = list(since), dict(since, bad=0, losses=[], norms=[], clock=time.time())
+    kept, tally = list(tally), dict(tally, bad=0, losses=[], norms=[], clock=time.time())
     ckpt = weights = None                             # as large as the net, and needed no more
 
     def features_of(words, drop):
@@ -1171,11 +1092,11 @@ def train(cfg):
     shown = encoder(images.texts(torch.arange(64) * images.count // 64, torch.zeros(64)))
     steps = cfg.nfe if cfg.stage == "pretrain" else 1
     reader = ThreadPoolExecutor(1)                    # it reads one step ahead
-    ahead = reader.submit(read_captioned, cfg, images, since["step"]) if cfg.stage != "mid" else None
+    ahead = reader.submit(read_captioned, cfg, images, tally["step"]) if cfg.stage != "mid" else None
     saved = dict(data=data, model=model, cfg=asdict(cfg), script=os.path.basename(__file__))
-    log(cfg, fid.begin_stage(cfg.out, asdict(cfg), since["step"], nets.memory(flat, opt, path)))
+    log(fid.begin_stage(cfg.out, asdict(cfg), tally["step"], nets.memory(flat, opt, path)))
 
-    for step in range(start := since["step"], cfg.steps):
+    for step in range(start := tally["step"], cfg.steps):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         if cfg.stage == "mid":
@@ -1195,7 +1116,7 @@ def train(cfg):
             level, tokens = (a.to(DEVICE, non_blocking=True) for a in (t.view(-1, 1, 1, 1), tokens))
             z, v = (1 - level) * x + level * eps, eps - x
 
-        weight = micro / B * since["scale"]
+        weight = micro / B * tally["scale"]
         for k in range(0, share, micro):
             i, features = slice(k, k + micro), None
             if cfg.stage == "mid":
@@ -1211,7 +1132,7 @@ def train(cfg):
             (loss * weight).backward()
             grad[-2] += loss.detach() * weight
             add_errors(errors, square / z[0].numel(), (t - r)[i])
-        norm, loss, stop = total(grad, since["scale"])                        # the one wait of a step
+        norm, loss, stop = total(grad, tally["scale"])                        # the one wait of a step
         if cfg.clip and norm > cfg.clip:
             grad *= cfg.clip / norm
         if math.isfinite(norm + loss):            # else: no step, and no trace of it in weights and moments
@@ -1221,16 +1142,16 @@ def train(cfg):
 
         # bookkeeping from here on
         done = step + 1
-        count(cfg, since, loss, norm)
+        count(cfg, tally, loss, norm)
         to_save = stop or done % cfg.save_every == 0 or done == cfg.steps
         if to_save or done % cfg.log_every == 0:
-            report(cfg, done, lr, since, **mse_by_gap(errors, "repa"))
+            report(cfg, done, lr, tally, **mse_by_gap(errors, "repa"))
         if to_save and RANK == 0:
             nets.save_checkpoint(path, net=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(),
-                                 **saved, **{k: since[k] for k in kept})
+                                 **saved, **{k: tally[k] for k in kept})
             sampler = make_sampler(cfg, ema, steps, lambda seeds: shown[list(seeds)], null, decode=False)
             fid.save_preview(cfg.out, cfg.stage, done, sampler, cfg.batch_gpu or 64)
-            since["clock"] = time.time()
+            tally["clock"] = time.time()
         if to_save and WORLD > 1:                     # process 0 may save for longer than it waits for others
             dist.monitored_barrier(PATIENT, TIMEOUT if RANK == 0 else timedelta(days=9))
         if stop:
@@ -1291,7 +1212,7 @@ def sample_captions(cfg):
     found, prompts, null = candidates(cfg), given_prompts(cfg), encoder(encoder.ids([""]))
     for prompt in prompts:
         if cut := words_cut_off(encoder, prompt):
-            log(cfg, f"warning: --prompts {prompt!r} is too long for the text encoder, which drops {cut!r}")
+            log(f"warning: --prompts {prompt!r} is too long for the text encoder, which drops {cut!r}")
     for name, net, kinds, _ in found:
         for steps in kinds:
             folder, shown = f"{cfg.out}/samples/{name}_{steps}", []
@@ -1303,7 +1224,7 @@ def sample_captions(cfg):
                     shown.append((prompt, fid.draw(sampler, seeds[:8], batch)))
             if RANK == 0:
                 fid.save_captions(f"{cfg.out}/samples_{name}_{steps}.png", name, steps, shown)
-            log(cfg, f"sample: {len(seeds)} images of each of {len(prompts)} captions in {folder}")
+            log(f"sample: {len(seeds)} images of each of {len(prompts)} captions in {folder}")
 
 
 def evaluate(cfg):
@@ -1332,14 +1253,14 @@ def evaluate(cfg):
             if WORLD > 1:
                 dist.all_reduce(right)
             reads[column] = f"{right[0] / right[1]:.1%}" if digits else "-"
-            log(cfg, f"eval: {name} {column} {row[column]}" + f", {reads[column]} show their digit" * digits,
+            log(f"eval: {name} {column} {row[column]}" + f", {reads[column]} show their digit" * digits,
                 stage="eval", net=name, metric=column, values=values, read=reads[column])
         rows += [row, reads] if digits else [row]
     scale = cfg.omega / (1 - cfg.kappa)
     decoder = "none (pixels)" if digits else encoder_of_data(cfg, "vae", load_vae, cfg.vae).identity
     note = (f"{cfg.samples} samples a score, seeds from 0, EMA weights, decoder {decoder}, guidance "
             f"{scale:.4g} (omega {cfg.omega}, kappa {cfg.kappa}) for t in [{cfg.guide_from}, {cfg.guide_to}]")
-    log(cfg, fid.save_results(cfg.out, rows, f"{fid.protocol(ours, reference)}\n{note}", stages))
+    log(fid.save_results(cfg.out, rows, f"{fid.protocol(ours, reference)}\n{note}", stages))
 
 
 def main(argv=None):
@@ -1352,12 +1273,12 @@ def main(argv=None):
     configs = [parse([*argv, "--stage", stage]) for stage in stages]
     if cfg.dry_run:
         raise SystemExit(dry_run(argv, configs))
-    with one_line(cfg):
+    with fid.one_line(cfg, nets.WeightsError):
         ROAD[:] = [c for c in configs if check(c)]
-        with open_out(cfg, argv) if RANK == 0 else nullcontext():     # holds the lock of <out>
+        with fid.open_out(cfg.out, __file__, argv) if RANK == 0 else nullcontext():        # its lock
             agree(f"{cfg.out}/log.txt", fid.written(f"{cfg.out}/log.txt"))
             opened.cache_clear()                      # read once more, so that the log says what is read
-            log(cfg, fid.overview({c.stage: (c.steps, c.batch) for c in ROAD}, WORLD, DEVICE, cfg.data))
+            log(fid.overview({c.stage: (c.steps, c.batch) for c in ROAD}, WORLD, DEVICE, cfg.data))
             for c in configs:
                 if STOP:
                     fail(75, "stopped by a signal; run the same command again to go on")
@@ -1368,7 +1289,7 @@ def main(argv=None):
                 torch.backends.cudnn.allow_tf32 = c.precision != "fp32"
                 for number in SIGNALS:                # training saves first, the rest just ends
                     signal.signal(number, signal.SIG_DFL if c.stage in RUN else on_signal)
-                log(c, ABOUT.get(c.stage, c.stage))
+                log(ABOUT.get(c.stage, c.stage))
                 RUN.get(c.stage, train)(c)
     if dist.is_initialized():
         dist.destroy_process_group()

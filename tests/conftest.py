@@ -59,10 +59,9 @@ def beside(request):
 
 
 @pytest.fixture(autouse=True)
-def say(monkeypatch, say=fid.say):
-    """Lines about files go to stderr again: a run sends them to its log."""
-    monkeypatch.setattr(fid, "say", say)
-    monkeypatch.setattr(fid, "LOG", "")
+def no_run(monkeypatch):
+    """No run before has left its folder: lines about files go to stderr, and to no log."""
+    monkeypatch.setattr(fid, "OUT", "")
 
 
 @pytest.fixture

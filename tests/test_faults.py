@@ -568,9 +568,9 @@ def test_a_run_goes_on_when_the_data_are_the_same_wherever_they_lie(capsys, monk
     exit_code, err = code([*argv, "--data", "other", "--out", "cut"], capsys)         # the finished stage too
     assert exit_code == 2 and "--data or --teacher has changed" in err
     script.main([*argv, "--data", "own/", "--out", "cut"])
-    assert "finished, nothing to do" in capsys.readouterr().out
+    assert "from step 5 to 5" in capsys.readouterr().out
     exit_code, err = code([*argv, "--data", "digits", "--out", "cut"], capsys)
-    assert exit_code == 2 and "was made with --data" in err
+    assert exit_code == 2 and "was made with --" in err and "--data copy)" in err
 
 
 def test_a_finished_stage_of_another_teacher_is_refused(road, capsys):
@@ -580,7 +580,7 @@ def test_a_finished_stage_of_another_teacher_is_refused(road, capsys):
     other = torch.load(road / "pretrain.pt", weights_only=True)
     torch.save(other, "copy.pt")
     script.main([*map(str, argv), "copy.pt"])
-    assert "finished, nothing to do" in capsys.readouterr().out
+    assert "from step 2 to 2" in capsys.readouterr().out
     other["ema"]["model.map_layer0.bias"] += 1e-3
     torch.save(other, "other.pt")
     exit_code, err = code([*argv, "other.pt"], capsys)
@@ -598,7 +598,7 @@ def test_a_finished_stage_of_constant_rate_goes_on_with_more_steps(road, capsys)
     assert code([*argv, "3", "--out", "grown"], capsys)[0] == 2
     Path("grown/mid.pt").touch()
     exit_code, err = code([*argv, "6", "--out", "grown"], capsys)
-    assert exit_code == 2 and "--steps 4, now it is 6" in err
+    assert exit_code == 2 and "--steps 4, now 6" in err
     exit_code, err = code([*TINY, "--out", road, "--stage", "post", "--steps", "6"], capsys)
     assert exit_code == 2 and f"use another --out, there train on from it by --init {road}/post.pt" in err
     words = [*TINY, "--out", "new", "--stage", "post", "--steps", "1", "--init", road / "post.pt", "--teacher", road / "pretrain.pt"]
@@ -731,7 +731,7 @@ def test_a_folder_without_locks_is_used_with_a_warning(monkeypatch, capsys):
     """Some network file systems have none: that is not another run."""
     def no_locks(*a):
         raise OSError(37, "No locks available")
-    monkeypatch.setattr(script.fcntl, "flock", no_locks)
+    monkeypatch.setattr(fid.fcntl, "flock", no_locks)
     script.main([*PRETRAIN, "--steps", "1", "--out", "run"])
     assert "cannot be locked" in capsys.readouterr().err and Path("run/pretrain.pt").exists()
 
@@ -741,7 +741,7 @@ def test_the_error_of_a_collective_is_printed(capsys):
     class dist:
         def all_reduce(self):
             raise RuntimeError("CUDA error: device-side assert triggered\nmore lines")
-    with pytest.raises(SystemExit) as e, script.one_line(script.parse(["--data", "digits"])):
+    with pytest.raises(SystemExit) as e, fid.one_line(script.parse(["--data", "digits"]), nets.WeightsError):
         dist = dist()
         dist.all_reduce()
     line = capsys.readouterr().err
@@ -778,7 +778,7 @@ def test_what_ends_a_run_stands_in_its_log(monkeypatch, capsys):
 
 def test_out_of_memory_names_the_flag(capsys):
     cfg = script.parse(["--data", "digits", "--batch_gpu", "8"])
-    with pytest.raises(SystemExit) as e, script.one_line(cfg):
+    with pytest.raises(SystemExit) as e, fid.one_line(cfg, nets.WeightsError):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
     assert e.value.code == 1 and "--batch_gpu smaller than 8" in capsys.readouterr().err
 

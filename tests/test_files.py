@@ -171,14 +171,10 @@ def as_folder_and_zip(files, root="."):
     return [f"{root}/set", f"{root}/set.zip"]
 
 
-SAY = fid.say                                                         # a script may have put its log there
-
-
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(fid, "say", SAY)
-    SAY.cache_clear()
+    fid.say.cache_clear()
 
 
 def one_line(error, *texts):
@@ -529,7 +525,7 @@ def refused(script, capsys, *flags):
     """Exit code and lines of the check of post-training of digits; 0 if it passes."""
     cfg = script.parse(["--data", "digits", "--stage", "post", "--out", "x", *flags])
     try:
-        with script.one_line(cfg):
+        with fid.one_line(cfg, nets.WeightsError):
             script.check(cfg)
     except SystemExit as e:
         return e.code, capsys.readouterr().err.splitlines()

@@ -659,7 +659,7 @@ BAD = [
     ("--stage post", 3, "run --stage mid first"),
     ("--stage post --mid none --post teacher", 3, "run --stage pretrain first"),
     ("--data imagenet --stage pretrain", 3, "imagenet256-sd"),
-    ("--lable_drop 1", 2, "unknown flag"),
+    ("--lable_drop 1", 2, "unrecognized arguments: --lable_drop"),
 ]
 
 

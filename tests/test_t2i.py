@@ -733,7 +733,7 @@ BAD = [
     ("--data coco --stage pretrain", 3, "coco256-sd: not there"),
     ("--data ./none --stage pretrain", 3, "none: not there"),
     ("--data cocoo", 2, "not one of coco, digits"),
-    ("--promts a", 2, "did you mean --prompts?"),
+    ("--promts a", 2, "unrecognized arguments: --promts"),
 ]
 
 

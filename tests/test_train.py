@@ -260,7 +260,7 @@ def test_post_starts_from_init_file_where_it_is_named(road):
 
 # ---- bad input -----------------------------------------------------------------------------------
 BAD = [  # (command line, exit code, what the line must say)
-    ("--dat digits", 2, "unknown flag --dat; did you mean --data?"),
+    ("--dat digits", 2, "unrecognized arguments: --dat digits; --help lists every flag"),
     ("--data digits --batch ten", 2, "--batch"),
     ("--data digits --mid best", 2, "choose from"),
     ("--data digits --lr -1", 2, "--lr -1.0 is not possible"),
@@ -338,14 +338,14 @@ def test_a_finished_stage_of_another_road_is_not_taken_for_this_one(road, capsys
 def test_every_process_names_the_fault_it_meets(monkeypatch, capsys):
     """A broken image is met by one process of eight: its line must not be lost with its rank."""
     monkeypatch.setenv("RANK", "1")
-    with pytest.raises(SystemExit), script.one_line(script.parse(["--data", "digits"])):
+    with pytest.raises(SystemExit), script.fid.one_line(script.parse(["--data", "digits"]), nets.WeightsError):
         raise script.fid.DataError("img00000007.png is broken")
     assert "img00000007.png is broken" in capsys.readouterr().err
 
 
 def test_a_machine_without_git_runs_all_the_same(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    script.open_out(script.parse(["--data", "digits", "--out", "x"]), []).close()
+    script.fid.open_out("x", script.__file__, []).close()
     assert "commit none" in Path("x/log.txt").read_text()
 
 
@@ -393,7 +393,7 @@ def test_a_flag_behind_a_stage_is_that_stages_alone(name, capsys):
     for wrong in ("--mid.lrr", "--mid.out", "--sample.lr", "--mid.stage"):
         with pytest.raises(SystemExit) as stop:
             other.parse([*argv, wrong, "1"])
-        assert stop.value.code == 2 and f"unknown flag {wrong}" in capsys.readouterr().err
+        assert stop.value.code == 2 and f"unrecognized arguments: {wrong}" in capsys.readouterr().err
 
 
 def test_help_shows_every_knob_with_its_comment(capsys):

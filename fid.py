@@ -759,9 +759,24 @@ def processes():
 
 
 def patient_group():
-    """A group of all processes that wait for days, if need be, for one that reads; None of one alone."""
-    days = datetime.timedelta(days=9)
-    return dist.new_group(timeout=days, backend="gloo") if dist.is_initialized() else None
+    """The group of all processes that wait for days, if need be, for one that reads; None of one alone."""
+    return patient_group_of(dist.group.WORLD) if dist.is_initialized() else None
+
+
+@functools.cache
+def patient_group_of(world):
+    """A patient_group, made once for each time that the processes meet."""
+    return dist.new_group(timeout=datetime.timedelta(days=9), backend="gloo")
+
+
+def agree(what, facts):
+    """Exit code 3 where processes have read different files."""
+    seen = [facts] * processes()[1]
+    if group := patient_group():
+        dist.all_gather_object(seen, facts, group)
+    if others := [k for k, facts in enumerate(seen) if facts != seen[0]]:
+        fail(3, f"{what}: {seen[0]} in process 0, {seen[others[0]]} in process {others[0]}; all nodes must "
+                "share --out, --data and weights")
 
 
 def written(path):
@@ -1188,6 +1203,20 @@ def score(sampler, features, reference, samples, repeat=1, batch=250):
     return text, distances, ours
 
 
+def score_net(row, samplers, features, reference, cfg, **more):
+    """Scores a net: to its row of the table a column for each of samplers {steps: sampler}, and a line.
+
+    cfg: a Config with samples, repeat, batch_gpu; more: for metrics.jsonl. Returns the last Reference.
+    """
+    for steps, sampler in samplers.items():
+        column = f"{steps}-step {features.protocol.partition(':')[0]}"
+        row[column], values, ours = score(sampler, features, reference, cfg.samples, cfg.repeat,
+                                          cfg.batch_gpu or 250)
+        log(f"eval: {row['stage']} {column} {row[column]}", stage="eval",
+            net=row["stage"].partition(",")[0], metric=column, values=values, **more)
+    return ours
+
+
 def save_images(sampler, seeds, prefix, batch=64):
     """One PNG a seed, prefix000007.png; every process draws and writes its share."""
     rank, world = processes()
@@ -1474,8 +1503,9 @@ def save_classes(out, name, steps, images, seeds, classes):
 
 
 def table(rows):
-    """A list of dicts with the same keys as a Markdown table."""
-    lines = [rows[0].keys(), ["---"] * len(rows[0]), *(row.values() for row in rows)]
+    """A list of dicts as a Markdown table; of all their keys, those of the last ones first."""
+    keys = dict.fromkeys(key for row in reversed(rows) for key in row)
+    lines = [keys, ["---"] * len(keys), *([row.get(key, "-") for key in keys] for row in rows)]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 

@@ -43,7 +43,7 @@ from PIL import Image
 import fid
 import nets
 import solvers
-from fid import fail, log
+from fid import agree, fail, log
 
 
 # ---- knobs ------------------------------------------------------------------------------------
@@ -551,7 +551,7 @@ def draw_sheets(cfg, found):
 
 
 # ---- plumbing ---------------------------------------------------------------------------------
-RANK, WORLD, DEVICE, PATIENT = 0, 1, torch.device("cpu"), None         # of this process; launch() sets them
+RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]                      # USR1: Slurm's --signal
 SIGNALS += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)      # trap: nohup ignores it
 STOP = []                                             # signals received: the loop saves, then ends
@@ -561,7 +561,7 @@ TIMEOUT = timedelta(minutes=10)                       # choice: ten minutes for 
 
 def launch(cfg):
     """Join the other processes of torchrun, if any: gloo on CPUs, NCCL on GPUs. Plain python: one process."""
-    global RANK, WORLD, DEVICE, PATIENT
+    global RANK, WORLD, DEVICE
     fid.OUT, RANK, WORLD = "", int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if torch.cuda.is_available():
         DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -571,7 +571,7 @@ def launch(cfg):
         torch.set_num_threads(1)
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo", timeout=TIMEOUT)
-        PATIENT = fid.patient_group()                 # for waits where files are read or written
+        fid.patient_group()                           # made here, where no process waits long for another
 
 
 def fold(*key):
@@ -591,16 +591,6 @@ def gather(x):
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(WORLD)]
     dist.all_gather(parts, x.contiguous())
     return torch.cat(parts, 1)
-
-
-def agree(what, facts):
-    """Exit code 3 where processes have read different files."""
-    seen = [facts] * WORLD
-    if WORLD > 1:
-        dist.all_gather_object(seen, facts, PATIENT)
-    if others := [k for k in range(WORLD) if seen[k] != seen[0]]:
-        fail(3, f"{what}: {seen[0]} in process 0, {seen[others[0]]} in process {others[0]}; all nodes must "
-                "share --out, --data and weights")
 
 
 def resume(cfg, path):
@@ -993,7 +983,7 @@ def train(cfg):
             fid.save_preview(cfg.out, cfg.stage, done, previewer(cfg, ema), cfg.batch_gpu or 64)
             tally["clock"] = time.time()
         if to_save and WORLD > 1:                     # process 0 may save for longer than it waits for others
-            dist.monitored_barrier(PATIENT, TIMEOUT if RANK == 0 else timedelta(days=9))
+            dist.monitored_barrier(fid.patient_group(), TIMEOUT if RANK == 0 else timedelta(days=9))
         if stop:
             fail(75, f"stopped by a signal; step {done} is saved, run the same command again to go on")
 
@@ -1025,7 +1015,7 @@ def sample(cfg):
 
 def evaluate(cfg):
     """Score every net there is, the teacher by its solver, students in 1 and 2 steps: <out>/results.md."""
-    metric, found, rows = "FD-digits" if cfg.data == "digits" else "FID", candidates(cfg), []
+    found, rows = candidates(cfg), []
     stages = draw_sheets(cfg, found) if RANK == 0 else ()
     if data_name(cfg) == "own" and not fid.from_first(partial(fid.prefetch, cfg.data, must=False)):
         return log(f"eval: no score, Inception cannot be downloaded here; see the pictures in {cfg.out}")
@@ -1038,16 +1028,10 @@ def evaluate(cfg):
         if images.shape[0] == 8:                      # latents are decoded at their means
             raws = (fid.to_uint8(to_images(cfg, to_input(raw, 0.0))) for raw in raws)
         reference = fid.measure(features, raws, DEVICE, f"of --data {cfg.data}")
-    empty = {f"{n}-step {metric}": "-" for n in (1, 2, *found[0][2])}
     for name, net, kinds, ckpt in found:
-        row = dict(stage=name, **nets.cost(ckpt), **empty)
-        for steps, kind in kinds.items():
-            sampler, column = make_sampler(cfg, net, kind), f"{steps}-step {metric}"
-            row[column], values, ours = fid.score(sampler, features, reference, cfg.samples, cfg.repeat,
-                                                  cfg.batch_gpu or 250)
-            log(f"eval: {name} {column} {row[column]}",
-                stage="eval", net=name, metric=column, values=values)
-        rows.append(row)
+        rows.append(dict(stage=name, **nets.cost(ckpt)))
+        samplers = {steps: make_sampler(cfg, net, kind) for steps, kind in kinds.items()}
+        ours = fid.score_net(rows[-1], samplers, features, reference, cfg)
     note = (f"{cfg.samples} samples a score, seeds from 0, EMA weights, second noise level {cfg.mid_sigma}, "
             f"{cfg.labels} labels, teacher by {cfg.sampler}, guide {cfg.guide or 'none'}, w {cfg.w}")
     log(fid.save_results(cfg.out, rows, f"{fid.protocol(ours, reference)}\n{note}.", stages))

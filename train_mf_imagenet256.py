@@ -41,7 +41,7 @@ import torch.distributed as dist
 import fid
 import nets
 import solvers
-from fid import fail, log
+from fid import agree, fail, log
 
 
 # ---- knobs ------------------------------------------------------------------------------------
@@ -563,7 +563,7 @@ def class_sheets(cfg, found):
 
 
 # ---- plumbing ---------------------------------------------------------------------------------
-RANK, WORLD, DEVICE, PATIENT = 0, 1, torch.device("cpu"), None         # of this process; launch() sets them
+RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]                      # USR1: Slurm's --signal
 SIGNALS += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)      # trap: nohup ignores it
 STOP = []                                             # signals received: the loop saves, then ends
@@ -573,7 +573,7 @@ TIMEOUT = timedelta(minutes=10)                       # choice: ten minutes for 
 
 def launch(cfg):
     """Join the other processes of torchrun, if any: gloo on CPUs, NCCL on GPUs. Plain python: one process."""
-    global RANK, WORLD, DEVICE, PATIENT
+    global RANK, WORLD, DEVICE
     fid.OUT, RANK, WORLD = "", int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if torch.cuda.is_available():
         DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -583,7 +583,7 @@ def launch(cfg):
         torch.set_num_threads(1)
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo", timeout=TIMEOUT)
-        PATIENT = fid.patient_group()                 # for waits where files are read or written
+        fid.patient_group()                           # made here, where no process waits long for another
 
 
 def fold(*key):
@@ -603,16 +603,6 @@ def gather(x):
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(WORLD)]
     dist.all_gather(parts, x.contiguous())
     return torch.cat(parts, 1)
-
-
-def agree(what, facts):
-    """Exit code 3 where processes have read different files."""
-    seen = [facts] * WORLD
-    if WORLD > 1:
-        dist.all_gather_object(seen, facts, PATIENT)
-    if others := [k for k in range(WORLD) if seen[k] != seen[0]]:
-        fail(3, f"{what}: {seen[0]} in process 0, {seen[others[0]]} in process {others[0]}; all nodes must "
-                "share --out, --data and weights")
 
 
 def resume(cfg, path):
@@ -999,7 +989,7 @@ def train(cfg):
             fid.save_preview(cfg.out, cfg.stage, done, sampler, cfg.batch_gpu or 64)
             tally["clock"] = time.time()
         if to_save and WORLD > 1:                     # process 0 may save for longer than it waits for others
-            dist.monitored_barrier(PATIENT, TIMEOUT if RANK == 0 else timedelta(days=9))
+            dist.monitored_barrier(fid.patient_group(), TIMEOUT if RANK == 0 else timedelta(days=9))
         if stop:
             fail(75, f"stopped by a signal; step {done} is saved, run the same command again to go on")
 
@@ -1045,7 +1035,7 @@ def own_images(cfg):
 
 def evaluate(cfg):
     """Score every net there is, in 1, 2 and --nfe steps; --labels both: random and balanced, a row each."""
-    metric, found, rows = "FD-digits" if cfg.data == "digits" else "FID", candidates(cfg), []
+    found, rows = candidates(cfg), []
     stages = class_sheets(cfg, found) if RANK == 0 else ()
     features = (fid.DigitsNet() if cfg.data == "digits" else fid.load_inception()).to(DEVICE)
     if cfg.data in REFERENCE:
@@ -1054,15 +1044,9 @@ def evaluate(cfg):
         reference = fid.measure(features, own_images(cfg), DEVICE, f"of --data {cfg.data}")
     for name, net, kinds, ckpt in found:
         for labels in ("random", "balanced") if cfg.labels == "both" else (cfg.labels,):
-            empty = {f"{n}-step {metric}": "-" for n in (1, 2, cfg.nfe)}
-            rows.append(row := dict(stage=f"{name}, {labels} labels", **nets.cost(ckpt), **empty))
-            for steps in kinds:
-                column = f"{steps}-step {metric}"
-                sampler = make_sampler(replace(cfg, labels=labels), net, steps)
-                row[column], values, ours = fid.score(sampler, features, reference, cfg.samples, cfg.repeat,
-                                                      cfg.batch_gpu or 250)
-                log(f"eval: {name} {column} {row[column]}, {labels} labels",
-                    stage="eval", net=name, metric=column, labels=labels, values=values)
+            rows.append(dict(stage=f"{name}, {labels} labels", **nets.cost(ckpt)))
+            samplers = {steps: make_sampler(replace(cfg, labels=labels), net, steps) for steps in kinds}
+            ours = fid.score_net(rows[-1], samplers, features, reference, cfg, labels=labels)
     scale, decoder = cfg.omega / (1 - cfg.kappa), "none (pixels)"
     if cfg.data != "digits":
         decoder = encoder_of_data(cfg, "vae", load_vae, cfg.vae).identity

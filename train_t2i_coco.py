@@ -44,7 +44,7 @@ import torch.nn.functional as F
 import fid
 import nets
 import solvers
-from fid import fail, log
+from fid import agree, fail, log
 
 
 # ---- knobs ------------------------------------------------------------------------------------
@@ -703,7 +703,7 @@ def caption_sheets(cfg, found, images, encoder):
 
 
 # ---- plumbing ---------------------------------------------------------------------------------
-RANK, WORLD, DEVICE, PATIENT = 0, 1, torch.device("cpu"), None         # of this process; launch() sets them
+RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]                      # USR1: Slurm's --signal
 SIGNALS += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)      # trap: nohup ignores it
 STOP = []                                             # signals received: the loop saves, then ends
@@ -713,7 +713,7 @@ TIMEOUT = timedelta(minutes=10)                       # choice: ten minutes for 
 
 def launch(cfg):
     """Join the other processes of torchrun, if any: gloo on CPUs, NCCL on GPUs. Plain python: one process."""
-    global RANK, WORLD, DEVICE, PATIENT
+    global RANK, WORLD, DEVICE
     fid.OUT, RANK, WORLD = "", int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if torch.cuda.is_available():
         DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -723,7 +723,7 @@ def launch(cfg):
         torch.set_num_threads(1)
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo", timeout=TIMEOUT)
-        PATIENT = fid.patient_group()                 # for waits where files are read or written
+        fid.patient_group()                           # made here, where no process waits long for another
 
 
 def fold(*key):
@@ -743,16 +743,6 @@ def gather(x):
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(WORLD)]
     dist.all_gather(parts, x.contiguous())
     return torch.cat(parts, 1)
-
-
-def agree(what, facts):
-    """Exit code 3 where processes have read different files."""
-    seen = [facts] * WORLD
-    if WORLD > 1:
-        dist.all_gather_object(seen, facts, PATIENT)
-    if others := [k for k in range(WORLD) if seen[k] != seen[0]]:
-        fail(3, f"{what}: {seen[0]} in process 0, {seen[others[0]]} in process {others[0]}; all nodes must "
-                "share --out, --data and weights")
 
 
 def resume(cfg, path):
@@ -1153,7 +1143,7 @@ def train(cfg):
             fid.save_preview(cfg.out, cfg.stage, done, sampler, cfg.batch_gpu or 64)
             tally["clock"] = time.time()
         if to_save and WORLD > 1:                     # process 0 may save for longer than it waits for others
-            dist.monitored_barrier(PATIENT, TIMEOUT if RANK == 0 else timedelta(days=9))
+            dist.monitored_barrier(fid.patient_group(), TIMEOUT if RANK == 0 else timedelta(days=9))
         if stop:
             fail(75, f"stopped by a signal; step {done} is saved, run the same command again to go on")
 
@@ -1233,7 +1223,7 @@ def evaluate(cfg):
     Caption i of the validation set makes image i. Of digits, a row says how many show what it names.
     """
     digits, images, encoder = cfg.data == "digits", load_data(cfg), text_encoder(cfg)
-    metric, found, rows = "FD-digits" if digits else "FID", candidates(cfg), []
+    found, rows = candidates(cfg), []
     stages = caption_sheets(cfg, found, images, encoder) if RANK == 0 else ()
     features = (fid.DigitsNet() if digits else fid.load_inception()).to(DEVICE)
     if digits:
@@ -1242,19 +1232,16 @@ def evaluate(cfg):
         reference = fid.load_reference(f"{latents_path(cfg)}/val.npz")
     text_of, null = lambda seeds: validation_text(images, encoder, seeds)[1], encoder(images.null[None])
     for name, net, kinds, ckpt in found:
-        row = dict(stage=name, **nets.cost(ckpt), **{f"{n}-step {metric}": "-" for n in (1, 2, cfg.nfe)})
+        row, right = dict(stage=name, **nets.cost(ckpt)), {steps: torch.zeros(2) for steps in kinds}
         reads = dict(row, stage=f"{name}, shows its digit")
-        for steps in kinds:
-            column, right = f"{steps}-step {metric}", torch.zeros(2)
-            sampler = make_sampler(cfg, net, steps, text_of, null)
-            sampler = read_digits(sampler, features, right) if digits else sampler
-            row[column], values, ours = fid.score(sampler, features, reference, cfg.samples, cfg.repeat,
-                                                  cfg.batch_gpu or 250)
+        samplers = {steps: make_sampler(cfg, net, steps, text_of, null) for steps in kinds}
+        if digits:
+            samplers = {steps: read_digits(f, features, right[steps]) for steps, f in samplers.items()}
+        ours = fid.score_net(row, samplers, features, reference, cfg)
+        for steps, counts in right.items() if digits else ():
             if WORLD > 1:
-                dist.all_reduce(right)
-            reads[column] = f"{right[0] / right[1]:.1%}" if digits else "-"
-            log(f"eval: {name} {column} {row[column]}" + f", {reads[column]} show their digit" * digits,
-                stage="eval", net=name, metric=column, values=values, read=reads[column])
+                dist.all_reduce(counts)
+            reads[f"{steps}-step FD-digits"] = f"{counts[0] / counts[1]:.1%}"
         rows += [row, reads] if digits else [row]
     scale = cfg.omega / (1 - cfg.kappa)
     decoder = "none (pixels)" if digits else encoder_of_data(cfg, "vae", load_vae, cfg.vae).identity

@@ -420,7 +420,7 @@ class FakeText(Pretrained):
 
 
 class FakeInception(torch.nn.Linear):
-    dim, protocol = 3, "a fake"
+    dim, protocol = 3, "FID: a fake"
 
     def __init__(self):
         super().__init__(1, 1)                           # fid.score asks its parameters for the device

@@ -281,12 +281,12 @@ class PhotoNet(torch.nn.Module):
 
     def __init__(self, images, labels, path, steps=2000, batch=128):
         super().__init__()
+        torch.manual_seed(0)                              # trap: else every folder of runs has another judge
         self.vgg = nets.VGG(3, ((32, 32), (64, 64), (128, 128)))
         if os.path.exists(path):
             self.vgg.load_state_dict(torch.load(path, weights_only=True))
         else:
             known, opt = len(images) * 9 // 10, torch.optim.Adam(self.vgg.parameters(), lr=2e-3)
-            torch.manual_seed(0)
             for step in range(steps):
                 opt.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)
                 i = torch.randint(known, (batch,))
@@ -382,10 +382,10 @@ def photos(args, device):
                            "every net turns into a photo. At the left: steps and FD-photos, lower is better.")
 
 
-FM = "--pretrain fm --weak 2x128x6 --init sit"
+FM = "--pretrain fm --weak SIZE --init sit"           # SIZE: --size, of student and flow-matching teacher
 CAPTION = "The score against CPU seconds, those of the road's teacher before its curve begins."
 ROADS = {  # road: the road whose teacher it goes on from, its calls, laid over the settings of digits
-    "flow matching": ("", ["--stage pretrain --pretrain fm --weak 2x128x6 --steps 320"]),
+    "flow matching": ("", ["--stage pretrain --pretrain fm --weak SIZE --steps 320"]),
     "weak Mean Flow": ("", ["--stage pretrain --weak 2x64x3 --steps 800"]),
     "from scratch": ("", ["--stage post --mid none --post vanilla --steps 640"]),
     "from scratch, 495 steps": ("", ["--stage post --mid none --post vanilla --steps 495"]),
@@ -411,12 +411,12 @@ def road_run(road, seed, data, args):
     """Train a road; all checkpoints on it, with the CPU seconds of its own stages up to each."""
     (base, calls), kept = ROADS[road], []
     folder, source = (f"{args.out}/{seed}/{name.replace(' ', '_')}" for name in (road, base))
-    flags = ["--data", "digits", "--seed", seed, "--out", folder, "--size", "2x128x6", "--lr", "2e-3"]
+    flags = ["--data", "digits", "--seed", seed, "--out", folder, "--size", args.size, "--lr", "2e-3"]
     for call in calls:
         spent = (kept[-1]["cpu"] if kept else 0.0) - time.process_time()
         teacher = ["--teacher", f"{source}/pretrain.pt"] if base else []
         with kept_checkpoints(folder) as new, in_place_of_digits(*data), quiet():
-            flow.main([*flags, *teacher, "--save_every", "150", *call.split()])
+            flow.main([*flags, *teacher, "--save_every", "150", *call.replace("SIZE", args.size).split()])
         kept += [state | dict(cpu=spent + state["cpu"]) for state in new]
     return kept
 
@@ -528,6 +528,7 @@ def main(argv=None):
     p.add_argument("--seeds", default="0,1,2", help="claims, photos, roads: of the whole pipeline")
     p.add_argument("--net", default="out/digits/pretrain.pt", help="curves: the teacher")
     p.add_argument("--data", default="", help="photos, roads: an EDM zip with labels")
+    p.add_argument("--size", default="2x128x6", help="roads: of the student, PATCHxWIDTHxDEPTH")
     p.add_argument("--samples", type=int, default=0, help="0 = photos: 5,000, roads: 2,500, bias: 500")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = p.parse_args(argv)

@@ -115,6 +115,16 @@ def photo_zip(tmp_path):
     return ["--data", str(tmp_path / "photos.zip"), "--out", str(tmp_path / "out"), "--samples", "200"]
 
 
+def test_photos_are_judged_by_the_same_net_in_every_folder(tmp_path):
+    """Two folders of runs, made at other times: their scores stand in one table."""
+    images, labels = torch.randint(256, (40, 3, 16, 16), dtype=torch.uint8), torch.arange(40) % 10
+    for seed in "12":
+        torch.manual_seed(int(seed))
+        claims.PhotoNet(images, labels, tmp_path / seed, 2, 16)
+    first, second = (torch.load(tmp_path / seed, weights_only=True) for seed in "12")
+    assert all(torch.equal(v, second[k]) for k, v in first.items())
+
+
 @pytest.mark.long
 def test_photos_train_and_score_every_row(tmp_path, monkeypatch, capsys):
     """All nets start from the teacher's weights, and CMT's post-training from the mid-training above it."""

@@ -513,6 +513,9 @@ def check(cfg):
         check_teacher(cfg, has_teacher(cfg), stamp(images), shape)
     if cfg.dry_run and cfg.stage == "pretrain" and has_teacher(cfg):
         teacher_state(cfg)                            # else train does it
+    if cfg.stage == "post" and cfg.precision == "bf16":
+        fid.say("warning: bf16 is as coarse as the difference post-training learns from (docs/costs.md); "
+                "--mid.precision bf16 is for mid-training alone")
     if cfg.stage == "eval" and cfg.data != "digits":
         fid.prefetch(cfg.data, must=cfg.data in FILES)
     return trains

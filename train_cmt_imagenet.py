@@ -729,6 +729,9 @@ def check(cfg):
     for file in (cfg.main, cfg.guide) if cfg.stage == "post" and cfg.post != "ect" else ():
         if file.startswith("edm2-") and not os.path.exists(file):
             nets.fetch(nets.EDM2_URL % file)          # not after days of mid-training
+    if cfg.stage == "post" and cfg.precision == "bf16":
+        fid.say("warning: bf16 is as coarse as the difference post-training learns from (docs/costs.md); "
+                "--mid.precision bf16 is for mid-training alone")
     if cfg.stage == "eval" and cfg.data != "digits":
         fid.prefetch(name, must=name != "own")
     return trains

@@ -312,6 +312,15 @@ def test_images_that_lpips_does_not_measure_are_refused_before_the_first_stage(m
     assert exit_code == 2 and "--loss lpips needs 3x16x16" in err and len(err.strip().splitlines()) == 1 and not os.path.exists("x")
 
 
+@pytest.mark.parametrize("name", ["train_cmt_cifar", "train_cmt_imagenet"])
+def test_post_training_in_bf16_is_warned_of(name, capsys):
+    """bf16's error is as large as the difference that ECT learns from; mid-training alone may have it."""
+    for flag, warned in ("--mid.precision", False), ("--precision", True):
+        script.fid.say.cache_clear()
+        exit_code, err = code([*TINY, flag, "bf16", "--dry_run", "--out", "x"], capsys, importlib.import_module(name).main)
+        assert exit_code == 0 and ("warning: bf16" in err) == warned
+
+
 def test_lines_about_files_are_in_the_log_once():
     """Pre-training and the score read the same folder."""
     Path("own").mkdir()

@@ -107,6 +107,7 @@ def blame(name):
 
 # ---- lines and errors of a run -----------------------------------------------------------------
 OUT = ""                                                 # folder of the first process's run, with its log.txt
+SAID = []                                                # lines about files: also before there is a folder
 
 
 def show(text, stream):
@@ -133,13 +134,12 @@ def log(text, **numbers):
             write_line("metrics.jsonl", json.dumps(numbers))
 
 
-@functools.cache                                         # once: every stage opens the same files again
 def say(text):
-    """A line about files, from the first process: in a run's log, else on stderr, apart from the results."""
-    if OUT:
-        log(text)
-    elif os.environ.get("RANK", "0") == "0":
+    """A line about files, once, from the first process: on stderr, apart from results, and in a run's log."""
+    if os.environ.get("RANK", "0") == "0" and text not in SAID:       # every stage opens the same files again
+        SAID.append(text)
         show(text, sys.stderr)
+        write_line("log.txt", text)
 
 
 def fail(code, message):
@@ -191,11 +191,12 @@ def open_out(out, script, argv):
     lock.truncate(0)
     print(f"process {os.getpid()} on {os.uname().nodename}", end="", file=lock, flush=True)
     OUT = out
-    say.cache_clear()                                    # so that its log says once what is read
     folder, name = os.path.split(os.path.abspath(script))
     commit = subprocess.getoutput(f"git -C '{folder}' rev-parse --short HEAD 2>/dev/null || echo none")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     log(f"{name} {' '.join(argv)} | torch {torch.__version__} | {device} | commit {commit}")
+    for text in SAID:
+        write_line("log.txt", text)
     return lock
 
 

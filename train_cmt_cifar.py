@@ -209,9 +209,8 @@ def data_file(cfg):
         return path
     if cfg.data == "cifar10":
         return nets.fetch(CIFAR_URL)
-    if data_name(cfg) == "own" and os.sep not in path and "." not in path:
-        fail(2, f"--data {path}: not one of {', '.join([*FILES, 'digits'])}, and no such file or folder")
-    fail(3, f"--data {cfg.data}: {path} is not there; put or link an EDM zip there, or pass --data PATH")
+    fail(3, f"--data {cfg.data}: {path} is not there; put or link an EDM zip there, or pass --data PATH, "
+            f"{', '.join(FILES)} or digits")
 
 
 # ---- losses -----------------------------------------------------------------------------------
@@ -348,6 +347,7 @@ TIMEOUT = timedelta(minutes=10)                       # choice: ten minutes for 
 def launch(cfg):
     """Join the other processes of torchrun, if any: gloo on CPUs, NCCL on GPUs. Plain python: one process."""
     global RANK, WORLD, DEVICE
+    fid.SAID.clear()
     fid.OUT, RANK, WORLD = "", int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if torch.cuda.is_available():
         DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -791,7 +791,6 @@ def main(argv=None):
         ROAD[:] = [c for c in configs if check(c)]
         with fid.open_out(cfg.out, __file__, argv) if RANK == 0 else nullcontext():        # its lock
             agree(f"{cfg.out}/log.txt", fid.written(f"{cfg.out}/log.txt"))
-            opened.cache_clear()                      # read once more, so that the log says what is read
             log(fid.overview({c.stage: (c.steps, c.batch) for c in ROAD}, WORLD, DEVICE, cfg.data))
             for c in configs:
                 if STOP:

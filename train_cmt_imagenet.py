@@ -562,6 +562,7 @@ TIMEOUT = timedelta(minutes=10)                       # choice: ten minutes for 
 def launch(cfg):
     """Join the other processes of torchrun, if any: gloo on CPUs, NCCL on GPUs. Plain python: one process."""
     global RANK, WORLD, DEVICE
+    fid.SAID.clear()
     fid.OUT, RANK, WORLD = "", int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if torch.cuda.is_available():
         DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -695,8 +696,6 @@ def check(cfg):
     name, (n, pairs) = data_name(cfg), solves(cfg)
     if cfg.data == "imagenet" and cfg.res not in (64, 512):
         fail(2, f"--res {cfg.res} is not possible with --data imagenet; it is 64 or 512")
-    if name == "own" and not (os.sep in cfg.data or "." in cfg.data or os.path.exists(cfg.data)):
-        fail(2, f"--data {cfg.data}: not one of imagenet, digits, and no such file or folder")
     if cfg.stage == "mid" and trains:
         if cfg.ensemble != "none" and cfg.loss != "elatent":
             fail(2, f"--ensemble {cfg.ensemble} belongs to --loss elatent, not {cfg.loss}")
@@ -711,7 +710,7 @@ def check(cfg):
             fail(2, f"--loss huber --huber_c {cfg.huber_c}: huber needs a c above 0")
     missing, path = [], __file__ if cfg.data == "digits" else FILES.get(name, cfg.data)
     if reads_data(cfg) and not os.path.exists(path):
-        missing.append(f"{path} is not there; pass --data PATH, or make it from ImageNet: python "
+        missing.append(f"{path} is not there; pass --data PATH or digits, or make it from ImageNet: python "
                        f"train_cmt_imagenet.py --res {cfg.res} --stage encode --source FOLDER")
     for file in (cfg.teacher, cfg.main, cfg.guide, cfg.init):
         named = file in ("", "scratch", "teacher", "random") or file.startswith("edm2-") or "://" in file
@@ -1054,7 +1053,6 @@ def main(argv=None):
         ROAD[:] = [c for c in configs if check(c)]
         with fid.open_out(cfg.out, __file__, argv) if RANK == 0 else nullcontext():        # its lock
             agree(f"{cfg.out}/log.txt", fid.written(f"{cfg.out}/log.txt"))
-            opened.cache_clear()                      # read once more, so that the log says what is read
             log(fid.overview({c.stage: (c.steps, c.batch) for c in ROAD}, WORLD, DEVICE, cfg.data))
             for c in configs:
                 if STOP:

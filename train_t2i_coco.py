@@ -357,9 +357,8 @@ def latents_path(cfg):
     path = FILES.get(cfg.data, cfg.data)
     if cfg.data == "digits" or os.path.exists(path):
         return path
-    if data_name(cfg) == "own" and os.sep not in path and "." not in path:
-        fail(2, f"--data {path}: not one of {', '.join([*FILES, 'digits'])}, and no such file or folder")
-    fail(3, f"{path}: not there; make latents by --stage encode --source FOLDER, or pass --data FOLDER")
+    fail(3, f"{path} is not there; make latents by --stage encode --source FOLDER, or pass --data FOLDER, "
+            f"{', '.join(FILES)} or digits")
 
 
 def draw_captions(cfg, images, n, g):
@@ -714,6 +713,7 @@ TIMEOUT = timedelta(minutes=10)                       # choice: ten minutes for 
 def launch(cfg):
     """Join the other processes of torchrun, if any: gloo on CPUs, NCCL on GPUs. Plain python: one process."""
     global RANK, WORLD, DEVICE
+    fid.SAID.clear()
     fid.OUT, RANK, WORLD = "", int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if torch.cuda.is_available():
         DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -1264,7 +1264,6 @@ def main(argv=None):
         ROAD[:] = [c for c in configs if check(c)]
         with fid.open_out(cfg.out, __file__, argv) if RANK == 0 else nullcontext():        # its lock
             agree(f"{cfg.out}/log.txt", fid.written(f"{cfg.out}/log.txt"))
-            opened.cache_clear()                      # read once more, so that the log says what is read
             log(fid.overview({c.stage: (c.steps, c.batch) for c in ROAD}, WORLD, DEVICE, cfg.data))
             for c in configs:
                 if STOP:

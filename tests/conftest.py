@@ -62,6 +62,7 @@ def beside(request):
 def no_run(monkeypatch):
     """No run before has left its folder: lines about files go to stderr, and to no log."""
     monkeypatch.setattr(fid, "OUT", "")
+    fid.SAID.clear()
 
 
 @pytest.fixture

@@ -174,7 +174,6 @@ def as_folder_and_zip(files, root="."):
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    fid.say.cache_clear()
 
 
 def one_line(error, *texts):

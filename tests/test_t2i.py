@@ -730,9 +730,9 @@ BAD = [
     ("--data coco --stage encode --source nowhere", 3, "--source 'nowhere' holds no annotations/captions_train2014.json"),
     ("--data coco --stage encode", 3, "--source '' holds no annotations"),
     ("--stage post", 3, "run --stage mid first"),
-    ("--data coco --stage pretrain", 3, "coco256-sd: not there"),
-    ("--data ./none --stage pretrain", 3, "none: not there"),
-    ("--data cocoo", 2, "not one of coco, digits"),
+    ("--data coco --stage pretrain", 3, "coco256-sd is not there"),
+    ("--data ./none --stage pretrain", 3, "none is not there"),
+    ("--data cocoo", 3, "cocoo is not there; make latents by --stage encode --source FOLDER, or pass --data FOLDER, coco or digits"),
     ("--promts a", 2, "unrecognized arguments: --promts"),
 ]
 

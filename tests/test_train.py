@@ -275,7 +275,7 @@ BAD = [  # (command line, exit code, what the line must say)
     ("--data digits --batch", 2, "--batch: expected one argument"),
     ("--data digits --compile=yes", 2, "--compile"),
     ("--data own.zip --res -16", 2, "--res -16 is not possible"),
-    ("--data cifra10", 2, "not one of cifar10"),
+    ("--data cifra10", 3, "or pass --data PATH, cifar10, ffhq, afhqv2 or digits"),
     ("--data ffhq --stage post --mid none --teacher none.pkl", 3, "data/ffhq-64x64.zip is not there"),
     ("--data missing.zip --stage pretrain", 3, "missing.zip is not there"),
     ("--data missing.zip --teacher none.pkl --loss l2", 3, "missing.zip is not there"),
@@ -316,7 +316,6 @@ def test_images_that_lpips_does_not_measure_are_refused_before_the_first_stage(m
 def test_post_training_in_bf16_is_warned_of(name, capsys):
     """bf16's error is as large as the difference that ECT learns from; mid-training alone may have it."""
     for flag, warned in ("--mid.precision", False), ("--precision", True):
-        script.fid.say.cache_clear()
         exit_code, err = code([*TINY, flag, "bf16", "--dry_run", "--out", "x"], capsys, importlib.import_module(name).main)
         assert exit_code == 0 and ("warning: bf16" in err) == warned
 

@@ -889,14 +889,13 @@ def plan(home, name, cfg, args):
     parts = [round(x, 5) for x in (one, one, one, moments, held - 3 * one, peak - held - moments)]
     near, far = (step.sent / 1e6 / speed for speed in (link * REACHED[4], ETHERNET))
     hours = (ms + near) * cfg.steps / 3.6e6
-    row = {"stage": name, "parameters": f"{step.parameters:,}",
-           "GB: weights, gradients, average, optimiser, frozen and data, activations":
-           ", ".join(f"{part:.3g}" for part in parts), "peak GB": f"{peak:.3g}" + "!" * (peak > 0.9 * room),
-           "at once": micro, **columns, "ms a step": f"{ms + near:.3g}", "steps": f"{cfg.steps:,}",
-           "hours": f"{hours:.3g}", "GPU-hours": f"{hours * args.gpus:.3g}",
-           "GB sent": f"{step.sent / 1e9:.3g}",
-           "of the time, at 100 Gb/s": f"{near / (ms + near):.0%}, {far / (ms + far):.0%}"}
-    return [row | ({"dollars": f"{hours * args.gpus * args.price:,.2f}"} if args.price else {})]
+    price = {"dollars": f"{hours * args.gpus * args.price:,.2f}"} if args.price else {}
+    return [{"stage": name, "peak GB": f"{peak:.3g}" + "!" * (peak > 0.9 * room), "at once": micro,
+             "ms a step": f"{ms + near:.3g}", "steps": f"{cfg.steps:,}", "hours": f"{hours:.3g}",
+             "GPU-hours": f"{hours * args.gpus:.3g}", **price, "parameters": f"{step.parameters:,}",
+             "GB: weights, gradients, average, optimiser, frozen and data, activations":
+             ", ".join(f"{part:.3g}" for part in parts), **columns, "GB sent": f"{step.sent / 1e9:.3g}",
+             "of the time, at 100 Gb/s": f"{near / (ms + near):.0%}, {far / (ms + far):.0%}"}]
 
 
 def roofline(home, name, cfg, args):
@@ -929,11 +928,13 @@ def full_size(command, argv):
     args, flags = p.parse_known_args(argv)
     if args.gpus < 1:
         p.error(f"--gpus {args.gpus} is not possible; it must be above 0")
-    reached = ", ".join(f"{share * top:.3g} ({share:.1%})" for share, top in zip(REACHED, CARDS[args.device]))
-    said = (f"{args.gpus} x {args.device}, a process each. Taken for granted (of the data sheet): bf16, "
-            f"TF32, fp32 TFLOP/s, TB/s, GB/s to the next GPU {reached}; {1e6 * LAUNCH[0]:.0f} us a launch, "
-            f"{1e6 * LAUNCH[1]:.0f} under --compile; a step lasts as long as the GPU, or its launches if "
-            "they take longer, and then sends its gradient.")
+    what = "bf16 {} TFLOP/s", "TF32 {}", "fp32 {}", "memory {} TB/s", "to the next GPU {} GB/s"
+    reached = ", ".join(text.format(f"{share * top:.3g}") + f" ({share:.1%})"
+                        for text, share, top in zip(what, REACHED, CARDS[args.device]))
+    said = (f"{args.gpus} x {args.device}, one process each. Assumed speeds, in brackets their share of the "
+            f"data sheet: {reached}. A kernel launch takes {1e6 * LAUNCH[0]:.0f} us, {1e6 * LAUNCH[1]:.0f} "
+            "under --compile. A step takes the GPU's time or its launches' time, whichever is longer, and "
+            "then sends its gradient.")
     if command is step:
         said = f"torch {torch.__version__}, {gpu_name()}, one of {args.gpus} processes; nothing is sent."
     print(said + "\n")

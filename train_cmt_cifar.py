@@ -112,7 +112,7 @@ PRESETS = {  # (data, stage, method): matching rows are laid over each other, to
     ("digits", "mid", "*"): dict(steps=900, batch=32, lr=2e-3, ema_beta=0.99),
     # choice: warm-up: RAdam's first 5 steps are lr |gradient|, not adapted, and the gradient grows with q
     ("digits", "post", "*"): dict(steps=600, batch=32, lr=3e-4, ema_beta=0.99, q=512, warmup=20),
-    ("digits", "post", "annealed"): dict(q=2, double=187, steps=1_500, lr=1e-3),
+    ("digits", "post", "annealed"): dict(q=2, double=187, steps=1_500, lr=1e-3, decay="linear"),
 }
 ABOUT = {"pretrain": "stage 1 of 4, pre-training: loss and grad soon stay level, images still improve",
          "mid": "stage 2 of 4, mid-training (Eq. 7): loss, distance to the teacher's ends, falls; grad level",

@@ -75,7 +75,7 @@ class Pairs:
         for name in ("batch", "batch_gpu", "trajectories", "loss", "precision"):
             flags += [f"--{name}", str(getattr(args, name))] if getattr(args, name) else []
         self.cfg = cfg = self.script.parse(flags)
-        self.script.check_values(cfg, True)
+        fid.check_values(cfg, self.script.LIMITS, 1)
         if cfg.stage == "mid" and self.script.solves(cfg)[1] % cfg.batch:
             script.fail(2, f"--trajectories {cfg.trajectories} must fill batches of --batch {cfg.batch}")
         self.net = self.script.build(cfg, self.model, train=True)
@@ -769,7 +769,7 @@ def random_weights(home, cfg, gpus, device, sent, more):
         stack.enter_context(warnings.catch_warnings(action="ignore"))
         stack.enter_context(fid.one_line(cfg, nets.WeightsError))
         stack.enter_context(contextlib.suppress(StopIteration))           # enough is seen
-        home.check_values(cfg, True)
+        fid.check_values(cfg, home.LIMITS, gpus)
         never = 10**9
         yield stack, replace(cfg, steps=never, save_every=never, log_every=never)
 

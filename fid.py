@@ -14,6 +14,8 @@
   draw, score, save_images         what a sampler makes                  one PNG a seed
   save_sheet, save_stages,         pictures with words, charts           read without the README
   save_trajectory, save_chart
+  log, fail, one_line, open_out,   a run of a script                     log.txt, its lock, errors of one line
+  parser, check_values, agree
   begin_stage, read_metrics        the folder of a run                   config.json, metrics.jsonl, previews
   read_images, digits, to_uint8    folder, .zip, .npz, .npy, .png sheet  EDM zip, ADM samples, digits.png
   load_reference, read_statistics  .npz, .pkl (nothing in it is run)     EDM, EDM2, ADM, and what --save wrote
@@ -32,12 +34,14 @@ Precision, recall and the like: reuse net(images). Exit codes: 0 done, 2 usage, 
 import argparse
 import collections
 import contextlib
+import dataclasses
 import datetime
 import errno
 import fcntl
 import functools
 import hashlib
 import http.client
+import inspect
 import io
 import json
 import math
@@ -45,6 +49,7 @@ import os
 import pathlib
 import pickle
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -53,6 +58,7 @@ import textwrap
 import threading
 import time
 import traceback
+import typing
 import unicodedata
 import urllib.request
 import zipfile
@@ -105,7 +111,7 @@ def blame(name):
         raise DataError(f"{name}: {' '.join(text.split())[:300]}") from error
 
 
-# ---- lines and errors of a run -----------------------------------------------------------------
+# ---- a run of a script: its lines, errors, lock, flags -------------------------------------------
 OUT = ""                                                 # folder of the first process's run, with its log.txt
 SAID = []                                                # lines about files: also before there is a folder
 
@@ -194,10 +200,57 @@ def open_out(out, script, argv):
     folder, name = os.path.split(os.path.abspath(script))
     commit = subprocess.getoutput(f"git -C '{folder}' rev-parse --short HEAD 2>/dev/null || echo none")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    log(f"{name} {' '.join(argv)} | torch {torch.__version__} | {device} | commit {commit}")
+    log(f"{name} {shlex.join(argv)} | torch {torch.__version__} | {device} | commit {commit}")
     for text in SAID:
         write_line("log.txt", text)
     return lock
+
+
+def begin_run(out, script, argv):
+    """open_out by the first process; all compare its log, which it has just written. Returns the lock."""
+    lock = contextlib.nullcontext() if processes()[0] else open_out(out, script, argv)
+    agree(f"{out}/log.txt", written(f"{out}/log.txt"))
+    return lock
+
+
+def parser(doc, config, stages):
+    """Every field of a class of knobs as a flag, for all stages and, as --mid.lr, for one alone."""
+    p = argparse.ArgumentParser(description=doc, epilog=inspect.getsource(config), allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter,
+                                argument_default=argparse.SUPPRESS, usage="%(prog)s [--field value ...]")
+    p.error = lambda message: fail(2, f"{message}; --help lists every flag")
+    for f in dataclasses.fields(config):
+        kind = dict(type=f.type if f.type in (int, float) else str, choices=typing.get_args(f.type) or None)
+        if f.type is bool:
+            kind = dict(action=argparse.BooleanOptionalAction)
+        own = () if f.name in ("data", "stage", "out", "dry_run") else stages
+        for stage in ("", *(f"{name}." for name in own)):
+            p.add_argument(f"--{stage}{f.name}", help=argparse.SUPPRESS, **kind)
+    return p
+
+
+def check_values(cfg, limits, world):
+    """What a stage asks of its knobs: limits {(rule, least, below): names}; exit code 2 names the remedy.
+
+    world: number of processes that train, 0 where a stage does not.
+    """
+    for (rule, least, below), names in limits.items():
+        for name in names.split():
+            if not least <= getattr(cfg, name) < below:
+                fail(2, f"--{name} {getattr(cfg, name)} is not possible; it must be {rule}")
+    if world and cfg.batch % world:
+        fail(2, f"--batch {cfg.batch} must be a multiple of the {world} processes")
+    if world and cfg.batch_gpu and cfg.batch // world % cfg.batch_gpu:
+        fail(2, f"--batch_gpu {cfg.batch_gpu} must divide the {cfg.batch // world} of --batch in a process")
+    seed_range(cfg.seeds)
+
+
+def seed_range(text):
+    """--seeds "0-63" or "7" -> range; exit code 2 if it is neither."""
+    first, _, last = text.partition("-")
+    if not re.fullmatch(r"\d+(-\d+)?", text) or int(last or first) < int(first):
+        fail(2, f"--seeds {text} is not possible; write 7 or 0-63")
+    return range(int(first), int(last or first) + 1)
 
 
 # ---- Inception-v3 ------------------------------------------------------------------------------
@@ -549,6 +602,11 @@ def to_uint8(x):
     return (x.float() * 127.5 + 128).clamp(0, 255).byte()     # trap: without clamp 256 becomes 0
 
 
+def stamp(images):
+    """A text that changes when the images do, a uint8 tensor."""
+    return f"{len(images)} images, crc32 {zlib.crc32(images.numpy()):08x}"
+
+
 def to_float(images, device):
     """uint8 (B, C, H, W) -> [-1, 1], channels_last, on device."""
     x = images.to(device, non_blocking=True).float() / 127.5 - 1
@@ -778,6 +836,12 @@ def agree(what, facts):
     if others := [k for k, facts in enumerate(seen) if facts != seen[0]]:
         fail(3, f"{what}: {seen[0]} in process 0, {seen[others[0]]} in process {others[0]}; all nodes must "
                 "share --out, --data and weights")
+
+
+def same_data(ckpt, path, data):
+    """Exit code 2 if the checkpoint at path, if there is one, saw other data or asked another teacher."""
+    if ckpt and ckpt["data"] != data:
+        fail(2, f"--data or --teacher has changed: {path} saw {ckpt['data']}, now {data}; use another --out")
 
 
 def written(path):
@@ -1066,10 +1130,10 @@ def difference(old, new):
 
 
 def begin_encode(folder, record, source, names, read, size):
-    """Begins to encode pictures into a folder, or goes on, for all processes: (record, why not, or "").
+    """Begins to encode pictures into a folder, or goes on, for all processes: their record.
 
     record: a dict of all that the result depends on, settings and encoders. folder/begun.json keeps it with
-    the size and time of each of the names in source; what was begun with others is refused. First all
+    the size and time of each of the names in source; what was begun with others: exit code 2. First all
     pictures are read, read(name): a damaged one is met before hours of work, and the record gets their
     checksum. DataError names such a picture, or a disk without room for `size` bytes.
     """
@@ -1094,7 +1158,10 @@ def begin_encode(folder, record, source, names, read, size):
             new["record"]["pictures"] = check_pictures(names, read, source)
             write_json(begun, new)
         return new["record"], ""
-    return from_first(begin)
+    record, refused = from_first(begin)
+    if refused:
+        fail(2, refused)
+    return record
 
 
 def read_ahead(read, batches):
@@ -1319,12 +1386,14 @@ def save_stages(out, shown, names=(), table=()):
                f"image in the steps named.{score}", header)
 
 
-def save_trajectory(out, states, levels, answers, show=lambda x: x):
-    """<out>/trajectory.png: trajectories of the teacher, and below each what the nets answer along it.
+def save_trajectory(out, states, levels, students, show=lambda x: x):
+    """<out>/trajectory.png: trajectories of the teacher, and below each what the students answer along it.
 
-    states (N+1, n, C, H, W) at levels (N+1,): sigma, or the time t of a flow. answers: {net: where it lands
-    in one call from each state}, shaped as states. show: a batch of either -> images.
+    states (N+1, n, C, H, W) at levels (N+1,): sigma, or the time t of a flow. students: {net: f(x, levels) ->
+    where it lands in one call}. show: a batch of states or answers -> images.
     """
+    at = [(x, level.expand(len(x))) for x, level in zip(states, levels.to(states))]
+    answers = {name: torch.stack([f(*pair) for pair in at]) for name, f in students.items()}
     rows, wide = [], levels.clamp(min=1).to(states).view(-1, 1, 1, 1)
     for j in range(states.shape[1]):
         rows.append((f"noise {j + 1}\nstates of the teacher", show(states[:, j] / wide)))     # at unit scale
@@ -1431,6 +1500,30 @@ def overview(road, world, device, data):
     return text
 
 
+def dry_run(script, argv, configs, steps_left, device):
+    """Print what a command would train and skip, and what it misses. Returns its exit code.
+
+    steps_left(Config): the steps that its stage has still to train; a line and an exit where it cannot.
+    """
+    os.environ |= dict(CMT_OFFLINE="1", HF_HUB_OFFLINE="1")       # a missing file is a line with its URL
+    codes, road = {}, {}
+    for c in configs:
+        try:
+            if steps := steps_left(c):
+                road[c.stage] = steps, c.batch
+        except SystemExit as stopped:                 # its line is printed; the next stages have theirs
+            codes[c.stage] = stopped.code
+    if processes()[0] == 0:
+        missing = f"; blocked, see above: {', '.join(codes)}" * bool(codes)
+        known = *road, *codes, "encode", "sample", "eval"
+        idle = ", ".join(c.stage for c in configs if c.stage not in known) or "none"
+        plan = shlex.join(a for a in argv if a != "--dry_run")
+        text = overview(road, processes()[1], device, c.data)
+        show(f"{text}; --out {c.out}; finished or not needed: {idle}{missing}\nmemory and hours: "
+             f"python bench.py plan {os.path.basename(script)} {plan}", sys.stdout)
+    return max(codes.values(), default=0)
+
+
 def step_line(stage, steps, batch, later, m):
     """A line of the log from the numbers m of a step. later: images of the stages after this one."""
     known = "step images loss grad skipped lr images_per_second seconds".split()
@@ -1468,14 +1561,14 @@ def save_preview(out, stage, done, sampler, batch=64):
                    "noises that are the same in every preview.")
 
 
-def save_samples(out, name, steps, sampler, seeds, batch):
-    """One PNG a seed and a sheet of the first 64, of a net in so many steps. Returns the folder of PNGs."""
-    folder = f"{out}/samples/{name}_{steps}/"
+def save_samples(cfg, name, steps, sampler):
+    """One PNG for each of cfg.seeds and a sheet of the first 64, of a net in so many steps."""
+    seeds, batch, folder = seed_range(cfg.seeds), cfg.batch_gpu or 64, f"{cfg.out}/samples/{name}_{steps}/"
     save_images(sampler, seeds, folder, batch)
     caption = f"{net_label(name, steps, sep=', ')}: one image a seed; every net starts from the same noises."
     if processes()[0] == 0:
-        save_seeds(f"{out}/samples_{name}_{steps}.png", draw(sampler, seeds[:64], batch), seeds, caption)
-    return folder
+        save_seeds(f"{cfg.out}/samples_{name}_{steps}.png", draw(sampler, seeds[:64], batch), seeds, caption)
+    log(f"sample: {len(seeds)} images in {folder}")
 
 
 def save_captions(path, name, steps, rows):
@@ -1523,14 +1616,6 @@ def save_results(out, rows, note, stages):
             file.write(text + "\n")
         save_stages(out, *stages, table=rows)
     return f"{text}\nopen {out}/stages.png, trajectory.png, curve.png and results.md there"
-
-
-def seed_range(text):
-    """--seeds "0-63" or "7" -> range; exit code 2 if it is neither."""
-    first, _, last = text.partition("-")
-    if not re.fullmatch(r"\d+(-\d+)?", text) or int(last or first) < int(first):
-        fail(2, f"--seeds {text} is not possible; write 7 or 0-63")
-    return range(int(first), int(last or first) + 1)
 
 
 # ---- command line ------------------------------------------------------------------------------

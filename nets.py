@@ -1109,6 +1109,8 @@ def unet_size(state):
 def read_weights(path_or_url):
     """load_pretrained's (state_dict, init_kwargs), and the configuration that our own files have, else {}."""
     path = str(path_or_url)
+    if path.startswith("edm2-") and not os.path.exists(path):
+        path = EDM2_URL % path
     try:
         path = fetch(path) if "://" in path else path
     except OSError as e:
@@ -1772,9 +1774,11 @@ def cost(ckpt):
 
 def peak_memory():
     """GB that torch held at most since it was last asked: cuDNN first tries what needs more than it takes."""
+    if not torch.cuda.is_available():
+        return {}
     peak = torch.cuda.max_memory_allocated() / 1e9
     torch.cuda.reset_peak_memory_stats()
-    return peak
+    return dict(GB=peak)
 
 
 def memory(weights, opt, path):

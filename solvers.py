@@ -7,13 +7,14 @@
   flow_euler, flow_heun         v(x, t) -> velocity          flow matching, t = 1 noise, t = 0 data
   mean_flow                     u(x, t, r) -> mean velocity  Mean Flow: x_r = x_t - (t - r) u
   few_step                      f(x, sigma) -> clean         multistep consistency sampling
-  noise                         per-sample seeds             sample i depends on its own generator only
+  noise, randn, fold            seeds and noise              sample i depends on its own generator only
 
 Every solver of a trajectory returns all states, (steps+1, B, ...), noisiest first, because CMT regresses
 from each of them (Eq. 7, 8). Grids are float64 CPU tensors and become plain numbers before the first call:
 a solve reads no number back from the GPU.
 """
 import functools
+import hashlib
 import math
 
 import torch
@@ -32,6 +33,16 @@ def edm_sigmas(steps, sigma_max=80.0, sigma_min=0.002, rho=7):
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     sigmas = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
     return torch.cat([sigmas, torch.zeros(1, dtype=torch.float64)])
+
+
+def fold(*key):
+    """A 63-bit seed from anything: randomness is a function of (seed, stage, step), so none is ever saved."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
+
+
+def randn(shape, g):
+    """Unit Gaussian noise on the generator's device. Every process draws the whole batch, keeps its share."""
+    return torch.randn(shape, generator=g, device=g.device)
 
 
 def noise(shape, generators):

@@ -14,21 +14,16 @@ Run the same command again to resume. Copy and fork. "choice": ours, not the pap
 # /// script
 # dependencies = ["torch", "numpy", "lpips", "pillow", "scipy"]
 # ///
-import argparse
-import hashlib
-import inspect
 import math
 import os
 import signal
 import sys
 import time
-import zlib
-from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import cache, partial
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -36,7 +31,8 @@ import torch.distributed as dist
 import fid
 import nets
 import solvers
-from fid import agree, fail, log
+from fid import agree, fail, log, same_data
+from solvers import fold, randn
 
 
 # ---- knobs ------------------------------------------------------------------------------------
@@ -119,6 +115,7 @@ ABOUT = {"pretrain": "stage 1 of 4, pre-training: loss and grad soon stay level,
          "post": "stage 3 of 4, post-training (Eq. 3): grad is large, loss stays level",
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
+PARSER = fid.parser(__doc__, Config, STAGES)
 INITS = "teacher", "random"                        # what --init says that is no FILE
 FILES = {"cifar10": "data/cifar-10-python.tar.gz",
          "ffhq": "data/ffhq-64x64.zip", "afhqv2": "data/afhqv2-64x64.zip"}
@@ -136,30 +133,12 @@ FREE = {  # fields that may differ when a stage goes on, or is found finished; b
 }
 
 
-@cache
-def parser():
-    """Every field of Config as a flag, for all stages and, as --mid.lr, for one alone."""
-    p = argparse.ArgumentParser(description=__doc__, epilog=inspect.getsource(Config), allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter,
-                                argument_default=argparse.SUPPRESS, usage="%(prog)s [--field value ...]")
-    p.error = lambda message: fail(2, f"{message}; --help lists every flag")
-    for f in fields(Config):
-        kind = dict(type=f.type if f.type in (int, float) else str, choices=get_args(f.type) or None)
-        if f.type is bool:
-            kind = dict(action=argparse.BooleanOptionalAction)
-        stages = () if f.name in ("data", "stage", "out", "dry_run") else STAGES
-        for stage in ("", *(f"{name}." for name in stages)):
-            p.add_argument(f"--{stage}{f.name}", help=argparse.SUPPRESS, **kind)
-    return p
-
-
-def parse(argv=None):
-    """argv (list of str, None = sys.argv[1:]) -> Config. Unknown flag, bad choice: exit code 2."""
-    argv = sys.argv[1:] if argv is None else argv
+def parse(argv):
+    """argv (list of str) -> Config. Unknown flag, bad choice: exit code 2."""
     if "--help" in argv:
         values = vars(parse([a for a in argv if a != "--help"])).items()
-        parser().epilog += f"\nWith these flags: {', '.join(f'{k} = {v!r}' for k, v in values)}"
-    typed = parser().parse_args(argv)
+        PARSER.epilog += f"\nWith these flags: {', '.join(f'{k} = {v!r}' for k, v in values)}"
+    typed = PARSER.parse_args(argv)
     own = f"{getattr(typed, 'stage', 'all')}."        # only what was typed, for all stages or for this one
     named = NAMED.get(own[:-1], "").split()
     general = {k: v for k, v in vars(typed).items() if "." not in k and k not in named}
@@ -186,31 +165,23 @@ def needs_data(cfg):
     return cfg.stage == "post" or cfg.stage == "mid" and cfg.mid == "slow"
 
 
-def load_data(cfg):
-    """Images of --data as uint8 (N, C, H, W), whole in memory. Missing: exit code 3 with the remedy."""
-    return fid.digits()[0] if cfg.data == "digits" else opened(data_file(cfg), cfg.res)
-
-
 @cache                                                # once for all checks, once for all stages
 def opened(path, side):
     """Images of the archive of CIFAR-10, or of any file or folder, cropped to side (0: as they are)."""
     return fid.read_cifar(path, CIFAR_MD5) if path.endswith(".tar.gz") else fid.load_images(path, side)
 
 
-def stamp(images):
-    """A text that changes when the images do."""
-    return f"{len(images)} images, crc32 {zlib.crc32(images.numpy()):08x}"
-
-
-def data_file(cfg):
-    """Where the images of --data are; CIFAR-10 is downloaded, others: exit code 3 with the remedy."""
+def load_data(cfg):
+    """Images of --data as uint8 (N, C, H, W), whole. Missing: CIFAR-10 is fetched, else exit code 3."""
     path = FILES.get(cfg.data, cfg.data)
-    if cfg.data == "digits" or os.path.exists(path):
-        return path
-    if cfg.data == "cifar10":
-        return nets.fetch(CIFAR_URL)
-    fail(3, f"--data {cfg.data}: {path} is not there; put or link an EDM zip there, or pass --data PATH, "
-            f"{', '.join(FILES)} or digits")
+    if cfg.data == "digits":
+        return fid.digits()[0]
+    if cfg.data == "cifar10" and not os.path.exists(path):
+        path = nets.fetch(CIFAR_URL)
+    if not os.path.exists(path):
+        fail(3, f"--data {cfg.data}: {path} is not there; put or link an EDM zip there, or pass --data PATH, "
+                f"{', '.join(FILES)} or digits")
+    return opened(path, cfg.res)
 
 
 # ---- losses -----------------------------------------------------------------------------------
@@ -295,7 +266,6 @@ def make_distance(cfg, channels):
     """d of Eq. 7: LPIPS on the images as they are (B.2), or of pixels: pseudo-Huber, squared (App. D)."""
     if cfg.loss in ("huber", "l2"):
         return nets.PixelDistance(cfg.huber_c if cfg.loss == "huber" else 0.0)
-    assert cfg.loss == "lpips", f"--loss {cfg.loss}: no branch above"
     if channels != 3:
         fail(2, f"--loss lpips needs 3 channels, --data {cfg.data} has {channels}; pass --loss huber")
     return nets.pretrained_lpips().to(DEVICE)
@@ -329,9 +299,7 @@ def pictures(cfg, found):
     if found[0][0] == "teacher":
         teacher, sigmas = found[0][1], solvers.logsnr_sigmas(cfg.nfe)
         xs = solvers.dpmpp(teacher, prior(teacher, range(3))[0], sigmas)             # (nfe+1, 3, C, H, W)
-        answers = {name: torch.stack([net(x, s.expand(3)) for x, s in zip(xs, sigmas.to(xs))])
-                   for name, net, *_ in found[1:]}                                   # D_x of each state
-        fid.save_trajectory(cfg.out, xs, sigmas, answers)
+        fid.save_trajectory(cfg.out, xs, sigmas, {name: net for name, net, *_ in found[1:]})
     return [shown]
 
 
@@ -358,16 +326,6 @@ def launch(cfg):
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo", timeout=TIMEOUT)
         fid.patient_group()                           # made here, where no process waits long for another
-
-
-def fold(*key):
-    """A 63-bit seed from anything: randomness is a function of (seed, stage, step), so none is ever saved."""
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
-
-
-def randn(shape, g):
-    """Unit Gaussian noise on the generator's device. Every process draws the whole batch, keeps its share."""
-    return torch.randn(shape, generator=g, device=g.device)
 
 
 def draw(images, n, g):
@@ -399,12 +357,6 @@ def resume(cfg, path):
             fail(2, f"{path} was made with --{f.name} {was}, now {now}; use another --out{how} ({made})")
     agree(f"step of {path}", ckpt and ckpt["step"])
     return ckpt
-
-
-def same_data(ckpt, path, data):
-    """Exit code 2 if the checkpoint at path, if there is one, saw other data or asked another teacher."""
-    if ckpt and ckpt["data"] != data:
-        fail(2, f"--data or --teacher has changed: {path} saw {ckpt['data']}, now {data}; use another --out")
 
 
 def lr_at(cfg, step):
@@ -449,10 +401,9 @@ def report(cfg, done, lr, tally, **more):
     took, n = time.time() - tally["clock"], done - tally["step"]
     loss, norm = (sum(v) / len(v) if v else math.nan for v in (tally["losses"], tally["norms"]))
     tally.update(step=done, clock=time.time(), seconds=tally["seconds"] + took, losses=[], norms=[])
-    if DEVICE.type == "cuda":
-        more["GB"] = nets.peak_memory()
     numbers = dict(step=done, images=done * cfg.batch, loss=loss, grad=norm, skipped=tally["skipped"], lr=lr,
-                   images_per_second=n * cfg.batch / took, seconds=tally["seconds"], **more)
+                   images_per_second=n * cfg.batch / took, seconds=tally["seconds"],
+                   **nets.peak_memory(), **more)
     later = sum(c.steps * c.batch for c in ROAD if STAGES.index(c.stage) > STAGES.index(cfg.stage))
     log(fid.step_line(cfg.stage, cfg.steps, cfg.batch, later, numbers), stage=cfg.stage, **numbers)
 
@@ -489,7 +440,8 @@ LIMITS = {  # (rule, least, below): fields
 def check(cfg):
     """Everything that would stop this stage, before any stage starts: values (exit code 2), files (3)."""
     needless = cfg.stage == "pretrain" and has_teacher(cfg) or cfg.stage == "mid" and cfg.mid == "none"
-    check_values(cfg, trains := cfg.stage not in RUN and not needless)
+    trains = cfg.stage not in RUN and not needless
+    fid.check_values(cfg, LIMITS, WORLD * trains)
     if cfg.stage == "mid" and trains:
         n, pairs = solves(cfg)
         if not pairs or pairs % cfg.batch:
@@ -510,7 +462,7 @@ def check(cfg):
     if needs_data(cfg) and not os.path.exists(f"{cfg.out}/{cfg.stage}.pt"):
         images = load_data(cfg)                       # not after days of mid-training, which needs no data
         shape = dict(img_channels=images.shape[1], img_resolution=images.shape[2], label_dim=0)
-        check_teacher(cfg, has_teacher(cfg), stamp(images), shape)
+        check_teacher(cfg, has_teacher(cfg), fid.stamp(images), shape)
     if cfg.dry_run and cfg.stage == "pretrain" and has_teacher(cfg):
         teacher_state(cfg)                            # else train does it
     if cfg.stage == "post" and cfg.precision == "bf16":
@@ -521,25 +473,11 @@ def check(cfg):
     return trains
 
 
-def dry_run(argv, configs):
-    """Print what a command would train and skip, and what it misses. Returns its exit code."""
-    os.environ |= dict(CMT_OFFLINE="1", HF_HUB_OFFLINE="1")       # a missing file is a line with its URL
-    codes, road, script = {}, {}, os.path.basename(__file__)
-    for c in configs:
-        try:
-            with fid.one_line(c, nets.WeightsError):
-                ckpt = check(c) and (resume(c, f"{c.out}/{c.stage}.pt") or dict(step=0))
-                if ckpt and ckpt["step"] < c.steps:
-                    road[c.stage] = c.steps - ckpt["step"], c.batch
-        except SystemExit as stopped:                 # its line is printed; the next stages have theirs
-            codes[c.stage] = stopped.code
-    if RANK == 0:
-        missing = f"; blocked, see above: {', '.join(codes)}" * bool(codes)
-        idle = ", ".join(c.stage for c in configs if c.stage not in (*road, *codes, *RUN)) or "none"
-        plan = " ".join(a for a in argv if a != "--dry_run")
-        text = f"{fid.overview(road, WORLD, DEVICE, c.data)}; --out {c.out}; finished or not needed: {idle}"
-        fid.show(f"{text}{missing}\nmemory and hours: python bench.py plan {script} {plan}", sys.stdout)
-    return max(codes.values(), default=0)
+def steps_left(cfg):
+    """How many steps this stage has still to train; what stops it, ends in one line."""
+    with fid.one_line(cfg, nets.WeightsError):
+        ckpt = check(cfg) and (resume(cfg, f"{cfg.out}/{cfg.stage}.pt") or dict(step=0))
+        return cfg.steps - ckpt["step"] if ckpt else 0
 
 
 def check_teacher(cfg, given, data, wanted):
@@ -550,19 +488,6 @@ def check_teacher(cfg, given, data, wanted):
     if odd := [name for name in wanted if said.get(name, wanted[name]) != wanted[name]]:
         fail(3, f"--teacher {cfg.teacher}: its {odd[0]} is {said[odd[0]]}, that of --data {cfg.data} is "
                 f"{wanted[odd[0]]}; pass a teacher of such data")
-
-
-def check_values(cfg, trains):
-    """What a stage asks of its knobs, of more where it trains; exit code 2 names flag, value and remedy."""
-    for (rule, least, below), names in LIMITS.items():
-        for name in names.split():
-            if not least <= getattr(cfg, name) < below:
-                fail(2, f"--{name} {getattr(cfg, name)} is not possible; it must be {rule}")
-    if trains and cfg.batch % WORLD:
-        fail(2, f"--batch {cfg.batch} must be a multiple of the {WORLD} processes")
-    if trains and cfg.batch_gpu and cfg.batch // WORLD % cfg.batch_gpu:
-        fail(2, f"--batch_gpu {cfg.batch_gpu} must divide the {cfg.batch // WORLD} of --batch in a process")
-    fid.seed_range(cfg.seeds)
 
 
 # ---- main -------------------------------------------------------------------------------------
@@ -639,7 +564,7 @@ def train(cfg):
     images, data = None, "none"
     if needs_data(cfg):
         images = load_data(cfg)
-        data = stamp(images)
+        data = fid.stamp(images)
         log(f"{cfg.data}: {data}; classes, if it has any, are not learned here")
         images = images.to(DEVICE)
     asks_teacher = cfg.stage == "mid" or cfg.stage == "post" and cfg.post.startswith("ecd")
@@ -648,11 +573,10 @@ def train(cfg):
         weights, model = teacher_state(cfg)
     if asks_teacher:
         data += f", teacher {nets.stamp(weights)}"
-    same_data(ckpt, path, data)
-    model = model if ckpt or weights else model_size(cfg, images)
-    if asks_teacher:
         # choice: the teacher too in --precision: bf16 moves its ends less than a finer solve would
         teacher = forward(cfg, build(cfg, model, weights, cfg.teacher or "the teacher"))
+    same_data(ckpt, path, data)
+    model = model if ckpt or weights else model_size(cfg, images)
     net = build(cfg, model, *(() if ckpt else first_weights(cfg, weights, model)), train=True)
     ema = deepcopy(net).requires_grad_(False).eval()
     f = forward(cfg, net)
@@ -702,9 +626,8 @@ def train(cfg):
             else:
                 t, r = sigma[i], ect_step(sigma[i], q)
                 x_t, x_r = (x[i] + s.view(-1, 1, 1, 1) * eps[i] for s in (t, r))      # same noise
-                if asks_teacher:
-                    with torch.no_grad():
-                        x_r = solvers.ode_step(teacher, x_t, t, r, 1 if cfg.post == "ecd_euler" else 2)
+                if asks_teacher:                                              # frozen: no gradient
+                    x_r = solvers.ode_step(teacher, x_t, t, r, 1 if cfg.post == "ecd_euler" else 2)
                 loss = loss_ect(D, x_t, x_r, t, r, cfg.huber_c)         # Eq. 3
             (loss * weight).backward()
             grad[-2] += loss.detach() * weight
@@ -749,11 +672,9 @@ def candidates(cfg):
 
 def sample(cfg):
     """One PNG per seed in <out>/samples/<net>_<steps>, and a sheet of the first 64."""
-    seeds, batch = fid.seed_range(cfg.seeds), cfg.batch_gpu or 64
     for name, net, kinds, _ in candidates(cfg):
         for steps, kind in kinds.items():
-            folder = fid.save_samples(cfg.out, name, steps, make_sampler(cfg, net, kind), seeds, batch)
-            log(f"sample: {len(seeds)} images in {folder}")
+            fid.save_samples(cfg, name, steps, make_sampler(cfg, net, kind))
 
 
 def evaluate(cfg):
@@ -777,27 +698,26 @@ def evaluate(cfg):
     log(fid.save_results(cfg.out, rows, note, stages))
 
 
-def main(argv=None):
+def main(argv):
     """Run one stage, or with --stage all every stage that is not finished, in order, then the score."""
-    argv = sys.argv[1:] if argv is None else argv
     cfg = parse(argv)
     opened.cache_clear()                              # a script may be called twice in one process
     launch(cfg)
     stages = STAGES if cfg.stage == "all" else [cfg.stage]
     configs = [parse([*argv, "--stage", stage]) for stage in stages]
+    for k, c in enumerate(configs):                   # --init FILE starts the first stage, not all
+        later = cfg.stage == "all" and (c.stage == "eval" or c.stage == "post" and c.mid != "none")
+        if later and c.init not in INITS:
+            configs[k] = replace(c, init=Config.init)
     if cfg.dry_run:
-        raise SystemExit(dry_run(argv, configs))
+        raise SystemExit(fid.dry_run(__file__, argv, configs, steps_left, DEVICE))
     with fid.one_line(cfg, nets.WeightsError):
-        ROAD[:] = [c for c in configs if check(c)]
-        with fid.open_out(cfg.out, __file__, argv) if RANK == 0 else nullcontext():        # its lock
-            agree(f"{cfg.out}/log.txt", fid.written(f"{cfg.out}/log.txt"))
+        ROAD[:] = [c for c in configs if steps_left(c)]
+        with fid.begin_run(cfg.out, __file__, argv):                # its lock
             log(fid.overview({c.stage: (c.steps, c.batch) for c in ROAD}, WORLD, DEVICE, cfg.data))
             for c in configs:
                 if STOP:
                     fail(75, "stopped by a signal; run the same command again to go on")
-                later = c.stage == "eval" or c.stage == "post" and c.mid != "none"
-                if cfg.stage == "all" and later and c.init not in INITS:
-                    c = replace(c, init=Config.init)  # --init FILE starts the first stage, not all
                 torch.backends.cuda.matmul.allow_tf32 = c.precision != "fp32"
                 torch.backends.cudnn.allow_tf32 = c.precision != "fp32"
                 for number in SIGNALS:                # training saves first, the rest just ends
@@ -810,4 +730,4 @@ def main(argv=None):
 
 RUN = {"sample": sample, "eval": evaluate}            # every other stage trains
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

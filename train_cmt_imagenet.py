@@ -14,9 +14,6 @@ the ends of the teacher's trajectories, classes given (Eq. 7). post: ECT, or ECD
 # /// script
 # dependencies = ["torch", "numpy", "lpips", "pillow", "scipy"]
 # ///
-import argparse
-import hashlib
-import inspect
 import io
 import json
 import math
@@ -27,12 +24,11 @@ import time
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import cache, partial
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
@@ -43,7 +39,8 @@ from PIL import Image
 import fid
 import nets
 import solvers
-from fid import agree, fail, log
+from fid import agree, fail, log, same_data
+from solvers import fold, randn
 
 
 # ---- knobs ------------------------------------------------------------------------------------
@@ -133,6 +130,7 @@ ABOUT = {"pretrain": "stage 1 of 5, pre-training (EDM2): loss falls while the im
          "post": "stage 4 of 5, post-training (Eq. 3): loss and grad, over a small step, soon stay level",
          "eval": "stage 5 of 5, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
+PARSER = fid.parser(__doc__, Config, STAGES)
 INITS = "teacher", "random"                        # what --init says that is no FILE
 FILES = {"imagenet64": "data/imagenet64.zip", "imagenet512": "data/imagenet512-sd.zip"}
 NAMED = {"vgg": "steps batch lr"}                     # flags that need the stage's name: --vgg.steps
@@ -150,30 +148,12 @@ HEUN_STEPS = 32                                       # of --sampler heun: 63 ca
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@cache
-def parser():
-    """Every field of Config as a flag, for all stages and, as --mid.lr, for one alone."""
-    p = argparse.ArgumentParser(description=__doc__, epilog=inspect.getsource(Config), allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter,
-                                argument_default=argparse.SUPPRESS, usage="%(prog)s [--field value ...]")
-    p.error = lambda message: fail(2, f"{message}; --help lists every flag")
-    for f in fields(Config):
-        kind = dict(type=f.type if f.type in (int, float) else str, choices=get_args(f.type) or None)
-        if f.type is bool:
-            kind = dict(action=argparse.BooleanOptionalAction)
-        stages = () if f.name in ("data", "stage", "out", "dry_run") else STAGES
-        for stage in ("", *(f"{name}." for name in stages)):
-            p.add_argument(f"--{stage}{f.name}", help=argparse.SUPPRESS, **kind)
-    return p
-
-
-def parse(argv=None):
-    """argv (list of str, None = sys.argv[1:]) -> Config. Unknown flag, bad choice: exit code 2."""
-    argv = sys.argv[1:] if argv is None else argv
+def parse(argv):
+    """argv (list of str) -> Config. Unknown flag, bad choice: exit code 2."""
     if "--help" in argv:
         values = vars(parse([a for a in argv if a != "--help"])).items()
-        parser().epilog += f"\nWith these flags: {', '.join(f'{k} = {v!r}' for k, v in values)}"
-    typed = parser().parse_args(argv)
+        PARSER.epilog += f"\nWith these flags: {', '.join(f'{k} = {v!r}' for k, v in values)}"
+    typed = PARSER.parse_args(argv)
     own = f"{getattr(typed, 'stage', 'all')}."        # only what was typed, for all stages or for this one
     named = NAMED.get(own[:-1], "").split()
     general = {k: v for k, v in vars(typed).items() if "." not in k and k not in named}
@@ -232,7 +212,7 @@ class Digits:
 
     def __init__(self):
         (self.pixels, self.labels), self.classes = fid.digits(), 10
-        self.stamp = f"{len(self.pixels)} images, crc32 {zlib.crc32(self.pixels.numpy()):08x}"
+        self.stamp = fid.stamp(self.pixels)
         self.shape = self.pixels[0].shape
 
     def read(self, index):
@@ -335,9 +315,7 @@ def encode_zip(cfg):
     def encode(images):               # trap: EDM2 feeds [0, 1] where Stable Diffusion feeds [-1, 1]
         return [nets.encode_moments(vae, images.to(DEVICE).float() / 255) if vae else images]
     size *= len(names) * (1 if os.path.exists(target) else 2)
-    record, refused = fid.begin_encode(parts, record, cfg.source, names, read, size)
-    if refused:
-        fail(2, refused)
+    record = fid.begin_encode(parts, record, cfg.source, names, read, size)
     with torch.autocast(DEVICE.type, HALF.get(cfg.precision), enabled=cfg.precision in HALF):
         fid.encode_shards(parts, [""], names, read, encode, cfg.batch_gpu)
     if RANK == 0 and not os.path.exists(target):
@@ -441,17 +419,11 @@ def loss_ect(net, x_t, x_r, t, r, huber_c=0.0, weight=None):
     return (d / (t - r) if weight is None else d * weight).mean()
 
 
-@torch.no_grad()
-def teacher_step(cfg, teacher, x_t, t, r, y):
-    """ECD: x_t at noise level t -> where one step of the teacher leads at level r, Heun's or Euler's."""
-    return solvers.ode_step(lambda x, s: teacher(x, s, y), x_t, t, r, 1 if cfg.post == "ecd_euler" else 2)
-
-
 def autoguided(main, guide, w):
     """Autoguidance (Karras et al. 2024): D = guide + w (main - guide), as a function of (x, sigma, y)."""
     if guide is None or w == 1:
         return main
-    return lambda x, sigma, y: guide(x, sigma, y).lerp(main(x, sigma, y), w)
+    return lambda x, sigma, class_labels: guide(x, sigma, class_labels).lerp(main(x, sigma, class_labels), w)
 
 
 def perceptual(cfg):
@@ -512,9 +484,7 @@ def make_sampler(cfg, net, steps):
     @torch.no_grad()
     def sampler(seeds):
         x_T, y, generators = class_prior(net, seeds, cfg.labels)
-
-        def f(x, sigma):
-            return D(x, sigma, y)
+        f = partial(D, class_labels=y)
         if steps:
             return to_images(cfg, solvers.few_step(f, x_T, [80.0, cfg.mid_sigma][:steps], generators))
         if cfg.sampler == "heun":
@@ -544,9 +514,8 @@ def draw_sheets(cfg, found):
         teacher, sigmas = found[0][1], solvers.logsnr_sigmas(cfg.nfe)
         x_T, y, _ = class_prior(teacher, range(3), "balanced")
         xs = solvers.dpmpp(lambda x, sigma: teacher(x, sigma, y), x_T, sigmas)       # (nfe+1, 3, C, H, W)
-        answers = {name: torch.stack([net(x, s.expand(3), y) for x, s in zip(xs, sigmas.to(xs))])
-                   for name, net, *_ in found[1:]}                                   # D_x of each state
-        fid.save_trajectory(cfg.out, xs, sigmas, answers, partial(to_images, cfg))
+        students = {name: partial(net, class_labels=y) for name, net, *_ in found[1:]}
+        fid.save_trajectory(cfg.out, xs, sigmas, students, partial(to_images, cfg))
     return shown, classes
 
 
@@ -575,16 +544,6 @@ def launch(cfg):
         fid.patient_group()                           # made here, where no process waits long for another
 
 
-def fold(*key):
-    """A 63-bit seed from anything: randomness is a function of (seed, stage, step), so none is ever saved."""
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
-
-
-def randn(shape, g):
-    """Unit Gaussian noise on the generator's device. Every process draws the whole batch, keeps its share."""
-    return torch.randn(shape, generator=g, device=g.device)
-
-
 def gather(x):
     """(A, n / WORLD, ...) of each process -> (A, n, ...) on all of them."""
     if WORLD == 1:
@@ -608,12 +567,6 @@ def resume(cfg, path):
             fail(2, f"{path} was made with --{f.name} {was}, now {now}; use another --out{how} ({made})")
     agree(f"step of {path}", ckpt and ckpt["step"])
     return ckpt
-
-
-def same_data(ckpt, path, data):
-    """Exit code 2 if the checkpoint at path, if there is one, saw other data or asked another teacher."""
-    if ckpt and ckpt["data"] != data:
-        fail(2, f"--data or --teacher has changed: {path} saw {ckpt['data']}, now {data}; use another --out")
 
 
 SQRT_FROM = {"imagenet512": 70_000, "digits": 500}    # steps before --decay sqrt falls (EDM2); else 35,000
@@ -652,10 +605,9 @@ def report(cfg, done, lr, tally, **more):
     took, n = time.time() - tally["clock"], done - tally["step"]
     loss, norm = (sum(v) / len(v) if v else math.nan for v in (tally["losses"], tally["norms"]))
     tally.update(step=done, clock=time.time(), seconds=tally["seconds"] + took, losses=[], norms=[])
-    if DEVICE.type == "cuda":
-        more["GB"] = nets.peak_memory()
     numbers = dict(step=done, images=done * cfg.batch, loss=loss, grad=norm, skipped=tally["skipped"], lr=lr,
-                   images_per_second=n * cfg.batch / took, seconds=tally["seconds"], **more)
+                   images_per_second=n * cfg.batch / took, seconds=tally["seconds"],
+                   **nets.peak_memory(), **more)
     later = sum(c.steps * c.batch for c in ROAD if STAGES.index(c.stage) > STAGES.index(cfg.stage))
     log(fid.step_line(cfg.stage, cfg.steps, cfg.batch, later, numbers), stage=cfg.stage, **numbers)
 
@@ -692,7 +644,7 @@ LIMITS = {  # (rule, least, below): fields
 def check(cfg):
     """Everything that would stop this stage, before any stage starts: values (exit code 2), files (3)."""
     trains = cfg.stage not in RUN and (reads_data(cfg) or cfg.stage == "mid" and cfg.mid != "none")
-    check_values(cfg, trains)
+    fid.check_values(cfg, LIMITS, WORLD * trains)
     name, (n, pairs) = data_name(cfg), solves(cfg)
     if cfg.data == "imagenet" and cfg.res not in (64, 512):
         fail(2, f"--res {cfg.res} is not possible with --data imagenet; it is 64 or 512")
@@ -745,25 +697,11 @@ def check_data(cfg):
         fail(2, f"--loss lpips needs 3x16x16 at least, not {channels}x{side}x{side}; or --loss huber")
 
 
-def dry_run(argv, configs):
-    """Print what a command would train and skip, and what it misses. Returns its exit code."""
-    os.environ |= dict(CMT_OFFLINE="1", HF_HUB_OFFLINE="1")       # a missing file is a line with its URL
-    codes, road, script = {}, {}, os.path.basename(__file__)
-    for c in configs:
-        try:
-            with fid.one_line(c, nets.WeightsError):
-                ckpt = check(c) and (resume(c, f"{c.out}/{c.stage}.pt") or dict(step=0))
-                if ckpt and ckpt["step"] < c.steps:
-                    road[c.stage] = c.steps - ckpt["step"], c.batch
-        except SystemExit as stopped:                 # its line is printed; the next stages have theirs
-            codes[c.stage] = stopped.code
-    if RANK == 0:
-        missing = f"; blocked, see above: {', '.join(codes)}" * bool(codes)
-        idle = ", ".join(c.stage for c in configs if c.stage not in (*road, *codes, *RUN)) or "none"
-        plan = " ".join(a for a in argv if a != "--dry_run")
-        text = f"{fid.overview(road, WORLD, DEVICE, c.data)}; --out {c.out}; finished or not needed: {idle}"
-        fid.show(f"{text}{missing}\nmemory and hours: python bench.py plan {script} {plan}", sys.stdout)
-    return max(codes.values(), default=0)
+def steps_left(cfg):
+    """How many steps this stage has still to train; what stops it, ends in one line."""
+    with fid.one_line(cfg, nets.WeightsError):
+        ckpt = check(cfg) and (resume(cfg, f"{cfg.out}/{cfg.stage}.pt") or dict(step=0))
+        return cfg.steps - ckpt["step"] if ckpt else 0
 
 
 def check_teacher(cfg, given, data, wanted):
@@ -776,41 +714,21 @@ def check_teacher(cfg, given, data, wanted):
                 f"{wanted[odd[0]]}; pass a teacher of such data")
 
 
-def check_values(cfg, trains):
-    """What a stage asks of its knobs, of more where it trains; exit code 2 names flag, value and remedy."""
-    for (rule, least, below), names in LIMITS.items():
-        for name in names.split():
-            if not least <= getattr(cfg, name) < below:
-                fail(2, f"--{name} {getattr(cfg, name)} is not possible; it must be {rule}")
-    if trains and cfg.batch % WORLD:
-        fail(2, f"--batch {cfg.batch} must be a multiple of the {WORLD} processes")
-    if trains and cfg.batch_gpu and cfg.batch // WORLD % cfg.batch_gpu:
-        fail(2, f"--batch_gpu {cfg.batch_gpu} must divide the {cfg.batch // WORLD} of --batch in a process")
-    fid.seed_range(cfg.seeds)
-
-
 # ---- main -------------------------------------------------------------------------------------
 def has_edm2(cfg):
     """Whether pre-training means reading or fetching a teacher, not training it."""
     return cfg.teacher != "scratch" and bool(cfg.teacher or data_name(cfg) in nets.PRETRAINED)
 
 
-def snapshot(name):
-    """(weights, constructor arguments) of a FILE, a URL, or an EDM2 snapshot by name."""
-    if name.startswith("edm2-") and not os.path.exists(name):
-        name = nets.EDM2_URL % name
-    return nets.load_pretrained(name)
-
-
 def teacher_state(cfg):
     """(weights, constructor arguments) of --teacher, else <out>/pretrain.pt, else the official teacher."""
     if cfg.teacher not in ("", "scratch"):
-        return snapshot(cfg.teacher)
+        return nets.load_pretrained(cfg.teacher)
     if ckpt := nets.finished(f"{cfg.out}/pretrain.pt"):
         return ckpt["ema"], ckpt["model"]
     if cfg.teacher or data_name(cfg) not in nets.PRETRAINED:
         fail(3, f"no finished teacher in {cfg.out}; run --stage pretrain first, or pass --teacher FILE")
-    return snapshot(nets.PRETRAINED[data_name(cfg)])
+    return nets.load_pretrained(nets.PRETRAINED[data_name(cfg)])
 
 
 def build(cfg, model, state=None, what="", train=False):
@@ -838,26 +756,17 @@ def weak_model(cfg):
     """The guide of the teacher's samples and of ECD's step, or None without --guide."""
     if not cfg.guide or cfg.w == 1:
         return None
-    state, model = snapshot(cfg.guide)
+    state, model = nets.load_pretrained(cfg.guide)
     return build(cfg, model, state, cfg.guide)
 
 
-def frozen_teacher(cfg, weights, model):
-    """D(x, sigma, y): mid: the teacher alone; ECD: --main, else the teacher, guided by --guide."""
-    if cfg.stage == "mid":
-        return build(cfg, model, weights, cfg.teacher or "the teacher")
-    if cfg.main:
-        weights, model = snapshot(cfg.main)
-    return autoguided(build(cfg, model, weights, cfg.main or "the teacher"), weak_model(cfg), cfg.w)
-
-
-def stamps_of_teachers(cfg, weights):
-    """What a stage notes of those it asks: the teacher's weights; ECD: --main's or these, and --guide's."""
+def asked_nets(cfg):
+    """{name: (weights, arguments)} of nets that a stage asks: the teacher; ECD: or --main, and --guide."""
     names = ("main", "guide") if cfg.stage == "post" and cfg.post.startswith("ecd") else ()
-    asked = {name: snapshot(getattr(cfg, name))[0] for name in names if getattr(cfg, name)}
+    asked = {name: nets.load_pretrained(getattr(cfg, name)) for name in names if getattr(cfg, name)}
     if cfg.stage == "mid" or names and not cfg.main:
-        asked["teacher"] = weights
-    return "".join(f", {name} {nets.stamp(state)}" for name, state in asked.items())
+        asked["teacher"] = teacher_state(cfg)
+    return asked
 
 
 def first_weights(cfg, teacher, model={}):
@@ -865,7 +774,7 @@ def first_weights(cfg, teacher, model={}):
     if cfg.stage in ("pretrain", "vgg"):
         return None, ""
     if cfg.init not in INITS:
-        return nets.fitting(*snapshot(cfg.init), model, cfg.init), cfg.init
+        return nets.fitting(*nets.load_pretrained(cfg.init), model, cfg.init), cfg.init
     if cfg.stage == "post" and cfg.mid != "none":
         if not (ckpt := nets.finished(f"{cfg.out}/mid.pt")):
             fail(3, f"{cfg.out}/mid.pt is not finished; run --stage mid first, or pass --mid none")
@@ -893,14 +802,15 @@ def train(cfg):
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
     images = load_data(cfg) if reads_data(cfg) else None
     data = images.stamp if images else "none"
-    is_ecd = cfg.stage == "post" and cfg.post.startswith("ecd")
-    weights, model = None, ckpt["model"] if ckpt else {}
-    if cfg.stage == "mid" or is_ecd and not cfg.main or cfg.stage == "post" and not ckpt:
-        weights, model = teacher_state(cfg)
-    data += stamps_of_teachers(cfg, weights)
+    asked, weights, model = asked_nets(cfg), None, ckpt["model"] if ckpt else {}
+    data += "".join(f", {name} {nets.stamp(state)}" for name, (state, _) in asked.items())
     same_data(ckpt, path, data)
+    if "teacher" in asked or cfg.stage == "post" and not ckpt:
+        weights, model = asked.get("teacher") or teacher_state(cfg)
     model = model if ckpt or weights else edm2_size(cfg, images)
-    teacher = frozen_teacher(cfg, weights, model) if is_ecd or cfg.stage == "mid" else None
+    frozen = {name: build(cfg, size, state, getattr(cfg, name) or "the teacher")
+              for name, (state, size) in asked.items()}
+    teacher = autoguided(frozen.get("main") or frozen.get("teacher"), frozen.get("guide"), cfg.w)
     net = build(cfg, model, *(() if ckpt else first_weights(cfg, weights, model)), train=True)
     ema = deepcopy(net).requires_grad_(False).eval()
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
@@ -914,7 +824,7 @@ def train(cfg):
     tally = nets.restore(ckpt, path, net, ema, opt, tally)
     agree("data and sum of the first weights", (data, flat.sum(dtype=torch.float64).item()))
     kept, tally = list(tally), dict(tally, bad=0, losses=[], norms=[], clock=time.time())
-    ckpt = weights = None                             # as large as the net, and needed no more
+    ckpt = asked = weights = None                     # as large as the net, and needed no more
     shape = model["img_channels"], model["img_resolution"], model["img_resolution"]
     sigmas, (n, pairs), share = solvers.logsnr_sigmas(cfg.nfe), solves(cfg), B // WORLD
     distance, micro = perceptual(cfg) if cfg.stage == "mid" else None, cfg.batch_gpu or share
@@ -956,8 +866,9 @@ def train(cfg):
                 elif cfg.stage == "post":
                     r, c_out = ect_step(t[i], cfg.q), inverse_c_out(t[i], net.sigma_data)
                     x_t, x_r = (x[i] + s.view(-1, 1, 1, 1) * eps[i] for s in (t[i], r))       # same noise
-                    if is_ecd:
-                        x_r = teacher_step(cfg, teacher, x_t, t[i], r, y[i])
+                    if teacher:                                               # ECD; frozen: no gradient
+                        order, D_T = 1 if cfg.post == "ecd_euler" else 2, partial(teacher, class_labels=y[i])
+                        x_r = solvers.ode_step(D_T, x_t, t[i], r, order)
                     loss = loss_ect(D, x_t, x_r, t[i], r, cfg.huber_c, c_out)           # Eq. 3
                 elif views:
                     view = {name: v[at:at + B][mine][i] for name, v in views.items()}
@@ -994,7 +905,7 @@ def candidates(cfg):
     """What to sample from: (name, net, {steps: kind of sampler}, checkpoint); --init FILE: it alone."""
     few = {1: 1, 2: 2}
     if cfg.init not in INITS:
-        state, model = snapshot(cfg.init)
+        state, model = nets.load_pretrained(cfg.init)
         return [("init", build(cfg, model, state, cfg.init), few, None)]
     state, model = teacher_state(cfg)
     own = nets.finished(f"{cfg.out}/pretrain.pt") if cfg.teacher in ("", "scratch") else None
@@ -1008,11 +919,9 @@ def candidates(cfg):
 
 def sample(cfg):
     """One PNG per seed in <out>/samples/<net>_<steps>, and a sheet of the first 64."""
-    seeds, batch = fid.seed_range(cfg.seeds), cfg.batch_gpu or 64
     for name, net, kinds, _ in candidates(cfg):
         for steps, kind in kinds.items():
-            folder = fid.save_samples(cfg.out, name, steps, make_sampler(cfg, net, kind), seeds, batch)
-            log(f"sample: {len(seeds)} images in {folder}")
+            fid.save_samples(cfg, name, steps, make_sampler(cfg, net, kind))
 
 
 def evaluate(cfg):
@@ -1027,9 +936,8 @@ def evaluate(cfg):
     else:
         images = load_data(cfg)
         raws = map(images.read, torch.arange(RANK, len(images.labels), WORLD).split(250))
-        if images.shape[0] == 8:                      # latents are decoded at their means
-            raws = (fid.to_uint8(to_images(cfg, to_input(raw, 0.0))) for raw in raws)
-        reference = fid.measure(features, raws, DEVICE, f"of --data {cfg.data}")
+        drawn = (fid.to_uint8(to_images(cfg, to_input(raw, 0.0))) for raw in raws)  # latents at their means
+        reference = fid.measure(features, drawn, DEVICE, f"of --data {cfg.data}")
     for name, net, kinds, ckpt in found:
         rows.append(dict(stage=name, **nets.cost(ckpt)))
         samplers = {steps: make_sampler(cfg, net, kind) for steps, kind in kinds.items()}
@@ -1039,27 +947,26 @@ def evaluate(cfg):
     log(fid.save_results(cfg.out, rows, f"{fid.protocol(ours, reference)}\n{note}.", stages))
 
 
-def main(argv=None):
+def main(argv):
     """Run one stage, or with --stage all every stage that is not finished, in order, then the score."""
-    argv = sys.argv[1:] if argv is None else argv
     cfg = parse(argv)
     opened.cache_clear()                              # a script may be called twice in one process
     launch(cfg)
     stages = STAGES if cfg.stage == "all" else [cfg.stage]
     configs = [parse([*argv, "--stage", stage]) for stage in stages]
+    for k, c in enumerate(configs):                   # --init FILE starts the first stage, not all
+        later = cfg.stage == "all" and (c.stage == "eval" or c.stage == "post" and c.mid != "none")
+        if later and c.init not in INITS:
+            configs[k] = replace(c, init=Config.init)
     if cfg.dry_run:
-        raise SystemExit(dry_run(argv, configs))
+        raise SystemExit(fid.dry_run(__file__, argv, configs, steps_left, DEVICE))
     with fid.one_line(cfg, nets.WeightsError):
-        ROAD[:] = [c for c in configs if check(c)]
-        with fid.open_out(cfg.out, __file__, argv) if RANK == 0 else nullcontext():        # its lock
-            agree(f"{cfg.out}/log.txt", fid.written(f"{cfg.out}/log.txt"))
+        ROAD[:] = [c for c in configs if steps_left(c)]
+        with fid.begin_run(cfg.out, __file__, argv):                # its lock
             log(fid.overview({c.stage: (c.steps, c.batch) for c in ROAD}, WORLD, DEVICE, cfg.data))
             for c in configs:
                 if STOP:
                     fail(75, "stopped by a signal; run the same command again to go on")
-                later = c.stage == "eval" or c.stage == "post" and c.mid != "none"
-                if cfg.stage == "all" and later and c.init not in INITS:
-                    c = replace(c, init=Config.init)  # --init FILE starts the first stage, not all
                 torch.backends.cuda.matmul.allow_tf32 = c.precision != "fp32"
                 torch.backends.cudnn.allow_tf32 = c.precision != "fp32"
                 for number in SIGNALS:                # training saves first, the rest just ends
@@ -1072,4 +979,4 @@ def main(argv=None):
 
 RUN = {"encode": encode_zip, "sample": sample, "eval": evaluate}          # every other stage trains
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

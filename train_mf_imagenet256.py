@@ -14,9 +14,6 @@ Run the same command again to resume. Copy and fork as you please.
 # /// script
 # dependencies = ["torch", "numpy", "lpips", "pillow", "scipy"]
 # ///
-import argparse
-import hashlib
-import inspect
 import json
 import math
 import os
@@ -27,12 +24,11 @@ import time
 import zlib
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import cache, partial
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
@@ -41,7 +37,8 @@ import torch.distributed as dist
 import fid
 import nets
 import solvers
-from fid import agree, fail, log
+from fid import agree, fail, log, same_data
+from solvers import fold, randn
 
 
 # ---- knobs ------------------------------------------------------------------------------------
@@ -122,10 +119,10 @@ ABOUT = {"pretrain": "stage 1 of 4, pre-training: Mean Flow divides its loss by 
          "post": "stage 3 of 4, post-training: Mean Flow divides its loss by itself: near 1; see mse",
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
+PARSER = fid.parser(__doc__, Config, STAGES)
 INITS = "sit", "random"                            # what --init says that is no FILE
 FILES = {"imagenet": "data/imagenet256-sd"}
 REFERENCE = {"imagenet": "imagenet256"}               # scored by ADM's statistics, others by their own
-SIDES = {"imagenet": 32, "digits": 8}                 # of the squares that the networks see
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 NAMED = {}                                            # flags that need the stage's name: none here
 STAMPED = "data", "teacher"                           # compared by what they hold, wherever that lies
@@ -139,30 +136,12 @@ FREE = {  # fields that may differ when a stage goes on, or is found finished; b
 }
 
 
-@cache
-def parser():
-    """Every field of Config as a flag, for all stages and, as --mid.lr, for one alone."""
-    p = argparse.ArgumentParser(description=__doc__, epilog=inspect.getsource(Config), allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter,
-                                argument_default=argparse.SUPPRESS, usage="%(prog)s [--field value ...]")
-    p.error = lambda message: fail(2, f"{message}; --help lists every flag")
-    for f in fields(Config):
-        kind = dict(type=f.type if f.type in (int, float) else str, choices=get_args(f.type) or None)
-        if f.type is bool:
-            kind = dict(action=argparse.BooleanOptionalAction)
-        stages = () if f.name in ("data", "stage", "out", "dry_run") else STAGES
-        for stage in ("", *(f"{name}." for name in stages)):
-            p.add_argument(f"--{stage}{f.name}", help=argparse.SUPPRESS, **kind)
-    return p
-
-
-def parse(argv=None):
-    """argv (list of str, None = sys.argv[1:]) -> Config. Unknown flag, bad choice: exit code 2."""
-    argv = sys.argv[1:] if argv is None else argv
+def parse(argv):
+    """argv (list of str) -> Config. Unknown flag, bad choice: exit code 2."""
     if "--help" in argv:
         values = vars(parse([a for a in argv if a != "--help"])).items()
-        parser().epilog += f"\nWith these flags: {', '.join(f'{k} = {v!r}' for k, v in values)}"
-    typed = parser().parse_args(argv)
+        PARSER.epilog += f"\nWith these flags: {', '.join(f'{k} = {v!r}' for k, v in values)}"
+    typed = PARSER.parse_args(argv)
     own = f"{getattr(typed, 'stage', 'all')}."        # only what was typed, for all stages or for this one
     named = NAMED.get(own[:-1], "").split()
     general = {k: v for k, v in vars(typed).items() if "." not in k and k not in named}
@@ -204,8 +183,7 @@ class Latents:
         self.classes = int(self.labels.max()) + 1
 
     def open_shards(self):
-        with open(f"{self.path}/index.json") as f:
-            index = json.load(f)
+        index = fid.made_of(self.path)
         if index["kind"] != KIND or index["scale"] != nets.SD_SCALE:
             raise fid.DataError(f"{self.path}: index.json says {index}; run --stage encode again")
         self.labels = torch.from_numpy(np.load(f"{self.path}/labels.npy"))
@@ -249,7 +227,7 @@ class Pixels:
 
     def __init__(self):
         self.pixels, self.labels = fid.digits()
-        self.stamp = f"{len(self.pixels)} images, crc32 {zlib.crc32(self.pixels.numpy()):08x}"
+        self.stamp = fid.stamp(self.pixels)
         self.shape, self.classes = tuple(self.pixels.shape[1:]), 10
 
     def read(self, index, flips):
@@ -267,7 +245,7 @@ def load_data(cfg):
 def latents_path(cfg):
     """The folder of latents that --data names; exit code 3 if it is not there."""
     path = FILES.get(cfg.data, cfg.data)
-    if cfg.data == "digits" or os.path.exists(path):
+    if os.path.exists(path):
         return path
     fail(3, f"{path} is not there; make latents by --stage encode --source FOLDER, or pass --data FOLDER, "
             f"{', '.join(FILES)} or digits")
@@ -330,9 +308,7 @@ def encode_folder(cfg):
     def moments(images):                              # mirror images are encoded, latents are not flipped
         x = fid.to_float(images, DEVICE)
         return [torch.stack([nets.encode_moments(vae, y) for y in (x, x.flip(3))], 1).half()]
-    record, refused = fid.begin_encode(target, record, cfg.source, names, read, number * 2 * 8 * 32 * 32 * 2)
-    if refused:
-        fail(2, refused)
+    record = fid.begin_encode(target, record, cfg.source, names, read, number * 2 * 8 * 32 * 32 * 2)
     with torch.autocast(DEVICE.type, HALF.get(cfg.precision), enabled=cfg.precision in HALF):
         fid.encode_shards(target, [""], names, read, moments, cfg.batch_gpu)
     if RANK == 0:
@@ -435,11 +411,6 @@ def teacher_velocity(cfg, teacher, z, t, y, guided):
     return v
 
 
-def all_pairs(nodes, device="cpu"):
-    """(i, j), each (P,): every pair i < j of a trajectory's states, the noisiest first."""
-    return torch.triu_indices(nodes, nodes, 1, device=device)
-
-
 def pairs_of_states(states, velocities, times):
     """Eq. 8: all pairs of the states of n trajectories, (N+1, n, C, H, W) at times (N+1,), noisiest first.
 
@@ -447,7 +418,7 @@ def pairs_of_states(states, velocities, times):
     and the target (z_t - z_r) / (t - r), the mean velocity between them. One (t, r) after the other, each for
     all n trajectories.
     """
-    first, second = all_pairs(len(states), states.device)
+    first, second = torch.triu_indices(len(states), len(states), 1, device=states.device)
     times, wide = times.to(states, non_blocking=True), (-1, 1, 1, 1, 1)
     steps = velocities * -times.diff().view(wide)
     path = torch.cat([torch.zeros_like(states[:1]), steps.cumsum(0)])             # no difference of states
@@ -554,10 +525,8 @@ def class_sheets(cfg, found):
         teacher, times = found[0][1], torch.linspace(1, 0, cfg.nodes, dtype=torch.float64)
         z, y = noise_and_labels(teacher, range(3), "balanced")
         states = rollout(cfg, teacher, z, y, times)[0]                               # (nodes, 3, C, H, W)
-        pairs = [(x, t.expand(3)) for x, t in zip(states, times.to(states))]
-        answers = {name: torch.stack([x - t[0] * net(x, t, t * 0, y) for x, t in pairs])
-                   for name, net, *_ in found[1:]}
-        fid.save_trajectory(cfg.out, states, times, answers, partial(decoded, cfg))
+        jumps = {name: lambda x, t, net=net: x - t[0] * net(x, t, t * 0, y) for name, net, *_ in found[1:]}
+        fid.save_trajectory(cfg.out, states, times, jumps, partial(decoded, cfg))
     return shown, classes
 
 
@@ -586,16 +555,6 @@ def launch(cfg):
         fid.patient_group()                           # made here, where no process waits long for another
 
 
-def fold(*key):
-    """A 63-bit seed from anything: randomness is a function of (seed, stage, step), so none is ever saved."""
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
-
-
-def randn(shape, g):
-    """Unit Gaussian noise on the generator's device. Every process draws the whole batch, keeps its share."""
-    return torch.randn(shape, generator=g, device=g.device)
-
-
 def gather(x):
     """(A, n / WORLD, ...) of each process -> (A, n, ...) on all of them."""
     if WORLD == 1:
@@ -619,12 +578,6 @@ def resume(cfg, path):
             fail(2, f"{path} was made with --{f.name} {was}, now {now}; use another --out{how} ({made})")
     agree(f"step of {path}", ckpt and ckpt["step"])
     return ckpt
-
-
-def same_data(ckpt, path, data):
-    """Exit code 2 if the checkpoint at path, if there is one, saw other data or asked another teacher."""
-    if ckpt and ckpt["data"] != data:
-        fail(2, f"--data or --teacher has changed: {path} saw {ckpt['data']}, now {data}; use another --out")
 
 
 def lr_at(cfg, step):
@@ -652,10 +605,9 @@ def report(cfg, done, lr, tally, **more):
     took, n = time.time() - tally["clock"], done - tally["step"]
     loss, norm = (sum(v) / len(v) if v else math.nan for v in (tally["losses"], tally["norms"]))
     tally.update(step=done, clock=time.time(), seconds=tally["seconds"] + took, losses=[], norms=[])
-    if DEVICE.type == "cuda":
-        more["GB"] = nets.peak_memory()
     numbers = dict(step=done, images=done * cfg.batch, loss=loss, grad=norm, skipped=tally["skipped"], lr=lr,
-                   images_per_second=n * cfg.batch / took, seconds=tally["seconds"], **more)
+                   images_per_second=n * cfg.batch / took, seconds=tally["seconds"],
+                   **nets.peak_memory(), **more)
     later = sum(c.steps * c.batch for c in ROAD if STAGES.index(c.stage) > STAGES.index(cfg.stage))
     log(fid.step_line(cfg.stage, cfg.steps, cfg.batch, later, numbers), stage=cfg.stage, **numbers)
 
@@ -693,9 +645,10 @@ LIMITS = {  # (rule, least, below): fields
 def check(cfg):
     """Everything that would stop this stage, before any stage starts: values (exit code 2), files (3)."""
     given = cfg.stage in RUN or cfg.stage == "pretrain" and cfg.teacher
-    check_values(cfg, trains := not given and not left_out(cfg))
-    if cfg.dry_run and cfg.stage == "pretrain" and cfg.teacher and not left_out(cfg):
-        teacher_state(cfg)                            # else train does it
+    trains = not given and not left_out(cfg)
+    fid.check_values(cfg, LIMITS, WORLD * trains)
+    if cfg.stage == "pretrain" and cfg.teacher and not left_out(cfg):
+        teacher_state(cfg)                            # read and checked, not trained
     if cfg.guide_from > cfg.guide_to:
         fail(2, f"--guide_from {cfg.guide_from} must not be above --guide_to {cfg.guide_to}")
     if cfg.stage == "mid" and trains:
@@ -706,9 +659,9 @@ def check(cfg):
             fail(2, f"--trajectories {cfg.trajectories} must be a multiple of the {WORLD} processes")
     if cfg.stage == "encode" and not os.path.exists(cfg.source):
         fail(3, f"--source {cfg.source!r}: not there; name ImageNet's training folder, a folder per class")
-    side = SIDES.get(cfg.data, 0)
+    side = 0                                          # not yet known
     if trains and not os.path.exists(f"{cfg.out}/{cfg.stage}.pt"):
-        if cfg.stage != "mid" and latents_path(cfg):  # not after days of mid-training, which needs no data
+        if cfg.stage != "mid":                        # not after days of mid-training, which needs no data
             images = load_data(cfg)
             channels, _, side = images.shape
             led = cfg.post == "teacher"
@@ -727,25 +680,11 @@ def check(cfg):
     return trains
 
 
-def dry_run(argv, configs):
-    """Print what a command would train and skip, and what it misses. Returns its exit code."""
-    os.environ |= dict(CMT_OFFLINE="1", HF_HUB_OFFLINE="1")       # a missing file is a line with its URL
-    codes, road, script = {}, {}, os.path.basename(__file__)
-    for c in configs:
-        try:
-            with fid.one_line(c, nets.WeightsError):
-                ckpt = check(c) and (resume(c, f"{c.out}/{c.stage}.pt") or dict(step=0))
-                if ckpt and ckpt["step"] < c.steps:
-                    road[c.stage] = c.steps - ckpt["step"], c.batch
-        except SystemExit as stopped:                 # its line is printed; the next stages have theirs
-            codes[c.stage] = stopped.code
-    if RANK == 0:
-        missing = f"; blocked, see above: {', '.join(codes)}" * bool(codes)
-        idle = ", ".join(c.stage for c in configs if c.stage not in (*road, *codes, *RUN)) or "none"
-        plan = " ".join(a for a in argv if a != "--dry_run")
-        text = f"{fid.overview(road, WORLD, DEVICE, c.data)}; --out {c.out}; finished or not needed: {idle}"
-        fid.show(f"{text}{missing}\nmemory and hours: python bench.py plan {script} {plan}", sys.stdout)
-    return max(codes.values(), default=0)
+def steps_left(cfg):
+    """How many steps this stage has still to train; what stops it, ends in one line."""
+    with fid.one_line(cfg, nets.WeightsError):
+        ckpt = check(cfg) and (resume(cfg, f"{cfg.out}/{cfg.stage}.pt") or dict(step=0))
+        return cfg.steps - ckpt["step"] if ckpt else 0
 
 
 def check_teacher(cfg, given, data, wanted):
@@ -756,19 +695,6 @@ def check_teacher(cfg, given, data, wanted):
     if odd := [name for name in wanted if said.get(name, wanted[name]) != wanted[name]]:
         fail(3, f"--teacher {cfg.teacher}: its {odd[0]} is {said[odd[0]]}, that of --data {cfg.data} is "
                 f"{wanted[odd[0]]}; pass a teacher of such data")
-
-
-def check_values(cfg, trains):
-    """What a stage asks of its knobs, of more where it trains; exit code 2 names flag, value and remedy."""
-    for (rule, least, below), names in LIMITS.items():
-        for name in names.split():
-            if not least <= getattr(cfg, name) < below:
-                fail(2, f"--{name} {getattr(cfg, name)} is not possible; it must be {rule}")
-    if trains and cfg.batch % WORLD:
-        fail(2, f"--batch {cfg.batch} must be a multiple of the {WORLD} processes")
-    if trains and cfg.batch_gpu and cfg.batch // WORLD % cfg.batch_gpu:
-        fail(2, f"--batch_gpu {cfg.batch_gpu} must divide the {cfg.batch // WORLD} of --batch in a process")
-    fid.seed_range(cfg.seeds)
 
 
 # ---- main -------------------------------------------------------------------------------------
@@ -819,7 +745,7 @@ def check_guidance(cfg, stated, what):
     stated: the configuration in the checkpoint called `what`. A flow-matching teacher has none of its own: it
     is guided when it is rolled out.
     """
-    if "omega" not in stated or stated["stage"] == "pretrain" and stated.get("pretrain") == "fm":
+    if "omega" not in stated or stated["stage"] == "pretrain" and stated.get("pretrain", "mf") != "mf":
         return
     scales = [c["omega"] / (1 - c["kappa"]) for c in (stated, asdict(cfg))]
     spans = [[c["guide_from"], c["guide_to"]] for c in (stated, asdict(cfg))]
@@ -848,7 +774,7 @@ def build(cfg, model, state=None, what="", train=False):
     return net.train() if train else net.requires_grad_(False).eval()
 
 
-def first_weights(cfg, teacher, model={}):
+def first_weights(cfg, model):
     """(weights, their name) a student of arguments `model` starts from: of mid.pt, teacher, FILE, or none."""
     if cfg.stage == "pretrain":
         return None, ""
@@ -861,7 +787,8 @@ def first_weights(cfg, teacher, model={}):
         check_guidance(cfg, ckpt["cfg"], path)
         # choice: the average, not the last weights
         return nets.fitting(ckpt["ema"], ckpt["model"], model, path), path
-    return (teacher, "the teacher (--init sit)") if cfg.init == "sit" else (None, "")
+    what = "the teacher (--init sit)"
+    return (nets.fitting(*teacher_state(cfg), model, what), what) if cfg.init == "sit" else (None, "")
 
 
 def add_errors(errors, square, gap):
@@ -875,27 +802,24 @@ def add_errors(errors, square, gap):
     errors[1].index_add_(0, column, finite.float())
 
 
-def mse_by_gap(errors, *more):
-    """Means since the last log, by name, from errors (2, 5 + len(more)), which is cleared.
+def mse_by_gap(errors):
+    """Means since the last log, by name, from errors (2, 5), with REPA's (2, 6), which is cleared.
 
-    mse_same: samples with r = t; mse_gap1 to 4: those with t - r in each quarter. A name of `more` for each
-    further column. What had no sample is left out. The host waits here.
+    mse_same: samples with r = t; mse_gap1 to 4: those with t - r in each quarter. What had no sample is left
+    out. The host waits here.
     """
     if WORLD > 1:
         dist.all_reduce(errors)
     sums, counts = errors.tolist()
     errors.zero_()
-    names = "mse_same", "mse_gap1", "mse_gap2", "mse_gap3", "mse_gap4", *more
+    names = "mse_same", "mse_gap1", "mse_gap2", "mse_gap3", "mse_gap4", "repa"
     return {name: s / n for name, s, n in zip(names, sums, counts) if n}
 
 
 def train(cfg):
     """One stage (pretrain, mid, post) from its last checkpoint to its end: set-up, method, bookkeeping."""
-    if left_out(cfg):
-        return log(f"{cfg.stage}: not needed with --mid none --init {cfg.init}")
-    if cfg.stage == "pretrain" and cfg.teacher:
-        teacher_state(cfg)                            # read and checked, not trained
-        return
+    if left_out(cfg) or cfg.stage == "pretrain" and cfg.teacher:
+        return log(f"{cfg.stage}: not needed with --teacher, or --mid none --init {cfg.init}")
     path, B = f"{cfg.out}/{cfg.stage}.pt", cfg.batch
     ckpt = resume(cfg, path)
     if ckpt and ckpt["step"] >= cfg.steps and all(ckpt["cfg"][k] == getattr(cfg, k) for k in STAMPED):
@@ -904,13 +828,9 @@ def train(cfg):
     if cfg.stage != "mid":                                                    # CMT needs no data
         images = load_data(cfg)
         data, shape, null = images.stamp, images.shape, images.classes
-    weights, sit_start = None, cfg.stage == "post" and cfg.mid == "none" and cfg.init == "sit"
     led = cfg.stage == "mid" or cfg.stage == "post" and cfg.post == "teacher"
-    if led or sit_start and not ckpt:
-        weights, model = teacher_state(cfg)
-        if cfg.init == "sit":
-            nets.fitting(weights, model, size_row(cfg, "size"), "the teacher")
     if led:
+        weights, model = teacher_state(cfg)
         teacher = build(cfg, model, weights, cfg.teacher or "the teacher")
         teacher.requires_grad_()                      # else autocast casts its weights anew at each call
         null = model["num_classes"]
@@ -920,7 +840,7 @@ def train(cfg):
     model = dict(size_row(cfg, "weak" if cfg.stage == "pretrain" else "size", shape[-1]),
                  input_size=shape[-1], in_channels=shape[0], num_classes=null,
                  average_velocity=cfg.stage != "pretrain" or cfg.pretrain == "mf")
-    net = build(cfg, model, *(() if ckpt else first_weights(cfg, weights, model)), train=True)
+    net = build(cfg, model, *(() if ckpt else first_weights(cfg, model)), train=True)
     ema = deepcopy(net).requires_grad_(False).eval()
     flow = flow_of(cfg, net, torch.tensor(null, device=DEVICE))
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
@@ -997,12 +917,10 @@ def train(cfg):
 def candidates(cfg):
     """What to sample from: (name, net, {steps: kind of sampler}, checkpoint); --init FILE: it alone."""
     found, stages = [], ["pretrain", "mid", "post"]
-    if cfg.init not in INITS:
-        state, model = read_net(cfg, cfg.init)
-        found, stages = [("init", build(cfg, model, state, cfg.init), None)], []
-    elif cfg.teacher:
-        state, model = teacher_state(cfg)
-        found, stages = [("teacher", build(cfg, model, state, cfg.teacher), None)], ["mid", "post"]
+    if file := cfg.teacher if cfg.init in INITS else cfg.init:
+        name, stages = ("teacher", ["mid", "post"]) if cfg.init in INITS else ("init", [])
+        state, model = read_net(cfg, file)
+        found = [(name, build(cfg, model, state, file), None)]
     for stage in stages:
         path = f"{cfg.out}/{stage}.pt"
         if ckpt := nets.finished(path):
@@ -1017,20 +935,9 @@ def candidates(cfg):
 
 def sample(cfg):
     """One PNG per seed in <out>/samples/<net>_<steps>, and a sheet of the first 64."""
-    seeds, batch = fid.seed_range(cfg.seeds), cfg.batch_gpu or 64
     for name, net, kinds, _ in candidates(cfg):
         for steps, kind in kinds.items():
-            folder = fid.save_samples(cfg.out, name, steps, make_sampler(cfg, net, kind), seeds, batch)
-            log(f"sample: {len(seeds)} images in {folder}")
-
-
-@torch.no_grad()
-def own_images(cfg):
-    """The data itself as uint8 batches, latents by their means, decoded: what a perfect model could reach."""
-    images = load_data(cfg)
-    for i in torch.arange(RANK, len(images.labels), WORLD).split(250):
-        raw = images.read(i, torch.zeros(len(i), dtype=torch.bool))
-        yield raw if cfg.data == "digits" else fid.to_uint8(decoded(cfg, to_latents(raw, 0.0)))
+            fid.save_samples(cfg, name, steps, make_sampler(cfg, net, kind))
 
 
 def evaluate(cfg):
@@ -1040,42 +947,43 @@ def evaluate(cfg):
     features = (fid.DigitsNet() if cfg.data == "digits" else fid.load_inception()).to(DEVICE)
     if cfg.data in REFERENCE:
         reference = fid.load_reference(REFERENCE[cfg.data])
-    else:
-        reference = fid.measure(features, own_images(cfg), DEVICE, f"of --data {cfg.data}")
+    else:                                             # latents by their means: a perfect model reaches this
+        images = load_data(cfg)
+        raws = (images.read(i, i < 0) for i in torch.arange(RANK, len(images.labels), WORLD).split(250))
+        drawn = (fid.to_uint8(decoded(cfg, to_latents(raw, 0.0))) for raw in raws)
+        reference = fid.measure(features, drawn, DEVICE, f"of --data {cfg.data}")
     for name, net, kinds, ckpt in found:
         for labels in ("random", "balanced") if cfg.labels == "both" else (cfg.labels,):
             rows.append(dict(stage=f"{name}, {labels} labels", **nets.cost(ckpt)))
             samplers = {steps: make_sampler(replace(cfg, labels=labels), net, steps) for steps in kinds}
             ours = fid.score_net(rows[-1], samplers, features, reference, cfg, labels=labels)
-    scale, decoder = cfg.omega / (1 - cfg.kappa), "none (pixels)"
-    if cfg.data != "digits":
-        decoder = encoder_of_data(cfg, "vae", load_vae, cfg.vae).identity
+    scale, digits = cfg.omega / (1 - cfg.kappa), cfg.data == "digits"
+    decoder = "none (pixels)" if digits else encoder_of_data(cfg, "vae", load_vae, cfg.vae).identity
     note = (f"{cfg.samples} samples a score, seeds from 0, EMA weights, decoder {decoder}, guidance "
             f"{scale:.4g} (omega {cfg.omega}, kappa {cfg.kappa}) for t in [{cfg.guide_from}, {cfg.guide_to}]")
     log(fid.save_results(cfg.out, rows, f"{fid.protocol(ours, reference)}\n{note}", stages))
 
 
-def main(argv=None):
+def main(argv):
     """Run one stage, or with --stage all every stage that is not finished, in order, then the score."""
-    argv = sys.argv[1:] if argv is None else argv
     cfg = parse(argv)
     opened.cache_clear()                              # a script may be called twice in one process
     launch(cfg)
     stages = STAGES if cfg.stage == "all" else [cfg.stage]
     configs = [parse([*argv, "--stage", stage]) for stage in stages]
+    for k, c in enumerate(configs):                   # --init FILE starts the first stage, not all
+        later = cfg.stage == "all" and (c.stage == "eval" or c.stage == "post" and c.mid != "none")
+        if later and c.init not in INITS:
+            configs[k] = replace(c, init=Config.init)
     if cfg.dry_run:
-        raise SystemExit(dry_run(argv, configs))
+        raise SystemExit(fid.dry_run(__file__, argv, configs, steps_left, DEVICE))
     with fid.one_line(cfg, nets.WeightsError):
-        ROAD[:] = [c for c in configs if check(c)]
-        with fid.open_out(cfg.out, __file__, argv) if RANK == 0 else nullcontext():        # its lock
-            agree(f"{cfg.out}/log.txt", fid.written(f"{cfg.out}/log.txt"))
+        ROAD[:] = [c for c in configs if steps_left(c)]
+        with fid.begin_run(cfg.out, __file__, argv):                # its lock
             log(fid.overview({c.stage: (c.steps, c.batch) for c in ROAD}, WORLD, DEVICE, cfg.data))
             for c in configs:
                 if STOP:
                     fail(75, "stopped by a signal; run the same command again to go on")
-                later = c.stage == "eval" or c.stage == "post" and c.mid != "none"
-                if cfg.stage == "all" and later and c.init not in INITS:
-                    c = replace(c, init=Config.init)  # --init FILE starts the first stage, not all
                 torch.backends.cuda.matmul.allow_tf32 = c.precision != "fp32"
                 torch.backends.cudnn.allow_tf32 = c.precision != "fp32"
                 for number in SIGNALS:                # training saves first, the rest just ends
@@ -1088,4 +996,4 @@ def main(argv=None):
 
 RUN = {"encode": encode_folder, "sample": sample, "eval": evaluate}           # every other stage trains
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

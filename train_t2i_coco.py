@@ -15,9 +15,6 @@ Run the same command again to resume. Copy and fork as you please.
 # /// script
 # dependencies = ["torch", "numpy", "lpips", "pillow", "scipy"]
 # ///
-import argparse
-import hashlib
-import inspect
 import itertools
 import json
 import math
@@ -29,12 +26,11 @@ import time
 import zlib
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import cache, partial
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
@@ -44,7 +40,8 @@ import torch.nn.functional as F
 import fid
 import nets
 import solvers
-from fid import agree, fail, log
+from fid import agree, fail, log, same_data
+from solvers import fold, randn
 
 
 # ---- knobs ------------------------------------------------------------------------------------
@@ -123,9 +120,9 @@ ABOUT = {"pretrain": "stage 1 of 4, pre-training: loss, square error (mse_same) 
          "post": "stage 3 of 4, post-training: Mean Flow divides its loss by itself: level; see mse",
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
+PARSER = fid.parser(__doc__, Config, STAGES)
 INITS = "sit", "random"                            # what --init says that is no FILE
 FILES = {"coco": "data/coco256-sd"}
-SIDES = {"coco": 32, "digits": 8}                     # of the squares that the networks see
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 NAMED = {}                                            # flags that need the stage's name: none here
 STAMPED = "data", "teacher"                           # compared by what they hold, wherever that lies
@@ -139,30 +136,12 @@ FREE = {  # fields that may differ when a stage goes on, or is found finished; b
 }
 
 
-@cache
-def parser():
-    """Every field of Config as a flag, for all stages and, as --mid.lr, for one alone."""
-    p = argparse.ArgumentParser(description=__doc__, epilog=inspect.getsource(Config), allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter,
-                                argument_default=argparse.SUPPRESS, usage="%(prog)s [--field value ...]")
-    p.error = lambda message: fail(2, f"{message}; --help lists every flag")
-    for f in fields(Config):
-        kind = dict(type=f.type if f.type in (int, float) else str, choices=get_args(f.type) or None)
-        if f.type is bool:
-            kind = dict(action=argparse.BooleanOptionalAction)
-        stages = () if f.name in ("data", "stage", "out", "dry_run") else STAGES
-        for stage in ("", *(f"{name}." for name in stages)):
-            p.add_argument(f"--{stage}{f.name}", help=argparse.SUPPRESS, **kind)
-    return p
-
-
-def parse(argv=None):
-    """argv (list of str, None = sys.argv[1:]) -> Config. Unknown flag, bad choice: exit code 2."""
-    argv = sys.argv[1:] if argv is None else argv
+def parse(argv):
+    """argv (list of str) -> Config. Unknown flag, bad choice: exit code 2."""
     if "--help" in argv:
         values = vars(parse([a for a in argv if a != "--help"])).items()
-        parser().epilog += f"\nWith these flags: {', '.join(f'{k} = {v!r}' for k, v in values)}"
-    typed = parser().parse_args(argv)
+        PARSER.epilog += f"\nWith these flags: {', '.join(f'{k} = {v!r}' for k, v in values)}"
+    typed = PARSER.parse_args(argv)
     own = f"{getattr(typed, 'stage', 'all')}."        # only what was typed, for all stages or for this one
     named = NAMED.get(own[:-1], "").split()
     general = {k: v for k, v in vars(typed).items() if "." not in k and k not in named}
@@ -205,8 +184,7 @@ class Coco:
         self.stamp = f"{self.count} images, crc32 {zlib.crc32(key + one.tobytes()):08x}"
 
     def open_shards(self):
-        with open(f"{self.path}/index.json") as f:
-            index = json.load(f)
+        index = fid.made_of(self.path)
         if index["kind"] != KIND or index["scale"] != nets.SD_SCALE:
             raise fid.DataError(f"{self.path}: index.json says {index}; run --stage encode again")
         for name in ("moments", "tokens"):
@@ -286,7 +264,7 @@ class CaptionedDigits:
         self.pixels, self.labels = fid.digits()
         self.tokens = random_tokens(self.pixels, grid)
         self.ids = Words().ids([s.format(d) for d in DIGITS for s in SAYINGS])
-        self.stamp = f"{len(self.pixels)} images, crc32 {zlib.crc32(self.pixels.numpy()):08x}"
+        self.stamp = fid.stamp(self.pixels)
         self.shape, self.count = tuple(self.pixels.shape[1:]), len(self.pixels)
         self.null = Words().ids([""])[0]
 
@@ -355,7 +333,7 @@ def load_data(cfg):
 def latents_path(cfg):
     """The folder of latents that --data names; exit code 3 if it is not there."""
     path = FILES.get(cfg.data, cfg.data)
-    if cfg.data == "digits" or os.path.exists(path):
+    if os.path.exists(path):
         return path
     fail(3, f"{path} is not there; make latents by --stage encode --source FOLDER, or pass --data FOLDER, "
             f"{', '.join(FILES)} or digits")
@@ -386,8 +364,7 @@ def read_captioned(cfg, images, step):
         t = r = torch.rand(cfg.batch, generator=g)                                # SiT
     guided = (t >= cfg.guide_from) & (t <= cfg.guide_to) & ~drop & (cfg.omega != 1 or cfg.kappa != 0)
     mine = slice(RANK * cfg.batch // WORLD, (RANK + 1) * cfg.batch // WORLD)
-    batch = *images.read(index[mine], pick[mine]), drop[mine], t[mine], r[mine], guided[mine]
-    return pinned(batch)
+    return pinned([*images.read(index[mine], pick[mine]), drop[mine], t[mine], r[mine], guided[mine]])
 
 
 def pinned(batch):
@@ -458,9 +435,7 @@ def encode_coco(cfg):
         moments = nets.encode_moments(vae, fid.to_float(images, DEVICE))
         return moments.half(), vision(images).half()
     size = len(train) * 2 * (8 * 32**2 + 16**2 * 768)                         # moments and tokens in fp16
-    record, refused = fid.begin_encode(target, record, cfg.source, names, read, size)
-    if refused:
-        fail(2, refused)
+    record = fid.begin_encode(target, record, cfg.source, names, read, size)
     with torch.autocast(DEVICE.type, HALF.get(cfg.precision), enabled=cfg.precision in HALF):
         fid.encode_shards(target, ["moments_", "tokens_"], names[:len(train)], read, encode, cfg.batch_gpu)
     if not os.path.exists(f"{target}/val.npz"):
@@ -569,11 +544,6 @@ def loss_mf(flow, z, v, t, r, y, guided, cfg):
     return loss, square.detach(), features
 
 
-def all_pairs(nodes, device="cpu"):
-    """(i, j), each (P,): every pair i < j of a trajectory's states, the noisiest first."""
-    return torch.triu_indices(nodes, nodes, 1, device=device)
-
-
 def pairs_of_states(states, velocities, times):
     """Eq. 8: all pairs of the states of n trajectories, (N+1, n, C, H, W) at times (N+1,), noisiest first.
 
@@ -581,7 +551,7 @@ def pairs_of_states(states, velocities, times):
     and the target (z_t - z_r) / (t - r), the mean velocity between them. One (t, r) after the other, each for
     all n trajectories.
     """
-    first, second = all_pairs(len(states), states.device)
+    first, second = torch.triu_indices(len(states), len(states), 1, device=states.device)
     times, wide = times.to(states, non_blocking=True), (-1, 1, 1, 1, 1)
     steps = velocities * -times.diff().view(wide)
     path = torch.cat([torch.zeros_like(states[:1]), steps.cumsum(0)])             # no difference of states
@@ -694,10 +664,9 @@ def caption_sheets(cfg, found, images, encoder):
     if found[0][0] == "teacher":
         teacher, times = found[0][1], torch.linspace(1, 0, cfg.nodes, dtype=torch.float64)
         states = rollout_text(cfg, teacher, first_noise(teacher, range(3)), text[:3], null, times)[0]
-        pairs = [(x, t.expand(3)) for x, t in zip(states, times.to(states))]
-        answers = {name: torch.stack([x - t[0] * net(x, t, text[:3], t * 0, repa=False) for x, t in pairs])
-                   for name, net, *_ in found[1:]}
-        fid.save_trajectory(cfg.out, states, times, answers, partial(decoded, cfg))
+        jumps = {name: lambda x, t, net=net: x - t[0] * net(x, t, text[:3], t * 0, repa=False)
+                 for name, net, *_ in found[1:]}
+        fid.save_trajectory(cfg.out, states, times, jumps, partial(decoded, cfg))
     return shown, captions
 
 
@@ -726,16 +695,6 @@ def launch(cfg):
         fid.patient_group()                           # made here, where no process waits long for another
 
 
-def fold(*key):
-    """A 63-bit seed from anything: randomness is a function of (seed, stage, step), so none is ever saved."""
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
-
-
-def randn(shape, g):
-    """Unit Gaussian noise on the generator's device. Every process draws the whole batch, keeps its share."""
-    return torch.randn(shape, generator=g, device=g.device)
-
-
 def gather(x):
     """(A, n / WORLD, ...) of each process -> (A, n, ...) on all of them."""
     if WORLD == 1:
@@ -759,12 +718,6 @@ def resume(cfg, path):
             fail(2, f"{path} was made with --{f.name} {was}, now {now}; use another --out{how} ({made})")
     agree(f"step of {path}", ckpt and ckpt["step"])
     return ckpt
-
-
-def same_data(ckpt, path, data):
-    """Exit code 2 if the checkpoint at path, if there is one, saw other data or asked another teacher."""
-    if ckpt and ckpt["data"] != data:
-        fail(2, f"--data or --teacher has changed: {path} saw {ckpt['data']}, now {data}; use another --out")
 
 
 def lr_at(cfg, step):
@@ -792,10 +745,9 @@ def report(cfg, done, lr, tally, **more):
     took, n = time.time() - tally["clock"], done - tally["step"]
     loss, norm = (sum(v) / len(v) if v else math.nan for v in (tally["losses"], tally["norms"]))
     tally.update(step=done, clock=time.time(), seconds=tally["seconds"] + took, losses=[], norms=[])
-    if DEVICE.type == "cuda":
-        more["GB"] = nets.peak_memory()
     numbers = dict(step=done, images=done * cfg.batch, loss=loss, grad=norm, skipped=tally["skipped"], lr=lr,
-                   images_per_second=n * cfg.batch / took, seconds=tally["seconds"], **more)
+                   images_per_second=n * cfg.batch / took, seconds=tally["seconds"],
+                   **nets.peak_memory(), **more)
     later = sum(c.steps * c.batch for c in ROAD if STAGES.index(c.stage) > STAGES.index(cfg.stage))
     log(fid.step_line(cfg.stage, cfg.steps, cfg.batch, later, numbers), stage=cfg.stage, **numbers)
 
@@ -826,17 +778,17 @@ def add_errors(errors, square, gap):
     errors[1].index_add_(0, column, finite.float())
 
 
-def mse_by_gap(errors, *more):
-    """Means since the last log, by name, from errors (2, 5 + len(more)), which is cleared.
+def mse_by_gap(errors):
+    """Means since the last log, by name, from errors (2, 5), with REPA's (2, 6), which is cleared.
 
-    mse_same: samples with r = t; mse_gap1 to 4: those with t - r in each quarter. A name of `more` for each
-    further column. What had no sample is left out. The host waits here.
+    mse_same: samples with r = t; mse_gap1 to 4: those with t - r in each quarter. What had no sample is left
+    out. The host waits here.
     """
     if WORLD > 1:
         dist.all_reduce(errors)
     sums, counts = errors.tolist()
     errors.zero_()
-    names = "mse_same", "mse_gap1", "mse_gap2", "mse_gap3", "mse_gap4", *more
+    names = "mse_same", "mse_gap1", "mse_gap2", "mse_gap3", "mse_gap4", "repa"
     return {name: s / n for name, s, n in zip(names, sums, counts) if n}
 
 
@@ -858,14 +810,15 @@ LIMITS = {  # (rule, least, below): fields
 def check(cfg):
     """Everything that would stop this stage, before any stage starts: values (exit code 2), files (3)."""
     given = cfg.stage in RUN or cfg.stage == "pretrain" and cfg.teacher
-    check_values(cfg, trains := not given and not left_out(cfg))
-    if cfg.dry_run and cfg.stage == "pretrain" and cfg.teacher and not left_out(cfg):
-        teacher_state(cfg)                            # else train does it
+    trains = not given and not left_out(cfg)
+    fid.check_values(cfg, LIMITS, WORLD * trains)
+    if cfg.stage == "pretrain" and cfg.teacher and not left_out(cfg):
+        teacher_state(cfg)                            # read and checked, not trained
     for part in ("train2014", "val2014") if cfg.stage == "encode" else ():
         name = f"annotations/captions_{part}.json"
         if not cfg.source or not os.path.exists(f"{cfg.source}/{name}"):
             fail(3, f"--source {cfg.source!r} holds no {name}; name COCO's folder")
-    shape_of_size(cfg, SIDES.get(cfg.data, 0))
+    shape_of_size(cfg)
     if cfg.guide_from > cfg.guide_to:
         fail(2, f"--guide_from {cfg.guide_from} must not be above --guide_to {cfg.guide_to}")
     if cfg.stage == "mid" and trains:
@@ -885,35 +838,20 @@ def check(cfg):
             fail(3, f"--init {cfg.init}: no such file")
     if cfg.stage == "sample" and cfg.prompts:
         given_prompts(cfg)
-    path = latents_path(cfg) if cfg.stage == "eval" else ""
     if cfg.stage == "eval" and cfg.data != "digits":  # found now, not after days of training
-        if not os.path.exists(f"{path}/val.npz"):
-            fail(3, f"{path}/val.npz: not there; --stage encode makes it, or python fid.py --save")
+        if not os.path.exists(path := f"{latents_path(cfg)}/val.npz"):
+            fail(3, f"{path}: not there; --stage encode makes it, or python fid.py --save")
         fid.prefetch(cfg.data)
         encoder_of_data(cfg, "vae", nets.sd_vae, cfg.vae)
         text_encoder(cfg)
     return trains
 
 
-def dry_run(argv, configs):
-    """Print what a command would train and skip, and what it misses. Returns its exit code."""
-    os.environ |= dict(CMT_OFFLINE="1", HF_HUB_OFFLINE="1")       # a missing file is a line with its URL
-    codes, road, script = {}, {}, os.path.basename(__file__)
-    for c in configs:
-        try:
-            with fid.one_line(c, nets.WeightsError):
-                ckpt = check(c) and (resume(c, f"{c.out}/{c.stage}.pt") or dict(step=0))
-                if ckpt and ckpt["step"] < c.steps:
-                    road[c.stage] = c.steps - ckpt["step"], c.batch
-        except SystemExit as stopped:                 # its line is printed; the next stages have theirs
-            codes[c.stage] = stopped.code
-    if RANK == 0:
-        missing = f"; blocked, see above: {', '.join(codes)}" * bool(codes)
-        idle = ", ".join(c.stage for c in configs if c.stage not in (*road, *codes, *RUN)) or "none"
-        plan = " ".join(a for a in argv if a != "--dry_run")
-        text = f"{fid.overview(road, WORLD, DEVICE, c.data)}; --out {c.out}; finished or not needed: {idle}"
-        fid.show(f"{text}{missing}\nmemory and hours: python bench.py plan {script} {plan}", sys.stdout)
-    return max(codes.values(), default=0)
+def steps_left(cfg):
+    """How many steps this stage has still to train; what stops it, ends in one line."""
+    with fid.one_line(cfg, nets.WeightsError):
+        ckpt = check(cfg) and (resume(cfg, f"{cfg.out}/{cfg.stage}.pt") or dict(step=0))
+        return cfg.steps - ckpt["step"] if ckpt else 0
 
 
 def check_teacher(cfg, given, data, wanted):
@@ -924,19 +862,6 @@ def check_teacher(cfg, given, data, wanted):
     if odd := [name for name in wanted if said.get(name, wanted[name]) != wanted[name]]:
         fail(3, f"--teacher {cfg.teacher}: its {odd[0]} is {said[odd[0]]}, that of --data {cfg.data} is "
                 f"{wanted[odd[0]]}; pass a teacher of such data")
-
-
-def check_values(cfg, trains):
-    """What a stage asks of its knobs, of more where it trains; exit code 2 names flag, value and remedy."""
-    for (rule, least, below), names in LIMITS.items():
-        for name in names.split():
-            if not least <= getattr(cfg, name) < below:
-                fail(2, f"--{name} {getattr(cfg, name)} is not possible; it must be {rule}")
-    if trains and cfg.batch % WORLD:
-        fail(2, f"--batch {cfg.batch} must be a multiple of the {WORLD} processes")
-    if trains and cfg.batch_gpu and cfg.batch // WORLD % cfg.batch_gpu:
-        fail(2, f"--batch_gpu {cfg.batch_gpu} must divide the {cfg.batch // WORLD} of --batch in a process")
-    fid.seed_range(cfg.seeds)
 
 
 # ---- main -------------------------------------------------------------------------------------
@@ -981,7 +906,7 @@ def check_guidance(cfg, stated, what):
     stated: the configuration in the checkpoint called `what`. A flow-matching teacher has none of its own: it
     is guided when it is rolled out.
     """
-    if "omega" not in stated or stated["stage"] == "pretrain" and stated.get("pretrain") == "fm":
+    if "omega" not in stated or stated["stage"] == "pretrain" and stated.get("pretrain", "mf") != "mf":
         return
     scales = [c["omega"] / (1 - c["kappa"]) for c in (stated, asdict(cfg))]
     spans = [[c["guide_from"], c["guide_to"]] for c in (stated, asdict(cfg))]
@@ -995,8 +920,7 @@ def read_file(cfg, name):
     state, model, stated = nets.read_weights(name)
     if "context_embedder.weight" not in state:
         raise nets.WeightsError(f"{name}: no MM-DiT, it has no context_embedder.weight")
-    if stated.get("stage") != "pretrain":             # a SiT is guided when it is rolled out
-        check_guidance(cfg, stated, name)
+    check_guidance(cfg, stated, name)
     if not model:
         two_clocks = any(k.startswith(("r_embedder.", "h_embedder.")) for k in state)
         width = state["context_embedder.weight"].shape[-1]
@@ -1023,7 +947,7 @@ def build(cfg, model, state=None, what="", train=False):
     return net.train() if train else net.requires_grad_(False).eval()
 
 
-def first_weights(cfg, teacher):
+def first_weights(cfg):
     """(weights, their name) the student starts from: mid.pt's in post, the teacher's, FILE's, or none."""
     if cfg.stage == "pretrain":
         return None, ""
@@ -1035,32 +959,27 @@ def first_weights(cfg, teacher):
             fail(3, f"{path} is not finished; run --stage mid first, or pass --mid none")
         check_guidance(cfg, ckpt["cfg"], path)
         return ckpt["ema"], path
-    return (teacher, "the teacher (--init sit)") if cfg.init == "sit" else (None, "")
+    return (teacher_state(cfg)[0], "the teacher (--init sit)") if cfg.init == "sit" else (None, "")
 
 
 def train(cfg):
     """One stage (pretrain, mid, post) from its last checkpoint to its end: set-up, method, bookkeeping."""
-    if left_out(cfg):
-        return log(f"{cfg.stage}: not needed with --mid none --init {cfg.init}")
-    if cfg.stage == "pretrain" and cfg.teacher:
-        teacher_state(cfg)                            # read and checked, not trained
-        return
+    if left_out(cfg) or cfg.stage == "pretrain" and cfg.teacher:
+        return log(f"{cfg.stage}: not needed with --teacher, or --mid none --init {cfg.init}")
     path, B = f"{cfg.out}/{cfg.stage}.pt", cfg.batch
     ckpt = resume(cfg, path)
     if ckpt and ckpt["step"] >= cfg.steps and all(ckpt["cfg"][k] == getattr(cfg, k) for k in STAMPED):
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
     images, encoder = load_data(cfg), text_encoder(cfg)                   # mid reads captions, never an image
     data, null, shape = images.stamp, encoder(images.null[None]), images.shape
-    weights, sit_start = None, cfg.stage == "post" and cfg.mid == "none" and cfg.init == "sit"
-    if cfg.stage == "mid" or sit_start and not ckpt:
-        weights, model = teacher_state(cfg)
     if cfg.stage == "mid":
+        weights, model = teacher_state(cfg)
         teacher = build(cfg, model, weights, cfg.teacher or "the teacher")
         teacher.requires_grad_()                      # else autocast casts its weights anew at each call
         data += f", teacher {nets.stamp(weights)}"
     same_data(ckpt, path, data)
     model = net_arguments(cfg, images, null.shape[-1])
-    net = build(cfg, model, *(() if ckpt else first_weights(cfg, weights)), train=True)
+    net = build(cfg, model, *(() if ckpt else first_weights(cfg)), train=True)
     ema = deepcopy(net).requires_grad_(False).eval()
     flow = flow_of(cfg, lambda z, t, r, text, repa: net(z, t, text, r, repa), null)
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
@@ -1135,7 +1054,7 @@ def train(cfg):
         count(cfg, tally, loss, norm)
         to_save = stop or done % cfg.save_every == 0 or done == cfg.steps
         if to_save or done % cfg.log_every == 0:
-            report(cfg, done, lr, tally, **mse_by_gap(errors, "repa"))
+            report(cfg, done, lr, tally, **mse_by_gap(errors))
         if to_save and RANK == 0:
             nets.save_checkpoint(path, net=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(),
                                  **saved, **{k: tally[k] for k in kept})
@@ -1151,17 +1070,14 @@ def train(cfg):
 def candidates(cfg):
     """What to sample from: (name, net, {steps: kind of sampler}, checkpoint); --init FILE: it alone."""
     found, stages = [], ["pretrain", "mid", "post"]
-    if cfg.init not in INITS:
-        state, model = read_file(cfg, cfg.init)
-        found, stages = [("init", build(cfg, model, state, cfg.init), None)], []
-    elif cfg.teacher:
-        state, model = teacher_state(cfg)
-        found, stages = [("teacher", build(cfg, model, state, cfg.teacher), None)], ["mid", "post"]
+    if file := cfg.teacher if cfg.init in INITS else cfg.init:
+        name, stages = ("teacher", ["mid", "post"]) if cfg.init in INITS else ("init", [])
+        state, model = read_file(cfg, file)
+        found = [(name, build(cfg, model, state, file), None)]
     for stage in stages:
         path = f"{cfg.out}/{stage}.pt"
         if ckpt := nets.finished(path):
-            if stage != "pretrain":
-                check_guidance(cfg, ckpt["cfg"], path)
+            check_guidance(cfg, ckpt["cfg"], path)
             name = "teacher" if stage == "pretrain" else stage
             found.append((name, build(cfg, ckpt["model"], ckpt["ema"], stage), ckpt))
     if not found:
@@ -1250,27 +1166,26 @@ def evaluate(cfg):
     log(fid.save_results(cfg.out, rows, f"{fid.protocol(ours, reference)}\n{note}", stages))
 
 
-def main(argv=None):
+def main(argv):
     """Run one stage, or with --stage all every stage that is not finished, in order, then the score."""
-    argv = sys.argv[1:] if argv is None else argv
     cfg = parse(argv)
     opened.cache_clear()                              # a script may be called twice in one process
     launch(cfg)
     stages = STAGES if cfg.stage == "all" else [cfg.stage]
     configs = [parse([*argv, "--stage", stage]) for stage in stages]
+    for k, c in enumerate(configs):                   # --init FILE starts the first stage, not all
+        later = cfg.stage == "all" and (c.stage == "eval" or c.stage == "post" and c.mid != "none")
+        if later and c.init not in INITS:
+            configs[k] = replace(c, init=Config.init)
     if cfg.dry_run:
-        raise SystemExit(dry_run(argv, configs))
+        raise SystemExit(fid.dry_run(__file__, argv, configs, steps_left, DEVICE))
     with fid.one_line(cfg, nets.WeightsError):
-        ROAD[:] = [c for c in configs if check(c)]
-        with fid.open_out(cfg.out, __file__, argv) if RANK == 0 else nullcontext():        # its lock
-            agree(f"{cfg.out}/log.txt", fid.written(f"{cfg.out}/log.txt"))
+        ROAD[:] = [c for c in configs if steps_left(c)]
+        with fid.begin_run(cfg.out, __file__, argv):                # its lock
             log(fid.overview({c.stage: (c.steps, c.batch) for c in ROAD}, WORLD, DEVICE, cfg.data))
             for c in configs:
                 if STOP:
                     fail(75, "stopped by a signal; run the same command again to go on")
-                later = c.stage == "eval" or c.stage == "post" and c.mid != "none"
-                if cfg.stage == "all" and later and c.init not in INITS:
-                    c = replace(c, init=Config.init)  # --init FILE starts the first stage, not all
                 torch.backends.cuda.matmul.allow_tf32 = c.precision != "fp32"
                 torch.backends.cudnn.allow_tf32 = c.precision != "fp32"
                 for number in SIGNALS:                # training saves first, the rest just ends
@@ -1283,4 +1198,4 @@ def main(argv=None):
 
 RUN = {"encode": encode_coco, "sample": sample_captions, "eval": evaluate}    # every other stage trains
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -710,7 +710,8 @@ def test_every_form_of_a_file_draws_what_its_net_drew(here, family, form):
         elif cfg.stage == "sample":
             (_, made, *_), = script.candidates(cfg)
         else:
-            made = script.build(cfg, arguments, *script.first_weights(cfg, None, *[arguments] * (family != "mmdit")))
+            more = dict(edm=(None, arguments), edm2=(None, arguments), dit=(arguments,), mmdit=())[family]
+            made = script.build(cfg, arguments, *script.first_weights(cfg, *more))
         want = script.build(cfg, arguments, net.state_dict())
         assert torch.equal(answer(made, family), answer(want, family)), argv
 

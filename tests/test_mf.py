@@ -1,4 +1,5 @@
 """train_mf_imagenet256.py: the Jacobian product, the losses against closed forms, pairs, latents, stages, faults."""
+import functools
 import json
 import os
 import re
@@ -272,11 +273,13 @@ def test_an_official_sit_starts_the_student_exactly(monkeypatch):
     """In float64, from the file through --init: v_ours(z, t) = -v_sit(z, 1 - t), for every r."""
     one = tiny(average_velocity=False, num_heads=1)
     torch.save(official_sit(one), "sit.pt")
-    monkeypatch.setattr(nets.DiT, "__init__", lambda self, *a, real=nets.DiT.__init__, **k: (real(self, *a, **k), self.double())[0])
+    real = nets.DiT.__init__
+    init = functools.wraps(real)(lambda self, *a, **k: (real(self, *a, **k), self.double())[0])
+    monkeypatch.setattr(nets.DiT, "__init__", init)
     for flags in (["--init", "sit", "--teacher", "sit.pt"], ["--init", "sit.pt"]):
         c = cfg("--stage", "post", "--mid", "none", "--size", "2x16x2x1", *flags)
         state, model = script.read_net(c, "sit.pt")
-        net = script.build(c, {**model, "average_velocity": True}, *script.first_weights(c, state), train=True)
+        net = script.build(c, {**model, "average_velocity": True}, *script.first_weights(c, model), train=True)
         z, _, t, r, y = batch(ratio=1.0)
         assert (net(z, t, r, y) - one(z, t, None, y)).abs().max() < 1e-12
     assert nets.dit_shape(state, "")["average_velocity"] is False
@@ -365,7 +368,7 @@ def test_the_teacher_runs_in_the_precision_of_the_student(road, monkeypatch):
 def test_student_of_post_starts_from_the_ema_of_mid(road):
     c = cfg(*TINY, "--stage", "post", "--out", road, "--steps", 3)
     ckpt = torch.load(road / "mid.pt", weights_only=True)
-    net = script.build(c, ckpt["model"], *script.first_weights(c, None), train=True)
+    net = script.build(c, ckpt["model"], *script.first_weights(c, ckpt["model"]), train=True)
     assert all(torch.equal(v, ckpt["ema"][k]) for k, v in net.state_dict().items())
 
 

@@ -206,12 +206,12 @@ def test_student_starts_as_the_teacher_for_every_r(road):
     c = cfg(*TINY, "--stage", "mid", "--out", road)
     state, model = script.teacher_state(c)
     teacher = script.build(c, model, state)
-    net = script.build(c, script.net_arguments(c, images, 32), *script.first_weights(c, state), train=True)
+    net = script.build(c, script.net_arguments(c, images, 32), *script.first_weights(c), train=True)
     z, t, text = torch.randn(4, 1, 8, 8), torch.rand(4), encoder(encoder.ids(["the digit two"] * 4))
     assert torch.allclose(net(z, t, text, t / 3)[0], teacher(z, t, text)[0], atol=1e-6)
     c = cfg(*TINY, "--stage", "post", "--out", road, "--steps", 3)
     ckpt = torch.load(road / "mid.pt", weights_only=True)
-    net = script.build(c, ckpt["model"], *script.first_weights(c, None), train=True)
+    net = script.build(c, ckpt["model"], *script.first_weights(c), train=True)
     assert all(torch.equal(v, ckpt["ema"][k]) for k, v in net.state_dict().items())
 
 

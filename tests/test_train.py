@@ -233,6 +233,20 @@ def test_a_dry_run_says_what_it_would_do_and_does_nothing(name, monkeypatch, cap
     assert not os.path.exists("out")
 
 
+def test_a_finished_road_says_that_nothing_is_to_train_also_one_from_init_file(road, monkeypatch, capsys):
+    """--init FILE starts the first stage alone, in a dry run too; and a prompt is printed as a shell takes it."""
+    monkeypatch.setattr(os, "environ", {**os.environ})
+    argv = [*TINY, "--steps", "1", "--init", str(road / "mid.pt"), "--out", "x"]
+    script.main(argv)
+    script.main(argv)
+    assert "to train: mid 1 steps" not in capsys.readouterr().out.split("stage 4 of 4")[1]
+    assert Path("x/log.txt").read_text().count("to train: nothing") == 1
+    assert code([*argv, "--dry_run"], capsys)[0] == 0
+    with pytest.raises(SystemExit):
+        importlib.import_module("train_t2i_coco").main(["--data", "digits", "--prompts", "a cat|a dog", "--dry_run"])
+    assert "--prompts 'a cat|a dog'" in capsys.readouterr().out
+
+
 def test_own_images_offline_give_pictures_and_no_score(monkeypatch, capsys):
     make_zip("own.zip", [8] * 4)
     monkeypatch.setenv("CMT_OFFLINE", "1")
@@ -313,8 +327,9 @@ def test_images_that_lpips_does_not_measure_are_refused_before_the_first_stage(m
 
 
 @pytest.mark.parametrize("name", ["train_cmt_cifar", "train_cmt_imagenet"])
-def test_post_training_in_bf16_is_warned_of(name, capsys):
+def test_post_training_in_bf16_is_warned_of(name, monkeypatch, capsys):
     """bf16's error is as large as the difference that ECT learns from; mid-training alone may have it."""
+    monkeypatch.setattr(os, "environ", {**os.environ})
     for flag, warned in ("--mid.precision", False), ("--precision", True):
         exit_code, err = code([*TINY, flag, "bf16", "--dry_run", "--out", "x"], capsys, importlib.import_module(name).main)
         assert exit_code == 0 and ("warning: bf16" in err) == warned
@@ -404,11 +419,11 @@ def test_a_flag_behind_a_stage_is_that_stages_alone(name, capsys):
         assert stop.value.code == 2 and f"unrecognized arguments: {wrong}" in capsys.readouterr().err
 
 
-def test_help_shows_every_knob_with_its_comment(capsys):
+def test_help_shows_every_knob_with_its_comment(capsys, monkeypatch):
     text = subprocess.run([sys.executable, str(ROOT / "train_cmt_cifar.py"), "--help"], capture_output=True, text=True).stdout
     assert "torchrun --nproc_per_node=8" in text and "# teacher steps per trajectory (B.2)" in text
+    monkeypatch.setattr(script.PARSER, "epilog", "")
     with pytest.raises(SystemExit):
         script.parse("--help --data digits --stage post --lr 7".split())
-    script.parser.cache_clear()
     text = capsys.readouterr().out
     assert "With these flags: data = 'digits'" in text and "lr = 7.0" in text and "steps = 600" in text

@@ -51,7 +51,7 @@ PLANTS = [  # script, stage, file, what stands there, the fault in its place, wh
     (CIFAR, "pretrain", CIFAR, "images = images.to(DEVICE)", "pass", "aten.index"),
     (CIFAR, "pretrain", CIFAR, "loss.detach() * weight", "loss.item() * weight", "train: item"),
     (CIFAR, "pretrain", CIFAR, "grad[-1:].fill_(len(STOP) * scale)", "grad[-1] = 0.0", "total: number to gpu"),
-    (CIFAR, "pretrain", CIFAR, "(shape, generator=g, device=g.device)", "(shape)", "'cpu'"),
+    (CIFAR, "pretrain", "solvers", "(shape, generator=g, device=g.device)", "(shape)", "'cpu'"),
     (CIFAR, "pretrain", CIFAR, "torch.Generator(DEVICE)", "torch.Generator()", "'cpu'"),
     (IMAGENET, "pretrain", IMAGENET, "labels.to(DEVICE, non_blocking=True)", "labels", "'cpu'"),
     (IMAGENET, BF16, "nets", "else self.hoisted).to(x.dtype)", "else self.hoisted)", "bfloat16.*float32"),

@@ -767,7 +767,8 @@ def random_weights(home, cfg, gpus, device, sent, more):
         stack.callback(setattr, cudnn, "benchmark", cudnn.benchmark)
         cudnn.benchmark = True                        # as launch() has it
         stack.enter_context(warnings.catch_warnings(action="ignore"))
-        stack.enter_context(fid.one_line(cfg, nets.WeightsError))
+        mine = replace(cfg, batch_gpu=cfg.batch_gpu or cfg.batch // gpus)
+        stack.enter_context(fid.one_line(mine, nets.WeightsError))
         stack.enter_context(contextlib.suppress(StopIteration))           # enough is seen
         fid.check_values(cfg, home.LIMITS, gpus)
         never = 10**9

@@ -492,6 +492,7 @@ def ode_ends(teacher, x_t, t, steps=48):
 def bias(args, device):
     """Gradient bias of Eq. 3 (Theorem 5.1) at every start there is and at a random one: <out>/bias.md."""
     (cfg, has_cmt), n = finished_run(args.out), args.samples or 500
+    fid.OUT = args.out                                    # whose log and metrics get a line for each start
     images = script.load_data(cfg).to(device)
     g = torch.Generator(device).manual_seed(script.fold(cfg.seed, "bias"))
     found = script.candidates(cfg)

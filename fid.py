@@ -183,8 +183,6 @@ def one_line(cfg, *errors):
 def open_out(out, script, argv):
     """Makes the folder of a run, locks it (two runs would mix), begins its log. First process only."""
     global OUT
-    if os.path.isfile(out):
-        fail(2, f"--out {out} is a file; name a folder")
     os.makedirs(out, exist_ok=True)
     lock = open(f"{out}/.lock", "a+")
     try:
@@ -242,6 +240,8 @@ def check_values(cfg, limits, world):
         fail(2, f"--batch {cfg.batch} must be a multiple of the {world} processes")
     if world and cfg.batch_gpu and cfg.batch // world % cfg.batch_gpu:
         fail(2, f"--batch_gpu {cfg.batch_gpu} must divide the {cfg.batch // world} of --batch in a process")
+    if os.path.isfile(cfg.out):
+        fail(2, f"--out {cfg.out} is a file; name a folder")
     seed_range(cfg.seeds)
 
 
@@ -1276,8 +1276,10 @@ def score_net(row, samplers, features, reference, cfg, **more):
 
     cfg: a Config with samples, repeat, batch_gpu; more: for metrics.jsonl. Returns the last Reference.
     """
+    distance = features.protocol.partition(":")[0]
+    row |= {f"{steps}-step {distance}": "-" for steps in (1, 2)}
     for steps, sampler in samplers.items():
-        column = f"{steps}-step {features.protocol.partition(':')[0]}"
+        column = f"{steps}-step {distance}"
         row[column], values, ours = score(sampler, features, reference, cfg.samples, cfg.repeat,
                                           cfg.batch_gpu or 250)
         log(f"eval: {row['stage']} {column} {row[column]}", stage="eval",
@@ -1500,27 +1502,25 @@ def overview(road, world, device, data):
     return text
 
 
-def dry_run(script, argv, configs, steps_left, device):
-    """Print what a command would train and skip, and what it misses. Returns its exit code.
-
-    steps_left(Config): the steps that its stage has still to train; a line and an exit where it cannot.
-    """
+def dry_run(home, argv, configs):
+    """Print what a command of the script `home` would train and skip, and what it misses: its exit code."""
     os.environ |= dict(CMT_OFFLINE="1", HF_HUB_OFFLINE="1")       # a missing file is a line with its URL
     codes, road = {}, {}
     for c in configs:
         try:
-            if steps := steps_left(c):
-                road[c.stage] = steps, c.batch
+            with one_line(c, home.nets.WeightsError):
+                if home.check(c) and (steps := home.steps_left(c)):
+                    road[c.stage] = steps, c.batch
         except SystemExit as stopped:                 # its line is printed; the next stages have theirs
             codes[c.stage] = stopped.code
     if processes()[0] == 0:
         missing = f"; blocked, see above: {', '.join(codes)}" * bool(codes)
-        known = *road, *codes, "encode", "sample", "eval"
+        known = *road, *codes, *home.RUN
         idle = ", ".join(c.stage for c in configs if c.stage not in known) or "none"
         plan = shlex.join(a for a in argv if a != "--dry_run")
-        text = overview(road, processes()[1], device, c.data)
+        text = overview(road, home.WORLD, home.DEVICE, c.data)
         show(f"{text}; --out {c.out}; finished or not needed: {idle}{missing}\nmemory and hours: "
-             f"python bench.py plan {os.path.basename(script)} {plan}", sys.stdout)
+             f"python bench.py plan {os.path.basename(home.__file__)} {plan}", sys.stdout)
     return max(codes.values(), default=0)
 
 

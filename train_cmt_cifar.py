@@ -466,18 +466,16 @@ def check(cfg):
     if cfg.dry_run and cfg.stage == "pretrain" and has_teacher(cfg):
         teacher_state(cfg)                            # else train does it
     if cfg.stage == "post" and cfg.precision == "bf16":
-        fid.say("warning: bf16 is as coarse as the difference post-training learns from (docs/costs.md); "
-                "--mid.precision bf16 is for mid-training alone")
+        fid.say("warning: bf16 is too coarse for post-training (docs/faq.md); use --mid.precision bf16")
     if cfg.stage == "eval" and cfg.data != "digits":
         fid.prefetch(cfg.data, must=cfg.data in FILES)
     return trains
 
 
 def steps_left(cfg):
-    """How many steps this stage has still to train; what stops it, ends in one line."""
-    with fid.one_line(cfg, nets.WeightsError):
-        ckpt = check(cfg) and (resume(cfg, f"{cfg.out}/{cfg.stage}.pt") or dict(step=0))
-        return cfg.steps - ckpt["step"] if ckpt else 0
+    """How many steps a stage that trains has still to go."""
+    ckpt = resume(cfg, f"{cfg.out}/{cfg.stage}.pt")
+    return cfg.steps - ckpt["step"] if ckpt else cfg.steps
 
 
 def check_teacher(cfg, given, data, wanted):
@@ -559,7 +557,8 @@ def train(cfg):
         return
     path, B = f"{cfg.out}/{cfg.stage}.pt", cfg.batch
     ckpt = resume(cfg, path)
-    if ckpt and ckpt["step"] >= cfg.steps and all(ckpt["cfg"][k] == getattr(cfg, k) for k in STAMPED):
+    over = ckpt and ckpt["step"] >= cfg.steps
+    if over and all(ckpt["cfg"][k] == getattr(cfg, k) for k in STAMPED):
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
     images, data = None, "none"
     if needs_data(cfg):
@@ -573,10 +572,13 @@ def train(cfg):
         weights, model = teacher_state(cfg)
     if asks_teacher:
         data += f", teacher {nets.stamp(weights)}"
+    same_data(ckpt, path, data)
+    if over:
+        return log(f"{cfg.stage}: {path} is finished, nothing to do")
+    model = model if ckpt or weights else model_size(cfg, images)
+    if asks_teacher:
         # choice: the teacher too in --precision: bf16 moves its ends less than a finer solve would
         teacher = forward(cfg, build(cfg, model, weights, cfg.teacher or "the teacher"))
-    same_data(ckpt, path, data)
-    model = model if ckpt or weights else model_size(cfg, images)
     net = build(cfg, model, *(() if ckpt else first_weights(cfg, weights, model)), train=True)
     ema = deepcopy(net).requires_grad_(False).eval()
     f = forward(cfg, net)
@@ -710,11 +712,15 @@ def main(argv):
         if later and c.init not in INITS:
             configs[k] = replace(c, init=Config.init)
     if cfg.dry_run:
-        raise SystemExit(fid.dry_run(__file__, argv, configs, steps_left, DEVICE))
+        raise SystemExit(fid.dry_run(sys.modules[__name__], argv, configs))
     with fid.one_line(cfg, nets.WeightsError):
-        ROAD[:] = [c for c in configs if steps_left(c)]
+        # trap: where one process has a stage and another has not, they would wait for each other in check
+        agree(f"checkpoints in {cfg.out}", [s for s in STAGES if os.path.exists(f"{cfg.out}/{s}.pt")])
+        trained = [c for c in configs if check(c)]
         with fid.begin_run(cfg.out, __file__, argv):                # its lock
-            log(fid.overview({c.stage: (c.steps, c.batch) for c in ROAD}, WORLD, DEVICE, cfg.data))
+            left = {c.stage: steps_left(c) for c in trained}
+            ROAD[:] = [c for c in trained if left[c.stage]]
+            log(fid.overview({c.stage: (left[c.stage], c.batch) for c in ROAD}, WORLD, DEVICE, cfg.data))
             for c in configs:
                 if STOP:
                     fail(75, "stopped by a signal; run the same command again to go on")

@@ -648,6 +648,8 @@ def check(cfg):
     name, (n, pairs) = data_name(cfg), solves(cfg)
     if cfg.data == "imagenet" and cfg.res not in (64, 512):
         fail(2, f"--res {cfg.res} is not possible with --data imagenet; it is 64 or 512")
+    if name == "own" and not (os.sep in cfg.data or "." in cfg.data or os.path.exists(cfg.data)):
+        fail(2, f"--data {cfg.data}: not one of imagenet, digits, and no such file or folder")
     if cfg.stage == "mid" and trains:
         if cfg.ensemble != "none" and cfg.loss != "elatent":
             fail(2, f"--ensemble {cfg.ensemble} belongs to --loss elatent, not {cfg.loss}")
@@ -670,8 +672,7 @@ def check(cfg):
             missing.append(f"{file}: no such file")
     if missing and not os.path.exists(f"{cfg.out}/{cfg.stage}.pt"):
         fail(3, "; ".join(missing))
-    there = os.path.exists(path) and not os.path.exists(f"{cfg.out}/{cfg.stage}.pt")
-    if trains and there and cfg.stage in ("mid", "post"):
+    if trains and cfg.stage in ("mid", "post") and os.path.exists(path):
         check_data(cfg)
     if cfg.res == 512 and cfg.data != "digits" and cfg.stage in ("encode", "sample", "eval"):
         encoder_of_data(cfg, "vae", load_vae, cfg.vae)        # are diffusers and the VAE there?
@@ -681,8 +682,7 @@ def check(cfg):
         if file.startswith("edm2-") and not os.path.exists(file):
             nets.fetch(nets.EDM2_URL % file)          # not after days of mid-training
     if cfg.stage == "post" and cfg.precision == "bf16":
-        fid.say("warning: bf16 is as coarse as the difference post-training learns from (docs/costs.md); "
-                "--mid.precision bf16 is for mid-training alone")
+        fid.say("warning: bf16 is too coarse for post-training (docs/faq.md); use --mid.precision bf16")
     if cfg.stage == "eval" and cfg.data != "digits":
         fid.prefetch(name, must=name != "own")
     return trains
@@ -690,6 +690,8 @@ def check(cfg):
 
 def check_data(cfg):
     """Whether mid- and post-training can use --data: not after days of the first, which needs none."""
+    if os.path.exists(f"{cfg.out}/{cfg.stage}.pt"):
+        return                                        # it has begun with data that are compared in train
     images = load_data(cfg)
     size, (channels, side, _) = edm2_size(cfg, images), images.shape
     check_teacher(cfg, has_edm2(cfg), images.stamp, {k: size[k] for k in nets.INTERFACE})
@@ -698,10 +700,9 @@ def check_data(cfg):
 
 
 def steps_left(cfg):
-    """How many steps this stage has still to train; what stops it, ends in one line."""
-    with fid.one_line(cfg, nets.WeightsError):
-        ckpt = check(cfg) and (resume(cfg, f"{cfg.out}/{cfg.stage}.pt") or dict(step=0))
-        return cfg.steps - ckpt["step"] if ckpt else 0
+    """How many steps a stage that trains has still to go."""
+    ckpt = resume(cfg, f"{cfg.out}/{cfg.stage}.pt")
+    return cfg.steps - ckpt["step"] if ckpt else cfg.steps
 
 
 def check_teacher(cfg, given, data, wanted):
@@ -798,18 +799,21 @@ def train(cfg):
         return
     path, B = f"{cfg.out}/{cfg.stage}.pt", cfg.batch
     ckpt = resume(cfg, path)
-    if ckpt and ckpt["step"] >= cfg.steps and all(ckpt["cfg"][k] == getattr(cfg, k) for k in STAMPED):
+    over = ckpt and ckpt["step"] >= cfg.steps
+    if over and all(ckpt["cfg"][k] == getattr(cfg, k) for k in STAMPED):
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
     images = load_data(cfg) if reads_data(cfg) else None
     data = images.stamp if images else "none"
     asked, weights, model = asked_nets(cfg), None, ckpt["model"] if ckpt else {}
     data += "".join(f", {name} {nets.stamp(state)}" for name, (state, _) in asked.items())
     same_data(ckpt, path, data)
+    if over:
+        return log(f"{cfg.stage}: {path} is finished, nothing to do")
     if "teacher" in asked or cfg.stage == "post" and not ckpt:
         weights, model = asked.get("teacher") or teacher_state(cfg)
     model = model if ckpt or weights else edm2_size(cfg, images)
     frozen = {name: build(cfg, size, state, getattr(cfg, name) or "the teacher")
-              for name, (state, size) in asked.items()}
+              for name, (state, size) in asked.items() if name != "guide" or cfg.w != 1}
     teacher = autoguided(frozen.get("main") or frozen.get("teacher"), frozen.get("guide"), cfg.w)
     net = build(cfg, model, *(() if ckpt else first_weights(cfg, weights, model)), train=True)
     ema = deepcopy(net).requires_grad_(False).eval()
@@ -959,11 +963,15 @@ def main(argv):
         if later and c.init not in INITS:
             configs[k] = replace(c, init=Config.init)
     if cfg.dry_run:
-        raise SystemExit(fid.dry_run(__file__, argv, configs, steps_left, DEVICE))
+        raise SystemExit(fid.dry_run(sys.modules[__name__], argv, configs))
     with fid.one_line(cfg, nets.WeightsError):
-        ROAD[:] = [c for c in configs if steps_left(c)]
+        # trap: where one process has a stage and another has not, they would wait for each other in check
+        agree(f"checkpoints in {cfg.out}", [s for s in STAGES if os.path.exists(f"{cfg.out}/{s}.pt")])
+        trained = [c for c in configs if check(c)]
         with fid.begin_run(cfg.out, __file__, argv):                # its lock
-            log(fid.overview({c.stage: (c.steps, c.batch) for c in ROAD}, WORLD, DEVICE, cfg.data))
+            left = {c.stage: steps_left(c) for c in trained}
+            ROAD[:] = [c for c in trained if left[c.stage]]
+            log(fid.overview({c.stage: (left[c.stage], c.batch) for c in ROAD}, WORLD, DEVICE, cfg.data))
             for c in configs:
                 if STOP:
                     fail(75, "stopped by a signal; run the same command again to go on")

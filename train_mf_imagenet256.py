@@ -681,10 +681,9 @@ def check(cfg):
 
 
 def steps_left(cfg):
-    """How many steps this stage has still to train; what stops it, ends in one line."""
-    with fid.one_line(cfg, nets.WeightsError):
-        ckpt = check(cfg) and (resume(cfg, f"{cfg.out}/{cfg.stage}.pt") or dict(step=0))
-        return cfg.steps - ckpt["step"] if ckpt else 0
+    """How many steps a stage that trains has still to go."""
+    ckpt = resume(cfg, f"{cfg.out}/{cfg.stage}.pt")
+    return cfg.steps - ckpt["step"] if ckpt else cfg.steps
 
 
 def check_teacher(cfg, given, data, wanted):
@@ -819,10 +818,11 @@ def mse_by_gap(errors):
 def train(cfg):
     """One stage (pretrain, mid, post) from its last checkpoint to its end: set-up, method, bookkeeping."""
     if left_out(cfg) or cfg.stage == "pretrain" and cfg.teacher:
-        return log(f"{cfg.stage}: not needed with --teacher, or --mid none --init {cfg.init}")
+        return log(f"{cfg.stage}: not trained, as --teacher or --mid none says")
     path, B = f"{cfg.out}/{cfg.stage}.pt", cfg.batch
     ckpt = resume(cfg, path)
-    if ckpt and ckpt["step"] >= cfg.steps and all(ckpt["cfg"][k] == getattr(cfg, k) for k in STAMPED):
+    over = ckpt and ckpt["step"] >= cfg.steps
+    if over and all(ckpt["cfg"][k] == getattr(cfg, k) for k in STAMPED):
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
     images, data = None, "none"
     if cfg.stage != "mid":                                                    # CMT needs no data
@@ -837,6 +837,8 @@ def train(cfg):
         shape = model["in_channels"], model["input_size"], model["input_size"]
         data += f", teacher {nets.stamp(weights)}"
     same_data(ckpt, path, data)
+    if over:
+        return log(f"{cfg.stage}: {path} is finished, nothing to do")
     model = dict(size_row(cfg, "weak" if cfg.stage == "pretrain" else "size", shape[-1]),
                  input_size=shape[-1], in_channels=shape[0], num_classes=null,
                  average_velocity=cfg.stage != "pretrain" or cfg.pretrain == "mf")
@@ -949,7 +951,8 @@ def evaluate(cfg):
         reference = fid.load_reference(REFERENCE[cfg.data])
     else:                                             # latents by their means: a perfect model reaches this
         images = load_data(cfg)
-        raws = (images.read(i, i < 0) for i in torch.arange(RANK, len(images.labels), WORLD).split(250))
+        mine = torch.arange(RANK, len(images.labels), WORLD).split(250)
+        raws = (images.read(i, torch.zeros_like(i)) for i in mine)                   # not flipped
         drawn = (fid.to_uint8(decoded(cfg, to_latents(raw, 0.0))) for raw in raws)
         reference = fid.measure(features, drawn, DEVICE, f"of --data {cfg.data}")
     for name, net, kinds, ckpt in found:
@@ -976,11 +979,15 @@ def main(argv):
         if later and c.init not in INITS:
             configs[k] = replace(c, init=Config.init)
     if cfg.dry_run:
-        raise SystemExit(fid.dry_run(__file__, argv, configs, steps_left, DEVICE))
+        raise SystemExit(fid.dry_run(sys.modules[__name__], argv, configs))
     with fid.one_line(cfg, nets.WeightsError):
-        ROAD[:] = [c for c in configs if steps_left(c)]
+        # trap: where one process has a stage and another has not, they would wait for each other in check
+        agree(f"checkpoints in {cfg.out}", [s for s in STAGES if os.path.exists(f"{cfg.out}/{s}.pt")])
+        trained = [c for c in configs if check(c)]
         with fid.begin_run(cfg.out, __file__, argv):                # its lock
-            log(fid.overview({c.stage: (c.steps, c.batch) for c in ROAD}, WORLD, DEVICE, cfg.data))
+            left = {c.stage: steps_left(c) for c in trained}
+            ROAD[:] = [c for c in trained if left[c.stage]]
+            log(fid.overview({c.stage: (left[c.stage], c.batch) for c in ROAD}, WORLD, DEVICE, cfg.data))
             for c in configs:
                 if STOP:
                     fail(75, "stopped by a signal; run the same command again to go on")

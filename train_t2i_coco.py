@@ -848,10 +848,9 @@ def check(cfg):
 
 
 def steps_left(cfg):
-    """How many steps this stage has still to train; what stops it, ends in one line."""
-    with fid.one_line(cfg, nets.WeightsError):
-        ckpt = check(cfg) and (resume(cfg, f"{cfg.out}/{cfg.stage}.pt") or dict(step=0))
-        return cfg.steps - ckpt["step"] if ckpt else 0
+    """How many steps a stage that trains has still to go."""
+    ckpt = resume(cfg, f"{cfg.out}/{cfg.stage}.pt")
+    return cfg.steps - ckpt["step"] if ckpt else cfg.steps
 
 
 def check_teacher(cfg, given, data, wanted):
@@ -965,10 +964,11 @@ def first_weights(cfg):
 def train(cfg):
     """One stage (pretrain, mid, post) from its last checkpoint to its end: set-up, method, bookkeeping."""
     if left_out(cfg) or cfg.stage == "pretrain" and cfg.teacher:
-        return log(f"{cfg.stage}: not needed with --teacher, or --mid none --init {cfg.init}")
+        return log(f"{cfg.stage}: not trained, as --teacher or --mid none says")
     path, B = f"{cfg.out}/{cfg.stage}.pt", cfg.batch
     ckpt = resume(cfg, path)
-    if ckpt and ckpt["step"] >= cfg.steps and all(ckpt["cfg"][k] == getattr(cfg, k) for k in STAMPED):
+    over = ckpt and ckpt["step"] >= cfg.steps
+    if over and all(ckpt["cfg"][k] == getattr(cfg, k) for k in STAMPED):
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
     images, encoder = load_data(cfg), text_encoder(cfg)                   # mid reads captions, never an image
     data, null, shape = images.stamp, encoder(images.null[None]), images.shape
@@ -978,6 +978,8 @@ def train(cfg):
         teacher.requires_grad_()                      # else autocast casts its weights anew at each call
         data += f", teacher {nets.stamp(weights)}"
     same_data(ckpt, path, data)
+    if over:
+        return log(f"{cfg.stage}: {path} is finished, nothing to do")
     model = net_arguments(cfg, images, null.shape[-1])
     net = build(cfg, model, *(() if ckpt else first_weights(cfg)), train=True)
     ema = deepcopy(net).requires_grad_(False).eval()
@@ -1178,11 +1180,15 @@ def main(argv):
         if later and c.init not in INITS:
             configs[k] = replace(c, init=Config.init)
     if cfg.dry_run:
-        raise SystemExit(fid.dry_run(__file__, argv, configs, steps_left, DEVICE))
+        raise SystemExit(fid.dry_run(sys.modules[__name__], argv, configs))
     with fid.one_line(cfg, nets.WeightsError):
-        ROAD[:] = [c for c in configs if steps_left(c)]
+        # trap: where one process has a stage and another has not, they would wait for each other in check
+        agree(f"checkpoints in {cfg.out}", [s for s in STAGES if os.path.exists(f"{cfg.out}/{s}.pt")])
+        trained = [c for c in configs if check(c)]
         with fid.begin_run(cfg.out, __file__, argv):                # its lock
-            log(fid.overview({c.stage: (c.steps, c.batch) for c in ROAD}, WORLD, DEVICE, cfg.data))
+            left = {c.stage: steps_left(c) for c in trained}
+            ROAD[:] = [c for c in trained if left[c.stage]]
+            log(fid.overview({c.stage: (left[c.stage], c.batch) for c in ROAD}, WORLD, DEVICE, cfg.data))
             for c in configs:
                 if STOP:
                     fail(75, "stopped by a signal; run the same command again to go on")

@@ -102,7 +102,7 @@ def test_a_stopped_run_goes_on(road, name, monkeypatch, tmp_path):
         argv = (start(road, name, "mid", out) + "--steps 4").split()
         if stops:
             steps = []
-            monkeypatch.setattr(script, "count", lambda cfg, since, *args: count(cfg, since, *args) or steps.append(0) or
+            monkeypatch.setattr(script, "count", lambda cfg, tally, *args: count(cfg, tally, *args) or steps.append(0) or
                                 len(steps) == 1 and script.STOP.append(15))
             with pytest.raises(SystemExit) as e:
                 script.main(argv)

@@ -293,17 +293,22 @@ def test_f9_two_processes_then_one_then_two(road, stage):
     assert same(f"one/{stage}.pt", f"mixed/{stage}.pt")
 
 
-def test_processes_that_read_different_checkpoints_are_refused_by_name():
+@pytest.mark.parametrize("there, says", [(False, "checkpoints in mine: ['pretrain'] in process 0, [] in process 1"),
+                                         (True, "step of mine/pretrain.pt: 3 in process 0, 2 in process 1")])
+def test_processes_that_read_different_checkpoints_are_refused_by_name(there, says):
     """Two nodes without a shared --out: today's gradients would be mixed, and the mixture saved as finished."""
     argv = [*PRETRAIN, "--steps", "6"]
     assert wait(fork([*argv, "--out", "mine"], "log", patch=stop_after(3))) == 75
     before = Path("mine/pretrain.pt").read_bytes()
     os.mkdir("theirs")
+    if there:
+        assert wait(fork([*argv, "--out", "theirs"], "log", patch=stop_after(2))) == 75
+        os.remove("theirs/log.txt")
     os.link("mine/log.txt", "theirs/log.txt")                   # else this is what differs
     pids = pair(argv, outs=("mine", "theirs"))
     assert [wait(p) for p in pids] == [3, 3]
     line = Path("log0").read_text().splitlines()[-1]
-    assert "step of mine/pretrain.pt: (3,) in process 0" in line.replace(": 3 in", ": (3,) in") and "share --out" in line
+    assert says in line and "share --out" in line
     assert Path("mine/pretrain.pt").read_bytes() == before
 
 
@@ -569,7 +574,7 @@ def test_a_run_goes_on_when_the_data_are_the_same_wherever_they_lie(capsys, monk
     exit_code, err = code([*argv, "--data", "other", "--out", "cut"], capsys)         # the finished stage too
     assert exit_code == 2 and "--data or --teacher has changed" in err
     script.main([*argv, "--data", "own/", "--out", "cut"])
-    assert "from step 5 to 5" in capsys.readouterr().out
+    assert "finished, nothing to do" in capsys.readouterr().out
     exit_code, err = code([*argv, "--data", "digits", "--out", "cut"], capsys)
     assert exit_code == 2 and "was made with --" in err and "--data copy)" in err
 
@@ -581,7 +586,7 @@ def test_a_finished_stage_of_another_teacher_is_refused(road, capsys):
     other = torch.load(road / "pretrain.pt", weights_only=True)
     torch.save(other, "copy.pt")
     script.main([*map(str, argv), "copy.pt"])
-    assert "from step 2 to 2" in capsys.readouterr().out
+    assert "finished, nothing to do" in capsys.readouterr().out
     other["ema"]["model.map_layer0.bias"] += 1e-3
     torch.save(other, "other.pt")
     exit_code, err = code([*argv, "other.pt"], capsys)
@@ -704,10 +709,20 @@ def test_f14_weights_that_are_not_there_are_never_a_fresh_start(road, flag, what
     assert exit_code == 3 and what in err and len(err.strip().splitlines()) == 1 and not Path("x/mid.pt").exists()
 
 
-def test_f14_an_out_that_is_a_file_is_refused(capsys):
+def test_f14_a_refusal_by_a_checkpoint_stands_in_the_log(capsys):
+    """Read once the folder is locked, so that its log has the command and why it ended."""
+    script.main([*PRETRAIN, "--steps", "1", "--out", "mine"])
+    assert code([*PRETRAIN, "--steps", "1", "--lr", "5e-3", "--out", "mine"], capsys)[0] == 2
+    lines = Path("mine/log.txt").read_text().splitlines()
+    assert "was made with --lr" in lines[-1] and "--lr 5e-3" in lines[-2]
+
+
+def test_f14_an_out_that_is_a_file_is_refused(capsys, monkeypatch):
+    monkeypatch.setattr(os, "environ", {**os.environ})
     Path("taken").write_bytes(b"mine")
-    exit_code, err = code([*PRETRAIN, "--out", "taken"], capsys)
-    assert exit_code == 2 and "--out taken is a file" in err and Path("taken").read_bytes() == b"mine"
+    for flags in [], ["--dry_run"]:
+        exit_code, err = code([*PRETRAIN, *flags, "--out", "taken"], capsys)
+        assert exit_code == 2 and "--out taken is a file" in err and Path("taken").read_bytes() == b"mine"
 
 
 def test_f14_a_folder_of_another_configuration_is_refused_and_left_alone(road, capsys):

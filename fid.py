@@ -1621,11 +1621,11 @@ def save_results(out, rows, note, stages):
 # ---- command line ------------------------------------------------------------------------------
 def parse():
     """Command line -> namespace; exit code 2 with one line for what it does not know."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: fail(2, f"{message}; see python fid.py --help")
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.error = lambda message: fail(2, f"{message}; see python fid.py --help")
     cuda = torch.cuda.is_available()
-    add = functools.partial(parser.add_argument, default="")
+    add = functools.partial(p.add_argument, default="")
     add("paths", nargs="*", metavar="A B", help="or one of " + ", ".join(REFERENCES))
     add("--save", metavar="FILE.npz", help="write the statistics of A")
     add("--features", choices=["inception", "digits"])
@@ -1634,15 +1634,15 @@ def parse():
     add("--batch", default=64, type=int, help="images at a time, in each process")
     add("--device", default="cuda" if cuda else "cpu", choices=["cpu", "cuda"][:1 + cuda])
     add("--train-digits", metavar="FILE.npz", help="make the weights of the digits net")
-    args = parser.parse_args()
+    args = p.parse_args()
     want = 0 if args.train_digits else 1 if args.save else 2
     if len(args.paths) != want:
-        parser.error(f"{want} paths expected, {len(args.paths)} given")
+        p.error(f"{want} paths expected, {len(args.paths)} given")
     if args.batch < 1:
-        parser.error(f"--batch {args.batch} must be 1 at least")
+        p.error(f"--batch {args.batch} must be 1 at least")
     for file in filter(None, (args.save, args.train_digits)):
         if not file.endswith(".npz") or not os.path.isdir(os.path.dirname(file) or "."):
-            parser.error(f"{file} must be an .npz in a folder that exists")
+            p.error(f"{file} must be an .npz in a folder that exists")
     sheet = any(path.endswith(".png") for path in args.paths)
     args.features = args.features or ("digits" if sheet else "inception")
     return args

@@ -1773,7 +1773,7 @@ def cost(ckpt):
 
 
 def peak_memory():
-    """GB that torch held at most since it was last asked: cuDNN first tries what needs more than it takes."""
+    """{"GB": what torch held at most since it was last asked}; {} without CUDA. cuDNN tries more first."""
     if not torch.cuda.is_available():
         return {}
     peak = torch.cuda.max_memory_allocated() / 1e9

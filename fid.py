@@ -211,9 +211,34 @@ def begin_run(out, script, argv):
     return lock
 
 
+def parse(home, argv):
+    """argv (list of str) -> Config. Unknown flag, bad choice: exit code 2. home: the script's globals().
+
+    Weakest first: a field's default, the matching rows of PRESETS from top to bottom, --field, --stage.field.
+    """
+    config, presets = home["Config"], home["PRESETS"]
+    p = parser(home["__doc__"], config, tuple(home["STAGES"]))
+    if "--help" in argv:
+        values = vars(parse(home, [a for a in argv if a != "--help"])).items()
+        given = ", ".join(f"{name} = {value!r}" for name, value in values)
+        p.epilog = f"{inspect.getsource(config)}\nWith these flags: {given}"
+    typed = vars(p.parse_args(argv))                         # only what was typed: for all stages, or for one
+    own = f"{typed.get('stage', 'all')}."
+    named = home.get("NAMED", {}).get(own[:-1], "").split()
+    flags = {k: v for k, v in typed.items() if "." not in k and k not in named and (k, v) != ("out", "")}
+    flags |= {k.removeprefix(own): v for k, v in typed.items() if k.startswith(own)}
+    name = home["data_name"](config(**flags))
+    whole = config(**{**presets.get((name, "*", "*"), {}), **flags})
+    key = name, whole.stage, getattr(whole, whole.stage, "*")      # the method is what --mid or --post says
+    rows = [row for pattern, row in presets.items() if all(a in ("*", b) for a, b in zip(pattern, key))]
+    preset = {field: value for row in rows for field, value in row.items()}
+    return config(**{"out": f"out/{name}", **preset, **flags})
+
+
+@functools.cache
 def parser(doc, config, stages):
     """Every field of a class of knobs as a flag, for all stages and, as --mid.lr, for one alone."""
-    p = argparse.ArgumentParser(description=doc, epilog=inspect.getsource(config), allow_abbrev=False,
+    p = argparse.ArgumentParser(description=doc, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter,
                                 argument_default=argparse.SUPPRESS, usage="%(prog)s [--field value ...]")
     p.error = lambda message: fail(2, f"{message}; --help lists every flag")
@@ -243,6 +268,16 @@ def check_values(cfg, limits, world):
     if os.path.isfile(cfg.out):
         fail(2, f"--out {cfg.out} is a file; name a folder")
     seed_range(cfg.seeds)
+
+
+def check_solve(cfg, n, pairs, world):
+    """Exit code 2 unless a solve's pairs fill whole batches, and its n trajectories all processes alike."""
+    if not pairs or pairs % cfg.batch:
+        states = f"--nodes {cfg.nodes}" if hasattr(cfg, "nodes") else f"--nfe {cfg.nfe}"
+        fail(2, f"the {pairs} pairs of {states} and --trajectories {cfg.trajectories} must fill whole "
+                f"batches of --batch {cfg.batch}")
+    if n % world:
+        fail(2, f"the {n} --trajectories of a solve must be a multiple of the {world} processes")
 
 
 def seed_range(text):
@@ -844,6 +879,45 @@ def same_data(ckpt, path, data):
         fail(2, f"--data or --teacher has changed: {path} saw {ckpt['data']}, now {data}; use another --out")
 
 
+def same_config(cfg, ckpt, path, free, stages):
+    """Exit code 2 if the checkpoint at path, if there is one, was made with other knobs than cfg.
+
+    free {"*", a stage or a --decay: names}: knobs that may differ. More steps are possible where none of the
+    `stages` after this one has begun from here.
+    """
+    later = any(os.path.exists(f"{cfg.out}/{s}.pt") for s in stages[stages.index(cfg.stage) + 1:])
+    free = " ".join(free.get(key, "") for key in ("*", cfg.stage, cfg.decay)).split()
+    for f in dataclasses.fields(cfg) if ckpt else ():
+        was, now = ckpt["cfg"].get(f.name, f.default), getattr(cfg, f.name)
+        steps = f.name == "steps"
+        if was != now and (f.name not in free or steps and (later or now < ckpt["step"])):
+            how = f", there train on from it by --init {path}" * (steps and cfg.stage != "pretrain")
+            made = f"{ckpt.get('script', 'an older script')} --data {ckpt['cfg']['data']}"
+            fail(2, f"{path} was made with --{f.name} {was}, now {now}; use another --out{how} ({made})")
+    agree(f"step of {path}", ckpt and ckpt["step"])
+
+
+def same_guidance(cfg, stated, what):
+    """Guidance is part of a Mean Flow, so all stages share it (B.4); exit code 2 if weights have another.
+
+    stated: the configuration in the checkpoint called `what`. A flow-matching teacher has none of its own: it
+    is guided when it is rolled out.
+    """
+    if "omega" not in stated or stated["stage"] == "pretrain" and stated.get("pretrain", "mf") != "mf":
+        return
+    scales = [c["omega"] / (1 - c["kappa"]) for c in (stated, dataclasses.asdict(cfg))]
+    spans = [[c["guide_from"], c["guide_to"]] for c in (stated, dataclasses.asdict(cfg))]
+    if abs(scales[0] - scales[1]) > 1e-6 or spans[0] != spans[1] and scales[0] != 1:
+        fail(2, f"{what} was trained with guidance {scales[0]:.4g} for t in {spans[0]}, this stage has "
+                f"{scales[1]:.4g} in {spans[1]}; pass its --omega, --kappa, --guide_from, --guide_to")
+
+
+def wait_for_first(timeout):
+    """Hold the others while the first process saves, for days if need be; it waits `timeout` for them."""
+    if group := patient_group():
+        dist.monitored_barrier(group, datetime.timedelta(days=9) if processes()[0] else timeout)
+
+
 def written(path):
     """What a file is when the first process has come this far, in words."""
     if group := patient_group():
@@ -1208,11 +1282,38 @@ def encode_shards(folder, arrays, names, read, encode, batch):
         dist.barrier(group)
 
 
+def write_zip(file, parts, record, labels):
+    """EDM2's zip of the shards in the folder `parts`: an .npy or .png for each image, and dataset.json."""
+    names = []
+    with zipfile.ZipFile(file, "w") as z:
+        for part in sorted(name for name in os.listdir(parts) if name.endswith(".npy")):
+            for image in np.load(f"{parts}/{part}", mmap_mode="r"):
+                i, buffer = len(names), io.BytesIO()
+                if image.dtype == np.uint8:
+                    picture = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
+                    picture.save(buffer, format="PNG", compress_level=0)
+                    names.append(f"{i // 1000:05d}/img{i:08d}.png")
+                else:
+                    np.save(buffer, image)
+                    names.append(f"{i // 1000:05d}/img-mean-std-{i:08d}.npy")
+                z.writestr(names[-1], buffer.getvalue())
+        z.writestr("dataset.json", json.dumps({"labels": list(zip(names, labels)), "made_of": record}))
+
+
 def made_of(path):
     """The record of an encoded folder or .zip: what it was made of, and by which encoders. Else {}."""
     files = [f"{path}/index.json", f"{path}/dataset.json"] if os.path.isdir(path) else [path]
     file = next(filter(os.path.isfile, files), "")
     return read_record(file, os.stat(file).st_mtime_ns) if file.endswith((".json", ".zip")) else {}
+
+
+def encoder_of(path, kind, load, name, device):
+    """load(name, device), without a name of what made the data at path; exit code 2 if another made them."""
+    made, _, stamp = made_of(path).get(kind, "").rpartition(", ")
+    encoder = load(name or made, device)
+    if stamp and not encoder.identity.endswith(stamp):
+        fail(2, f"{path} was made by the {kind} {made}, {stamp}, not by {encoder.identity}; pass that one")
+    return encoder
 
 
 @functools.cache
@@ -1470,34 +1571,100 @@ def read_metrics(out):
     return lines
 
 
-def begin_stage(out, config, done, memory):
-    """Before a stage goes on from step `done`: its knobs go to config.json, later metrics go away.
+ROAD = {}                                                # stage: (steps, batch), of those still to come
+
+
+def new_tally(cfg):
+    """What a stage counts: steps and seconds up to the last line, and since then losses and gradient norms;
+    steps skipped, and those in a row; fp16's scale of the loss. `clock`: when the next line begins.
+    """
+    scale = 2.0**15 if cfg.precision == "fp16" else 1.0
+    return dict(step=0, seconds=0.0, losses=[], norms=[], skipped=0, bad=0, scale=scale, clock=0.0)
+
+
+def count(cfg, tally, loss, norm):
+    """Count a step as finite or skipped; fp16's scale grows or halves. Exit code 4 at 10 skipped in a row."""
+    if math.isfinite(norm + loss):
+        tally["losses"].append(loss)
+        tally["norms"].append(norm)
+        tally.update(bad=0, scale=tally["scale"] * (2 ** (1 / 2000) if cfg.precision == "fp16" else 1))
+        return
+    tally.update(bad=tally["bad"] + 1, skipped=tally["skipped"] + 1)
+    if cfg.precision == "fp16" and tally["scale"] > 1:          # while the scale falls, nothing has diverged
+        tally["scale"] /= 2
+    elif tally["bad"] >= 10:
+        fail(4, f"{cfg.stage}: loss or gradient not finite in {tally['bad']} steps in a row; {cfg.out} keeps "
+                "the last good checkpoint; try a smaller --lr with another --out")
+
+
+def report(cfg, done, lr, tally, **more):
+    """The line of a step: means over the finite steps since the last line, speed, time left."""
+    took, n = time.time() - tally["clock"], done - tally["step"]
+    loss, norm = (sum(v) / len(v) if v else math.nan for v in (tally["losses"], tally["norms"]))
+    tally.update(step=done, clock=time.time(), seconds=tally["seconds"] + took, losses=[], norms=[])
+    numbers = dict(step=done, images=done * cfg.batch, loss=loss, grad=norm, skipped=tally["skipped"], lr=lr,
+                   images_per_second=n * cfg.batch / took, seconds=tally["seconds"], **more)
+    ROAD.pop(cfg.stage, None)                                # what is left are the stages after this one
+    later = sum(steps * batch for steps, batch in ROAD.values())
+    log(step_line(cfg.stage, cfg.steps, cfg.batch, later, numbers), stage=cfg.stage, **numbers)
+
+
+def add_errors(errors, square, gap):
+    """Add each sample's mean square error, square (B,), to the column of its gap t - r: 0, or a quarter.
+
+    errors (2, 5 or more): sums, counts, on the device. What is not finite is left out.
+    """
+    column = (4 * gap).ceil().long().to(errors.device, non_blocking=True)
+    finite = square.isfinite()
+    errors[0].index_add_(0, column, torch.where(finite, square, 0.0))
+    errors[1].index_add_(0, column, finite.float())
+
+
+def mse_by_gap(errors):
+    """Means since the last log, by name, from errors (2, 5), with REPA's (2, 6), which is cleared.
+
+    mse_same: samples with r = t; mse_gap1 to 4: those with t - r in each quarter. What had no sample is left
+    out. The host waits here.
+    """
+    if processes()[1] > 1:
+        dist.all_reduce(errors)
+    sums, counts = errors.tolist()
+    errors.zero_()
+    names = "mse_same", "mse_gap1", "mse_gap2", "mse_gap3", "mse_gap4", "repa"
+    return {name: s / n for name, s, n in zip(names, sums, counts) if n}
+
+
+def begin_stage(cfg, tally, memory):
+    """Before a stage goes on from its last step: its knobs go to config.json, later metrics go away.
 
     A killed run has logged steps that are not in its checkpoint and come again. The first process writes;
     returned is the line that says so.
     """
-    stage, file, configs = config["stage"], f"{out}/config.json", {}
-    begins = f"{stage}: from step {done} to {config['steps']}, {memory}"
-    begins += "; compiles for minutes, --no-compile does not" * config.get("compile", False)
+    file, configs, done = f"{cfg.out}/config.json", {}, tally["step"]
+    begins = f"{cfg.stage}: from step {done} to {cfg.steps}, {memory}"
+    begins += "; compiles for minutes, --no-compile does not" * cfg.compile
+    tally["clock"] = time.time()
     if processes()[0]:
         return begins
     if os.path.exists(file):
         with blame(file):
             configs = json.loads(pathlib.Path(file).read_bytes())
-    text = json.dumps({**configs, stage: config}, indent=1) + "\n"
+    text = json.dumps({**configs, cfg.stage: dataclasses.asdict(cfg)}, indent=1) + "\n"
     write_whole(file, lambda f: f.write(text.encode()))
-    kept = [m for m in read_metrics(out) if m["stage"] != stage or m["step"] <= done]
-    if os.path.isfile(f"{out}/metrics.jsonl"):
+    kept = [m for m in read_metrics(cfg.out) if m["stage"] != cfg.stage or m["step"] <= done]
+    if os.path.isfile(f"{cfg.out}/metrics.jsonl"):
         lines = "".join(json.dumps(m) + "\n" for m in kept)
-        write_whole(f"{out}/metrics.jsonl", lambda f: f.write(lines.encode()))
+        write_whole(f"{cfg.out}/metrics.jsonl", lambda f: f.write(lines.encode()))
     return begins
 
 
-def overview(road, world, device, data):
+def overview(road, device, data):
     """What a run is to train, {stage: (steps, batch)}; a warning where a GPU is meant and there is none."""
-    text = ", ".join(f"{stage} {steps:,} steps of {batch}" for stage, (steps, batch) in road.items())
-    text = f"{world} process(es) on {device.type}; to train: {text or 'nothing'}"
-    if road and device.type == "cpu" and data != "digits":
+    ROAD.clear()
+    ROAD.update({stage: todo for stage, todo in road.items() if todo[0]})
+    text = ", ".join(f"{stage} {steps:,} steps of {batch}" for stage, (steps, batch) in ROAD.items())
+    text = f"{processes()[1]} process(es) on {device.type}; to train: {text or 'nothing'}"
+    if ROAD and device.type == "cpu" and data != "digits":
         text += "; warning: this is made for GPUs, and none is there; --data digits is for a CPU"
     return text
 
@@ -1509,16 +1676,16 @@ def dry_run(home, argv, configs):
     for c in configs:
         try:
             with one_line(c, home.nets.WeightsError):
-                if home.check(c) and (steps := home.steps_left(c)):
-                    road[c.stage] = steps, c.batch
+                if home.check(c):
+                    road[c.stage] = home.resume(c)[1], c.batch
         except SystemExit as stopped:                 # its line is printed; the next stages have theirs
             codes[c.stage] = stopped.code
     if processes()[0] == 0:
+        text = overview(road, home.DEVICE, c.data)
         missing = f"; blocked, see above: {', '.join(codes)}" * bool(codes)
-        known = *road, *codes, *home.RUN
+        known = *ROAD, *codes, *home.RUN
         idle = ", ".join(c.stage for c in configs if c.stage not in known) or "none"
         plan = shlex.join(a for a in argv if a != "--dry_run")
-        text = overview(road, home.WORLD, home.DEVICE, c.data)
         show(f"{text}; --out {c.out}; finished or not needed: {idle}{missing}\nmemory and hours: "
              f"python bench.py plan {os.path.basename(home.__file__)} {plan}", sys.stdout)
     return max(codes.values(), default=0)
@@ -1551,13 +1718,13 @@ def save_curve(out):
                "trained on. Each stage has a loss of its own: compare within a stage, not between them.")
 
 
-def save_preview(out, stage, done, sampler, batch=64):
+def save_preview(cfg, done, sampler):
     """<out>/curve.png and, of a sampler, <out>/previews/<stage>_<done>.png: 64 noises, always the same."""
-    save_curve(out)
+    save_curve(cfg.out)
     if sampler:
-        images = draw_in(30, sampler, range(64), batch)
-        save_seeds(f"{out}/previews/{stage}_{done:07d}.png", images, range(64),
-                   f"{stage}, after {done:,} steps: what the net, averaged over its last steps, makes of "
+        images = draw_in(30, sampler, range(64), cfg.batch_gpu or 64)
+        save_seeds(f"{cfg.out}/previews/{cfg.stage}_{done:07d}.png", images, range(64),
+                   f"{cfg.stage}, after {done:,} steps: what the net, averaged over its last steps, makes of "
                    "noises that are the same in every preview.")
 
 
@@ -1583,17 +1750,20 @@ def slug(text):
     return words if words.replace("-", " ") == text else f"{words}-{zlib.crc32(text.encode()):08x}"
 
 
-def class_seeds(n):
-    """Names of the first ten of n classes, and ten seeds of each, row by row; n = 0: no names, 100 seeds."""
-    columns = range(min(n or 10, 10))
-    return [str(k) for k in columns if n], [k + (n or 10) * j for j in range(10) for k in columns]
+def save_classes(cfg, samplers, n):
+    """A sheet of each net, a column per class, and stages.png. Returns what the latter is made of.
 
-
-def save_classes(out, name, steps, images, seeds, classes):
-    """<out>/samples_<net>_<steps>step.png, a class a column; of a net without classes, whatever it draws."""
-    label = net_label(name, steps, sep=", ")
-    caption = f"{label}: one image a seed" + ", each column a class." * bool(classes)
-    save_seeds(f"{out}/samples_{name}_{steps}step.png", images, seeds, caption, classes, 10)
+    samplers: {(net, steps): sampler} of which seed k draws class k % n, or anything where n = 0.
+    """
+    columns, shown = range(min(n or 10, 10)), []
+    seeds, classes = [k + (n or 10) * j for j in range(10) for k in columns], [str(k) for k in columns if n]
+    for (name, steps), sampler in samplers.items():
+        images = draw(sampler, seeds, cfg.batch_gpu or 64).cpu()
+        caption = net_label(name, steps, sep=", ") + ": one image a seed" + ", each column a class." * bool(n)
+        save_seeds(f"{cfg.out}/samples_{name}_{steps}step.png", images, seeds, caption, classes, 10)
+        shown.append((name, steps, images[:len(columns)]))
+    save_stages(cfg.out, shown, classes)
+    return shown, classes
 
 
 def table(rows):
@@ -1619,7 +1789,7 @@ def save_results(out, rows, note, stages):
 
 
 # ---- command line ------------------------------------------------------------------------------
-def parse():
+def arguments():
     """Command line -> namespace; exit code 2 with one line for what it does not know."""
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -1668,7 +1838,7 @@ def references(args):
     return [found[path] for path in args.paths]
 
 
-def report(args):
+def compare(args):
     """What the command line prints, and saves with --save."""
     a, *rest = references(args)
     if os.environ.get("RANK", "0") != "0":
@@ -1688,13 +1858,13 @@ def report(args):
 
 def main():
     """Command line; exit codes 0, 2 usage, 3 data or weights."""
-    args = parse()
+    args = arguments()
     if "RANK" in os.environ:
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
     try:
-        train_digits(args.train_digits) if args.train_digits else report(args)
+        train_digits(args.train_digits) if args.train_digits else compare(args)
     except ValueError as error:
         fail(3, str(error))
     if dist.is_initialized():

@@ -1687,8 +1687,10 @@ def tensors_in(x):
 def save_checkpoint(path, **state):
     """By temporary file, flush, rename: a kill at any moment leaves this one or the one before whole.
 
-    The one before stays as path.prev. OSError where it cannot be written; what was there stays.
+    Of a network or an optimiser its state_dict() is kept. The one before stays as path.prev. OSError where it
+    cannot be written; what was there stays.
     """
+    state = {name: v.state_dict() if hasattr(v, "state_dict") else v for name, v in state.items()}
     try:
         with open(path + ".tmp", "wb") as f:
             (write_safetensors if path.endswith(".safetensors") else torch.save)(state, f)
@@ -1761,7 +1763,7 @@ def restore(ckpt, path, net, ema, opt, numbers):
     load_weights(net, ckpt["net"], path)
     load_weights(ema, ckpt["ema"], path)
     opt.load_state_dict(ckpt["opt"])
-    return {name: ckpt[name] for name in numbers}
+    return {name: ckpt.get(name, new) for name, new in numbers.items()}
 
 
 def cost(ckpt):

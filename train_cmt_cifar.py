@@ -20,7 +20,7 @@ import signal
 import sys
 import time
 from copy import deepcopy
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import cache, partial
 from typing import Literal
@@ -31,7 +31,7 @@ import torch.distributed as dist
 import fid
 import nets
 import solvers
-from fid import agree, fail, log, same_data
+from fid import agree, count, fail, log, report, same_data
 from solvers import fold, randn
 
 
@@ -115,13 +115,11 @@ ABOUT = {"pretrain": "stage 1 of 4, pre-training: loss and grad soon stay level,
          "post": "stage 3 of 4, post-training (Eq. 3): grad is large, loss stays level",
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
-PARSER = fid.parser(__doc__, Config, STAGES)
 INITS = "teacher", "random"                        # what --init says that is no FILE
 FILES = {"cifar10": "data/cifar-10-python.tar.gz",
          "ffhq": "data/ffhq-64x64.zip", "afhqv2": "data/afhqv2-64x64.zip"}
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 CIFAR_MD5 = "c58f30108f718f92721af3b95e74349a"
-NAMED = {}                                            # flags that need the stage's name: none here
 STAMPED = "data", "teacher"                           # compared by what they hold, wherever that lies
 FREE = {  # fields that may differ when a stage goes on, or is found finished; by stage, and by --decay
     "*": "dry_run data stage out teacher seeds samples repeat mid_sigma sigma_shift compile batch_gpu "
@@ -131,25 +129,7 @@ FREE = {  # fields that may differ when a stage goes on, or is found finished; b
     "mid": "post q double P_mean P_std",
     "post": "trajectories loss nfe",
 }
-
-
-def parse(argv):
-    """argv (list of str) -> Config. Unknown flag, bad choice: exit code 2."""
-    if "--help" in argv:
-        values = vars(parse([a for a in argv if a != "--help"])).items()
-        PARSER.epilog += f"\nWith these flags: {', '.join(f'{k} = {v!r}' for k, v in values)}"
-    typed = PARSER.parse_args(argv)
-    own = f"{getattr(typed, 'stage', 'all')}."        # only what was typed, for all stages or for this one
-    named = NAMED.get(own[:-1], "").split()
-    general = {k: v for k, v in vars(typed).items() if "." not in k and k not in named}
-    flags = {k: v for k, v in general.items() if (k, v) != ("out", "")}
-    flags |= {k.removeprefix(own): v for k, v in vars(typed).items() if k.startswith(own)}
-    name = data_name(Config(**flags))
-    whole = Config(**{**PRESETS.get((name, "*", "*"), {}), **flags})
-    key = name, whole.stage, getattr(whole, whole.stage, "*")       # the method is what --mid or --post says
-    rows = [row for pattern, row in PRESETS.items() if all(a in ("*", b) for a, b in zip(pattern, key))]
-    preset = {field: value for row in rows for field, value in row.items()}
-    return Config(**{"out": f"out/{name}", **preset, **flags})
+parse = partial(fid.parse, globals())                 # (argv) -> Config; unknown flag, bad choice: exit 2
 
 
 def data_name(cfg):
@@ -308,7 +288,6 @@ RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch(
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]                      # USR1: Slurm's --signal
 SIGNALS += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)      # trap: nohup ignores it
 STOP = []                                             # signals received: the loop saves, then ends
-ROAD = []                                             # configurations of the stages that this command trains
 TIMEOUT = timedelta(minutes=10)                       # choice: ten minutes for an answer in a step
 
 
@@ -343,20 +322,12 @@ def gather(x):
     return torch.cat(parts, 1)
 
 
-def resume(cfg, path):
-    """The checkpoint at path, if this configuration made it; else exit code 2 names what differs."""
+def resume(cfg):
+    """This stage's checkpoint, or None, and steps still to go; exit code 2 if other knobs made it."""
+    path = f"{cfg.out}/{cfg.stage}.pt"
     ckpt = nets.load_checkpoint(path, whole=True)
-    free = " ".join(FREE.get(key, "") for key in ("*", cfg.stage, cfg.decay)).split()
-    later = any(os.path.exists(f"{cfg.out}/{s}.pt") for s in STAGES[STAGES.index(cfg.stage) + 1:])
-    for f in fields(Config) if ckpt else ():
-        was, now = ckpt["cfg"].get(f.name, f.default), getattr(cfg, f.name)
-        steps = f.name == "steps"                     # more of them, before another stage begins from here
-        if was != now and (f.name not in free or steps and (later or now < ckpt["step"])):
-            how = f", there train on from it by --init {path}" * (steps and cfg.stage != "pretrain")
-            made = f"{ckpt.get('script', 'an older script')} --data {ckpt['cfg']['data']}"
-            fail(2, f"{path} was made with --{f.name} {was}, now {now}; use another --out{how} ({made})")
-    agree(f"step of {path}", ckpt and ckpt["step"])
-    return ckpt
+    fid.same_config(cfg, ckpt, path, FREE, STAGES)
+    return ckpt, cfg.steps - (ckpt["step"] if ckpt else 0)
 
 
 def lr_at(cfg, step):
@@ -396,33 +367,6 @@ def total(grad, scale):
     return torch.stack([grad[:-2].norm(), grad[-2], grad[-1]]).tolist()
 
 
-def report(cfg, done, lr, tally, **more):
-    """The line of a step: means over the finite steps since the last line, speed, time left."""
-    took, n = time.time() - tally["clock"], done - tally["step"]
-    loss, norm = (sum(v) / len(v) if v else math.nan for v in (tally["losses"], tally["norms"]))
-    tally.update(step=done, clock=time.time(), seconds=tally["seconds"] + took, losses=[], norms=[])
-    numbers = dict(step=done, images=done * cfg.batch, loss=loss, grad=norm, skipped=tally["skipped"], lr=lr,
-                   images_per_second=n * cfg.batch / took, seconds=tally["seconds"],
-                   **nets.peak_memory(), **more)
-    later = sum(c.steps * c.batch for c in ROAD if STAGES.index(c.stage) > STAGES.index(cfg.stage))
-    log(fid.step_line(cfg.stage, cfg.steps, cfg.batch, later, numbers), stage=cfg.stage, **numbers)
-
-
-def count(cfg, tally, loss, norm):
-    """Count a step as finite or skipped; fp16's scale grows or halves. Exit code 4 at 10 skipped in a row."""
-    if math.isfinite(norm + loss):
-        tally["losses"].append(loss)
-        tally["norms"].append(norm)
-        tally.update(bad=0, scale=tally["scale"] * (2 ** (1 / 2000) if cfg.precision == "fp16" else 1))
-        return
-    tally.update(bad=tally["bad"] + 1, skipped=tally["skipped"] + 1)
-    if cfg.precision == "fp16" and tally["scale"] > 1:          # while the scale falls, nothing has diverged
-        tally["scale"] /= 2
-    elif tally["bad"] >= 10:
-        fail(4, f"{cfg.stage}: loss or gradient not finite in {tally['bad']} steps in a row; {cfg.out} keeps "
-                "the last good checkpoint; try a smaller --lr with another --out")
-
-
 def on_signal(number, frame):
     """Ask the loop to save and leave (exit code 75); a second Ctrl-C leaves at once."""
     STOP.append(number)
@@ -443,12 +387,7 @@ def check(cfg):
     trains = cfg.stage not in RUN and not needless
     fid.check_values(cfg, LIMITS, WORLD * trains)
     if cfg.stage == "mid" and trains:
-        n, pairs = solves(cfg)
-        if not pairs or pairs % cfg.batch:
-            fail(2, f"--nfe {cfg.nfe} and --trajectories {cfg.trajectories} must fill whole batches of "
-                    f"--batch {cfg.batch}")
-        if n % WORLD:
-            fail(2, f"the {n} --trajectories of a solve must be a multiple of the {WORLD} processes")
+        fid.check_solve(cfg, *solves(cfg), WORLD)
         if cfg.loss == "lpips" and cfg.data == "digits" or cfg.loss == "huber" and not cfg.huber_c:
             fail(2, f"--loss {cfg.loss} --huber_c {cfg.huber_c}: digits need huber or l2; huber a c above 0")
         if cfg.loss == "lpips" and data_name(cfg) == "own" and os.path.exists(cfg.data):
@@ -470,12 +409,6 @@ def check(cfg):
     if cfg.stage == "eval" and cfg.data != "digits":
         fid.prefetch(cfg.data, must=cfg.data in FILES)
     return trains
-
-
-def steps_left(cfg):
-    """How many steps a stage that trains has still to go."""
-    ckpt = resume(cfg, f"{cfg.out}/{cfg.stage}.pt")
-    return cfg.steps - ckpt["step"] if ckpt else cfg.steps
 
 
 def check_teacher(cfg, given, data, wanted):
@@ -556,9 +489,8 @@ def train(cfg):
         teacher_state(cfg)                            # fetched and checked, not trained
         return
     path, B = f"{cfg.out}/{cfg.stage}.pt", cfg.batch
-    ckpt = resume(cfg, path)
-    over = ckpt and ckpt["step"] >= cfg.steps
-    if over and all(ckpt["cfg"][k] == getattr(cfg, k) for k in STAMPED):
+    ckpt, left = resume(cfg)
+    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in STAMPED):
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
     images, data = None, "none"
     if needs_data(cfg):
@@ -573,7 +505,7 @@ def train(cfg):
     if asks_teacher:
         data += f", teacher {nets.stamp(weights)}"
     same_data(ckpt, path, data)
-    if over:
+    if not left:
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
     model = model if ckpt or weights else model_size(cfg, images)
     if asks_teacher:
@@ -585,16 +517,14 @@ def train(cfg):
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
     flat.grad = grad[:-2]                                                 # the last two: loss, and stop
     opt = torch.optim.Adam([flat], fused=True)
-    tally = dict(step=0, seconds=0.0, skipped=0, scale=2.0**15 if cfg.precision == "fp16" else 1.0)
-    tally = nets.restore(ckpt, path, net, ema, opt, tally)
+    tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
     agree("data and sum of the first weights", (data, flat.sum(dtype=torch.float64).item()))
-    kept, tally = list(tally), dict(tally, bad=0, losses=[], norms=[], clock=time.time())
     ckpt = weights = None                             # as large as the net, and needed no more
     shape = net.img_channels, net.img_resolution, net.img_resolution
     sigmas, (n, pairs), share = solvers.logsnr_sigmas(cfg.nfe), solves(cfg), B // WORLD
     distance, micro = make_distance(cfg, shape[0]) if cfg.stage == "mid" else None, cfg.batch_gpu or share
     saved = dict(data=data, model=model, cfg=asdict(cfg), script=os.path.basename(__file__))
-    log(fid.begin_stage(cfg.out, asdict(cfg), tally["step"], nets.memory(flat, opt, path)))
+    log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))
 
     for step in range(start := tally["step"], cfg.steps):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
@@ -644,15 +574,13 @@ def train(cfg):
         count(cfg, tally, loss, norm)
         to_save = stop or done % cfg.save_every == 0 or done == cfg.steps
         if to_save or done % cfg.log_every == 0:
-            report(cfg, done, lr, tally)
+            report(cfg, done, lr, tally, **nets.peak_memory())
         if to_save and RANK == 0:
-            nets.save_checkpoint(path, net=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(),
-                                 **saved, **{k: tally[k] for k in kept})
-            sampler = make_sampler(cfg, ema, 0 if cfg.stage == "pretrain" else 1)
-            fid.save_preview(cfg.out, cfg.stage, done, sampler, cfg.batch_gpu or 64)
+            nets.save_checkpoint(path, net=net, ema=ema, opt=opt, **saved, **tally)
+            fid.save_preview(cfg, done, make_sampler(cfg, ema, 0 if cfg.stage == "pretrain" else 1))
             tally["clock"] = time.time()
-        if to_save and WORLD > 1:                     # process 0 may save for longer than it waits for others
-            dist.monitored_barrier(fid.patient_group(), TIMEOUT if RANK == 0 else timedelta(days=9))
+        if to_save:
+            fid.wait_for_first(TIMEOUT)
         if stop:
             fail(75, f"stopped by a signal; step {done} is saved, run the same command again to go on")
 
@@ -718,9 +646,7 @@ def main(argv):
         agree(f"checkpoints in {cfg.out}", [s for s in STAGES if os.path.exists(f"{cfg.out}/{s}.pt")])
         trained = [c for c in configs if check(c)]
         with fid.begin_run(cfg.out, __file__, argv):                # its lock
-            left = {c.stage: steps_left(c) for c in trained}
-            ROAD[:] = [c for c in trained if left[c.stage]]
-            log(fid.overview({c.stage: (left[c.stage], c.batch) for c in ROAD}, WORLD, DEVICE, cfg.data))
+            log(fid.overview({c.stage: (resume(c)[1], c.batch) for c in trained}, DEVICE, cfg.data))
             for c in configs:
                 if STOP:
                     fail(75, "stopped by a signal; run the same command again to go on")

@@ -14,18 +14,15 @@ the ends of the teacher's trajectories, classes given (Eq. 7). post: ECT, or ECD
 # /// script
 # dependencies = ["torch", "numpy", "lpips", "pillow", "scipy"]
 # ///
-import io
-import json
 import math
 import os
 import signal
 import sys
 import time
-import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import cache, partial
 from typing import Literal
@@ -34,12 +31,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
 
 import fid
 import nets
 import solvers
-from fid import agree, fail, log, same_data
+from fid import agree, count, fail, log, report, same_data
 from solvers import fold, randn
 
 
@@ -130,7 +126,6 @@ ABOUT = {"pretrain": "stage 1 of 5, pre-training (EDM2): loss falls while the im
          "post": "stage 4 of 5, post-training (Eq. 3): loss and grad, over a small step, soon stay level",
          "eval": "stage 5 of 5, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
-PARSER = fid.parser(__doc__, Config, STAGES)
 INITS = "teacher", "random"                        # what --init says that is no FILE
 FILES = {"imagenet64": "data/imagenet64.zip", "imagenet512": "data/imagenet512-sd.zip"}
 NAMED = {"vgg": "steps batch lr"}                     # flags that need the stage's name: --vgg.steps
@@ -146,25 +141,7 @@ FREE = {  # fields that may differ when a stage goes on, or is found finished; b
 }
 HEUN_STEPS = 32                                       # of --sampler heun: 63 calls (EDM2)
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def parse(argv):
-    """argv (list of str) -> Config. Unknown flag, bad choice: exit code 2."""
-    if "--help" in argv:
-        values = vars(parse([a for a in argv if a != "--help"])).items()
-        PARSER.epilog += f"\nWith these flags: {', '.join(f'{k} = {v!r}' for k, v in values)}"
-    typed = PARSER.parse_args(argv)
-    own = f"{getattr(typed, 'stage', 'all')}."        # only what was typed, for all stages or for this one
-    named = NAMED.get(own[:-1], "").split()
-    general = {k: v for k, v in vars(typed).items() if "." not in k and k not in named}
-    flags = {k: v for k, v in general.items() if (k, v) != ("out", "")}
-    flags |= {k.removeprefix(own): v for k, v in vars(typed).items() if k.startswith(own)}
-    name = data_name(Config(**flags))
-    whole = Config(**{**PRESETS.get((name, "*", "*"), {}), **flags})
-    key = name, whole.stage, getattr(whole, whole.stage, "*")       # the method is what --mid or --post says
-    rows = [row for pattern, row in PRESETS.items() if all(a in ("*", b) for a, b in zip(pattern, key))]
-    preset = {field: value for row in rows for field, value in row.items()}
-    return Config(**{"out": f"out/{name}", **preset, **flags})
+parse = partial(fid.parse, globals())                 # (argv) -> Config; unknown flag, bad choice: exit 2
 
 
 def data_name(cfg):
@@ -266,14 +243,9 @@ def to_input(raw, noise):
     return ((mean + noise * deviation - mu) * (0.5 / sd)).contiguous(memory_format=torch.channels_last)
 
 
-def encoder_of_data(cfg, kind, load, name):
-    """load(name, DEVICE), without a name of what made --data; exit code 2 if another encoder made them."""
-    path = FILES.get(data_name(cfg), cfg.data)
-    made, _, stamp = fid.made_of(path).get(kind, "").rpartition(", ")
-    encoder = load(name or made, DEVICE)
-    if stamp and not encoder.identity.endswith(stamp):
-        fail(2, f"{path} was made by the {kind} {made}, {stamp}, not by {encoder.identity}; pass that one")
-    return encoder
+def vae_of(cfg):
+    """The VAE of --vae, else the one that made --data."""
+    return fid.encoder_of(FILES.get(data_name(cfg), cfg.data), "vae", load_vae, cfg.vae, DEVICE)
 
 
 def to_images(cfg, x):
@@ -281,7 +253,7 @@ def to_images(cfg, x):
     if x.shape[1] != 4:
         return x
     mu, sd = latent_scale(x.device)
-    vae = encoder_of_data(cfg, "vae", load_vae, cfg.vae)
+    vae = vae_of(cfg)
     pixels = nets.decode_latents(vae, x * (sd / 0.5) + mu)
     # trap: EDM2's VAE is in [0, 1], and its pixels are floor(255 v), half a level darker than to_uint8's
     return (pixels.clamp(0, 1) * 255).floor() / 127.5 - 1
@@ -306,7 +278,7 @@ def encode_zip(cfg):
     record = dict(crop=f"EDM2 {cfg.res}", precision=cfg.precision,
                   labels=f"crc32 {zlib.crc32(labels.numpy()):08x}")
     if cfg.res == 512:
-        vae, size = encoder_of_data(cfg, "vae", load_vae, cfg.vae), 4 * 8 * 64**2
+        vae, size = vae_of(cfg), 4 * 8 * 64**2
         record["vae"] = vae.identity
 
     def read(name):
@@ -319,26 +291,8 @@ def encode_zip(cfg):
     with torch.autocast(DEVICE.type, HALF.get(cfg.precision), enabled=cfg.precision in HALF):
         fid.encode_shards(parts, [""], names, read, encode, cfg.batch_gpu)
     if RANK == 0 and not os.path.exists(target):
-        fid.write_whole(target, lambda file: write_zip(file, parts, record, labels.tolist()))
+        fid.write_whole(target, lambda file: fid.write_zip(file, parts, record, labels.tolist()))
     log(f"encode: {target}, {len(names):,} images; {parts} can be deleted")
-
-
-def write_zip(file, parts, record, labels):
-    """EDM2's zip of the shards in the folder `parts`: an .npy or .png for each image, and dataset.json."""
-    names = []
-    with zipfile.ZipFile(file, "w") as z:
-        for part in sorted(name for name in os.listdir(parts) if name.endswith(".npy")):
-            for image in np.load(f"{parts}/{part}", mmap_mode="r"):
-                i, buffer = len(names), io.BytesIO()
-                if image.dtype == np.uint8:
-                    picture = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
-                    picture.save(buffer, format="PNG", compress_level=0)
-                    names.append(f"{i // 1000:05d}/img{i:08d}.png")
-                else:
-                    np.save(buffer, image)
-                    names.append(f"{i // 1000:05d}/img-mean-std-{i:08d}.npy")
-                z.writestr(names[-1], buffer.getvalue())
-        z.writestr("dataset.json", json.dumps({"labels": list(zip(names, labels)), "made_of": record}))
 
 
 # ---- losses -----------------------------------------------------------------------------------
@@ -502,21 +456,17 @@ def previewer(cfg, net):
 @torch.no_grad()
 def draw_sheets(cfg, found):
     """A sheet per net, a column per class; stages.png, trajectory.png. Returns what stages.png is made of."""
-    balanced, shown = replace(cfg, labels="balanced"), []
-    classes, seeds = fid.class_seeds(found[0][1].label_dim)
-    for name, net, kinds, _ in found:
-        for steps, kind in kinds.items():
-            x = fid.draw(make_sampler(balanced, net, kind), seeds, cfg.batch_gpu or 64).cpu()
-            fid.save_classes(cfg.out, name, steps, x, seeds, classes)
-            shown.append((name, steps, x[:len(classes) or 10]))
-    fid.save_stages(cfg.out, shown, classes)
+    balanced = replace(cfg, labels="balanced")
+    samplers = {(name, steps): make_sampler(balanced, net, kind)
+                for name, net, kinds, _ in found for steps, kind in kinds.items()}
+    shown = fid.save_classes(cfg, samplers, found[0][1].label_dim)
     if found[0][0] == "teacher":
         teacher, sigmas = found[0][1], solvers.logsnr_sigmas(cfg.nfe)
         x_T, y, _ = class_prior(teacher, range(3), "balanced")
         xs = solvers.dpmpp(lambda x, sigma: teacher(x, sigma, y), x_T, sigmas)       # (nfe+1, 3, C, H, W)
         students = {name: partial(net, class_labels=y) for name, net, *_ in found[1:]}
         fid.save_trajectory(cfg.out, xs, sigmas, students, partial(to_images, cfg))
-    return shown, classes
+    return shown
 
 
 # ---- plumbing ---------------------------------------------------------------------------------
@@ -524,7 +474,6 @@ RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch(
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]                      # USR1: Slurm's --signal
 SIGNALS += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)      # trap: nohup ignores it
 STOP = []                                             # signals received: the loop saves, then ends
-ROAD = []                                             # configurations of the stages that this command trains
 TIMEOUT = timedelta(minutes=10)                       # choice: ten minutes for an answer in a step
 
 
@@ -553,20 +502,12 @@ def gather(x):
     return torch.cat(parts, 1)
 
 
-def resume(cfg, path):
-    """The checkpoint at path, if this configuration made it; else exit code 2 names what differs."""
+def resume(cfg):
+    """This stage's checkpoint, or None, and steps still to go; exit code 2 if other knobs made it."""
+    path = f"{cfg.out}/{cfg.stage}.pt"
     ckpt = nets.load_checkpoint(path, whole=True)
-    free = " ".join(FREE.get(key, "") for key in ("*", cfg.stage, cfg.decay)).split()
-    later = any(os.path.exists(f"{cfg.out}/{s}.pt") for s in STAGES[STAGES.index(cfg.stage) + 1:])
-    for f in fields(Config) if ckpt else ():
-        was, now = ckpt["cfg"].get(f.name, f.default), getattr(cfg, f.name)
-        steps = f.name == "steps"                     # more of them, before another stage begins from here
-        if was != now and (f.name not in free or steps and (later or now < ckpt["step"])):
-            how = f", there train on from it by --init {path}" * (steps and cfg.stage != "pretrain")
-            made = f"{ckpt.get('script', 'an older script')} --data {ckpt['cfg']['data']}"
-            fail(2, f"{path} was made with --{f.name} {was}, now {now}; use another --out{how} ({made})")
-    agree(f"step of {path}", ckpt and ckpt["step"])
-    return ckpt
+    fid.same_config(cfg, ckpt, path, FREE, STAGES)
+    return ckpt, cfg.steps - (ckpt["step"] if ckpt else 0)
 
 
 SQRT_FROM = {"imagenet512": 70_000, "digits": 500}    # steps before --decay sqrt falls (EDM2); else 35,000
@@ -600,33 +541,6 @@ def total(grad, scale):
     return torch.stack([grad[:-2].norm(), grad[-2], grad[-1]]).tolist()
 
 
-def report(cfg, done, lr, tally, **more):
-    """The line of a step: means over the finite steps since the last line, speed, time left."""
-    took, n = time.time() - tally["clock"], done - tally["step"]
-    loss, norm = (sum(v) / len(v) if v else math.nan for v in (tally["losses"], tally["norms"]))
-    tally.update(step=done, clock=time.time(), seconds=tally["seconds"] + took, losses=[], norms=[])
-    numbers = dict(step=done, images=done * cfg.batch, loss=loss, grad=norm, skipped=tally["skipped"], lr=lr,
-                   images_per_second=n * cfg.batch / took, seconds=tally["seconds"],
-                   **nets.peak_memory(), **more)
-    later = sum(c.steps * c.batch for c in ROAD if STAGES.index(c.stage) > STAGES.index(cfg.stage))
-    log(fid.step_line(cfg.stage, cfg.steps, cfg.batch, later, numbers), stage=cfg.stage, **numbers)
-
-
-def count(cfg, tally, loss, norm):
-    """Count a step as finite or skipped; fp16's scale grows or halves. Exit code 4 at 10 skipped in a row."""
-    if math.isfinite(norm + loss):
-        tally["losses"].append(loss)
-        tally["norms"].append(norm)
-        tally.update(bad=0, scale=tally["scale"] * (2 ** (1 / 2000) if cfg.precision == "fp16" else 1))
-        return
-    tally.update(bad=tally["bad"] + 1, skipped=tally["skipped"] + 1)
-    if cfg.precision == "fp16" and tally["scale"] > 1:          # while the scale falls, nothing has diverged
-        tally["scale"] /= 2
-    elif tally["bad"] >= 10:
-        fail(4, f"{cfg.stage}: loss or gradient not finite in {tally['bad']} steps in a row; {cfg.out} keeps "
-                "the last good checkpoint; try a smaller --lr with another --out")
-
-
 def on_signal(number, frame):
     """Ask the loop to save and leave (exit code 75); a second Ctrl-C leaves at once."""
     STOP.append(number)
@@ -645,19 +559,15 @@ def check(cfg):
     """Everything that would stop this stage, before any stage starts: values (exit code 2), files (3)."""
     trains = cfg.stage not in RUN and (reads_data(cfg) or cfg.stage == "mid" and cfg.mid != "none")
     fid.check_values(cfg, LIMITS, WORLD * trains)
-    name, (n, pairs) = data_name(cfg), solves(cfg)
+    name = data_name(cfg)
     if cfg.data == "imagenet" and cfg.res not in (64, 512):
         fail(2, f"--res {cfg.res} is not possible with --data imagenet; it is 64 or 512")
     if name == "own" and not (os.sep in cfg.data or "." in cfg.data or os.path.exists(cfg.data)):
         fail(2, f"--data {cfg.data}: not one of imagenet, digits, and no such file or folder")
     if cfg.stage == "mid" and trains:
+        fid.check_solve(cfg, *solves(cfg), WORLD)
         if cfg.ensemble != "none" and cfg.loss != "elatent":
             fail(2, f"--ensemble {cfg.ensemble} belongs to --loss elatent, not {cfg.loss}")
-        if not pairs or pairs % cfg.batch:
-            fail(2, f"--nfe {cfg.nfe} and --trajectories {cfg.trajectories} must fill whole batches of "
-                    f"--batch {cfg.batch}")
-        if n % WORLD:
-            fail(2, f"the {n} --trajectories of a solve must be a multiple of the {WORLD} processes")
         if (cfg.res == 512) != (cfg.loss == "elatent") and cfg.loss in ("lpips", "elatent"):
             fail(2, f"--loss {cfg.loss} does not measure --res {cfg.res}; lpips is for 64, elatent for 512")
         if cfg.loss == "huber" and not cfg.huber_c:
@@ -675,7 +585,7 @@ def check(cfg):
     if trains and cfg.stage in ("mid", "post") and os.path.exists(path):
         check_data(cfg)
     if cfg.res == 512 and cfg.data != "digits" and cfg.stage in ("encode", "sample", "eval"):
-        encoder_of_data(cfg, "vae", load_vae, cfg.vae)        # are diffusers and the VAE there?
+        vae_of(cfg)        # are diffusers and the VAE there?
     if cfg.dry_run and cfg.stage == "pretrain" and has_edm2(cfg):
         teacher_state(cfg)                            # else train does it
     for file in (cfg.main, cfg.guide) if cfg.stage == "post" and cfg.post != "ect" else ():
@@ -697,12 +607,6 @@ def check_data(cfg):
     check_teacher(cfg, has_edm2(cfg), images.stamp, {k: size[k] for k in nets.INTERFACE})
     if cfg.data != "digits" and cfg.stage == "mid" and cfg.loss == "lpips" and (channels != 3 or side < 16):
         fail(2, f"--loss lpips needs 3x16x16 at least, not {channels}x{side}x{side}; or --loss huber")
-
-
-def steps_left(cfg):
-    """How many steps a stage that trains has still to go."""
-    ckpt = resume(cfg, f"{cfg.out}/{cfg.stage}.pt")
-    return cfg.steps - ckpt["step"] if ckpt else cfg.steps
 
 
 def check_teacher(cfg, given, data, wanted):
@@ -798,16 +702,15 @@ def train(cfg):
     if not reads_data(cfg) and (cfg.stage != "mid" or cfg.mid == "none"):
         return
     path, B = f"{cfg.out}/{cfg.stage}.pt", cfg.batch
-    ckpt = resume(cfg, path)
-    over = ckpt and ckpt["step"] >= cfg.steps
-    if over and all(ckpt["cfg"][k] == getattr(cfg, k) for k in STAMPED):
+    ckpt, left = resume(cfg)
+    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in STAMPED):
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
     images = load_data(cfg) if reads_data(cfg) else None
     data = images.stamp if images else "none"
     asked, weights, model = asked_nets(cfg), None, ckpt["model"] if ckpt else {}
     data += "".join(f", {name} {nets.stamp(state)}" for name, (state, _) in asked.items())
     same_data(ckpt, path, data)
-    if over:
+    if not left:
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
     if "teacher" in asked or cfg.stage == "post" and not ckpt:
         weights, model = asked.get("teacher") or teacher_state(cfg)
@@ -824,10 +727,8 @@ def train(cfg):
     opt = torch.optim.Adam([flat], betas=(0.9, beta2), fused=True)
     if cfg.stage == "vgg" and data_name(cfg) == "imagenet512":
         opt = torch.optim.SGD([flat], momentum=0.9, weight_decay=1e-4, fused=True)            # B.5
-    tally = dict(step=0, seconds=0.0, skipped=0, scale=2.0**15 if cfg.precision == "fp16" else 1.0)
-    tally = nets.restore(ckpt, path, net, ema, opt, tally)
+    tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
     agree("data and sum of the first weights", (data, flat.sum(dtype=torch.float64).item()))
-    kept, tally = list(tally), dict(tally, bad=0, losses=[], norms=[], clock=time.time())
     ckpt = asked = weights = None                     # as large as the net, and needed no more
     shape = model["img_channels"], model["img_resolution"], model["img_resolution"]
     sigmas, (n, pairs), share = solvers.logsnr_sigmas(cfg.nfe), solves(cfg), B // WORLD
@@ -836,7 +737,7 @@ def train(cfg):
     reader = ThreadPoolExecutor(1)                    # it reads one step ahead
     ahead = reader.submit(read_share, cfg, images, tally["step"]) if images else None
     saved = dict(data=data, model=model, cfg=asdict(cfg), script=os.path.basename(__file__))
-    log(fid.begin_stage(cfg.out, asdict(cfg), tally["step"], nets.memory(flat, opt, path)))
+    log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))
 
     for step in range(start := tally["step"], cfg.steps):
         opt.param_groups[0]["lr"] = lr = learning_rate(cfg, step)
@@ -893,14 +794,13 @@ def train(cfg):
         count(cfg, tally, loss, norm)
         to_save = stop or done % cfg.save_every == 0 or done == cfg.steps
         if to_save or done % cfg.log_every == 0:
-            report(cfg, done, lr, tally)
+            report(cfg, done, lr, tally, **nets.peak_memory())
         if to_save and RANK == 0:
-            nets.save_checkpoint(path, net=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(),
-                                 **saved, **{k: tally[k] for k in kept})
-            fid.save_preview(cfg.out, cfg.stage, done, previewer(cfg, ema), cfg.batch_gpu or 64)
+            nets.save_checkpoint(path, net=net, ema=ema, opt=opt, **saved, **tally)
+            fid.save_preview(cfg, done, previewer(cfg, ema))
             tally["clock"] = time.time()
-        if to_save and WORLD > 1:                     # process 0 may save for longer than it waits for others
-            dist.monitored_barrier(fid.patient_group(), TIMEOUT if RANK == 0 else timedelta(days=9))
+        if to_save:
+            fid.wait_for_first(TIMEOUT)
         if stop:
             fail(75, f"stopped by a signal; step {done} is saved, run the same command again to go on")
 
@@ -969,9 +869,7 @@ def main(argv):
         agree(f"checkpoints in {cfg.out}", [s for s in STAGES if os.path.exists(f"{cfg.out}/{s}.pt")])
         trained = [c for c in configs if check(c)]
         with fid.begin_run(cfg.out, __file__, argv):                # its lock
-            left = {c.stage: steps_left(c) for c in trained}
-            ROAD[:] = [c for c in trained if left[c.stage]]
-            log(fid.overview({c.stage: (left[c.stage], c.batch) for c in ROAD}, WORLD, DEVICE, cfg.data))
+            log(fid.overview({c.stage: (resume(c)[1], c.batch) for c in trained}, DEVICE, cfg.data))
             for c in configs:
                 if STOP:
                     fail(75, "stopped by a signal; run the same command again to go on")

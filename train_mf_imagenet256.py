@@ -25,7 +25,7 @@ import zlib
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import cache, partial
 from typing import Literal
@@ -37,7 +37,7 @@ import torch.distributed as dist
 import fid
 import nets
 import solvers
-from fid import agree, fail, log, same_data
+from fid import agree, count, fail, log, report, same_data
 from solvers import fold, randn
 
 
@@ -119,12 +119,10 @@ ABOUT = {"pretrain": "stage 1 of 4, pre-training: Mean Flow divides its loss by 
          "post": "stage 3 of 4, post-training: Mean Flow divides its loss by itself: near 1; see mse",
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
-PARSER = fid.parser(__doc__, Config, STAGES)
 INITS = "sit", "random"                            # what --init says that is no FILE
 FILES = {"imagenet": "data/imagenet256-sd"}
 REFERENCE = {"imagenet": "imagenet256"}               # scored by ADM's statistics, others by their own
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-NAMED = {}                                            # flags that need the stage's name: none here
 STAMPED = "data", "teacher"                           # compared by what they hold, wherever that lies
 FREE = {  # fields that may differ when a stage goes on, or is found finished; by stage, and by --decay
     "*": "dry_run data stage out source teacher vae seeds samples repeat nfe labels compile batch_gpu "
@@ -134,25 +132,7 @@ FREE = {  # fields that may differ when a stage goes on, or is found finished; b
     "mid": "pretrain post weak ratio P_mean P_std power unguided",
     "post": "pretrain weak nodes trajectories",
 }
-
-
-def parse(argv):
-    """argv (list of str) -> Config. Unknown flag, bad choice: exit code 2."""
-    if "--help" in argv:
-        values = vars(parse([a for a in argv if a != "--help"])).items()
-        PARSER.epilog += f"\nWith these flags: {', '.join(f'{k} = {v!r}' for k, v in values)}"
-    typed = PARSER.parse_args(argv)
-    own = f"{getattr(typed, 'stage', 'all')}."        # only what was typed, for all stages or for this one
-    named = NAMED.get(own[:-1], "").split()
-    general = {k: v for k, v in vars(typed).items() if "." not in k and k not in named}
-    flags = {k: v for k, v in general.items() if (k, v) != ("out", "")}
-    flags |= {k.removeprefix(own): v for k, v in vars(typed).items() if k.startswith(own)}
-    name = data_name(Config(**flags))
-    whole = Config(**{**PRESETS.get((name, "*", "*"), {}), **flags})
-    key = name, whole.stage, getattr(whole, whole.stage, "*")       # the method is what --mid or --post says
-    rows = [row for pattern, row in PRESETS.items() if all(a in ("*", b) for a, b in zip(pattern, key))]
-    preset = {field: value for row in rows for field, value in row.items()}
-    return Config(**{"out": f"out/{name}", **preset, **flags})
+parse = partial(fid.parse, globals())                 # (argv) -> Config; unknown flag, bad choice: exit 2
 
 
 def data_name(cfg):
@@ -176,6 +156,9 @@ class Latents:
 
     def __init__(self, path, out):
         self.path, self.pool, self.shards, self.side = path, ThreadPoolExecutor(8), [], 0
+        if not os.path.exists(path):
+            raise fid.DataError(f"{path} is not there; make latents by --stage encode --source FOLDER, or "
+                                f"pass --data FOLDER, {', '.join(FILES)} or digits")
         with fid.blame(path):
             key = self.open_shards() if os.path.exists(f"{path}/index.json") else self.open_cache(out)
         self.stamp = f"{len(self.labels)} latents, crc32 {zlib.crc32(key.encode()):08x}"
@@ -239,16 +222,7 @@ opened = cache(Latents)                               # once for all checks, onc
 
 def load_data(cfg):
     """Latents of --data, or the digits. Missing: exit code 3 with the remedy."""
-    return Pixels() if cfg.data == "digits" else opened(latents_path(cfg), cfg.out)
-
-
-def latents_path(cfg):
-    """The folder of latents that --data names; exit code 3 if it is not there."""
-    path = FILES.get(cfg.data, cfg.data)
-    if os.path.exists(path):
-        return path
-    fail(3, f"{path} is not there; make latents by --stage encode --source FOLDER, or pass --data FOLDER, "
-            f"{', '.join(FILES)} or digits")
+    return Pixels() if cfg.data == "digits" else opened(FILES.get(cfg.data, cfg.data), cfg.out)
 
 
 def read_batch(cfg, images, step):
@@ -277,28 +251,23 @@ def to_latents(raw, noise):
     return nets.SD_SCALE * (mean + noise * deviation)
 
 
-def encoder_of_data(cfg, kind, load, name):
-    """load(name, DEVICE), without a name of what made --data; exit code 2 if another encoder made them."""
-    path = FILES.get(data_name(cfg), cfg.data)
-    made, _, stamp = fid.made_of(path).get(kind, "").rpartition(", ")
-    encoder = load(name or made, DEVICE)
-    if stamp and not encoder.identity.endswith(stamp):
-        fail(2, f"{path} was made by the {kind} {made}, {stamp}, not by {encoder.identity}; pass that one")
-    return encoder
+def vae_of(cfg):
+    """The VAE of --vae, else the one that made --data."""
+    return fid.encoder_of(FILES.get(data_name(cfg), cfg.data), "vae", load_vae, cfg.vae, DEVICE)
 
 
 def decoded(cfg, x):
     """Samples -> images in [-1, 1]: latents through the VAE; digits are images already."""
     if cfg.data == "digits":
         return x
-    return nets.decode_latents(encoder_of_data(cfg, "vae", load_vae, cfg.vae), x / nets.SD_SCALE)
+    return nets.decode_latents(vae_of(cfg), x / nets.SD_SCALE)
 
 
 def encode_folder(cfg):
     """--source, a folder per class -> shards of moments, fp16 (n, 2, 8, 32, 32): of it and its mirror."""
     target, (names, open_picture) = FILES.get(cfg.data, cfg.data), fid.list_pictures(cfg.source)
     labels, classes = fid.read_labels(cfg.source, names) or (torch.zeros(len(names), dtype=torch.long), 1)
-    vae, number = encoder_of_data(cfg, "vae", load_vae, cfg.vae), len(names)
+    vae, number = vae_of(cfg), len(names)
     record = dict(kind=KIND, scale=nets.SD_SCALE, crop="ADM 256", vae=vae.identity, precision=cfg.precision,
                   labels=f"crc32 {zlib.crc32(labels.numpy()):08x}")
 
@@ -513,21 +482,17 @@ def make_sampler(cfg, net, steps, decode=True):
 @torch.no_grad()
 def class_sheets(cfg, found):
     """A sheet per net, a column per class; stages.png, trajectory.png. Returns what stages.png is made of."""
-    balanced, shown = replace(cfg, labels="balanced"), []
-    classes, seeds = fid.class_seeds(found[0][1].num_classes)
-    for name, net, kinds, _ in found:
-        for steps in kinds:
-            x = fid.draw(make_sampler(balanced, net, steps), seeds, cfg.batch_gpu or 64).cpu()
-            fid.save_classes(cfg.out, name, steps, x, seeds, classes)
-            shown.append((name, steps, x[:len(classes)]))
-    fid.save_stages(cfg.out, shown, classes)
+    balanced = replace(cfg, labels="balanced")
+    samplers = {(name, steps): make_sampler(balanced, net, steps)
+                for name, net, kinds, _ in found for steps in kinds}
+    shown = fid.save_classes(cfg, samplers, found[0][1].num_classes)
     if found[0][0] == "teacher":
         teacher, times = found[0][1], torch.linspace(1, 0, cfg.nodes, dtype=torch.float64)
         z, y = noise_and_labels(teacher, range(3), "balanced")
         states = rollout(cfg, teacher, z, y, times)[0]                               # (nodes, 3, C, H, W)
         jumps = {name: lambda x, t, net=net: x - t[0] * net(x, t, t * 0, y) for name, net, *_ in found[1:]}
         fid.save_trajectory(cfg.out, states, times, jumps, partial(decoded, cfg))
-    return shown, classes
+    return shown
 
 
 # ---- plumbing ---------------------------------------------------------------------------------
@@ -535,7 +500,6 @@ RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch(
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]                      # USR1: Slurm's --signal
 SIGNALS += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)      # trap: nohup ignores it
 STOP = []                                             # signals received: the loop saves, then ends
-ROAD = []                                             # configurations of the stages that this command trains
 TIMEOUT = timedelta(minutes=10)                       # choice: ten minutes for an answer in a step
 
 
@@ -564,20 +528,12 @@ def gather(x):
     return torch.cat(parts, 1)
 
 
-def resume(cfg, path):
-    """The checkpoint at path, if this configuration made it; else exit code 2 names what differs."""
+def resume(cfg):
+    """This stage's checkpoint, or None, and steps still to go; exit code 2 if other knobs made it."""
+    path = f"{cfg.out}/{cfg.stage}.pt"
     ckpt = nets.load_checkpoint(path, whole=True)
-    free = " ".join(FREE.get(key, "") for key in ("*", cfg.stage, cfg.decay)).split()
-    later = any(os.path.exists(f"{cfg.out}/{s}.pt") for s in STAGES[STAGES.index(cfg.stage) + 1:])
-    for f in fields(Config) if ckpt else ():
-        was, now = ckpt["cfg"].get(f.name, f.default), getattr(cfg, f.name)
-        steps = f.name == "steps"                     # more of them, before another stage begins from here
-        if was != now and (f.name not in free or steps and (later or now < ckpt["step"])):
-            how = f", there train on from it by --init {path}" * (steps and cfg.stage != "pretrain")
-            made = f"{ckpt.get('script', 'an older script')} --data {ckpt['cfg']['data']}"
-            fail(2, f"{path} was made with --{f.name} {was}, now {now}; use another --out{how} ({made})")
-    agree(f"step of {path}", ckpt and ckpt["step"])
-    return ckpt
+    fid.same_config(cfg, ckpt, path, FREE, STAGES)
+    return ckpt, cfg.steps - (ckpt["step"] if ckpt else 0)
 
 
 def lr_at(cfg, step):
@@ -598,33 +554,6 @@ def total(grad, scale):
     if scale != 1:
         grad /= scale
     return torch.stack([grad[:-2].norm(), grad[-2], grad[-1]]).tolist()
-
-
-def report(cfg, done, lr, tally, **more):
-    """The line of a step: means over the finite steps since the last line, speed, time left."""
-    took, n = time.time() - tally["clock"], done - tally["step"]
-    loss, norm = (sum(v) / len(v) if v else math.nan for v in (tally["losses"], tally["norms"]))
-    tally.update(step=done, clock=time.time(), seconds=tally["seconds"] + took, losses=[], norms=[])
-    numbers = dict(step=done, images=done * cfg.batch, loss=loss, grad=norm, skipped=tally["skipped"], lr=lr,
-                   images_per_second=n * cfg.batch / took, seconds=tally["seconds"],
-                   **nets.peak_memory(), **more)
-    later = sum(c.steps * c.batch for c in ROAD if STAGES.index(c.stage) > STAGES.index(cfg.stage))
-    log(fid.step_line(cfg.stage, cfg.steps, cfg.batch, later, numbers), stage=cfg.stage, **numbers)
-
-
-def count(cfg, tally, loss, norm):
-    """Count a step as finite or skipped; fp16's scale grows or halves. Exit code 4 at 10 skipped in a row."""
-    if math.isfinite(norm + loss):
-        tally["losses"].append(loss)
-        tally["norms"].append(norm)
-        tally.update(bad=0, scale=tally["scale"] * (2 ** (1 / 2000) if cfg.precision == "fp16" else 1))
-        return
-    tally.update(bad=tally["bad"] + 1, skipped=tally["skipped"] + 1)
-    if cfg.precision == "fp16" and tally["scale"] > 1:          # while the scale falls, nothing has diverged
-        tally["scale"] /= 2
-    elif tally["bad"] >= 10:
-        fail(4, f"{cfg.stage}: loss or gradient not finite in {tally['bad']} steps in a row; {cfg.out} keeps "
-                "the last good checkpoint; try a smaller --lr with another --out")
 
 
 def on_signal(number, frame):
@@ -652,11 +581,7 @@ def check(cfg):
     if cfg.guide_from > cfg.guide_to:
         fail(2, f"--guide_from {cfg.guide_from} must not be above --guide_to {cfg.guide_to}")
     if cfg.stage == "mid" and trains:
-        if pairs_per_solve(cfg) % cfg.batch:
-            fail(2, f"the {pairs_per_solve(cfg)} pairs of --nodes {cfg.nodes} and --trajectories "
-                    f"{cfg.trajectories} must fill whole batches of --batch {cfg.batch}")
-        if cfg.trajectories % WORLD:
-            fail(2, f"--trajectories {cfg.trajectories} must be a multiple of the {WORLD} processes")
+        fid.check_solve(cfg, cfg.trajectories, pairs_per_solve(cfg), WORLD)
     if cfg.stage == "encode" and not os.path.exists(cfg.source):
         fail(3, f"--source {cfg.source!r}: not there; name ImageNet's training folder, a folder per class")
     side = 0                                          # not yet known
@@ -676,14 +601,8 @@ def check(cfg):
         size_row(cfg, flag, side)
     if cfg.stage == "eval" and cfg.data != "digits":
         fid.prefetch(REFERENCE.get(cfg.data, cfg.data))
-        encoder_of_data(cfg, "vae", nets.sd_vae, cfg.vae)     # not after training: is the VAE there?
+        vae_of(cfg)     # not after training: is the VAE there?
     return trains
-
-
-def steps_left(cfg):
-    """How many steps a stage that trains has still to go."""
-    ckpt = resume(cfg, f"{cfg.out}/{cfg.stage}.pt")
-    return cfg.steps - ckpt["step"] if ckpt else cfg.steps
 
 
 def check_teacher(cfg, given, data, wanted):
@@ -727,7 +646,7 @@ def read_net(cfg, name):
     """(weights, constructor arguments) of a FILE or URL: ours, or bare weights of SiT, REPA or Mean Flow."""
     state, model, stated = nets.read_weights(name)
     shape = nets.dit_shape(state, name)                     # a net of another kind is refused here
-    check_guidance(cfg, stated, name)
+    fid.same_guidance(cfg, stated, name)
     for row in size_row(cfg, "weak"), size_row(cfg, "size"):
         if {**row, "num_heads": 0}.items() <= shape.items():          # its heads are not known yet
             shape.update(row)
@@ -738,28 +657,13 @@ def read_net(cfg, name):
     return state, model or shape
 
 
-def check_guidance(cfg, stated, what):
-    """Guidance is part of a Mean Flow, so all stages share it (B.4); exit code 2 if weights have another.
-
-    stated: the configuration in the checkpoint called `what`. A flow-matching teacher has none of its own: it
-    is guided when it is rolled out.
-    """
-    if "omega" not in stated or stated["stage"] == "pretrain" and stated.get("pretrain", "mf") != "mf":
-        return
-    scales = [c["omega"] / (1 - c["kappa"]) for c in (stated, asdict(cfg))]
-    spans = [[c["guide_from"], c["guide_to"]] for c in (stated, asdict(cfg))]
-    if abs(scales[0] - scales[1]) > 1e-6 or spans[0] != spans[1] and scales[0] != 1:
-        fail(2, f"{what} was trained with guidance {scales[0]:.4g} for t in {spans[0]}, this stage has "
-                f"{scales[1]:.4g} in {spans[1]}; pass its --omega, --kappa, --guide_from, --guide_to")
-
-
 def teacher_state(cfg):
     """(weights, constructor arguments) of --teacher, else <out>/pretrain.pt."""
     if cfg.teacher:
         return read_net(cfg, cfg.teacher)
     if not (ckpt := nets.finished(f"{cfg.out}/pretrain.pt")):
         fail(3, f"no finished teacher in {cfg.out}; run --stage pretrain first, or pass --teacher FILE")
-    check_guidance(cfg, ckpt["cfg"], f"{cfg.out}/pretrain.pt")
+    fid.same_guidance(cfg, ckpt["cfg"], f"{cfg.out}/pretrain.pt")
     return ckpt["ema"], ckpt["model"]
 
 
@@ -783,36 +687,11 @@ def first_weights(cfg, model):
         path = f"{cfg.out}/mid.pt"
         if not (ckpt := nets.finished(path)):
             fail(3, f"{path} is not finished; run --stage mid first, or pass --mid none")
-        check_guidance(cfg, ckpt["cfg"], path)
+        fid.same_guidance(cfg, ckpt["cfg"], path)
         # choice: the average, not the last weights
         return nets.fitting(ckpt["ema"], ckpt["model"], model, path), path
     what = "the teacher (--init sit)"
     return (nets.fitting(*teacher_state(cfg), model, what), what) if cfg.init == "sit" else (None, "")
-
-
-def add_errors(errors, square, gap):
-    """Add each sample's mean square error, square (B,), to the column of its gap t - r: 0, or a quarter.
-
-    errors (2, 5 or more): sums, counts, on the device. What is not finite is left out.
-    """
-    column = (4 * gap).ceil().long().to(errors.device, non_blocking=True)
-    finite = square.isfinite()
-    errors[0].index_add_(0, column, torch.where(finite, square, 0.0))
-    errors[1].index_add_(0, column, finite.float())
-
-
-def mse_by_gap(errors):
-    """Means since the last log, by name, from errors (2, 5), with REPA's (2, 6), which is cleared.
-
-    mse_same: samples with r = t; mse_gap1 to 4: those with t - r in each quarter. What had no sample is left
-    out. The host waits here.
-    """
-    if WORLD > 1:
-        dist.all_reduce(errors)
-    sums, counts = errors.tolist()
-    errors.zero_()
-    names = "mse_same", "mse_gap1", "mse_gap2", "mse_gap3", "mse_gap4", "repa"
-    return {name: s / n for name, s, n in zip(names, sums, counts) if n}
 
 
 def train(cfg):
@@ -820,9 +699,8 @@ def train(cfg):
     if left_out(cfg) or cfg.stage == "pretrain" and cfg.teacher:
         return log(f"{cfg.stage}: not trained, as --teacher or --mid none says")
     path, B = f"{cfg.out}/{cfg.stage}.pt", cfg.batch
-    ckpt = resume(cfg, path)
-    over = ckpt and ckpt["step"] >= cfg.steps
-    if over and all(ckpt["cfg"][k] == getattr(cfg, k) for k in STAMPED):
+    ckpt, left = resume(cfg)
+    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in STAMPED):
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
     images, data = None, "none"
     if cfg.stage != "mid":                                                    # CMT needs no data
@@ -837,7 +715,7 @@ def train(cfg):
         shape = model["in_channels"], model["input_size"], model["input_size"]
         data += f", teacher {nets.stamp(weights)}"
     same_data(ckpt, path, data)
-    if over:
+    if not left:
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
     model = dict(size_row(cfg, "weak" if cfg.stage == "pretrain" else "size", shape[-1]),
                  input_size=shape[-1], in_channels=shape[0], num_classes=null,
@@ -848,10 +726,8 @@ def train(cfg):
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
     flat.grad = grad[:-2]
     opt = torch.optim.Adam([flat], betas=(0.9, 0.95), fused=True)             # MF
-    tally = dict(step=0, seconds=0.0, skipped=0, scale=2.0**15 if cfg.precision == "fp16" else 1.0)
-    tally = nets.restore(ckpt, path, net, ema, opt, tally)
+    tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
     agree("data and sum of the first weights", (data, flat.sum(dtype=torch.float64).item()))
-    kept, tally = list(tally), dict(tally, bad=0, losses=[], norms=[], clock=time.time())
     ckpt = weights = None                             # as large as the net, and needed no more
     pairs, share, errors = pairs_per_solve(cfg), B // WORLD, torch.zeros(2, 5, device=DEVICE)
     mine, micro = slice(RANK * share, (RANK + 1) * share), cfg.batch_gpu or share
@@ -859,7 +735,7 @@ def train(cfg):
     reader = ThreadPoolExecutor(1)                    # it reads one step ahead
     ahead = reader.submit(read_batch, cfg, images, tally["step"]) if images else None
     saved = dict(data=data, model=model, cfg=asdict(cfg), script=os.path.basename(__file__))
-    log(fid.begin_stage(cfg.out, asdict(cfg), tally["step"], nets.memory(flat, opt, path)))
+    log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))
 
     for step in range(start := tally["step"], cfg.steps):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
@@ -891,7 +767,7 @@ def train(cfg):
                 loss, square, _ = loss_mf(flow, z[i], v[i], t[i], r[i], y[i], guided[i], cfg)
             (loss * weight).backward()
             grad[-2] += loss.detach() * weight
-            add_errors(errors, square / z[0].numel(), (t - r)[i])
+            fid.add_errors(errors, square / z[0].numel(), (t - r)[i])
         norm, loss, stop = total(grad, tally["scale"])                        # the one wait of a step
         if math.isfinite(norm + loss):            # else: no step, and no trace of it in weights and moments
             opt.step()
@@ -903,15 +779,13 @@ def train(cfg):
         count(cfg, tally, loss, norm)
         to_save = stop or done % cfg.save_every == 0 or done == cfg.steps
         if to_save or done % cfg.log_every == 0:
-            report(cfg, done, lr, tally, **mse_by_gap(errors))
+            report(cfg, done, lr, tally, **nets.peak_memory(), **fid.mse_by_gap(errors))
         if to_save and RANK == 0:
-            nets.save_checkpoint(path, net=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(),
-                                 **saved, **{k: tally[k] for k in kept})
-            sampler = make_sampler(shown, ema, steps, decode=False)
-            fid.save_preview(cfg.out, cfg.stage, done, sampler, cfg.batch_gpu or 64)
+            nets.save_checkpoint(path, net=net, ema=ema, opt=opt, **saved, **tally)
+            fid.save_preview(cfg, done, make_sampler(shown, ema, steps, decode=False))
             tally["clock"] = time.time()
-        if to_save and WORLD > 1:                     # process 0 may save for longer than it waits for others
-            dist.monitored_barrier(fid.patient_group(), TIMEOUT if RANK == 0 else timedelta(days=9))
+        if to_save:
+            fid.wait_for_first(TIMEOUT)
         if stop:
             fail(75, f"stopped by a signal; step {done} is saved, run the same command again to go on")
 
@@ -926,7 +800,7 @@ def candidates(cfg):
     for stage in stages:
         path = f"{cfg.out}/{stage}.pt"
         if ckpt := nets.finished(path):
-            check_guidance(cfg, ckpt["cfg"], path)
+            fid.same_guidance(cfg, ckpt["cfg"], path)
             name = "teacher" if stage == "pretrain" else stage
             found.append((name, build(cfg, ckpt["model"], ckpt["ema"], stage), ckpt))
     if not found:
@@ -961,7 +835,7 @@ def evaluate(cfg):
             samplers = {steps: make_sampler(replace(cfg, labels=labels), net, steps) for steps in kinds}
             ours = fid.score_net(rows[-1], samplers, features, reference, cfg, labels=labels)
     scale, digits = cfg.omega / (1 - cfg.kappa), cfg.data == "digits"
-    decoder = "none (pixels)" if digits else encoder_of_data(cfg, "vae", load_vae, cfg.vae).identity
+    decoder = "none (pixels)" if digits else vae_of(cfg).identity
     note = (f"{cfg.samples} samples a score, seeds from 0, EMA weights, decoder {decoder}, guidance "
             f"{scale:.4g} (omega {cfg.omega}, kappa {cfg.kappa}) for t in [{cfg.guide_from}, {cfg.guide_to}]")
     log(fid.save_results(cfg.out, rows, f"{fid.protocol(ours, reference)}\n{note}", stages))
@@ -985,9 +859,7 @@ def main(argv):
         agree(f"checkpoints in {cfg.out}", [s for s in STAGES if os.path.exists(f"{cfg.out}/{s}.pt")])
         trained = [c for c in configs if check(c)]
         with fid.begin_run(cfg.out, __file__, argv):                # its lock
-            left = {c.stage: steps_left(c) for c in trained}
-            ROAD[:] = [c for c in trained if left[c.stage]]
-            log(fid.overview({c.stage: (left[c.stage], c.batch) for c in ROAD}, WORLD, DEVICE, cfg.data))
+            log(fid.overview({c.stage: (resume(c)[1], c.batch) for c in trained}, DEVICE, cfg.data))
             for c in configs:
                 if STOP:
                     fail(75, "stopped by a signal; run the same command again to go on")

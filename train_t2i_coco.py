@@ -27,7 +27,7 @@ import zlib
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import cache, partial
 from typing import Literal
@@ -40,7 +40,7 @@ import torch.nn.functional as F
 import fid
 import nets
 import solvers
-from fid import agree, fail, log, same_data
+from fid import agree, count, fail, log, report, same_data
 from solvers import fold, randn
 
 
@@ -120,11 +120,9 @@ ABOUT = {"pretrain": "stage 1 of 4, pre-training: loss, square error (mse_same) 
          "post": "stage 3 of 4, post-training: Mean Flow divides its loss by itself: level; see mse",
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
-PARSER = fid.parser(__doc__, Config, STAGES)
 INITS = "sit", "random"                            # what --init says that is no FILE
 FILES = {"coco": "data/coco256-sd"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-NAMED = {}                                            # flags that need the stage's name: none here
 STAMPED = "data", "teacher"                           # compared by what they hold, wherever that lies
 FREE = {  # fields that may differ when a stage goes on, or is found finished; by stage, and by --decay
     "*": "dry_run data stage out source encoders teacher vae prompts seeds samples repeat nfe compile "
@@ -134,25 +132,7 @@ FREE = {  # fields that may differ when a stage goes on, or is found finished; b
     "mid": "pretrain post ratio P_mean P_std power",
     "post": "pretrain nodes trajectories",
 }
-
-
-def parse(argv):
-    """argv (list of str) -> Config. Unknown flag, bad choice: exit code 2."""
-    if "--help" in argv:
-        values = vars(parse([a for a in argv if a != "--help"])).items()
-        PARSER.epilog += f"\nWith these flags: {', '.join(f'{k} = {v!r}' for k, v in values)}"
-    typed = PARSER.parse_args(argv)
-    own = f"{getattr(typed, 'stage', 'all')}."        # only what was typed, for all stages or for this one
-    named = NAMED.get(own[:-1], "").split()
-    general = {k: v for k, v in vars(typed).items() if "." not in k and k not in named}
-    flags = {k: v for k, v in general.items() if (k, v) != ("out", "")}
-    flags |= {k.removeprefix(own): v for k, v in vars(typed).items() if k.startswith(own)}
-    name = data_name(Config(**flags))
-    whole = Config(**{**PRESETS.get((name, "*", "*"), {}), **flags})
-    key = name, whole.stage, getattr(whole, whole.stage, "*")       # the method is what --mid or --post says
-    rows = [row for pattern, row in PRESETS.items() if all(a in ("*", b) for a, b in zip(pattern, key))]
-    preset = {field: value for row in rows for field, value in row.items()}
-    return Config(**{"out": f"out/{name}", **preset, **flags})
+parse = partial(fid.parse, globals())                 # (argv) -> Config; unknown flag, bad choice: exit 2
 
 
 def data_name(cfg):
@@ -177,6 +157,9 @@ class Coco:
 
     def __init__(self, path, out):
         self.path, self.maps, self.pool = path, {}, ThreadPoolExecutor(8)
+        if not os.path.exists(path):
+            raise fid.DataError(f"{path} is not there; make latents by --stage encode --source FOLDER, or "
+                                f"pass --data FOLDER, {', '.join(FILES)} or digits")
         with fid.blame(path):
             key = self.open_shards() if os.path.exists(f"{path}/index.json") else self.open_features(out)
             one = self.moments(0).numpy()
@@ -311,7 +294,8 @@ def text_encoder(cfg):
     """Captions -> ids -> features: CLIP, or the digits' fixed vectors."""
     if cfg.data == "digits":
         return Words(DEVICE)
-    return encoder_of_data(cfg, "text", nets.CLIPText, in_encoders(cfg, nets.CLIP))
+    path, folder = FILES.get(cfg.data, cfg.data), in_encoders(cfg, nets.CLIP)
+    return fid.encoder_of(path, "text", nets.CLIPText, folder, DEVICE)
 
 
 def in_encoders(cfg, name):
@@ -327,16 +311,7 @@ def load_data(cfg):
     """Coco of --data, or the digits. Missing: exit code 3 with the remedy."""
     if cfg.data == "digits":
         return CaptionedDigits(8 // shape_of_size(cfg, 8)["patch_size"])
-    return opened(latents_path(cfg), cfg.out)
-
-
-def latents_path(cfg):
-    """The folder of latents that --data names; exit code 3 if it is not there."""
-    path = FILES.get(cfg.data, cfg.data)
-    if os.path.exists(path):
-        return path
-    fail(3, f"{path} is not there; make latents by --stage encode --source FOLDER, or pass --data FOLDER, "
-            f"{', '.join(FILES)} or digits")
+    return opened(FILES.get(cfg.data, cfg.data), cfg.out)
 
 
 def draw_captions(cfg, images, n, g):
@@ -380,21 +355,16 @@ def to_latents(raw, noise):
     return nets.SD_SCALE * (mean + noise * deviation)
 
 
-def encoder_of_data(cfg, kind, load, name):
-    """load(name, DEVICE), without a name of what made --data; exit code 2 if another encoder made them."""
-    path = FILES.get(data_name(cfg), cfg.data)
-    made, _, stamp = fid.made_of(path).get(kind, "").rpartition(", ")
-    encoder = load(name or made, DEVICE)
-    if stamp and not encoder.identity.endswith(stamp):
-        fail(2, f"{path} was made by the {kind} {made}, {stamp}, not by {encoder.identity}; pass that one")
-    return encoder
+def vae_of(cfg):
+    """The VAE of --vae, else the one that made --data."""
+    return fid.encoder_of(FILES.get(data_name(cfg), cfg.data), "vae", load_vae, cfg.vae, DEVICE)
 
 
 def decoded(cfg, x):
     """Samples -> images in [-1, 1]: latents through the VAE; digits are images already."""
     if cfg.data == "digits":
         return x
-    return nets.decode_latents(encoder_of_data(cfg, "vae", load_vae, cfg.vae), x / nets.SD_SCALE)
+    return nets.decode_latents(vae_of(cfg), x / nets.SD_SCALE)
 
 
 def read_coco(source, part):
@@ -420,8 +390,8 @@ def encode_coco(cfg):
     target, clip = FILES.get(cfg.data, cfg.data), text_encoder(cfg)
     train, val = (read_coco(cfg.source, part) for part in ("train2014", "val2014"))
     names, texts = [name for name, _ in train + val], [c for _, captions in train for c in captions]
-    vae = encoder_of_data(cfg, "vae", load_vae, cfg.vae)
-    vision = encoder_of_data(cfg, "vision", nets.dinov2, in_encoders(cfg, nets.DINO))
+    vae = vae_of(cfg)
+    vision = fid.encoder_of(target, "vision", nets.dinov2, in_encoders(cfg, nets.DINO), DEVICE)
     inception = fid.load_inception().to(DEVICE)
     record = dict(kind=KIND, scale=nets.SD_SCALE, crop="U-ViT 256", precision=cfg.precision, vae=vae.identity,
                   vision=vision.identity, text=clip.identity, inception=inception.protocol,
@@ -675,7 +645,6 @@ RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch(
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]                      # USR1: Slurm's --signal
 SIGNALS += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)      # trap: nohup ignores it
 STOP = []                                             # signals received: the loop saves, then ends
-ROAD = []                                             # configurations of the stages that this command trains
 TIMEOUT = timedelta(minutes=10)                       # choice: ten minutes for an answer in a step
 
 
@@ -704,20 +673,12 @@ def gather(x):
     return torch.cat(parts, 1)
 
 
-def resume(cfg, path):
-    """The checkpoint at path, if this configuration made it; else exit code 2 names what differs."""
+def resume(cfg):
+    """This stage's checkpoint, or None, and steps still to go; exit code 2 if other knobs made it."""
+    path = f"{cfg.out}/{cfg.stage}.pt"
     ckpt = nets.load_checkpoint(path, whole=True)
-    free = " ".join(FREE.get(key, "") for key in ("*", cfg.stage, cfg.decay)).split()
-    later = any(os.path.exists(f"{cfg.out}/{s}.pt") for s in STAGES[STAGES.index(cfg.stage) + 1:])
-    for f in fields(Config) if ckpt else ():
-        was, now = ckpt["cfg"].get(f.name, f.default), getattr(cfg, f.name)
-        steps = f.name == "steps"                     # more of them, before another stage begins from here
-        if was != now and (f.name not in free or steps and (later or now < ckpt["step"])):
-            how = f", there train on from it by --init {path}" * (steps and cfg.stage != "pretrain")
-            made = f"{ckpt.get('script', 'an older script')} --data {ckpt['cfg']['data']}"
-            fail(2, f"{path} was made with --{f.name} {was}, now {now}; use another --out{how} ({made})")
-    agree(f"step of {path}", ckpt and ckpt["step"])
-    return ckpt
+    fid.same_config(cfg, ckpt, path, FREE, STAGES)
+    return ckpt, cfg.steps - (ckpt["step"] if ckpt else 0)
 
 
 def lr_at(cfg, step):
@@ -738,58 +699,6 @@ def total(grad, scale):
     if scale != 1:
         grad /= scale
     return torch.stack([grad[:-2].norm(), grad[-2], grad[-1]]).tolist()
-
-
-def report(cfg, done, lr, tally, **more):
-    """The line of a step: means over the finite steps since the last line, speed, time left."""
-    took, n = time.time() - tally["clock"], done - tally["step"]
-    loss, norm = (sum(v) / len(v) if v else math.nan for v in (tally["losses"], tally["norms"]))
-    tally.update(step=done, clock=time.time(), seconds=tally["seconds"] + took, losses=[], norms=[])
-    numbers = dict(step=done, images=done * cfg.batch, loss=loss, grad=norm, skipped=tally["skipped"], lr=lr,
-                   images_per_second=n * cfg.batch / took, seconds=tally["seconds"],
-                   **nets.peak_memory(), **more)
-    later = sum(c.steps * c.batch for c in ROAD if STAGES.index(c.stage) > STAGES.index(cfg.stage))
-    log(fid.step_line(cfg.stage, cfg.steps, cfg.batch, later, numbers), stage=cfg.stage, **numbers)
-
-
-def count(cfg, tally, loss, norm):
-    """Count a step as finite or skipped; fp16's scale grows or halves. Exit code 4 at 10 skipped in a row."""
-    if math.isfinite(norm + loss):
-        tally["losses"].append(loss)
-        tally["norms"].append(norm)
-        tally.update(bad=0, scale=tally["scale"] * (2 ** (1 / 2000) if cfg.precision == "fp16" else 1))
-        return
-    tally.update(bad=tally["bad"] + 1, skipped=tally["skipped"] + 1)
-    if cfg.precision == "fp16" and tally["scale"] > 1:          # while the scale falls, nothing has diverged
-        tally["scale"] /= 2
-    elif tally["bad"] >= 10:
-        fail(4, f"{cfg.stage}: loss or gradient not finite in {tally['bad']} steps in a row; {cfg.out} keeps "
-                "the last good checkpoint; try a smaller --lr with another --out")
-
-
-def add_errors(errors, square, gap):
-    """Add each sample's mean square error, square (B,), to the column of its gap t - r: 0, or a quarter.
-
-    errors (2, 5 or more): sums, counts, on the device. What is not finite is left out.
-    """
-    column = (4 * gap).ceil().long().to(errors.device, non_blocking=True)
-    finite = square.isfinite()
-    errors[0].index_add_(0, column, torch.where(finite, square, 0.0))
-    errors[1].index_add_(0, column, finite.float())
-
-
-def mse_by_gap(errors):
-    """Means since the last log, by name, from errors (2, 5), with REPA's (2, 6), which is cleared.
-
-    mse_same: samples with r = t; mse_gap1 to 4: those with t - r in each quarter. What had no sample is left
-    out. The host waits here.
-    """
-    if WORLD > 1:
-        dist.all_reduce(errors)
-    sums, counts = errors.tolist()
-    errors.zero_()
-    names = "mse_same", "mse_gap1", "mse_gap2", "mse_gap3", "mse_gap4", "repa"
-    return {name: s / n for name, s, n in zip(names, sums, counts) if n}
 
 
 def on_signal(number, frame):
@@ -822,11 +731,7 @@ def check(cfg):
     if cfg.guide_from > cfg.guide_to:
         fail(2, f"--guide_from {cfg.guide_from} must not be above --guide_to {cfg.guide_to}")
     if cfg.stage == "mid" and trains:
-        if pairs_per_solve(cfg) % cfg.batch:
-            fail(2, f"the {pairs_per_solve(cfg)} pairs of --nodes {cfg.nodes} and --trajectories "
-                    f"{cfg.trajectories} must fill whole batches of --batch {cfg.batch}")
-        if cfg.trajectories % WORLD:
-            fail(2, f"--trajectories {cfg.trajectories} must be a multiple of the {WORLD} processes")
+        fid.check_solve(cfg, cfg.trajectories, pairs_per_solve(cfg), WORLD)
     if trains and not os.path.exists(f"{cfg.out}/{cfg.stage}.pt"):
         images = load_data(cfg)                       # do they have what this stage needs, of this size?
         shape = net_arguments(cfg, images, text_encoder(cfg)(images.null[None]).shape[-1])
@@ -839,18 +744,12 @@ def check(cfg):
     if cfg.stage == "sample" and cfg.prompts:
         given_prompts(cfg)
     if cfg.stage == "eval" and cfg.data != "digits":  # found now, not after days of training
-        if not os.path.exists(path := f"{latents_path(cfg)}/val.npz"):
+        if not os.path.exists(path := f"{FILES.get(cfg.data, cfg.data)}/val.npz"):
             fail(3, f"{path}: not there; --stage encode makes it, or python fid.py --save")
         fid.prefetch(cfg.data)
-        encoder_of_data(cfg, "vae", nets.sd_vae, cfg.vae)
+        vae_of(cfg)
         text_encoder(cfg)
     return trains
-
-
-def steps_left(cfg):
-    """How many steps a stage that trains has still to go."""
-    ckpt = resume(cfg, f"{cfg.out}/{cfg.stage}.pt")
-    return cfg.steps - ckpt["step"] if ckpt else cfg.steps
 
 
 def check_teacher(cfg, given, data, wanted):
@@ -899,27 +798,12 @@ def net_arguments(cfg, images, width):
                 average_velocity=cfg.stage != "pretrain", repa_dim=tokens.shape[-1] if cfg.repa else 0)
 
 
-def check_guidance(cfg, stated, what):
-    """Guidance is part of a Mean Flow, so all stages share it (B.4); exit code 2 if weights have another.
-
-    stated: the configuration in the checkpoint called `what`. A flow-matching teacher has none of its own: it
-    is guided when it is rolled out.
-    """
-    if "omega" not in stated or stated["stage"] == "pretrain" and stated.get("pretrain", "mf") != "mf":
-        return
-    scales = [c["omega"] / (1 - c["kappa"]) for c in (stated, asdict(cfg))]
-    spans = [[c["guide_from"], c["guide_to"]] for c in (stated, asdict(cfg))]
-    if abs(scales[0] - scales[1]) > 1e-6 or spans[0] != spans[1] and scales[0] != 1:
-        fail(2, f"{what} was trained with guidance {scales[0]:.4g} for t in {spans[0]}, this stage has "
-                f"{scales[1]:.4g} in {spans[1]}; pass its --omega, --kappa, --guide_from, --guide_to")
-
-
 def read_file(cfg, name):
     """(weights, constructor arguments) of a FILE or URL: ours, or a bare state dict of --size."""
     state, model, stated = nets.read_weights(name)
     if "context_embedder.weight" not in state:
         raise nets.WeightsError(f"{name}: no MM-DiT, it has no context_embedder.weight")
-    check_guidance(cfg, stated, name)
+    fid.same_guidance(cfg, stated, name)
     if not model:
         two_clocks = any(k.startswith(("r_embedder.", "h_embedder.")) for k in state)
         width = state["context_embedder.weight"].shape[-1]
@@ -956,7 +840,7 @@ def first_weights(cfg):
         path = f"{cfg.out}/mid.pt"
         if not (ckpt := nets.finished(path)):
             fail(3, f"{path} is not finished; run --stage mid first, or pass --mid none")
-        check_guidance(cfg, ckpt["cfg"], path)
+        fid.same_guidance(cfg, ckpt["cfg"], path)
         return ckpt["ema"], path
     return (teacher_state(cfg)[0], "the teacher (--init sit)") if cfg.init == "sit" else (None, "")
 
@@ -966,9 +850,8 @@ def train(cfg):
     if left_out(cfg) or cfg.stage == "pretrain" and cfg.teacher:
         return log(f"{cfg.stage}: not trained, as --teacher or --mid none says")
     path, B = f"{cfg.out}/{cfg.stage}.pt", cfg.batch
-    ckpt = resume(cfg, path)
-    over = ckpt and ckpt["step"] >= cfg.steps
-    if over and all(ckpt["cfg"][k] == getattr(cfg, k) for k in STAMPED):
+    ckpt, left = resume(cfg)
+    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in STAMPED):
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
     images, encoder = load_data(cfg), text_encoder(cfg)                   # mid reads captions, never an image
     data, null, shape = images.stamp, encoder(images.null[None]), images.shape
@@ -978,7 +861,7 @@ def train(cfg):
         teacher.requires_grad_()                      # else autocast casts its weights anew at each call
         data += f", teacher {nets.stamp(weights)}"
     same_data(ckpt, path, data)
-    if over:
+    if not left:
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
     model = net_arguments(cfg, images, null.shape[-1])
     net = build(cfg, model, *(() if ckpt else first_weights(cfg)), train=True)
@@ -988,10 +871,8 @@ def train(cfg):
     flat.grad = grad[:-2]
     betas = (0.9, 0.999 if cfg.stage == "pretrain" else 0.95)                 # REPA; MF
     opt = torch.optim.Adam([flat], betas=betas, fused=True)
-    tally = dict(step=0, seconds=0.0, skipped=0, scale=2.0**15 if cfg.precision == "fp16" else 1.0)
-    tally = nets.restore(ckpt, path, net, ema, opt, tally)
+    tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
     agree("data and sum of the first weights", (data, flat.sum(dtype=torch.float64).item()))
-    kept, tally = list(tally), dict(tally, bad=0, losses=[], norms=[], clock=time.time())
     ckpt = weights = None                             # as large as the net, and needed no more
 
     def features_of(words, drop):
@@ -1002,10 +883,11 @@ def train(cfg):
     # previews: captions of the data, whose features may be cached, so that no one needs CLIP for them
     shown = encoder(images.texts(torch.arange(64) * images.count // 64, torch.zeros(64)))
     steps = cfg.nfe if cfg.stage == "pretrain" else 1
+    sampler = make_sampler(cfg, ema, steps, lambda seeds: shown[list(seeds)], null, decode=False)
     reader = ThreadPoolExecutor(1)                    # it reads one step ahead
     ahead = reader.submit(read_captioned, cfg, images, tally["step"]) if cfg.stage != "mid" else None
     saved = dict(data=data, model=model, cfg=asdict(cfg), script=os.path.basename(__file__))
-    log(fid.begin_stage(cfg.out, asdict(cfg), tally["step"], nets.memory(flat, opt, path)))
+    log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))
 
     for step in range(start := tally["step"], cfg.steps):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
@@ -1042,7 +924,7 @@ def train(cfg):
                 errors[:, 5] += torch.stack([-repa.detach(), torch.ones_like(repa)]).nan_to_num() * micro
             (loss * weight).backward()
             grad[-2] += loss.detach() * weight
-            add_errors(errors, square / z[0].numel(), (t - r)[i])
+            fid.add_errors(errors, square / z[0].numel(), (t - r)[i])
         norm, loss, stop = total(grad, tally["scale"])                        # the one wait of a step
         if cfg.clip and norm > cfg.clip:
             grad *= cfg.clip / norm
@@ -1056,15 +938,13 @@ def train(cfg):
         count(cfg, tally, loss, norm)
         to_save = stop or done % cfg.save_every == 0 or done == cfg.steps
         if to_save or done % cfg.log_every == 0:
-            report(cfg, done, lr, tally, **mse_by_gap(errors))
+            report(cfg, done, lr, tally, **nets.peak_memory(), **fid.mse_by_gap(errors))
         if to_save and RANK == 0:
-            nets.save_checkpoint(path, net=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(),
-                                 **saved, **{k: tally[k] for k in kept})
-            sampler = make_sampler(cfg, ema, steps, lambda seeds: shown[list(seeds)], null, decode=False)
-            fid.save_preview(cfg.out, cfg.stage, done, sampler, cfg.batch_gpu or 64)
+            nets.save_checkpoint(path, net=net, ema=ema, opt=opt, **saved, **tally)
+            fid.save_preview(cfg, done, sampler)
             tally["clock"] = time.time()
-        if to_save and WORLD > 1:                     # process 0 may save for longer than it waits for others
-            dist.monitored_barrier(fid.patient_group(), TIMEOUT if RANK == 0 else timedelta(days=9))
+        if to_save:
+            fid.wait_for_first(TIMEOUT)
         if stop:
             fail(75, f"stopped by a signal; step {done} is saved, run the same command again to go on")
 
@@ -1079,7 +959,7 @@ def candidates(cfg):
     for stage in stages:
         path = f"{cfg.out}/{stage}.pt"
         if ckpt := nets.finished(path):
-            check_guidance(cfg, ckpt["cfg"], path)
+            fid.same_guidance(cfg, ckpt["cfg"], path)
             name = "teacher" if stage == "pretrain" else stage
             found.append((name, build(cfg, ckpt["model"], ckpt["ema"], stage), ckpt))
     if not found:
@@ -1105,22 +985,13 @@ def given_prompts(cfg):
     return captions or fail(2, f"--prompts {given}: holds no caption; write one a line, or 'a cat|a dog'")
 
 
-def words_cut_off(encoder, caption):
-    """What the encoder does not read of a caption that is too long for it; "" for the others."""
-    whole, words = encoder.ids([caption]), caption.split()
-    if not torch.equal(whole, encoder.ids([caption + " zero"])):
-        return ""                                     # there is room for one word more
-    kept = (k for k in range(len(words)) if torch.equal(whole, encoder.ids([" ".join(words[:k])])))
-    return " ".join(words[next(kept, len(words)):])
-
-
 def sample_captions(cfg):
     """A PNG per caption and seed in <out>/samples/<net>_<steps>, and a sheet with the captions."""
     seeds, batch, encoder = fid.seed_range(cfg.seeds), cfg.batch_gpu or 64, text_encoder(cfg)
     found, prompts, null = candidates(cfg), given_prompts(cfg), encoder(encoder.ids([""]))
     for prompt in prompts:
-        if cut := words_cut_off(encoder, prompt):
-            log(f"warning: --prompts {prompt!r} is too long for the text encoder, which drops {cut!r}")
+        if torch.equal(encoder.ids([prompt]), encoder.ids([f"{prompt} zero"])):         # no room for a word
+            log(f"warning: --prompts {prompt!r} fills the text encoder; what is beyond it is not read")
     for name, net, kinds, _ in found:
         for steps in kinds:
             folder, shown = f"{cfg.out}/samples/{name}_{steps}", []
@@ -1147,7 +1018,7 @@ def evaluate(cfg):
     if digits:
         reference = fid.measure(features, images.pixels[RANK::WORLD].split(250), DEVICE, "of --data digits")
     else:
-        reference = fid.load_reference(f"{latents_path(cfg)}/val.npz")
+        reference = fid.load_reference(f"{FILES.get(cfg.data, cfg.data)}/val.npz")
     text_of, null = lambda seeds: validation_text(images, encoder, seeds)[1], encoder(images.null[None])
     for name, net, kinds, ckpt in found:
         row, right = dict(stage=name, **nets.cost(ckpt)), {steps: torch.zeros(2) for steps in kinds}
@@ -1162,7 +1033,7 @@ def evaluate(cfg):
             reads[f"{steps}-step FD-digits"] = f"{counts[0] / counts[1]:.1%}"
         rows += [row, reads] if digits else [row]
     scale = cfg.omega / (1 - cfg.kappa)
-    decoder = "none (pixels)" if digits else encoder_of_data(cfg, "vae", load_vae, cfg.vae).identity
+    decoder = "none (pixels)" if digits else vae_of(cfg).identity
     note = (f"{cfg.samples} samples a score, seeds from 0, EMA weights, decoder {decoder}, guidance "
             f"{scale:.4g} (omega {cfg.omega}, kappa {cfg.kappa}) for t in [{cfg.guide_from}, {cfg.guide_to}]")
     log(fid.save_results(cfg.out, rows, f"{fid.protocol(ours, reference)}\n{note}", stages))
@@ -1186,9 +1057,7 @@ def main(argv):
         agree(f"checkpoints in {cfg.out}", [s for s in STAGES if os.path.exists(f"{cfg.out}/{s}.pt")])
         trained = [c for c in configs if check(c)]
         with fid.begin_run(cfg.out, __file__, argv):                # its lock
-            left = {c.stage: steps_left(c) for c in trained}
-            ROAD[:] = [c for c in trained if left[c.stage]]
-            log(fid.overview({c.stage: (left[c.stage], c.batch) for c in ROAD}, WORLD, DEVICE, cfg.data))
+            log(fid.overview({c.stage: (resume(c)[1], c.batch) for c in trained}, DEVICE, cfg.data))
             for c in configs:
                 if STOP:
                     fail(75, "stopped by a signal; run the same command again to go on")

@@ -58,7 +58,7 @@ PLANTS = [  # script, stage, file, what stands there, the fault in its place, wh
     (IMAGENET, BF16, "nets", "self.emb_gain) + 1).to(y.dtype)", "self.emb_gain) + 1)", "bfloat16.*float32"),
     (IMAGENET, "post", IMAGENET, "if huber_c:", "d = d[d > 0]\n    if huber_c:", "loss_ect: mask"),
     (MF, "pretrain", MF, "a.pin_memory()", "a", "to_float: to gpu, not pinned"),
-    (MF, "pretrain", MF, "finite.float())", "finite.bfloat16())", "aten.index_add_"),
+    (MF, "pretrain", "fid", "finite.float())", "finite.bfloat16())", "aten.index_add_"),
     (MF, "pretrain", MF, "+= cfg.kappa * answers[", "= answers.half()[", "aten.index_put_"),
     (MF, "mid", MF, "r, y) - target)", "r, y) - target * torch.tensor([1.0], device=z.device))",
      "loss_cmt_mf: to gpu, blocking"),
@@ -81,11 +81,14 @@ def drive(monkeypatch, script, flags, rank=0, world=1):
 
     def nccl(tensor):
         assert isinstance(tensor, FakeTensor), "NCCL takes tensors on the GPU only"
-    monkeypatch.setattr(script.nets, "save_checkpoint", lambda path, **a: save(path, **tree_map(real, a)))
+    def saved(path, **state):
+        held = {name: v.state_dict() if hasattr(v, "state_dict") else v for name, v in state.items()}
+        save(path, **tree_map(real, held))
+    monkeypatch.setattr(script.nets, "save_checkpoint", saved)
     mine = dict(RANK=rank, WORLD=world, DEVICE=gpu.device, launch=lambda cfg: None, count=counted)
     mine["dist"] = types.SimpleNamespace(
         all_reduce=nccl, all_gather=lambda parts, x: nccl(x), all_gather_object=lambda seen, x, group: None,
-        monitored_barrier=lambda group, timeout: None, is_initialized=lambda: False)
+        is_initialized=lambda: False)
     for name, value in mine.items():
         monkeypatch.setattr(script, name, value)
     with gpu:
@@ -123,6 +126,7 @@ def planted(monkeypatch, folder, name, file, right, wrong):
     text = (ROOT / f"{file}.py").read_text()
     assert right in text
     (folder / f"{file}.py").write_text(text.replace(right, wrong, 1))
+    (folder / "assets").symlink_to(ROOT / "assets")
     for module in dict.fromkeys((file, name)):
         path = folder if module == file else ROOT
         spec = spec_from_file_location(module, path / f"{module}.py")

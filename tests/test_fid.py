@@ -4,6 +4,7 @@ golden/ holds numbers of the official implementations: moments and distances, im
 weights of the golden network are a rule: normal numbers seeded by the crc32 of the name of the parameter.
 """
 import io
+import dataclasses
 import json
 import os
 import pathlib
@@ -771,13 +772,14 @@ def test_metrics_have_every_step_once_after_a_kill(tmp_path):
     rows = [dict(stage=s, step=k, images=k) for s in ("pretrain", "mid") for k in (1, 2, 3, 4)] + [dict(stage="eval", net="mid")]
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(m) + "\n" for m in rows) + '{"stage": "mid", "st')
-    fid.begin_stage(str(tmp_path), mid := dict(stage="mid", steps=9), 2, "")
+    Knobs = dataclasses.make_dataclass("Knobs", ["stage", "steps", ("out", str, str(tmp_path)), ("compile", bool, False)])
+    fid.begin_stage(mid := Knobs("mid", 9), dict(step=2), "")
     assert [m.get("step") for m in fid.read_metrics(str(tmp_path))] == [1, 2, 3, 4, 1, 2, None]
-    assert fid.begin_stage(str(tmp_path), post := dict(stage="post", steps=7), 0, "1 GB") == "post: from step 0 to 7, 1 GB"
-    assert json.loads((tmp_path / "config.json").read_text()) == dict(mid=mid, post=post)
+    assert fid.begin_stage(post := Knobs("post", 7), dict(step=0), "1 GB") == "post: from step 0 to 7, 1 GB"
+    assert json.loads((tmp_path / "config.json").read_text()) == dict(mid=dataclasses.asdict(mid), post=dataclasses.asdict(post))
     with open(path, "a") as f:
         f.write('{"stage": "post"')
-    fid.begin_stage(str(tmp_path), post, 0, "")
+    fid.begin_stage(post, dict(step=0), "")
     assert all(json.loads(line) for line in path.read_text().splitlines())
 
 

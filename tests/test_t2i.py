@@ -232,17 +232,6 @@ def test_punctuation_does_not_change_a_digit():
     assert words.ids(["the digit seven"]).tolist() == [[634, 3532, 846, 0]]          # as every checkpoint has learned it
 
 
-@pytest.mark.parametrize("caption, cut", [
-    ("the digit seven", ""), ("the digit seven.", ""), ("a b c d", ""), ("", ""), ("a b c d e f", "e f"), ("a, b, c - d e.", "e.")])
-def test_what_the_encoder_does_not_read_is_known(caption, cut):
-    assert script.words_cut_off(script.Words(), caption) == cut
-
-
-def test_clip_captions_are_cut_where_the_tokens_end(coco):
-    clip = nets.CLIPText("x", "cpu")                     # a letter a token here
-    assert script.words_cut_off(clip, "a" * 70 + " bcdefg") == "" and script.words_cut_off(clip, "ab " * 24 + "abcdefg last") == "last"
-
-
 @pytest.mark.parametrize("prompts, text", [
     ("none.txt", "none.txt: no such file"), ("my captions.txt", "no such file"), ("folder", "folder: no such file"),
     ("lists/none", "no such file"), ("none.csv", "no such file"), ("empty.txt", "holds no caption"), (" | ", "holds no caption")])
@@ -359,7 +348,8 @@ def test_micro_batches_give_the_result_of_the_whole_batch(road):
 
 def test_a_caption_that_is_cut_draws_a_warning(road, capsys):
     run(*TINY, "--stage", "sample", "--out", road, "--prompts", "the digit seven|a very very long seven", "--seeds", "3")
-    assert capsys.readouterr().out.count("drops 'seven'") == 1 == (road / "log.txt").read_text().count("drops 'seven'")
+    warning = "--prompts 'a very very long seven' fills the text encoder"
+    assert capsys.readouterr().out.count("fills the") == 1 == (road / "log.txt").read_text().count(warning)
 
 
 def test_prompts_make_a_picture_for_each_caption_and_seed(road):
@@ -531,7 +521,7 @@ def test_encoders_of_the_data_are_taken_and_no_others(coco, capsys):
     assert record["text"].startswith(os.path.abspath("mine/clip-vit-large-patch14, crc32")) and "dinov2-base, " in record["vae"]
     base = "--data lat --out o --stage pretrain --steps 1 --batch 4 --size 2x1 --nfe 2".split()
     run(*base, "--encoders", "moved")
-    assert script.encoder_of_data(script.parse(base), "vae", nets.sd_vae, "").identity == record["vae"]
+    assert script.vae_of(script.parse(base)).identity == record["vae"]
     exit_code, err = code([*base, "--out", "p", "--encoders", "other"], capsys, main=script.main)
     assert exit_code == 2 and re.search("lat was made by the text .*mine/clip.*, crc32 .*, not by .*other/clip", err)
     assert len(err.strip().splitlines()) == 1 and not os.path.exists("p/pretrain.pt")

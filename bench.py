@@ -618,7 +618,7 @@ class FakeGPU(TorchDispatchMode):
 # ---- full size ----------------------------------------------------------------------------------
 FULL = (  # the paper's runs
     "train_cmt_cifar", "train_cmt_cifar --data ffhq", "train_cmt_imagenet", "train_cmt_imagenet --res 512",
-    "train_cmt_imagenet --stage post --post ecd", "train_mf_imagenet256", "train_t2i_coco",
+    "train_cmt_imagenet --post ecd", "train_mf_imagenet256", "train_t2i_coco",
     "train_mf_imagenet256 --stage post --post vanilla --mid none")
 CARDS = {  # public data sheets: dense TFLOP/s in bf16, TF32, fp32; TB/s; GB/s to the next card; GB
     "a100": (312, 156, 19.5, 2.04, 300, 80), "h100": (989, 495, 67, 3.35, 450, 80),
@@ -939,15 +939,29 @@ def full_size(command, argv):
     if command is step:
         said = f"torch {torch.__version__}, {gpu_name()}, one of {args.gpus} processes; nothing is sent."
     print(said + "\n")
-    rows = []
+    rows, roads = {}, {}                              # of each stage, and of each command
     for line in [" ".join([args.script, *flags])] if args.script else FULL:
         home, given = importlib.import_module(line.split()[0]), line.split()[1:]
         stages = home.STAGES if (asked := home.parse(given).stage) == "all" else [asked]
         for stage in [stage for stage in stages if stage not in home.RUN]:
             cfg = home.parse([*given, "--stage", stage])
             name = f"{home.data_name(cfg)} {stage} {getattr(cfg, stage, '')} {cfg.precision}"
-            rows += command(home, name, cfg, args)
-    print(fid.table(rows) if rows else "nothing of this trains")
+            if name not in rows:
+                rows[name] = command(home, name, cfg, args)
+            if rows[name]:
+                roads.setdefault(line, []).extend(rows[name])
+    print(fid.table(sum(rows.values(), [])) if any(rows.values()) else "nothing of this trains")
+    if command is plan and roads:
+        print("\n" + fid.table([whole(line, stages) for line, stages in roads.items()]))
+
+
+def whole(line, stages):
+    """A row for a command, from plan's rows of its stages."""
+    sums = {name: sum(float(row[name].replace(",", "")) for row in stages)
+            for name in ("hours", "GPU-hours", "dollars") if name in stages[0]}
+    peak = max((row["peak GB"] for row in stages), key=lambda text: float(text.rstrip("!")))
+    return {"command": line, "stages": len(stages), "most GB on a GPU": peak,
+            **{name: f"{total:,.3g}" if total < 1000 else f"{total:,.0f}" for name, total in sums.items()}}
 
 
 # ---- command line -----------------------------------------------------------------------------

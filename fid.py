@@ -15,8 +15,9 @@
   save_sheet, save_stages,         pictures with words, charts           read without the README
   save_trajectory, save_chart
   log, fail, one_line, open_out,   a run of a script                     log.txt, its lock, errors of one line
-  parser, check_values, agree
-  begin_stage, read_metrics        the folder of a run                   config.json, metrics.jsonl, previews
+  parse, check_values              its flags                             PRESETS, Config
+  agree, same_config, same_data    what processes and stages share       compared, or refused
+  count, report, begin_stage       the steps and folder of a run         config.json, metrics.jsonl, previews
   read_images, digits, to_uint8    folder, .zip, .npz, .npy, .png sheet  EDM zip, ADM samples, digits.png
   load_reference, read_statistics  .npz, .pkl (nothing in it is run)     EDM, EDM2, ADM, and what --save wrote
 
@@ -527,15 +528,8 @@ class Statistics:
         f = features.detach().double()                   # trap: float32 sums spoil the covariance
         if not f.isfinite().all():
             raise DataError("features are not finite")
-        return self.add(len(f), f.sum(0), f.T @ f)
-
-    def add(self, n, total, outer):
-        self.n, self.sum, self.outer = self.n + n, self.sum.to(total) + total, self.outer.to(outer) + outer
+        self.n, self.sum, self.outer = self.n + len(f), self.sum.to(f) + f.sum(0), self.outer.to(f) + f.T @ f
         return self
-
-    def merge(self, other):
-        """Adds what another Statistics has seen."""
-        return self.add(other.n, other.sum, other.outer)
 
     def reduce(self):
         """Sums over ranks in one all_reduce, which every rank must join; nothing without a process group."""
@@ -558,18 +552,6 @@ class Statistics:
         if self.n < 2:
             raise ValueError(f"{self.n} images, a covariance needs two at least")
         return (self.outer - self.n * self.mean.outer(self.mean)) / (self.n - 1)
-
-    def save(self, path, protocol):
-        """Writes mu, sigma, n and the protocol of the features (net.protocol) as .npz."""
-        save_statistics(path, Reference(self.mean, self.cov, self.n, protocol, path, ""))
-
-    @classmethod
-    def load(cls, path):
-        """The sums behind a saved file, to go on with or to merge. DataError when it does not state n."""
-        mu, cov, n, *_ = read_statistics(path)
-        if n < 2:
-            raise DataError(f"{path}: does not state the number of its images")
-        return cls(len(mu)).add(n, n * mu, (n - 1) * cov + n * mu.outer(mu))
 
 
 def measure(net, batches, device="cpu", file=""):
@@ -1220,10 +1202,10 @@ def begin_encode(folder, record, source, names, read, size):
                 old = json.load(file)
                 changes = difference(old, new)
             if changes:
-                return {}, f"{folder} was begun with other data: {changes}; delete it, or name another --data"
+                fail(2, f"{folder} was begun with other data: {changes}; delete it, or name another --data")
             new = old
         elif there:
-            return {}, f"{folder} is not ours, it holds {min(there)}; name another --data"
+            fail(2, f"{folder} is not ours, it holds {min(there)}; name another --data")
         os.makedirs(folder, exist_ok=True)
         missing = size - sum(entry.stat().st_size for entry in os.scandir(folder))
         if missing > (free := shutil.disk_usage(folder).free):
@@ -1231,11 +1213,8 @@ def begin_encode(folder, record, source, names, read, size):
         if not is_begun:
             new["record"]["pictures"] = check_pictures(names, read, source)
             write_json(begun, new)
-        return new["record"], ""
-    record, refused = from_first(begin)
-    if refused:
-        fail(2, refused)
-    return record
+        return new["record"]
+    return from_first(begin)
 
 
 def read_ahead(read, batches):

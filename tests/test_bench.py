@@ -136,7 +136,7 @@ def counted():
                          cwd=Path(bench.__file__).parent).stdout
     first, rest = out.split("\n", 1)
     lines = [re.split(r" *\| *", line)[1:-1] for line in rest.splitlines() if line.startswith("|")]
-    heads = [k for k, cells in enumerate(lines) if cells[0] == "stage"] + [None]
+    heads = [k for k, cells in enumerate(lines) if cells[0] in ("stage", "command")] + [None]
     tables = [[dict(zip(lines[a], cells)) for cells in lines[a + 2:b]] for a, b in zip(heads, heads[1:])]
     return json.loads(first), tables
 
@@ -187,10 +187,13 @@ def test_plan_has_a_row_a_stage_and_prices_multiply(counted):
         assert float(row["GPU-hours"]) == pytest.approx(2 * hours, rel=0.01)
         assert float(row["dollars"]) == pytest.approx(6 * hours, abs=0.01)
         assert {"TFLOP", "kernels", "GB: products, rest", "GB sent", "of the time, at 100 Gb/s"} <= set(row)
+    (whole,), most = counted[1][1], max(float(row["peak GB"]) for row in rows)
+    assert whole["stages"] == "3" and float(whole["most GB on a GPU"]) == most
+    assert float(whole["dollars"]) == pytest.approx(sum(float(row["dollars"]) for row in rows), rel=0.01)
 
 
 def test_roofline_splits_a_step(counted):
-    rows = {row["phase"]: row for row in counted[1][1]}
+    rows = {row["phase"]: row for row in counted[1][2]}
     assert list(rows) == ["teacher", "forward", "backward", "weights", "all"]
     kernels = [int(row["kernels"].replace(",", "")) for row in rows.values()]
     assert sum(kernels[:-1]) == pytest.approx(kernels[-1], abs=2)

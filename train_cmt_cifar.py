@@ -496,7 +496,7 @@ def train(cfg):
     if needs_data(cfg):
         images = load_data(cfg)
         data = fid.stamp(images)
-        log(f"{cfg.data}: {data}; classes, if it has any, are not learned here")
+        log(f"{cfg.data}: {data}, each seen {cfg.steps * B / len(images):,.0f} times; without classes")
         images = images.to(DEVICE)
     asks_teacher = cfg.stage == "mid" or cfg.stage == "post" and cfg.post.startswith("ecd")
     weights, model = None, ckpt["model"] if ckpt else {}

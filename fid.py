@@ -634,11 +634,8 @@ def sha256(file):
     """Hexadecimal sum of a file; "" for a folder."""
     if not os.path.isfile(file):
         return ""
-    digest = hashlib.sha256()
     with open(file, "rb") as f:
-        while chunk := f.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def fetch(urls, expected="", remedy=""):

@@ -1578,11 +1578,16 @@ def report(cfg, done, lr, tally, **more):
     took, n = time.time() - tally["clock"], done - tally["step"]
     loss, norm = (sum(v) / len(v) if v else math.nan for v in (tally["losses"], tally["norms"]))
     tally.update(step=done, clock=time.time(), seconds=tally["seconds"] + took, losses=[], norms=[])
-    numbers = dict(step=done, images=done * cfg.batch, loss=loss, grad=norm, skipped=tally["skipped"], lr=lr,
-                   images_per_second=n * cfg.batch / took, seconds=tally["seconds"], **more)
+    images, rate, left = done * cfg.batch, n * cfg.batch / took, (cfg.steps - done) * cfg.batch
     ROAD.pop(cfg.stage, None)                                # what is left are the stages after this one
     later = sum(steps * batch for steps, batch in ROAD.values())
-    log(step_line(cfg.stage, cfg.steps, cfg.batch, later, numbers), stage=cfg.stage, **numbers)
+    rest = f", {duration((left + later) / rate)} with the next stages" if later else ""
+    given = "".join(f"{name} {value:.4g} | " for name, value in more.items())
+    log(f"{cfg.stage} {done:6d}/{cfg.steps} {done / cfg.steps:4.0%} | loss {loss:.5f} | {given}"
+        f"grad {norm:.3g} | skipped {tally['skipped']} | lr {lr:.2e} | {images / 1e6:.3f} M "
+        f"images | {rate:.0f} images/s | {duration(left / rate)} left{rest}",
+        stage=cfg.stage, step=done, images=images, loss=loss, grad=norm, skipped=tally["skipped"], lr=lr,
+        images_per_second=rate, seconds=tally["seconds"], **more)
 
 
 def add_errors(errors, square, gap):
@@ -1665,17 +1670,6 @@ def dry_run(home, argv, configs):
         show(f"{text}; --out {c.out}; finished or not needed: {idle}{missing}\nmemory and hours: "
              f"python bench.py plan {os.path.basename(home.__file__)} {plan}", sys.stdout)
     return max(codes.values(), default=0)
-
-
-def step_line(stage, steps, batch, later, m):
-    """A line of the log from the numbers m of a step. later: images of the stages after this one."""
-    known = "step images loss grad skipped lr images_per_second seconds".split()
-    more = "".join(f"{name} {value:.4g} | " for name, value in m.items() if name not in known)
-    left, rate = (steps - m["step"]) * batch, m["images_per_second"]
-    rest = f", {duration((left + later) / rate)} with the next stages" if later else ""
-    return (f"{stage} {m['step']:6d}/{steps} {m['step'] / steps:4.0%} | loss {m['loss']:.5f} | {more}"
-            f"grad {m['grad']:.3g} | skipped {m['skipped']} | lr {m['lr']:.2e} | {m['images'] / 1e6:.3f} M "
-            f"images | {rate:.0f} images/s | {duration(left / rate)} left{rest}")
 
 
 CURVES = {"loss": "loss", "grad": "gradient norm", "mse_gap1": "square error where t - r is at most 1/4"}

@@ -803,10 +803,21 @@ def read_labels(path, names):
         return torch.tensor(labels), len(counts)
 
 
+def in_batches(items, batch, what):
+    """Yields the items, `batch` at a time; every ten seconds the first process says how far they are."""
+    start = told = time.time()
+    for i in range(0, len(items), batch):
+        yield items[i:i + batch]
+        done, now = min(i + batch, len(items)), time.time()
+        if processes()[0] == 0 and now > told + 10:
+            told, left = now, duration((now - start) * (len(items) / done - 1))
+            show(f"{done:,}/{len(items):,} {what}, {left} left", sys.stderr)
+
+
 def check_pictures(names, read, label):
     """Reads every picture once, in threads. Returns "N images, crc32 X", X of shapes and pixels in order.
 
-    DataError names the first that cannot be read and counts them. A line on stderr every five seconds.
+    DataError names the first that cannot be read and counts them.
     """
     def checksum(name):
         try:
@@ -814,13 +825,9 @@ def check_pictures(names, read, label):
         except DataError as error:
             return error
         return zlib.crc32(image, zlib.crc32(repr(image.shape).encode()))
-    sums, told = [], time.time()
     with ThreadPoolExecutor() as pool:
-        for i in range(0, len(names), 256):
-            sums += pool.map(checksum, names[i:i + 256])
-            if time.time() > told + 5 and os.environ.get("RANK", "0") == "0":
-                told = time.time()
-                show(f"{label}: {len(sums)} of {len(names)} pictures read", sys.stderr)
+        parts = in_batches(names, 256, f"pictures of {label} read")
+        sums = [answer for part in parts for answer in pool.map(checksum, part)]
     if bad := [error for error in sums if isinstance(error, DataError)]:
         raise DataError(f"{bad[0]}; {len(bad)} of {len(names)} pictures cannot be used")
     return f"{len(names)} images, crc32 {zlib.crc32(np.array(sums, '<u4')):08x}"
@@ -980,24 +987,20 @@ def image_source(path):
     return range(len(array)), array.__getitem__
 
 
-def read_images(path, batch=64, rank=0, world=1, progress=False):
+def read_images(path, batch=64, rank=0, world=1):
     """Yields images rank, rank + world, ... of a folder, .zip, .npz, .npy, .png sheet as uint8 (b, C, H, W).
 
-    All must have one size. DataError names the file. progress: a line on stderr every five seconds.
+    All must have one size. DataError names the file.
     """
     with blame(path):
         names, read = image_source(path)
-        shape, told = read(names[0]).shape, 0
-    for i in range(rank, len(names), batch * world):
-        some = names[i:i + batch * world:world]
+        shape = read(names[0]).shape
+    for some in in_batches(names[rank::world], batch, f"images of {path} read"):
         images = [read(name) for name in some]
         for name, image in zip(some, images):
             if image.shape != shape:
                 raise DataError(f"{path}: {name} is {image.shape}, but {names[0]} is {shape} (H, W, C)")
         yield torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-        if progress and time.time() > told + 5:
-            told, done = time.time(), min(i + batch * world, len(names))
-            show(f"{path}: {done}/{len(names)} images, {100 * done // len(names)}%", sys.stderr)
 
 
 class Inert(list):
@@ -1318,17 +1321,6 @@ def draw_in(seconds, sampler, seeds, batch=64):
     return images
 
 
-def in_batches(seeds, batch):
-    """Yields the seeds, `batch` at a time; every ten seconds the first process says how far they are."""
-    start = told = time.time()
-    for i in range(0, len(seeds), batch):
-        yield seeds[i:i + batch]
-        done, now = min(i + batch, len(seeds)), time.time()
-        if processes()[0] == 0 and now > told + 10:
-            told, left = now, duration((now - start) * (len(seeds) / done - 1))
-            show(f"{done:,}/{len(seeds):,} images drawn, {left} left", sys.stdout)
-
-
 def score(sampler, features, reference, samples, repeat=1, batch=250):
     """Frechet distances of `repeat` sets of `samples` images, fresh seeds each; processes share the work.
 
@@ -1339,7 +1331,7 @@ def score(sampler, features, reference, samples, repeat=1, batch=250):
     distances, device = [], next(features.parameters()).device
     for j in range(repeat):
         seeds = range(j * samples + rank, (j + 1) * samples, world)
-        batches = (to_uint8(sampler(some)) for some in in_batches(seeds, batch))
+        batches = (to_uint8(sampler(some)) for some in in_batches(seeds, batch, "images drawn"))
         ours = measure(features, batches, device)
         distances.append(frechet_distance(ours.mu, ours.cov, reference.mu, reference.cov))
     text = f"{np.mean(distances):.2f}"
@@ -1368,8 +1360,7 @@ def save_images(sampler, seeds, prefix, batch=64):
     """One PNG a seed, prefix000007.png; every process draws and writes its share."""
     rank, world = processes()
     os.makedirs(os.path.dirname(prefix), exist_ok=True)
-    mine = seeds[rank::world]
-    for some in in_batches(mine, batch):
+    for some in in_batches(seeds[rank::world], batch, "images drawn"):
         images = to_uint8(sampler(some)).permute(0, 2, 3, 1).cpu().numpy()
         for seed, image in zip(some, images):
             Image.fromarray(image.squeeze()).save(f"{prefix}{seed:06d}.png")
@@ -1801,9 +1792,8 @@ def references(args):
                 images.append(path)
     if images:
         net = DigitsNet() if args.features == "digits" else load_inception(args.inception, args.resize)
-        rank, world = processes()
     for path in images:
-        batches = read_images(path, args.batch, rank, world, progress=rank == 0)
+        batches = read_images(path, args.batch, *processes())
         found[path] = measure(net.to(args.device), batches, args.device, path)
     return [found[path] for path in args.paths]
 

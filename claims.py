@@ -13,11 +13,10 @@ and roads take an EDM zip with labels. What a training pair costs: bench.py.
 """
 import argparse
 import contextlib
+import importlib
 import os
 import shutil
 import statistics
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from unittest import mock
@@ -31,8 +30,6 @@ import nets
 import solvers
 import train_cmt_cifar as script
 import train_mf_imagenet256 as flow
-
-HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 @contextlib.contextmanager
@@ -157,12 +154,10 @@ def claim(row, seed, out):
         calls = [*calls, "--stage eval"]
     finished = os.path.exists(f"{folder}/results.md")
     for call in [] if finished else calls:
-        if "--loss vgg" in call:
-            with vgg_distance(f"{out}/{seed}/vgg.pt", seed), quiet():
-                script.main([*flags, *call.replace("--loss vgg", "--loss l2").split()])
-        else:
-            line = [sys.executable, f"{HERE}/train_{name}.py", *flags, *call.split()]
-            subprocess.run(line, check=True, stdout=subprocess.DEVNULL)
+        by_vgg = "--loss vgg" in call
+        with vgg_distance(f"{out}/{seed}/vgg.pt", seed) if by_vgg else contextlib.nullcontext(), quiet():
+            home = importlib.import_module(f"train_{name}")
+            home.main([*flags, *call.replace("--loss vgg", "--loss l2").split()])
     lines = fid.read_metrics(folder)
     scored = [m for m in lines if m["stage"] == "eval"]
     scores = {f"{m['net']} {m['metric'].split('-')[0]}": m["values"][0] for m in scored}

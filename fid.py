@@ -1803,9 +1803,6 @@ def compare(args):
     a, *rest = references(args)
     if os.environ.get("RANK", "0") != "0":
         return
-    for r in (a, *rest):
-        if 0 < r.n < len(r.mu):
-            show(f"warning: {r.file}: {r.n} images are too few for {len(r.mu)} features", sys.stderr)
     if args.save:
         save_statistics(args.save, a)
         show(f"{args.save}: {a.n or '?'} images {a.file}, {a.features or 'features not stated'}", sys.stdout)

@@ -714,8 +714,8 @@ class ELatentLPIPS(VGG):
 
     vgg_state: state dict of one that .logits has trained; None = random weights. num_classes: with VGG-16's
     head, trainable; 0 = the distance alone, frozen. ensemble: the random transformations of E-LatentLPIPS, a
-    name of ENSEMBLES; .forward(a, b, generator) draws them once per sample and treats a and b alike,
-    .features never does, so features of a target can be kept only without.
+    name of ENSEMBLES: .draw one per sample, .augment both images alike before .features; the features of a
+    target can be kept only without.
     """
     ENSEMBLES = {"none": "", "bg": "bg", "bgc": "bgc",
                  "bgcfnc": "bgcfno"}                  # blit, geometry, colour, filter, noise, cutout (o)
@@ -744,12 +744,6 @@ class ELatentLPIPS(VGG):
 
     def logits(self, x):
         return self.head(self.maps(x)[-1])
-
-    def forward(self, a, b, generator=None):
-        if self.parts and generator is not None:
-            draw = self.draw(a, generator)
-            a, b = self.augment(a, draw), self.augment(b, draw)
-        return super().forward(a, b)
 
     def draw(self, x, generator):
         """A dict: one random transformation per sample of x, distributed as in StyleGAN2-ADA."""

@@ -208,7 +208,11 @@ def open_out(out, script, argv):
 def begin_run(out, script, argv):
     """open_out by the first process; all compare its log, which it has just written. Returns the lock."""
     lock = contextlib.nullcontext() if processes()[0] else open_out(out, script, argv)
-    agree(f"{out}/log.txt", written(f"{out}/log.txt"))
+    if group := patient_group():
+        dist.barrier(group)
+    path = pathlib.Path(out, "log.txt")
+    seen = path.read_bytes() if path.is_file() else b""       # its size alone may be an old one over NFS
+    agree(path, f"{len(seen)} bytes, crc32 {zlib.crc32(seen):08x}")
     return lock
 
 
@@ -904,16 +908,6 @@ def wait_for_first(timeout):
         dist.monitored_barrier(group, datetime.timedelta(days=9) if processes()[0] else timeout)
 
 
-def written(path):
-    """What a file is when the first process has come this far, in words."""
-    if group := patient_group():
-        dist.barrier(group)
-    if not os.path.exists(path):
-        return "none"
-    data = pathlib.Path(path).read_bytes()            # opened, as its size alone may be an old one over NFS
-    return f"{len(data)} bytes, crc32 {zlib.crc32(data):08x}"
-
-
 def from_first(work):
     """work() as the first process does it, in all processes."""
     group, answer = patient_group(), [None]
@@ -1529,12 +1523,10 @@ def duration(seconds):
 
 def read_metrics(out):
     """The lines of <out>/metrics.jsonl, a dict each. A line that a kill has cut is left out."""
-    lines = []
-    if os.path.isfile(f"{out}/metrics.jsonl"):
-        with open(f"{out}/metrics.jsonl") as file:
-            for line in file:
-                with contextlib.suppress(ValueError):
-                    lines.append(json.loads(line))
+    path, lines = pathlib.Path(out, "metrics.jsonl"), []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(line))
     return lines
 
 

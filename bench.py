@@ -10,8 +10,8 @@
   python bench.py roofline train_cmt_imagenet --stage mid    # where its bytes, FLOP, kernels and time go
   python bench.py step train_cmt_imagenet --stage mid        # time and memory of its step on your GPU
 
-Losses, trajectories and updates are the functions of the scripts; calls are counted by hooks, FLOPs by torch.
-`plan` and `roofline` run train() on a GPU without data and need none. What the method gives: claims.py.
+`pairs`, `step`, `plan` and `roofline` run the train() of a script with random weights, the last two on a GPU
+without data, so that they need none. Calls are counted by hooks, FLOPs by torch. What CMT gives: claims.py.
 """
 import argparse
 import contextlib
@@ -42,6 +42,7 @@ from torch.autograd import forward_ad
 from torch.utils import backend_registration
 from torch.utils._device import device_decorator
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import fid
@@ -52,11 +53,9 @@ import train_cmt_imagenet as imagenet
 import train_mf_imagenet256 as mean_flow
 
 PAPER = {"cmt": 1.0, "ect": 0.79, "ecd euler": 0.98, "ecd heun": 1.17}                # C.1, CIFAR-10, A100
-MODELS = dict(                                        # --data: constructor arguments
-    digits=nets.SIZES["ddpm++-8"], cifar10=nets.SIZES["ddpm++-32"],
-    edm2=dict(nets.SIZES["edm2-8"], img_resolution=8, img_channels=1, label_dim=10),
-    imagenet64=dict(nets.SIZES["edm2-xl"], img_resolution=64, img_channels=3, label_dim=1000))
-FLAGS = dict(edm2=["--data", "digits"], imagenet64=["--data", "imagenet"])            # of their script
+DATA = dict(  # --data: the script, and what it calls them
+    digits=(script, "digits"), cifar10=(script, "cifar10"), edm2=(imagenet, "digits"),
+    imagenet64=(imagenet, "imagenet"))
 METHODS = {  # flags of the stage that trains by this method
     "cmt": "--stage mid", "ect": "--stage post", "ecd euler": "--stage post --post ecd_euler",
     "ecd heun": "--stage post --post ecd", "kd": "--stage mid --mid kd", "slow": "--stage mid --mid slow",
@@ -64,142 +63,99 @@ METHODS = {  # flags of the stage that trains by this method
 
 
 # ---- a training pair --------------------------------------------------------------------------
-class Pairs:
-    """One training method on its own student: cycle() does as many optimiser steps as one solve feeds."""
-
-    def __init__(self, method, args, device):
-        self.method, self.device, self.model = method, device, MODELS[args.data]
-        self.classes = self.model.get("label_dim", 0)
-        self.script = imagenet if self.classes else script
-        flags = [*FLAGS.get(args.data, ["--data", args.data]), *METHODS[method].split(), "--no-compile"]
-        for name in ("batch", "batch_gpu", "trajectories", "loss", "precision"):
-            flags += [f"--{name}", str(getattr(args, name))] if getattr(args, name) else []
-        self.cfg = cfg = self.script.parse(flags)
-        fid.check_values(cfg, self.script.LIMITS, 1)
-        if cfg.stage == "mid" and self.script.solves(cfg)[1] % cfg.batch:
-            script.fail(2, f"--trajectories {cfg.trajectories} must fill batches of --batch {cfg.batch}")
-        self.net = self.script.build(cfg, self.model, train=True)
-        self.teacher = self.script.build(cfg, self.model)
-        self.ema = copy.deepcopy(self.net).requires_grad_(False).eval()
-        self.shape = self.net.img_channels, self.net.img_resolution, self.net.img_resolution
-        self.images = torch.randint(0, 256, (2000, *self.shape), dtype=torch.uint8, device=device)
-        self.distance = nets.PixelDistance(cfg.huber_c if cfg.loss == "huber" else 0.0)
-        if cfg.loss == "lpips":                           # its time does not depend on its weights
-            self.distance = nets.VGG() if cfg.data == "digits" else nets.LPIPS()
-            self.distance = self.distance.to(device).requires_grad_(False).eval()
-        if method == "plain":
-            self.opt = torch.optim.RAdam(self.net.parameters(), lr=1e-5, foreach=False)
-        else:
-            (self.flat, self.grad), (self.flat_ema, _) = nets.flatten(self.net), nets.flatten(self.ema)
-            self.flat.grad = self.grad[:-2]
-            self.opt = torch.optim.RAdam([self.flat], lr=1e-5, foreach=True)
-            if self.classes:
-                self.opt = torch.optim.Adam([self.flat], lr=1e-5, fused=True)
-        self.sigmas, self.g = solvers.logsnr_sigmas(cfg.nfe), torch.Generator(device).manual_seed(0)
-        self.count = dict(teacher=0, forward=0, backward=0)
-        self.teacher.register_forward_hook(lambda m, a, out: self.add("teacher", len(out)))
-        self.net.register_forward_hook(self.student_called)
-
-    def add(self, name, n):
-        self.count[name] += n
-
-    def student_called(self, module, args, out):
-        self.add("forward", len(out))
-        if out.requires_grad:
-            out.register_hook(lambda g: self.add("backward", len(g)))
-
-    def pairs(self):
-        """Pairs of one cycle."""
-        one_step = self.cfg.stage == "post" or self.method == "plain"
-        return self.cfg.batch if one_step else self.script.solves(self.cfg)[1]
-
-    def solve(self):
-        """What the script's teacher_pairs returns: states, levels, ends, owners; classes (DDPM++: None)."""
-        n, pairs = self.script.solves(self.cfg)
-        if self.classes:
-            return imagenet.teacher_pairs(self.teacher, self.classes, self.sigmas, n, self.shape, self.g)
-        f = script.forward(self.cfg, self.teacher)
-        if self.cfg.mid == "slow":
-            return *script.slow_pairs(f, self.sigmas, n, self.images, self.g), None
-        return *script.teacher_pairs(f, self.sigmas, n, self.shape, self.g, pairs // n), None
-
-    def given(self, net, n, y=None):
-        """net as the function of (x, sigma) that the losses call: on n images, of these classes."""
-        masks = nets.dropout_masks(net, range(n))
-        if y is not None:
-            return lambda x, sigma: net(x, sigma, y, masks=masks)
-        return functools.partial(script.forward(self.cfg, net), masks=masks)
-
-    def cycle(self):
-        """What the method does from one solve of the teacher to the next; ECT and ECD: one step."""
-        if self.method == "plain":
-            self.plain()
-        elif self.cfg.stage == "mid":
-            self.mid_training()
-        else:
-            self.post_training()
-
-    def mid_training(self):
-        states, levels, x_0, owner, y = self.solve()
-        target, B = self.distance.features(x_0), self.cfg.batch
-        for at in range(0, len(levels), B):
-            def loss(i):
-                p = slice(at + i.start, at + i.stop)
-                ends = [features[owner[p]] for features in target]
-                f = self.given(self.net, i.stop - i.start, None if y is None else y[owner[p]])
-                return script.loss_cmt(f, states[p], levels[p], ends, self.distance)
-            self.step(loss)
-
-    def post_training(self):
-        cfg, B, g = self.cfg, self.cfg.batch, self.g
-        x, eps = script.draw(self.images, B, g), script.randn((B, *self.shape), g)
-        sigma, y = (cfg.P_mean + cfg.P_std * script.randn(B, g)).exp(), None
-        if self.classes:
-            labels = torch.randint(self.classes, (B,), generator=g, device=self.device)
-            y = imagenet.one_hot(labels, self.classes)
-
-        def loss(i):
-            t, r, own = sigma[i], script.ect_step(sigma[i], cfg.q), None if y is None else y[i]
-            x_t, x_r = (x[i] + s.view(-1, 1, 1, 1) * eps[i] for s in (t, r))
-            if self.method != "ect":
-                with torch.no_grad():
-                    order = 1 if cfg.post == "ecd_euler" else 2
-                    x_r = solvers.ode_step(self.given(self.teacher, len(t), own), x_t, t, r, order)
-            weight = imagenet.inverse_c_out(t, self.net.sigma_data) if self.classes else None
-            f = self.given(self.net, len(t), own)
-            return script.loss_ect(f, x_t, x_r, t, r, cfg.huber_c, weight)
-        self.step(loss)
-
-    def step(self, loss):
-        """One optimiser step as the scripts take it, over the micro-batches; loss: slice -> its mean."""
-        B, micro = self.cfg.batch, self.cfg.batch_gpu or self.cfg.batch
-        with nets.hoist(self.net, force=True) if self.classes else contextlib.nullcontext():
-            for k in range(0, B, micro):
-                part = loss(slice(k, k + micro)) * (micro / B)
-                part.backward()
-                self.grad[-2] += part.detach()
-        norm, value, _ = script.total(self.grad, 1.0)
-        if math.isfinite(norm + value):
-            self.opt.step()
-        self.grad.zero_()
-        self.flat_ema.lerp_(self.flat, 1 - self.cfg.ema_beta)
-
-    def plain(self):
-        """CMT as a first version would have it: a solve a step, tiled targets, a loop over parameters."""
-        n = max(1, self.cfg.batch // self.cfg.nfe)
+def plain_loop(cfg):
+    """CMT as a first version would have it: a solve a step, tiled targets, a loop over parameters."""
+    model, device = script.model_size(cfg, script.load_data(cfg)), script.DEVICE
+    net, teacher = script.build(cfg, model, train=True), script.build(cfg, model)
+    ema = copy.deepcopy(net).requires_grad_(False).eval()
+    distance = script.make_distance(cfg, net.img_channels)
+    opt = torch.optim.RAdam(net.parameters(), lr=1e-5, foreach=False)
+    n, g = max(1, cfg.batch // cfg.nfe), torch.Generator(device).manual_seed(0)
+    shape, sigmas = (n, net.img_channels, *[net.img_resolution] * 2), solvers.logsnr_sigmas(cfg.nfe)
+    while True:
         with torch.no_grad():
-            xs = solvers.dpmpp(self.teacher, 80.0 * script.randn((n, *self.shape), self.g), self.sigmas)
-        t = self.sigmas[:-1].to(self.device, torch.float32).repeat_interleave(n)
-        ends = self.distance.features(xs[-1].repeat(self.cfg.nfe, 1, 1, 1))
-        loss = script.loss_cmt(self.net, xs[:-1].flatten(0, 1), t, ends, self.distance)
-        self.opt.zero_grad()
+            xs = solvers.dpmpp(teacher, 80.0 * script.randn(shape, g), sigmas)
+        t = sigmas[:-1].to(device, torch.float32).repeat_interleave(n)
+        ends = distance.features(xs[-1].repeat(cfg.nfe, 1, 1, 1))
+        loss = script.loss_cmt(net, xs[:-1].flatten(0, 1), t, ends, distance)
+        opt.zero_grad()
         loss.backward()
-        for p in self.net.parameters():
+        for p in net.parameters():
             torch.nan_to_num(p.grad, 0, 1e5, -1e5, out=p.grad)
-        self.opt.step()
+        opt.step()
         with torch.no_grad():
-            for p, q in zip(self.net.parameters(), self.ema.parameters()):
-                q.copy_(p.lerp(q, self.cfg.ema_beta))
+            for p, q in zip(net.parameters(), ema.parameters()):
+                q.copy_(p.lerp(q, cfg.ema_beta))
+        script.count()
+
+
+def window(home, cfg, device):
+    """(first, last) of the steps that are timed: whole solves of the teacher, behind some to warm up."""
+    k, first = steps_of_a_solve(home, cfg), 6 if cfg.compile else 2        # --compile runs from the first
+    if device.type == "cpu":                          # where a step may take half a minute
+        return 0, k
+    return first, first + k * math.ceil(6 / k)
+
+
+def timed(train, home, cfg, gpus, device, around=contextlib.nullcontext()):
+    """Seconds of a step of train(cfg) in one of `gpus` processes, with random weights, nothing sent.
+
+    around: what the steps between first and last are done in. None for a stage that trains nothing.
+    """
+    clock, (first, last), stack = [], window(home, cfg, device), contextlib.ExitStack()
+
+    def count(*args):
+        if len(clock) == first:
+            stack.enter_context(around)
+        synchronize(device)
+        clock.append(time.perf_counter())
+        if len(clock) > last:
+            stack.close()
+            raise StopIteration
+    with random_weights(home, cfg, gpus, device, [], {home: dict(count=count)}) as (_, endless):
+        train(endless)
+    return (clock[last] - clock[first]) / (last - first) if clock else None
+
+
+@contextlib.contextmanager
+def counted(calls):
+    """Inside, calls gains FLOP and the samples that nets see: a frozen one, or one in training.
+
+    The latter's passes are recorded for backward, unrecorded, or in a product; and there is backward.
+    """
+    def called(net, args, out):
+        if not isinstance(net, (nets.EDMPrecond, nets.EDM2Precond, nets.DiT)):
+            return
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(args[0]).tangent is not None:
+            kind = "product"
+        elif not net.training:
+            kind = "teacher"
+        else:
+            kind = "recorded" if out.requires_grad else "unrecorded"
+        calls[kind] += len(out)
+        if kind == "recorded":
+            out.register_hook(lambda g: calls.update(backward=len(g)))
+    hook = torch.nn.modules.module.register_module_forward_hook(called)
+    with FlopCounterMode(display=False) as counter:
+        yield
+    hook.remove()
+    calls["flop"] = counter.get_total_flops()
+
+
+@contextlib.contextmanager
+def peak_memory(device, found):
+    """Inside, found gains the bytes allocated at the worst moment, above what was there before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield
+        found.append(torch.cuda.max_memory_allocated(device) - before)
+        return
+    with torch.autograd.profiler.profile(profile_memory=True) as seen:         # writes two lines to stderr
+        yield
+    events = [e for e in seen.kineto_results.events() if e.name() == "[memory]"]
+    in_order = sorted((e.start_ns(), e.nbytes()) for e in events)
+    found.append(max(itertools.accumulate(size for _, size in in_order)))
 
 
 def synchronize(device):
@@ -208,86 +164,75 @@ def synchronize(device):
         torch.cuda.synchronize(device)
 
 
-def interleaved(tasks, rounds, device):
-    """{name: function} -> {name: [seconds per round]}; every round runs each once: noise hits all alike."""
+def seconds(task, device):
+    """What task() takes."""
+    synchronize(device)
+    start = time.perf_counter()
+    task()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def interleaved(tasks, rounds):
+    """{name: round -> seconds} -> {name: [seconds]}; every round runs each once: noise hits all alike."""
     times = {name: [] for name in tasks}
     for k in range(rounds + 1):
         order = [*tasks][k % len(tasks):] + [*tasks][:k % len(tasks)]      # nobody is always the first
         for name in order:
-            synchronize(device)
-            start = time.perf_counter()
-            tasks[name]()
-            synchronize(device)
-            times[name] += [time.perf_counter() - start] * (k > 0)         # the first round warms up
+            took = tasks[name](k)
+            times[name] += [took] * (k > 0)                                # the first round warms up
     return times
-
-
-def peak_memory(task, device):
-    """Bytes allocated at the worst moment of task(), above what was there before."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        task()
-        return torch.cuda.max_memory_allocated(device) - before
-    with torch.autograd.profiler.profile(profile_memory=True) as seen:         # writes two lines to stderr
-        task()
-    events = [e for e in seen.kineto_results.events() if e.name() == "[memory]"]
-    in_order = sorted((e.start_ns(), e.nbytes()) for e in events)
-    return max(itertools.accumulate(size for _, size in in_order))
 
 
 def ceiling(device):
     """FLOP/s of a large square float32 matrix product: what a step could reach."""
     n = 4096 if device.type == "cuda" else 768
     a = torch.randn(n, n, device=device)
-    times = interleaved({"matmul": lambda: [a @ a for _ in range(4)]}, 8, device)["matmul"]
+    times = interleaved({"": lambda k: seconds(lambda: [a @ a for _ in range(4)], device)}, 8)[""]
     return 4 * 2 * n**3 / min(times)
 
 
 def pairs(args, device):
     """Table C.1 and the accounting of C.2: time, calls, FLOPs and memory per training pair of each method."""
+    home, data = DATA[args.data]
     names = args.methods.split(",") if args.methods else [*METHODS]
     names = [*dict.fromkeys(["cmt", *names])]             # the others are told in pairs of CMT
-    if "label_dim" in MODELS[args.data]:                  # EDM2 has no KD, no Slow CMT, no plain loop
+    if home is imagenet:                                  # EDM2 has no KD, no Slow CMT, no plain loop
         names = [m for m in names if m[:2] in ("cm", "ec")]
-    methods = {m: Pairs(m, args, device) for m in names}
-    top, times = ceiling(device), interleaved({m: p.cycle for m, p in methods.items()}, args.rounds, device)
-    times = {m: [t / methods[m].pairs() * 1e6 for t in times[m]] for m in methods}
-    peak = {m: peak_memory(p.cycle, device) / 1e6 for m, p in methods.items()}
-    print(f"{args.data}, batch {methods['cmt'].cfg.batch}, {args.rounds} rounds, "
-          f"matmul {top / 1e9:.0f} GFLOP/s")
+    configs, tasks = {}, {}
+    for name in names:
+        flags = ["--data", data, *METHODS[name].split(), "--no-compile"]
+        for knob in ("batch", "batch_gpu", "trajectories", "loss", "precision"):
+            flags += [f"--{knob}", str(getattr(args, knob))] if getattr(args, knob) else []
+        cfg = home.parse(flags)
+        if cfg.stage == "mid":
+            fid.check_solve(cfg, *home.solves(cfg), 1)
+        plain = name == "plain"
+        configs[name] = cfg = replace(cfg, trajectories=0) if plain else cfg          # 0: a solve a step
+        tasks[name] = functools.partial(timed, plain_loop if plain else home.train, home, cfg, 1, device)
+    rounds = {name: lambda k, task=task: task() for name, task in tasks.items()}     # all alike
+    top, times = ceiling(device), interleaved(rounds, args.rounds)
+    times = {name: [t / configs[name].batch * 1e6 for t in times[name]] for name in names}
+    print(f"{args.data}, batch {configs['cmt'].batch}, {args.rounds} rounds, matmul {top / 1e9:.0f} GFLOP/s")
     print("| method | us per pair, median (range) | of CMT, median over rounds (range) | paper, CIFAR-10 | "
           "teacher calls | forwards | backwards | MFLOP | share of matmul | peak MB |\n" + "|---" * 10 + "|")
-    for name, p in methods.items():
-        p.count = dict.fromkeys(p.count, 0)
-        with FlopCounterMode(display=False) as counter:
-            p.cycle()
-        calls = " | ".join(f"{v / p.pairs():.2f}" for v in p.count.values())
+    for name, task in tasks.items():
+        calls, peak = Counter(), []
+        task(around=counted(calls))
+        task(around=peak_memory(device, peak))
+        calls["forward"] = calls["recorded"] + calls["unrecorded"]
+        (first, last), batch = window(home, configs[name], device), configs[name].batch
+        calls = {kind: n / (last - first) / batch for kind, n in calls.items()}                # of a pair
+        shown = " | ".join(f"{calls.get(kind, 0):.2f}" for kind in ("teacher", "forward", "backward"))
         each, of_cmt = times[name], [a / b for a, b in zip(times[name], times["cmt"])]
-        middle, flops = statistics.median(each), counter.get_total_flops() / p.pairs()
+        middle, flops = statistics.median(each), calls["flop"]
         print(f"| {name} | {middle:.0f} ({min(each):.0f}-{max(each):.0f}) | "
               f"{statistics.median(of_cmt):.2f} ({min(of_cmt):.2f}-{max(of_cmt):.2f}) | "
-              f"{PAPER.get(name, '-')} | {calls} | {flops / 1e6:.1f} | {flops / middle / top * 1e6:.0%} | "
-              f"{peak[name]:.0f} |", flush=True)
+              f"{PAPER.get(name, '-')} | {shown} | {flops / 1e6:.1f} | {flops / middle / top * 1e6:.0%} | "
+              f"{peak[0] / 1e6:.0f} |", flush=True)
 
 
 # ---- a step of Mean Flow ----------------------------------------------------------------------
-class Calls:
-    """Samples that a net's forward passes see: recorded for backward, inside a product, for guidance."""
-
-    def __init__(self, net):
-        self.recorded = self.product = self.guidance = 0
-        net.register_forward_hook(self.count)
-
-    def count(self, net, args, out):
-        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(args[0]).tangent is not None:
-            self.product += len(out)
-        elif torch.is_grad_enabled() or out.requires_grad:
-            self.recorded += len(out)
-        else:
-            self.guidance += len(out)
-
-
 def flow_matching_step(net, z, v, t, r, y, guided, cfg):
     """The yardstick: |u(z, t, t) - v|^2, one forward and one backward pass."""
     (net(z, t, t, y) - v).square().mean().backward()
@@ -324,7 +269,7 @@ STEPS = {  # row: what is done, by which flags
     "product and guidance on all, 0.2, 0.92": (product_on_all_step, XL)}
 
 
-def timed_step(name, net, cfg, k, device):
+def timed_step(name, net, cfg, device, k):
     """Seconds of a row of STEPS on the samples of round k, which are the same for every row."""
     f, B, g = STEPS[name][0], cfg.batch, torch.Generator().manual_seed(k)
     z, v = torch.randn(2, B, 4, 32, 32, generator=g).to(device)
@@ -335,11 +280,7 @@ def timed_step(name, net, cfg, k, device):
     if f is not mean_flow_step:                           # the script wants these on the CPU
         t, r, guided = (a.to(device) for a in (t, r, guided))
     net.zero_grad()
-    synchronize(device)
-    start = time.perf_counter()
-    f(net, z, v, t, r, y, guided, cfg)
-    synchronize(device)
-    return time.perf_counter() - start
+    return seconds(lambda: f(net, z, v, t, r, y, guided, cfg), device)
 
 
 def mf(args, device):
@@ -351,18 +292,12 @@ def mf(args, device):
     net = mean_flow.build(cfg, model | dict(average_velocity=True), train=True)
     for p in net.parameters():                            # zero at the start, where blocks would not act
         p.data += 0.02 * torch.randn_like(p) * p.requires_grad
-    calls, times, flops, counts = Calls(net), {name: [] for name in STEPS}, {}, {}
-    for name in STEPS:                                    # warm-up, and what a step does
-        with FlopCounterMode(display=False) as counter:
-            for k in range(3):
-                timed_step(name, net, configs[name], k, device)
-        flops[name] = counter.get_total_flops()
-    for k in range(args.rounds):
-        order = [*STEPS][k % len(STEPS):] + [*STEPS][:k % len(STEPS)]      # nobody is always the first
-        for name in order:
-            calls.recorded = calls.product = calls.guidance = 0
-            times[name].append(timed_step(name, net, configs[name], k, device))
-            counts.setdefault(name, []).append((calls.recorded, calls.product, calls.guidance))
+    tasks = {name: functools.partial(timed_step, name, net, configs[name], device) for name in STEPS}
+    times, calls = interleaved(tasks, args.rounds), {name: Counter() for name in STEPS}
+    for name, task in tasks.items():
+        with counted(calls[name]):
+            for k in range(4):
+                task(k)
     params = sum(p.numel() for p in net.parameters()) / 1e6
     base = statistics.median(times["flow matching"]) * 1e3
     print(f"{args.size} on 4x32x32 ({params:.1f}M parameters), batch {cfg.batch}, {args.rounds} rounds; "
@@ -371,30 +306,31 @@ def mf(args, device):
           "in a product | for guidance |\n|---|---|---|---|---|---|")
     for name in STEPS:
         ratios = [a / b for a, b in zip(times[name], times["flow matching"])]
-        n = " | ".join(f"{statistics.mean(c) / cfg.batch:.2f}" for c in zip(*counts[name]))
+        seen = (calls[name][kind] / (4 * cfg.batch) for kind in ("recorded", "product", "unrecorded"))
         print(f"| {name} | {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}) | "
-              f"{flops[name] / flops['flow matching']:.2f} | {n} |", flush=True)
+              f"{calls[name]['flop'] / calls['flow matching']['flop']:.2f} | "
+              f"{' | '.join(f'{x:.2f}' for x in seen)} |", flush=True)
 
 
 # ---- precision --------------------------------------------------------------------------------
 def precision(args, device):
     """Rounding of ECT's difference D_t - D_r, the whole signal of Eq. 3, and of a teacher's ends."""
-    edm2 = "label_dim" in MODELS[args.data]
-    home, state, model = imagenet if edm2 else script, None, MODELS[args.data]
+    home, data = DATA[args.data]
+    flags = ["--data", data, "--stage", "post", "--no-compile"]
+    cfg, state = home.parse(flags), None
+    model = teacher_size(home, cfg, blank(home, cfg))
     if args.net:
         state, model = nets.load_pretrained(args.net)
-    flags = [*FLAGS.get(args.data, ["--data", args.data]), "--stage", "post", "--no-compile"]
 
     def net_in(name, layout=torch.channels_last):
         """The net in a precision, as (x, sigma) -> D_x of 64 images."""
         cfg = home.parse([*flags, "--precision", name])
         net = home.build(cfg, model, state, args.net).to(memory_format=layout)
-        if not edm2:
+        if home is script:
             return script.forward(cfg, net)
         y = imagenet.one_hot(torch.arange(64, device=device) % net.label_dim, net.label_dim)
         return lambda x, sigma: net(x, sigma, y)
-    cfg, forms = home.parse(flags), dict(fp32=net_in("fp32", torch.contiguous_format), bf16=net_in("bf16"),
-                                         fp16=net_in("fp16"))
+    forms = net_in("fp32", torch.contiguous_format), net_in("bf16"), net_in("fp16")
     true_net, side = net_in("fp32"), model["img_resolution"]
     shape, g = (64, model["img_channels"], side, side), torch.Generator(device).manual_seed(0)
     x, eps = 0.5 * script.randn(shape, g), script.randn(shape, g)
@@ -417,10 +353,10 @@ def precision(args, device):
     for q in (4096, 1024, 512, 256, 64):
         r = script.ect_step(t, q)
         true = difference(true_net, r)
-        errors = [size(difference(f, r) - true) for f in forms.values()]
+        errors = [size(difference(f, r) - true) for f in forms]
         print(f"| 1/{q} | {size(true)} | {' | '.join(errors)} |")
     true = ends(true_net)
-    moved = [size(ends(f) - true) for f in forms.values()] + [size(ends(true_net, 2 * cfg.nfe) - true)]
+    moved = [size(ends(f) - true) for f in forms] + [size(ends(true_net, 2 * cfg.nfe) - true)]
     print(f"\n| as a teacher: ends of {cfg.nfe} steps | moved by fp32 | bf16 | fp16 | "
           f"by {2 * cfg.nfe} steps |\n|---|---|---|---|---|")
     print(f"| {size(true)} | {' | '.join(moved)} |")
@@ -458,19 +394,9 @@ def pin_memory(tensor):
     return tensor
 
 
-def each(f, a):
-    """f of every argument; an operator has them singly or in lists."""
-    return [each(f, b) for b in a] if isinstance(a, (list, tuple)) else f(a)
-
-
-def flat(args, kwargs):
-    """Every argument, those in lists too."""
-    return [b for a in (*args, *kwargs.values()) for b in (a if isinstance(a, (list, tuple)) else [a])]
-
-
-def floats(tensors):
-    """The dtypes of those that hold floats."""
-    return {a.dtype for a in tensors if isinstance(a, Tensor) and a.is_floating_point()}
+def floats(arguments):
+    """The dtypes of those that hold floats, also in lists."""
+    return {a.dtype for a in tree_leaves(arguments) if isinstance(a, Tensor) and a.is_floating_point()}
 
 
 def seen(a):
@@ -498,13 +424,14 @@ def install():
 
 def autocast(policy, op, *args, **kwargs):
     """op with its floats in bf16 or fp16 (LOWER), in the widest among them (PROMOTE), else in float32."""
-    low = policy == "LOWER" or policy == "PROMOTE" and torch.float32 not in floats(flat(args, kwargs))
+    low = policy == "LOWER" or policy == "PROMOTE" and torch.float32 not in floats((args, kwargs))
     dtype = torch.get_autocast_dtype("gpu") if low else torch.float32
 
     def cast(a):
         return a.to(dtype) if floats([a]) - {torch.float64} else a
     with _ExcludeDispatchKeyGuard(DispatchKeySet(DispatchKey.AutocastPrivateUse1)):
-        return op(*each(cast, args), **{k: each(cast, a) for k, a in kwargs.items()})
+        args, kwargs = tree_map(cast, (args, kwargs))
+        return op(*args, **kwargs)
 
 
 class FakeGPU(TorchDispatchMode):
@@ -550,7 +477,7 @@ class FakeGPU(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, op = kwargs or {}, func.overloadpacket
-        leaves = flat(args, kwargs)
+        leaves = tree_leaves((args, kwargs))
         tensors = [a for a in leaves if isinstance(a, Tensor)]
         on = [isinstance(t, FakeTensor) for t in tensors]
         here = kwargs["device"].type == "gpu" if kwargs.get("device") else any(on)     # is the result on it?
@@ -607,12 +534,13 @@ class FakeGPU(TorchDispatchMode):
             if isinstance(a, Tensor) and not isinstance(a, FakeTensor):
                 return torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="meta")
             return torch.device("meta") if isinstance(a, torch.device) else a
+        args, kwargs = tree_map(meta, (args, kwargs))
         with in_kernel_invocation_manager(self.mode):
-            out = func(*each(meta, args), **{k: each(meta, a) for k, a in kwargs.items()})
+            out = func(*args, **kwargs)
         if pure and isinstance(out, (Tensor, tuple)):
             kind, outs = (tuple, out) if isinstance(out, tuple) else (lambda outs: outs[0], [out])
             RESULTS[key] = kind, [seen(a) for a in outs]
-        return each(self.fake, out)
+        return tree_map(self.fake, out)
 
 
 # ---- full size ----------------------------------------------------------------------------------
@@ -632,7 +560,7 @@ OVERWRITE = aten.zero_, aten.fill_, aten.copy_, aten.bernoulli_, aten.normal_
 
 def fakes(args):
     """The fake GPU's tensors among arguments, each once."""
-    return [*{id(t): t for t in flat(args, {}) if isinstance(t, FakeTensor)}.values()]
+    return [*{id(t): t for t in tree_leaves(args) if isinstance(t, FakeTensor)}.values()]
 
 
 class Meter(FakeGPU):
@@ -829,24 +757,14 @@ def step(home, name, cfg, args):
     """A row: milliseconds and memory of a stage's step on this GPU, mean over whole solves, nothing sent."""
     if gpu_name() == "no GPU":
         home.fail(2, "step needs a GPU; plan estimates without one")
-    clock, k, first = [], steps_of_a_solve(home, cfg), 6 if cfg.compile else 2        # it runs from the first
-    last = first + k * math.ceil(6 / k)
-
-    def count(*args):
-        clock.append(torch.cuda.synchronize() or time.perf_counter())
-        if len(clock) == first:
-            torch.cuda.reset_peak_memory_stats()      # cuDNN tries algorithms that need more than it chooses
-        if len(clock) > last:
-            raise StopIteration
     gc.collect()                                      # the stage before is gone
     torch.cuda.empty_cache()
-    more = {home: dict(count=count)}
-    with random_weights(home, cfg, args.gpus, torch.device("cuda", 0), [], more) as (_, endless):
-        home.train(endless)
-    if not clock:
+    device = torch.device("cuda", 0)
+    took = timed(home.train, home, cfg, args.gpus, device, peak_memory(device, []))  # behind cuDNN's trials
+    if not took:
         return []
-    ms = 1e3 * (clock[last] - clock[first]) / (last - first)
-    hours, peak = ms * cfg.steps / 3.6e6, torch.cuda.max_memory_allocated() / 1e9
+    ms, peak = 1e3 * took, torch.cuda.max_memory_allocated() / 1e9
+    hours = ms * cfg.steps / 3.6e6
     row = {"stage": name, "at once": cfg.batch_gpu or cfg.batch // args.gpus, "ms a step": f"{ms:.3g}",
            "images/s": f"{1e3 * cfg.batch / args.gpus / ms:,.0f}", "peak GB": f"{peak:.3g}",
            "hours": f"{hours:.3g}", "GPU-hours": f"{hours * args.gpus:.3g}"}
@@ -972,7 +890,7 @@ def main(argv=None):
         return full_size(dict(plan=plan, roofline=roofline, step=step)[argv[0]], argv[1:])
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("what", choices=commands, help="or plan, roofline, step: see plan --help")
-    p.add_argument("--data", default="digits", choices=MODELS, help="edm2: the EDM2 of digits")
+    p.add_argument("--data", default="digits", choices=DATA, help="edm2: the EDM2 of digits")
     p.add_argument("--methods", default="", help=f"pairs: between commas; \"\" = {','.join(METHODS)}")
     p.add_argument("--net", default="", help="precision: checkpoint; \"\" = random weights")
     p.add_argument("--batch", type=int, default=0, help="0 = the script's own; mf: 16")

@@ -13,15 +13,13 @@ and roads take an EDM zip with labels. What a training pair costs: bench.py.
 """
 import argparse
 import contextlib
-import json
+import importlib
 import os
 import shutil
 import statistics
-import subprocess
-import sys
 import time
-import zipfile
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import torch
@@ -32,8 +30,6 @@ import nets
 import solvers
 import train_cmt_cifar as script
 import train_mf_imagenet256 as flow
-
-HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 @contextlib.contextmanager
@@ -158,20 +154,16 @@ def claim(row, seed, out):
         calls = [*calls, "--stage eval"]
     finished = os.path.exists(f"{folder}/results.md")
     for call in [] if finished else calls:
-        if "--loss vgg" in call:
-            with vgg_distance(f"{out}/{seed}/vgg.pt", seed), quiet():
-                script.main([*flags, *call.replace("--loss vgg", "--loss l2").split()])
-        else:
-            line = [sys.executable, f"{HERE}/train_{name}.py", *flags, *call.split()]
-            subprocess.run(line, check=True, stdout=subprocess.DEVNULL)
-    with open(f"{folder}/metrics.jsonl") as f:
-        lines = [json.loads(line) for line in f]
+        by_vgg = "--loss vgg" in call
+        with vgg_distance(f"{out}/{seed}/vgg.pt", seed) if by_vgg else contextlib.nullcontext(), quiet():
+            home = importlib.import_module(f"train_{name}")
+            home.main([*flags, *call.replace("--loss vgg", "--loss l2").split()])
+    lines = fid.read_metrics(folder)
     scored = [m for m in lines if m["stage"] == "eval"]
     scores = {f"{m['net']} {m['metric'].split('-')[0]}": m["values"][0] for m in scored}
     return scores, sum({m["stage"]: m["seconds"] for m in lines if m["stage"] in ("mid", "post")}.values())
 
 
-@contextlib.contextmanager
 def vgg_distance(path, seed):
     """Inside, d of Eq. 7 in the CIFAR script is the VGG at path, whatever --loss says: App. D on digits."""
     if not os.path.exists(path):
@@ -181,11 +173,7 @@ def vgg_distance(path, seed):
         vgg = nets.VGG()
         nets.load_weights(vgg, nets.load_checkpoint(path)["net"], path)
         return vgg.to(script.DEVICE).requires_grad_(False).eval()
-    before, script.make_distance = script.make_distance, make_distance
-    try:
-        yield
-    finally:
-        script.make_distance = before
+    return mock.patch.object(script, "make_distance", make_distance)
 
 
 def train_vgg(path, seed, steps=300, batch=128, lr=3e-3):
@@ -231,13 +219,10 @@ def kept_checkpoints(folder):
 
     def keep(path, **state):
         save(path, **state)
-        ema = {k: v.clone() for k, v in state["ema"].items()}
+        ema = {k: v.clone() for k, v in state["ema"].state_dict().items()}
         kept.append({**state, "ema": ema, "cpu": time.process_time()})
-    nets.save_checkpoint = keep
-    try:
+    with mock.patch.object(nets, "save_checkpoint", keep):
         yield kept
-    finally:
-        nets.save_checkpoint = save
     if not kept:
         script.fail(2, f"{folder} is finished, its checkpoints are gone; use another --out")
 
@@ -323,10 +308,8 @@ SHARED = "steps batch lr decay warmup ema_beta q double dropout precision log_ev
 def small_photos(path, small):
     """Images (N, 3, 16, 16) and labels (N,) of an EDM zip, shrunk once: kept in the .npz `small`."""
     if not os.path.exists(small):
-        with zipfile.ZipFile(path) as z:
-            listed = dict(json.loads(z.read("dataset.json"))["labels"])
-        names, pixels = fid.image_source(path)[0], fid.load_images(path, 16)
-        np.savez(small, images=pixels.permute(0, 2, 3, 1).numpy(), labels=[listed[n] for n in names])
+        labels, _ = fid.read_labels(path, fid.image_source(path)[0])
+        np.savez(small, images=fid.load_images(path, 16).permute(0, 2, 3, 1).numpy(), labels=labels.numpy())
     with np.load(small) as f:
         images = torch.from_numpy(f["images"]).permute(0, 3, 1, 2).contiguous()
         return images, torch.from_numpy(f["labels"])
@@ -397,25 +380,16 @@ ROADS = {  # road: the road whose teacher it goes on from, its calls, laid over 
 }
 
 
-@contextlib.contextmanager
-def in_place_of_digits(images, labels):
-    """Inside, the digits of the Mean Flow script are these images of ten classes."""
-    before, fid.digits = fid.digits, lambda: (images, labels)
-    try:
-        yield
-    finally:
-        fid.digits = before
-
-
 def road_run(road, seed, data, args):
     """Train a road; all checkpoints on it, with the CPU seconds of its own stages up to each."""
     (base, calls), kept = ROADS[road], []
     folder, source = (f"{args.out}/{seed}/{name.replace(' ', '_')}" for name in (road, base))
     flags = ["--data", "digits", "--seed", seed, "--out", folder, "--size", args.size, "--lr", "2e-3"]
+    as_digits = mock.patch.object(fid, "digits", lambda: data)        # the script's data are these photos
     for call in calls:
         spent = (kept[-1]["cpu"] if kept else 0.0) - time.process_time()
         teacher = ["--teacher", f"{source}/pretrain.pt"] if base else []
-        with kept_checkpoints(folder) as new, in_place_of_digits(*data), quiet():
+        with kept_checkpoints(folder) as new, as_digits, quiet():
             flow.main([*flags, *teacher, "--save_every", "150", *call.replace("SIZE", args.size).split()])
         kept += [state | dict(cpu=spent + state["cpu"]) for state in new]
     return kept

@@ -208,7 +208,11 @@ def open_out(out, script, argv):
 def begin_run(out, script, argv):
     """open_out by the first process; all compare its log, which it has just written. Returns the lock."""
     lock = contextlib.nullcontext() if processes()[0] else open_out(out, script, argv)
-    agree(f"{out}/log.txt", written(f"{out}/log.txt"))
+    if group := patient_group():
+        dist.barrier(group)
+    path = pathlib.Path(out, "log.txt")
+    seen = path.read_bytes() if path.is_file() else b""       # its size alone may be an old one over NFS
+    agree(path, f"{len(seen)} bytes, crc32 {zlib.crc32(seen):08x}")
     return lock
 
 
@@ -634,11 +638,8 @@ def sha256(file):
     """Hexadecimal sum of a file; "" for a folder."""
     if not os.path.isfile(file):
         return ""
-    digest = hashlib.sha256()
     with open(file, "rb") as f:
-        while chunk := f.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def fetch(urls, expected="", remedy=""):
@@ -806,10 +807,21 @@ def read_labels(path, names):
         return torch.tensor(labels), len(counts)
 
 
+def in_batches(items, batch, what):
+    """Yields the items, `batch` at a time; every ten seconds the first process says how far they are."""
+    start = told = time.time()
+    for i in range(0, len(items), batch):
+        yield items[i:i + batch]
+        done, now = min(i + batch, len(items)), time.time()
+        if processes()[0] == 0 and now > told + 10:
+            told, left = now, duration((now - start) * (len(items) / done - 1))
+            show(f"{done:,}/{len(items):,} {what}, {left} left", sys.stderr)
+
+
 def check_pictures(names, read, label):
     """Reads every picture once, in threads. Returns "N images, crc32 X", X of shapes and pixels in order.
 
-    DataError names the first that cannot be read and counts them. A line on stderr every five seconds.
+    DataError names the first that cannot be read and counts them.
     """
     def checksum(name):
         try:
@@ -817,13 +829,9 @@ def check_pictures(names, read, label):
         except DataError as error:
             return error
         return zlib.crc32(image, zlib.crc32(repr(image.shape).encode()))
-    sums, told = [], time.time()
     with ThreadPoolExecutor() as pool:
-        for i in range(0, len(names), 256):
-            sums += pool.map(checksum, names[i:i + 256])
-            if time.time() > told + 5 and os.environ.get("RANK", "0") == "0":
-                told = time.time()
-                show(f"{label}: {len(sums)} of {len(names)} pictures read", sys.stderr)
+        parts = in_batches(names, 256, f"pictures of {label} read")
+        sums = [answer for part in parts for answer in pool.map(checksum, part)]
     if bad := [error for error in sums if isinstance(error, DataError)]:
         raise DataError(f"{bad[0]}; {len(bad)} of {len(names)} pictures cannot be used")
     return f"{len(names)} images, crc32 {zlib.crc32(np.array(sums, '<u4')):08x}"
@@ -900,16 +908,6 @@ def wait_for_first(timeout):
         dist.monitored_barrier(group, datetime.timedelta(days=9) if processes()[0] else timeout)
 
 
-def written(path):
-    """What a file is when the first process has come this far, in words."""
-    if group := patient_group():
-        dist.barrier(group)
-    if not os.path.exists(path):
-        return "none"
-    data = pathlib.Path(path).read_bytes()            # opened, as its size alone may be an old one over NFS
-    return f"{len(data)} bytes, crc32 {zlib.crc32(data):08x}"
-
-
 def from_first(work):
     """work() as the first process does it, in all processes."""
     group, answer = patient_group(), [None]
@@ -983,24 +981,20 @@ def image_source(path):
     return range(len(array)), array.__getitem__
 
 
-def read_images(path, batch=64, rank=0, world=1, progress=False):
+def read_images(path, batch=64, rank=0, world=1):
     """Yields images rank, rank + world, ... of a folder, .zip, .npz, .npy, .png sheet as uint8 (b, C, H, W).
 
-    All must have one size. DataError names the file. progress: a line on stderr every five seconds.
+    All must have one size. DataError names the file.
     """
     with blame(path):
         names, read = image_source(path)
-        shape, told = read(names[0]).shape, 0
-    for i in range(rank, len(names), batch * world):
-        some = names[i:i + batch * world:world]
+        shape = read(names[0]).shape
+    for some in in_batches(names[rank::world], batch, f"images of {path} read"):
         images = [read(name) for name in some]
         for name, image in zip(some, images):
             if image.shape != shape:
                 raise DataError(f"{path}: {name} is {image.shape}, but {names[0]} is {shape} (H, W, C)")
         yield torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-        if progress and time.time() > told + 5:
-            told, done = time.time(), min(i + batch * world, len(names))
-            show(f"{path}: {done}/{len(names)} images, {100 * done // len(names)}%", sys.stderr)
 
 
 class Inert(list):
@@ -1321,17 +1315,6 @@ def draw_in(seconds, sampler, seeds, batch=64):
     return images
 
 
-def in_batches(seeds, batch):
-    """Yields the seeds, `batch` at a time; every ten seconds the first process says how far they are."""
-    start = told = time.time()
-    for i in range(0, len(seeds), batch):
-        yield seeds[i:i + batch]
-        done, now = min(i + batch, len(seeds)), time.time()
-        if processes()[0] == 0 and now > told + 10:
-            told, left = now, duration((now - start) * (len(seeds) / done - 1))
-            show(f"{done:,}/{len(seeds):,} images drawn, {left} left", sys.stdout)
-
-
 def score(sampler, features, reference, samples, repeat=1, batch=250):
     """Frechet distances of `repeat` sets of `samples` images, fresh seeds each; processes share the work.
 
@@ -1342,7 +1325,7 @@ def score(sampler, features, reference, samples, repeat=1, batch=250):
     distances, device = [], next(features.parameters()).device
     for j in range(repeat):
         seeds = range(j * samples + rank, (j + 1) * samples, world)
-        batches = (to_uint8(sampler(some)) for some in in_batches(seeds, batch))
+        batches = (to_uint8(sampler(some)) for some in in_batches(seeds, batch, "images drawn"))
         ours = measure(features, batches, device)
         distances.append(frechet_distance(ours.mu, ours.cov, reference.mu, reference.cov))
     text = f"{np.mean(distances):.2f}"
@@ -1371,8 +1354,7 @@ def save_images(sampler, seeds, prefix, batch=64):
     """One PNG a seed, prefix000007.png; every process draws and writes its share."""
     rank, world = processes()
     os.makedirs(os.path.dirname(prefix), exist_ok=True)
-    mine = seeds[rank::world]
-    for some in in_batches(mine, batch):
+    for some in in_batches(seeds[rank::world], batch, "images drawn"):
         images = to_uint8(sampler(some)).permute(0, 2, 3, 1).cpu().numpy()
         for seed, image in zip(some, images):
             Image.fromarray(image.squeeze()).save(f"{prefix}{seed:06d}.png")
@@ -1541,12 +1523,10 @@ def duration(seconds):
 
 def read_metrics(out):
     """The lines of <out>/metrics.jsonl, a dict each. A line that a kill has cut is left out."""
-    lines = []
-    if os.path.isfile(f"{out}/metrics.jsonl"):
-        with open(f"{out}/metrics.jsonl") as file:
-            for line in file:
-                with contextlib.suppress(ValueError):
-                    lines.append(json.loads(line))
+    path, lines = pathlib.Path(out, "metrics.jsonl"), []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(line))
     return lines
 
 
@@ -1581,11 +1561,16 @@ def report(cfg, done, lr, tally, **more):
     took, n = time.time() - tally["clock"], done - tally["step"]
     loss, norm = (sum(v) / len(v) if v else math.nan for v in (tally["losses"], tally["norms"]))
     tally.update(step=done, clock=time.time(), seconds=tally["seconds"] + took, losses=[], norms=[])
-    numbers = dict(step=done, images=done * cfg.batch, loss=loss, grad=norm, skipped=tally["skipped"], lr=lr,
-                   images_per_second=n * cfg.batch / took, seconds=tally["seconds"], **more)
+    images, rate, left = done * cfg.batch, n * cfg.batch / took, (cfg.steps - done) * cfg.batch
     ROAD.pop(cfg.stage, None)                                # what is left are the stages after this one
     later = sum(steps * batch for steps, batch in ROAD.values())
-    log(step_line(cfg.stage, cfg.steps, cfg.batch, later, numbers), stage=cfg.stage, **numbers)
+    rest = f", {duration((left + later) / rate)} with the next stages" if later else ""
+    given = "".join(f"{name} {value:.4g} | " for name, value in more.items())
+    log(f"{cfg.stage} {done:6d}/{cfg.steps} {done / cfg.steps:4.0%} | loss {loss:.5f} | {given}"
+        f"grad {norm:.3g} | skipped {tally['skipped']} | lr {lr:.2e} | {images / 1e6:.3f} M "
+        f"images | {rate:.0f} images/s | {duration(left / rate)} left{rest}",
+        stage=cfg.stage, step=done, images=images, loss=loss, grad=norm, skipped=tally["skipped"], lr=lr,
+        images_per_second=rate, seconds=tally["seconds"], **more)
 
 
 def add_errors(errors, square, gap):
@@ -1668,17 +1653,6 @@ def dry_run(home, argv, configs):
         show(f"{text}; --out {c.out}; finished or not needed: {idle}{missing}\nmemory and hours: "
              f"python bench.py plan {os.path.basename(home.__file__)} {plan}", sys.stdout)
     return max(codes.values(), default=0)
-
-
-def step_line(stage, steps, batch, later, m):
-    """A line of the log from the numbers m of a step. later: images of the stages after this one."""
-    known = "step images loss grad skipped lr images_per_second seconds".split()
-    more = "".join(f"{name} {value:.4g} | " for name, value in m.items() if name not in known)
-    left, rate = (steps - m["step"]) * batch, m["images_per_second"]
-    rest = f", {duration((left + later) / rate)} with the next stages" if later else ""
-    return (f"{stage} {m['step']:6d}/{steps} {m['step'] / steps:4.0%} | loss {m['loss']:.5f} | {more}"
-            f"grad {m['grad']:.3g} | skipped {m['skipped']} | lr {m['lr']:.2e} | {m['images'] / 1e6:.3f} M "
-            f"images | {rate:.0f} images/s | {duration(left / rate)} left{rest}")
 
 
 CURVES = {"loss": "loss", "grad": "gradient norm", "mse_gap1": "square error where t - r is at most 1/4"}
@@ -1810,9 +1784,8 @@ def references(args):
                 images.append(path)
     if images:
         net = DigitsNet() if args.features == "digits" else load_inception(args.inception, args.resize)
-        rank, world = processes()
     for path in images:
-        batches = read_images(path, args.batch, rank, world, progress=rank == 0)
+        batches = read_images(path, args.batch, *processes())
         found[path] = measure(net.to(args.device), batches, args.device, path)
     return [found[path] for path in args.paths]
 
@@ -1822,9 +1795,6 @@ def compare(args):
     a, *rest = references(args)
     if os.environ.get("RANK", "0") != "0":
         return
-    for r in (a, *rest):
-        if 0 < r.n < len(r.mu):
-            show(f"warning: {r.file}: {r.n} images are too few for {len(r.mu)} features", sys.stderr)
     if args.save:
         save_statistics(args.save, a)
         show(f"{args.save}: {a.n or '?'} images {a.file}, {a.features or 'features not stated'}", sys.stdout)

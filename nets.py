@@ -627,7 +627,7 @@ class VGG(nn.Module):
     def __init__(self, in_channels=1, widths=((16, 16), (32, 32), (64, 64)), num_classes=10, pools=(1, 2),
                  groups=0):
         super().__init__()
-        self.slices, c = nn.ModuleList(), in_channels
+        self.slices, self.eps, c = nn.ModuleList(), 1e-8, in_channels
         for k, slice_ in enumerate(widths):
             layers = [nn.MaxPool2d(2)] if k in pools else []
             for width in slice_:
@@ -649,7 +649,7 @@ class VGG(nn.Module):
         return self.head(self.maps(x)[-1].mean((2, 3)))
 
     def features(self, x):
-        return [unit(f, 1e-8) for f in self.maps(x)]
+        return [unit(f, self.eps) for f in self.maps(x)]
 
     def distance(self, features_a, features_b):
         return sum((a - b).square().sum(1).mean((1, 2)) for a, b in zip(features_a, features_b))
@@ -668,6 +668,7 @@ class LPIPS(VGG):
 
     def __init__(self, vgg_state=None):
         super().__init__(3, self.WIDTHS, num_classes=0, pools=(1, 2, 3, 4), groups=None)
+        self.eps = 1e-20
         self.heads = nn.ModuleList([nn.Conv2d(slice_[-1], 1, 1, bias=False) for slice_ in self.WIDTHS])
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
@@ -679,12 +680,8 @@ class LPIPS(VGG):
         load_weights(self.heads, {f"{k}.weight": state[f"lin{k}.model.1.weight"] for k in range(5)}, "LPIPS")
         self.requires_grad_(False).eval()
 
-    def features(self, x):
-        x, maps = (x - self.shift) / self.scale, []
-        for slice_ in self.slices:
-            x = slice_(x)
-            maps.append(unit(x, 1e-20))
-        return maps
+    def maps(self, x):
+        return super().maps((x - self.shift) / self.scale)
 
     def distance(self, features_a, features_b):
         return sum(head((a - b).square()).mean((1, 2, 3))
@@ -717,8 +714,8 @@ class ELatentLPIPS(VGG):
 
     vgg_state: state dict of one that .logits has trained; None = random weights. num_classes: with VGG-16's
     head, trainable; 0 = the distance alone, frozen. ensemble: the random transformations of E-LatentLPIPS, a
-    name of ENSEMBLES; .forward(a, b, generator) draws them once per sample and treats a and b alike,
-    .features never does, so features of a target can be kept only without.
+    name of ENSEMBLES: .draw one per sample, .augment both images alike before .features; the features of a
+    target can be kept only without.
     """
     ENSEMBLES = {"none": "", "bg": "bg", "bgc": "bgc",
                  "bgcfnc": "bgcfno"}                  # blit, geometry, colour, filter, noise, cutout (o)
@@ -747,12 +744,6 @@ class ELatentLPIPS(VGG):
 
     def logits(self, x):
         return self.head(self.maps(x)[-1])
-
-    def forward(self, a, b, generator=None):
-        if self.parts and generator is not None:
-            draw = self.draw(a, generator)
-            a, b = self.augment(a, draw), self.augment(b, draw)
-        return super().forward(a, b)
 
     def draw(self, x, generator):
         """A dict: one random transformation per sample of x, distributed as in StyleGAN2-ADA."""
@@ -1234,13 +1225,11 @@ def fetch(url, sha256=""):
 
 def check_sum(path, what, expected):
     """sha256 of a file. WeightsError with `what` and both sums if it is not as expected ("" = any)."""
-    found = hashlib.sha256()
     with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            found.update(block)
-    if expected and found.hexdigest() != expected.lower():
-        raise WeightsError(f"{what}: its sha256 is {found.hexdigest()}, expected {expected}")
-    return found.hexdigest()
+        found = hashlib.file_digest(f, "sha256").hexdigest()
+    if expected and found != expected.lower():
+        raise WeightsError(f"{what}: its sha256 is {found}, expected {expected}")
+    return found
 
 
 # ---- DiT, SiT, MM-DiT ----------------------------------------------------------------------------

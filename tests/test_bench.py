@@ -57,14 +57,17 @@ def test_a_mean_flow_step_is_a_forward_pass_and_a_quarter_of_a_product(capsys):
 @pytest.mark.parametrize("data", ["digits", "edm2"])
 def test_precision_says_that_bf16_rounds_the_step_away(tmp_path, capsys, data):
     """At q = 4096 the difference is smaller than bf16's error and far larger than fp32's."""
-    net = (nets.EDMPrecond if data == "digits" else nets.EDM2Precond)(**bench.MODELS[data])
+    home, name = bench.DATA[data]
+    cfg = home.parse(["--data", name])
+    model = bench.teacher_size(home, cfg, home.load_data(cfg))
+    net = (nets.EDMPrecond if data == "digits" else nets.EDM2Precond)(**model)
     torch.manual_seed(0)
     for p in net.parameters():
         if p.ndim:
             torch.nn.init.normal_(p, 0, p[0].numel() ** -0.5 if p.ndim > 1 else 0.1)
         else:
             p.data.fill_(1)
-    torch.save(dict(ema=net.state_dict(), model=bench.MODELS[data]), tmp_path / "net.pt")
+    torch.save(dict(ema=net.state_dict(), model=model), tmp_path / "net.pt")
     bench.main(["precision", "--data", data, "--net", str(tmp_path / "net.pt")])
     out = capsys.readouterr().out
     found = re.findall(r"\| 1/\d+ \| (\S+) \| (\S+) \| (\S+) \| (\S+) \|", out)
@@ -257,7 +260,7 @@ def test_step_measures_the_scripts_own_step(monkeypatch, capsys):
     steps, random_weights = Counter(), bench.random_weights
     monkeypatch.setattr(bench, "gpu_name", lambda: "a GPU")        # torch itself is to see none, also where it is built for one
     for name, value in dict(synchronize=None, empty_cache=None, reset_peak_memory_stats=None, max_memory_allocated=2e9).items():
-        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+        monkeypatch.setattr(torch.cuda, name, lambda *device, value=value: value)
 
     def on_cpu(home, cfg, gpus, device, sent, more):
         assert device.type == "cuda"

@@ -321,7 +321,7 @@ def test_nodes_that_do_not_share_out_are_refused_before_the_first_step(there):
             Path(folder, "log.txt").write_text("a line\n")
     assert [wait(p) for p in pair([*PRETRAIN, "--steps", "2"], outs=("mine", "theirs"))] == [3, 3]
     line = Path("log0").read_text().splitlines()[-1]
-    assert "mine/log.txt: " in line and f"{'7 bytes, crc32' if there else 'none'}" in line and "share --out" in line
+    assert "mine/log.txt: " in line and f"{'7 bytes, crc32' if there else '0 bytes'}" in line and "share --out" in line
     assert not Path("mine/pretrain.pt").exists()
 
 

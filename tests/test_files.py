@@ -486,12 +486,13 @@ def test_the_first_damaged_picture_is_named_with_the_count():
             one_line(error, f"{path}/{names[99]}", "3 of 600 pictures")
 
 
-def test_progress_is_a_line_every_five_seconds(monkeypatch, capsys):
+def test_progress_is_a_line_every_ten_seconds(monkeypatch, capsys):
     path, _ = as_folder_and_zip(many(1024))
-    clock = iter(range(0, 300, 3))
+    clock = iter(range(0, 600, 6))
     monkeypatch.setattr(fid.time, "time", lambda: next(clock))
     stamp(path)
-    assert capsys.readouterr().err.splitlines() == [f"{path}: {n} of 1024 pictures read" for n in (512, 1024)]
+    assert capsys.readouterr().err.splitlines() == [
+        f"{n} pictures of {path} read, {left} left" for n, left in (("512/1,024", "12 s"), ("1,024/1,024", "0 s"))]
 
 
 def test_pictures_of_other_sizes_are_named_and_the_middle_square_is_taken():

@@ -32,8 +32,8 @@ OWN = {"Config", "load_data", "data_name", "check", "teacher_pairs", "make_sampl
 #   count of steps and their line, comparisons of knobs and guidance, sheets by class, EDM2's zip (+370; scripts -1,134);
 # bench: a GPU without data, plan with a sum of each command, roofline, a step at full size; claims: Mean Flow's roads on photos.
 BUDGET = {"train_cmt_cifar.py": 665, "train_cmt_imagenet.py": 888, "train_mf_imagenet256.py": 878,
-          "train_t2i_coco.py": 1076, "nets.py": 1812, "fid.py": 1854, "solvers.py": 202, "bench.py": 998,
-          "claims.py": 545, "README.md": 240}
+          "train_t2i_coco.py": 1076, "nets.py": 1801, "fid.py": 1824, "solvers.py": 202, "bench.py": 916,
+          "claims.py": 519, "README.md": 240}
 FLAGS = {"train_cmt_cifar.py": 35, "train_cmt_imagenet.py": 42, "train_mf_imagenet256.py": 42, "train_t2i_coco.py": 43}
 README = (ROOT / "README.md").read_text()
 DOCS = {p.name: p.read_text() for p in sorted((ROOT / "docs").glob("*.md"))}

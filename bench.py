@@ -836,7 +836,7 @@ def gpu_name():
 
 
 def full_size(command, argv):
-    """Prints the rows that plan, roofline or step has for each stage. Other flags: the script's."""
+    """Prints the rows that plan, roofline or step has for each stage; plan's also for each command."""
     p = argparse.ArgumentParser(prog=f"bench.py {command.__name__}", description=command.__doc__,
                                 epilog="Other flags: the script's.", allow_abbrev=False)
     p.add_argument("script", nargs="?", choices=sorted({line.split()[0] for line in FULL}),
@@ -879,7 +879,7 @@ def whole(line, stages):
             for name in ("hours", "GPU-hours", "dollars") if name in stages[0]}
     peak = max((row["peak GB"] for row in stages), key=lambda text: float(text.rstrip("!")))
     return {"command": line, "stages": len(stages), "most GB on a GPU": peak,
-            **{name: f"{total:,.3g}" if total < 1000 else f"{total:,.0f}" for name, total in sums.items()}}
+            **{name: f"{total:,.3g}" if total < 999.5 else f"{total:,.0f}" for name, total in sums.items()}}
 
 
 # ---- command line -----------------------------------------------------------------------------

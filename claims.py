@@ -384,7 +384,7 @@ def road_run(road, seed, data, args):
     """Train a road; all checkpoints on it, with the CPU seconds of its own stages up to each."""
     (base, calls), kept = ROADS[road], []
     folder, source = (f"{args.out}/{seed}/{name.replace(' ', '_')}" for name in (road, base))
-    flags = ["--data", "digits", "--seed", seed, "--out", folder, "--size", args.size, "--lr", "2e-3"]
+    flags = ["--data", "digits", "--seed", seed, "--out", folder, "--size", args.size, "--lr", args.lr]
     as_digits = mock.patch.object(fid, "digits", lambda: data)        # the script's data are these photos
     for call in calls:
         spent = (kept[-1]["cpu"] if kept else 0.0) - time.process_time()
@@ -504,6 +504,7 @@ def main(argv=None):
     p.add_argument("--net", default="out/digits/pretrain.pt", help="curves: the teacher")
     p.add_argument("--data", default="", help="photos, roads: an EDM zip with labels")
     p.add_argument("--size", default="2x128x6", help="roads: of the student, PATCHxWIDTHxDEPTH")
+    p.add_argument("--lr", default="2e-3", help="roads: of every stage")
     p.add_argument("--samples", type=int, default=0, help="0 = photos: 5,000, roads: 2,500, bias: 500")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = p.parse_args(argv)

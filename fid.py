@@ -16,7 +16,7 @@
   save_trajectory, save_chart
   log, fail, one_line, open_out,   a run of a script                     log.txt, its lock, errors of one line
   parse, check_values              its flags                             PRESETS, Config
-  agree, same_config, same_data    what processes and stages share       compared, or refused
+  agree, steps_left, same_data     what processes and stages share       compared, or refused
   count, report, begin_stage       the steps and folder of a run         config.json, metrics.jsonl, previews
   read_images, digits, to_uint8    folder, .zip, .npz, .npy, .png sheet  EDM zip, ADM samples, digits.png
   load_reference, read_statistics  .npz, .pkl (nothing in it is run)     EDM, EDM2, ADM, and what --save wrote
@@ -153,7 +153,9 @@ def fail(code, message):
     """One line, then exit: 1 crash, 2 usage or config, 3 data or weights, 4 diverged, 75 stopped, saved."""
     if code in (1, 3) or os.environ.get("RANK", "0") == "0":              # these may strike one process alone
         line = f"{os.path.basename(sys.argv[0])}: {message}"
-        show(line, sys.stderr)
+        if line not in SAID:                          # a dry run may meet it in several stages
+            show(line, sys.stderr)
+        SAID.append(line)
         with contextlib.suppress(OSError):
             write_line("log.txt", line)
     raise SystemExit(code)
@@ -223,10 +225,8 @@ def parse(home, argv):
     """
     config, presets = home["Config"], home["PRESETS"]
     p = parser(home["__doc__"], config, tuple(home["STAGES"]))
-    if "--help" in argv:
-        values = vars(parse(home, [a for a in argv if a != "--help"])).items()
-        given = ", ".join(f"{name} = {value!r}" for name, value in values)
-        p.epilog = f"{inspect.getsource(config)}\nWith these flags: {given}"
+    if asks := {"-h", "--help"} & {*argv}:
+        p.epilog = f"{inspect.getsource(config)}\n{given(home, [a for a in argv if a not in asks])}"
     typed = vars(p.parse_args(argv))                         # only what was typed: for all stages, or for one
     own = f"{typed.get('stage', 'all')}."
     named = home.get("NAMED", {}).get(own[:-1], "").split()
@@ -238,6 +238,30 @@ def parse(home, argv):
     rows = [row for pattern, row in presets.items() if all(a in ("*", b) for a, b in zip(pattern, key))]
     preset = {field: value for row in rows for field, value in row.items()}
     return config(**{"out": f"out/{name}", **preset, **flags})
+
+
+def stages_of(home, argv):
+    """The Config of each stage that a command runs; home: the script's globals()."""
+    cfg = parse(home, argv)
+    stages = home["STAGES"] if cfg.stage == "all" else [cfg.stage]
+    configs = [parse(home, [*argv, "--stage", stage]) for stage in stages]
+    for k, c in enumerate(configs):                          # --init FILE starts the first stage, not all
+        later = cfg.stage == "all" and (c.stage == "eval" or c.stage == "post" and c.mid != "none")
+        if later and c.init not in home["INITS"]:
+            configs[k] = dataclasses.replace(c, init=home["Config"].init)
+    return configs
+
+
+def given(home, argv):
+    """For --help: the values that these flags give to every stage, and those that differ between stages."""
+    configs = {c.stage: vars(c) for c in stages_of(home, argv)}
+    first, *others = configs.values()
+    same = {name: value for name, value in first.items() if all(c[name] == value for c in others)}
+    lines = {"With these flags": same}
+    for stage, c in configs.items():
+        lines[f"--stage {stage}"] = {name: value for name, value in c.items() if name not in same}
+    return "\n".join(f"{line}: " + ", ".join(f"{name} = {value!r}" for name, value in values.items())
+                     for line, values in lines.items() if values)
 
 
 @functools.cache
@@ -283,6 +307,12 @@ def check_solve(cfg, n, pairs, world):
                 f"batches of --batch {cfg.batch}")
     if n % world:
         fail(2, f"the {n} --trajectories of a solve must be a multiple of the {world} processes")
+
+
+def check_init(cfg, inits):
+    """Exit code 3 if --init, none of the words `inits`, names a file that is not there."""
+    if not (cfg.stage == "pretrain" or cfg.init in inits or "://" in cfg.init or os.path.exists(cfg.init)):
+        fail(3, f"--init {cfg.init}: no such file")
 
 
 def seed_range(text):
@@ -869,13 +899,16 @@ def same_data(ckpt, path, data):
         fail(2, f"--data or --teacher has changed: {path} saw {ckpt['data']}, now {data}; use another --out")
 
 
-def same_config(cfg, ckpt, path, free, stages):
-    """Exit code 2 if the checkpoint at path, if there is one, was made with other knobs than cfg.
+def steps_left(cfg, ckpt, path, free, stages):
+    """Steps that a stage has still to go from its checkpoint, or None; exit code 2 if other knobs made it.
 
     free {"*", a stage or a --decay: names}: knobs that may differ. More steps are possible where none of the
     `stages` after this one has begun from here.
     """
-    later = any(os.path.exists(f"{cfg.out}/{s}.pt") for s in stages[stages.index(cfg.stage) + 1:])
+    later = [s for s in stages[stages.index(cfg.stage) + 1:] if os.path.exists(f"{cfg.out}/{s}.pt")]
+    if cfg.stage == "pretrain" and later and not ckpt:
+        fail(2, f"{cfg.out}/{later[0]}.pt went on from a teacher that lies elsewhere; pass its --teacher "
+                "again (config.json has it), or use another --out")
     free = " ".join(free.get(key, "") for key in ("*", cfg.stage, cfg.decay)).split()
     for f in dataclasses.fields(cfg) if ckpt else ():
         was, now = ckpt["cfg"].get(f.name, f.default), getattr(cfg, f.name)
@@ -885,6 +918,18 @@ def same_config(cfg, ckpt, path, free, stages):
             made = f"{ckpt.get('script', 'an older script')} --data {ckpt['cfg']['data']}"
             fail(2, f"{path} was made with --{f.name} {was}, now {now}; use another --out{how} ({made})")
     agree(f"step of {path}", ckpt and ckpt["step"])
+    return cfg.steps - (ckpt["step"] if ckpt else 0)
+
+
+def check_teacher(cfg, own, said, data, wanted):
+    """Exit code 2 if our own teacher, a checkpoint or None, learned other data; 3 if a given one did.
+
+    said: the given one's constructor arguments, {} without one; wanted: what they must be.
+    """
+    same_data(own, f"{cfg.out}/pretrain.pt", data)
+    if odd := [name for name in wanted if said.get(name, wanted[name]) != wanted[name]]:
+        fail(3, f"--teacher {cfg.teacher}: its {odd[0]} is {said[odd[0]]}, that of --data {cfg.data} is "
+                f"{wanted[odd[0]]}; pass a teacher of such data")
 
 
 def same_guidance(cfg, stated, what):
@@ -902,6 +947,13 @@ def same_guidance(cfg, stated, what):
                 f"{scales[1]:.4g} in {spans[1]}; pass its --omega, --kappa, --guide_from, --guide_to")
 
 
+def guidance_note(cfg, decoder):
+    """What stands below a table of a Mean Flow's scores."""
+    return (f"{cfg.samples} samples a score, seeds from 0, EMA weights, decoder {decoder}, guidance "
+            f"{cfg.omega / (1 - cfg.kappa):.4g} (omega {cfg.omega}, kappa {cfg.kappa}) for t in "
+            f"[{cfg.guide_from}, {cfg.guide_to}]")
+
+
 def wait_for_first(timeout):
     """Hold the others while the first process saves, for days if need be; it waits `timeout` for them."""
     if group := patient_group():
@@ -912,9 +964,14 @@ def from_first(work):
     """work() as the first process does it, in all processes."""
     group, answer = patient_group(), [None]
     if processes()[0] == 0:
-        answer = [work()]
+        try:
+            answer = [work()]
+        except SystemExit as refused:                 # its line is written; the others leave with its code
+            answer = [refused]
     if group:
         dist.broadcast_object_list(answer, 0, group)
+    if isinstance(answer[0], SystemExit):
+        raise answer[0]
     return answer[0]
 
 
@@ -1080,7 +1137,8 @@ def load_images(path, res=0):
             raise DataError(f"{path}: {names[k]} is {w}x{h}, smaller than --res {res}")
         image = np.asarray(square(rgb(image), res)) if res else image
         if image.shape != shape:
-            raise DataError(f"{path}: {names[k]} is {image.shape}, but {names[0]} is {shape} (H, W, C)")
+            raise DataError(f"{path}: {names[k]} is {image.shape}, but {names[0]} is {shape} (H, W, C); "
+                            "--res 32 crops and resizes all")
         images[k] = image.transpose(2, 0, 1)
         return image
     check_pictures(range(len(names)), keep, path)
@@ -1507,6 +1565,8 @@ def save_chart(path, panels, caption):
         for row, (name, points) in enumerate(curves.items()):
             colour = COLOURS[list(names).index(plain(name)) % len(COLOURS)]
             pen.line([at(*p) for p in points], colour, 3, joint="curve")
+            if len(points) == 1:
+                pen.circle(at(*points[0]), 4, colour)
             pen.text((width - right + 20, top + 22 * row), plain(name), colour, font, anchor="lt")
     pen.multiline_text((left, height * len(panels) + 5), words[0], "black", font)
     write_whole(path, lambda file: picture.save(file, format="PNG"))
@@ -1554,6 +1614,12 @@ def count(cfg, tally, loss, norm):
     elif tally["bad"] >= 10:
         fail(4, f"{cfg.stage}: loss or gradient not finite in {tally['bad']} steps in a row; {cfg.out} keeps "
                 "the last good checkpoint; try a smaller --lr with another --out")
+
+
+def lr_at(cfg, step):
+    """Learning rate of a step: warm-up, and linear to zero unless --decay constant (B.2)."""
+    decay = 1 - step / cfg.steps if cfg.decay == "linear" else 1.0
+    return cfg.lr * decay * min(1.0, (step + 1) / (cfg.warmup + 1))
 
 
 def report(cfg, done, lr, tally, **more):
@@ -1649,9 +1715,9 @@ def dry_run(home, argv, configs):
         missing = f"; blocked, see above: {', '.join(codes)}" * bool(codes)
         known = *ROAD, *codes, *home.RUN
         idle = ", ".join(c.stage for c in configs if c.stage not in known) or "none"
-        plan = shlex.join(a for a in argv if a != "--dry_run")
-        show(f"{text}; --out {c.out}; finished or not needed: {idle}{missing}\nmemory and hours: "
-             f"python bench.py plan {os.path.basename(home.__file__)} {plan}", sys.stdout)
+        plan = shlex.join([os.path.basename(home.__file__), *(a for a in argv if a != "--dry_run")])
+        show(f"{text}; --out {c.out}; finished or not needed: {idle}{missing}"
+             + f"\nmemory and hours: python bench.py plan {plan}" * bool(ROAD), sys.stdout)
     return max(codes.values(), default=0)
 
 
@@ -1671,24 +1737,34 @@ def save_curve(out):
                "trained on. Each stage has a loss of its own: compare within a stage, not between them.")
 
 
-def save_preview(cfg, done, sampler):
-    """<out>/curve.png and, of a sampler, <out>/previews/<stage>_<done>.png: 64 noises, always the same."""
+def save_preview(cfg, tally, sampler):
+    """<out>/curve.png and, of a sampler, <out>/previews/<stage>_<step>.png: 64 noises, always the same."""
+    done = tally["step"]
     save_curve(cfg.out)
     if sampler:
         images = draw_in(30, sampler, range(64), cfg.batch_gpu or 64)
         save_seeds(f"{cfg.out}/previews/{cfg.stage}_{done:07d}.png", images, range(64),
                    f"{cfg.stage}, after {done:,} steps: what the net, averaged over its last steps, makes of "
                    "noises that are the same in every preview.")
+    tally["clock"] = time.time()                             # saving is no training
 
 
-def save_samples(cfg, name, steps, sampler):
-    """One PNG for each of cfg.seeds and a sheet of the first 64, of a net in so many steps."""
-    seeds, batch, folder = seed_range(cfg.seeds), cfg.batch_gpu or 64, f"{cfg.out}/samples/{name}_{steps}/"
-    save_images(sampler, seeds, folder, batch)
-    caption = f"{net_label(name, steps, sep=', ')}: one image a seed; every net starts from the same noises."
-    if processes()[0] == 0:
-        save_seeds(f"{cfg.out}/samples_{name}_{steps}.png", draw(sampler, seeds[:64], batch), seeds, caption)
-    log(f"sample: {len(seeds)} images in {folder}")
+def save_samples(cfg, found, make_sampler):
+    """Of each net a PNG for each of cfg.seeds in <out>/samples/<net>_<steps>, and a sheet of the first 64.
+
+    found: (name, net, {steps: kind of sampler}, ...) of each; make_sampler(cfg, net, kind).
+    """
+    seeds, batch = seed_range(cfg.seeds), cfg.batch_gpu or 64
+    for name, net, kinds, *_ in found:
+        for steps, kind in kinds.items():
+            sampler, folder = make_sampler(cfg, net, kind), f"{cfg.out}/samples/{name}_{steps}/"
+            save_images(sampler, seeds, folder, batch)
+            label = net_label(name, steps, sep=", ")
+            caption = f"{label}: one image a seed; every net starts from the same noises."
+            if processes()[0] == 0:
+                images = draw(sampler, seeds[:64], batch)
+                save_seeds(f"{cfg.out}/samples_{name}_{steps}.png", images, seeds, caption)
+            log(f"sample: {len(seeds)} images in {folder}")
 
 
 def save_captions(path, name, steps, rows):

@@ -1745,7 +1745,7 @@ def stamp(state):
 def restore(ckpt, path, net, ema, opt, numbers):
     """Put back weights, their average and the optimiser's moments of the checkpoint at path, if there is one.
 
-    Returns what it holds under the names of `numbers`, a dict; without a checkpoint the numbers given.
+    Returns what it holds under the names of `numbers`, a dict; what it does not hold stays as given.
     """
     if ckpt is None:
         return numbers

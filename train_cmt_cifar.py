@@ -18,9 +18,8 @@ import math
 import os
 import signal
 import sys
-import time
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import cache, partial
 from typing import Literal
@@ -326,14 +325,7 @@ def resume(cfg):
     """This stage's checkpoint, or None, and steps still to go; exit code 2 if other knobs made it."""
     path = f"{cfg.out}/{cfg.stage}.pt"
     ckpt = nets.load_checkpoint(path, whole=True)
-    fid.same_config(cfg, ckpt, path, FREE, STAGES)
-    return ckpt, cfg.steps - (ckpt["step"] if ckpt else 0)
-
-
-def lr_at(cfg, step):
-    """Learning rate of a step: warm-up, and linear to zero unless --decay constant (B.2)."""
-    decay = 1 - step / cfg.steps if cfg.decay == "linear" else 1.0
-    return cfg.lr * decay * min(1.0, (step + 1) / (cfg.warmup + 1))
+    return ckpt, fid.steps_left(cfg, ckpt, path, FREE, STAGES)
 
 
 def rectify(opt, lr, t):
@@ -396,12 +388,15 @@ def check(cfg):
                 fail(2, f"--loss lpips needs 3x16x16 at least, not {channels}x{side}x{side}; or --loss huber")
         if cfg.loss == "lpips" and not os.path.exists(f"{cfg.out}/mid.pt"):
             nets.pretrained_lpips()                   # downloaded now
-    if not (cfg.stage == "pretrain" or cfg.init in INITS or "://" in cfg.init or os.path.exists(cfg.init)):
-        fail(3, f"--init {cfg.init}: no such file")
+    fid.check_init(cfg, INITS)
     if needs_data(cfg) and not os.path.exists(f"{cfg.out}/{cfg.stage}.pt"):
         images = load_data(cfg)                       # not after days of mid-training, which needs no data
+        if cfg.stage == "pretrain":
+            model_size(cfg, images)                   # is there a net for this size?
         shape = dict(img_channels=images.shape[1], img_resolution=images.shape[2], label_dim=0)
-        check_teacher(cfg, has_teacher(cfg), fid.stamp(images), shape)
+        own = nets.finished(f"{cfg.out}/pretrain.pt") if cfg.teacher in ("", "scratch") else None
+        said = teacher_state(cfg)[1] if has_teacher(cfg) and not own else {}
+        fid.check_teacher(cfg, own, said, fid.stamp(images), shape)
     if cfg.dry_run and cfg.stage == "pretrain" and has_teacher(cfg):
         teacher_state(cfg)                            # else train does it
     if cfg.stage == "post" and cfg.precision == "bf16":
@@ -409,16 +404,6 @@ def check(cfg):
     if cfg.stage == "eval" and cfg.data != "digits":
         fid.prefetch(cfg.data, must=cfg.data in FILES)
     return trains
-
-
-def check_teacher(cfg, given, data, wanted):
-    """Exit code 2 if our own learned other data; 3 if the given one draws other images. wanted: arguments."""
-    own = nets.finished(f"{cfg.out}/pretrain.pt") if cfg.teacher in ("", "scratch") else None
-    said = teacher_state(cfg)[1] if given and not own else {}
-    same_data(own, f"{cfg.out}/pretrain.pt", data)
-    if odd := [name for name in wanted if said.get(name, wanted[name]) != wanted[name]]:
-        fail(3, f"--teacher {cfg.teacher}: its {odd[0]} is {said[odd[0]]}, that of --data {cfg.data} is "
-                f"{wanted[odd[0]]}; pass a teacher of such data")
 
 
 # ---- main -------------------------------------------------------------------------------------
@@ -430,7 +415,10 @@ def has_teacher(cfg):
 def teacher_state(cfg):
     """(weights, constructor arguments) of --teacher, else <out>/pretrain.pt, else the official teacher."""
     if cfg.teacher not in ("", "scratch"):
-        return nets.load_pretrained(cfg.teacher)
+        state, model, stated = nets.read_weights(cfg.teacher)
+        if stated.get("stage") in ("mid", "post"):
+            fail(3, f"--teacher {cfg.teacher} is a student, no denoiser; pass the teacher that it had")
+        return state, model
     if ckpt := nets.finished(f"{cfg.out}/pretrain.pt"):
         return ckpt["ema"], ckpt["model"]
     if cfg.teacher or cfg.data not in nets.PRETRAINED:
@@ -496,7 +484,7 @@ def train(cfg):
     if needs_data(cfg):
         images = load_data(cfg)
         data = fid.stamp(images)
-        log(f"{cfg.data}: {data}, each seen {cfg.steps * B / len(images):,.0f} times; without classes")
+        log(f"{cfg.data}: {data}, each seen {cfg.steps * B / len(images):,.3g} times; without classes")
         images = images.to(DEVICE)
     asks_teacher = cfg.stage == "mid" or cfg.stage == "post" and cfg.post.startswith("ecd")
     weights, model = None, ckpt["model"] if ckpt else {}
@@ -527,7 +515,7 @@ def train(cfg):
     log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))
 
     for step in range(start := tally["step"], cfg.steps):
-        opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
+        opt.param_groups[0]["lr"] = lr = fid.lr_at(cfg, step)
         if cfg.stage != "pretrain":
             rectify(opt, lr, step + 1 - tally["skipped"])                     # B.2: RAdam
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
@@ -577,8 +565,7 @@ def train(cfg):
             report(cfg, done, lr, tally, **nets.peak_memory())
         if to_save and RANK == 0:
             nets.save_checkpoint(path, net=net, ema=ema, opt=opt, **saved, **tally)
-            fid.save_preview(cfg, done, make_sampler(cfg, ema, 0 if cfg.stage == "pretrain" else 1))
-            tally["clock"] = time.time()
+            fid.save_preview(cfg, tally, make_sampler(cfg, ema, 0 if cfg.stage == "pretrain" else 1))
         if to_save:
             fid.wait_for_first(TIMEOUT)
         if stop:
@@ -598,13 +585,6 @@ def candidates(cfg):
         if ckpt := nets.finished(f"{cfg.out}/{stage}.pt"):
             found.append((stage, build(cfg, ckpt["model"], ckpt["ema"], stage), few, ckpt))
     return found
-
-
-def sample(cfg):
-    """One PNG per seed in <out>/samples/<net>_<steps>, and a sheet of the first 64."""
-    for name, net, kinds, _ in candidates(cfg):
-        for steps, kind in kinds.items():
-            fid.save_samples(cfg, name, steps, make_sampler(cfg, net, kind))
 
 
 def evaluate(cfg):
@@ -633,12 +613,7 @@ def main(argv):
     cfg = parse(argv)
     opened.cache_clear()                              # a script may be called twice in one process
     launch(cfg)
-    stages = STAGES if cfg.stage == "all" else [cfg.stage]
-    configs = [parse([*argv, "--stage", stage]) for stage in stages]
-    for k, c in enumerate(configs):                   # --init FILE starts the first stage, not all
-        later = cfg.stage == "all" and (c.stage == "eval" or c.stage == "post" and c.mid != "none")
-        if later and c.init not in INITS:
-            configs[k] = replace(c, init=Config.init)
+    configs = fid.stages_of(globals(), argv)
     if cfg.dry_run:
         raise SystemExit(fid.dry_run(sys.modules[__name__], argv, configs))
     with fid.one_line(cfg, nets.WeightsError):
@@ -660,6 +635,7 @@ def main(argv):
         dist.destroy_process_group()
 
 
-RUN = {"sample": sample, "eval": evaluate}            # every other stage trains
+RUN = {"eval": evaluate,                              # every other stage trains
+       "sample": lambda cfg: fid.save_samples(cfg, candidates(cfg), make_sampler)}
 if __name__ == "__main__":
     main(sys.argv[1:])

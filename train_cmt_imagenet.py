@@ -18,7 +18,6 @@ import math
 import os
 import signal
 import sys
-import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
@@ -506,8 +505,7 @@ def resume(cfg):
     """This stage's checkpoint, or None, and steps still to go; exit code 2 if other knobs made it."""
     path = f"{cfg.out}/{cfg.stage}.pt"
     ckpt = nets.load_checkpoint(path, whole=True)
-    fid.same_config(cfg, ckpt, path, FREE, STAGES)
-    return ckpt, cfg.steps - (ckpt["step"] if ckpt else 0)
+    return ckpt, fid.steps_left(cfg, ckpt, path, FREE, STAGES)
 
 
 SQRT_FROM = {"imagenet512": 70_000, "digits": 500}    # steps before --decay sqrt falls (EDM2); else 35,000
@@ -604,19 +602,11 @@ def check_data(cfg):
         return                                        # it has begun with data that are compared in train
     images = load_data(cfg)
     size, (channels, side, _) = edm2_size(cfg, images), images.shape
-    check_teacher(cfg, has_edm2(cfg), images.stamp, {k: size[k] for k in nets.INTERFACE})
+    own = nets.finished(f"{cfg.out}/pretrain.pt") if cfg.teacher in ("", "scratch") else None
+    said = teacher_state(cfg)[1] if has_edm2(cfg) and not own else {}
+    fid.check_teacher(cfg, own, said, images.stamp, {k: size[k] for k in nets.INTERFACE})
     if cfg.data != "digits" and cfg.stage == "mid" and cfg.loss == "lpips" and (channels != 3 or side < 16):
         fail(2, f"--loss lpips needs 3x16x16 at least, not {channels}x{side}x{side}; or --loss huber")
-
-
-def check_teacher(cfg, given, data, wanted):
-    """Exit code 2 if our own learned other data; 3 if the given one draws other images. wanted: arguments."""
-    own = nets.finished(f"{cfg.out}/pretrain.pt") if cfg.teacher in ("", "scratch") else None
-    said = teacher_state(cfg)[1] if given and not own else {}
-    same_data(own, f"{cfg.out}/pretrain.pt", data)
-    if odd := [name for name in wanted if said.get(name, wanted[name]) != wanted[name]]:
-        fail(3, f"--teacher {cfg.teacher}: its {odd[0]} is {said[odd[0]]}, that of --data {cfg.data} is "
-                f"{wanted[odd[0]]}; pass a teacher of such data")
 
 
 # ---- main -------------------------------------------------------------------------------------
@@ -628,7 +618,10 @@ def has_edm2(cfg):
 def teacher_state(cfg):
     """(weights, constructor arguments) of --teacher, else <out>/pretrain.pt, else the official teacher."""
     if cfg.teacher not in ("", "scratch"):
-        return nets.load_pretrained(cfg.teacher)
+        state, model, stated = nets.read_weights(cfg.teacher)
+        if stated.get("stage") in ("mid", "post"):
+            fail(3, f"--teacher {cfg.teacher} is a student, no denoiser; pass the teacher that it had")
+        return state, model
     if ckpt := nets.finished(f"{cfg.out}/pretrain.pt"):
         return ckpt["ema"], ckpt["model"]
     if cfg.teacher or data_name(cfg) not in nets.PRETRAINED:
@@ -797,8 +790,7 @@ def train(cfg):
             report(cfg, done, lr, tally, **nets.peak_memory())
         if to_save and RANK == 0:
             nets.save_checkpoint(path, net=net, ema=ema, opt=opt, **saved, **tally)
-            fid.save_preview(cfg, done, previewer(cfg, ema))
-            tally["clock"] = time.time()
+            fid.save_preview(cfg, tally, previewer(cfg, ema))
         if to_save:
             fid.wait_for_first(TIMEOUT)
         if stop:
@@ -819,13 +811,6 @@ def candidates(cfg):
         if ckpt := nets.finished(f"{cfg.out}/{stage}.pt"):
             found.append((stage, build(cfg, ckpt["model"], ckpt["ema"], stage), few, ckpt))
     return found
-
-
-def sample(cfg):
-    """One PNG per seed in <out>/samples/<net>_<steps>, and a sheet of the first 64."""
-    for name, net, kinds, _ in candidates(cfg):
-        for steps, kind in kinds.items():
-            fid.save_samples(cfg, name, steps, make_sampler(cfg, net, kind))
 
 
 def evaluate(cfg):
@@ -856,12 +841,7 @@ def main(argv):
     cfg = parse(argv)
     opened.cache_clear()                              # a script may be called twice in one process
     launch(cfg)
-    stages = STAGES if cfg.stage == "all" else [cfg.stage]
-    configs = [parse([*argv, "--stage", stage]) for stage in stages]
-    for k, c in enumerate(configs):                   # --init FILE starts the first stage, not all
-        later = cfg.stage == "all" and (c.stage == "eval" or c.stage == "post" and c.mid != "none")
-        if later and c.init not in INITS:
-            configs[k] = replace(c, init=Config.init)
+    configs = fid.stages_of(globals(), argv)
     if cfg.dry_run:
         raise SystemExit(fid.dry_run(sys.modules[__name__], argv, configs))
     with fid.one_line(cfg, nets.WeightsError):
@@ -883,6 +863,7 @@ def main(argv):
         dist.destroy_process_group()
 
 
-RUN = {"encode": encode_zip, "sample": sample, "eval": evaluate}          # every other stage trains
+RUN = {"encode": encode_zip, "eval": evaluate,        # every other stage trains
+       "sample": lambda cfg: fid.save_samples(cfg, candidates(cfg), make_sampler)}
 if __name__ == "__main__":
     main(sys.argv[1:])

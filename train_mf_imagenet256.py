@@ -20,7 +20,6 @@ import os
 import re
 import signal
 import sys
-import time
 import zlib
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -532,14 +531,7 @@ def resume(cfg):
     """This stage's checkpoint, or None, and steps still to go; exit code 2 if other knobs made it."""
     path = f"{cfg.out}/{cfg.stage}.pt"
     ckpt = nets.load_checkpoint(path, whole=True)
-    fid.same_config(cfg, ckpt, path, FREE, STAGES)
-    return ckpt, cfg.steps - (ckpt["step"] if ckpt else 0)
-
-
-def lr_at(cfg, step):
-    """Learning rate of a step: warm-up, and linear to zero unless --decay constant (B.2)."""
-    decay = 1 - step / cfg.steps if cfg.decay == "linear" else 1.0
-    return cfg.lr * decay * min(1.0, (step + 1) / (cfg.warmup + 1))
+    return ckpt, fid.steps_left(cfg, ckpt, path, FREE, STAGES)
 
 
 def total(grad, scale):
@@ -593,26 +585,16 @@ def check(cfg):
             if cfg.stage == "post" and (cfg.mid != "none" or cfg.init == "sit" or led):
                 shape = dict(in_channels=channels, input_size=side, num_classes=images.classes)
                 asked = cfg.teacher and (led or not os.path.exists(f"{cfg.out}/mid.pt"))
-                check_teacher(cfg, asked, images.stamp, shape)
-        known = cfg.stage == "pretrain" or cfg.init in INITS or "://" in cfg.init
-        if not known and not os.path.exists(cfg.init):
-            fail(3, f"--init {cfg.init}: no such file")
+                own = nets.finished(f"{cfg.out}/pretrain.pt") if cfg.teacher in ("", "scratch") else None
+                said = teacher_state(cfg)[1] if asked and not own else {}
+                fid.check_teacher(cfg, own, said, images.stamp, shape)
+        fid.check_init(cfg, INITS)
     for flag in ("weak", "size"):
         size_row(cfg, flag, side)
     if cfg.stage == "eval" and cfg.data != "digits":
         fid.prefetch(REFERENCE.get(cfg.data, cfg.data))
         vae_of(cfg)     # not after training: is the VAE there?
     return trains
-
-
-def check_teacher(cfg, given, data, wanted):
-    """Exit code 2 if our own learned other data; 3 if the given one draws other images. wanted: arguments."""
-    own = nets.finished(f"{cfg.out}/pretrain.pt") if cfg.teacher in ("", "scratch") else None
-    said = teacher_state(cfg)[1] if given and not own else {}
-    same_data(own, f"{cfg.out}/pretrain.pt", data)
-    if odd := [name for name in wanted if said.get(name, wanted[name]) != wanted[name]]:
-        fail(3, f"--teacher {cfg.teacher}: its {odd[0]} is {said[odd[0]]}, that of --data {cfg.data} is "
-                f"{wanted[odd[0]]}; pass a teacher of such data")
 
 
 # ---- main -------------------------------------------------------------------------------------
@@ -738,7 +720,7 @@ def train(cfg):
     log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))
 
     for step in range(start := tally["step"], cfg.steps):
-        opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
+        opt.param_groups[0]["lr"] = lr = fid.lr_at(cfg, step)
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         if cfg.stage == "mid":
             solve, at = divmod(step * B, pairs)
@@ -782,8 +764,7 @@ def train(cfg):
             report(cfg, done, lr, tally, **nets.peak_memory(), **fid.mse_by_gap(errors))
         if to_save and RANK == 0:
             nets.save_checkpoint(path, net=net, ema=ema, opt=opt, **saved, **tally)
-            fid.save_preview(cfg, done, make_sampler(shown, ema, steps, decode=False))
-            tally["clock"] = time.time()
+            fid.save_preview(cfg, tally, make_sampler(shown, ema, steps, decode=False))
         if to_save:
             fid.wait_for_first(TIMEOUT)
         if stop:
@@ -809,13 +790,6 @@ def candidates(cfg):
     return [(name, net, many if net.r_embedder is None else kinds, ckpt) for name, net, ckpt in found]
 
 
-def sample(cfg):
-    """One PNG per seed in <out>/samples/<net>_<steps>, and a sheet of the first 64."""
-    for name, net, kinds, _ in candidates(cfg):
-        for steps, kind in kinds.items():
-            fid.save_samples(cfg, name, steps, make_sampler(cfg, net, kind))
-
-
 def evaluate(cfg):
     """Score every net there is, in 1, 2 and --nfe steps; --labels both: random and balanced, a row each."""
     found, rows = candidates(cfg), []
@@ -834,11 +808,9 @@ def evaluate(cfg):
             rows.append(dict(stage=f"{name}, {labels} labels", **nets.cost(ckpt)))
             samplers = {steps: make_sampler(replace(cfg, labels=labels), net, steps) for steps in kinds}
             ours = fid.score_net(rows[-1], samplers, features, reference, cfg, labels=labels)
-    scale, digits = cfg.omega / (1 - cfg.kappa), cfg.data == "digits"
-    decoder = "none (pixels)" if digits else vae_of(cfg).identity
-    note = (f"{cfg.samples} samples a score, seeds from 0, EMA weights, decoder {decoder}, guidance "
-            f"{scale:.4g} (omega {cfg.omega}, kappa {cfg.kappa}) for t in [{cfg.guide_from}, {cfg.guide_to}]")
-    log(fid.save_results(cfg.out, rows, f"{fid.protocol(ours, reference)}\n{note}", stages))
+    decoder = "none (pixels)" if cfg.data == "digits" else vae_of(cfg).identity
+    note = f"{fid.protocol(ours, reference)}\n{fid.guidance_note(cfg, decoder)}"
+    log(fid.save_results(cfg.out, rows, note, stages))
 
 
 def main(argv):
@@ -846,12 +818,7 @@ def main(argv):
     cfg = parse(argv)
     opened.cache_clear()                              # a script may be called twice in one process
     launch(cfg)
-    stages = STAGES if cfg.stage == "all" else [cfg.stage]
-    configs = [parse([*argv, "--stage", stage]) for stage in stages]
-    for k, c in enumerate(configs):                   # --init FILE starts the first stage, not all
-        later = cfg.stage == "all" and (c.stage == "eval" or c.stage == "post" and c.mid != "none")
-        if later and c.init not in INITS:
-            configs[k] = replace(c, init=Config.init)
+    configs = fid.stages_of(globals(), argv)
     if cfg.dry_run:
         raise SystemExit(fid.dry_run(sys.modules[__name__], argv, configs))
     with fid.one_line(cfg, nets.WeightsError):
@@ -873,6 +840,7 @@ def main(argv):
         dist.destroy_process_group()
 
 
-RUN = {"encode": encode_folder, "sample": sample, "eval": evaluate}           # every other stage trains
+RUN = {"encode": encode_folder, "eval": evaluate,     # every other stage trains
+       "sample": lambda cfg: fid.save_samples(cfg, candidates(cfg), make_sampler)}
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -22,12 +22,11 @@ import os
 import re
 import signal
 import sys
-import time
 import zlib
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import cache, partial
 from typing import Literal
@@ -677,14 +676,7 @@ def resume(cfg):
     """This stage's checkpoint, or None, and steps still to go; exit code 2 if other knobs made it."""
     path = f"{cfg.out}/{cfg.stage}.pt"
     ckpt = nets.load_checkpoint(path, whole=True)
-    fid.same_config(cfg, ckpt, path, FREE, STAGES)
-    return ckpt, cfg.steps - (ckpt["step"] if ckpt else 0)
-
-
-def lr_at(cfg, step):
-    """Learning rate of a step: warm-up, and linear to zero unless --decay constant (B.2)."""
-    decay = 1 - step / cfg.steps if cfg.decay == "linear" else 1.0
-    return cfg.lr * decay * min(1.0, (step + 1) / (cfg.warmup + 1))
+    return ckpt, fid.steps_left(cfg, ckpt, path, FREE, STAGES)
 
 
 def total(grad, scale):
@@ -737,29 +729,20 @@ def check(cfg):
         shape = net_arguments(cfg, images, text_encoder(cfg)(images.null[None]).shape[-1])
         if cfg.stage != "pretrain" and (cfg.mid != "none" or cfg.init == "sit"):
             shape = {k: shape[k] for k in ("input_size", "in_channels", "context_dim")}
-            check_teacher(cfg, cfg.teacher, images.stamp, shape)
-        known = cfg.stage == "pretrain" or cfg.init in INITS or "://" in cfg.init
-        if not known and not os.path.exists(cfg.init):
-            fail(3, f"--init {cfg.init}: no such file")
+            own = nets.finished(f"{cfg.out}/pretrain.pt") if cfg.teacher in ("", "scratch") else None
+            said = teacher_state(cfg)[1] if cfg.teacher and not own else {}
+            fid.check_teacher(cfg, own, said, images.stamp, shape)
+        fid.check_init(cfg, INITS)
     if cfg.stage == "sample" and cfg.prompts:
         given_prompts(cfg)
     if cfg.stage == "eval" and cfg.data != "digits":  # found now, not after days of training
+        load_data(cfg)
         if not os.path.exists(path := f"{FILES.get(cfg.data, cfg.data)}/val.npz"):
             fail(3, f"{path}: not there; --stage encode makes it, or python fid.py --save")
         fid.prefetch(cfg.data)
         vae_of(cfg)
         text_encoder(cfg)
     return trains
-
-
-def check_teacher(cfg, given, data, wanted):
-    """Exit code 2 if our own learned other data; 3 if the given one draws other images. wanted: arguments."""
-    own = nets.finished(f"{cfg.out}/pretrain.pt") if cfg.teacher in ("", "scratch") else None
-    said = teacher_state(cfg)[1] if given and not own else {}
-    same_data(own, f"{cfg.out}/pretrain.pt", data)
-    if odd := [name for name in wanted if said.get(name, wanted[name]) != wanted[name]]:
-        fail(3, f"--teacher {cfg.teacher}: its {odd[0]} is {said[odd[0]]}, that of --data {cfg.data} is "
-                f"{wanted[odd[0]]}; pass a teacher of such data")
 
 
 # ---- main -------------------------------------------------------------------------------------
@@ -890,7 +873,7 @@ def train(cfg):
     log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))
 
     for step in range(start := tally["step"], cfg.steps):
-        opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
+        opt.param_groups[0]["lr"] = lr = fid.lr_at(cfg, step)
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         if cfg.stage == "mid":
             solve, at = divmod(step * B, pairs)
@@ -941,8 +924,7 @@ def train(cfg):
             report(cfg, done, lr, tally, **nets.peak_memory(), **fid.mse_by_gap(errors))
         if to_save and RANK == 0:
             nets.save_checkpoint(path, net=net, ema=ema, opt=opt, **saved, **tally)
-            fid.save_preview(cfg, done, sampler)
-            tally["clock"] = time.time()
+            fid.save_preview(cfg, tally, sampler)
         if to_save:
             fid.wait_for_first(TIMEOUT)
         if stop:
@@ -991,7 +973,7 @@ def sample_captions(cfg):
     found, prompts, null = candidates(cfg), given_prompts(cfg), encoder(encoder.ids([""]))
     for prompt in prompts:
         if torch.equal(encoder.ids([prompt]), encoder.ids([f"{prompt} zero"])):         # no room for a word
-            log(f"warning: --prompts {prompt!r} fills the text encoder; what is beyond it is not read")
+            log(f"warning: --prompts {prompt!r} fills the text encoder, which reads no word more")
     for name, net, kinds, _ in found:
         for steps in kinds:
             folder, shown = f"{cfg.out}/samples/{name}_{steps}", []
@@ -1032,11 +1014,9 @@ def evaluate(cfg):
                 dist.all_reduce(counts)
             reads[f"{steps}-step FD-digits"] = f"{counts[0] / counts[1]:.1%}"
         rows += [row, reads] if digits else [row]
-    scale = cfg.omega / (1 - cfg.kappa)
     decoder = "none (pixels)" if digits else vae_of(cfg).identity
-    note = (f"{cfg.samples} samples a score, seeds from 0, EMA weights, decoder {decoder}, guidance "
-            f"{scale:.4g} (omega {cfg.omega}, kappa {cfg.kappa}) for t in [{cfg.guide_from}, {cfg.guide_to}]")
-    log(fid.save_results(cfg.out, rows, f"{fid.protocol(ours, reference)}\n{note}", stages))
+    note = f"{fid.protocol(ours, reference)}\n{fid.guidance_note(cfg, decoder)}"
+    log(fid.save_results(cfg.out, rows, note, stages))
 
 
 def main(argv):
@@ -1044,12 +1024,7 @@ def main(argv):
     cfg = parse(argv)
     opened.cache_clear()                              # a script may be called twice in one process
     launch(cfg)
-    stages = STAGES if cfg.stage == "all" else [cfg.stage]
-    configs = [parse([*argv, "--stage", stage]) for stage in stages]
-    for k, c in enumerate(configs):                   # --init FILE starts the first stage, not all
-        later = cfg.stage == "all" and (c.stage == "eval" or c.stage == "post" and c.mid != "none")
-        if later and c.init not in INITS:
-            configs[k] = replace(c, init=Config.init)
+    configs = fid.stages_of(globals(), argv)
     if cfg.dry_run:
         raise SystemExit(fid.dry_run(sys.modules[__name__], argv, configs))
     with fid.one_line(cfg, nets.WeightsError):

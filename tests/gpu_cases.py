@@ -91,6 +91,8 @@ def drive(monkeypatch, script, flags, rank=0, world=1):
         is_initialized=lambda: False)
     for name, value in mine.items():
         monkeypatch.setattr(script, name, value)
+    monkeypatch.setattr(script.fid, "dist", mine["dist"])
+    monkeypatch.setattr(script.fid, "processes", lambda: (rank, world))
     with gpu:
         script.main(flags.split())
     return {stage: steps[1] for stage, steps in waits.items()}

@@ -794,3 +794,16 @@ def test_images_are_drawn_in_batches():
     sizes = []
     x = fid.draw(lambda seeds: sizes.append(len(seeds)) or seeded(seeds), range(10), batch=4)
     assert sizes == [4, 4, 2] and torch.equal(x, seeded(range(10)))
+
+
+def test_what_the_first_process_refuses_ends_all_with_its_exit_code(monkeypatch):
+    """Not as a crash of the others, who would only see that it has gone."""
+    sent = []
+    monkeypatch.setattr(fid, "patient_group", lambda: "all")
+    monkeypatch.setattr(fid.dist, "broadcast_object_list", lambda answer, *_: sent.append([*answer]) or answer.__setitem__(0, sent[0][0]))
+    for rank in (0, 1):
+        monkeypatch.setattr(fid, "processes", lambda: (rank, 2))
+        with pytest.raises(SystemExit) as stop:
+            fid.from_first(lambda: fid.fail(2, "no"))
+        assert stop.value.code == 2
+    assert isinstance(sent[0][0], SystemExit) and sent[1] == [None]

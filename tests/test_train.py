@@ -51,6 +51,19 @@ def test_finished_stages_are_skipped_and_left_alone(road, capsys):
     assert before == {p.name: p.stat().st_mtime_ns for p in road.glob("*.pt")}
 
 
+def test_a_forgotten_teacher_is_asked_for_and_a_student_is_none(road, tmp_path, capsys, monkeypatch):
+    """Else a second teacher is trained for days, and refused when mid-training has begun with the first; also by a dry run."""
+    monkeypatch.setattr(os, "environ", {**os.environ})           # a dry run is offline
+    begun = [*TINY, "--out", str(tmp_path / "run"), "--steps", "2"]
+    script.main([*begun, "--stage", "mid", "--teacher", str(road / "pretrain.pt")])
+    for dry in ([], ["--dry_run"]):
+        exit_code, err = code([*begun, *dry], capsys)
+        assert exit_code == 2 and "mid.pt went on from a teacher that lies elsewhere; pass its --teacher again" in err
+    assert not (tmp_path / "run/pretrain.pt").exists()
+    exit_code, err = code([*begun[:-4], "--out", str(tmp_path / "new"), "--stage", "mid", "--teacher", str(road / "mid.pt")], capsys)
+    assert exit_code == 3 and "mid.pt is a student, no denoiser" in err
+
+
 @pytest.mark.parametrize("flags", ["--mid kd", "--mid slow", "--mid none --post annealed", "--mid none --init random",
                                    "--mid none --post ecd", "--mid none --post ecd_euler", "--loss huber",
                                    "--loss l2 --trajectories 0", "--precision bf16 --batch_gpu 8", "--precision fp16"])
@@ -427,3 +440,7 @@ def test_help_shows_every_knob_with_its_comment(capsys):
         script.parse("--help --data digits --stage post --lr 7".split())
     text = capsys.readouterr().out
     assert "With these flags: data = 'digits'" in text and "lr = 7.0" in text and "steps = 600" in text
+    with pytest.raises(SystemExit):
+        script.parse("-h --data digits --mid.lr 5".split())
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("--stage ")]
+    assert [re.search(" lr = ([^,]+)", line)[1] for line in lines] == ["0.002", "5.0", "0.0003", "0.0002"]

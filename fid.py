@@ -1566,7 +1566,8 @@ def save_chart(path, panels, caption):
             colour = COLOURS[list(names).index(plain(name)) % len(COLOURS)]
             pen.line([at(*p) for p in points], colour, 3, joint="curve")
             if len(points) == 1:
-                pen.circle(at(*points[0]), 4, colour)
+                x, y = at(*points[0])
+                pen.ellipse((x - 4, y - 4, x + 4, y + 4), colour)
             pen.text((width - right + 20, top + 22 * row), plain(name), colour, font, anchor="lt")
     pen.multiline_text((left, height * len(panels) + 5), words[0], "black", font)
     write_whole(path, lambda file: picture.save(file, format="PNG"))

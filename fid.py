@@ -153,9 +153,7 @@ def fail(code, message):
     """One line, then exit: 1 crash, 2 usage or config, 3 data or weights, 4 diverged, 75 stopped, saved."""
     if code in (1, 3) or os.environ.get("RANK", "0") == "0":              # these may strike one process alone
         line = f"{os.path.basename(sys.argv[0])}: {message}"
-        if line not in SAID:                          # a dry run may meet it in several stages
-            show(line, sys.stderr)
-        SAID.append(line)
+        show(line, sys.stderr)
         with contextlib.suppress(OSError):
             write_line("log.txt", line)
     raise SystemExit(code)

@@ -765,7 +765,7 @@ def step(home, name, cfg, args):
         return []
     ms, peak = 1e3 * took, torch.cuda.max_memory_allocated() / 1e9
     hours = ms * cfg.steps / 3.6e6
-    row = {"stage": name, "at once": cfg.batch_gpu or cfg.batch // args.gpus, "ms a step": f"{ms:.3g}",
+    row = {"stage": name, "--batch_gpu": cfg.batch_gpu or cfg.batch // args.gpus, "ms a step": f"{ms:.3g}",
            "images/s": f"{1e3 * cfg.batch / args.gpus / ms:,.0f}", "peak GB": f"{peak:.3g}",
            "hours": f"{hours:.3g}", "GPU-hours": f"{hours * args.gpus:.3g}"}
     print(row, flush=True)                            # the next may not fit
@@ -809,7 +809,7 @@ def plan(home, name, cfg, args):
     near, far = (step.sent / 1e6 / speed for speed in (link * REACHED[4], ETHERNET))
     hours = (ms + near) * cfg.steps / 3.6e6
     price = {"dollars": f"{hours * args.gpus * args.price:,.2f}"} if args.price else {}
-    return [{"stage": name, "peak GB": f"{peak:.3g}" + "!" * (peak > 0.9 * room), "at once": micro,
+    return [{"stage": name, "peak GB": f"{peak:.3g}" + "!" * (peak > 0.9 * room), "--batch_gpu": micro,
              "ms a step": f"{ms + near:.3g}", "steps": f"{cfg.steps:,}", "hours": f"{hours:.3g}",
              "GPU-hours": f"{hours * args.gpus:.3g}", **price, "parameters": f"{step.parameters:,}",
              "GB: weights, gradients, average, optimiser, frozen and data, activations":
@@ -889,7 +889,7 @@ def main(argv=None):
     if argv[:1] in (["plan"], ["roofline"], ["step"]):          # the flags behind it are those of a script
         return full_size(dict(plan=plan, roofline=roofline, step=step)[argv[0]], argv[1:])
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=commands, help="or plan, roofline, step: see plan --help")
+    p.add_argument("what", choices=commands, metavar="WHAT", help="as above; flags of plan: plan --help")
     p.add_argument("--data", default="digits", choices=DATA, help="edm2: the EDM2 of digits")
     p.add_argument("--methods", default="", help=f"pairs: between commas; \"\" = {','.join(METHODS)}")
     p.add_argument("--net", default="", help="precision: checkpoint; \"\" = random weights")

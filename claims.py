@@ -384,13 +384,14 @@ def road_run(road, seed, data, args):
     """Train a road; all checkpoints on it, with the CPU seconds of its own stages up to each."""
     (base, calls), kept = ROADS[road], []
     folder, source = (f"{args.out}/{seed}/{name.replace(' ', '_')}" for name in (road, base))
-    flags = ["--data", "digits", "--seed", seed, "--out", folder, "--size", args.size, "--lr", args.lr]
+    flags = ["--data", "digits", "--seed", seed, "--out", folder, "--size", args.size]
     as_digits = mock.patch.object(fid, "digits", lambda: data)        # the script's data are these photos
     for call in calls:
         spent = (kept[-1]["cpu"] if kept else 0.0) - time.process_time()
         teacher = ["--teacher", f"{source}/pretrain.pt"] if base else []
         with kept_checkpoints(folder) as new, as_digits, quiet():
-            flow.main([*flags, *teacher, "--save_every", "150", *call.replace("SIZE", args.size).split()])
+            call = f"--save_every 150 {call} {args.flags}".replace("SIZE", args.size)
+            flow.main([*flags, *teacher, *call.split()])
         kept += [state | dict(cpu=spent + state["cpu"]) for state in new]
     return kept
 
@@ -398,7 +399,7 @@ def road_run(road, seed, data, args):
 def roads(args, device):
     """Mean Flow's ROADS on photos of 16x16: score against CPU seconds, a teacher's too: <out>/roads.png."""
     *data, features, reference = judged_photos(args, f"{args.out}/photos.npz")
-    cfg, panels = flow.parse(["--data", "digits", "--labels", "random"]), {}
+    cfg, panels = flow.parse(["--data", "digits", "--labels", "random", *args.flags.split()]), {}
     print("| road | seed | stage, steps | CPU s, with the teacher's | FD-photos |\n|---|---|---|---|---|")
     for seed in args.seeds.split(","):
         ends, curves = {"": 0.0}, panels.setdefault(f"FD-photos in one step, seed {seed}", {})
@@ -414,7 +415,7 @@ def roads(args, device):
                 print(f"| {road} | {seed} | {stage} | {seconds:.0f} | {scores} |", flush=True)
                 if ROADS[road][0] or "scratch" in road:
                     curves.setdefault(road, []).append((seconds, found[0]))
-    fid.save_chart(f"{args.out}/roads.png", panels, CAPTION)
+    fid.save_chart(f"{args.out}/roads.png", panels, CAPTION, "CPU seconds")
 
 
 # ---- gradient bias ----------------------------------------------------------------------------
@@ -504,7 +505,7 @@ def main(argv=None):
     p.add_argument("--net", default="out/digits/pretrain.pt", help="curves: the teacher")
     p.add_argument("--data", default="", help="photos, roads: an EDM zip with labels")
     p.add_argument("--size", default="2x128x6", help="roads: of the student, PATCHxWIDTHxDEPTH")
-    p.add_argument("--lr", default="2e-3", help="roads: of every stage")
+    p.add_argument("--flags", default="--lr 2e-3", help="roads: of every stage, as \"--lr 4e-3 --omega 1.5\"")
     p.add_argument("--samples", type=int, default=0, help="0 = photos: 5,000, roads: 2,500, bias: 500")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = p.parse_args(argv)

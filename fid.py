@@ -1158,7 +1158,7 @@ def read_cifar(path, md5):
 def prefetch(name, must=True):
     """Downloads what a score of data of this name needs: before hours of training, not after.
 
-    Returns whether it is all there. DataError names every file that is not, unless must is False.
+    Returns what is missing, as a line, "" for nothing; that is a DataError unless must is False.
     """
     wanted, problems = [(INCEPTION_URLS, INCEPTION_SHA256)], []
     wanted += [([REFERENCES[name]], "")] if name in REFERENCES else []
@@ -1169,7 +1169,7 @@ def prefetch(name, must=True):
             problems.append(str(error))
     if problems and must:
         raise DataError("; ".join(problems))
-    return not problems
+    return "; ".join(problems)
 
 
 # ---- images to train on ------------------------------------------------------------------------
@@ -1533,8 +1533,8 @@ def ticks_of(low, high):
             if above > low and below < high]
 
 
-def save_chart(path, panels, caption):
-    """{title: {name: [(x, y)]}} -> a PNG, a panel a title; y is logarithmic, what is not above 0 left out."""
+def save_chart(path, panels, caption, across="images"):
+    """{title: {name: [(x, y)]}} -> a PNG, a panel a title; x counts `across`; y, above 0, is logarithmic."""
     font, width, height = ImageFont.load_default(16), 1000, 300
     panels = {title: {name: [p for p in points if 0 < p[1] < math.inf] for name, points in curves.items()}
               for title, curves in panels.items()}
@@ -1560,6 +1560,7 @@ def save_chart(path, panels, caption):
         for x in range(int(end / step) + 1):
             pen.text((at(x * step, ticks[0])[0], bottom + 6), f"{x * step:,g}", "black", font, anchor="mt")
         pen.text((left, top - 12), plain(title), "black", font, anchor="ls")
+        pen.text((width - right + 20, bottom + 6), across, "black", font, anchor="lt")
         for row, (name, points) in enumerate(curves.items()):
             colour = COLOURS[list(names).index(plain(name)) % len(COLOURS)]
             pen.line([at(*p) for p in points], colour, 3, joint="curve")
@@ -1701,14 +1702,19 @@ def overview(road, device, data):
 def dry_run(home, argv, configs):
     """Print what a command of the script `home` would train and skip, and what it misses: its exit code."""
     os.environ |= dict(CMT_OFFLINE="1", HF_HUB_OFFLINE="1")       # a missing file is a line with its URL
-    codes, road = {}, {}
+    codes, road, lines = {}, {}, io.StringIO()
     for c in configs:
+        given = c.teacher != "scratch" and (c.teacher or home.data_name(c) in home.nets.PRETRAINED)
         try:
-            with one_line(c, home.nets.WeightsError):
+            with contextlib.redirect_stderr(lines), one_line(c, home.nets.WeightsError):
                 if home.check(c):
                     road[c.stage] = home.resume(c)[1], c.batch
-        except SystemExit as stopped:                 # its line is printed; the next stages have theirs
+                if c is configs[0] and (given or c.stage in ("sample", "eval")):
+                    home.candidates(c)                # do the weights fit their nets?
+        except SystemExit as stopped:
             codes[c.stage] = stopped.code
+    for line in dict.fromkeys(lines.getvalue().splitlines()):     # what holds for all stages is said once
+        show(line, sys.stderr)
     if processes()[0] == 0:
         text = overview(road, home.DEVICE, c.data)
         missing = f"; blocked, see above: {', '.join(codes)}" * bool(codes)

@@ -1146,8 +1146,9 @@ def make(network, model, what):
     try:
         return network(**model)
     except Exception as e:                            # wrong arguments can surface as any error
+        why = f" ({e})" * ("missing" not in str(e))
         raise WeightsError(f"{what}: no {network.__name__}, or a bare state dict of no size in nets.SIZES; "
-                           f"pass the .pt or .pkl of its training ({e})") from e
+                           f"pass the .pt or .pkl of its training{why}") from e
 
 
 HIDDEN = ("num_heads", "channels_per_head", "sigma_data", "label_balance", "concat_balance", "res_balance",

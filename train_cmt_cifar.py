@@ -397,8 +397,6 @@ def check(cfg):
         own = nets.finished(f"{cfg.out}/pretrain.pt") if cfg.teacher in ("", "scratch") else None
         said = teacher_state(cfg)[1] if has_teacher(cfg) and not own else {}
         fid.check_teacher(cfg, own, said, fid.stamp(images), shape)
-    if cfg.dry_run and cfg.stage == "pretrain" and has_teacher(cfg):
-        teacher_state(cfg)                            # else train does it
     if cfg.stage == "post" and cfg.precision == "bf16":
         fid.say("warning: bf16 is too coarse for post-training (docs/faq.md); use --mid.precision bf16")
     if cfg.stage == "eval" and cfg.data != "digits":
@@ -409,7 +407,7 @@ def check(cfg):
 # ---- main -------------------------------------------------------------------------------------
 def has_teacher(cfg):
     """Whether pre-training means reading or fetching a teacher, not training it."""
-    return cfg.teacher != "scratch" and bool(cfg.teacher or cfg.data in nets.PRETRAINED)
+    return cfg.teacher != "scratch" and bool(cfg.teacher or data_name(cfg) in nets.PRETRAINED)
 
 
 def teacher_state(cfg):
@@ -421,9 +419,9 @@ def teacher_state(cfg):
         return state, model
     if ckpt := nets.finished(f"{cfg.out}/pretrain.pt"):
         return ckpt["ema"], ckpt["model"]
-    if cfg.teacher or cfg.data not in nets.PRETRAINED:
+    if cfg.teacher or data_name(cfg) not in nets.PRETRAINED:
         fail(3, f"no finished teacher in {cfg.out}; run --stage pretrain first, or pass --teacher FILE")
-    return nets.load_pretrained(nets.PRETRAINED[cfg.data])
+    return nets.load_pretrained(nets.PRETRAINED[data_name(cfg)])
 
 
 def build(cfg, model, state=None, what="", train=False):
@@ -578,21 +576,22 @@ def candidates(cfg):
     if cfg.init not in INITS:
         state, model = nets.load_pretrained(cfg.init)
         return [("init", build(cfg, model, state, cfg.init), few, None)]
-    state, model = teacher_state(cfg)
-    own = nets.finished(f"{cfg.out}/pretrain.pt") if cfg.teacher in ("", "scratch") else None
-    found = [("teacher", build(cfg, model, state, cfg.teacher or "the teacher"), {cfg.nfe: 0}, own)]
+    own, found = nets.finished(f"{cfg.out}/pretrain.pt") if cfg.teacher in ("", "scratch") else None, []
+    if own or has_teacher(cfg):
+        state, model = teacher_state(cfg)
+        found = [("teacher", build(cfg, model, state, cfg.teacher or "the teacher"), {cfg.nfe: 0}, own)]
     for stage in ("mid", "post"):
         if ckpt := nets.finished(f"{cfg.out}/{stage}.pt"):
             found.append((stage, build(cfg, ckpt["model"], ckpt["ema"], stage), few, ckpt))
-    return found
+    return found or fail(3, f"no finished stage in {cfg.out}; run --stage pretrain, or pass --init FILE")
 
 
 def evaluate(cfg):
     """Score every net there is, the teacher by its solver, students in 1 and 2 steps: <out>/results.md."""
     found, rows = candidates(cfg), []
     stages = pictures(cfg, found) if RANK == 0 else ()
-    if data_name(cfg) == "own" and not fid.from_first(partial(fid.prefetch, cfg.data, must=False)):
-        return log(f"eval: no score, Inception cannot be downloaded here; see the pictures in {cfg.out}")
+    if missing := data_name(cfg) == "own" and fid.from_first(partial(fid.prefetch, cfg.data, False)):
+        return log(f"eval: no score, see the pictures in {cfg.out}; {missing}")
     features = (fid.DigitsNet() if cfg.data == "digits" else fid.load_inception()).to(DEVICE)
     if cfg.data in FILES:
         reference = fid.load_reference(cfg.data)

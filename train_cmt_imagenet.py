@@ -197,7 +197,7 @@ class Digits:
 
 def reads_data(cfg):
     """Whether this stage reads images: CMT does not, it needs its teacher alone."""
-    return dict(pretrain=not has_edm2(cfg), vgg=wants_vgg(cfg), post=True,
+    return dict(pretrain=not has_teacher(cfg), vgg=wants_vgg(cfg), post=True,
                 eval=data_name(cfg) not in fid.REFERENCES).get(cfg.stage, False)
 
 
@@ -584,8 +584,6 @@ def check(cfg):
         check_data(cfg)
     if cfg.res == 512 and cfg.data != "digits" and cfg.stage in ("encode", "sample", "eval"):
         vae_of(cfg)        # are diffusers and the VAE there?
-    if cfg.dry_run and cfg.stage == "pretrain" and has_edm2(cfg):
-        teacher_state(cfg)                            # else train does it
     for file in (cfg.main, cfg.guide) if cfg.stage == "post" and cfg.post != "ect" else ():
         if file.startswith("edm2-") and not os.path.exists(file):
             nets.fetch(nets.EDM2_URL % file)          # not after days of mid-training
@@ -603,14 +601,14 @@ def check_data(cfg):
     images = load_data(cfg)
     size, (channels, side, _) = edm2_size(cfg, images), images.shape
     own = nets.finished(f"{cfg.out}/pretrain.pt") if cfg.teacher in ("", "scratch") else None
-    said = teacher_state(cfg)[1] if has_edm2(cfg) and not own else {}
+    said = teacher_state(cfg)[1] if has_teacher(cfg) and not own else {}
     fid.check_teacher(cfg, own, said, images.stamp, {k: size[k] for k in nets.INTERFACE})
     if cfg.data != "digits" and cfg.stage == "mid" and cfg.loss == "lpips" and (channels != 3 or side < 16):
         fail(2, f"--loss lpips needs 3x16x16 at least, not {channels}x{side}x{side}; or --loss huber")
 
 
 # ---- main -------------------------------------------------------------------------------------
-def has_edm2(cfg):
+def has_teacher(cfg):
     """Whether pre-training means reading or fetching a teacher, not training it."""
     return cfg.teacher != "scratch" and bool(cfg.teacher or data_name(cfg) in nets.PRETRAINED)
 
@@ -690,7 +688,7 @@ def edm2_size(cfg, images):
 
 def train(cfg):
     """One stage (pretrain, vgg, mid, post), from its last checkpoint to its end. Bookkeeping comes last."""
-    if cfg.stage == "pretrain" and has_edm2(cfg):
+    if cfg.stage == "pretrain" and has_teacher(cfg):
         teacher_state(cfg)                            # fetched and checked, not trained
     if not reads_data(cfg) and (cfg.stage != "mid" or cfg.mid == "none"):
         return
@@ -803,22 +801,23 @@ def candidates(cfg):
     if cfg.init not in INITS:
         state, model = nets.load_pretrained(cfg.init)
         return [("init", build(cfg, model, state, cfg.init), few, None)]
-    state, model = teacher_state(cfg)
-    own = nets.finished(f"{cfg.out}/pretrain.pt") if cfg.teacher in ("", "scratch") else None
-    steps = HEUN_STEPS if cfg.sampler == "heun" else cfg.nfe
-    found = [("teacher", build(cfg, model, state, cfg.teacher or "the teacher"), {steps: 0}, own)]
+    own, found = nets.finished(f"{cfg.out}/pretrain.pt") if cfg.teacher in ("", "scratch") else None, []
+    if own or has_teacher(cfg):
+        state, model = teacher_state(cfg)
+        steps = HEUN_STEPS if cfg.sampler == "heun" else cfg.nfe
+        found = [("teacher", build(cfg, model, state, cfg.teacher or "the teacher"), {steps: 0}, own)]
     for stage in ("mid", "post"):
         if ckpt := nets.finished(f"{cfg.out}/{stage}.pt"):
             found.append((stage, build(cfg, ckpt["model"], ckpt["ema"], stage), few, ckpt))
-    return found
+    return found or fail(3, f"no finished stage in {cfg.out}; run --stage pretrain, or pass --init FILE")
 
 
 def evaluate(cfg):
     """Score every net there is, the teacher by its solver, students in 1 and 2 steps: <out>/results.md."""
     found, rows = candidates(cfg), []
     stages = draw_sheets(cfg, found) if RANK == 0 else ()
-    if data_name(cfg) == "own" and not fid.from_first(partial(fid.prefetch, cfg.data, must=False)):
-        return log(f"eval: no score, Inception cannot be downloaded here; see the pictures in {cfg.out}")
+    if missing := data_name(cfg) == "own" and fid.from_first(partial(fid.prefetch, cfg.data, False)):
+        return log(f"eval: no score, see the pictures in {cfg.out}; {missing}")
     features = (fid.DigitsNet() if cfg.data == "digits" else fid.load_inception()).to(DEVICE)
     if data_name(cfg) in fid.REFERENCES:
         reference = fid.load_reference(data_name(cfg))

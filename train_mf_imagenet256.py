@@ -785,7 +785,7 @@ def candidates(cfg):
             name = "teacher" if stage == "pretrain" else stage
             found.append((name, build(cfg, ckpt["model"], ckpt["ema"], stage), ckpt))
     if not found:
-        fail(3, f"no finished stage in {cfg.out}; run --stage pretrain first, or pass --init FILE")
+        fail(3, f"no finished stage in {cfg.out}; run --stage pretrain, or pass --init FILE")
     kinds, many = {1: 1, 2: 2, cfg.nfe: cfg.nfe}, {cfg.nfe: cfg.nfe}          # one clock needs many steps
     return [(name, net, many if net.r_embedder is None else kinds, ckpt) for name, net, ckpt in found]
 

@@ -945,7 +945,7 @@ def candidates(cfg):
             name = "teacher" if stage == "pretrain" else stage
             found.append((name, build(cfg, ckpt["model"], ckpt["ema"], stage), ckpt))
     if not found:
-        fail(3, f"no finished stage in {cfg.out}; run --stage pretrain first, or pass --init FILE")
+        fail(3, f"no finished stage in {cfg.out}; run --stage pretrain, or pass --init FILE")
     few, many = {1: 1, 2: 2}, {cfg.nfe: cfg.nfe}                              # one clock needs many steps
     return [(name, net, many if net.r_embedder is None else few, ckpt) for name, net, ckpt in found]
 

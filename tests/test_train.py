@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -243,7 +244,22 @@ def test_a_dry_run_says_what_it_would_do_and_does_nothing(name, monkeypatch, cap
               "train_cmt_imagenet": ["edm2-img64-xl", "imagenet64.zip", "inception"],
               "train_mf_imagenet256": ["imagenet256-sd", "inception"], "train_t2i_coco": ["coco256-sd"]}[name]
     assert exit_code == 3 and all(any(re.search(word, line) for line in err.splitlines()) for word in wanted)
+    torch.save({"weight": torch.zeros(3)}, "odd.pt")
+    for flags, said in {"--seeds 5-1": "--seeds 5-1 is not possible",                     # of all stages, but said once
+                        "--stage sample": "no finished stage", "--stage eval": "no finished stage",
+                        "--stage mid --teacher odd.pt": "odd.pt: no ", "--teacher odd.pt": "odd.pt: no "}.items():
+        exit_code, err = code(["--data", "digits", "--dry_run", *flags.split()], capsys, main)
+        assert exit_code in (2, 3) and said in err and len(err.strip().splitlines()) == 1, (flags, err)
     assert not os.path.exists("out")
+
+
+def test_students_are_shown_and_scored_where_their_teacher_lies_elsewhere(road, capsys):
+    os.makedirs("x")
+    shutil.copy(road / "mid.pt", "x")
+    for stage in "sample", "eval":
+        script.main([*TINY, "--out", "x", "--seeds", "0-3", "--stage", stage])
+    assert os.path.exists("x/samples/mid_1/000000.png") and "| mid |" in Path("x/results.md").read_text()
+    assert not os.path.exists("x/trajectory.png")
 
 
 def test_a_finished_road_says_that_nothing_is_to_train_also_one_from_init_file(road, monkeypatch, capsys):
@@ -265,7 +281,7 @@ def test_own_images_offline_give_pictures_and_no_score(monkeypatch, capsys):
     monkeypatch.setenv("CMT_OFFLINE", "1")
     tiny = "--data own.zip --batch 4 --nfe 2 --trajectories 2 --loss huber --steps 1 --out x".split()
     script.main(tiny)
-    assert "no score, Inception cannot be downloaded" in capsys.readouterr().out and os.path.exists("x/stages.png")
+    assert re.search("no score.*inception.*https.*CMT_OFFLINE", capsys.readouterr().out) and os.path.exists("x/stages.png")
     assert not os.path.exists("x/results.md")
     with pytest.raises(ValueError, match="inception.*CMT_OFFLINE.*cifar10"):
         script.fid.prefetch("cifar10")

@@ -199,13 +199,13 @@ def train_vgg(path, seed, steps=300, batch=128, lr=3e-3):
 def plot(args, device):
     """The curves of any runs beside each other, a panel for each stage and quantity: <out>/plot.png."""
     panels = {}
-    for run in args.runs:
-        for m in fid.read_metrics(run):
+    for run in args.runs or ["OUT"]:
+        if not (metrics := fid.read_metrics(run)):
+            script.fail(3, f"plot: {run}/metrics.jsonl is not there; name the folders of runs")
+        for m in metrics:
             for key in fid.CURVES if "images" in m else ():
                 panel = panels.setdefault(f"{m['stage']}: {fid.CURVES[key]}", {})
                 panel.setdefault(run, []).append((m["images"], m.get(key, 0)))
-    if not panels:
-        script.fail(3, f"plot: no metrics.jsonl in {args.runs}; name the folders of finished or running runs")
     os.makedirs(args.out, exist_ok=True)
     fid.save_chart(f"{args.out}/plot.png", panels,
                    "The stages of each run against the images (or pairs) that the stage has been trained on.")
@@ -245,9 +245,9 @@ def curves(args, device):
             for state in kept:
                 net = script.build(cfg, state["model"], state["ema"])
                 images = state["step"] * state["cfg"]["batch"]
-                for steps in (1, 2):
+                for steps, words in (1, "1 step"), (2, "2 steps"):
                     found = fid.score(script.make_sampler(cfg, net, steps), features, reference, cfg.samples)
-                    scores.setdefault(f"{name}, {steps} step", []).append((seen + images, found[1][0]))
+                    scores.setdefault(f"{name}, {words}", []).append((seen + images, found[1][0]))
             seen += images
         for m in fid.read_metrics(folder):
             before += m["images"] - before if m["stage"] == "mid" else 0

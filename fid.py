@@ -314,11 +314,11 @@ def check_init(cfg, inits):
 
 
 def seed_range(text):
-    """--seeds "0-63" or "7" -> range; exit code 2 if it is neither."""
-    first, _, last = text.partition("-")
-    if not re.fullmatch(r"\d+(-\d+)?", text) or int(last or first) < int(first):
-        fail(2, f"--seeds {text} is not possible; write 7 or 0-63")
-    return range(int(first), int(last or first) + 1)
+    """--seeds "7", "0-63", or every tenth by "7-997:10" -> range; exit code 2 if it is none of these."""
+    found = re.fullmatch(r"(\d+)(?:-(\d+)(?::([1-9]\d*))?)?", text)
+    if not found or int(found[2] or found[1]) < int(found[1]):
+        fail(2, f"--seeds {text} is not possible; write 7, 0-63 or 7-997:10")
+    return range(int(found[1]), int(found[2] or found[1]) + 1, int(found[3] or 1))
 
 
 # ---- Inception-v3 ------------------------------------------------------------------------------
@@ -763,7 +763,7 @@ def list_pictures(path, endings=PICTURES):
     left = sorted(n for n in set(files) - set(names) if os.path.basename(n) != "dataset.json")
     text = f"{len(left)} files that are hidden or no pictures, such as {left[:3]}" if left else ""
     if not names:
-        raise DataError(f"{path}: holds no {', '.join(endings)}; {text}")
+        raise DataError(f"{path}: holds no {', '.join(endings)}" + f"; {text}" * bool(text))
     if left:
         say(f"{path}: {len(names)} pictures; left out: {text}")
 
@@ -849,7 +849,7 @@ def in_batches(items, batch, what):
 def check_pictures(names, read, label):
     """Reads every picture once, in threads. Returns "N images, crc32 X", X of shapes and pixels in order.
 
-    DataError names the first that cannot be read and counts them.
+    DataError names the first three that cannot be read and counts them.
     """
     def checksum(name):
         try:
@@ -861,7 +861,8 @@ def check_pictures(names, read, label):
         parts = in_batches(names, 256, f"pictures of {label} read")
         sums = [answer for part in parts for answer in pool.map(checksum, part)]
     if bad := [error for error in sums if isinstance(error, DataError)]:
-        raise DataError(f"{bad[0]}; {len(bad)} of {len(names)} pictures cannot be used")
+        first = "; ".join(map(str, bad[:3]))
+        raise DataError(f"{first}; {len(bad)} of {len(names)} pictures cannot be used")
     return f"{len(names)} images, crc32 {zlib.crc32(np.array(sums, '<u4')):08x}"
 
 
@@ -912,7 +913,9 @@ def steps_left(cfg, ckpt, path, free, stages):
         was, now = ckpt["cfg"].get(f.name, f.default), getattr(cfg, f.name)
         steps = f.name == "steps"
         if was != now and (f.name not in free or steps and (later or now < ckpt["step"])):
-            how = f", there train on from it by --init {path}" * (steps and cfg.stage != "pretrain")
+            teacher = cfg.teacher or f"{cfg.out}/pretrain.pt"
+            how = (f"; to train it on there: --stage {cfg.stage} --init {path} --steps {now - was}"
+                   + f" --teacher {teacher}" * os.path.exists(teacher)) if steps and now > was else ""
             made = f"{ckpt.get('script', 'an older script')} --data {ckpt['cfg']['data']}"
             fail(2, f"{path} was made with --{f.name} {was}, now {now}; use another --out{how} ({made})")
     agree(f"step of {path}", ckpt and ckpt["step"])
@@ -1132,7 +1135,7 @@ def load_images(path, res=0):
         image = read(names[k])
         h, w, _ = image.shape
         if min(h, w) < res:
-            raise DataError(f"{path}: {names[k]} is {w}x{h}, smaller than --res {res}")
+            raise DataError(f"{path}: {names[k]} is {w}x{h}, too small for --res {res}")
         image = np.asarray(square(rgb(image), res)) if res else image
         if image.shape != shape:
             raise DataError(f"{path}: {names[k]} is {image.shape}, but {names[0]} is {shape} (H, W, C); "
@@ -1402,7 +1405,7 @@ def score_net(row, samplers, features, reference, cfg, **more):
         row[column], values, ours = score(sampler, features, reference, cfg.samples, cfg.repeat,
                                           cfg.batch_gpu or 250)
         log(f"eval: {row['stage']} {column} {row[column]}", stage="eval",
-            net=row["stage"].partition(",")[0], metric=column, values=values, **more)
+            net=row["stage"].partition(",")[0], metric=column, samples=cfg.samples, values=values, **more)
     return ours
 
 
@@ -1417,7 +1420,7 @@ def save_images(sampler, seeds, prefix, batch=64):
 
 
 # ---- pictures with words -----------------------------------------------------------------------
-NAMES = dict(teacher="teacher", mid="after mid-training", post="after post-training", init="--init")
+NAMES = dict(teacher="teacher", mid="after mid-training", post="after post-training")
 COLOURS = "#1f5fbf", "#c0392b", "#2e8b57", "#8e44ad", "#d98a00", "#6fa8f5", "#f0a090", "#555555"
 
 
@@ -1487,7 +1490,7 @@ def net_label(name, steps, table=(), sep="\n"):
     rows = (row for row in table if row["stage"].split(",")[0] == name)
     scores = (f", {key.split(' ')[1]} {value}" for row in rows for key, value in row.items()
               if key.startswith(f"{steps}-step "))
-    return f"{NAMES[name]}{sep}{steps} step{'s' * (steps > 1)}{next(scores, '')}"
+    return f"{NAMES.get(name, name)}{sep}{steps} step{'s' * (steps > 1)}{next(scores, '')}"
 
 
 def save_stages(out, shown, names=(), table=()):
@@ -1517,7 +1520,7 @@ def save_trajectory(out, states, levels, students, show=lambda x: x):
     rows, wide = [], levels.clamp(min=1).to(states).view(-1, 1, 1, 1)
     for j in range(states.shape[1]):
         rows.append((f"noise {j + 1}\nstates of the teacher", show(states[:, j] / wide)))     # at unit scale
-        rows += [(f"student's answers\n{NAMES[net]}", show(x[:, j])) for net, x in answers.items()]
+        rows += [(f"student's answers\n{NAMES.get(net, net)}", show(x[:, j])) for net, x in answers.items()]
     caption = ("The teacher walks from noise at the left to an image at the right. Below each of its states: "
                "the image that the student answers with when it is shown this state, in one call. The better "
                "it has learned, the less the answers of a row differ."
@@ -1630,11 +1633,12 @@ def report(cfg, done, lr, tally, **more):
     images, rate, left = done * cfg.batch, n * cfg.batch / took, (cfg.steps - done) * cfg.batch
     ROAD.pop(cfg.stage, None)                                # what is left are the stages after this one
     later = sum(steps * batch for steps, batch in ROAD.values())
-    rest = f", {duration((left + later) / rate)} with the next stages" if later else ""
+    rest = f", about {duration((left + later) / rate)} with the next stages" if later else ""
     given = "".join(f"{name} {value:.4g} | " for name, value in more.items())
+    given += f"skipped {tally['skipped']} | " * bool(tally["skipped"])
     log(f"{cfg.stage} {done:6d}/{cfg.steps} {done / cfg.steps:4.0%} | loss {loss:.5f} | {given}"
-        f"grad {norm:.3g} | skipped {tally['skipped']} | lr {lr:.2e} | {images / 1e6:.3f} M "
-        f"images | {rate:.0f} images/s | {duration(left / rate)} left{rest}",
+        f"grad {norm:.3g} | lr {lr:.2e} | {images / 1e6:.3f} M images | {rate:.0f} images/s"
+        + f" | {duration(left / rate)} left{rest}" * (n > 1 or cfg.log_every == 1),
         stage=cfg.stage, step=done, images=images, loss=loss, grad=norm, skipped=tally["skipped"], lr=lr,
         images_per_second=rate, seconds=tally["seconds"], **more)
 
@@ -1693,9 +1697,11 @@ def overview(road, device, data):
     ROAD.clear()
     ROAD.update({stage: todo for stage, todo in road.items() if todo[0]})
     text = ", ".join(f"{stage} {steps:,} steps of {batch}" for stage, (steps, batch) in ROAD.items())
-    text = f"{processes()[1]} process(es) on {device.type}; to train: {text or 'nothing'}"
+    n = processes()[1]
+    text = f"{n} process{'es' * (n > 1)} on {device.type}; to train: {text or 'nothing'}"
     if ROAD and device.type == "cpu" and data != "digits":
-        text += "; warning: this is made for GPUs, and none is there; --data digits is for a CPU"
+        text += ("; warning: this is made for GPUs, and none is there; for a CPU are --data digits and, with "
+                 "OMP_NUM_THREADS=1, small nets")
     return text
 
 
@@ -1721,7 +1727,8 @@ def dry_run(home, argv, configs):
         known = *ROAD, *codes, *home.RUN
         idle = ", ".join(c.stage for c in configs if c.stage not in known) or "none"
         plan = shlex.join([os.path.basename(home.__file__), *(a for a in argv if a != "--dry_run")])
-        show(f"{text}; --out {c.out}; finished or not needed: {idle}{missing}"
+        draws = f"; to draw: seeds {c.seeds}" * (c.stage == "sample")
+        show(f"{text}{draws}; --out {c.out}; finished or not needed: {idle}{missing}"
              + f"\nmemory and hours: python bench.py plan {plan}" * bool(ROAD), sys.stdout)
     return max(codes.values(), default=0)
 
@@ -1810,16 +1817,19 @@ def table(rows):
 def save_results(out, rows, note, stages):
     """<out>/results.md, rows as a table and a note, and stages.png with the scores; returns what to print.
 
-    stages: arguments of save_stages, of the first process alone, which writes.
+    Earlier tables stay below. stages: arguments of save_stages, of the first process alone, which writes.
     """
     took = {m["stage"]: m["seconds"] for m in read_metrics(out) if "seconds" in m}
     text = f"{table(rows)}\n\n{note}" + f"\n{HALVES}" * note.startswith("FD-digits")
     text += f"\n{', '.join(took)} took {duration(sum(took.values()))} of training." * bool(took)
     if processes()[0] == 0:
-        with open(f"{out}/results.md", "w", errors="backslashreplace") as file:
-            file.write(text + "\n")
+        file = pathlib.Path(out, "results.md")
+        new, old = text.encode(errors="backslashreplace"), file.read_bytes() if file.exists() else b""
+        if not old.startswith(new):
+            write_whole(str(file), lambda f: f.write(new + b"\n" + b"\n" * bool(old) + old))
         save_stages(out, *stages, table=rows)
-    return f"{text}\nopen {out}/stages.png, trajectory.png, curve.png and results.md there"
+    made = [name for name in ("stages.png", "trajectory.png", "curve.png") if os.path.exists(f"{out}/{name}")]
+    return f"{text}\nopen {', '.join(made)} and results.md in {out}"
 
 
 # ---- command line ------------------------------------------------------------------------------

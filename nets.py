@@ -1108,6 +1108,9 @@ def read_weights(path_or_url):
         raise OSError(f"{e}, or pass --teacher FILE") from None
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: {'a folder, not a' if os.path.isdir(path) else 'no such'} file")
+    with open(path, "rb") as f:
+        if re.fullmatch(rb"[\s!-~]+", f.read(99)):
+            raise WeightsError(f"{path}: it is text, no weights")
     try:
         if path.endswith(".pkl"):
             return *read_nvidia(path), {}
@@ -1141,14 +1144,14 @@ def load_pretrained(path_or_url):
     return read_weights(path_or_url)[:2]
 
 
-def make(network, model, what):
-    """network(**model), as the file called `what` says. WeightsError if these are no arguments of it."""
+def make(network, model, what, **more):
+    """network(**model, **more), `model` as the file called `what` says; WeightsError if it has no such."""
     try:
-        return network(**model)
+        return network(**{**model, **more})
     except Exception as e:                            # wrong arguments can surface as any error
-        why = f" ({e})" * ("missing" not in str(e))
-        raise WeightsError(f"{what}: no {network.__name__}, or a bare state dict of no size in nets.SIZES; "
-                           f"pass the .pt or .pkl of its training{why}") from e
+        why = f"but made with {', '.join(map(str, model))[:99]} ({e})" if model else \
+            "these are weights alone, of no size in nets.SIZES; pass the .pt or .pkl of its training"
+        raise WeightsError(f"{what}: no {network.__name__}, {why}") from e
 
 
 HIDDEN = ("num_heads", "channels_per_head", "sigma_data", "label_balance", "concat_balance", "res_balance",

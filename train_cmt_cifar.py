@@ -43,7 +43,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     teacher: str = ""           # FILE, URL; "" = the official one, else <out>/pretrain.pt; scratch = train it
     mid: Literal["cmt", "kd", "slow", "none"] = "cmt"    # states: all | x_T | each solved; or skip
     post: Literal["ect", "ecd", "ecd_euler", "annealed"] = "ect"   # fixed q | x_r by the teacher | q grows
-    init: str = "teacher"       # student's first weights: teacher | random | FILE; sample, eval: show FILE
+    init: str = "teacher"       # the first stage's start: teacher | random | FILE; sample, eval: show FILE
     res: int = 0                # own images are cropped and resized (LANCZOS) to this; 0 = they have one size
 
     steps: int = 300_000        # optimiser steps; x batch 128 = 38.4 million pairs (Sec. 4.2)
@@ -66,7 +66,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
 
     mid_sigma: float = 0.821    # second noise level of 2-step sampling (ECT)
     sigma_shift: float = 0.0    # choice: sample the trained function; official files are scored with 0.003
-    seeds: str = "0-63"         # sample: one image per seed, FIRST-LAST
+    seeds: str = "0-63"         # sample: one image per seed, FIRST-LAST or FIRST-LAST:STEP
     samples: int = 50_000       # eval: images per score
     repeat: int = 1             # eval: scores with fresh seeds, reported as mean, deviation and minimum
 
@@ -178,8 +178,8 @@ def solves(cfg):
 
 
 @torch.no_grad()
-def teacher_pairs(teacher, sigmas, n, shape, g, states):
-    """Eq. 7: n trajectories of the frozen teacher; the first `states` of each are paired with its end.
+def teacher_pairs(teacher, sigmas, n, shape, g, used):
+    """Eq. 7: n trajectories of the frozen teacher; the first `used` states of each are paired with its end.
 
     sigmas (nfe+1,): from 80 to 0.002; shape: of one image; g: Generator. Every process solves its share, gets
     all. Returns, shuffled, x_t (P, C, H, W), t (P,) and owner (P,), and the ends x_0 (n, C, H, W): pair p is
@@ -190,9 +190,9 @@ def teacher_pairs(teacher, sigmas, n, shape, g, states):
     # choice: x_T is pure noise (Eq. 7, the authors' 512-pixel code); their CIFAR code adds a training image
     x_T = levels[0] * randn((n, *shape), g)[mine]
     xs = gather(solvers.dpmpp(teacher, x_T, sigmas))                                 # (nfe+1, n, C, H, W)
-    order = torch.randperm(states * n, generator=g, device=g.device)
-    t = levels[:states].repeat_interleave(n)
-    return xs[:states].flatten(0, 1)[order], t[order], xs[-1], order % n
+    order = torch.randperm(used * n, generator=g, device=g.device)
+    t = levels[:used].repeat_interleave(n)
+    return xs[:used].flatten(0, 1)[order], t[order], xs[-1], order % n
 
 
 @torch.no_grad()
@@ -232,10 +232,10 @@ def loss_ect(net, x_t, x_r, t, r, huber_c=0.0, weight=None):
     net(x, sigma) has one dropout mask for both calls. huber_c: of sqrt(d^2 + c^2) - c, 0 for the norm itself.
     """
     with torch.no_grad():
-        D_r = torch.where(r.view(-1, 1, 1, 1) > 0, net(x_r, r), x_r)  # trap: at r = 0 the net sees ln 0
-    D_t = net(x_t, t)
+        f_r = torch.where(r.view(-1, 1, 1, 1) > 0, net(x_r, r), x_r)  # trap: at r = 0 the net sees ln 0
+    f_t = net(x_t, t)
     # trap: vector_norm has slope 0 where both agree; the root of a sum of squares would have 0 * inf
-    d = torch.linalg.vector_norm((D_t - D_r).flatten(1), dim=1)
+    d = torch.linalg.vector_norm((f_t - f_r).flatten(1), dim=1)
     if huber_c:
         d = (d.square() + huber_c**2).sqrt() - huber_c
     return (d / (t - r) if weight is None else d * weight).mean()
@@ -380,10 +380,11 @@ def check(cfg):
     fid.check_values(cfg, LIMITS, WORLD * trains)
     if cfg.stage == "mid" and trains:
         fid.check_solve(cfg, *solves(cfg), WORLD)
-        if cfg.loss == "lpips" and cfg.data == "digits" or cfg.loss == "huber" and not cfg.huber_c:
-            fail(2, f"--loss {cfg.loss} --huber_c {cfg.huber_c}: digits need huber or l2; huber a c above 0")
-        if cfg.loss == "lpips" and data_name(cfg) == "own" and os.path.exists(cfg.data):
-            side, _, channels = fid.image_shape(cfg.data, cfg.res)
+        if cfg.loss == "huber" and not cfg.huber_c:
+            fail(2, f"--loss huber --huber_c {cfg.huber_c}: huber needs a c above 0")
+        digits = cfg.data == "digits"
+        if cfg.loss == "lpips" and (digits or data_name(cfg) == "own" and os.path.exists(cfg.data)):
+            side, _, channels = (8, 8, 1) if digits else fid.image_shape(cfg.data, cfg.res)
             if channels != 3 or side < 16:
                 fail(2, f"--loss lpips needs 3x16x16 at least, not {channels}x{side}x{side}; or --loss huber")
         if cfg.loss == "lpips" and not os.path.exists(f"{cfg.out}/mid.pt"):
@@ -427,8 +428,8 @@ def teacher_state(cfg):
 def build(cfg, model, state=None, what="", train=False):
     """A DDPM++ from constructor arguments (of an official file or SIZES), with weights by name if given."""
     torch.manual_seed(fold(cfg.seed, cfg.stage, "init"))    # choice: a random student has a start of its own
-    net = nets.make(nets.EDMPrecond, {**model, "augment_dim": 0, "dropout": cfg.dropout if train else 0.0,
-                                      "sigma_shift": cfg.sigma_shift}, what)
+    net = nets.make(nets.EDMPrecond, model, what, augment_dim=0, dropout=cfg.dropout if train else 0.0,
+                    sigma_shift=cfg.sigma_shift)
     if state is not None:
         nets.load_weights(net, state, what)
     net = net.to(DEVICE, memory_format=torch.channels_last)
@@ -531,22 +532,22 @@ def train(cfg):
             sigma = (cfg.P_mean + cfg.P_std * randn(B, g)).exp()
             q = cfg.q ** (1 + step // cfg.double) if cfg.double else cfg.q
 
-        weight = micro / B * tally["scale"]
+        weight = micro / B * tally["scale"]                                   # scale: of fp16, else 1
         for k in range(RANK * share, (RANK + 1) * share, micro):              # this process's share
             i, seed = slice(k, k + micro), fold(cfg.seed, cfg.stage, step, "dropout") + k
-            D = partial(f, masks=nets.dropout_masks(net, range(seed, seed + micro)))
+            student = partial(f, masks=nets.dropout_masks(net, range(seed, seed + micro)))
             if cfg.stage == "pretrain":
-                loss = loss_dm(D, x[i], sigma[i], eps[i], net.sigma_data)
+                loss = loss_dm(student, x[i], sigma[i], eps[i], net.sigma_data)
             elif cfg.stage == "mid":
                 p = slice(at + k, at + k + micro)
                 ends = [features[owner[p]] for features in target]
-                loss = loss_cmt(D, states[p], levels[p], ends, distance)      # Eq. 7
+                loss = loss_cmt(student, states[p], levels[p], ends, distance)          # Eq. 7
             else:
                 t, r = sigma[i], ect_step(sigma[i], q)
                 x_t, x_r = (x[i] + s.view(-1, 1, 1, 1) * eps[i] for s in (t, r))      # same noise
                 if asks_teacher:                                              # frozen: no gradient
                     x_r = solvers.ode_step(teacher, x_t, t, r, 1 if cfg.post == "ecd_euler" else 2)
-                loss = loss_ect(D, x_t, x_r, t, r, cfg.huber_c)         # Eq. 3
+                loss = loss_ect(student, x_t, x_r, t, r, cfg.huber_c)                   # Eq. 3
             (loss * weight).backward()
             grad[-2] += loss.detach() * weight
         norm, loss, stop = total(grad, tally["scale"])                        # the one wait of a step
@@ -559,7 +560,7 @@ def train(cfg):
         done = step + 1
         count(cfg, tally, loss, norm)
         to_save = stop or done % cfg.save_every == 0 or done == cfg.steps
-        if to_save or done % cfg.log_every == 0:
+        if to_save or done % cfg.log_every == 0 or done == start + 1:
             report(cfg, done, lr, tally, **nets.peak_memory())
         if to_save and RANK == 0:
             nets.save_checkpoint(path, net=net, ema=ema, opt=opt, **saved, **tally)
@@ -575,7 +576,8 @@ def candidates(cfg):
     few = {1: 1, 2: 2}
     if cfg.init not in INITS:
         state, model = nets.load_pretrained(cfg.init)
-        return [("init", build(cfg, model, state, cfg.init), few, None)]
+        name = "init_" + os.path.basename(cfg.init).split(".")[0]
+        return [(name, build(cfg, model, state, cfg.init), few, None)]
     own, found = nets.finished(f"{cfg.out}/pretrain.pt") if cfg.teacher in ("", "scratch") else None, []
     if own or has_teacher(cfg):
         state, model = teacher_state(cfg)

@@ -49,7 +49,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     teacher: str = ""           # FILE, URL, EDM2 snapshot by name; "" = the official one; scratch = train it
     mid: Literal["cmt", "none"] = "cmt"                  # Eq. 7
     post: Literal["ect", "ecd", "ecd_euler", "ecd_code"] = "ect"     # Eq. 3; ecd_code: as their 512 script
-    init: str = "teacher"       # student's first weights: teacher | random | FILE; sample, eval: show FILE
+    init: str = "teacher"       # the first stage's start: teacher | random | FILE; sample, eval: show FILE
 
     steps: int = 50_000         # optimiser steps; x batch 128 = 6.4 million pairs (B.3)
     batch: int = 128            # images or pairs (x_t, x_0) per step, over all processes (B.3)
@@ -76,7 +76,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     mid_sigma: float = 1.526    # second noise level of 2-step sampling (ECT)
     sampler: Literal["dpmpp", "heun"] = "dpmpp"          # of the teacher: nfe steps; heun: 32 steps, 63 calls
     labels: Literal["random", "balanced"] = "random"     # of samples: drawn by seed, or seed % classes
-    seeds: str = "0-63"         # sample: one image per seed, FIRST-LAST
+    seeds: str = "0-63"         # sample: one image per seed, FIRST-LAST or FIRST-LAST:STEP
     samples: int = 50_000       # eval: images per score
     repeat: int = 1             # eval: scores with fresh seeds, reported as mean, deviation and minimum
     vae: str = ""               # 512: encode, decode: NAME, FOLDER; "" = the data's, else ft-mse (EDM2)
@@ -363,10 +363,10 @@ def loss_ect(net, x_t, x_r, t, r, huber_c=0.0, weight=None):
     net(x, sigma) has one dropout mask for both calls. huber_c: of sqrt(d^2 + c^2) - c, 0 for the norm itself.
     """
     with torch.no_grad():
-        D_r = torch.where(r.view(-1, 1, 1, 1) > 0, net(x_r, r), x_r)  # trap: at r = 0 the net sees ln 0
-    D_t = net(x_t, t)
+        f_r = torch.where(r.view(-1, 1, 1, 1) > 0, net(x_r, r), x_r)  # trap: at r = 0 the net sees ln 0
+    f_t = net(x_t, t)
     # trap: vector_norm has slope 0 where both agree; the root of a sum of squares would have 0 * inf
-    d = torch.linalg.vector_norm((D_t - D_r).flatten(1), dim=1)
+    d = torch.linalg.vector_norm((f_t - f_r).flatten(1), dim=1)
     if huber_c:
         d = (d.square() + huber_c**2).sqrt() - huber_c
     return (d / (t - r) if weight is None else d * weight).mean()
@@ -636,9 +636,8 @@ def build(cfg, model, state=None, what="", train=False):
         return new_vgg(cfg, model["label_dim"])
     torch.manual_seed(fold(cfg.seed, cfg.stage, "init"))    # choice: a random student has a start of its own
     pretrain = cfg.stage == "pretrain" and train      # then u(sigma) is trained too, and dropped afterwards
-    net = nets.make(nets.EDM2Precond, {**model, "logvar_channels": 128 if pretrain else 0,
-                                       "dropout": cfg.dropout if train else 0.0,
-                                       "dropout_res": None if pretrain else 16}, what)
+    net = nets.make(nets.EDM2Precond, model, what, logvar_channels=128 if pretrain else 0,
+                    dropout=cfg.dropout if train else 0.0, dropout_res=None if pretrain else 16)
     if state is not None:
         nets.load_weights(net, {k: v for k, v in state.items() if not k.startswith("logvar_")}, what)
     net = net.to(DEVICE, memory_format=torch.channels_last)
@@ -749,14 +748,14 @@ def train(cfg):
             if cfg.stage == "vgg" and cfg.data == "digits":
                 x = x + vgg_noise(cfg, step, (B, *shape))[mine]
 
-        weight = micro / B * tally["scale"]
+        weight = micro / B * tally["scale"]                                   # scale: of fp16, else 1
         with nets.hoist(net, force=True):             # EDM2 Eq. 66: normalised once for all micro-batches
             for k in range(0, share, micro):
                 i, seed = slice(k, k + micro), fold(cfg.seed, cfg.stage, step, "dropout") + mine.start + k
                 masks = None if cfg.stage == "vgg" else nets.dropout_masks(net, range(seed, seed + micro))
-                D = partial(net, class_labels=y[i], masks=masks)
+                student = partial(net, class_labels=y[i], masks=masks)
                 if cfg.stage == "pretrain":
-                    loss = loss_edm2(D, x[i], t[i], eps[i], net.sigma_data)
+                    loss = loss_edm2(student, x[i], t[i], eps[i], net.sigma_data)
                 elif cfg.stage == "vgg":
                     loss = loss_vgg(net, x[i], labels[i], seed)
                 elif cfg.stage == "post":
@@ -765,13 +764,13 @@ def train(cfg):
                     if teacher:                                               # ECD; frozen: no gradient
                         order, D_T = 1 if cfg.post == "ecd_euler" else 2, partial(teacher, class_labels=y[i])
                         x_r = solvers.ode_step(D_T, x_t, t[i], r, order)
-                    loss = loss_ect(D, x_t, x_r, t[i], r, cfg.huber_c, c_out)           # Eq. 3
+                    loss = loss_ect(student, x_t, x_r, t[i], r, cfg.huber_c, c_out)     # Eq. 3
                 elif views:
                     view = {name: v[at:at + B][mine][i] for name, v in views.items()}
-                    loss = loss_cmt_views(D, x_t[i], t[i], x_0[owner[i]], distance, view)     # Eq. 7
+                    loss = loss_cmt_views(student, x_t[i], t[i], x_0[owner[i]], distance, view)     # Eq. 7
                 else:
                     ends = [features[owner[i]] for features in target]
-                    loss = loss_cmt(D, x_t[i], t[i], ends, distance)          # Eq. 7
+                    loss = loss_cmt(student, x_t[i], t[i], ends, distance)    # Eq. 7
                 (loss * weight).backward()
                 grad[-2] += loss.detach() * weight
         norm, loss, stop = total(grad, tally["scale"])                        # the one wait of a step
@@ -784,7 +783,7 @@ def train(cfg):
         done = step + 1
         count(cfg, tally, loss, norm)
         to_save = stop or done % cfg.save_every == 0 or done == cfg.steps
-        if to_save or done % cfg.log_every == 0:
+        if to_save or done % cfg.log_every == 0 or done == start + 1:
             report(cfg, done, lr, tally, **nets.peak_memory())
         if to_save and RANK == 0:
             nets.save_checkpoint(path, net=net, ema=ema, opt=opt, **saved, **tally)
@@ -800,7 +799,8 @@ def candidates(cfg):
     few = {1: 1, 2: 2}
     if cfg.init not in INITS:
         state, model = nets.load_pretrained(cfg.init)
-        return [("init", build(cfg, model, state, cfg.init), few, None)]
+        name = "init_" + os.path.basename(cfg.init).split(".")[0]
+        return [(name, build(cfg, model, state, cfg.init), few, None)]
     own, found = nets.finished(f"{cfg.out}/pretrain.pt") if cfg.teacher in ("", "scratch") else None, []
     if own or has_teacher(cfg):
         state, model = teacher_state(cfg)

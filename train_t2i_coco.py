@@ -84,7 +84,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
 
     nfe: int = 50               # steps of the teacher's samples (B.6); the students have 1 and 2
     prompts: str = ""           # sample: captions between bars | FILE.txt, one a line; "" = validation's
-    seeds: str = "0-7"          # sample: one image per seed and caption, FIRST-LAST
+    seeds: str = "0-7"          # sample: one image per seed and caption, FIRST-LAST or FIRST-LAST:STEP
     samples: int = 30_000       # eval: images per score (U-ViT)
     repeat: int = 1             # eval: scores with fresh seeds, reported as mean, deviation and minimum
     vae: str = ""               # encode, decode: NAME, FOLDER; "" = the data's, else sd-vae-ft-mse
@@ -892,7 +892,7 @@ def train(cfg):
             level, tokens = (a.to(DEVICE, non_blocking=True) for a in (t.view(-1, 1, 1, 1), tokens))
             z, v = (1 - level) * x + level * eps, eps - x
 
-        weight = micro / B * tally["scale"]
+        weight = micro / B * tally["scale"]                                   # scale: of fp16, else 1
         for k in range(0, share, micro):
             i, features = slice(k, k + micro), None
             if cfg.stage == "mid":
@@ -920,7 +920,7 @@ def train(cfg):
         done = step + 1
         count(cfg, tally, loss, norm)
         to_save = stop or done % cfg.save_every == 0 or done == cfg.steps
-        if to_save or done % cfg.log_every == 0:
+        if to_save or done % cfg.log_every == 0 or done == start + 1:
             report(cfg, done, lr, tally, **nets.peak_memory(), **fid.mse_by_gap(errors))
         if to_save and RANK == 0:
             nets.save_checkpoint(path, net=net, ema=ema, opt=opt, **saved, **tally)
@@ -935,7 +935,8 @@ def candidates(cfg):
     """What to sample from: (name, net, {steps: kind of sampler}, checkpoint); --init FILE: it alone."""
     found, stages = [], ["pretrain", "mid", "post"]
     if file := cfg.teacher if cfg.init in INITS else cfg.init:
-        name, stages = ("teacher", ["mid", "post"]) if cfg.init in INITS else ("init", [])
+        base = os.path.basename(file).split(".")[0]
+        name, stages = ("teacher", ["mid", "post"]) if cfg.init in INITS else (f"init_{base}", [])
         state, model = read_file(cfg, file)
         found = [(name, build(cfg, model, state, file), None)]
     for stage in stages:

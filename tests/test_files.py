@@ -502,7 +502,7 @@ def test_pictures_of_other_sizes_are_named_and_the_middle_square_is_taken():
             fid.load_images(path)
         one_line(error, "b.png is (6, 4, 3), but a.png is (6, 5, 3)", "2 of 3")
         assert fid.load_images(path, 4).shape == (3, 3, 4, 4)
-        with pytest.raises(fid.DataError, match="b.png is 4x6, smaller than --res 5.*1 of 3"):
+        with pytest.raises(fid.DataError, match="b.png is 4x6, too small for --res 5.*1 of 3"):
             fid.load_images(path, 5)
         read = fid.list_pictures(path)[1]
         for k, name in enumerate(sorted(files)):

@@ -459,7 +459,8 @@ def test_hostile_pt_is_refused_by_name(tmp_path, marker, zipped):
 def test_damaged_or_foreign_pt_is_one_clear_error(tmp_path, nvidia, write, marker):
     torch.save(dict(a=torch.ones(100)), tmp_path / "x.pt")
     whole = (tmp_path / "x.pt").read_bytes()
-    for bad in (b"", b"hello", whole[:100], whole[:-30]):
+    refuse(write(b"404: not found\n", name="x.pt"), "it is text, no weights", ValueError)
+    for bad in (b"", whole[:100], whole[:-30]):
         refuse(write(bad, name="x.pt"), "damaged, cut short", ValueError)
     for bad in (dict(epoch=3), dict(ema={}), [1, 2], torch.ones(2), dict(ema=3)):
         torch.save(bad, tmp_path / "x.pt")
@@ -621,7 +622,8 @@ DAMAGED = {
 @pytest.mark.parametrize("damage", DAMAGED)
 def test_damaged_safetensors_are_one_clear_error(tmp_path, damage):
     (tmp_path / "x.safetensors").write_bytes(DAMAGED[damage])
-    refuse(str(tmp_path / "x.safetensors"), "damaged, cut short or of another kind", nets.WeightsError)
+    text = damage in ("text", "html")
+    refuse(str(tmp_path / "x.safetensors"), "is text" if text else "damaged, cut short or of another kind", nets.WeightsError)
 
 
 def test_the_command_turns_any_weights_into_safetensors(tmp_path, nvidia, write, capsys, monkeypatch):

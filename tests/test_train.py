@@ -197,7 +197,7 @@ def test_larger_own_images_are_cropped_and_resized_smaller_ones_refused():
     make_zip("own.zip", [48, 40, 32])
     assert load("--data", "own.zip", "--res", "32").shape == (3, 3, 32, 32)
     make_zip("small.zip", [48, 40, 31])
-    with pytest.raises(ValueError, match=r"img00000002.png is 31x31, smaller than --res 32"):
+    with pytest.raises(ValueError, match=r"img00000002.png is 31x31, too small for --res 32"):
         load("--data", "small.zip", "--res", "32")
 
 
@@ -260,6 +260,20 @@ def test_students_are_shown_and_scored_where_their_teacher_lies_elsewhere(road, 
         script.main([*TINY, "--out", "x", "--seeds", "0-3", "--stage", stage])
     assert os.path.exists("x/samples/mid_1/000000.png") and "| mid |" in Path("x/results.md").read_text()
     assert not os.path.exists("x/trajectory.png")
+    first = Path("x/results.md").read_text()
+    script.main([*TINY, "--out", "x", "--stage", "eval"])                    # the same once more: no second table
+    assert Path("x/results.md").read_text() == first
+    script.main([*TINY, "--out", "x", "--stage", "eval", "--samples", "12"])
+    assert Path("x/results.md").read_text().endswith("\n\n" + first) and "12 samples a score" in Path("x/results.md").read_text()
+    assert {m["samples"] for m in script.fid.read_metrics("x") if m["stage"] == "eval"} >= {12}
+
+
+def test_seeds_by_steps_draw_one_class(road):
+    """Balanced labels: the class is seed % 10, so every tenth seed from 7 draws sevens; an --init FILE is named by its file."""
+    main = importlib.import_module("train_cmt_imagenet").main
+    main("--data digits --stage pretrain --steps 1 --batch 8 --out y".split())
+    main("--data digits --stage sample --seeds 7-27:10 --init y/pretrain.pt --out y".split())
+    assert sorted(p.name for p in Path("y/samples/init_pretrain_1").iterdir()) == ["000007.png", "000017.png", "000027.png"]
 
 
 def test_a_finished_road_says_that_nothing_is_to_train_also_one_from_init_file(road, monkeypatch, capsys):
@@ -309,7 +323,7 @@ BAD = [  # (command line, exit code, what the line must say)
     ("--data digits --lr -1", 2, "--lr -1.0 is not possible"),
     ("--data digits --steps 0", 2, "--steps 0 is not possible"),
     ("--data digits --seeds a-b", 2, "--seeds a-b"),
-    ("--data digits --seeds 5-3", 2, "--seeds 5-3 is not possible; write 7 or 0-63"),
+    ("--data digits --seeds 5-3", 2, "--seeds 5-3 is not possible; write 7, 0-63 or 7-997:10"),
     ("--data digits --seeds -5", 2, "--seeds -5 is not possible"),
     ("--data digits --seeds \u00b2", 2, "--seeds \u00b2 is not possible"),
     ("--data digits --steps 1e4", 2, "--steps: invalid int value: '1e4'"),
@@ -323,8 +337,8 @@ BAD = [  # (command line, exit code, what the line must say)
     ("--data missing.zip --stage pretrain", 3, "missing.zip is not there"),
     ("--data missing.zip --teacher none.pkl --loss l2", 3, "missing.zip is not there"),
     ("--data digits --huber_c -1", 2, "--huber_c -1.0 is not possible; it must be 0 or more"),
-    ("--data digits --loss lpips --stage mid", 2, "digits need huber or l2"),
-    ("--data digits --huber_c 0 --stage mid", 2, "huber a c above 0"),
+    ("--data digits --loss lpips --stage mid", 2, "needs 3x16x16 at least, not 1x8x8; or --loss huber"),
+    ("--data digits --huber_c 0 --stage mid", 2, "huber needs a c above 0"),
     ("--data missing.zip --loss l2", 3, "missing.zip is not there"),
     ("--data digits --batch_gpu -4", 2, "--batch_gpu -4"),
     ("--data digits --warmup -1", 2, "--warmup -1"),
@@ -332,7 +346,7 @@ BAD = [  # (command line, exit code, what the line must say)
     ("--data digits --stage post --batch_gpu 5", 2, "--batch_gpu 5 must divide"),
     ("--data digits --stage mid", 3, "run --stage pretrain first"),
     ("--data digits --stage mid --teacher none.pt", 3, "none.pt: no such file"),
-    ("--data digits --stage eval", 3, "run --stage pretrain first"),
+    ("--data digits --stage eval", 3, "run --stage pretrain, or"),
 ]
 
 

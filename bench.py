@@ -680,7 +680,8 @@ def random_weights(home, cfg, gpus, device, sent, more):
     stand_ins = {
         home: dict(WORLD=gpus, DEVICE=device, dist=nccl, build=device_decorator(device, home.build),
                    load_data=lambda cfg: images, teacher_state=lambda cfg: ({"": ""}, size), agree=skip,
-                   log=skip, resume=lambda cfg: (None, cfg.steps), first_weights=lambda *a: (None, "")),
+                   report=skip, log=skip, resume=lambda cfg: (None, cfg.steps),
+                   first_weights=lambda *a: (None, "")),
         nets: dict(load_pretrained=load, finished=lambda path: dict(ema={}), pretrained_lpips=nets.LPIPS,
                    load_weights=skip, load_flow=skip, fitting=skip, stamp=str, memory=skip),
         fid: dict(begin_stage=skip)}
@@ -767,7 +768,7 @@ def step(home, name, cfg, args):
     hours = ms * cfg.steps / 3.6e6
     row = {"stage": name, "--batch_gpu": cfg.batch_gpu or cfg.batch // args.gpus, "ms a step": f"{ms:.3g}",
            "images/s": f"{1e3 * cfg.batch / args.gpus / ms:,.0f}", "peak GB": f"{peak:.3g}",
-           "hours": f"{hours:.3g}", "GPU-hours": f"{hours * args.gpus:.3g}"}
+           "hours": short(hours), "GPU-hours": short(hours * args.gpus)}
     print(row, flush=True)                            # the next may not fit
     return [row]
 
@@ -810,8 +811,8 @@ def plan(home, name, cfg, args):
     hours = (ms + near) * cfg.steps / 3.6e6
     price = {"dollars": f"{hours * args.gpus * args.price:,.2f}"} if args.price else {}
     return [{"stage": name, "peak GB": f"{peak:.3g}" + "!" * (peak > 0.9 * room), "--batch_gpu": micro,
-             "ms a step": f"{ms + near:.3g}", "steps": f"{cfg.steps:,}", "hours": f"{hours:.3g}",
-             "GPU-hours": f"{hours * args.gpus:.3g}", **price, "parameters": f"{step.parameters:,}",
+             "ms a step": f"{ms + near:.3g}", "steps": f"{cfg.steps:,}", "hours": short(hours),
+             "GPU-hours": short(hours * args.gpus), **price, "parameters": f"{step.parameters:,}",
              "GB: weights, gradients, average, optimiser, frozen and data, activations":
              ", ".join(f"{part:.3g}" for part in parts), **columns, "GB sent": f"{step.sent / 1e9:.3g}",
              "of the time, at 100 Gb/s": f"{near / (ms + near):.0%}, {far / (ms + far):.0%}"}]
@@ -828,6 +829,11 @@ def roofline(home, name, cfg, args):
             rows.append({"stage": name, "phase": phase, **columns, "bytes a parameter": f"{moved:.0f}",
                          "of the ceiling": f"{share:.0%}", "peak GB": f"{step.peak / 1e9:.3g}"})
     return rows
+
+
+def short(x):
+    """Three digits; whole numbers from a thousand on."""
+    return f"{x:.3g}" if x < 999.5 else f"{x:,.0f}"
 
 
 def gpu_name():
@@ -865,6 +871,7 @@ def full_size(command, argv):
             cfg = home.parse([*given, "--stage", stage])
             name = f"{home.data_name(cfg)} {stage} {getattr(cfg, stage, '')} {cfg.precision}"
             if name not in rows:
+                print(f"counting {name}", file=sys.stderr, flush=True)
                 rows[name] = command(home, name, cfg, args)
             if rows[name]:
                 roads.setdefault(line, []).extend(rows[name])
@@ -879,7 +886,7 @@ def whole(line, stages):
             for name in ("hours", "GPU-hours", "dollars") if name in stages[0]}
     peak = max((row["peak GB"] for row in stages), key=lambda text: float(text.rstrip("!")))
     return {"command": line, "stages": len(stages), "most GB on a GPU": peak,
-            **{name: f"{total:,.3g}" if total < 999.5 else f"{total:,.0f}" for name, total in sums.items()}}
+            **{name: short(total) for name, total in sums.items()}}
 
 
 # ---- command line -----------------------------------------------------------------------------

@@ -1558,7 +1558,7 @@ def save_chart(path, panels, caption, across="images"):
                     bottom - (bottom - top) * (math.log(y) - low) / (high - low))
         for y in ticks if len(ticks) < 9 else [t for t in ticks if f"{t:e}"[0] == "1"]:
             pen.line([at(0, y), at(end, y)], "#dddddd")
-            pen.text((left - 8, at(0, y)[1]), f"{y:g}", "black", font, anchor="rm")
+            pen.text((left - 8, at(0, y)[1]), f"{y:,g}", "black", font, anchor="rm")
         step = next(t for t in ticks_of(1e-9, end) if end / t <= 6)
         for x in range(int(end / step) + 1):
             pen.text((at(x * step, ticks[0])[0], bottom + 6), f"{x * step:,g}", "black", font, anchor="mt")

@@ -1637,7 +1637,7 @@ def report(cfg, done, lr, tally, **more):
     given = "".join(f"{name} {value:.4g} | " for name, value in more.items())
     given += f"skipped {tally['skipped']} | " * bool(tally["skipped"])
     log(f"{cfg.stage} {done:6d}/{cfg.steps} {done / cfg.steps:4.0%} | loss {loss:.5f} | {given}"
-        f"grad {norm:.3g} | lr {lr:.2e} | {images / 1e6:.3f} M images | {rate:.0f} images/s"
+        f"grad {norm:.3g} | lr {lr:.2e} | {rate:.0f} images/s"
         + f" | {duration(left / rate)} left{rest}" * (n > 1 or cfg.log_every == 1),
         stage=cfg.stage, step=done, images=images, loss=loss, grad=norm, skipped=tally["skipped"], lr=lr,
         images_per_second=rate, seconds=tally["seconds"], **more)

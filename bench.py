@@ -811,7 +811,7 @@ def plan(home, name, cfg, args):
     hours = (ms + near) * cfg.steps / 3.6e6
     price = {"dollars": f"{hours * args.gpus * args.price:,.2f}"} if args.price else {}
     return [{"stage": name, "peak GB": f"{peak:.3g}" + "!" * (peak > 0.9 * room), "--batch_gpu": micro,
-             "ms a step": f"{ms + near:.3g}", "steps": f"{cfg.steps:,}", "hours": short(hours),
+             "ms a step": short(ms + near), "steps": f"{cfg.steps:,}", "hours": short(hours),
              "GPU-hours": short(hours * args.gpus), **price, "parameters": f"{step.parameters:,}",
              "GB: weights, gradients, average, optimiser, frozen and data, activations":
              ", ".join(f"{part:.3g}" for part in parts), **columns, "GB sent": f"{step.sent / 1e9:.3g}",

@@ -1711,11 +1711,12 @@ def dry_run(home, argv, configs):
     codes, road, lines = {}, {}, io.StringIO()
     for c in configs:
         given = c.teacher != "scratch" and (c.teacher or home.data_name(c) in home.nets.PRETRAINED)
+        asks = c.stage in ("sample", "eval") or given and c.stage in ("pretrain", "mid", "post")
         try:
             with contextlib.redirect_stderr(lines), one_line(c, home.nets.WeightsError):
                 if home.check(c):
                     road[c.stage] = home.resume(c)[1], c.batch
-                if c is configs[0] and (given or c.stage in ("sample", "eval")):
+                if c is configs[0] and asks:
                     home.candidates(c)                # do the weights fit their nets?
         except SystemExit as stopped:
             codes[c.stage] = stopped.code

@@ -250,6 +250,10 @@ def test_a_dry_run_says_what_it_would_do_and_does_nothing(name, monkeypatch, cap
                         "--stage mid --teacher odd.pt": "odd.pt: no ", "--teacher odd.pt": "odd.pt: no "}.items():
         exit_code, err = code(["--data", "digits", "--dry_run", *flags.split()], capsys, main)
         assert exit_code in (2, 3) and said in err and len(err.strip().splitlines()) == 1, (flags, err)
+    os.makedirs("photos/a")
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save("photos/a/1.png")
+    if name == "train_cmt_imagenet":                    # what encodes asks for no teacher
+        assert code("--stage encode --source photos --res 64 --dry_run".split(), capsys, main)[0] == 0
     assert not os.path.exists("out")
 
 

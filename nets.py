@@ -1760,11 +1760,12 @@ def restore(ckpt, path, net, ema, opt, numbers):
 
 
 def cost(ckpt):
-    """Columns of a table: what the stage of a checkpoint took; dashes without one."""
+    """Columns of a table: what the stage of a checkpoint took, and from which --init FILE; or dashes."""
     if not ckpt:
         return dict(steps="-", images="-", seconds="-")
-    images = ckpt["step"] * ckpt["cfg"]["batch"]
-    return dict(steps=ckpt["step"], images=f"{images:,}", seconds=f"{ckpt['seconds']:.0f}")
+    images, init = ckpt["step"] * ckpt["cfg"]["batch"], ckpt["cfg"].get("init", "")
+    on = f" on {init}" * (init not in ("", "teacher", "random", "sit"))
+    return dict(steps=f"{ckpt['step']}{on}", images=f"{images:,}", seconds=f"{ckpt['seconds']:.0f}")
 
 
 def peak_memory():

@@ -288,6 +288,7 @@ def test_a_finished_road_says_that_nothing_is_to_train_also_one_from_init_file(r
     script.main(argv)
     assert "to train: mid 1 steps" not in capsys.readouterr().out.split("stage 4 of 4")[1]
     assert Path("x/log.txt").read_text().count("to train: nothing") == 1
+    assert f"| 1 on {road}/mid.pt | 16 |" in Path("x/results.md").read_text()
     assert code([*argv, "--dry_run"], capsys)[0] == 0
     with pytest.raises(SystemExit):
         importlib.import_module("train_t2i_coco").main(["--data", "digits", "--prompts", "a cat|a dog", "--dry_run"])

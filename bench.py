@@ -700,14 +700,20 @@ def random_weights(home, cfg, gpus, device, sent, more):
         stack.enter_context(fid.one_line(mine, nets.WeightsError))
         stack.enter_context(contextlib.suppress(StopIteration))           # enough is seen
         fid.check_values(cfg, home.LIMITS, gpus)
+        if cfg.stage == "mid":
+            fid.check_solve(cfg, *solve_of(home, cfg), gpus)
         never = 10**9
         yield stack, replace(cfg, steps=never, save_every=never, log_every=never)
 
 
+def solve_of(home, cfg):
+    """Trajectories of a solve of the teacher, and the pairs that they give."""
+    return home.solves(cfg) if hasattr(home, "solves") else (cfg.trajectories, home.pairs_per_solve(cfg))
+
+
 def steps_of_a_solve(home, cfg):
     """How many steps one solve of the teacher feeds."""
-    pairs = home.solves(cfg)[1] if hasattr(home, "solves") else home.pairs_per_solve(cfg)
-    return max(pairs // cfg.batch, 1) if cfg.stage == "mid" else 1
+    return max(solve_of(home, cfg)[1] // cfg.batch, 1) if cfg.stage == "mid" else 1
 
 
 def measure(home, cfg, gpus):

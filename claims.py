@@ -200,10 +200,10 @@ def plot(args, device):
     """The curves of any runs beside each other, a panel for each stage and quantity: <out>/plot.png."""
     panels = {}
     for run in args.runs or ["OUT"]:
-        if not (metrics := fid.read_metrics(run)):
-            script.fail(3, f"plot: {run}/metrics.jsonl is not there; name the folders of runs")
-        for m in metrics:
-            for key in fid.CURVES if "images" in m else ():
+        if not (steps := [m for m in fid.read_metrics(run) if "images" in m]):
+            script.fail(3, f"plot: {run}/metrics.jsonl has no step of a training; name the folders of runs")
+        for m in steps:
+            for key in fid.CURVES:
                 panel = panels.setdefault(f"{m['stage']}: {fid.CURVES[key]}", {})
                 panel.setdefault(run, []).append((m["images"], m.get(key, 0)))
     os.makedirs(args.out, exist_ok=True)
@@ -505,7 +505,7 @@ def main(argv=None):
     p.add_argument("--net", default="out/digits/pretrain.pt", help="curves: the teacher")
     p.add_argument("--data", default="", help="photos, roads: an EDM zip with labels")
     p.add_argument("--size", default="2x128x6", help="roads: of the student, PATCHxWIDTHxDEPTH")
-    p.add_argument("--flags", default="--lr 2e-3", help="roads: of every stage, as \"--lr 4e-3 --omega 1.5\"")
+    p.add_argument("--flags", default="--lr 4e-3", help="roads: of every stage, as --flags=\"--lr 1e-3\"")
     p.add_argument("--samples", type=int, default=0, help="0 = photos: 5,000, roads: 2,500, bias: 500")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = p.parse_args(argv)

@@ -115,10 +115,13 @@ def blame(name):
 # ---- a run of a script: its lines, errors, lock, flags -------------------------------------------
 OUT = ""                                                 # folder of the first process's run, with its log.txt
 SAID = []                                                # lines about files: also before there is a folder
+SHOWN = None                                             # set of lines in a dry run, which shows each once
 
 
 def show(text, stream):
     """Print a line. Where nobody reads on (`| head`, a closed terminal) the output ends, not the run."""
+    if SHOWN is not None and (text in SHOWN or SHOWN.add(text)):
+        return
     try:
         print(text.encode(errors="backslashreplace").decode(), file=stream, flush=True)
     except OSError:
@@ -913,9 +916,10 @@ def steps_left(cfg, ckpt, path, free, stages):
         was, now = ckpt["cfg"].get(f.name, f.default), getattr(cfg, f.name)
         steps = f.name == "steps"
         if was != now and (f.name not in free or steps and (later or now < ckpt["step"])):
-            teacher = cfg.teacher or f"{cfg.out}/pretrain.pt"
-            how = (f"; to train it on there: --stage {cfg.stage} --init {path} --steps {now - was}"
-                   + f" --teacher {teacher}" * os.path.exists(teacher)) if steps and now > was else ""
+            teacher, how = cfg.teacher if cfg.teacher not in ("", "scratch") else f"{cfg.out}/pretrain.pt", ""
+            if steps and now > was and cfg.stage != "pretrain":
+                how = (f"; to train it on there: --stage {cfg.stage} --init {path} --teacher {teacher} "
+                       f"--steps {now - was}")
             made = f"{ckpt.get('script', 'an older script')} --data {ckpt['cfg']['data']}"
             fail(2, f"{path} was made with --{f.name} {was}, now {now}; use another --out{how} ({made})")
     agree(f"step of {path}", ckpt and ckpt["step"])
@@ -1543,7 +1547,7 @@ def save_chart(path, panels, caption, across="images"):
               for title, curves in panels.items()}
     panels = {title: curves for title, curves in panels.items() if any(curves.values())}
     names = dict.fromkeys(plain(name) for curves in panels.values() for name in curves)
-    left, right = 80, max((boxed(name, 40, font)[1] for name in names), default=0) + 40
+    left, right = 80, max((boxed(name, 40, font)[1] for name in (*names, across))) + 40
     words = boxed(caption, 115, font)
     picture = Image.new("RGB", (width, height * len(panels) + words[2] + 20), "white")
     pen = ImageDraw.Draw(picture)
@@ -1708,20 +1712,24 @@ def overview(road, device, data):
 def dry_run(home, argv, configs):
     """Print what a command of the script `home` would train and skip, and what it misses: its exit code."""
     os.environ |= dict(CMT_OFFLINE="1", HF_HUB_OFFLINE="1")       # a missing file is a line with its URL
-    codes, road, lines = {}, {}, io.StringIO()
+    global SHOWN
+    codes, road, SHOWN = {}, {}, set()                   # what holds for all stages is said once
     for c in configs:
         given = c.teacher != "scratch" and (c.teacher or home.data_name(c) in home.nets.PRETRAINED)
-        asks = c.stage in ("sample", "eval") or given and c.stage in ("pretrain", "mid", "post")
         try:
-            with contextlib.redirect_stderr(lines), one_line(c, home.nets.WeightsError):
-                if home.check(c):
-                    road[c.stage] = home.resume(c)[1], c.batch
-                if c is configs[0] and asks:
-                    home.candidates(c)                # do the weights fit their nets?
+            with one_line(c, home.nets.WeightsError):
+                left = home.resume(c)[1] if home.check(c) else 0
+                road[c.stage] = left, c.batch
+                # do the weights that this stage would read fit their nets?
+                starts = left and c.stage in ("mid", "post") and c.init not in home.INITS
+                if starts or configs == [c] and c.stage in ("sample", "eval"):
+                    home.candidates(c)
+                reads = c.stage == "pretrain" and not getattr(home, "left_out", lambda c: False)(c)
+                if given and (reads or left and c.stage == "mid" and configs == [c]):
+                    home.candidates(dataclasses.replace(c, init=home.INITS[0], out=os.devnull))
         except SystemExit as stopped:
             codes[c.stage] = stopped.code
-    for line in dict.fromkeys(lines.getvalue().splitlines()):     # what holds for all stages is said once
-        show(line, sys.stderr)
+    SHOWN = None
     if processes()[0] == 0:
         text = overview(road, home.DEVICE, c.data)
         missing = f"; blocked, see above: {', '.join(codes)}" * bool(codes)
@@ -1731,6 +1739,8 @@ def dry_run(home, argv, configs):
         draws = f"; to draw: seeds {c.seeds}" * (c.stage == "sample")
         show(f"{text}{draws}; --out {c.out}; finished or not needed: {idle}{missing}"
              + f"\nmemory and hours: python bench.py plan {plan}" * bool(ROAD), sys.stdout)
+    if dist.is_initialized():
+        dist.destroy_process_group()
     return max(codes.values(), default=0)
 
 

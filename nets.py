@@ -1127,9 +1127,16 @@ def read_weights(path_or_url):
     # trap: DiT and REPA keep weights under `model`, where our checkpoints keep constructor arguments
     if place[:1] == ("ema",) and isinstance(model, dict) and not tensors_in(model):
         return state, model or size, tree.get("cfg", {})
-    if place and os.environ.get("RANK", "0") == "0":
-        print(f"{path}: took its {'.'.join(place)}; it holds {', '.join(tree)[:80]}", flush=True)
+    if place:
+        tell(f"{path}: took its {'.'.join(place)}; it holds {', '.join(tree)[:80]}")
     return state, size, {}
+
+
+@functools.cache
+def tell(text):
+    """A line about a file, once, from the first process."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
 
 
 def load_pretrained(path_or_url):
@@ -1763,9 +1770,10 @@ def cost(ckpt):
     """Columns of a table: what the stage of a checkpoint took, and from which --init FILE; or dashes."""
     if not ckpt:
         return dict(steps="-", images="-", seconds="-")
-    images, init = ckpt["step"] * ckpt["cfg"]["batch"], ckpt["cfg"].get("init", "")
-    on = f" on {init}" * (init not in ("", "teacher", "random", "sit"))
-    return dict(steps=f"{ckpt['step']}{on}", images=f"{images:,}", seconds=f"{ckpt['seconds']:.0f}")
+    images, cfg = ckpt["step"] * ckpt["cfg"]["batch"], {"init": "", **ckpt["cfg"]}
+    on = cfg["stage"] != "pretrain" and cfg["init"] not in ("", "teacher", "random", "sit")
+    steps = str(ckpt["step"]) + f" on {cfg['init']}" * on
+    return dict(steps=steps, images=f"{images:,}", seconds=f"{ckpt['seconds']:.0f}")
 
 
 def peak_memory():

@@ -116,6 +116,7 @@ def blame(name):
 OUT = ""                                                 # folder of the first process's run, with its log.txt
 SAID = []                                                # lines about files: also before there is a folder
 SHOWN = None                                             # set of lines in a dry run, which shows each once
+DRY = "dry run"                                          # CMT_OFFLINE then: a download is a line, no error
 
 
 def show(text, stream):
@@ -308,6 +309,12 @@ def check_solve(cfg, n, pairs, world):
                 f"batches of --batch {cfg.batch}")
     if n % world:
         fail(2, f"the {n} --trajectories of a solve must be a multiple of the {world} processes")
+
+
+def finished_mid(cfg, finished):
+    """The checkpoint of mid-training, that post-training starts from; exit code 3 without it."""
+    path = f"{cfg.out}/mid.pt"
+    return finished(path) or fail(3, f"{path} is not finished; run --stage mid first, or pass --mid none")
 
 
 def check_init(cfg, inits):
@@ -680,6 +687,8 @@ def fetch(urls, expected="", remedy=""):
     """
     cache = os.environ.get("CMT_CACHE") or os.path.expanduser("~/.cache/cmt")
     path, problems = os.path.join(cache, os.path.basename(urls[0])), ""
+    if os.environ.get("CMT_OFFLINE") == DRY and not os.path.exists(path):
+        return say(f"to download: {urls[0]} -> {path}")
     temporary = f"{path}.{os.getpid()}"
     os.makedirs(cache, exist_ok=True)
     folder = os.open(cache, os.O_RDONLY)
@@ -834,7 +843,8 @@ def read_labels(path, names):
                             f"them 0 to {len(counts) - 1}, without a gap")
         text = f"; left out: {len(left)} {kind}, such as {left[0]!r}" if left else ""
         least, most = min(counts.values()), max(counts.values())
-        say(f"{source}: {len(counts)} classes of {least} to {most} pictures{text}")
+        names = "" if lists else f": {', '.join(map(os.path.basename, [*classes][:10]))}"
+        say(f"{source}: {len(counts)} classes of {least} to {most} pictures{names}{text}")
         return torch.tensor(labels), len(counts)
 
 
@@ -920,7 +930,7 @@ def steps_left(cfg, ckpt, path, free, stages):
             if steps and now > was and cfg.stage != "pretrain":
                 how = (f"; to train it on there: --stage {cfg.stage} --init {path} --teacher {teacher} "
                        f"--steps {now - was}")
-            made = f"{ckpt.get('script', 'an older script')} --data {ckpt['cfg']['data']}"
+            made = f"made by {ckpt.get('script', 'an older script')} --data {ckpt['cfg']['data']}"
             fail(2, f"{path} was made with --{f.name} {was}, now {now}; use another --out{how} ({made})")
     agree(f"step of {path}", ckpt and ckpt["step"])
     return cfg.steps - (ckpt["step"] if ckpt else 0)
@@ -1139,7 +1149,7 @@ def load_images(path, res=0):
         image = read(names[k])
         h, w, _ = image.shape
         if min(h, w) < res:
-            raise DataError(f"{path}: {names[k]} is {w}x{h}, too small for --res {res}")
+            raise DataError(f"{path}: {names[k]} is {w}x{h}, too small for --res {res}; leave it out")
         image = np.asarray(square(rgb(image), res)) if res else image
         if image.shape != shape:
             raise DataError(f"{path}: {names[k]} is {image.shape}, but {names[0]} is {shape} (H, W, C); "
@@ -1711,27 +1721,41 @@ def overview(road, device, data):
 
 def dry_run(home, argv, configs):
     """Print what a command of the script `home` would train and skip, and what it misses: its exit code."""
-    os.environ |= dict(CMT_OFFLINE="1", HF_HUB_OFFLINE="1")       # a missing file is a line with its URL
+    os.environ.setdefault("CMT_OFFLINE", DRY)
+    os.environ["HF_HUB_OFFLINE"] = "1"
     global SHOWN
     codes, road, SHOWN = {}, {}, set()                   # what holds for all stages is said once
-    for c in configs:
-        given = c.teacher != "scratch" and (c.teacher or home.data_name(c) in home.nets.PRETRAINED)
+
+    def tried(c, work):
+        """work(c); None where it is refused, or wants a download, which is a line and SystemExit(0)."""
         try:
             with one_line(c, home.nets.WeightsError):
-                left = home.resume(c)[1] if home.check(c) else 0
-                road[c.stage] = left, c.batch
-                # do the weights that this stage would read fit their nets?
-                starts = left and c.stage in ("mid", "post") and c.init not in home.INITS
-                if starts or configs == [c] and c.stage in ("sample", "eval"):
-                    home.candidates(c)
-                reads = c.stage == "pretrain" and not getattr(home, "left_out", lambda c: False)(c)
-                if given and (reads or left and c.stage == "mid" and configs == [c]):
-                    home.candidates(dataclasses.replace(c, init=home.INITS[0], out=os.devnull))
+                return work(c)
         except SystemExit as stopped:
-            codes[c.stage] = stopped.code
+            codes.update({c.stage: codes.get(c.stage, stopped.code)} if stopped.code else {})
+
+    def fits(c):
+        state, model = home.teacher_state(c)
+        home.build(c, model, state, c.teacher or "the teacher")
+    for c in configs:
+        given = c.teacher != "scratch" and (c.teacher or home.data_name(c) in home.nets.PRETRAINED)
+        alone, named = configs == [c], c.init not in home.INITS
+        trains = tried(c, home.check)
+        if trains or trains is None and c.stage not in codes:
+            road[c.stage] = (tried(c, home.resume) or (None, 0))[1], c.batch
+        left = road.get(c.stage, (0,))[0]
+        begins = c.stage == "post" and left == c.steps and not named
+        if left and named and c.stage in ("mid", "post") or alone and c.stage in ("sample", "eval"):
+            tried(c, home.candidates)
+        if alone and begins and c.mid != "none":
+            tried(c, functools.partial(finished_mid, finished=home.nets.finished))
+        elif (alone or "pretrain" in codes) and (left and c.stage == "mid" or begins and c.init != "random"):
+            tried(c, fits)
+        elif c.stage == "pretrain" and given and not getattr(home, "left_out", lambda c: False)(c):
+            tried(c, fits)
     SHOWN = None
     if processes()[0] == 0:
-        text = overview(road, home.DEVICE, c.data)
+        text = overview({s: todo for s, todo in road.items() if s not in codes}, home.DEVICE, c.data)
         missing = f"; blocked, see above: {', '.join(codes)}" * bool(codes)
         known = *ROAD, *codes, *home.RUN
         idle = ", ".join(c.stage for c in configs if c.stage not in known) or "none"
@@ -1741,7 +1765,7 @@ def dry_run(home, argv, configs):
              + f"\nmemory and hours: python bench.py plan {plan}" * bool(ROAD), sys.stdout)
     if dist.is_initialized():
         dist.destroy_process_group()
-    return max(codes.values(), default=0)
+    return next(iter(codes.values()), 0)
 
 
 CURVES = {"loss": "loss", "grad": "gradient norm", "mse_gap1": "square error where t - r is at most 1/4"}

@@ -1111,6 +1111,8 @@ def read_weights(path_or_url):
     with open(path, "rb") as f:
         if re.fullmatch(rb"[\s!-~]+", f.read(99)):
             raise WeightsError(f"{path}: it is text, no weights")
+    if zipfile.is_zipfile(path) and "/data.pkl" not in " ".join(zipfile.ZipFile(path).namelist()):
+        raise WeightsError(f"{path}: a .zip of other files, no weights")
     try:
         if path.endswith(".pkl"):
             return *read_nvidia(path), {}
@@ -1215,6 +1217,8 @@ def fetch(url, sha256=""):
             if sha256:
                 check_sum(target, f"{target} (delete it to download it again)", sha256)
             return target
+        if os.environ.get("CMT_OFFLINE") == "dry run":    # of fid.dry_run
+            raise SystemExit(tell(f"to download: {url} -> {target}"))
         if os.environ.get("CMT_OFFLINE"):
             raise OSError("CMT_OFFLINE is set")
         with urllib.request.urlopen(url, timeout=60) as r, open(part, "wb") as f:

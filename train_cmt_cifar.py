@@ -443,9 +443,7 @@ def first_weights(cfg, teacher, model={}):
     if cfg.init not in INITS:
         return nets.fitting(*nets.load_pretrained(cfg.init), model, cfg.init), cfg.init
     if cfg.stage == "post" and cfg.mid != "none":
-        if not (ckpt := nets.finished(f"{cfg.out}/mid.pt")):
-            fail(3, f"{cfg.out}/mid.pt is not finished; run --stage mid first, or pass --mid none")
-        return ckpt["ema"], f"{cfg.out}/mid.pt"
+        return fid.finished_mid(cfg, nets.finished)["ema"], f"{cfg.out}/mid.pt"
     return (teacher, "the teacher") if cfg.init == "teacher" else (None, "")
 
 
@@ -630,7 +628,8 @@ def main(argv):
                 torch.backends.cudnn.allow_tf32 = c.precision != "fp32"
                 for number in SIGNALS:                # training saves first, the rest just ends
                     signal.signal(number, signal.SIG_DFL if c.stage in RUN else on_signal)
-                log(ABOUT.get(c.stage, c.stage))
+                if c in trained or c.stage in RUN:
+                    log(ABOUT.get(c.stage, c.stage))
                 RUN.get(c.stage, train)(c)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -175,7 +175,8 @@ class Images:
         if x.dtype == np.uint8:
             x = x.transpose(2, 0, 1)
         if self.shape not in (None, x.shape) or x.ndim != 3 or x.dtype not in (np.uint8, np.float32):
-            raise fid.DataError(f"{self.path}: {self.names[k]} is {x.dtype} {x.shape}, not {self.shape}")
+            raise fid.DataError(f"{self.path}: {self.names[k]} is {x.dtype} {x.shape}, not {self.shape}; "
+                                "make them alike by --stage encode --source FOLDER")
         return torch.from_numpy(np.ascontiguousarray(x))
 
     def read(self, index):
@@ -582,6 +583,9 @@ def check(cfg):
         fail(3, "; ".join(missing))
     if trains and cfg.stage in ("mid", "post") and os.path.exists(path):
         check_data(cfg)
+    by_vgg16 = cfg.stage == "mid" and trains and cfg.loss == "lpips" and not wants_vgg(cfg)
+    if by_vgg16 and not os.path.exists(f"{cfg.out}/mid.pt") and (cfg.dry_run or os.path.exists(path)):
+        nets.pretrained_lpips()                       # downloaded now
     if cfg.res == 512 and cfg.data != "digits" and cfg.stage in ("encode", "sample", "eval"):
         vae_of(cfg)        # are diffusers and the VAE there?
     for file in (cfg.main, cfg.guide) if cfg.stage == "post" and cfg.post != "ect" else ():
@@ -671,9 +675,7 @@ def first_weights(cfg, teacher, model={}):
     if cfg.init not in INITS:
         return nets.fitting(*nets.load_pretrained(cfg.init), model, cfg.init), cfg.init
     if cfg.stage == "post" and cfg.mid != "none":
-        if not (ckpt := nets.finished(f"{cfg.out}/mid.pt")):
-            fail(3, f"{cfg.out}/mid.pt is not finished; run --stage mid first, or pass --mid none")
-        return ckpt["ema"], f"{cfg.out}/mid.pt"
+        return fid.finished_mid(cfg, nets.finished)["ema"], f"{cfg.out}/mid.pt"
     return (teacher, "the teacher") if cfg.init == "teacher" else (None, "")
 
 
@@ -856,7 +858,8 @@ def main(argv):
                 torch.backends.cudnn.allow_tf32 = c.precision != "fp32"
                 for number in SIGNALS:                # training saves first, the rest just ends
                     signal.signal(number, signal.SIG_DFL if c.stage in RUN else on_signal)
-                log(ABOUT.get(c.stage, c.stage))
+                if c in trained or c.stage in RUN:
+                    log(ABOUT.get(c.stage, c.stage))
                 RUN.get(c.stage, train)(c)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -113,9 +113,9 @@ PRESETS = {  # (data, stage, method): matching rows are laid over each other, to
     ("digits", "post", "*"): dict(steps=1_000, batch=64, lr=4e-3, ema_beta=0.99, unguided=250),
     ("digits", "post", "vanilla"): dict(steps=1_900),                      # the time of mid and post together
 }
-ABOUT = {"pretrain": "stage 1 of 4, pre-training: Mean Flow divides its loss by itself: near 1; see mse",
+ABOUT = {"pretrain": "stage 1 of 4, pre-training: loss is near 1 by its weight; mse_* by t - r tell more, fall slowly",
          "mid": "stage 2 of 4, mid-training (Eq. 8): loss, square error of mean velocities, falls; grad too",
-         "post": "stage 3 of 4, post-training: Mean Flow divides its loss by itself: near 1; see mse",
+         "post": "stage 3 of 4, post-training: loss is near 1 by its weight; mse_* by t - r stay level; see previews",
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "sit", "random"                            # what --init says that is no FILE
@@ -666,9 +666,7 @@ def first_weights(cfg, model):
     if cfg.init not in INITS:
         return nets.fitting(*read_net(cfg, cfg.init), model, cfg.init), cfg.init
     if cfg.stage == "post" and cfg.mid != "none":
-        path = f"{cfg.out}/mid.pt"
-        if not (ckpt := nets.finished(path)):
-            fail(3, f"{path} is not finished; run --stage mid first, or pass --mid none")
+        ckpt, path = fid.finished_mid(cfg, nets.finished), f"{cfg.out}/mid.pt"
         fid.same_guidance(cfg, ckpt["cfg"], path)
         # choice: the average, not the last weights
         return nets.fitting(ckpt["ema"], ckpt["model"], model, path), path
@@ -835,7 +833,8 @@ def main(argv):
                 torch.backends.cudnn.allow_tf32 = c.precision != "fp32"
                 for number in SIGNALS:                # training saves first, the rest just ends
                     signal.signal(number, signal.SIG_DFL if c.stage in RUN else on_signal)
-                log(ABOUT.get(c.stage, c.stage))
+                if c in trained or c.stage in RUN:
+                    log(ABOUT.get(c.stage, c.stage))
                 RUN.get(c.stage, train)(c)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -116,7 +116,7 @@ PRESETS = {  # (data, stage, method): matching rows are laid over each other, to
 }
 ABOUT = {"pretrain": "stage 1 of 4, pre-training: loss, square error (mse_same) less REPA's gain, falls",
          "mid": "stage 2 of 4, mid-training (Eq. 8): loss, square error of mean velocities, falls; grad too",
-         "post": "stage 3 of 4, post-training: Mean Flow divides its loss by itself: level; see mse",
+         "post": "stage 3 of 4, post-training: loss is level by its weight; mse_* by t - r too; see previews",
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "sit", "random"                            # what --init says that is no FILE
@@ -820,9 +820,7 @@ def first_weights(cfg):
     if cfg.init not in INITS:
         return read_file(cfg, cfg.init)[0], cfg.init
     if cfg.stage == "post" and cfg.mid != "none":
-        path = f"{cfg.out}/mid.pt"
-        if not (ckpt := nets.finished(path)):
-            fail(3, f"{path} is not finished; run --stage mid first, or pass --mid none")
+        ckpt, path = fid.finished_mid(cfg, nets.finished), f"{cfg.out}/mid.pt"
         fid.same_guidance(cfg, ckpt["cfg"], path)
         return ckpt["ema"], path
     return (teacher_state(cfg)[0], "the teacher (--init sit)") if cfg.init == "sit" else (None, "")
@@ -1041,7 +1039,8 @@ def main(argv):
                 torch.backends.cudnn.allow_tf32 = c.precision != "fp32"
                 for number in SIGNALS:                # training saves first, the rest just ends
                     signal.signal(number, signal.SIG_DFL if c.stage in RUN else on_signal)
-                log(ABOUT.get(c.stage, c.stage))
+                if c in trained or c.stage in RUN:
+                    log(ABOUT.get(c.stage, c.stage))
                 RUN.get(c.stage, train)(c)
     if dist.is_initialized():
         dist.destroy_process_group()

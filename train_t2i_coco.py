@@ -116,7 +116,7 @@ PRESETS = {  # (data, stage, method): matching rows are laid over each other, to
 }
 ABOUT = {"pretrain": "stage 1 of 4, pre-training: loss, square error (mse_same) less REPA's gain, falls",
          "mid": "stage 2 of 4, mid-training (Eq. 8): loss, square error of mean velocities, falls; grad too",
-         "post": "stage 3 of 4, post-training: loss is level by its weight; mse_* by t - r too; see previews",
+         "post": "stage 3 of 4, post-training: its weight keeps the loss level; mse_* too; see previews",
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "sit", "random"                            # what --init says that is no FILE

@@ -113,7 +113,7 @@ PRESETS = {  # (data, stage, method): matching rows are laid over each other, to
     ("digits", "post", "*"): dict(steps=1_000, batch=64, lr=4e-3, ema_beta=0.99, unguided=250),
     ("digits", "post", "vanilla"): dict(steps=1_900),                      # the time of mid and post together
 }
-ABOUT = {"pretrain": "stage 1 of 4, pre-training: its weight keeps the loss near 1; mse_*, by t - r, fall slowly",
+ABOUT = {"pretrain": "stage 1 of 4, pre-training: its weight keeps the loss near 1; mse_* fall slowly",
          "mid": "stage 2 of 4, mid-training (Eq. 8): loss, square error of mean velocities, falls; grad too",
          "post": "stage 3 of 4, post-training: its weight keeps the loss near 1; mse_* level; see previews",
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}

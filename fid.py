@@ -1744,12 +1744,16 @@ def dry_run(home, argv, configs):
         if trains or trains is None and c.stage not in codes:
             road[c.stage] = (tried(c, home.resume) or (None, 0))[1], c.batch
         left = road.get(c.stage, (0,))[0]
-        begins = c.stage == "post" and left == c.steps and not named
+        begins, asking = c.stage == "post" and left == c.steps and not named, home.INITS[:1]
+        if "teacher" in home.INITS:                      # they know the student's size by their teacher alone
+            asking = home.INITS
+        if alone and left and c.stage == "mid" and hasattr(home, "perceptual"):
+            tried(c, home.perceptual)
         if left and named and c.stage in ("mid", "post") or alone and c.stage in ("sample", "eval"):
             tried(c, home.candidates)
         if alone and begins and c.mid != "none":
             tried(c, functools.partial(finished_mid, finished=home.nets.finished))
-        elif (alone or "pretrain" in codes) and (left and c.stage == "mid" or begins and c.init != "random"):
+        elif (alone or "pretrain" in codes) and (left and c.stage == "mid" or begins and c.init in asking):
             tried(c, fits)
         elif c.stage == "pretrain" and given and not getattr(home, "left_out", lambda c: False)(c):
             tried(c, fits)

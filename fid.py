@@ -908,7 +908,8 @@ def agree(what, facts):
 def same_data(ckpt, path, data):
     """Exit code 2 if the checkpoint at path, if there is one, saw other data or asked another teacher."""
     if ckpt and ckpt["data"] != data:
-        fail(2, f"--data or --teacher has changed: {path} saw {ckpt['data']}, now {data}; use another --out")
+        was, now = (text.replace("none, teacher", "a teacher of") for text in (ckpt["data"], data))
+        fail(2, f"--data or --teacher has changed: {path} saw {was}, now {now}; use another --out")
 
 
 def steps_left(cfg, ckpt, path, free, stages):
@@ -932,6 +933,8 @@ def steps_left(cfg, ckpt, path, free, stages):
                        f"--steps {now - was}")
             made = f"made by {ckpt.get('script', 'an older script')} --data {ckpt['cfg']['data']}"
             fail(2, f"{path} was made with --{f.name} {was}, now {now}; use another --out{how} ({made})")
+    if cfg.stage == "post" and cfg.mid == "none" and not ckpt and os.path.exists(f"{cfg.out}/mid.pt"):
+        fail(2, f"{cfg.out}/mid.pt is there, this road has --mid none; use another --out")
     agree(f"step of {path}", ckpt and ckpt["step"])
     return cfg.steps - (ckpt["step"] if ckpt else 0)
 
@@ -1557,7 +1560,7 @@ def save_chart(path, panels, caption, across="images"):
               for title, curves in panels.items()}
     panels = {title: curves for title, curves in panels.items() if any(curves.values())}
     names = dict.fromkeys(plain(name) for curves in panels.values() for name in curves)
-    left, right = 80, max((boxed(name, 40, font)[1] for name in (*names, across))) + 40
+    left, right = 80, max((boxed(name, 40, font)[1] for name in (*names, across))) + 55
     words = boxed(caption, 115, font)
     picture = Image.new("RGB", (width, height * len(panels) + words[2] + 20), "white")
     pen = ImageDraw.Draw(picture)
@@ -1577,7 +1580,7 @@ def save_chart(path, panels, caption, across="images"):
         for x in range(int(end / step) + 1):
             pen.text((at(x * step, ticks[0])[0], bottom + 6), f"{x * step:,g}", "black", font, anchor="mt")
         pen.text((left, top - 12), plain(title), "black", font, anchor="ls")
-        pen.text((width - right + 20, bottom + 6), across, "black", font, anchor="lt")
+        pen.text((width - right + 40, bottom + 6), across, "black", font, anchor="lt")
         for row, (name, points) in enumerate(curves.items()):
             colour = COLOURS[list(names).index(plain(name)) % len(COLOURS)]
             pen.line([at(*p) for p in points], colour, 3, joint="curve")
@@ -1764,7 +1767,7 @@ def dry_run(home, argv, configs):
         known = *ROAD, *codes, *home.RUN
         idle = ", ".join(c.stage for c in configs if c.stage not in known) or "none"
         plan = shlex.join([os.path.basename(home.__file__), *(a for a in argv if a != "--dry_run")])
-        draws = f"; to draw: seeds {c.seeds}" * (c.stage == "sample")
+        draws = dict(sample=f"; to draw: seeds {c.seeds}", encode="; to encode: --source").get(c.stage, "")
         show(f"{text}{draws}; --out {c.out}; finished or not needed: {idle}{missing}"
              + f"\nmemory and hours: python bench.py plan {plan}" * bool(ROAD), sys.stdout)
     if dist.is_initialized():

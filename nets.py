@@ -1158,7 +1158,8 @@ def make(network, model, what, **more):
     try:
         return network(**{**model, **more})
     except Exception as e:                            # wrong arguments can surface as any error
-        why = f"but made with {', '.join(map(str, model))[:99]} ({e})" if model else \
+        reason = "" if isinstance(e, TypeError) else f" ({e})"
+        why = f"but another network, of {', '.join(map(str, model))[:99]}{reason}" if model else \
             "these are weights alone, of no size in nets.SIZES; pass the .pt or .pkl of its training"
         raise WeightsError(f"{what}: no {network.__name__}, {why}") from e
 
@@ -1814,5 +1815,6 @@ if __name__ == "__main__":
         sys.exit(print("nets.py: it has one use: python nets.py IN OUT.safetensors", file=sys.stderr) or 2)
     try:
         save_checkpoint(sys.argv[2], **dict(zip(("ema", "model", "cfg"), read_weights(sys.argv[1]))))
+        print(f"wrote {sys.argv[2]}")
     except (WeightsError, OSError) as error:
         sys.exit(print(f"nets.py: {error}", file=sys.stderr) or 3)

@@ -36,7 +36,7 @@ def edm_sigmas(steps, sigma_max=80.0, sigma_min=0.002, rho=7):
 
 
 def fold(*key):
-    """A 63-bit seed from anything: randomness is a function of (seed, stage, step), so none is ever saved."""
+    """A 63-bit seed from anything: randomness is a function of (seed, purpose, number), never saved."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
 
 

@@ -266,8 +266,6 @@ def encode_zip(cfg):
     """
     target = FILES.get(data_name(cfg), cfg.data)
     parts = f"{target}.parts"
-    if not os.path.exists(cfg.source):
-        fail(3, f"--source {cfg.source!r}: not there; name ImageNet's training folder, a folder per class")
     if not target.endswith(".zip"):
         fail(2, f"--data {target}: images are encoded into a .zip; name one")
     if os.path.exists(target) and not os.path.exists(f"{parts}/begun.json"):
@@ -563,6 +561,8 @@ def check(cfg):
         fail(2, f"--res {cfg.res} is not possible with --data imagenet; it is 64 or 512")
     if name == "own" and not (os.sep in cfg.data or "." in cfg.data or os.path.exists(cfg.data)):
         fail(2, f"--data {cfg.data}: not one of imagenet, digits, and no such file or folder")
+    if cfg.stage == "encode" and not os.path.exists(cfg.source):
+        fail(3, f"--source {cfg.source!r}: not there; name ImageNet's training folder, a folder per class")
     if cfg.stage == "mid" and trains:
         fid.check_solve(cfg, *solves(cfg), WORLD)
         if cfg.ensemble != "none" and cfg.loss != "elatent":

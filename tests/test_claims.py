@@ -84,7 +84,7 @@ def test_curves_score_every_checkpoint_and_draw_two_pictures(tmp_path, monkeypat
     main(["--data", "digits", "--stage", "pretrain", "--out", str(tmp_path / "t"), *tiny])
     monkeypatch.setattr(script, "main", lambda argv: main([*argv, *tiny]))
     claims.main(["curves", "--net", str(tmp_path / "t/pretrain.pt"), "--out", str(tmp_path)])
-    rows = re.findall(r"^(?:CMT \+ )?ECT, [12] step: (.*)$", capsys.readouterr().out, re.M)
+    rows = re.findall(r"^(?:CMT \+ )?ECT, [12] steps?: (.*)$", capsys.readouterr().out, re.M)
     points = [[tuple(p.split()) for p in row.split(", ")] for row in rows]
     assert [len(p) for p in points] == [4, 4, 2, 2]
     assert [x for x, _ in points[0]] == ["32", "64", "96", "128"] and len({y for _, y in points[0]}) == 4

@@ -419,6 +419,16 @@ def test_a_finished_stage_of_another_road_is_not_taken_for_this_one(road, capsys
         assert exit_code == 2 and f"was made with {name}" in err
 
 
+def test_a_folder_with_mid_training_is_none_of_a_road_without(road, capsys):
+    """Else its table would show a mid from which post did not come."""
+    os.makedirs("x")
+    shutil.copy(road / "mid.pt", "x")
+    for dry in ([], ["--dry_run"]):
+        argv = [*TINY, "--steps", "3", "--teacher", str(road / "pretrain.pt"), "--out", "x", "--mid", "none", *dry]
+        exit_code, err = code(argv, capsys)
+        assert exit_code == 2 and "x/mid.pt is there, this road has --mid none" in err
+
+
 def test_every_process_names_the_fault_it_meets(monkeypatch, capsys):
     """A broken image is met by one process of eight: its line must not be lost with its rank."""
     monkeypatch.setenv("RANK", "1")

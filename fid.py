@@ -1740,6 +1740,9 @@ def dry_run(home, argv, configs):
     def fits(c):
         state, model = home.teacher_state(c)
         home.build(c, model, state, c.teacher or "the teacher")
+        mid = home.nets.load_checkpoint(path := f"{c.out}/mid.pt")
+        if mid and (was := re.search(r"teacher (crc32 \w+)", mid["data"])):
+            same_data(mid, path, mid["data"].replace(was[1], home.nets.stamp(state)))
     for c in configs:
         given = c.teacher != "scratch" and (c.teacher or home.data_name(c) in home.nets.PRETRAINED)
         alone, named = configs == [c], c.init not in home.INITS

@@ -427,6 +427,10 @@ def test_a_folder_with_mid_training_is_none_of_a_road_without(road, capsys):
         argv = [*TINY, "--steps", "3", "--teacher", str(road / "pretrain.pt"), "--out", "x", "--mid", "none", *dry]
         exit_code, err = code(argv, capsys)
         assert exit_code == 2 and "x/mid.pt is there, this road has --mid none" in err
+    script.main([*TINY, "--stage", "pretrain", "--steps", "1", "--out", "y"])
+    for dry in ([], ["--dry_run"]):                     # nor of another teacher
+        exit_code, err = code([*TINY, "--steps", "3", "--teacher", "y/pretrain.pt", "--out", "x", *dry], capsys)
+        assert exit_code == 2 and "has changed: x/mid.pt saw a teacher of crc32" in err
 
 
 def test_every_process_names_the_fault_it_meets(monkeypatch, capsys):

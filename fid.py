@@ -1770,6 +1770,7 @@ def dry_run(home, argv, configs):
         known = *ROAD, *codes, *home.RUN
         idle = ", ".join(c.stage for c in configs if c.stage not in known) or "none"
         plan = shlex.join([os.path.basename(home.__file__), *(a for a in argv if a != "--dry_run")])
+        plan += f" --gpus {processes()[1]}"
         draws = dict(sample=f"; to draw: seeds {c.seeds}", encode="; to encode: --source").get(c.stage, "")
         show(f"{text}{draws}; --out {c.out}; finished or not needed: {idle}{missing}"
              + f"\nmemory and hours: python bench.py plan {plan}" * bool(ROAD), sys.stdout)

@@ -31,7 +31,7 @@ OWN = {"Config", "load_data", "data_name", "check", "teacher_pairs", "make_sampl
 # nets +17 then: text, a .zip and another script's file as weights are named as what they are;
 # bench: a GPU without data, plan with a sum of each command, roofline, a step at full size; claims: Mean Flow's roads on photos.
 BUDGET = {"train_cmt_cifar.py": 641, "train_cmt_imagenet.py": 871, "train_mf_imagenet256.py": 846,
-          "train_t2i_coco.py": 1051, "nets.py": 1820, "fid.py": 1960, "solvers.py": 202, "bench.py": 929,
+          "train_t2i_coco.py": 1051, "nets.py": 1820, "fid.py": 1961, "solvers.py": 202, "bench.py": 929,
           "claims.py": 521, "README.md": 240}
 FLAGS = {"train_cmt_cifar.py": 35, "train_cmt_imagenet.py": 42, "train_mf_imagenet256.py": 42, "train_t2i_coco.py": 43}
 README = (ROOT / "README.md").read_text()

@@ -539,7 +539,7 @@ def test_another_teacher_is_not_taken_up_in_the_middle(road, capsys, monkeypatch
     other["ema"]["model.map_layer0.bias"] += 1e-3
     torch.save(other, "other.pt")
     exit_code, err = code([*argv, "other.pt"], capsys)
-    assert exit_code == 2 and "--data or --teacher has changed" in err and "teacher crc32" in err
+    assert exit_code == 2 and "--data or --teacher has changed" in err and "teacher of crc32" in err
     script.main([*map(str, argv), "copy.pt"])
     assert nets.load_checkpoint("x/mid.pt")["step"] == 4
 

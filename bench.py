@@ -681,7 +681,7 @@ def random_weights(home, cfg, gpus, device, sent, more):
         home: dict(WORLD=gpus, DEVICE=device, dist=nccl, build=device_decorator(device, home.build),
                    load_data=lambda cfg: images, teacher_state=lambda cfg: ({"": ""}, size), agree=skip,
                    report=skip, log=skip, resume=lambda cfg: (None, cfg.steps),
-                   first_weights=lambda *a: (None, "")),
+                   first_weights=lambda *a: (size,) * ("cmt" in home.__name__) + (None, "")),
         nets: dict(load_pretrained=load, finished=lambda path: dict(ema={}), pretrained_lpips=nets.LPIPS,
                    load_weights=skip, load_flow=skip, fitting=skip, stamp=str, memory=skip),
         fid: dict(begin_stage=skip)}

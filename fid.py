@@ -115,14 +115,11 @@ def blame(name):
 # ---- a run of a script: its lines, errors, lock, flags -------------------------------------------
 OUT = ""                                                 # folder of the first process's run, with its log.txt
 SAID = []                                                # lines about files: also before there is a folder
-SHOWN = None                                             # set of lines in a dry run, which shows each once
 DRY = "dry run"                                          # CMT_OFFLINE then: a download is a line, no error
 
 
 def show(text, stream):
     """Print a line. Where nobody reads on (`| head`, a closed terminal) the output ends, not the run."""
-    if SHOWN is not None and (text in SHOWN or SHOWN.add(text)):
-        return
     try:
         print(text.encode(errors="backslashreplace").decode(), file=stream, flush=True)
     except OSError:
@@ -145,9 +142,9 @@ def log(text, **numbers):
             write_line("metrics.jsonl", json.dumps(numbers))
 
 
-def say(text):
+def say(text, everyone=False):
     """A line about files, once, from the first process: on stderr, apart from results, and in a run's log."""
-    if os.environ.get("RANK", "0") == "0" and text not in SAID:       # every stage opens the same files again
+    if (everyone or os.environ.get("RANK", "0") == "0") and text not in SAID:      # all stages open the same
         SAID.append(text)
         show(text, sys.stderr)
         write_line("log.txt", text)
@@ -155,11 +152,8 @@ def say(text):
 
 def fail(code, message):
     """One line, then exit: 1 crash, 2 usage or config, 3 data or weights, 4 diverged, 75 stopped, saved."""
-    if code in (1, 3) or os.environ.get("RANK", "0") == "0":              # these may strike one process alone
-        line = f"{os.path.basename(sys.argv[0])}: {message}"
-        show(line, sys.stderr)
-        with contextlib.suppress(OSError):
-            write_line("log.txt", line)
+    with contextlib.suppress(OSError):                                    # 1, 3 may strike one process alone
+        say(f"{os.path.basename(sys.argv[0])}: {message}", everyone=code in (1, 3))
     raise SystemExit(code)
 
 
@@ -209,15 +203,23 @@ def open_out(out, script, argv):
     return lock
 
 
+@contextlib.contextmanager
 def begin_run(out, script, argv):
-    """open_out by the first process; all compare its log, which it has just written. Returns the lock."""
+    """open_out by the first process; all compare its log. A new folder where nothing began goes again."""
+    new = not os.path.exists(out)
     lock = contextlib.nullcontext() if processes()[0] else open_out(out, script, argv)
     if group := patient_group():
         dist.barrier(group)
     path = pathlib.Path(out, "log.txt")
     seen = path.read_bytes() if path.is_file() else b""       # its size alone may be an old one over NFS
     agree(path, f"{len(seen)} bytes, crc32 {zlib.crc32(seen):08x}")
-    return lock
+    with lock:
+        try:
+            yield
+        except BaseException:
+            if new and processes()[0] == 0 and {*os.listdir(out)} == {".lock", "log.txt"}:
+                shutil.rmtree(out)
+            raise
 
 
 def parse(home, argv):
@@ -315,12 +317,6 @@ def finished_mid(cfg, finished):
     """The checkpoint of mid-training, that post-training starts from; exit code 3 without it."""
     path = f"{cfg.out}/mid.pt"
     return finished(path) or fail(3, f"{path} is not finished; run --stage mid first, or pass --mid none")
-
-
-def check_init(cfg, inits):
-    """Exit code 3 if --init, none of the words `inits`, names a file that is not there."""
-    if not (cfg.stage == "pretrain" or cfg.init in inits or "://" in cfg.init or os.path.exists(cfg.init)):
-        fail(3, f"--init {cfg.init}: no such file")
 
 
 def seed_range(text):
@@ -939,12 +935,15 @@ def steps_left(cfg, ckpt, path, free, stages):
     return cfg.steps - (ckpt["step"] if ckpt else 0)
 
 
-def check_teacher(cfg, own, said, data, wanted):
-    """Exit code 2 if our own teacher, a checkpoint or None, learned other data; 3 if a given one did.
+def check_teacher(cfg, finished, given, data, wanted):
+    """Exit code 2 if our own teacher learned other data than `data`; 3 if a given one did.
 
-    said: the given one's constructor arguments, {} without one; wanted: what they must be.
+    finished: that of nets.py; given(cfg) -> (weights, constructor arguments), or False where none is given;
+    wanted: what those arguments must be.
     """
+    own = finished(f"{cfg.out}/pretrain.pt") if cfg.teacher in ("", "scratch") else None
     same_data(own, f"{cfg.out}/pretrain.pt", data)
+    said = given(cfg)[1] if given and not own else {}
     if odd := [name for name in wanted if said.get(name, wanted[name]) != wanted[name]]:
         fail(3, f"--teacher {cfg.teacher}: its {odd[0]} is {said[odd[0]]}, that of --data {cfg.data} is "
                 f"{wanted[odd[0]]}; pass a teacher of such data")
@@ -1695,6 +1694,8 @@ def begin_stage(cfg, tally, memory):
     begins = f"{cfg.stage}: from step {done} to {cfg.steps}, {memory}"
     begins += "; compiles for minutes, --no-compile does not" * cfg.compile
     tally["clock"] = time.time()
+    if cfg.dry_run:
+        raise SystemExit(0)                              # it could begin: all that dry_run asks
     if processes()[0]:
         return begins
     if os.path.exists(file):
@@ -1723,56 +1724,39 @@ def overview(road, device, data):
 
 
 def dry_run(home, argv, configs):
-    """Print what a command of the script `home` would train and skip, and what it misses: its exit code."""
+    """Print what a command of the script `home` would train and skip, and what it misses: its exit code.
+
+    Every stage is checked; the first with work to do is set up by `train`, up to begin_stage, which ends it.
+    """
     os.environ.setdefault("CMT_OFFLINE", DRY)
     os.environ["HF_HUB_OFFLINE"] = "1"
-    global SHOWN
-    codes, road, SHOWN = {}, {}, set()                   # what holds for all stages is said once
+    codes, road = {}, {}
 
     def tried(c, work):
         """work(c); None where it is refused, or wants a download, which is a line and SystemExit(0)."""
         try:
-            with one_line(c, home.nets.WeightsError):
+            with contextlib.redirect_stdout(io.StringIO()), one_line(c, home.nets.WeightsError):
                 return work(c)
         except SystemExit as stopped:
             codes.update({c.stage: codes.get(c.stage, stopped.code)} if stopped.code else {})
 
-    def fits(c):
-        state, model = home.teacher_state(c)
-        home.build(c, model, state, c.teacher or "the teacher")
-        mid = home.nets.load_checkpoint(path := f"{c.out}/mid.pt")
-        if mid and (was := re.search(r"teacher (crc32 \w+)", mid["data"])):
-            same_data(mid, path, mid["data"].replace(was[1], home.nets.stamp(state)))
-    for c in configs:
-        given = c.teacher != "scratch" and (c.teacher or home.data_name(c) in home.nets.PRETRAINED)
-        alone, named = configs == [c], c.init not in home.INITS
-        trains = tried(c, home.check)
-        if trains or trains is None and c.stage not in codes:
+    for c, trains in [(c, tried(c, home.check)) for c in configs]:
+        if trains or trains is None and c.stage not in codes:            # what wants a download may train
             road[c.stage] = (tried(c, home.resume) or (None, 0))[1], c.batch
-        left = road.get(c.stage, (0,))[0]
-        begins, asking = c.stage == "post" and left == c.steps and not named, home.INITS[:1]
-        if "teacher" in home.INITS:                      # they know the student's size by their teacher alone
-            asking = home.INITS
-        if alone and left and c.stage == "mid" and hasattr(home, "perceptual"):
-            tried(c, home.perceptual)
-        if left and named and c.stage in ("mid", "post") or alone and c.stage in ("sample", "eval"):
-            tried(c, home.candidates)
-        if alone and begins and c.mid != "none":
-            tried(c, functools.partial(finished_mid, finished=home.nets.finished))
-        elif (alone or "pretrain" in codes) and (left and c.stage == "mid" or begins and c.init in asking):
-            tried(c, fits)
-        elif c.stage == "pretrain" and given and not getattr(home, "left_out", lambda c: False)(c):
-            tried(c, fits)
-    SHOWN = None
+    for c in configs:
+        if c.stage not in codes and c.stage != "encode":
+            tried(c, home.candidates if c.stage in home.RUN else home.train)
+        if c.stage in codes or road.get(c.stage, (0,))[0]:               # later ones start from what it makes
+            break
     if processes()[0] == 0:
         text = overview({s: todo for s, todo in road.items() if s not in codes}, home.DEVICE, c.data)
-        missing = f"; blocked, see above: {', '.join(codes)}" * bool(codes)
+        cause = f"; nothing starts before this is mended (see above): {', '.join(codes)}" * bool(codes)
         known = *ROAD, *codes, *home.RUN
         idle = ", ".join(c.stage for c in configs if c.stage not in known) or "none"
         plan = shlex.join([os.path.basename(home.__file__), *(a for a in argv if a != "--dry_run")])
         plan += f" --gpus {processes()[1]}"
-        draws = dict(sample=f"; to draw: seeds {c.seeds}", encode="; to encode: --source").get(c.stage, "")
-        show(f"{text}{draws}; --out {c.out}; finished or not needed: {idle}{missing}"
+        draws = dict(sample=f"; to draw: seeds {c.seeds}", encode="; to encode: --source")
+        show(f"{text}{draws.get(configs[0].stage, '')}; --out {c.out}; finished or not needed: {idle}{cause}"
              + f"\nmemory and hours: python bench.py plan {plan}" * bool(ROAD), sys.stdout)
     if dist.is_initialized():
         dist.destroy_process_group()

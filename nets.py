@@ -36,6 +36,7 @@ import logging
 import math
 import mmap
 import os
+import pathlib
 import pickle
 import pickletools
 import re
@@ -1136,9 +1137,9 @@ def read_weights(path_or_url):
 
 @functools.cache
 def tell(text):
-    """A line about a file, once, from the first process."""
+    """A line about a file, once, from the first process: on stderr, apart from results."""
     if os.environ.get("RANK", "0") == "0":
-        print(text, flush=True)
+        print(text, file=sys.stderr, flush=True)
 
 
 def load_pretrained(path_or_url):
@@ -1224,11 +1225,11 @@ def fetch(url, sha256=""):
             raise OSError("CMT_OFFLINE is set")
         with urllib.request.urlopen(url, timeout=60) as r, open(part, "wb") as f:
             size = r.headers.get("Content-Length")
-            print(f"downloading {url}, {size or 'unknown number of'} bytes, to {target}", flush=True)
+            tell(f"downloading {url}, {size or 'unknown number of'} bytes, to {target}")
             shutil.copyfileobj(r, f, 1 << 20)
         if size and int(size) != os.path.getsize(part):    # trap: a lost connection looks like the file's end
             raise OSError(f"{os.path.getsize(part)} of {size} bytes arrived")
-        print(f"sha256 {check_sum(part, url, sha256)}  {target}", flush=True)
+        tell(f"sha256 {check_sum(part, url, sha256)}  {target}")
         os.replace(part, target)
         return target
     except (OSError, http.client.HTTPException) as e:
@@ -1796,7 +1797,8 @@ def memory(weights, opt, path):
     OSError where the disk has no room for the checkpoint at path and the one before; for one, if it is there.
     """
     one, moments = weights.nbytes / 1e9, 1 if isinstance(opt, torch.optim.SGD) else 2
-    free, copies = shutil.disk_usage(os.path.dirname(path) or ".").free / 1e9, 2 - os.path.exists(path)
+    folder = next(p for p in pathlib.Path(path).absolute().parents if p.is_dir())     # in a dry run, above it
+    free, copies = shutil.disk_usage(folder).free / 1e9, 2 - os.path.exists(path)
     if free < (need := copies * (2 + moments) * one):
         what = "two checkpoints take" if copies == 2 else "a checkpoint takes"
         raise OSError(f"{path}: {what} {need:.3g} GB, {free:.3g} are free; make room, or use another --out")

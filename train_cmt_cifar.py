@@ -389,15 +389,15 @@ def check(cfg):
                 fail(2, f"--loss lpips needs 3x16x16 at least, not {channels}x{side}x{side}; or --loss huber")
         if cfg.loss == "lpips" and not os.path.exists(f"{cfg.out}/mid.pt"):
             nets.pretrained_lpips()                   # downloaded now
-    fid.check_init(cfg, INITS)
-    if needs_data(cfg) and not os.path.exists(f"{cfg.out}/{cfg.stage}.pt"):
+    begins = not os.path.exists(f"{cfg.out}/{cfg.stage}.pt")
+    if begins and trains and cfg.stage != "pretrain" and cfg.init not in INITS:
+        candidates(cfg)                               # --init FILE: is it a net?
+    if begins and needs_data(cfg):
         images = load_data(cfg)                       # not after days of mid-training, which needs no data
         if cfg.stage == "pretrain":
             model_size(cfg, images)                   # is there a net for this size?
         shape = dict(img_channels=images.shape[1], img_resolution=images.shape[2], label_dim=0)
-        own = nets.finished(f"{cfg.out}/pretrain.pt") if cfg.teacher in ("", "scratch") else None
-        said = teacher_state(cfg)[1] if has_teacher(cfg) and not own else {}
-        fid.check_teacher(cfg, own, said, fid.stamp(images), shape)
+        fid.check_teacher(cfg, nets.finished, has_teacher(cfg) and teacher_state, fid.stamp(images), shape)
     if cfg.stage == "post" and cfg.precision == "bf16":
         fid.say("warning: bf16 is too coarse for post-training (docs/faq.md); use --mid.precision bf16")
     if cfg.stage == "eval" and cfg.data != "digits":
@@ -436,15 +436,17 @@ def build(cfg, model, state=None, what="", train=False):
     return net.train() if train else net.requires_grad_(False).eval()
 
 
-def first_weights(cfg, teacher, model={}):
-    """(weights, their name) a student of arguments `model` starts from: of mid.pt, teacher, FILE, or none."""
+def first_weights(cfg, images, teacher=None):
+    """(constructor arguments, weights, their name) a net starts from; teacher: what teacher_state said."""
     if cfg.stage == "pretrain":
-        return None, ""
+        return model_size(cfg, images), None, ""
+    if cfg.stage == "post" and cfg.mid != "none" and cfg.init in INITS:
+        ckpt = fid.finished_mid(cfg, nets.finished)
+        return ckpt["model"], ckpt["ema"], f"{cfg.out}/mid.pt"
+    state, model = teacher or teacher_state(cfg)      # the student has the teacher's size
     if cfg.init not in INITS:
-        return nets.fitting(*nets.load_pretrained(cfg.init), model, cfg.init), cfg.init
-    if cfg.stage == "post" and cfg.mid != "none":
-        return fid.finished_mid(cfg, nets.finished)["ema"], f"{cfg.out}/mid.pt"
-    return (teacher, "the teacher") if cfg.init == "teacher" else (None, "")
+        return model, nets.fitting(*nets.load_pretrained(cfg.init), model, cfg.init), cfg.init
+    return (model, state, "the teacher") if cfg.init == "teacher" else (model, None, "")
 
 
 def forward(cfg, net):
@@ -484,19 +486,17 @@ def train(cfg):
         log(f"{cfg.data}: {data}, each seen {cfg.steps * B / len(images):,.3g} times; without classes")
         images = images.to(DEVICE)
     asks_teacher = cfg.stage == "mid" or cfg.stage == "post" and cfg.post.startswith("ecd")
-    weights, model = None, ckpt["model"] if ckpt else {}
-    if asks_teacher or cfg.stage == "post" and not ckpt:
-        weights, model = teacher_state(cfg)
-    if asks_teacher:
-        data += f", teacher {nets.stamp(weights)}"
+    asked = teacher_state(cfg) if asks_teacher else None
+    if asked:
+        data += f", teacher {nets.stamp(asked[0])}"
     same_data(ckpt, path, data)
     if not left:
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
-    model = model if ckpt or weights else model_size(cfg, images)
-    if asks_teacher:
+    if asked:
         # choice: the teacher too in --precision: bf16 moves its ends less than a finer solve would
-        teacher = forward(cfg, build(cfg, model, weights, cfg.teacher or "the teacher"))
-    net = build(cfg, model, *(() if ckpt else first_weights(cfg, weights, model)), train=True)
+        teacher = forward(cfg, build(cfg, asked[1], asked[0], cfg.teacher or "the teacher"))
+    model, *weights = (ckpt["model"],) if ckpt else first_weights(cfg, images, asked)
+    net = build(cfg, model, *weights, train=True)
     ema = deepcopy(net).requires_grad_(False).eval()
     f = forward(cfg, net)
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
@@ -504,7 +504,7 @@ def train(cfg):
     opt = torch.optim.Adam([flat], fused=True)
     tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
     agree("data and sum of the first weights", (data, flat.sum(dtype=torch.float64).item()))
-    ckpt = weights = None                             # as large as the net, and needed no more
+    ckpt = asked = weights = None                     # as large as the net, and needed no more
     shape = net.img_channels, net.img_resolution, net.img_resolution
     sigmas, (n, pairs), share = solvers.logsnr_sigmas(cfg.nfe), solves(cfg), B // WORLD
     distance, micro = make_distance(cfg, shape[0]) if cfg.stage == "mid" else None, cfg.batch_gpu or share

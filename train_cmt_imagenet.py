@@ -575,8 +575,8 @@ def check(cfg):
     if reads_data(cfg) and not os.path.exists(path):
         missing.append(f"{path} is not there; pass --data PATH or digits, or make it from ImageNet: python "
                        f"train_cmt_imagenet.py --res {cfg.res} --stage encode --source FOLDER")
-    for file in (cfg.teacher, cfg.main, cfg.guide, cfg.init):
-        named = file in ("", "scratch", "teacher", "random") or file.startswith("edm2-") or "://" in file
+    for file in (cfg.teacher, cfg.main, cfg.guide):
+        named = file in ("", "scratch") or file.startswith("edm2-") or "://" in file
         if not named and not os.path.exists(file):
             missing.append(f"{file}: no such file")
     if missing and not os.path.exists(f"{cfg.out}/{cfg.stage}.pt"):
@@ -599,14 +599,15 @@ def check(cfg):
 
 
 def check_data(cfg):
-    """Whether mid- and post-training can use --data: not after days of the first, which needs none."""
+    """Whether mid- and post-training can use --data and --init: not after days of the stages before."""
     if os.path.exists(f"{cfg.out}/{cfg.stage}.pt"):
         return                                        # it has begun with data that are compared in train
     images = load_data(cfg)
     size, (channels, side, _) = edm2_size(cfg, images), images.shape
-    own = nets.finished(f"{cfg.out}/pretrain.pt") if cfg.teacher in ("", "scratch") else None
-    said = teacher_state(cfg)[1] if has_teacher(cfg) and not own else {}
-    fid.check_teacher(cfg, own, said, images.stamp, {k: size[k] for k in nets.INTERFACE})
+    wanted = {k: size[k] for k in nets.INTERFACE}
+    fid.check_teacher(cfg, nets.finished, has_teacher(cfg) and teacher_state, images.stamp, wanted)
+    if cfg.init not in INITS:
+        candidates(cfg)                               # --init FILE: is it a net?
     if cfg.data != "digits" and cfg.stage == "mid" and cfg.loss == "lpips" and (channels != 3 or side < 16):
         fail(2, f"--loss lpips needs 3x16x16 at least, not {channels}x{side}x{side}; or --loss huber")
 
@@ -668,15 +669,17 @@ def asked_nets(cfg):
     return asked
 
 
-def first_weights(cfg, teacher, model={}):
-    """(weights, their name) a student of arguments `model` starts from: of mid.pt, teacher, FILE, or none."""
+def first_weights(cfg, images, teacher=None):
+    """(constructor arguments, weights, their name) a net starts from; teacher: what teacher_state said."""
     if cfg.stage in ("pretrain", "vgg"):
-        return None, ""
+        return edm2_size(cfg, images), None, ""
+    if cfg.stage == "post" and cfg.mid != "none" and cfg.init in INITS:
+        ckpt = fid.finished_mid(cfg, nets.finished)
+        return ckpt["model"], ckpt["ema"], f"{cfg.out}/mid.pt"
+    state, model = teacher or teacher_state(cfg)      # the student has the teacher's size
     if cfg.init not in INITS:
-        return nets.fitting(*nets.load_pretrained(cfg.init), model, cfg.init), cfg.init
-    if cfg.stage == "post" and cfg.mid != "none":
-        return fid.finished_mid(cfg, nets.finished)["ema"], f"{cfg.out}/mid.pt"
-    return (teacher, "the teacher") if cfg.init == "teacher" else (None, "")
+        return model, nets.fitting(*nets.load_pretrained(cfg.init), model, cfg.init), cfg.init
+    return (model, state, "the teacher") if cfg.init == "teacher" else (model, None, "")
 
 
 def edm2_size(cfg, images):
@@ -690,7 +693,7 @@ def edm2_size(cfg, images):
 def train(cfg):
     """One stage (pretrain, vgg, mid, post), from its last checkpoint to its end. Bookkeeping comes last."""
     if cfg.stage == "pretrain" and has_teacher(cfg):
-        teacher_state(cfg)                            # fetched and checked, not trained
+        build(cfg, *teacher_state(cfg)[::-1], cfg.teacher or "the teacher")       # it fits; it is not trained
     if not reads_data(cfg) and (cfg.stage != "mid" or cfg.mid == "none"):
         return
     path, B = f"{cfg.out}/{cfg.stage}.pt", cfg.batch
@@ -699,18 +702,16 @@ def train(cfg):
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
     images = load_data(cfg) if reads_data(cfg) else None
     data = images.stamp if images else "none"
-    asked, weights, model = asked_nets(cfg), None, ckpt["model"] if ckpt else {}
+    asked = asked_nets(cfg)
     data += "".join(f", {name} {nets.stamp(state)}" for name, (state, _) in asked.items())
     same_data(ckpt, path, data)
     if not left:
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
-    if "teacher" in asked or cfg.stage == "post" and not ckpt:
-        weights, model = asked.get("teacher") or teacher_state(cfg)
-    model = model if ckpt or weights else edm2_size(cfg, images)
     frozen = {name: build(cfg, size, state, getattr(cfg, name) or "the teacher")
               for name, (state, size) in asked.items() if name != "guide" or cfg.w != 1}
     teacher = autoguided(frozen.get("main") or frozen.get("teacher"), frozen.get("guide"), cfg.w)
-    net = build(cfg, model, *(() if ckpt else first_weights(cfg, weights, model)), train=True)
+    model, *weights = (ckpt["model"],) if ckpt else first_weights(cfg, images, asked.get("teacher"))
+    net = build(cfg, model, *weights, train=True)
     ema = deepcopy(net).requires_grad_(False).eval()
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
     flat.grad = grad[:-2]

@@ -585,10 +585,9 @@ def check(cfg):
             if cfg.stage == "post" and (cfg.mid != "none" or cfg.init == "sit" or led):
                 shape = dict(in_channels=channels, input_size=side, num_classes=images.classes)
                 asked = cfg.teacher and (led or not os.path.exists(f"{cfg.out}/mid.pt"))
-                own = nets.finished(f"{cfg.out}/pretrain.pt") if cfg.teacher in ("", "scratch") else None
-                said = teacher_state(cfg)[1] if asked and not own else {}
-                fid.check_teacher(cfg, own, said, images.stamp, shape)
-        fid.check_init(cfg, INITS)
+                fid.check_teacher(cfg, nets.finished, asked and teacher_state, images.stamp, shape)
+        if cfg.stage != "pretrain" and cfg.init not in INITS:
+            candidates(cfg)                           # --init FILE: is it a net?
     for flag in ("weak", "size"):
         size_row(cfg, flag, side)
     if cfg.stage == "eval" and cfg.data != "digits":

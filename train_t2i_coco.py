@@ -729,10 +729,9 @@ def check(cfg):
         shape = net_arguments(cfg, images, text_encoder(cfg)(images.null[None]).shape[-1])
         if cfg.stage != "pretrain" and (cfg.mid != "none" or cfg.init == "sit"):
             shape = {k: shape[k] for k in ("input_size", "in_channels", "context_dim")}
-            own = nets.finished(f"{cfg.out}/pretrain.pt") if cfg.teacher in ("", "scratch") else None
-            said = teacher_state(cfg)[1] if cfg.teacher and not own else {}
-            fid.check_teacher(cfg, own, said, images.stamp, shape)
-        fid.check_init(cfg, INITS)
+            fid.check_teacher(cfg, nets.finished, cfg.teacher and teacher_state, images.stamp, shape)
+        if cfg.stage != "pretrain" and cfg.init not in INITS:
+            candidates(cfg)                           # --init FILE: is it a net?
     if cfg.stage == "sample" and cfg.prompts:
         given_prompts(cfg)
     if cfg.stage == "eval" and cfg.data != "digits":  # found now, not after days of training

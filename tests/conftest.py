@@ -18,6 +18,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 import fid  # noqa: E402
+import nets  # noqa: E402
 import train_cmt_cifar as script  # noqa: E402
 import train_cmt_imagenet  # noqa: E402
 
@@ -58,11 +59,21 @@ def beside(request):
                                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for name, files in BESIDE.items()}
 
 
+@pytest.fixture
+def environment():
+    """As it was: a dry run leaves CMT_OFFLINE behind."""
+    before = {*os.environ}
+    yield
+    for name in {*os.environ} - before:
+        del os.environ[name]
+
+
 @pytest.fixture(autouse=True)
-def no_run(monkeypatch):
+def no_run(environment, monkeypatch):
     """No run before has left its folder: lines about files go to stderr, and to no log."""
     monkeypatch.setattr(fid, "OUT", "")
     fid.SAID.clear()
+    nets.tell.cache_clear()
 
 
 @pytest.fixture

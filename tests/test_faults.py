@@ -720,7 +720,6 @@ def test_f14_a_refusal_by_a_checkpoint_stands_in_the_log(capsys):
 
 
 def test_f14_an_out_that_is_a_file_is_refused(capsys, monkeypatch):
-    monkeypatch.setattr(os, "environ", {**os.environ})
     Path("taken").write_bytes(b"mine")
     for flags in [], ["--dry_run"]:
         exit_code, err = code([*PRETRAIN, *flags, "--out", "taken"], capsys)

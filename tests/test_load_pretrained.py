@@ -517,7 +517,7 @@ def test_nests_and_prefixes_are_taken_off_and_the_average_is_taken(tmp_path, cap
     assert all(v.dtype == EMA[k].dtype and torch.equal(v, EMA[k]) for k, v in state.items())
     out, err = capsys.readouterr()
     place = NESTS[kind][1]
-    assert err == "" and (out == "" if place is None else out.startswith(f"{path}: took its {place}; it holds "))
+    assert out == "" and (err == "" if place is None else err.startswith(f"{path}: took its {place}; it holds "))
 
 
 @pytest.mark.parametrize("tree, names", [
@@ -712,8 +712,8 @@ def test_every_form_of_a_file_draws_what_its_net_drew(here, family, form):
         elif cfg.stage == "sample":
             (_, made, *_), = script.candidates(cfg)
         else:
-            more = dict(edm=(None, arguments), edm2=(None, arguments), dit=(arguments,), mmdit=())[family]
-            made = script.build(cfg, arguments, *script.first_weights(cfg, *more))
+            more = dict(edm=(None, (None, arguments)), edm2=(None, (None, arguments)), dit=(arguments,), mmdit=())[family]
+            made = script.build(cfg, arguments, *script.first_weights(cfg, *more)[-2:])
         want = script.build(cfg, arguments, net.state_dict())
         assert torch.equal(answer(made, family), answer(want, family)), argv
 
@@ -920,7 +920,7 @@ def test_good_file_is_fetched_once_and_its_sum_printed(server, capsys):
     server.body["/a/net.bin"] = body = os.urandom(3 << 20)
     sha256, url = hashlib.sha256(body).hexdigest(), server.url + "/a/net.bin"
     path = nets.fetch(url, sha256=sha256.upper())
-    assert pathlib.Path(path).read_bytes() == body and sha256 in capsys.readouterr().out
+    assert pathlib.Path(path).read_bytes() == body and sha256 in capsys.readouterr().err
     assert nets.fetch(url) == nets.fetch(url, sha256) == path
     assert server.hits == 1 and [str(p) for p in server.cache.iterdir()] == [path]
     with pytest.raises(ValueError, match=f"delete it.*{sha256}, expected 0000"):    # a cached file too

@@ -652,7 +652,7 @@ BAD = [
     ("--stage pretrain --weak 3x64x2", 2, "do not fill the 8 pixels"),
     ("--size 3x64x2", 2, "do not fill the 8 pixels"),
     ("--power -1", 2, "--power -1"),
-    ("--init none.pt", 3, "--init none.pt: no such file"),
+    ("--init none.pt", 3, "none.pt: no such file"),
     ("--weak ddpm++-8", 2, "PATCHxWIDTHxDEPTH"),
     ("--stage mid --trajectories 7", 2, "must fill whole batches"),
     ("--stage mid", 3, "run --stage pretrain first"),

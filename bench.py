@@ -881,9 +881,13 @@ def full_size(command, argv):
                 rows[name] = command(home, name, cfg, args)
             if rows[name]:
                 roads.setdefault(line, []).extend(rows[name])
-    print(fid.table(sum(rows.values(), [])) if any(rows.values()) else "nothing of this trains")
-    if command is plan and roads:
-        print("\n" + fid.table([whole(line, stages) for line, stages in roads.items()]))
+    tables = [sum(rows.values(), [])]
+    if command is plan and roads:                     # what it costs, what that is made of, what a road costs
+        at = list(tables[0][0]).index("parameters")
+        tables = [[dict([*row.items()][:at]) for row in tables[0]],
+                  [dict([*row.items()][:1] + [*row.items()][at:]) for row in tables[0]],
+                  [whole(line, stages) for line, stages in roads.items()]]
+    print("\n\n".join(map(fid.table, tables)) if tables[0] else "nothing of this trains")
 
 
 def whole(line, stages):

@@ -108,7 +108,8 @@ def blame(name):
     except DataError:
         raise
     except Exception as error:
-        text = getattr(error, "strerror", None) or f"{error} ({type(error).__name__})".split(" <_io.")[0]
+        text = getattr(error, "strerror", None) or str(error).split(" <_io.")[0]
+        text += f" ({type(error).__name__})" * (" " not in text)             # a word alone says too little
         raise DataError(f"{name}: {' '.join(text.split())[:300]}") from error
 
 
@@ -1536,10 +1537,13 @@ def save_trajectory(out, states, levels, students, show=lambda x: x):
     rows, wide = [], levels.clamp(min=1).to(states).view(-1, 1, 1, 1)
     for j in range(states.shape[1]):
         rows.append((f"noise {j + 1}\nstates of the teacher", show(states[:, j] / wide)))     # at unit scale
-        rows += [(f"student's answers\n{NAMES.get(net, net)}", show(x[:, j])) for net, x in answers.items()]
+        for net, x in answers.items():
+            off = (x[:, j] - states[-1, j]).square().mean().sqrt()
+            rows.append((f"{NAMES.get(net, net)},\n{off:.2f} from its end", show(x[:, j])))
     caption = ("The teacher walks from noise at the left to an image at the right. Below each of its states: "
                "the image that the student answers with when it is shown this state, in one call. The better "
-               "it has learned, the less the answers of a row differ."
+               "it has learned, the less the answers of a row differ. The number: their distance from the "
+               "teacher's end, root of the mean square (black is -1, white 1)."
                + " States above sigma 1 are shown divided by sigma." * bool(levels.max() > 1))
     header = ["sigma" if levels.max() > 1 else "t", *(f"{level:.2g}" for level in levels.tolist())]
     save_sheet(f"{out}/trajectory.png", rows, caption, header, 1 + len(answers))

@@ -1129,6 +1129,9 @@ def read_weights(path_or_url):
         raise WeightsError(f"{path}: damaged, cut short or of another kind ({reason})") from e
     # trap: DiT and REPA keep weights under `model`, where our checkpoints keep constructor arguments
     if place[:1] == ("ema",) and isinstance(model, dict) and not tensors_in(model):
+        done, of = tree.get("step", 0), tree.get("cfg", {}).get("steps", 0)
+        if done < of:
+            tell(f"warning: {path} is not finished, step {done:,} of {of:,}")
         return state, model or size, tree.get("cfg", {})
     if place:
         tell(f"{path}: took its {'.'.join(place)}; it holds {', '.join(tree)[:80]}")

@@ -517,7 +517,7 @@ def train(cfg):
             rectify(opt, lr, step + 1 - tally["skipped"])                     # B.2: RAdam
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         if cfg.stage == "mid":
-            solve, at = divmod(step * B, pairs)
+            solve, at = divmod(step * B, pairs)                               # which solve, and where in it
             if at == 0 or step == start:                                      # a solve feeds several steps
                 g.manual_seed(fold(cfg.seed, "solve", solve))
                 if cfg.mid == "slow":

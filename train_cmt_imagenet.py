@@ -736,7 +736,7 @@ def train(cfg):
         opt.param_groups[0]["lr"] = lr = learning_rate(cfg, step)
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         if cfg.stage == "mid":
-            solve, at = divmod(step * B, pairs)
+            solve, at = divmod(step * B, pairs)                               # which solve, and where in it
             if at == 0 or step == start:                                      # a solve feeds several steps
                 g.manual_seed(fold(cfg.seed, "solve", solve))
                 states, levels, x_0, owners, y_0 = teacher_pairs(teacher, classes, sigmas, n, shape, g)

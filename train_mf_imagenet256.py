@@ -720,7 +720,7 @@ def train(cfg):
         opt.param_groups[0]["lr"] = lr = fid.lr_at(cfg, step)
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         if cfg.stage == "mid":
-            solve, at = divmod(step * B, pairs)
+            solve, at = divmod(step * B, pairs)                               # which solve, and where in it
             if at == 0 or step == start:                                      # a solve feeds several steps
                 g.manual_seed(fold(cfg.seed, "solve", solve))
                 bank = teacher_pairs(cfg, teacher, shape, g)

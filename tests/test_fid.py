@@ -771,7 +771,8 @@ def test_metrics_have_every_step_once_after_a_kill(tmp_path):
     rows = [dict(stage=s, step=k, images=k) for s in ("pretrain", "mid") for k in (1, 2, 3, 4)] + [dict(stage="eval", net="mid")]
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(m) + "\n" for m in rows) + '{"stage": "mid", "st')
-    Knobs = dataclasses.make_dataclass("Knobs", ["stage", "steps", ("out", str, str(tmp_path)), ("compile", bool, False)])
+    flags = [("out", str, str(tmp_path)), ("compile", bool, False), ("dry_run", bool, False)]
+    Knobs = dataclasses.make_dataclass("Knobs", ["stage", "steps", *flags])
     fid.begin_stage(mid := Knobs("mid", 9), dict(step=2), "")
     assert [m.get("step") for m in fid.read_metrics(str(tmp_path))] == [1, 2, 3, 4, 1, 2, None]
     assert fid.begin_stage(post := Knobs("post", 7), dict(step=0), "1 GB") == "post: from step 0 to 7, 1 GB"

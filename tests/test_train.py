@@ -409,6 +409,13 @@ def test_post_without_a_finished_mid_is_refused(road, capsys):
     assert exit_code == 3 and "run --stage mid first" in err
 
 
+def test_a_teacher_that_is_not_finished_is_used_with_a_line(road, capsys):
+    torch.save({**nets.load_checkpoint(str(road / "pretrain.pt"), whole=True), "step": 2}, "half.pt")
+    assert nets.read_weights("half.pt")[2]["stage"] == "pretrain"
+    assert "half.pt is not finished, step 2 of 3" in capsys.readouterr().err
+    assert nets.read_weights(road / "pretrain.pt")[0] and capsys.readouterr().err == ""
+
+
 def test_a_finished_stage_of_another_road_is_not_taken_for_this_one(road, capsys):
     """In one folder: post from CMT's weights is not ECT from the teacher's."""
     for flags, name in (["--mid", "none"], "--mid"), (["--init", "random"], "--init"):

@@ -32,7 +32,7 @@ OWN = {"Config", "load_data", "data_name", "check", "teacher_pairs", "make_sampl
 # bench: a GPU without data, plan in narrow tables with a sum of each command, roofline, a step at full size; claims: Mean Flow's roads on photos.
 BUDGET = {"train_cmt_cifar.py": 641, "train_cmt_imagenet.py": 872, "train_mf_imagenet256.py": 845,
           "train_t2i_coco.py": 1050, "nets.py": 1825, "fid.py": 1949, "solvers.py": 202, "bench.py": 933,
-          "claims.py": 521, "README.md": 240}
+          "claims.py": 521, "README.md": 236}
 FLAGS = {"train_cmt_cifar.py": 35, "train_cmt_imagenet.py": 42, "train_mf_imagenet256.py": 42, "train_t2i_coco.py": 43}
 README = (ROOT / "README.md").read_text()
 DOCS = {p.name: p.read_text() for p in sorted((ROOT / "docs").glob("*.md"))}

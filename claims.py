@@ -76,6 +76,10 @@ CLAIMS = {  # row: (script, row whose teacher and, with "mid", mid-training it g
     "CMT + ECT, step 1/4096": ("cmt_cifar", "CMT + ECT mid", [f"{PLAIN} --q 4096"]),
     "CMT by pseudo-Huber + ECT, step 1/4096": ("cmt_cifar", "CMT by pseudo-Huber + ECT mid", [
         f"{PLAIN} --q 4096"]),
+    "CMT + ECT, both by pseudo-Huber, step 1/64": ("cmt_cifar", "CMT by pseudo-Huber + ECT mid", [
+        f"{HUBER} --q 64"]),
+    "CMT + ECT, both by pseudo-Huber, step 1/4096": ("cmt_cifar", "CMT by pseudo-Huber + ECT mid", [
+        f"{HUBER} --q 4096"]),
     "ECT, step 1/64": ("cmt_cifar", "CMT + ECT", [f"{ECT} --q 64"]),
     "ECT, step 1/4096": ("cmt_cifar", "CMT + ECT", [f"{ECT} --q 4096"]),
     "CMT + ECT, both by pseudo-Huber, a quarter": ("cmt_cifar", "CMT + ECT", [

@@ -116,6 +116,8 @@ def blame(name):
 # ---- a run of a script: its lines, errors, lock, flags -------------------------------------------
 OUT = ""                                                 # folder of the first process's run, with its log.txt
 SAID = []                                                # lines about files: also before there is a folder
+SOON = []                                                # lines that wait for the next, or for a refusal
+KEEP = True                                              # False in a dry run, which writes nothing
 DRY = "dry run"                                          # CMT_OFFLINE then: a download is a line, no error
 
 
@@ -137,8 +139,10 @@ def write_line(file, text):
 def log(text, **numbers):
     """A line on the screen and in log.txt; numbers, if any, go to metrics.jsonl. First process only."""
     if processes()[0] == 0:
-        show(text, sys.stdout)
-        write_line("log.txt", text)
+        for line in [*SOON, text]:
+            show(line, sys.stdout)
+            write_line("log.txt", line)
+        SOON.clear()
         if numbers:
             write_line("metrics.jsonl", json.dumps(numbers))
 
@@ -207,6 +211,7 @@ def open_out(out, script, argv):
 @contextlib.contextmanager
 def begin_run(out, script, argv):
     """open_out by the first process; all compare its log. A new folder where nothing began goes again."""
+    SOON.clear()
     new = not os.path.exists(out)
     lock = contextlib.nullcontext() if processes()[0] else open_out(out, script, argv)
     if group := patient_group():
@@ -308,8 +313,9 @@ def check_solve(cfg, n, pairs, world):
     """Exit code 2 unless a solve's pairs fill whole batches, and its n trajectories all processes alike."""
     if not pairs or pairs % cfg.batch:
         states = f"--nodes {cfg.nodes}" if hasattr(cfg, "nodes") else f"--nfe {cfg.nfe}"
+        least = cfg.batch // math.gcd(cfg.batch, pairs // n if n else cfg.batch)
         fail(2, f"the {pairs} pairs of {states} and --trajectories {cfg.trajectories} must fill whole "
-                f"batches of --batch {cfg.batch}")
+                f"batches of --batch {cfg.batch}; pass --trajectories {least} or a multiple")
     if n % world:
         fail(2, f"the {n} --trajectories of a solve must be a multiple of the {world} processes")
 
@@ -464,7 +470,8 @@ def check_images(images, channels, size="H, W"):
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in channels \
             or size not in ("H, W", images.shape[2:]):
         given = f"{images.dtype} {tuple(images.shape)}"
-        raise DataError(f"images are {given}; expected uint8 (B, {channels}, {size})")
+        wanted = f"{' or '.join(map(str, channels))} channels, {size}"
+        raise DataError(f"images are {given}; expected uint8 of {wanted}; choose other --features")
 
 
 def load_inception(path="", resize="tf1"):
@@ -925,11 +932,11 @@ def steps_left(cfg, ckpt, path, free, stages):
         steps = f.name == "steps"
         if was != now and (f.name not in free or steps and (later or now < ckpt["step"])):
             teacher, how = cfg.teacher if cfg.teacher not in ("", "scratch") else f"{cfg.out}/pretrain.pt", ""
-            if steps and now > was and cfg.stage != "pretrain":
+            if steps and now > was and cfg.stage != "pretrain" and cfg.data == ckpt["cfg"]["data"]:
                 how = (f"; to train it on there: --stage {cfg.stage} --init {path} --teacher {teacher} "
                        f"--steps {now - was}")
-            made = f"made by {ckpt.get('script', 'an older script')} --data {ckpt['cfg']['data']}"
-            fail(2, f"{path} was made with --{f.name} {was}, now {now}; use another --out{how} ({made})")
+            made = f"{ckpt.get('script', 'an older script')} --data {ckpt['cfg']['data']}"
+            fail(2, f"{path} was made by {made} with --{f.name} {was}, now {now}; use another --out{how}")
     if cfg.stage == "post" and cfg.mid == "none" and not ckpt and os.path.exists(f"{cfg.out}/mid.pt"):
         fail(2, f"{cfg.out}/mid.pt is there, this road has --mid none; use another --out")
     agree(f"step of {path}", ckpt and ckpt["step"])
@@ -939,7 +946,7 @@ def steps_left(cfg, ckpt, path, free, stages):
 def check_teacher(cfg, finished, given, data, wanted):
     """Exit code 2 if our own teacher learned other data than `data`; 3 if a given one did.
 
-    finished: that of nets.py; given(cfg) -> (weights, constructor arguments), or False where none is given;
+    finished: that of nets.py; given(cfg) -> (weights, constructor arguments), or None where none is given;
     wanted: what those arguments must be.
     """
     own = finished(f"{cfg.out}/pretrain.pt") if cfg.teacher in ("", "scratch") else None
@@ -1016,8 +1023,9 @@ def check_once(path, names, read, note):
         answer = pathlib.Path(note).read_text() if os.path.exists(note) else ""
         if not answer.startswith(seen):
             answer = seen + check_pictures(range(len(names)), read, path)
-            os.makedirs(os.path.dirname(note), exist_ok=True)
-            pathlib.Path(note).write_text(answer)
+            if KEEP:
+                os.makedirs(os.path.dirname(note), exist_ok=True)
+                pathlib.Path(note).write_text(answer)
         return mine, answer.partition(" ")[2]
     first, answer = from_first(check)
     if mine != first:
@@ -1495,10 +1503,11 @@ def save_sheet(path, rows, caption, header=(), block=0):
 
 def save_seeds(path, images, seeds, caption, classes=(), columns=16):
     """A sheet of the images of these seeds, fewer if they are; of classes one a column."""
-    rows, columns = [], len(classes) or columns
+    rows, columns, step = [], len(classes) or columns, getattr(seeds, "step", 1)
+    every = f" by {step}" * (step > 1)
     for k, row in enumerate(images.split(columns)):
         mine = seeds[columns * k:columns * k + len(row)]
-        rows.append((f"seeds {mine[0]} to {mine[-1]}", row))
+        rows.append((f"seeds {mine[0]} to {mine[-1]}{every}", row))
     save_sheet(path, rows, caption, classes and ["class", *classes])
 
 
@@ -1543,7 +1552,7 @@ def save_trajectory(out, states, levels, students, show=lambda x: x):
     caption = ("The teacher walks from noise at the left to an image at the right. Below each of its states: "
                "the image that the student answers with when it is shown this state, in one call. The better "
                "it has learned, the less the answers of a row differ. The number: their distance from the "
-               "teacher's end, root of the mean square (black is -1, white 1)."
+               "teacher's end (root of the mean square), which post-training, on real images, may leave."
                + " States above sigma 1 are shown divided by sigma." * bool(levels.max() > 1))
     header = ["sigma" if levels.max() > 1 else "t", *(f"{level:.2g}" for level in levels.tolist())]
     save_sheet(f"{out}/trajectory.png", rows, caption, header, 1 + len(answers))
@@ -1732,9 +1741,10 @@ def dry_run(home, argv, configs):
 
     Every stage is checked; the first with work to do is set up by `train`, up to begin_stage, which ends it.
     """
+    global KEEP
     os.environ.setdefault("CMT_OFFLINE", DRY)
     os.environ["HF_HUB_OFFLINE"] = "1"
-    codes, road = {}, {}
+    codes, road, KEEP = {}, {}, False
 
     def tried(c, work):
         """work(c); None where it is refused, or wants a download, which is a line and SystemExit(0)."""
@@ -1754,7 +1764,8 @@ def dry_run(home, argv, configs):
             break
     if processes()[0] == 0:
         text = overview({s: todo for s, todo in road.items() if s not in codes}, home.DEVICE, c.data)
-        cause = f"; nothing starts before this is mended (see above): {', '.join(codes)}" * bool(codes)
+        bad = ", ".join(c.stage for c in configs if c.stage in codes)
+        cause = f"; nothing starts before this is mended (see above): {bad}" * bool(codes)
         known = *ROAD, *codes, *home.RUN
         idle = ", ".join(c.stage for c in configs if c.stage not in known) or "none"
         plan = shlex.join([os.path.basename(home.__file__), *(a for a in argv if a != "--dry_run")])

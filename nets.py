@@ -1108,7 +1108,8 @@ def read_weights(path_or_url):
     except OSError as e:
         raise OSError(f"{e}, or pass --teacher FILE") from None
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: {'a folder, not a' if os.path.isdir(path) else 'no such'} file")
+        kind = "a folder, not a" if os.path.isdir(path) else "no such"
+        raise FileNotFoundError(f"{path}: {kind} file; --teacher and --init take a file or a URL of weights")
     with open(path, "rb") as f:
         if re.fullmatch(rb"[\s!-~]+", f.read(99)):
             raise WeightsError(f"{path}: it is text, no weights")
@@ -1122,16 +1123,15 @@ def read_weights(path_or_url):
         model, size = tree.get("model"), unet_size(state)
     except UnsafePickle as e:
         raise UnsafePickle(f"{path}: refused, {e}") from None
-    except OSError:
-        raise
     except Exception as e:                            # a cut file can fail anywhere; the cause is chained
-        reason = f"{type(e).__name__}: {e}".splitlines()[0][:200]
+        if getattr(e, "filename", None):              # it cannot be opened
+            raise
+        reason = f"{type(e).__name__}: {e}".splitlines()[0].split(". ")[0][:200]
         raise WeightsError(f"{path}: damaged, cut short or of another kind ({reason})") from e
     # trap: DiT and REPA keep weights under `model`, where our checkpoints keep constructor arguments
     if place[:1] == ("ema",) and isinstance(model, dict) and not tensors_in(model):
-        done, of = tree.get("step", 0), tree.get("cfg", {}).get("steps", 0)
-        if done < of:
-            tell(f"warning: {path} is not finished, step {done:,} of {of:,}")
+        if tree.get("step", math.inf) < (steps := tree.get("cfg", {}).get("steps", 0)):
+            tell(f"warning: {path} is not finished, step {tree['step']:,} of {steps:,}")
         return state, model or size, tree.get("cfg", {})
     if place:
         tell(f"{path}: took its {'.'.join(place)}; it holds {', '.join(tree)[:80]}")
@@ -1163,7 +1163,8 @@ def make(network, model, what, **more):
         return network(**{**model, **more})
     except Exception as e:                            # wrong arguments can surface as any error
         reason = "" if isinstance(e, TypeError) else f" ({e})"
-        why = f"but another network, of {', '.join(map(str, model))[:99]}{reason}" if model else \
+        kind = ", ".join(map(str, model))[:70]
+        why = f"but a network of {kind} ...{reason}; is it that of another script?" if model else \
             "these are weights alone, of no size in nets.SIZES; pass the .pt or .pkl of its training"
         raise WeightsError(f"{what}: no {network.__name__}, {why}") from e
 

@@ -30,7 +30,7 @@ import torch.distributed as dist
 import fid
 import nets
 import solvers
-from fid import agree, count, fail, log, report, same_data
+from fid import SOON, agree, count, fail, log, report, same_data
 from solvers import fold, randn
 
 
@@ -397,7 +397,8 @@ def check(cfg):
         if cfg.stage == "pretrain":
             model_size(cfg, images)                   # is there a net for this size?
         shape = dict(img_channels=images.shape[1], img_resolution=images.shape[2], label_dim=0)
-        fid.check_teacher(cfg, nets.finished, has_teacher(cfg) and teacher_state, fid.stamp(images), shape)
+        given = teacher_state if has_teacher(cfg) else None
+        fid.check_teacher(cfg, nets.finished, given, fid.stamp(images), shape)
     if cfg.stage == "post" and cfg.precision == "bf16":
         fid.say("warning: bf16 is too coarse for post-training (docs/faq.md); use --mid.precision bf16")
     if cfg.stage == "eval" and cfg.data != "digits":
@@ -483,7 +484,7 @@ def train(cfg):
     if needs_data(cfg):
         images = load_data(cfg)
         data = fid.stamp(images)
-        log(f"{cfg.data}: {data}, each seen {cfg.steps * B / len(images):,.3g} times; without classes")
+        SOON.append(f"{cfg.data}: {data}, each seen {cfg.steps * B / len(images):,.3g} times, no classes")
         images = images.to(DEVICE)
     asks_teacher = cfg.stage == "mid" or cfg.stage == "post" and cfg.post.startswith("ecd")
     asked = teacher_state(cfg) if asks_teacher else None
@@ -495,16 +496,16 @@ def train(cfg):
     if asked:
         # choice: the teacher too in --precision: bf16 moves its ends less than a finer solve would
         teacher = forward(cfg, build(cfg, asked[1], asked[0], cfg.teacher or "the teacher"))
-    model, *weights = (ckpt["model"],) if ckpt else first_weights(cfg, images, asked)
-    net = build(cfg, model, *weights, train=True)
+    model, state, what = (ckpt["model"], None, "") if ckpt else first_weights(cfg, images, asked)
+    net = build(cfg, model, state, what, train=True)
     ema = deepcopy(net).requires_grad_(False).eval()
     f = forward(cfg, net)
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
-    flat.grad = grad[:-2]                                                 # the last two: loss, and stop
+    flat.grad = grad[:-2]              # behind it loss and stop: one sum over the processes carries all three
     opt = torch.optim.Adam([flat], fused=True)
     tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
     agree("data and sum of the first weights", (data, flat.sum(dtype=torch.float64).item()))
-    ckpt = asked = weights = None                     # as large as the net, and needed no more
+    ckpt = asked = state = None                       # as large as the net, and needed no more
     shape = net.img_channels, net.img_resolution, net.img_resolution
     sigmas, (n, pairs), share = solvers.logsnr_sigmas(cfg.nfe), solves(cfg), B // WORLD
     distance, micro = make_distance(cfg, shape[0]) if cfg.stage == "mid" else None, cfg.batch_gpu or share
@@ -518,7 +519,7 @@ def train(cfg):
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         if cfg.stage == "mid":
             solve, at = divmod(step * B, pairs)                               # which solve, and where in it
-            if at == 0 or step == start:                                      # a solve feeds several steps
+            if at == 0 or step == start:                                      # its 2,048 pairs feed 16 steps
                 g.manual_seed(fold(cfg.seed, "solve", solve))
                 if cfg.mid == "slow":
                     states, levels, x_0, owner = slow_pairs(teacher, sigmas, n, images, g)
@@ -589,9 +590,10 @@ def candidates(cfg):
 def evaluate(cfg):
     """Score every net there is, the teacher by its solver, students in 1 and 2 steps: <out>/results.md."""
     found, rows = candidates(cfg), []
+    log(ABOUT["eval"])
     stages = pictures(cfg, found) if RANK == 0 else ()
     if missing := data_name(cfg) == "own" and fid.from_first(partial(fid.prefetch, cfg.data, False)):
-        return log(f"eval: no score, see the pictures in {cfg.out}; {missing}")
+        return log(f"eval: no score: {missing}; open stages.png and trajectory.png in {cfg.out}")
     features = (fid.DigitsNet() if cfg.data == "digits" else fid.load_inception()).to(DEVICE)
     if cfg.data in FILES:
         reference = fid.load_reference(cfg.data)
@@ -620,7 +622,7 @@ def main(argv):
         agree(f"checkpoints in {cfg.out}", [s for s in STAGES if os.path.exists(f"{cfg.out}/{s}.pt")])
         trained = [c for c in configs if check(c)]
         with fid.begin_run(cfg.out, __file__, argv):                # its lock
-            log(fid.overview({c.stage: (resume(c)[1], c.batch) for c in trained}, DEVICE, cfg.data))
+            SOON.append(fid.overview({c.stage: (resume(c)[1], c.batch) for c in trained}, DEVICE, cfg.data))
             for c in configs:
                 if STOP:
                     fail(75, "stopped by a signal; run the same command again to go on")
@@ -628,8 +630,8 @@ def main(argv):
                 torch.backends.cudnn.allow_tf32 = c.precision != "fp32"
                 for number in SIGNALS:                # training saves first, the rest just ends
                     signal.signal(number, signal.SIG_DFL if c.stage in RUN else on_signal)
-                if c in trained or c.stage in RUN:
-                    log(ABOUT.get(c.stage, c.stage))
+                if c in trained:
+                    SOON.append(ABOUT[c.stage])
                 RUN.get(c.stage, train)(c)
     if dist.is_initialized():
         dist.destroy_process_group()

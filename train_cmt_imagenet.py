@@ -34,7 +34,7 @@ import torch.nn.functional as F
 import fid
 import nets
 import solvers
-from fid import agree, count, fail, log, report, same_data
+from fid import SOON, agree, count, fail, log, report, same_data
 from solvers import fold, randn
 
 
@@ -604,8 +604,8 @@ def check_data(cfg):
         return                                        # it has begun with data that are compared in train
     images = load_data(cfg)
     size, (channels, side, _) = edm2_size(cfg, images), images.shape
-    wanted = {k: size[k] for k in nets.INTERFACE}
-    fid.check_teacher(cfg, nets.finished, has_teacher(cfg) and teacher_state, images.stamp, wanted)
+    given, wanted = teacher_state if has_teacher(cfg) else None, {k: size[k] for k in nets.INTERFACE}
+    fid.check_teacher(cfg, nets.finished, given, images.stamp, wanted)
     if cfg.init not in INITS:
         candidates(cfg)                               # --init FILE: is it a net?
     if cfg.data != "digits" and cfg.stage == "mid" and cfg.loss == "lpips" and (channels != 3 or side < 16):
@@ -669,14 +669,14 @@ def asked_nets(cfg):
     return asked
 
 
-def first_weights(cfg, images, teacher=None):
-    """(constructor arguments, weights, their name) a net starts from; teacher: what teacher_state said."""
+def first_weights(cfg, images, asked):
+    """(constructor arguments, weights, their name) that a net starts from; asked: what asked_nets said."""
     if cfg.stage in ("pretrain", "vgg"):
         return edm2_size(cfg, images), None, ""
     if cfg.stage == "post" and cfg.mid != "none" and cfg.init in INITS:
         ckpt = fid.finished_mid(cfg, nets.finished)
         return ckpt["model"], ckpt["ema"], f"{cfg.out}/mid.pt"
-    state, model = teacher or teacher_state(cfg)      # the student has the teacher's size
+    state, model = asked.get("teacher") or teacher_state(cfg)        # the student has the teacher's size
     if cfg.init not in INITS:
         return model, nets.fitting(*nets.load_pretrained(cfg.init), model, cfg.init), cfg.init
     return (model, state, "the teacher") if cfg.init == "teacher" else (model, None, "")
@@ -710,8 +710,8 @@ def train(cfg):
     frozen = {name: build(cfg, size, state, getattr(cfg, name) or "the teacher")
               for name, (state, size) in asked.items() if name != "guide" or cfg.w != 1}
     teacher = autoguided(frozen.get("main") or frozen.get("teacher"), frozen.get("guide"), cfg.w)
-    model, *weights = (ckpt["model"],) if ckpt else first_weights(cfg, images, asked.get("teacher"))
-    net = build(cfg, model, *weights, train=True)
+    model, state, what = (ckpt["model"], None, "") if ckpt else first_weights(cfg, images, asked)
+    net = build(cfg, model, state, what, train=True)
     ema = deepcopy(net).requires_grad_(False).eval()
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
     flat.grad = grad[:-2]
@@ -722,7 +722,7 @@ def train(cfg):
         opt = torch.optim.SGD([flat], momentum=0.9, weight_decay=1e-4, fused=True)            # B.5
     tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
     agree("data and sum of the first weights", (data, flat.sum(dtype=torch.float64).item()))
-    ckpt = asked = weights = None                     # as large as the net, and needed no more
+    ckpt = asked = state = None                       # as large as the net, and needed no more
     shape = model["img_channels"], model["img_resolution"], model["img_resolution"]
     sigmas, (n, pairs), share = solvers.logsnr_sigmas(cfg.nfe), solves(cfg), B // WORLD
     distance, micro = perceptual(cfg) if cfg.stage == "mid" else None, cfg.batch_gpu or share
@@ -818,9 +818,10 @@ def candidates(cfg):
 def evaluate(cfg):
     """Score every net there is, the teacher by its solver, students in 1 and 2 steps: <out>/results.md."""
     found, rows = candidates(cfg), []
+    log(ABOUT["eval"])
     stages = draw_sheets(cfg, found) if RANK == 0 else ()
     if missing := data_name(cfg) == "own" and fid.from_first(partial(fid.prefetch, cfg.data, False)):
-        return log(f"eval: no score, see the pictures in {cfg.out}; {missing}")
+        return log(f"eval: no score: {missing}; open stages.png and trajectory.png in {cfg.out}")
     features = (fid.DigitsNet() if cfg.data == "digits" else fid.load_inception()).to(DEVICE)
     if data_name(cfg) in fid.REFERENCES:
         reference = fid.load_reference(data_name(cfg))
@@ -851,7 +852,7 @@ def main(argv):
         agree(f"checkpoints in {cfg.out}", [s for s in STAGES if os.path.exists(f"{cfg.out}/{s}.pt")])
         trained = [c for c in configs if check(c)]
         with fid.begin_run(cfg.out, __file__, argv):                # its lock
-            log(fid.overview({c.stage: (resume(c)[1], c.batch) for c in trained}, DEVICE, cfg.data))
+            SOON.append(fid.overview({c.stage: (resume(c)[1], c.batch) for c in trained}, DEVICE, cfg.data))
             for c in configs:
                 if STOP:
                     fail(75, "stopped by a signal; run the same command again to go on")
@@ -859,8 +860,8 @@ def main(argv):
                 torch.backends.cudnn.allow_tf32 = c.precision != "fp32"
                 for number in SIGNALS:                # training saves first, the rest just ends
                     signal.signal(number, signal.SIG_DFL if c.stage in RUN else on_signal)
-                if c in trained or c.stage in RUN:
-                    log(ABOUT.get(c.stage, c.stage))
+                if c in trained:
+                    SOON.append(ABOUT[c.stage])
                 RUN.get(c.stage, train)(c)
     if dist.is_initialized():
         dist.destroy_process_group()

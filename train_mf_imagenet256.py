@@ -36,7 +36,7 @@ import torch.distributed as dist
 import fid
 import nets
 import solvers
-from fid import agree, count, fail, log, report, same_data
+from fid import SOON, agree, count, fail, log, report, same_data
 from solvers import fold, randn
 
 
@@ -585,7 +585,7 @@ def check(cfg):
             if cfg.stage == "post" and (cfg.mid != "none" or cfg.init == "sit" or led):
                 shape = dict(in_channels=channels, input_size=side, num_classes=images.classes)
                 asked = cfg.teacher and (led or not os.path.exists(f"{cfg.out}/mid.pt"))
-                fid.check_teacher(cfg, nets.finished, asked and teacher_state, images.stamp, shape)
+                fid.check_teacher(cfg, nets.finished, teacher_state if asked else None, images.stamp, shape)
         if cfg.stage != "pretrain" and cfg.init not in INITS:
             candidates(cfg)                           # --init FILE: is it a net?
     for flag in ("weak", "size"):
@@ -791,6 +791,7 @@ def candidates(cfg):
 def evaluate(cfg):
     """Score every net there is, in 1, 2 and --nfe steps; --labels both: random and balanced, a row each."""
     found, rows = candidates(cfg), []
+    log(ABOUT["eval"])
     stages = class_sheets(cfg, found) if RANK == 0 else ()
     features = (fid.DigitsNet() if cfg.data == "digits" else fid.load_inception()).to(DEVICE)
     if cfg.data in REFERENCE:
@@ -824,7 +825,7 @@ def main(argv):
         agree(f"checkpoints in {cfg.out}", [s for s in STAGES if os.path.exists(f"{cfg.out}/{s}.pt")])
         trained = [c for c in configs if check(c)]
         with fid.begin_run(cfg.out, __file__, argv):                # its lock
-            log(fid.overview({c.stage: (resume(c)[1], c.batch) for c in trained}, DEVICE, cfg.data))
+            SOON.append(fid.overview({c.stage: (resume(c)[1], c.batch) for c in trained}, DEVICE, cfg.data))
             for c in configs:
                 if STOP:
                     fail(75, "stopped by a signal; run the same command again to go on")
@@ -832,8 +833,8 @@ def main(argv):
                 torch.backends.cudnn.allow_tf32 = c.precision != "fp32"
                 for number in SIGNALS:                # training saves first, the rest just ends
                     signal.signal(number, signal.SIG_DFL if c.stage in RUN else on_signal)
-                if c in trained or c.stage in RUN:
-                    log(ABOUT.get(c.stage, c.stage))
+                if c in trained:
+                    SOON.append(ABOUT[c.stage])
                 RUN.get(c.stage, train)(c)
     if dist.is_initialized():
         dist.destroy_process_group()

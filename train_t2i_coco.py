@@ -39,7 +39,7 @@ import torch.nn.functional as F
 import fid
 import nets
 import solvers
-from fid import agree, count, fail, log, report, same_data
+from fid import SOON, agree, count, fail, log, report, same_data
 from solvers import fold, randn
 
 
@@ -729,7 +729,7 @@ def check(cfg):
         shape = net_arguments(cfg, images, text_encoder(cfg)(images.null[None]).shape[-1])
         if cfg.stage != "pretrain" and (cfg.mid != "none" or cfg.init == "sit"):
             shape = {k: shape[k] for k in ("input_size", "in_channels", "context_dim")}
-            fid.check_teacher(cfg, nets.finished, cfg.teacher and teacher_state, images.stamp, shape)
+            fid.check_teacher(cfg, nets.finished, teacher_state if cfg.teacher else None, images.stamp, shape)
         if cfg.stage != "pretrain" and cfg.init not in INITS:
             candidates(cfg)                           # --init FILE: is it a net?
     if cfg.stage == "sample" and cfg.prompts:
@@ -993,6 +993,7 @@ def evaluate(cfg):
     """
     digits, images, encoder = cfg.data == "digits", load_data(cfg), text_encoder(cfg)
     found, rows = candidates(cfg), []
+    log(ABOUT["eval"])
     stages = caption_sheets(cfg, found, images, encoder) if RANK == 0 else ()
     features = (fid.DigitsNet() if digits else fid.load_inception()).to(DEVICE)
     if digits:
@@ -1030,7 +1031,7 @@ def main(argv):
         agree(f"checkpoints in {cfg.out}", [s for s in STAGES if os.path.exists(f"{cfg.out}/{s}.pt")])
         trained = [c for c in configs if check(c)]
         with fid.begin_run(cfg.out, __file__, argv):                # its lock
-            log(fid.overview({c.stage: (resume(c)[1], c.batch) for c in trained}, DEVICE, cfg.data))
+            SOON.append(fid.overview({c.stage: (resume(c)[1], c.batch) for c in trained}, DEVICE, cfg.data))
             for c in configs:
                 if STOP:
                     fail(75, "stopped by a signal; run the same command again to go on")
@@ -1038,8 +1039,8 @@ def main(argv):
                 torch.backends.cudnn.allow_tf32 = c.precision != "fp32"
                 for number in SIGNALS:                # training saves first, the rest just ends
                     signal.signal(number, signal.SIG_DFL if c.stage in RUN else on_signal)
-                if c in trained or c.stage in RUN:
-                    log(ABOUT.get(c.stage, c.stage))
+                if c in trained:
+                    SOON.append(ABOUT[c.stage])
                 RUN.get(c.stage, train)(c)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -72,6 +72,7 @@ def environment():
 def no_run(environment, monkeypatch):
     """No run before has left its folder: lines about files go to stderr, and to no log."""
     monkeypatch.setattr(fid, "OUT", "")
+    monkeypatch.setattr(fid, "KEEP", True)
     fid.SAID.clear()
     nets.tell.cache_clear()
 

@@ -576,7 +576,7 @@ def test_a_run_goes_on_when_the_data_are_the_same_wherever_they_lie(capsys, monk
     script.main([*argv, "--data", "own/", "--out", "cut"])
     assert "finished, nothing to do" in capsys.readouterr().out
     exit_code, err = code([*argv, "--data", "digits", "--out", "cut"], capsys)
-    assert exit_code == 2 and "was made with --" in err and "--data copy)" in err
+    assert exit_code == 2 and "--data copy with --" in err
 
 
 def test_a_finished_stage_of_another_teacher_is_refused(road, capsys):
@@ -716,7 +716,7 @@ def test_f14_a_refusal_by_a_checkpoint_stands_in_the_log(capsys):
     script.main([*PRETRAIN, "--steps", "1", "--out", "mine"])
     assert code([*PRETRAIN, "--steps", "1", "--lr", "5e-3", "--out", "mine"], capsys)[0] == 2
     lines = Path("mine/log.txt").read_text().splitlines()
-    assert "was made with --lr" in lines[-1] and "--lr 5e-3" in lines[-2]
+    assert "with --lr" in lines[-1] and "--lr 5e-3" in lines[-2]
 
 
 def test_f14_an_out_that_is_a_file_is_refused(capsys, monkeypatch):

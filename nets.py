@@ -1124,7 +1124,7 @@ def read_weights(path_or_url):
     except UnsafePickle as e:
         raise UnsafePickle(f"{path}: refused, {e}") from None
     except Exception as e:                            # a cut file can fail anywhere; the cause is chained
-        if getattr(e, "filename", None):              # it cannot be opened
+        if isinstance(e, OSError) and e.errno != 22:  # 22: what torch makes of a file that is cut
             raise
         reason = f"{type(e).__name__}: {e}".splitlines()[0].split(". ")[0][:200]
         raise WeightsError(f"{path}: damaged, cut short or of another kind ({reason})") from e

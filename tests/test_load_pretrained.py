@@ -460,6 +460,9 @@ def test_damaged_or_foreign_pt_is_one_clear_error(tmp_path, nvidia, write, marke
     torch.save(dict(a=torch.ones(100)), tmp_path / "x.pt")
     whole = (tmp_path / "x.pt").read_bytes()
     refuse(write(b"404: not found\n", name="x.pt"), "it is text, no weights", ValueError)
+    torch.save(dict(ema={"w": torch.randn(300, 300)}), tmp_path / "whole.pt")
+    for size in 200, 5_000, 20_000, 300_000:          # torch's reader fails in another way at each
+        refuse(write((tmp_path / "whole.pt").read_bytes()[:size], name="x.pt"), "x.pt: damaged, cut short", ValueError)
     for bad in (b"", whole[:100], whole[:-30]):
         refuse(write(bad, name="x.pt"), "damaged, cut short", ValueError)
     for bad in (dict(epoch=3), dict(ema={}), [1, 2], torch.ones(2), dict(ema=3)):

@@ -409,7 +409,29 @@ def test_post_without_a_finished_mid_is_refused(road, capsys):
     assert exit_code == 3 and "run --stage mid first" in err
 
 
+def test_what_is_refused_is_not_announced(road, capsys):
+    for flags in "--stage post --teacher gone.pt", "--stage post", "--stage eval", f"--stage mid --teacher {road}/mid.pt":
+        with pytest.raises(SystemExit):
+            script.main([*TINY, *flags.split(), "--out", "x"])
+        out = capsys.readouterr().out
+        assert "to train" not in out and "stage " not in out.replace("--stage ", "") and not os.path.exists("x")
+    script.main([*TINY, "--stage", "eval", "--out", str(road)])
+    assert "to train: nothing\nstage 4 of 4" in capsys.readouterr().out
+
+
+def test_a_dry_run_keeps_no_answer_about_pictures(capsys):
+    os.makedirs("photos/a")
+    for k in range(3):
+        Image.fromarray(np.full((16, 16, 3), k, np.uint8)).save(f"photos/a/{k}.png")
+    code("--data photos --res 16 --teacher scratch --loss huber --dry_run --out x".split(), capsys,
+         importlib.import_module("train_cmt_imagenet").main)
+    assert not os.path.exists("x")
+
+
 def test_a_teacher_that_is_not_finished_is_used_with_a_line(road, capsys):
+    with open("whole.safetensors", "wb") as file:
+        nets.write_safetensors(nets.load_checkpoint(str(road / "pretrain.pt"), whole=True), file)
+    assert nets.read_weights("whole.safetensors")[0] and capsys.readouterr().err == ""
     torch.save({**nets.load_checkpoint(str(road / "pretrain.pt"), whole=True), "step": 2}, "half.pt")
     assert nets.read_weights("half.pt")[2]["stage"] == "pretrain"
     assert "half.pt is not finished, step 2 of 3" in capsys.readouterr().err

@@ -604,7 +604,10 @@ def measure(net, batches, device="cpu", file=""):
     """Reference made of uint8 batches, summed over ranks: every rank must call it, some may have no batch."""
     stats = Statistics(net.dim)
     for images in batches:
-        stats.update(net(images.to(device)))
+        try:
+            stats.update(net(images.to(device)))
+        except DataError as error:                    # of another size or number of channels
+            raise DataError(f"{file or 'samples'}: {error}") from None
     stats.reduce()
     with blame(file or "images"):
         return Reference(stats.mean, stats.cov, stats.n, net.protocol, file, sha256(file))

@@ -256,7 +256,8 @@ def curves(args, device):
         for m in fid.read_metrics(folder):
             before += m["images"] - before if m["stage"] == "mid" else 0
             norms.setdefault(name, []).append((m["images"] + before * (m["stage"] == "post"), m["grad"]))
-    x_axis = "against the images (or pairs) that were trained on, teacher not counted"
+    x_axis = ("against the images (or pairs) trained on, without the teacher's. CMT + ECT: mid-training "
+              "for the first 60 %, then post-training. ECT: annealed. Both by pseudo-Huber")
     fid.save_chart(f"{args.out}/curve.png", {"FD-digits, lower is better": scores}, f"The score {x_axis}.")
     fid.save_chart(f"{args.out}/norms.png", {"gradient norm of every step": norms}, f"The gradient {x_axis}.")
     for name, points in scores.items():
@@ -370,7 +371,7 @@ def photos(args, device):
 
 
 FM = "--pretrain fm --weak SIZE --init sit"           # SIZE: --size, of student and flow-matching teacher
-CAPTION = "The score against CPU seconds, those of the road's teacher before its curve begins."
+CAPTION = "The score against CPU seconds. A road's teacher comes first: its curve begins when that is done."
 ROADS = {  # road: the road whose teacher it goes on from, its calls, laid over the settings of digits
     "flow matching": ("", ["--stage pretrain --pretrain fm --weak SIZE --steps 320"]),
     "weak Mean Flow": ("", ["--stage pretrain --weak 2x64x3 --steps 800"]),

@@ -854,7 +854,7 @@ def full_size(command, argv):
     p.add_argument("script", nargs="?", choices=sorted({line.split()[0] for line in FULL}),
                    type=lambda name: name.removesuffix(".py"), help="left out: the paper's runs")
     p.add_argument("--gpus", type=int, default=8, help="processes that share the batch")
-    p.add_argument("--device", type=str.lower, choices=CARDS, default="h100", help="plan, roofline; step: the one here")
+    p.add_argument("--device", type=str.lower, choices=CARDS, default="h100", help="of plan and roofline")
     p.add_argument("--price", type=float, default=0.0, help="plan: dollars for an hour of one GPU")
     args, flags = p.parse_known_args(argv)
     if args.gpus < 1:

@@ -99,6 +99,7 @@ def test_plot_without_a_run_is_one_line(tmp_path, capsys):
     (tmp_path / "real").mkdir()
     (tmp_path / "real/metrics.jsonl").write_text('{"stage": "mid", "images": 4, "loss": 1.0, "grad": 1.0}')
     for runs in ([], [str(tmp_path)], [str(tmp_path / "real"), str(tmp_path)]):           # one of two as well
+        claims.fid.SAID.clear()                       # as in a process of its own
         with pytest.raises(SystemExit) as e:
             claims.main(["plot", *runs, "--out", str(tmp_path / "new")])
         assert e.value.code == 3 and "name the folders" in capsys.readouterr().err

@@ -33,7 +33,7 @@ OWN = {"Config", "load_data", "data_name", "check", "teacher_pairs", "make_sampl
 # bench: a GPU without data, plan in narrow tables with a sum of each command, roofline, a step at full size; claims: Mean Flow's roads on photos.
 BUDGET = {"train_cmt_cifar.py": 643, "train_cmt_imagenet.py": 873, "train_mf_imagenet256.py": 846,
           "train_t2i_coco.py": 1051, "nets.py": 1826, "fid.py": 1963, "solvers.py": 202, "bench.py": 933,
-          "claims.py": 526, "README.md": 237}
+          "claims.py": 526, "README.md": 239}
 FLAGS = {"train_cmt_cifar.py": 35, "train_cmt_imagenet.py": 42, "train_mf_imagenet256.py": 42, "train_t2i_coco.py": 43}
 README = (ROOT / "README.md").read_text()
 DOCS = {p.name: p.read_text() for p in sorted((ROOT / "docs").glob("*.md"))}

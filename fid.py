@@ -1561,9 +1561,9 @@ def save_trajectory(out, states, levels, students, show=lambda x: x):
     save_sheet(f"{out}/trajectory.png", rows, caption, header, 1 + len(answers))
 
 
-def ticks_of(low, high):
-    """Round numbers from the last one below low to the first one above high."""
-    ticks = [m * 10.0**e for e in range(-9, 13) for m in (1, 2, 5)]
+def ticks_of(low, high, firsts=(1, 2, 5)):
+    """Round numbers from the last one below low to the first one above high; firsts: their first digits."""
+    ticks = [m * 10.0**e for e in range(-9, 13) for m in firsts]
     return [t for below, t, above in zip([0, *ticks], ticks, [*ticks[1:], math.inf])
             if above > low and below < high]
 
@@ -1583,6 +1583,8 @@ def save_chart(path, panels, caption, across="images"):
         xs, ys = zip(*(p for points in curves.values() for p in points))
         top, bottom, end = k * height + 40, (k + 1) * height - 30, max(xs) or 1
         ticks = ticks_of(min(ys), max(ys))
+        if len(ticks) < 4:
+            ticks = ticks_of(min(ys), max(ys), (1, 1.5, 2, 3, 4, 5, 7))
         low, high = math.log(ticks[0]), math.log(ticks[-1]) + (len(ticks) == 1)
 
         def at(x, y):
@@ -1598,7 +1600,10 @@ def save_chart(path, panels, caption, across="images"):
         pen.text((width - right + 40, bottom + 6), across, "black", font, anchor="lt")
         for row, (name, points) in enumerate(curves.items()):
             colour = COLOURS[list(names).index(plain(name)) % len(COLOURS)]
-            pen.line([at(*p) for p in points], colour, 3, joint="curve")
+            ink = Image.new("L", (3 * width, 3 * height))                    # three times as large: smooth
+            dots = [(3 * x, 3 * (y - k * height)) for x, y in (at(*p) for p in points)]
+            ImageDraw.Draw(ink).line(dots, 255, 7, joint="curve")
+            picture.paste(colour, (0, k * height), ink.resize((width, height), Image.Resampling.BOX))
             if len(points) == 1:
                 x, y = at(*points[0])
                 pen.ellipse((x - 4, y - 4, x + 4, y + 4), colour)

@@ -257,7 +257,7 @@ def curves(args, device):
             before += m["images"] - before if m["stage"] == "mid" else 0
             norms.setdefault(name, []).append((m["images"] + before * (m["stage"] == "post"), m["grad"]))
     x_axis = ("against the images (or pairs) trained on, without the teacher's. CMT + ECT: mid-training "
-              "for the first 60 %, then post-training. ECT: annealed. Both by pseudo-Huber")
+              "for the first 60%, then post-training. ECT: annealed. Both by pseudo-Huber")
     fid.save_chart(f"{args.out}/curve.png", {"FD-digits, lower is better": scores}, f"The score {x_axis}.")
     fid.save_chart(f"{args.out}/norms.png", {"gradient norm of every step": norms}, f"The gradient {x_axis}.")
     for name, points in scores.items():

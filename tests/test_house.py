@@ -33,7 +33,7 @@ OWN = {"Config", "load_data", "data_name", "check", "teacher_pairs", "make_sampl
 # bench: a GPU without data, plan in narrow tables with a sum of each command, roofline, a step at full size; claims: Mean Flow's roads on photos.
 BUDGET = {"train_cmt_cifar.py": 643, "train_cmt_imagenet.py": 873, "train_mf_imagenet256.py": 846,
           "train_t2i_coco.py": 1051, "nets.py": 1826, "fid.py": 1968, "solvers.py": 202, "bench.py": 933,
-          "claims.py": 526, "README.md": 239}
+          "claims.py": 526, "README.md": 240}
 FLAGS = {"train_cmt_cifar.py": 35, "train_cmt_imagenet.py": 42, "train_mf_imagenet256.py": 42, "train_t2i_coco.py": 43}
 README = (ROOT / "README.md").read_text()
 DOCS = {p.name: p.read_text() for p in sorted((ROOT / "docs").glob("*.md"))}
@@ -225,7 +225,7 @@ def test_scores_of_readme_are_those_of_docs_and_means_are_means():
         for kind, middle in (("mean", statistics.mean), ("median", statistics.median)):
             middles = [middle(values) for values in seeds]
             stated = [scores(cell) for name, cell in row.items() if name.split(",")[0] == kind]
-            assert not stated or stated[0] == pytest.approx(middles[:len(stated[0])], abs=0.0051), row
+            assert not stated or stated[0] == pytest.approx(middles[:len(stated[0])], abs=0.0101), row    # cell and mean are rounded, 0.005 each
             known |= {f"{value:.2f}" for value in sum(stated, []) + middles + [v for values in seeds for v in values]}
             compared += len(sum(stated, []))
     for name, column, text in (("README.md", "ours", README), ("results.md", "ours, mean of 3 seeds", DOCS["results.md"])):

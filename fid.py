@@ -1600,13 +1600,13 @@ def save_chart(path, panels, caption, across="images"):
         pen.text((width - right + 40, bottom + 6), across, "black", font, anchor="lt")
         for row, (name, points) in enumerate(curves.items()):
             colour = COLOURS[list(names).index(plain(name)) % len(COLOURS)]
-            ink = Image.new("L", (3 * width, 3 * height))                    # three times as large: smooth
             dots = [(3 * x, 3 * (y - k * height)) for x, y in (at(*p) for p in points)]
-            ImageDraw.Draw(ink).line(dots, 255, 7, joint="curve")
+            ink = Image.new("L", (3 * width, 3 * height))                    # three times as large: smooth
+            if len(dots) > 1:
+                ImageDraw.Draw(ink).line(dots, 255, 7, joint="curve")
+            for x, y in dots if len(dots) == 1 else ():
+                ImageDraw.Draw(ink).ellipse((x - 12, y - 12, x + 12, y + 12), 255)
             picture.paste(colour, (0, k * height), ink.resize((width, height), Image.Resampling.BOX))
-            if len(points) == 1:
-                x, y = at(*points[0])
-                pen.ellipse((x - 4, y - 4, x + 4, y + 4), colour)
             pen.text((width - right + 20, top + 22 * row), plain(name), colour, font, anchor="lt")
     pen.multiline_text((left, height * len(panels) + 5), words[0], "black", font)
     write_whole(path, lambda file: picture.save(file, format="PNG"))

@@ -755,7 +755,7 @@ def test_a_slug_names_one_caption():
 def test_charts_leave_out_what_is_not_above_zero(tmp_path):
     path = str(tmp_path / "chart.png")
     for points in ([(1, 0.5), (2, 0.25)], [(0, 1.0)], [(5, 3e-7), (6, float("nan")), (7, -1.0), (9e7, 4e5)], []):
-        fid.save_chart(path, {"loss": {"mid": points}, "empty": {}}, "words")
+        fid.save_chart(path, {"loss": {"mid": points, "diverged": [(1, math.nan)], "one": [(2, 3.0)]}, "empty": {}}, "words")
         assert Image.open(path).width >= 900 and (Image.open(path).height > 300) == bool(points)
 
 

@@ -926,7 +926,10 @@ def main(argv=None):
         torch.set_num_threads(1)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     print(f"torch {torch.__version__}, {gpu_name() if device.type == 'cuda' else 'CPU, one thread'}")
-    commands[args.what](args, device)
+    try:
+        commands[args.what](args, device)
+    except (OSError, nets.WeightsError) as error:
+        script.fail(3, str(error))
 
 
 if __name__ == "__main__":

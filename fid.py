@@ -115,6 +115,7 @@ def blame(name):
 
 # ---- a run of a script: its lines, errors, lock, flags -------------------------------------------
 OUT = ""                                                 # folder of the first process's run, with its log.txt
+MADE_BY = ""                                             # its command, torch, device and commit
 SAID = []                                                # lines about files: also before there is a folder
 SOON = []                                                # lines that wait for the next, or for a refusal
 KEEP = True                                              # False in a dry run, which writes nothing
@@ -186,7 +187,7 @@ def one_line(cfg, *errors):
 
 def open_out(out, script, argv):
     """Makes the folder of a run, locks it (two runs would mix), begins its log. First process only."""
-    global OUT
+    global OUT, MADE_BY
     os.makedirs(out, exist_ok=True)
     lock = open(f"{out}/.lock", "a+")
     try:
@@ -200,9 +201,11 @@ def open_out(out, script, argv):
     print(f"process {os.getpid()} on {os.uname().nodename}", end="", file=lock, flush=True)
     OUT = out
     folder, name = os.path.split(os.path.abspath(script))
-    commit = subprocess.getoutput(f"git -C '{folder}' rev-parse --short HEAD 2>/dev/null || echo none")
+    git = f"git -C '{folder}' describe --always --dirty --exclude='*' 2>/dev/null || echo none"
+    commit = subprocess.getoutput(git)                      # -dirty: with changes of your own
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    log(f"{name} {shlex.join(argv)} | torch {torch.__version__} | {device} | commit {commit}")
+    MADE_BY = f"{name} {shlex.join(argv)} | torch {torch.__version__} | {device} | commit {commit}"
+    log(MADE_BY)
     for text in SAID:
         write_line("log.txt", text)
     return lock
@@ -299,13 +302,17 @@ def check_values(cfg, limits, world):
     for (rule, least, below), names in limits.items():
         for name in names.split():
             if not least <= getattr(cfg, name) < below:
-                fail(2, f"--{name} {getattr(cfg, name)} is not possible; it must be {rule}")
+                finite = " and finite" * (getattr(cfg, name) == math.inf)
+                fail(2, f"--{name} {getattr(cfg, name)} is not possible; it must be {rule}{finite}")
     if world and cfg.batch % world:
         fail(2, f"--batch {cfg.batch} must be a multiple of the {world} processes")
     if world and cfg.batch_gpu and cfg.batch // world % cfg.batch_gpu:
         fail(2, f"--batch_gpu {cfg.batch_gpu} must divide the {cfg.batch // world} of --batch in a process")
-    if os.path.isfile(cfg.out):
-        fail(2, f"--out {cfg.out} is a file; name a folder")
+    there = next(p for p in (pathlib.Path(cfg.out), *pathlib.Path(cfg.out).absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        fail(2, f"--out {cfg.out}: {there} is a file, or may not be written to; name another folder")
+    if cfg.data == "digits" and getattr(cfg, "res", 8) not in (8, getattr(type(cfg), "res", 8)):
+        fail(2, f"--res {cfg.res}: --data digits has 8x8 pixels; leave --res out")
     seed_range(cfg.seeds)
 
 
@@ -929,6 +936,9 @@ def steps_left(cfg, ckpt, path, free, stages):
     if cfg.stage == "pretrain" and later and not ckpt:
         fail(2, f"{cfg.out}/{later[0]}.pt went on from a teacher that lies elsewhere; pass its --teacher "
                 "again (config.json has it), or use another --out")
+    made = ckpt.get("script", "an older script") if ckpt else ""
+    if ckpt and made.startswith("train_") and made != os.path.basename(inspect.getfile(type(cfg))):
+        fail(2, f"{path} was made by {made}; use another --out")
     free = " ".join(free.get(key, "") for key in ("*", cfg.stage, cfg.decay)).split()
     for f in dataclasses.fields(cfg) if ckpt else ():
         was, now = ckpt["cfg"].get(f.name, f.default), getattr(cfg, f.name)
@@ -938,7 +948,7 @@ def steps_left(cfg, ckpt, path, free, stages):
             if steps and now > was and cfg.stage != "pretrain" and cfg.data == ckpt["cfg"]["data"]:
                 how = (f"; to train it on there: --stage {cfg.stage} --init {path} --teacher {teacher} "
                        f"--steps {now - was}")
-            made = f"{ckpt.get('script', 'an older script')} --data {ckpt['cfg']['data']}"
+            made += f" --data {ckpt['cfg']['data']}"
             fail(2, f"{path} was made by {made} with --{f.name} {was}, now {now}; use another --out{how}")
     if cfg.stage == "post" and cfg.mid == "none" and not ckpt and os.path.exists(f"{cfg.out}/mid.pt"):
         fail(2, f"{cfg.out}/mid.pt is there, this road has --mid none; use another --out")
@@ -1763,15 +1773,16 @@ def dry_run(home, argv, configs):
             codes.update({c.stage: codes.get(c.stage, stopped.code)} if stopped.code else {})
 
     for c, trains in [(c, tried(c, home.check)) for c in configs]:
-        if trains or trains is None and c.stage not in codes:            # what wants a download may train
-            road[c.stage] = (tried(c, home.resume) or (None, 0))[1], c.batch
+        if trains or trains is None and c.stage not in home.RUN:         # what is refused is to train as well
+            left = c.steps if c.stage in codes else (tried(c, home.resume) or (None, 0))[1]
+            road[c.stage] = left, c.batch
     for c in configs:
         if c.stage not in codes and c.stage != "encode":
             tried(c, home.candidates if c.stage in home.RUN else home.train)
         if c.stage in codes or road.get(c.stage, (0,))[0]:               # later ones start from what it makes
             break
     if processes()[0] == 0:
-        text = overview({s: todo for s, todo in road.items() if s not in codes}, home.DEVICE, c.data)
+        text = overview(road, home.DEVICE, c.data)
         bad = ", ".join(c.stage for c in configs if c.stage in codes)
         cause = f"; nothing starts before this is mended (see above): {bad}" * bool(codes)
         known = *ROAD, *codes, *home.RUN
@@ -1879,7 +1890,8 @@ def save_results(out, rows, note, stages):
         file = pathlib.Path(out, "results.md")
         new, old = text.encode(errors="backslashreplace"), file.read_bytes() if file.exists() else b""
         if not old.startswith(new):
-            write_whole(str(file), lambda f: f.write(new + b"\n" + b"\n" * bool(old) + old))
+            new += f"\n{time.strftime('%Y-%m-%d')}, {MADE_BY}\n".encode(errors="backslashreplace")
+            write_whole(str(file), lambda f: f.write(new + b"\n" * bool(old) + old))
         save_stages(out, *stages, table=rows)
     made = [name for name in ("stages.png", "trajectory.png", "curve.png") if os.path.exists(f"{out}/{name}")]
     return f"{text}\nopen {', '.join(made)} and results.md in {out}"

@@ -1711,7 +1711,9 @@ def save_checkpoint(path, **state):
             os.remove(path + ".tmp")
         size = sum(t.nbytes for t in tensors_in(state))
         why = f"cannot write {size:,} bytes ({type(e).__name__})"
-        raise OSError(f"{path}: {why}; free some space, run again") from e
+        gone = isinstance(e, FileNotFoundError)
+        remedy = "name a folder that is there" if gone else "free some space, run again"
+        raise OSError(f"{path}: {why}; {remedy}") from e
     if os.path.exists(path):
         os.replace(path, path + ".prev")
     os.replace(path + ".tmp", path)

@@ -519,7 +519,7 @@ def train(cfg):
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         if cfg.stage == "mid":
             solve, at = divmod(step * B, pairs)                               # which solve, and where in it
-            if at == 0 or step == start:                                      # its 2,048 pairs feed 16 steps
+            if at == 0 or step == start:                                      # 128 x 16 pairs feed 16 steps
                 g.manual_seed(fold(cfg.seed, "solve", solve))
                 if cfg.mid == "slow":
                     states, levels, x_0, owner = slow_pairs(teacher, sigmas, n, images, g)
@@ -630,7 +630,7 @@ def main(argv):
                 torch.backends.cudnn.allow_tf32 = c.precision != "fp32"
                 for number in SIGNALS:                # training saves first, the rest just ends
                     signal.signal(number, signal.SIG_DFL if c.stage in RUN else on_signal)
-                if c in trained:
+                if c.stage in fid.ROAD:
                     SOON.append(ABOUT[c.stage])
                 RUN.get(c.stage, train)(c)
     if dist.is_initialized():

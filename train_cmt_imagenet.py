@@ -714,7 +714,7 @@ def train(cfg):
     net = build(cfg, model, state, what, train=True)
     ema = deepcopy(net).requires_grad_(False).eval()
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
-    flat.grad = grad[:-2]
+    flat.grad = grad[:-2]              # behind it loss and stop: one sum over the processes carries all three
     # choice: as ECT (B.3); the authors' 512 script has 0.999 in mid-training
     beta2 = 0.999 if cfg.stage == "mid" and data_name(cfg) == "imagenet512" else 0.99
     opt = torch.optim.Adam([flat], betas=(0.9, beta2), fused=True)
@@ -860,7 +860,7 @@ def main(argv):
                 torch.backends.cudnn.allow_tf32 = c.precision != "fp32"
                 for number in SIGNALS:                # training saves first, the rest just ends
                     signal.signal(number, signal.SIG_DFL if c.stage in RUN else on_signal)
-                if c in trained:
+                if c.stage in fid.ROAD:
                     SOON.append(ABOUT[c.stage])
                 RUN.get(c.stage, train)(c)
     if dist.is_initialized():

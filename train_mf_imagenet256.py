@@ -581,10 +581,10 @@ def check(cfg):
         if cfg.stage != "mid":                        # not after days of mid-training, which needs no data
             images = load_data(cfg)
             channels, _, side = images.shape
-            led = cfg.post == "teacher"
-            if cfg.stage == "post" and (cfg.mid != "none" or cfg.init == "sit" or led):
+            by_teacher = cfg.post == "teacher"
+            if cfg.stage == "post" and (cfg.mid != "none" or cfg.init == "sit" or by_teacher):
                 shape = dict(in_channels=channels, input_size=side, num_classes=images.classes)
-                asked = cfg.teacher and (led or not os.path.exists(f"{cfg.out}/mid.pt"))
+                asked = cfg.teacher and (by_teacher or not os.path.exists(f"{cfg.out}/mid.pt"))
                 fid.check_teacher(cfg, nets.finished, teacher_state if asked else None, images.stamp, shape)
         if cfg.stage != "pretrain" and cfg.init not in INITS:
             candidates(cfg)                           # --init FILE: is it a net?
@@ -598,8 +598,9 @@ def check(cfg):
 
 # ---- main -------------------------------------------------------------------------------------
 def left_out(cfg):
-    """Whether --mid none leaves this stage out: pre-training too, unless the student starts as the SiT."""
-    return cfg.mid == "none" and (cfg.stage == "mid" or cfg.stage == "pretrain" and cfg.init != "sit")
+    """Whether --mid none leaves this stage out: pre-training too, unless post-training asks for its net."""
+    asked = cfg.init == "sit" or cfg.post == "teacher"
+    return cfg.mid == "none" and (cfg.stage == "mid" or cfg.stage == "pretrain" and not asked)
 
 
 def pairs_per_solve(cfg):
@@ -703,7 +704,7 @@ def train(cfg):
     ema = deepcopy(net).requires_grad_(False).eval()
     flow = flow_of(cfg, net, torch.tensor(null, device=DEVICE))
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
-    flat.grad = grad[:-2]
+    flat.grad = grad[:-2]              # behind it loss and stop: one sum over the processes carries all three
     opt = torch.optim.Adam([flat], betas=(0.9, 0.95), fused=True)             # MF
     tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
     agree("data and sum of the first weights", (data, flat.sum(dtype=torch.float64).item()))
@@ -833,7 +834,7 @@ def main(argv):
                 torch.backends.cudnn.allow_tf32 = c.precision != "fp32"
                 for number in SIGNALS:                # training saves first, the rest just ends
                     signal.signal(number, signal.SIG_DFL if c.stage in RUN else on_signal)
-                if c in trained:
+                if c.stage in fid.ROAD:
                     SOON.append(ABOUT[c.stage])
                 RUN.get(c.stage, train)(c)
     if dist.is_initialized():

@@ -746,8 +746,9 @@ def check(cfg):
 
 # ---- main -------------------------------------------------------------------------------------
 def left_out(cfg):
-    """Whether --mid none leaves this stage out: pre-training too, unless the student starts as the SiT."""
-    return cfg.mid == "none" and (cfg.stage == "mid" or cfg.stage == "pretrain" and cfg.init != "sit")
+    """Whether --mid none leaves this stage out: pre-training too, unless post-training asks for its net."""
+    asked = cfg.init == "sit" or cfg.post == "teacher"
+    return cfg.mid == "none" and (cfg.stage == "mid" or cfg.stage == "pretrain" and not asked)
 
 
 def pairs_per_solve(cfg):
@@ -848,7 +849,7 @@ def train(cfg):
     ema = deepcopy(net).requires_grad_(False).eval()
     flow = flow_of(cfg, lambda z, t, r, text, repa: net(z, t, text, r, repa), null)
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
-    flat.grad = grad[:-2]
+    flat.grad = grad[:-2]              # behind it loss and stop: one sum over the processes carries all three
     betas = (0.9, 0.999 if cfg.stage == "pretrain" else 0.95)                 # REPA; MF
     opt = torch.optim.Adam([flat], betas=betas, fused=True)
     tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
@@ -1039,7 +1040,7 @@ def main(argv):
                 torch.backends.cudnn.allow_tf32 = c.precision != "fp32"
                 for number in SIGNALS:                # training saves first, the rest just ends
                     signal.signal(number, signal.SIG_DFL if c.stage in RUN else on_signal)
-                if c in trained:
+                if c.stage in fid.ROAD:
                     SOON.append(ABOUT[c.stage])
                 RUN.get(c.stage, train)(c)
     if dist.is_initialized():

@@ -1560,7 +1560,7 @@ def save_trajectory(out, states, levels, students, show=lambda x: x):
     for j in range(states.shape[1]):
         rows.append((f"noise {j + 1}\nstates of the teacher", show(states[:, j] / wide)))     # at unit scale
         for net, x in answers.items():
-            off = (x[:, j] - states[-1, j]).square().mean().sqrt()
+            off = (x[:, j] - states[-1, j]).square().mean().sqrt().item()
             rows.append((f"{NAMES.get(net, net)},\n{off:.2f} from its end", show(x[:, j])))
     caption = ("The teacher walks from noise at the left to an image at the right. Below each of its states: "
                "the image that the student answers with when it is shown this state, in one call. The better "

@@ -723,7 +723,7 @@ def test_f14_an_out_that_is_a_file_is_refused(capsys, monkeypatch):
     Path("taken").write_bytes(b"mine")
     for flags in [], ["--dry_run"]:
         exit_code, err = code([*PRETRAIN, *flags, "--out", "taken"], capsys)
-        assert exit_code == 2 and "--out taken is a file" in err and Path("taken").read_bytes() == b"mine"
+        assert exit_code == 2 and "--out taken: taken is a file" in err and Path("taken").read_bytes() == b"mine"
 
 
 def test_f14_a_folder_of_another_configuration_is_refused_and_left_alone(road, capsys):

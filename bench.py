@@ -906,7 +906,8 @@ def main(argv=None):
     if argv[:1] in (["plan"], ["roofline"], ["step"]):          # the flags behind it are those of a script
         return full_size(dict(plan=plan, roofline=roofline, step=step)[argv[0]], argv[1:])
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=commands, metavar="WHAT", help="as above; flags of plan: plan --help")
+    p.add_argument("what", choices=[*commands, "plan", "roofline", "step"], metavar="WHAT",
+                   help="as above; flags of plan: plan --help")
     p.add_argument("--data", default="digits", choices=DATA, help="edm2: the EDM2 of digits")
     p.add_argument("--methods", default="", help=f"pairs: between commas; \"\" = {','.join(METHODS)}")
     p.add_argument("--net", default="", help="precision: checkpoint; \"\" = random weights")
@@ -928,8 +929,8 @@ def main(argv=None):
     print(f"torch {torch.__version__}, {gpu_name() if device.type == 'cuda' else 'CPU, one thread'}")
     try:
         commands[args.what](args, device)
-    except (OSError, nets.WeightsError) as error:
-        script.fail(3, str(error))
+    except (OSError, ValueError) as error:            # data and weights
+        script.fail(3, f"{args.what}: {error}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import importlib
 import os
+import re
 import shutil
 import statistics
 import time
@@ -450,7 +451,8 @@ def gradient_bias(net, x_t, x_r, t, r, end):
 def finished_run(out):
     """Config of the CIFAR run in a folder, as its last finished checkpoint says, and whether it had CMT."""
     for stage in ("post", "mid", "pretrain"):
-        if ckpt := nets.finished(f"{out}/{stage}.pt"):
+        ckpt = nets.finished(f"{out}/{stage}.pt")
+        if ckpt and ckpt.get("script", "train_cmt_cifar.py") == "train_cmt_cifar.py":
             was = ckpt["cfg"]
             flags = [str(w) for name in ("data", "res", "seed", "teacher") for w in (f"--{name}", was[name])]
             cfg = script.parse([*flags, "--stage", "eval", "--out", out])
@@ -519,7 +521,14 @@ def main(argv=None):
     if device.type == "cpu":
         torch.set_num_threads(1)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    COMMANDS[args.what](args, device)
+    if unknown := {*args.methods.split(";")} - {"", *CLAIMS, *PHOTOS, *ROADS}:
+        script.fail(2, f"--methods {', '.join(unknown)}: no such row; --methods takes: {'; '.join(CLAIMS)}")
+    if not re.fullmatch(r"\d+(,\d+)*", args.seeds):
+        script.fail(2, f"--seeds {args.seeds} is not possible; write 0 or 0,1,2")
+    try:
+        COMMANDS[args.what](args, device)
+    except (OSError, ValueError) as error:            # data and weights
+        script.fail(3, f"{args.what}: {error}")
 
 
 if __name__ == "__main__":

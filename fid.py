@@ -787,7 +787,8 @@ def list_pictures(path, endings=PICTURES):
         files, root = members(path)
     names = sorted({n for n in files if n.lower().endswith(endings) and not HIDDEN.search(n)})
     left = sorted(n for n in set(files) - set(names) if os.path.basename(n) != "dataset.json")
-    text = f"{len(left)} files that are hidden or no pictures, such as {left[:3]}" if left else ""
+    kind = "pictures" if endings == PICTURES else ", ".join(endings)
+    text = f"{len(left)} files that are hidden or no {kind}, such as {left[:3]}" if left else ""
     if not names:
         raise DataError(f"{path}: holds no {', '.join(endings)}" + f"; {text}" * bool(text))
     if left:
@@ -1173,7 +1174,7 @@ def load_images(path, res=0):
         image = read(names[k])
         h, w, _ = image.shape
         if min(h, w) < res:
-            raise DataError(f"{path}: {names[k]} is {w}x{h}, too small for --res {res}; leave it out")
+            raise DataError(f"{path}: {names[k]} is {w}x{h}, too small for --res {res}; leave out one of them")
         image = np.asarray(square(rgb(image), res)) if res else image
         if image.shape != shape:
             raise DataError(f"{path}: {names[k]} is {image.shape}, but {names[0]} is {shape} (H, W, C); "

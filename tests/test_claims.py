@@ -198,3 +198,14 @@ def test_gradient_bias_is_that_of_two_gradients():
 def test_an_unknown_word_is_refused():
     with pytest.raises(SystemExit):
         claims.main(["pears"])
+
+
+@pytest.mark.parametrize("argv, words", [
+    ("claims --methods foo", "--methods foo: no such row"), ("claims --seeds x", "--seeds x is not possible"),
+    ("photos --data gone.zip", "gone.zip"), ("bias --out gone", "no finished checkpoint of train_cmt_cifar.py")])
+def test_a_wrong_command_is_one_line(argv, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as e:
+        claims.main([*argv.split(), *["--out", "new"] * ("--out" not in argv)])
+    err = capsys.readouterr().err.strip()
+    assert e.value.code in (2, 3) and words in err and len(err.splitlines()) == 1

@@ -1174,7 +1174,8 @@ def load_images(path, res=0):
         image = read(names[k])
         h, w, _ = image.shape
         if min(h, w) < res:
-            raise DataError(f"{path}: {names[k]} is {w}x{h}, too small for --res {res}; leave out one of them")
+            small = f"{path}: {names[k]} is {w}x{h}, too small for --res {res}"
+            raise DataError(f"{small}; leave it out, or pass a smaller --res")
         image = np.asarray(square(rgb(image), res)) if res else image
         if image.shape != shape:
             raise DataError(f"{path}: {names[k]} is {image.shape}, but {names[0]} is {shape} (H, W, C); "

@@ -27,13 +27,13 @@ OWN = {"Config", "load_data", "data_name", "check", "teacher_pairs", "make_sampl
 # fid: other people's pictures and labels, the engine of the encode stages, pictures with words, charts, and since 2026-11-26 what
 #   is no science and stood in two to four scripts (scripts -1,234, fid +390): log, lock, one-line errors, flags laid over presets,
 #   --dry_run, ranges, the count of steps and their line, comparisons of data, knobs, teachers, guidance, sheets by class, EDM2's zip;
-#   +81 on 2026-11-26: a dry run that names every download and meets the refusals of the command itself, no stage announced before it is
+#   +82 on 2026-11-26: a dry run that names every download and meets the refusals of the command itself, no stage announced before it is
 #   refused, no folder left, older tables kept, distances in trajectory.png, smooth curves,
 #   the command below a table;
 # nets +25 then: text, a .zip and another script's file as weights are named as what they are; free space in a dry run, a net that is not finished;
 # bench: a GPU without data, plan in narrow tables with a sum of each command, roofline, a step at full size; claims: Mean Flow's roads on photos, refusals in a line.
 BUDGET = {"train_cmt_cifar.py": 643, "train_cmt_imagenet.py": 873, "train_mf_imagenet256.py": 847,
-          "train_t2i_coco.py": 1052, "nets.py": 1828, "fid.py": 1981, "solvers.py": 202, "bench.py": 937,
+          "train_t2i_coco.py": 1052, "nets.py": 1828, "fid.py": 1982, "solvers.py": 202, "bench.py": 937,
           "claims.py": 535, "README.md": 240}
 FLAGS = {"train_cmt_cifar.py": 35, "train_cmt_imagenet.py": 42, "train_mf_imagenet256.py": 42, "train_t2i_coco.py": 43}
 README = (ROOT / "README.md").read_text()

@@ -920,6 +920,8 @@ def main(argv=None):
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = p.parse_args(argv)
+    if args.rounds < 1:
+        p.error(f"--rounds {args.rounds} is not possible; it must be above 0")
     device = torch.device(args.device)
     for module in (script, imagenet, mean_flow):
         module.DEVICE = device
@@ -929,7 +931,7 @@ def main(argv=None):
     print(f"torch {torch.__version__}, {gpu_name() if device.type == 'cuda' else 'CPU, one thread'}")
     try:
         commands[args.what](args, device)
-    except (OSError, ValueError) as error:            # data and weights
+    except (OSError, fid.DataError, nets.WeightsError) as error:         # any other is a crash, and shows it
         script.fail(3, f"{args.what}: {error}")
 
 

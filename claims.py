@@ -521,13 +521,14 @@ def main(argv=None):
     if device.type == "cpu":
         torch.set_num_threads(1)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    if unknown := {*args.methods.split(";")} - {"", *CLAIMS, *PHOTOS, *ROADS}:
-        script.fail(2, f"--methods {', '.join(unknown)}: no such row; --methods takes: {'; '.join(CLAIMS)}")
+    rows = dict(claims=CLAIMS, photos=PHOTOS, roads=ROADS).get(args.what, ())
+    if unknown := {*args.methods.split(";")} - {"", *rows}:
+        script.fail(2, f"--methods {', '.join(unknown)}: no such row; {args.what} has: {'; '.join(rows)}")
     if not re.fullmatch(r"\d+(,\d+)*", args.seeds):
         script.fail(2, f"--seeds {args.seeds} is not possible; write 0 or 0,1,2")
     try:
         COMMANDS[args.what](args, device)
-    except (OSError, ValueError) as error:            # data and weights
+    except (OSError, fid.DataError, nets.WeightsError) as error:         # any other is a crash, and shows it
         script.fail(3, f"{args.what}: {error}")
 
 

@@ -519,7 +519,7 @@ def train(cfg):
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         if cfg.stage == "mid":
             solve, at = divmod(step * B, pairs)                               # which solve, and where in it
-            if at == 0 or step == start:                                      # 128 x 16 pairs feed 16 steps
+            if at == 0 or step == start:                                      # a solve feeds several steps
                 g.manual_seed(fold(cfg.seed, "solve", solve))
                 if cfg.mid == "slow":
                     states, levels, x_0, owner = slow_pairs(teacher, sigmas, n, images, g)

@@ -693,7 +693,9 @@ def edm2_size(cfg, images):
 def train(cfg):
     """One stage (pretrain, vgg, mid, post), from its last checkpoint to its end. Bookkeeping comes last."""
     if cfg.stage == "pretrain" and has_teacher(cfg):
-        build(cfg, *teacher_state(cfg)[::-1], cfg.teacher or "the teacher")       # it fits; it is not trained
+        state, model = teacher_state(cfg)             # fetched and checked, not trained
+        if cfg.teacher and not os.path.exists(f"{cfg.out}/mid.pt"):
+            build(cfg, model, state, cfg.teacher)     # does it fit? not after hours of training the VGG
     if not reads_data(cfg) and (cfg.stage != "mid" or cfg.mid == "none"):
         return
     path, B = f"{cfg.out}/{cfg.stage}.pt", cfg.batch

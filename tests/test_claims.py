@@ -201,7 +201,7 @@ def test_an_unknown_word_is_refused():
 
 
 @pytest.mark.parametrize("argv, words", [
-    ("claims --methods foo", "--methods foo: no such row"), ("claims --seeds x", "--seeds x is not possible"),
+    ("claims --methods foo", "--methods foo: no such row"), ("roads --methods ECT", "roads has: flow matching;"), ("claims --seeds x", "--seeds x is not possible"),
     ("photos --data gone.zip", "gone.zip"), ("bias --out gone", "no finished checkpoint of train_cmt_cifar.py")])
 def test_a_wrong_command_is_one_line(argv, words, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -900,37 +900,49 @@ def whole(line, stages):
 
 
 # ---- command line -----------------------------------------------------------------------------
+USES = dict(  # command: its flags; the last three have their own and those of a script: full_size
+    pairs="data methods batch batch_gpu trajectories loss precision rounds device",
+    mf="size batch rounds device", precision="data net device", plan="", roofline="", step="")
+FLAGS = dict(
+    data=dict(default="digits", choices=DATA, help="edm2: the EDM2 of digits"),
+    methods=dict(default="", help=f"between commas; \"\" = {','.join(METHODS)}"),
+    net=dict(default="", help="checkpoint; \"\" = random weights"),
+    batch=dict(type=int, default=0, help="0 = the script's own; mf: 16"),
+    batch_gpu=dict(type=int, default=0, help="of a forward pass; 0 = the batch"),
+    trajectories=dict(type=int, default=0, help="per solve; 0 = the script's own"),
+    size=dict(default="4x256x8", help="the DiT, PATCHxWIDTHxDEPTH or a row of nets.SIZES"),
+    loss=dict(default="", help="of mid-training; \"\" = the script's own"),
+    precision=dict(default="fp32", help="of student and teacher"),
+    rounds=dict(type=int, default=5, help="times that each is measured, in turn"),
+    device=dict(default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu"))
+
+
 def main(argv=None):
     """The command line of the docstring."""
-    argv, commands = sys.argv[1:] if argv is None else argv, {f.__name__: f for f in (pairs, mf, precision)}
+    argv = sys.argv[1:] if argv is None else argv
     if argv[:1] in (["plan"], ["roofline"], ["step"]):          # the flags behind it are those of a script
         return full_size(dict(plan=plan, roofline=roofline, step=step)[argv[0]], argv[1:])
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=[*commands, "plan", "roofline", "step"], metavar="WHAT",
-                   help="as above; flags of plan: plan --help")
-    p.add_argument("--data", default="digits", choices=DATA, help="edm2: the EDM2 of digits")
-    p.add_argument("--methods", default="", help=f"pairs: between commas; \"\" = {','.join(METHODS)}")
-    p.add_argument("--net", default="", help="precision: checkpoint; \"\" = random weights")
-    p.add_argument("--batch", type=int, default=0, help="0 = the script's own; mf: 16")
-    p.add_argument("--batch_gpu", type=int, default=0, help="pairs: of a forward pass; 0 = the batch")
-    p.add_argument("--trajectories", type=int, default=0, help="pairs: per solve; 0 = the script's own")
-    p.add_argument("--size", default="4x256x8", help="mf: the DiT, PATCHxWIDTHxDEPTH or a row of nets.SIZES")
-    p.add_argument("--loss", default="", help="pairs: of mid-training; \"\" = the script's own")
-    p.add_argument("--precision", default="fp32", help="pairs: of student and teacher")
-    p.add_argument("--rounds", type=int, default=5)
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    commands = p.add_subparsers(dest="what", metavar="WHAT", required=True, help="its flags: WHAT --help")
+    p.error = complain = functools.partial(script.fail, 2)
+    for command, flags in USES.items():
+        own = commands.add_parser(command, help=(about := globals()[command].__doc__), description=about)
+        own.error = complain
+        for name in flags.split():
+            own.add_argument(f"--{name}", **FLAGS[name])
     args = p.parse_args(argv)
-    if args.rounds < 1:
-        p.error(f"--rounds {args.rounds} is not possible; it must be above 0")
+    if getattr(args, "rounds", 1) < 1:
+        script.fail(2, f"--rounds {args.rounds} is not possible; it must be above 0")
     device = torch.device(args.device)
     for module in (script, imagenet, mean_flow):
         module.DEVICE = device
     if device.type == "cpu":
         torch.set_num_threads(1)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
+    tf32 = getattr(args, "precision", "fp32") != "fp32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     print(f"torch {torch.__version__}, {gpu_name() if device.type == 'cuda' else 'CPU, one thread'}")
     try:
-        commands[args.what](args, device)
+        globals()[args.what](args, device)
     except (OSError, fid.DataError, nets.WeightsError) as error:         # any other is a crash, and shows it
         script.fail(3, f"{args.what}: {error}")
 

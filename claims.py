@@ -13,6 +13,7 @@ and roads take an EDM zip with labels. What a training pair costs: bench.py.
 """
 import argparse
 import contextlib
+import functools
 import importlib
 import os
 import re
@@ -204,9 +205,9 @@ def train_vgg(path, seed, steps=300, batch=128, lr=3e-3):
 def plot(args, device):
     """The curves of any runs beside each other, a panel for each stage and quantity: <out>/plot.png."""
     panels = {}
-    for run in args.runs or ["OUT"]:
+    for run in args.runs:
         if not (steps := [m for m in fid.read_metrics(run) if "images" in m]):
-            script.fail(3, f"plot: {run}/metrics.jsonl has no step of a training; name the folders of runs")
+            script.fail(3, f"plot: {run}/metrics.jsonl has no step of a training; name the folder of a run")
         for m in steps:
             for key in fid.CURVES:
                 panel = panels.setdefault(f"{m['stage']}: {fid.CURVES[key]}", {})
@@ -240,11 +241,12 @@ def curves(args, device):
     cfg = script.parse(["--data", "digits", "--stage", "eval"])
     features = fid.DigitsNet().to(device)
     reference = fid.measure(features, script.load_data(cfg).split(250), device)
-    scores, norms = {}, {}
+    scores, norms, marks = {}, {}, {}
     for name, calls in {"CMT + ECT": [PIXELS, HUBER], "ECT": [f"{ANNEALED} --huber_c 0.06"]}.items():
         folder, seen, before = f"{args.out}/{name.replace(' ', '_')}", 0, 0
         flags = ["--data", "digits", "--teacher", args.net, "--out", folder]
         for call in calls:
+            marks |= {seen: f"post-training of {name} begins"} if seen else {}
             with kept_checkpoints(folder) as kept:
                 script.main([*flags, *call.split(), "--save_every", "150", "--log_every", "1"])
             for state in kept:
@@ -257,10 +259,11 @@ def curves(args, device):
         for m in fid.read_metrics(folder):
             before += m["images"] - before if m["stage"] == "mid" else 0
             norms.setdefault(name, []).append((m["images"] + before * (m["stage"] == "post"), m["grad"]))
-    x_axis = ("against the images (or pairs) trained on, without the teacher's. CMT + ECT: mid-training "
-              "for the first 60%, then post-training. ECT: annealed. Both by pseudo-Huber")
-    fid.save_chart(f"{args.out}/curve.png", {"FD-digits, lower is better": scores}, f"The score {x_axis}.")
-    fid.save_chart(f"{args.out}/norms.png", {"gradient norm of every step": norms}, f"The gradient {x_axis}.")
+    caption = ("It is drawn against the images (or pairs) trained on, without the teacher's. CMT + ECT: "
+               "mid-training, then post-training. ECT: post-training alone, annealed. Both by pseudo-Huber.")
+    for picture, title, lines in ("curve", "FD-digits, lower is better", scores), (
+            "norms", "gradient norm of every step", norms):
+        fid.save_chart(f"{args.out}/{picture}.png", {title: lines}, caption, marks=marks)
     for name, points in scores.items():
         print(f"{name}: " + ", ".join(f"{x:,} {y:.2f}" for x, y in points))
 
@@ -323,6 +326,8 @@ def small_photos(path, small):
 
 def judged_photos(args, small):
     """Images and labels of --data as small photos, the net that judges samples, its statistics of them."""
+    if not os.path.exists(args.data):
+        script.fail(3, f"--data {args.data}: not there; pass an EDM zip with labels")
     os.makedirs(args.out, exist_ok=True)
     images, labels = small_photos(args.data, small)
     features = PhotoNet(images, labels, f"{args.out}/features.pt")
@@ -498,23 +503,33 @@ def bias(args, device):
 
 
 # ---- command line -----------------------------------------------------------------------------
-COMMANDS = {f.__name__: f for f in (claims, curves, plot, photos, roads, bias)}
+USES = dict(  # command: its flags
+    claims="out methods seeds device", curves="out net device", plot="runs out device",
+    photos="data out methods seeds samples device", roads="data out methods seeds size flags samples device",
+    bias="out samples device")
+FLAGS = dict(
+    runs=dict(nargs="+", metavar="OUT", help="folders of runs, of any script"),
+    out=dict(default="", help="folder of the runs; \"\" = out/claims; bias: out/digits"),
+    methods=dict(default="", help="rows, between semicolons; \"\" = all"),
+    seeds=dict(default="0,1,2", help="of the whole pipeline"),
+    net=dict(default="out/digits/pretrain.pt", help="the teacher"),
+    data=dict(required=True, help="an EDM zip with labels"),
+    size=dict(default="2x128x6", help="of the student, PATCHxWIDTHxDEPTH"),
+    flags=dict(default="--lr 4e-3", help="of every stage, as --flags=\"--lr 1e-3\""),
+    samples=dict(type=int, default=0, help="0 = photos: 5,000, roads: 2,500, bias: 500"),
+    device=dict(default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu"))
 
 
 def main(argv=None):
     """The command line of the docstring."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=COMMANDS)
-    p.add_argument("runs", nargs="*", metavar="OUT", help="plot: folders of runs, of any script")
-    p.add_argument("--out", default="", help="folder of the runs; \"\" = out/claims; bias: out/digits")
-    p.add_argument("--methods", default="", help="claims, photos: rows, between semicolons; \"\" = all")
-    p.add_argument("--seeds", default="0,1,2", help="claims, photos, roads: of the whole pipeline")
-    p.add_argument("--net", default="out/digits/pretrain.pt", help="curves: the teacher")
-    p.add_argument("--data", default="", help="photos, roads: an EDM zip with labels")
-    p.add_argument("--size", default="2x128x6", help="roads: of the student, PATCHxWIDTHxDEPTH")
-    p.add_argument("--flags", default="--lr 4e-3", help="roads: of every stage, as --flags=\"--lr 1e-3\"")
-    p.add_argument("--samples", type=int, default=0, help="0 = photos: 5,000, roads: 2,500, bias: 500")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    commands = p.add_subparsers(dest="what", metavar="WHAT", required=True, help="its flags: WHAT --help")
+    p.error = complain = functools.partial(script.fail, 2)
+    for command, flags in USES.items():
+        own = commands.add_parser(command, help=(about := globals()[command].__doc__), description=about)
+        own.error = complain
+        for name in flags.split():
+            own.add_argument(name if name == "runs" else f"--{name}", **FLAGS[name])
     args = p.parse_args(argv)
     args.out = args.out or ("out/digits" if args.what == "bias" else "out/claims")
     script.DEVICE = device = torch.device(args.device)
@@ -522,12 +537,12 @@ def main(argv=None):
         torch.set_num_threads(1)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     rows = dict(claims=CLAIMS, photos=PHOTOS, roads=ROADS).get(args.what, ())
-    if unknown := {*args.methods.split(";")} - {"", *rows}:
+    if unknown := {*getattr(args, "methods", "").split(";")} - {"", *rows}:
         script.fail(2, f"--methods {', '.join(unknown)}: no such row; {args.what} has: {'; '.join(rows)}")
-    if not re.fullmatch(r"\d+(,\d+)*", args.seeds):
+    if not re.fullmatch(r"\d+(,\d+)*", getattr(args, "seeds", "0")):
         script.fail(2, f"--seeds {args.seeds} is not possible; write 0 or 0,1,2")
     try:
-        COMMANDS[args.what](args, device)
+        globals()[args.what](args, device)
     except (OSError, fid.DataError, nets.WeightsError) as error:         # any other is a crash, and shows it
         script.fail(3, f"{args.what}: {error}")
 

@@ -70,7 +70,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 from torch import nn
 
 ASSETS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets")
@@ -98,6 +98,11 @@ Reference = collections.namedtuple("Reference", "mu cov n features file sha256")
 
 class DataError(ValueError):
     """Images, statistics or weights that cannot be used: one line that names the file. Exit code 3."""
+
+
+def first_line(error):
+    """What an error says in its first line, or its kind where it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 @contextlib.contextmanager
@@ -173,16 +178,16 @@ def one_line(cfg, *errors):
         yield
     except (DataError, OSError, *errors) as e:
         full = getattr(e, "errno", 0) in (errno.EFBIG, errno.ENOSPC, errno.EDQUOT)
-        fail(3, str(e).splitlines()[0] + f"; free some space for {cfg.out} and run again" * full)
+        fail(3, first_line(e) + f"; free some space for {cfg.out} and run again" * full)
     except torch.OutOfMemoryError as e:
         now = cfg.batch_gpu or cfg.batch // processes()[1]
-        fail(1, f"{str(e).splitlines()[0]} Run again with a --batch_gpu smaller than {now}")
+        fail(1, f"{first_line(e)} Run again with a --batch_gpu smaller than {now}")
     except RuntimeError as e:
         if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
             fail(2, f"--compile: {' '.join(str(e).split()[:40])}; mend the compiler, or pass --no-compile")
         if not (calls := [f.line for f in traceback.extract_tb(e.__traceback__) if "dist." in f.line]):
             raise
-        fail(1, f"{calls[0]}: {str(e).splitlines()[0]}; if another process died, it says why; run again")
+        fail(1, f"{calls[0]}: {first_line(e)}; if another process died, it says why; run again")
 
 
 def open_out(out, script, argv):
@@ -1461,7 +1466,7 @@ def save_images(sampler, seeds, prefix, batch=64):
 
 # ---- pictures with words -----------------------------------------------------------------------
 NAMES = dict(teacher="teacher", mid="after mid-training", post="after post-training")
-COLOURS = "#1f5fbf", "#c0392b", "#2e8b57", "#8e44ad", "#d98a00", "#6fa8f5", "#f0a090", "#555555"
+COLOURS = "#1f5fbf", "#c0392b", "#2e8b57", "#8e44ad", "#d98a00", "#555555"
 
 
 def plain(text):
@@ -1493,7 +1498,7 @@ def save_sheet(path, rows, caption, header=(), block=0):
     zoom = max(1, min(96 // w, -((left + n * gap - 900) // (n * w))))
     zoom = max([zoom, *(width // w for _, width, _ in heads[1:])])
     cell = max([w * zoom, *(width + gap for _, width, _ in heads[1:])]) + gap
-    words = boxed(caption, max(900, left + n * cell) * 2 // em, font)
+    words = boxed(caption[:1].upper() + caption[1:], max(900, left + n * cell) * 2 // em, font)
     top = max(height for *_, height in heads) + 3 * gap
     heights = [max(h * zoom, height) + gap for *_, height in labels]
     heights = [height + 4 * gap * (block > 0 and k % block == 0) for k, height in enumerate(heights, 1)]
@@ -1541,6 +1546,11 @@ def save_stages(out, shown, names=(), table=()):
     above the columns; captions, which are long, at the left, and the nets above.
     """
     labels = [net_label(name, steps, table) for name, steps, _ in shown]
+    if any("1-step FD-digits" in row for row in table):                  # scored: what is it to look like?
+        images, classes = digits()
+        numbers = [classes.tolist().index(k) for k in range(len(names))] or range(0, len(images), 150)
+        shown = [*shown, ("real", 0, to_float(images[numbers], "cpu"))]
+        labels.append("real digits\nhalf against half 0.78")
     rows, header, line = [*zip(labels, (x for *_, x in shown))], names and ["class", *names], "column"
     if any(len(name) > 8 for name in names):
         columns = torch.stack([x.cpu() for *_, x in shown], 1)
@@ -1580,20 +1590,35 @@ def ticks_of(low, high, firsts=(1, 2, 5)):
             if above > low and below < high]
 
 
-def save_chart(path, panels, caption, across="images"):
-    """{title: {name: [(x, y)]}} -> a PNG, a panel a title; x counts `across`; y, above 0, is logarithmic."""
+def colours_of(names):
+    """{name: (R, G, B)}: names alike up to their last comma share a colour, and the later ones are paler."""
+    kin = [name.rpartition(", ")[0] or name for name in names]
+    order = [*dict.fromkeys(kin)]
+    inks = [ImageColor.getrgb(COLOURS[order.index(one) % len(COLOURS)]) for one in kin]
+    pale = [0.45 ** kin[:k].count(one) for k, one in enumerate(kin)]
+    return {name: tuple(int(255 - (255 - c) * p) for c in ink) for name, ink, p in zip(names, inks, pale)}
+
+
+def save_chart(path, panels, caption, across="images", marks=(), joined=True):
+    """{title: {name: [(x, y)]}} -> a PNG, a panel a title; x counts `across`; y, above 0, is logarithmic.
+
+    marks: {x: what begins there}. joined=False: dots, not a line, for points of several runs.
+    """
     font, width, height = ImageFont.load_default(16), 1000, 300
-    panels = {title: {name: [p for p in points if 0 < p[1] < math.inf] for name, points in curves.items()}
+    panels = {title: {plain(name): seen for name, points in curves.items()
+                      if (seen := [p for p in points if 0 < p[1] < math.inf])}
               for title, curves in panels.items()}
-    panels = {title: curves for title, curves in panels.items() if any(curves.values())}
-    names = dict.fromkeys(plain(name) for curves in panels.values() for name in curves)
-    left, right = 80, max((boxed(name, 40, font)[1] for name in (*names, across))) + 55
+    panels = {title: curves for title, curves in panels.items() if curves}
+    colours = colours_of([*dict.fromkeys(name for curves in panels.values() for name in curves)])
+    left, right = 80, max((boxed(name, 40, font)[1] for name in (*colours, across))) + 55
     words = boxed(caption, 115, font)
     picture = Image.new("RGB", (width, height * len(panels) + words[2] + 20), "white")
     pen = ImageDraw.Draw(picture)
     for k, (title, curves) in enumerate(panels.items()):
         xs, ys = zip(*(p for points in curves.values() for p in points))
         top, bottom, end = k * height + 40, (k + 1) * height - 30, max(xs) or 1
+        step = next(t for t in ticks_of(1e-9, end) if end / t <= 6)
+        end = step * math.ceil(end / step)
         ticks = ticks_of(min(ys), max(ys))
         if len(ticks) < 4:
             ticks = ticks_of(min(ys), max(ys), (1, 1.5, 2, 3, 4, 5, 7))
@@ -1605,21 +1630,23 @@ def save_chart(path, panels, caption, across="images"):
         for y in ticks if len(ticks) < 9 else [t for t in ticks if f"{t:e}"[0] == "1"]:
             pen.line([at(0, y), at(end, y)], "#dddddd")
             pen.text((left - 8, at(0, y)[1]), f"{y:,g}", "black", font, anchor="rm")
-        step = next(t for t in ticks_of(1e-9, end) if end / t <= 6)
-        for x in range(int(end / step) + 1):
+        for x in range(round(end / step) + 1):
             pen.text((at(x * step, ticks[0])[0], bottom + 6), f"{x * step:,g}", "black", font, anchor="mt")
         pen.text((left, top - 12), plain(title), "black", font, anchor="ls")
         pen.text((width - right + 40, bottom + 6), across, "black", font, anchor="lt")
+        for x, begins in dict(marks).items():
+            x, _ = at(x, ticks[0])
+            pen.line([(x, top), (x, bottom)], "#999999")
+            pen.text((x + 5, top + 2), begins, "#555555", font, anchor="lt")
         for row, (name, points) in enumerate(curves.items()):
-            colour = COLOURS[list(names).index(plain(name)) % len(COLOURS)]
             dots = [(3 * x, 3 * (y - k * height)) for x, y in (at(*p) for p in points)]
             ink = Image.new("L", (3 * width, 3 * height))                    # three times as large: smooth
-            if len(dots) > 1:
+            if joined and len(dots) > 1:
                 ImageDraw.Draw(ink).line(dots, 255, 7, joint="curve")
-            for x, y in dots if len(dots) == 1 else ():
+            for x, y in dots if len(dots) == 1 or not joined else ():
                 ImageDraw.Draw(ink).ellipse((x - 12, y - 12, x + 12, y + 12), 255)
-            picture.paste(colour, (0, k * height), ink.resize((width, height), Image.Resampling.BOX))
-            pen.text((width - right + 20, top + 22 * row), plain(name), colour, font, anchor="lt")
+            picture.paste(colours[name], (0, k * height), ink.resize((width, height), Image.Resampling.BOX))
+            pen.text((width - right + 20, top + 22 * row), name, colours[name], font, anchor="lt")
     pen.multiline_text((left, height * len(panels) + 5), words[0], "black", font)
     write_whole(path, lambda file: picture.save(file, format="PNG"))
 
@@ -1804,13 +1831,16 @@ CURVES = {"loss": "loss", "grad": "gradient norm", "mse_gap1": "square error whe
 
 def save_curve(out):
     """<out>/curve.png: what metrics.jsonl has of every stage, on one axis of images."""
-    panels, before, last = {title: {} for title in CURVES.values()}, 0, {}
-    for m in read_metrics(out):
-        if "images" in m:
-            before += last.get("images", 0) * (last.get("stage") not in (None, m["stage"]))
-            last = m
-            for key, title in CURVES.items():
-                panels[title].setdefault(m["stage"], []).append((before + m["images"], m.get(key, 0)))
+    panels, before, last = {}, 0, {}
+    steps = [m for m in read_metrics(out) if "images" in m]
+    for m in [m for m in steps if m["stage"] != "vgg"]:
+        before += last.get("images", 0) * (last.get("stage") not in (None, m["stage"]))
+        last = m
+        for key, title in CURVES.items():
+            points = panels.setdefault(title, {}).setdefault(m["stage"], [])
+            points.append((before + m["images"], m.get(key, 0)))
+    for m in [m for m in steps if m["stage"] == "vgg"]:      # of no stage's length: an axis of its own
+        panels.setdefault("loss of the VGG", {}).setdefault("vgg", []).append((m["images"], m["loss"]))
     save_chart(f"{out}/curve.png", panels, "Every stage of the run, against the images (or pairs) that were "
                "trained on. Each stage has a loss of its own: compare within a stage, not between them.")
 

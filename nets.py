@@ -23,6 +23,7 @@
 Parameter names are the official ones, so that official checkpoints load by name. D_x is what EDM calls the
 denoised image; sigma is a noise level per sample, (B,); images are (B, C, H, W) in [-1, 1].
 """
+import argparse
 import contextlib
 import fcntl
 import functools
@@ -1109,12 +1110,12 @@ def read_weights(path_or_url):
         raise OSError(f"{e}, or pass --teacher FILE") from None
     if not os.path.isfile(path):
         kind = "a folder, not a" if os.path.isdir(path) else "no such"
-        raise FileNotFoundError(f"{path}: {kind} file; --teacher and --init take a file or a URL of weights")
+        raise FileNotFoundError(f"{path}: {kind} file; pass a file or a URL of weights")
     with open(path, "rb") as f:
         if re.fullmatch(rb"[\s!-~]+", f.read(99)):
-            raise WeightsError(f"{path}: it is text, no weights")
+            raise WeightsError(f"{path}: it is text, no weights; download the file itself")
     if zipfile.is_zipfile(path) and "/data.pkl" not in " ".join(zipfile.ZipFile(path).namelist()):
-        raise WeightsError(f"{path}: a .zip of other files, no weights")
+        raise WeightsError(f"{path}: a .zip of other files, no weights; pass one .pt, .pkl or .safetensors")
     try:
         if path.endswith(".pkl"):
             return *read_nvidia(path), {}
@@ -1126,8 +1127,9 @@ def read_weights(path_or_url):
     except Exception as e:                            # a cut file can fail anywhere; the cause is chained
         if isinstance(e, OSError) and e.errno != 22:  # 22: what torch makes of a file that is cut
             raise
-        reason = f"{type(e).__name__}: {e}".splitlines()[0].split(". ")[0][:200]
-        raise WeightsError(f"{path}: damaged, cut short or of another kind ({reason})") from e
+        reason = "it ends too early" if isinstance(e, OSError) else f"{type(e).__name__}: {e}"
+        reason = reason.splitlines()[0].split(". ")[0][:200]
+        raise WeightsError(f"{path}: damaged, cut short or of another kind ({reason}); copy it again") from e
     # trap: DiT and REPA keep weights under `model`, where our checkpoints keep constructor arguments
     if place[:1] == ("ema",) and isinstance(model, dict) and not tensors_in(model):
         if tree.get("step", math.inf) < (steps := tree.get("cfg", {}).get("steps", 0)):
@@ -1489,7 +1491,7 @@ def dit_shape(state, name):
         classes = len(state["y_embedder.embedding_table.weight"]) - 1
         depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
     except (KeyError, ValueError, IndexError) as e:
-        raise WeightsError(f"{name}: no DiT, SiT or Mean Flow net, it has no {e}") from None
+        raise WeightsError(f"{name}: no DiT, SiT or Mean Flow net, no {e}; pass one") from None
     heads = [row["num_heads"] for row in SIZES.values()
              if (row.get("hidden_size"), row.get("depth")) == (hidden, depth)]
     two_clocks = any(k.startswith(("r_embedder.", "h_embedder.")) for k in state)
@@ -1819,10 +1821,15 @@ def memory(weights, opt, path):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3 or not sys.argv[2].endswith(".safetensors"):
-        sys.exit(print("nets.py: it has one use: python nets.py IN OUT.safetensors", file=sys.stderr) or 2)
+    p = argparse.ArgumentParser(description="Weights that any script reads -> a file with their arguments.")
+    p.add_argument("source", metavar="IN", help="our .pt, NVIDIA's .pkl, a state dict, or a URL of one")
+    p.add_argument("made", metavar="OUT.safetensors")
+    p.error = lambda text: sys.exit(print(f"nets.py: {text}; nets.py --help", file=sys.stderr) or 2)
+    args = p.parse_args()
+    if not args.made.endswith(".safetensors"):
+        p.error(f"{args.made}: the file to write must end with .safetensors")
     try:
-        save_checkpoint(sys.argv[2], **dict(zip(("ema", "model", "cfg"), read_weights(sys.argv[1]))))
-        print(f"wrote {sys.argv[2]}")
+        save_checkpoint(args.made, **dict(zip(("ema", "model", "cfg"), read_weights(args.source))))
+        print(f"wrote {args.made}")
     except (WeightsError, OSError) as error:
         sys.exit(print(f"nets.py: {error}", file=sys.stderr) or 3)

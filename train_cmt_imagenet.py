@@ -101,6 +101,7 @@ PRESETS = {  # (data, stage, method): matching rows are laid over each other, to
     ("imagenet512", "vgg", "*"): dict(steps=500_400, batch=256, lr=0.1, decay="steps", ema_beta=0.0),   # B.5
     # choice: a fixed target is drawn and learned in bf16 no worse than in fp32: measured on digits
     ("*", "mid", "*"): dict(precision="bf16"),
+    ("imagenet64", "mid", "*"): dict(compile=True),       # choice: a fifth off a step, H200 (docs/costs.md)
     ("imagenet512", "mid", "*"): dict(steps=100_000, lr=2e-4),                              # B.5
     ("*", "post", "*"): dict(lr=1e-4, ema_beta=0.9999),                                     # B.3
     ("*", "post", "ecd"): ECD,

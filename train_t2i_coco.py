@@ -104,6 +104,8 @@ PRESETS = {  # (data, stage, method): matching rows are laid over each other, to
     # choice: steps of mid and post: Table 5's hours at the teacher's FLOP/s; EMA of mid-training
     # choice: a fixed target is drawn and learned in bf16 no worse than in fp32: measured on digits
     ("*", "mid", "*"): dict(steps=4_400, batch=112, ema_beta=0.999, precision="bf16"),
+    ("coco", "pretrain", "*"): dict(compile=True),        # choice: 14 % off a step, H200 (docs/costs.md)
+    ("coco", "mid", "*"): dict(compile=True),             # choice: 38 % off
     ("*", "post", "*"): dict(steps=9_500),
     ("*", "post", "vanilla"): dict(steps=63_000),                                          # from SiT: 40,000
     ("*", "post", "xl"): dict(omega=0.2, kappa=0.9),

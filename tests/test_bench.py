@@ -250,9 +250,12 @@ def test_docs_name_the_rows_of_pairs_and_mf_as_they_are_printed():
     assert [row["method"] for rows in tables(DOCS["costs.md"]) for row in rows if "method" in row] == [*bench.METHODS]
 
 
-def test_an_unknown_word_is_refused():
-    with pytest.raises(SystemExit):
-        bench.main(["pears"])
+def test_an_unknown_word_is_refused(capsys):
+    for argv, word in (["pears"], "pears"), (["mf", "--loss", "l2"], "--loss"), (["precision", "--precision", "fp16"], "--precision"):
+        with pytest.raises(SystemExit) as e:
+            bench.main(argv)
+        err = capsys.readouterr().err
+        assert e.value.code == 2 and word in err and len(err.splitlines()) == 1       # nothing is ignored
 
 
 def test_step_measures_the_scripts_own_step(monkeypatch, capsys):

@@ -98,11 +98,11 @@ def test_curves_score_every_checkpoint_and_draw_two_pictures(tmp_path, monkeypat
 def test_plot_without_a_run_is_one_line(tmp_path, capsys):
     (tmp_path / "real").mkdir()
     (tmp_path / "real/metrics.jsonl").write_text('{"stage": "mid", "images": 4, "loss": 1.0, "grad": 1.0}')
-    for runs in ([], [str(tmp_path)], [str(tmp_path / "real"), str(tmp_path)]):           # one of two as well
+    for runs in ([str(tmp_path)], [str(tmp_path / "real"), str(tmp_path)]):           # one of two as well
         claims.fid.SAID.clear()                       # as in a process of its own
         with pytest.raises(SystemExit) as e:
             claims.main(["plot", *runs, "--out", str(tmp_path / "new")])
-        assert e.value.code == 3 and "name the folders" in capsys.readouterr().err
+        assert e.value.code == 3 and "name the folder" in capsys.readouterr().err
 
 
 def photo_zip(tmp_path):
@@ -201,7 +201,7 @@ def test_an_unknown_word_is_refused():
 
 
 @pytest.mark.parametrize("argv, words", [
-    ("claims --methods foo", "--methods foo: no such row"), ("roads --methods ECT", "roads has: flow matching;"), ("claims --seeds x", "--seeds x is not possible"),
+    ("claims --methods foo", "--methods foo: no such row"), ("roads --methods ECT --data x", "roads has: flow matching;"), ("photos", "--data"), ("plot --seeds 1 out", "--seeds"), ("claims --seeds x", "--seeds x is not possible"),
     ("photos --data gone.zip", "gone.zip"), ("bias --out gone", "no finished checkpoint of train_cmt_cifar.py")])
 def test_a_wrong_command_is_one_line(argv, words, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -795,7 +795,8 @@ def list_pictures(path, endings=PICTURES):
     kind = "pictures" if endings == PICTURES else ", ".join(endings)
     text = f"{len(left)} files that are hidden or no {kind}, such as {left[:3]}" if left else ""
     if not names:
-        raise DataError(f"{path}: holds no {', '.join(endings)}" + f"; {text}" * bool(text))
+        made = "; of pictures --stage encode --source FOLDER makes latents" * (".npy" in endings)
+        raise DataError(f"{path}: holds no {', '.join(endings)}" + f"; {text}" * bool(text) + made)
     if left:
         say(f"{path}: {len(names)} pictures; left out: {text}")
 
@@ -1806,8 +1807,9 @@ def dry_run(home, argv, configs):
             left = c.steps if c.stage in codes else (tried(c, home.resume) or (None, 0))[1]
             road[c.stage] = left, c.batch
     for c in configs:
-        if c.stage not in codes and c.stage != "encode":
-            tried(c, home.candidates if c.stage in home.RUN else home.train)
+        if c.stage not in codes:
+            work = (lambda c: list_pictures(c.source)) if c.stage == "encode" else home.candidates
+            tried(c, work if c.stage in home.RUN else home.train)
         if c.stage in codes or road.get(c.stage, (0,))[0]:               # later ones start from what it makes
             break
     if processes()[0] == 0:

@@ -472,13 +472,13 @@ def model_size(cfg, images):
 def train(cfg):
     """One stage (pretrain, mid, post) from its last checkpoint to its end: set-up, method, bookkeeping."""
     if cfg.stage == "mid" and cfg.mid == "none":
-        return
+        return log("mid: left out by --mid none")
     if cfg.stage == "pretrain" and has_teacher(cfg):
         teacher_state(cfg)                            # fetched and checked, not trained
         return
     path, B = f"{cfg.out}/{cfg.stage}.pt", cfg.batch
     ckpt, left = resume(cfg)
-    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in STAMPED):
+    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in STAMPED):     # without reading them
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
     images, data = None, "none"
     if needs_data(cfg):

@@ -701,7 +701,7 @@ def train(cfg):
         return
     path, B = f"{cfg.out}/{cfg.stage}.pt", cfg.batch
     ckpt, left = resume(cfg)
-    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in STAMPED):
+    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in STAMPED):     # without reading them
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
     images = load_data(cfg) if reads_data(cfg) else None
     data = images.stamp if images else "none"

@@ -175,10 +175,7 @@ class Latents:
         return json.dumps(index)
 
     def open_cache(self, out):
-        try:
-            self.names, self.open = fid.list_pictures(self.path, (".npy",))
-        except fid.DataError as e:
-            raise fid.DataError(f"{e}; make latents by --stage encode --source FOLDER") from None
+        self.names, self.open = fid.list_pictures(self.path, (".npy",))
         unlabelled = torch.zeros(len(self.names), dtype=torch.long), 1
         self.labels, _ = fid.read_labels(self.path, self.names) or unlabelled
         self.side = self.moments(0, False).shape[1]
@@ -680,7 +677,7 @@ def train(cfg):
         return log(f"{cfg.stage}: not trained, as --teacher or --mid none says")
     path, B = f"{cfg.out}/{cfg.stage}.pt", cfg.batch
     ckpt, left = resume(cfg)
-    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in STAMPED):
+    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in STAMPED):     # without reading them
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
     images, data = None, "none"
     if cfg.stage != "mid":                                                    # CMT needs no data

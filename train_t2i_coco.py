@@ -191,8 +191,8 @@ class Coco:
                 captions.append(next(j for j in itertools.count() if f"{start}{j}.npy" not in there))
                 there -= {f"{start}{j}.npy" for j in range(captions[-1])} | {f"{start[:-1]}.npy"}
         if there != {"empty_context.npy"}:
-            raise fid.DataError(f"{self.path}: no captions, or a gap in the numbers of U-ViT's files; what "
-                                f"is left over: {sorted(there)[:3]}")
+            raise fid.DataError(f"{self.path}: no captions, or a gap in the numbers of U-ViT's files; left "
+                                f"over: {sorted(there)[:3]}; --stage encode makes them whole")
         self.null = self.array("empty_context")
         self.first, self.val = np.cumsum([0, *counts["train"]]), counts["val"]
         stamp = fid.check_once(self.path, names, lambda k: self.array(names[k][:-4]), f"{out}/checked.txt")
@@ -834,7 +834,7 @@ def train(cfg):
         return log(f"{cfg.stage}: not trained, as --teacher or --mid none says")
     path, B = f"{cfg.out}/{cfg.stage}.pt", cfg.batch
     ckpt, left = resume(cfg)
-    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in STAMPED):
+    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in STAMPED):     # without reading them
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
     images, encoder = load_data(cfg), text_encoder(cfg)                   # mid reads captions, never an image
     data, null, shape = images.stamp, encoder(images.null[None]), images.shape

@@ -1709,7 +1709,7 @@ def report(cfg, done, lr, tally, **more):
     tally.update(step=done, clock=time.time(), seconds=tally["seconds"] + took, losses=[], norms=[])
     images, rate, left = done * cfg.batch, n * cfg.batch / took, (cfg.steps - done) * cfg.batch
     ROAD.pop(cfg.stage, None)                                # what is left are the stages after this one
-    later = sum(steps * batch for steps, batch in ROAD.values())
+    later = sum(steps * batch for stage, (steps, batch) in ROAD.items() if stage != "vgg")       # a small net
     rest = f", about {duration((left + later) / rate)} with the next stages" if later else ""
     given = "".join(f"{name} {value:.4g} | " for name, value in more.items())
     given += f"skipped {tally['skipped']} | " * bool(tally["skipped"])

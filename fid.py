@@ -1711,7 +1711,7 @@ def report(cfg, done, lr, tally, **more):
     ROAD.pop(cfg.stage, None)                                # what is left are the stages after this one
     later = sum(steps * batch for stage, (steps, batch) in ROAD.items() if stage != "vgg")       # a small net
     rest = f", about {duration((left + later) / rate)} with the next stages" if later else ""
-    given = "".join(f"{name} {value:.4g} | " for name, value in more.items())
+    given = "".join(f"{name} {value:.3g} | " for name, value in more.items())
     given += f"skipped {tally['skipped']} | " * bool(tally["skipped"])
     log(f"{cfg.stage} {done:6d}/{cfg.steps} {done / cfg.steps:4.0%} | loss {loss:.5f} | {given}"
         f"grad {norm:.3g} | lr {lr:.2e} | {rate:.0f} images/s"

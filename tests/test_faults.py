@@ -758,6 +758,9 @@ def test_the_error_of_a_collective_is_printed(capsys):
     class dist:
         def all_reduce(self):
             raise RuntimeError("CUDA error: device-side assert triggered\nmore lines")
+    with pytest.raises(SystemExit), fid.one_line(script.parse(["--data", "digits"])):
+        raise TimeoutError                            # an error of the system may say nothing: its kind is the line
+    assert capsys.readouterr().err.endswith(": TimeoutError\n")
     with pytest.raises(SystemExit) as e, fid.one_line(script.parse(["--data", "digits"]), nets.WeightsError):
         dist = dist()
         dist.all_reduce()

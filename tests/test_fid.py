@@ -744,6 +744,11 @@ def test_stages_have_the_scores_once_the_table_has_them(tmp_path):
             fid.save_stages(str(tmp_path), shown, names, table)
             sizes.append((tmp_path / "stages.png").read_bytes())
         assert sizes[0] != sizes[1]
+    heights = []
+    for score in ("FID", "FD-digits"):                 # scored digits have real ones below them
+        fid.save_stages(str(tmp_path), shown, [], [{"stage": "mid", f"1-step {score}": "3.50"}])
+        heights.append(Image.open(tmp_path / "stages.png").height)
+    assert heights[0] < heights[1]
 
 
 def test_a_slug_names_one_caption():
@@ -757,6 +762,23 @@ def test_charts_leave_out_what_is_not_above_zero(tmp_path):
     for points in ([(1, 0.5), (2, 0.25)], [(0, 1.0)], [(5, 3e-7), (6, float("nan")), (7, -1.0), (9e7, 4e5)], []):
         fid.save_chart(path, {"loss": {"mid": points, "diverged": [(1, float("nan"))], "one": points[:1]}, "empty": {}}, "words")
         assert Image.open(path).width >= 900 and (Image.open(path).height > 300) == bool(points)
+
+
+def test_curves_of_one_method_share_a_colour():
+    dark, pale, other = fid.colours_of(["ECT, 1 step", "ECT, 2 steps", "mid"]).values()
+    assert min(dark) < min(pale) and max(range(3), key=dark.__getitem__) == max(range(3), key=pale.__getitem__) != \
+        max(range(3), key=other.__getitem__)
+
+
+def test_the_vgg_has_an_axis_of_its_own(tmp_path, monkeypatch):
+    """At full size it sees ten times the images of the other stages, which would be left a tenth of the width."""
+    rows = [dict(stage=s, images=k, loss=1.0, grad=1.0) for s, most in (("vgg", 9000), ("mid", 900), ("post", 600)) for k in (most // 2, most)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in rows))
+    drawn = {}
+    monkeypatch.setattr(fid, "save_chart", lambda path, panels, *args: drawn.update(panels))
+    fid.save_curve(str(tmp_path))
+    assert drawn["loss of the VGG"] == {"vgg": [(4500, 1.0), (9000, 1.0)]}
+    assert drawn["loss"] == {"mid": [(450, 1.0), (900, 1.0)], "post": [(1200, 1.0), (1500, 1.0)]}
 
 
 def test_slow_samplers_draw_fewer_images():

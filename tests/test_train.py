@@ -266,6 +266,9 @@ def test_a_dry_run_says_what_it_would_do_and_does_nothing(name, monkeypatch, cap
     Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save("photos/a/1.png")
     if name == "train_cmt_imagenet":                    # what encodes asks for no teacher
         assert code("--stage encode --source photos --res 64 --dry_run".split(), capsys, main)[0] == 0
+        os.makedirs("empty")                          # what the command itself would refuse
+        refused = [code(f"--stage encode --source empty --res 64{dry}".split(), capsys, main) for dry in ("", " --dry_run")]
+        assert [exit_code for exit_code, _ in refused] == [3, 3] and all("empty: holds no .jpg" in err for _, err in refused)
     assert not [*Path().glob("out/*")]
 
 

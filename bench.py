@@ -856,9 +856,12 @@ def full_size(command, argv):
     p.add_argument("--gpus", type=int, default=8, help="processes that share the batch")
     p.add_argument("--device", type=str.lower, choices=CARDS, default="h100", help="of plan and roofline")
     p.add_argument("--price", type=float, default=0.0, help="plan: dollars for an hour of one GPU")
+    p.error = lambda text: fid.fail(2, f"{text}; flags: python {p.prog} --help")
     args, flags = p.parse_known_args(argv)
     if args.gpus < 1:
         p.error(f"--gpus {args.gpus} is not possible; it must be above 0")
+    if args.script:
+        importlib.import_module(args.script).parse(flags)             # refused before anything is said
     what = "bf16 {} TFLOP/s", "TF32 {}", "fp32 {}", "memory {} TB/s", "to the next GPU {} GB/s"
     reached = ", ".join(text.format(f"{share * top:.3g}") + f" ({share:.1%})"
                         for text, share, top in zip(what, REACHED, CARDS[args.device]))
@@ -924,10 +927,10 @@ def main(argv=None):
         return full_size(dict(plan=plan, roofline=roofline, step=step)[argv[0]], argv[1:])
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = p.add_subparsers(dest="what", metavar="WHAT", required=True, help="its flags: WHAT --help")
-    p.error = complain = functools.partial(script.fail, 2)
+    p.error = lambda text: script.fail(2, f"{text}; flags: python bench.py {{{','.join(USES)}}} --help")
     for command, flags in USES.items():
         own = commands.add_parser(command, help=(about := globals()[command].__doc__), description=about)
-        own.error = complain
+        own.error = p.error
         for name in flags.split():
             own.add_argument(f"--{name}", **FLAGS[name])
     args = p.parse_args(argv)

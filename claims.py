@@ -13,7 +13,6 @@ and roads take an EDM zip with labels. What a training pair costs: bench.py.
 """
 import argparse
 import contextlib
-import functools
 import importlib
 import os
 import re
@@ -214,7 +213,8 @@ def plot(args, device):
                 panel.setdefault(run, []).append((m["images"], m.get(key, 0)))
     os.makedirs(args.out, exist_ok=True)
     fid.save_chart(f"{args.out}/plot.png", panels,
-                   "The stages of each run against the images (or pairs) that the stage has been trained on.")
+                   "The stages of each run against the images (or pairs) that the stage has been trained on. "
+                   "Compare losses within one script and stage.")
     print(f"{args.out}/plot.png")
 
 
@@ -259,8 +259,9 @@ def curves(args, device):
         for m in fid.read_metrics(folder):
             before += m["images"] - before if m["stage"] == "mid" else 0
             norms.setdefault(name, []).append((m["images"] + before * (m["stage"] == "post"), m["grad"]))
-    caption = ("It is drawn against the images (or pairs) trained on, without the teacher's. CMT + ECT: "
-               "mid-training, then post-training. ECT: post-training alone, annealed. Both by pseudo-Huber.")
+    caption = ("Images (or pairs) trained on, those of the teacher not counted. CMT + ECT: mid-training, "
+               "then post-training. ECT: post-training alone, its step t - r halved again and again; the "
+               "smaller the step, the larger the gradient. Loss of both: pseudo-Huber.")
     for picture, title, lines in ("curve", "FD-digits, lower is better", scores), (
             "norms", "gradient norm of every step", norms):
         fid.save_chart(f"{args.out}/{picture}.png", {title: lines}, caption, marks=marks)
@@ -358,7 +359,8 @@ def photos(args, device):
     <out>/<seed>/photos.png shows the same noises through every net.
     """
     small, n = f"{args.out}/photos.npz", args.samples or 5_000
-    _, _, features, reference = judged_photos(args, small)
+    images, _, features, reference = judged_photos(args, small)
+    real = "real photos", fid.to_float(images[:16], "cpu")
     print("| run | seed | FD-photos, 1 / 2 steps | seconds |\n|---|---|---|---|")
     for seed in args.seeds.split(","):
         shown = []
@@ -370,14 +372,16 @@ def photos(args, device):
             for kind, steps in [(0, cfg.nfe)] if row == "teacher" else [(1, 1), (2, 2)]:
                 sampler = script.make_sampler(cfg, net, kind)
                 found.append(fid.score(sampler, features, reference, n)[0])
-                shown.append((f"{row}\n{steps} steps, {found[-1]}", sampler(range(16))))
+                shown.append((f"{fid.net_label(row, steps)}, {found[-1]}", sampler(range(16))))
             print(f"| {row} | {seed} | {' / '.join(found)} | {state['seconds']:.0f} |", flush=True)
-            fid.save_sheet(f"{args.out}/{seed}/photos.png", shown, "Each column starts from one noise that "
-                           "every net turns into a photo. At the left: steps and FD-photos, lower is better.")
+            fid.save_sheet(f"{args.out}/{seed}/photos.png", [*shown, real], "Each column starts from one "
+                           "noise that every net turns into a photo. At the left: steps, FD-photos, lower is "
+                           "better. Last: real photos, not drawn.")
 
 
 FM = "--pretrain fm --weak SIZE --init sit"           # SIZE: --size, of student and flow-matching teacher
-CAPTION = "The score against CPU seconds. A road's teacher comes first: its curve begins when that is done."
+CAPTION = ("FD-photos against CPU seconds, lower is better. A road's teacher comes first: its curve begins "
+           "at the first score behind that.")
 ROADS = {  # road: the road whose teacher it goes on from, its calls, laid over the settings of digits
     "flow matching": ("", ["--stage pretrain --pretrain fm --weak SIZE --steps 320"]),
     "weak Mean Flow": ("", ["--stage pretrain --weak 2x64x3 --steps 800"]),
@@ -524,10 +528,10 @@ def main(argv=None):
     """The command line of the docstring."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = p.add_subparsers(dest="what", metavar="WHAT", required=True, help="its flags: WHAT --help")
-    p.error = complain = functools.partial(script.fail, 2)
+    p.error = lambda text: script.fail(2, f"{text}; flags: python claims.py {{{','.join(USES)}}} --help")
     for command, flags in USES.items():
         own = commands.add_parser(command, help=(about := globals()[command].__doc__), description=about)
-        own.error = complain
+        own.error = p.error
         for name in flags.split():
             own.add_argument(name if name == "runs" else f"--{name}", **FLAGS[name])
     args = p.parse_args(argv)

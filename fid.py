@@ -318,6 +318,8 @@ def check_values(cfg, limits, world):
         fail(2, f"--out {cfg.out}: {there} is a file, or may not be written to; name another folder")
     if cfg.data == "digits" and getattr(cfg, "res", 8) not in (8, getattr(type(cfg), "res", 8)):
         fail(2, f"--res {cfg.res}: --data digits has 8x8 pixels; leave --res out")
+    if cfg.data == "digits" and cfg.stage == "encode":
+        fail(2, "--stage encode: --data digits needs none; leave --data out, or name what is to be made")
     seed_range(cfg.seeds)
 
 
@@ -342,7 +344,7 @@ def seed_range(text):
     """--seeds "7", "0-63", or every tenth by "7-997:10" -> range; exit code 2 if it is none of these."""
     found = re.fullmatch(r"(\d+)(?:-(\d+)(?::([1-9]\d*))?)?", text)
     if not found or int(found[2] or found[1]) < int(found[1]):
-        fail(2, f"--seeds {text} is not possible; write 7, 0-63 or 7-997:10")
+        fail(2, f"--seeds {text or repr(text)} is not possible; write 7, 0-63 or 7-997:10")
     return range(int(found[1]), int(found[2] or found[1]) + 1, int(found[3] or 1))
 
 
@@ -705,7 +707,7 @@ def fetch(urls, expected="", remedy=""):
     Processes that miss it at the same time wait for the first. DataError names urls, file, sums and remedy.
     """
     cache = os.environ.get("CMT_CACHE") or os.path.expanduser("~/.cache/cmt")
-    path, problems = os.path.join(cache, os.path.basename(urls[0])), ""
+    path, problems = os.path.join(cache, os.path.basename(urls[0])), {}
     if os.environ.get("CMT_OFFLINE") == DRY and not os.path.exists(path):
         return say(f"to download: {urls[0]} -> {path}")
     temporary = f"{path}.{os.getpid()}"
@@ -723,12 +725,13 @@ def fetch(urls, expected="", remedy=""):
             os.replace(temporary, path)
             break
         except (OSError, http.client.HTTPException) as error:
-            problems += f"{url}: {error}; "
+            problems[str(error)] = url                   # the same cause once
             with contextlib.suppress(OSError):
                 os.remove(temporary)
     os.close(folder)
     if not os.path.exists(path):
-        raise DataError(f"no {path} (sha256 {expected or 'not published'}), no download: {problems}{remedy}")
+        raise DataError(f"no {path} (sha256 {expected or 'not published'}), no download from "
+                        f"{' or '.join(urls)} ({', '.join(problems)}): {remedy or 'save it there'}")
     if expected and sha256(path) != expected:
         raise DataError(f"{path}: sha256 is {sha256(path)}, not {expected}; delete it or {remedy}")
     return path
@@ -775,7 +778,7 @@ def members(path):
     if os.path.isdir(path):
         return list(walk(path)), pathlib.Path(path)
     if os.stat(path) and not path.lower().endswith(".zip"):
-        raise DataError(f"{path}: expected a folder or .zip of pictures, or what python fid.py --help lists")
+        raise DataError(f"{path}: no images; expected a folder or .zip of pictures, .npz, .npy or .png sheet")
     root = zipfile.Path(path)
     names = [name for name in root.root.namelist() if not name.endswith("/")]
     if odd := [name for name, n in collections.Counter(names).items() if n > 1 or "\\" in name]:
@@ -795,8 +798,9 @@ def list_pictures(path, endings=PICTURES):
     kind = "pictures" if endings == PICTURES else ", ".join(endings)
     text = f"{len(left)} files that are hidden or no {kind}, such as {left[:3]}" if left else ""
     if not names:
-        made = "; of pictures --stage encode --source FOLDER makes latents" * (".npy" in endings)
-        raise DataError(f"{path}: holds no {', '.join(endings)}" + f"; {text}" * bool(text) + made)
+        mend = "name the folder or .zip that does" if endings == PICTURES else \
+            "of pictures --stage encode --source FOLDER makes latents"
+        raise DataError(f"{path}: holds no {', '.join(endings)}{text and '; '}{text}; {mend}")
     if left:
         say(f"{path}: {len(names)} pictures; left out: {text}")
 
@@ -896,7 +900,7 @@ def check_pictures(names, read, label):
         sums = [answer for part in parts for answer in pool.map(checksum, part)]
     if bad := [error for error in sums if isinstance(error, DataError)]:
         first = "; ".join(map(str, bad[:3]))
-        raise DataError(f"{first}; {len(bad)} of {len(names)} pictures cannot be used")
+        raise DataError(f"{first}; {len(bad)} of {len(names)} pictures cannot be used: mend or remove them")
     return f"{len(names)} images, crc32 {zlib.crc32(np.array(sums, '<u4')):08x}"
 
 
@@ -1551,14 +1555,16 @@ def save_stages(out, shown, names=(), table=()):
         images, classes = digits()
         numbers = [classes.tolist().index(k) for k in range(len(names))] or range(0, len(images), 150)
         shown = [*shown, ("real", 0, to_float(images[numbers], "cpu"))]
-        labels.append("real digits\nhalf against half 0.78")
+        labels.append("real digits")
     rows, header, line = [*zip(labels, (x for *_, x in shown))], names and ["class", *names], "column"
     if any(len(name) > 8 for name in names):
         columns = torch.stack([x.cpu() for *_, x in shown], 1)
         rows, header, line = [*zip(names, columns)], ["caption", *labels], "row"
-    score = " Scores: Frechet distance to the data, lower is better." * bool(table)
-    save_sheet(f"{out}/stages.png", rows, f"Each {line} starts from one noise, which every net turns into an "
-               f"image in the steps named.{score}", header)
+    caption = f"Each {line} starts from one noise, which every net turns into an image in the steps named."
+    caption += " Scores: Frechet distance to the data, lower is better." * bool(table)
+    real = " Last, not drawn: real digits; half of them against the others score 0.78."
+    caption += real * ("real digits" in labels)
+    save_sheet(f"{out}/stages.png", rows, caption, header)
 
 
 def save_trajectory(out, states, levels, students, show=lambda x: x):
@@ -1574,11 +1580,11 @@ def save_trajectory(out, states, levels, students, show=lambda x: x):
         rows.append((f"noise {j + 1}\nstates of the teacher", show(states[:, j] / wide)))     # at unit scale
         for net, x in answers.items():
             off = (x[:, j] - states[-1, j]).square().mean().sqrt().item()
-            rows.append((f"{NAMES.get(net, net)},\n{off:.2f} from its end", show(x[:, j])))
+            rows.append((f"{NAMES.get(net, net)},\n{off:.2f} from teacher's end", show(x[:, j])))
     caption = ("The teacher walks from noise at the left to an image at the right. Below each of its states: "
                "the image that the student answers with when it is shown this state, in one call. The better "
-               "it has learned, the less the answers of a row differ. The number: their distance from the "
-               "teacher's end (root of the mean square), which post-training, on real images, may leave."
+               "it has learned, the less the answers of a row differ. The number: their distance from that "
+               "end (root of the mean square, of pixels in [-1, 1]), which post-training may leave."
                + " States above sigma 1 are shown divided by sigma." * bool(levels.max() > 1))
     header = ["sigma" if levels.max() > 1 else "t", *(f"{level:.2g}" for level in levels.tolist())]
     save_sheet(f"{out}/trajectory.png", rows, caption, header, 1 + len(answers))
@@ -1594,9 +1600,9 @@ def ticks_of(low, high, firsts=(1, 2, 5)):
 def colours_of(names):
     """{name: (R, G, B)}: names alike up to their last comma share a colour, and the later ones are paler."""
     kin = [name.rpartition(", ")[0] or name for name in names]
-    order = [*dict.fromkeys(kin)]
+    order = sorted(dict.fromkeys(kin), key=lambda one: "CMT" not in one)     # CMT's is always the first
     inks = [ImageColor.getrgb(COLOURS[order.index(one) % len(COLOURS)]) for one in kin]
-    pale = [0.45 ** kin[:k].count(one) for k, one in enumerate(kin)]
+    pale = [0.6 ** kin[:k].count(one) for k, one in enumerate(kin)]
     return {name: tuple(int(255 - (255 - c) * p) for c in ink) for name, ink, p in zip(names, inks, pale)}
 
 
@@ -1633,7 +1639,7 @@ def save_chart(path, panels, caption, across="images", marks=(), joined=True):
             pen.text((left - 8, at(0, y)[1]), f"{y:,g}", "black", font, anchor="rm")
         for x in range(round(end / step) + 1):
             pen.text((at(x * step, ticks[0])[0], bottom + 6), f"{x * step:,g}", "black", font, anchor="mt")
-        pen.text((left, top - 12), plain(title), "black", font, anchor="ls")
+        pen.text((left, top - 12), plain(title) + " (log scale)", "black", font, anchor="ls")
         pen.text((width - right + 40, bottom + 6), across, "black", font, anchor="lt")
         for x, begins in dict(marks).items():
             x, _ = at(x, ticks[0])
@@ -1644,7 +1650,7 @@ def save_chart(path, panels, caption, across="images", marks=(), joined=True):
             ink = Image.new("L", (3 * width, 3 * height))                    # three times as large: smooth
             if joined and len(dots) > 1:
                 ImageDraw.Draw(ink).line(dots, 255, 7, joint="curve")
-            for x, y in dots if len(dots) == 1 or not joined else ():
+            for x, y in dots if len(dots) < 20 or not joined else ():        # what was measured
                 ImageDraw.Draw(ink).ellipse((x - 12, y - 12, x + 12, y + 12), 255)
             picture.paste(colours[name], (0, k * height), ink.resize((width, height), Image.Resampling.BOX))
             pen.text((width - right + 20, top + 22 * row), name, colours[name], font, anchor="lt")
@@ -1820,15 +1826,16 @@ def dry_run(home, argv, configs):
         idle = ", ".join(c.stage for c in configs if c.stage not in known) or "none"
         plan = shlex.join([os.path.basename(home.__file__), *(a for a in argv if a != "--dry_run")])
         plan += f" --gpus {processes()[1]}"
-        draws = dict(sample=f"; to draw: seeds {c.seeds}", encode="; to encode: --source")
-        show(f"{text}{draws.get(configs[0].stage, '')}; --out {c.out}; finished or not needed: {idle}{cause}"
+        draws = dict(sample=f"; to draw: seeds {c.seeds}", encode=f"; to encode: {getattr(c, 'source', '')}",
+                     eval=f"; to score: {c.samples:,} samples of each net")
+        show(f"{text}{draws.get(c.stage, '')}; --out {c.out}; finished or not needed: {idle}{cause}"
              + f"\nmemory and hours: python bench.py plan {plan}" * bool(ROAD), sys.stdout)
     if dist.is_initialized():
         dist.destroy_process_group()
     return next(iter(codes.values()), 0)
 
 
-CURVES = {"loss": "loss", "grad": "gradient norm", "mse_gap1": "square error where t - r is at most 1/4"}
+CURVES = {"loss": "loss", "grad": "gradient norm", "mse_gap1": "square error of u, samples with t - r <= 1/4"}
 
 
 def save_curve(out):
@@ -1844,14 +1851,18 @@ def save_curve(out):
     for m in [m for m in steps if m["stage"] == "vgg"]:      # of no stage's length: an axis of its own
         panels.setdefault("loss of the VGG", {}).setdefault("vgg", []).append((m["images"], m["loss"]))
     save_chart(f"{out}/curve.png", panels, "Every stage of the run, against the images (or pairs) that were "
-               "trained on. Each stage has a loss of its own: compare within a stage, not between them.")
+               "trained on. Each stage has a loss of its own: compare within a stage, not between them. Mean "
+               "Flow divides its loss by its size, so that about 1 is normal.")
 
 
-def save_preview(cfg, tally, sampler):
-    """<out>/curve.png and, of a sampler, <out>/previews/<stage>_<step>.png: 64 noises, always the same."""
+def save_preview(cfg, tally, stop, sampler):
+    """<out>/curve.png and, of a sampler, <out>/previews/<stage>_<step>.png: 64 noises, always the same.
+
+    Not of a run that is to stop: whoever sent the signal may wait for 30 seconds only.
+    """
     done = tally["step"]
     save_curve(cfg.out)
-    if sampler:
+    if sampler and not stop:
         images = draw_in(30, sampler, range(64), cfg.batch_gpu or 64)
         save_seeds(f"{cfg.out}/previews/{cfg.stage}_{done:07d}.png", images, range(64),
                    f"{cfg.stage}, after {done:,} steps: what the net, averaged over its last steps, makes of "
@@ -1871,6 +1882,7 @@ def save_samples(cfg, found, make_sampler):
             save_images(sampler, seeds, folder, batch)
             label = net_label(name, steps, sep=", ")
             caption = f"{label}: one image a seed; every net starts from the same noises."
+            caption += f" The first 64 of {len(seeds):,}." * (len(seeds) > 64)
             if processes()[0] == 0:
                 images = draw(sampler, seeds[:64], batch)
                 save_seeds(f"{cfg.out}/samples_{name}_{steps}.png", images, seeds, caption)
@@ -1880,7 +1892,7 @@ def save_samples(cfg, found, make_sampler):
 def save_captions(path, name, steps, rows):
     """A sheet of what a net draws in so many steps: rows are captions, each with its images."""
     label = net_label(name, steps, sep=", ")
-    save_sheet(path, rows, f"{label}: images of the caption at the left, one a seed.")
+    save_sheet(path, rows, f"{label}: a row is one caption, a column one seed.")
 
 
 def slug(text):

@@ -1165,8 +1165,8 @@ def make(network, model, what, **more):
         return network(**{**model, **more})
     except Exception as e:                            # wrong arguments can surface as any error
         reason = "" if isinstance(e, TypeError) else f" ({e})"
-        kind = ", ".join(map(str, model))[:70]
-        why = f"but a network of {kind} ...{reason}; is it that of another script?" if model else \
+        kind = ", ".join([*map(str, model)][:5])
+        why = f"but one with {kind}{reason}; pass weights of this script's network" if model else \
             "these are weights alone, of no size in nets.SIZES; pass the .pt or .pkl of its training"
         raise WeightsError(f"{what}: no {network.__name__}, {why}") from e
 
@@ -1828,8 +1828,9 @@ if __name__ == "__main__":
     args = p.parse_args()
     if not args.made.endswith(".safetensors"):
         p.error(f"{args.made}: the file to write must end with .safetensors")
+    there = os.path.exists(args.made)
     try:
         save_checkpoint(args.made, **dict(zip(("ema", "model", "cfg"), read_weights(args.source))))
-        print(f"wrote {args.made}")
+        print(f"wrote {args.made}" + ", over the one that was there" * there)
     except (WeightsError, OSError) as error:
         sys.exit(print(f"nets.py: {error}", file=sys.stderr) or 3)

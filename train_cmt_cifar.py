@@ -366,7 +366,8 @@ def on_signal(number, frame):
 
 
 LIMITS = {  # (rule, least, below): fields
-    ("above 0", 1e-300, math.inf): "batch steps nfe repeat log_every save_every lr P_std mid_sigma",
+    ("above 0", 1e-300, math.inf): "batch steps repeat log_every save_every lr P_std mid_sigma",
+    ("in 1 to 1,000", 1, 1001): "nfe",
     ("0 or more", 0, math.inf): "batch_gpu warmup double huber_c trajectories res",
     ("in [0, 1)", 0, 1): "ema_beta dropout",
     ("2 or more", 2, math.inf): "q samples",
@@ -563,7 +564,7 @@ def train(cfg):
             report(cfg, done, lr, tally, **nets.peak_memory())
         if to_save and RANK == 0:
             nets.save_checkpoint(path, net=net, ema=ema, opt=opt, **saved, **tally)
-            fid.save_preview(cfg, tally, make_sampler(cfg, ema, 0 if cfg.stage == "pretrain" else 1))
+            fid.save_preview(cfg, tally, stop, make_sampler(cfg, ema, 0 if cfg.stage == "pretrain" else 1))
         if to_save:
             fid.wait_for_first(TIMEOUT)
         if stop:

@@ -546,7 +546,8 @@ def on_signal(number, frame):
 
 
 LIMITS = {  # (rule, least, below): fields
-    ("above 0", 1e-300, math.inf): "batch steps nfe repeat log_every save_every lr P_std mid_sigma res",
+    ("above 0", 1e-300, math.inf): "batch steps repeat log_every save_every lr P_std mid_sigma res",
+    ("in 1 to 1,000", 1, 1001): "nfe",
     ("0 or more", 0, math.inf): "batch_gpu warmup huber_c trajectories ema_std",
     ("in [0, 1)", 0, 1): "ema_beta dropout",
     ("2 or more", 2, math.inf): "q samples",
@@ -579,7 +580,7 @@ def check(cfg):
     for file in (cfg.teacher, cfg.main, cfg.guide):
         named = file in ("", "scratch") or file.startswith("edm2-") or "://" in file
         if not named and not os.path.exists(file):
-            missing.append(f"{file}: no such file")
+            missing.append(f"{file}: no such file; pass weights, a URL, or a name as {GUIDED['guide']}")
     if missing and not os.path.exists(f"{cfg.out}/{cfg.stage}.pt"):
         fail(3, "; ".join(missing))
     if trains and cfg.stage in ("mid", "post") and os.path.exists(path):
@@ -793,7 +794,7 @@ def train(cfg):
             report(cfg, done, lr, tally, **nets.peak_memory())
         if to_save and RANK == 0:
             nets.save_checkpoint(path, net=net, ema=ema, opt=opt, **saved, **tally)
-            fid.save_preview(cfg, tally, previewer(cfg, ema))
+            fid.save_preview(cfg, tally, stop, previewer(cfg, ema))
         if to_save:
             fid.wait_for_first(TIMEOUT)
         if stop:

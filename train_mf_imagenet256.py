@@ -156,8 +156,8 @@ class Latents:
     def __init__(self, path, out):
         self.path, self.pool, self.shards, self.side = path, ThreadPoolExecutor(8), [], 0
         if not os.path.exists(path):
-            raise fid.DataError(f"{path} is not there; make latents by --stage encode --source FOLDER, or "
-                                f"pass --data FOLDER, {', '.join(FILES)} or digits")
+            raise fid.DataError(f"--data {path} is not there; make latents by --stage encode --source "
+                                f"FOLDER, or pass --data FOLDER, {', '.join(FILES)} or digits")
         with fid.blame(path):
             key = self.open_shards() if os.path.exists(f"{path}/index.json") else self.open_cache(out)
         self.stamp = f"{len(self.labels)} latents, crc32 {zlib.crc32(key.encode()):08x}"
@@ -431,6 +431,7 @@ def rollout(cfg, net, z, y, times):
         answers.append(answer)
         return answer
     states = (solvers.flow_heun if one_clock else solvers.mean_flow)(u, z, times)
+    # a Mean Flow net answers once a step, Heun's rule asks twice and goes by the mean
     return states, torch.stack(answers).unflatten(0, (len(times) - 1, -1)).mean(1)
 
 
@@ -552,7 +553,8 @@ def on_signal(number, frame):
 
 
 LIMITS = {  # (rule, least, below): fields
-    ("above 0", 1e-300, math.inf): "batch steps nfe repeat log_every save_every lr P_std omega trajectories",
+    ("above 0", 1e-300, math.inf): "batch steps repeat log_every save_every lr P_std omega trajectories",
+    ("in 1 to 1,000", 1, 1001): "nfe",
     ("0 or more", 0, math.inf): "batch_gpu warmup power unguided",
     ("in [0, 1)", 0, 1): "ema_beta dropout kappa",
     ("in [0, 1]", 0, 1 + 1e-9): "ratio guide_from guide_to",
@@ -683,8 +685,8 @@ def train(cfg):
     if cfg.stage != "mid":                                                    # CMT needs no data
         images = load_data(cfg)
         data, shape, null = images.stamp, images.shape, images.classes
-    led = cfg.stage == "mid" or cfg.stage == "post" and cfg.post == "teacher"
-    if led:
+    asks_teacher = cfg.stage == "mid" or cfg.stage == "post" and cfg.post == "teacher"
+    if asks_teacher:
         weights, model = teacher_state(cfg)
         teacher = build(cfg, model, weights, cfg.teacher or "the teacher")
         teacher.requires_grad_()                      # else autocast casts its weights anew at each call
@@ -738,7 +740,7 @@ def train(cfg):
             if cfg.stage == "mid":
                 loss, square = loss_cmt_mf(flow.u, z[i], t[i], r[i], y[i], target[i])         # Eq. 8
             else:
-                if led:
+                if asks_teacher:                      # its answer is guided already
                     v[i] = teacher_velocity(cfg, teacher, z[i], level[i].view(-1), y[i], guided[i])
                     guided[i] = False
                 loss, square, _ = loss_mf(flow, z[i], v[i], t[i], r[i], y[i], guided[i], cfg)
@@ -759,7 +761,7 @@ def train(cfg):
             report(cfg, done, lr, tally, **nets.peak_memory(), **fid.mse_by_gap(errors))
         if to_save and RANK == 0:
             nets.save_checkpoint(path, net=net, ema=ema, opt=opt, **saved, **tally)
-            fid.save_preview(cfg, tally, make_sampler(shown, ema, steps, decode=False))
+            fid.save_preview(cfg, tally, stop, make_sampler(shown, ema, steps, decode=False))
         if to_save:
             fid.wait_for_first(TIMEOUT)
         if stop:

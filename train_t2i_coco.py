@@ -159,8 +159,8 @@ class Coco:
     def __init__(self, path, out):
         self.path, self.maps, self.pool = path, {}, ThreadPoolExecutor(8)
         if not os.path.exists(path):
-            raise fid.DataError(f"{path} is not there; make latents by --stage encode --source FOLDER, or "
-                                f"pass --data FOLDER, {', '.join(FILES)} or digits")
+            raise fid.DataError(f"--data {path} is not there; make latents by --stage encode --source "
+                                f"FOLDER, or pass --data FOLDER, {', '.join(FILES)} or digits")
         with fid.blame(path):
             key = self.open_shards() if os.path.exists(f"{path}/index.json") else self.open_features(out)
             one = self.moments(0).numpy()
@@ -702,7 +702,8 @@ def on_signal(number, frame):
 
 
 LIMITS = {  # (rule, least, below): fields
-    ("above 0", 1e-300, math.inf): "batch steps nfe repeat log_every save_every lr P_std omega trajectories",
+    ("above 0", 1e-300, math.inf): "batch steps repeat log_every save_every lr P_std omega trajectories",
+    ("in 1 to 1,000", 1, 1001): "nfe",
     ("0 or more", 0, math.inf): "batch_gpu warmup clip repa power",
     ("in [0, 1)", 0, 1): "ema_beta dropout kappa",
     ("in [0, 1]", 0, 1 + 1e-9): "ratio guide_from guide_to",
@@ -734,8 +735,9 @@ def check(cfg):
             fid.check_teacher(cfg, nets.finished, teacher_state if cfg.teacher else None, images.stamp, shape)
         if cfg.stage != "pretrain" and cfg.init not in INITS:
             candidates(cfg)                           # --init FILE: is it a net?
-    if cfg.stage == "sample" and cfg.prompts:
+    if cfg.prompts:
         given_prompts(cfg)
+        cfg.stage == "sample" or fid.say("warning: --prompts are drawn by --stage sample alone")
     if cfg.stage == "eval" and cfg.data != "digits":  # found now, not after days of training
         load_data(cfg)
         if not os.path.exists(path := f"{FILES.get(cfg.data, cfg.data)}/val.npz"):
@@ -924,7 +926,7 @@ def train(cfg):
             report(cfg, done, lr, tally, **nets.peak_memory(), **fid.mse_by_gap(errors))
         if to_save and RANK == 0:
             nets.save_checkpoint(path, net=net, ema=ema, opt=opt, **saved, **tally)
-            fid.save_preview(cfg, tally, sampler)
+            fid.save_preview(cfg, tally, stop, sampler)
         if to_save:
             fid.wait_for_first(TIMEOUT)
         if stop:
@@ -986,7 +988,7 @@ def sample_captions(cfg):
                     shown.append((prompt, fid.draw(sampler, seeds[:8], batch)))
             if RANK == 0:
                 fid.save_captions(f"{cfg.out}/samples_{name}_{steps}.png", name, steps, shown)
-            log(f"sample: {len(seeds)} images of each of {len(prompts)} captions in {folder}")
+            log(f"sample: {len(seeds)} images of each caption ({len(prompts)}) in {folder}")
 
 
 def evaluate(cfg):

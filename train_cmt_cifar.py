@@ -41,7 +41,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     stage: Literal["all", "pretrain", "mid", "post", "sample", "eval"] = "all"   # all: the unfinished
     out: str = ""               # folder of the run; "" = out/<data>
     teacher: str = ""           # FILE, URL; "" = the official one, else <out>/pretrain.pt; scratch = train it
-    mid: Literal["cmt", "kd", "slow", "none"] = "cmt"    # states: all | x_T | each solved; or skip
+    mid: Literal["cmt", "kd", "slow", "none"] = "cmt"    # all states | x_T | a solve for each; or skip
     post: Literal["ect", "ecd", "ecd_euler", "annealed"] = "ect"   # fixed q | x_r by the teacher | q grows
     init: str = "teacher"       # the first stage's start: teacher | random | FILE; sample, eval: show FILE
     res: int = 0                # own images are cropped and resized (LANCZOS) to this; 0 = they have one size
@@ -60,7 +60,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     nfe: int = 16               # teacher steps per trajectory (B.2)
     trajectories: int = 128     # choice: per solve, pairs shuffled over several steps; 0 = batch/nfe (paper)
     q: int = 4096               # post: the step in t is n(t) t / q (B.2: 1/4096)
-    double: int = 0             # post: every so many steps q -> q * (first q); 0 = never (B.2)
+    double: int = 0             # post: q = q^(1 + step // double): with q = 2 it doubles; 0 = fixed (B.2)
     P_mean: float = -1.1        # ln sigma ~ N(P_mean, P_std^2), not cut off (ECT)
     P_std: float = 2.0
 
@@ -128,7 +128,7 @@ FREE = {  # fields that may differ when a stage goes on, or is found finished; b
     "mid": "post q double P_mean P_std",
     "post": "trajectories loss nfe",
 }
-parse = partial(fid.parse, globals())                 # (argv) -> Config; unknown flag, bad choice: exit 2
+parse = partial(fid.parse, globals())                 # (argv) -> Config, by Config and PRESETS of this file
 
 
 def data_name(cfg):
@@ -221,7 +221,7 @@ def loss_cmt(net, x_t, t, target, distance):
 
 
 def ect_step(t, q, k=8.0, b=1.0):
-    """ECT's second noise level: r = t (1 - n(t) / q), at least 0; n(t) = 1 + k sigmoid(-b t). t, r: (B,)."""
+    """ECT's second noise level: r = t (1 - n(t) / q), at least 0; n(t) = 1 + k sigmoid(-b t), its k, b."""
     return t * (1 - (1 + k * torch.sigmoid(-b * t)) / q).clamp(min=0)
 
 
@@ -338,7 +338,7 @@ def rectify(opt, lr, t):
     beta = opt.param_groups[0]["betas"][1]
     end = 2 / (1 - beta) - 1                          # of rho_t as t grows
     rho, eps = end - 2 * t * beta**t / (1 - beta**t), 1e10
-    rate = lr * eps
+    rate = lr * eps                                   # lr m eps / (sqrt(v) + eps) is lr m
     if rho > 5:
         rate = lr * ((rho - 4) * (rho - 2) * end / ((end - 4) * (end - 2) * rho)) ** 0.5
         eps = 1e-8 / (1 - beta**t) ** 0.5             # torch's RAdam: on sqrt(v) before correction
@@ -376,7 +376,7 @@ LIMITS = {  # (rule, least, below): fields
 
 def check(cfg):
     """Everything that would stop this stage, before any stage starts: values (exit code 2), files (3)."""
-    needless = cfg.stage == "pretrain" and has_teacher(cfg) or cfg.stage == "mid" and cfg.mid == "none"
+    needless = has_teacher(cfg) if cfg.stage == "pretrain" else (cfg.stage, cfg.mid) == ("mid", "none")
     trains = cfg.stage not in RUN and not needless
     fid.check_values(cfg, LIMITS, WORLD * trains)
     if cfg.stage == "mid" and trains:
@@ -573,7 +573,7 @@ def train(cfg):
 
 def candidates(cfg):
     """What to sample from: (name, net, {steps: kind of sampler}, checkpoint); --init FILE: it alone."""
-    few = {1: 1, 2: 2}
+    few = {1: 1, 2: 2}                                # kinds are those of make_sampler
     if cfg.init not in INITS:
         state, model = nets.load_pretrained(cfg.init)
         name = "init_" + os.path.basename(cfg.init).split(".")[0]
@@ -622,7 +622,7 @@ def main(argv):
         # trap: where one process has a stage and another has not, they would wait for each other in check
         agree(f"checkpoints in {cfg.out}", [s for s in STAGES if os.path.exists(f"{cfg.out}/{s}.pt")])
         trained = [c for c in configs if check(c)]
-        with fid.begin_run(cfg.out, __file__, argv):                # its lock
+        with fid.begin_run(cfg.out, __file__, argv):  # its lock; SOON: lines that wait for the next
             SOON.append(fid.overview({c.stage: (resume(c)[1], c.batch) for c in trained}, DEVICE, cfg.data))
             for c in configs:
                 if STOP:

@@ -141,7 +141,7 @@ FREE = {  # fields that may differ when a stage goes on, or is found finished; b
 }
 HEUN_STEPS = 32                                       # of --sampler heun: 63 calls (EDM2)
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-parse = partial(fid.parse, globals())                 # (argv) -> Config; unknown flag, bad choice: exit 2
+parse = partial(fid.parse, globals())                 # (argv) -> Config, by Config and PRESETS of this file
 
 
 def data_name(cfg):
@@ -352,7 +352,7 @@ def loss_cmt_views(net, x_t, t, x_0, distance, views):
 
 
 def ect_step(t, q, k=8.0, b=1.0):
-    """ECT's second noise level: r = t (1 - n(t) / q), at least 0; n(t) = 1 + k sigmoid(-b t). t, r: (B,)."""
+    """ECT's second noise level: r = t (1 - n(t) / q), at least 0; n(t) = 1 + k sigmoid(-b t), its k, b."""
     return t * (1 - (1 + k * torch.sigmoid(-b * t)) / q).clamp(min=0)
 
 
@@ -855,7 +855,7 @@ def main(argv):
         # trap: where one process has a stage and another has not, they would wait for each other in check
         agree(f"checkpoints in {cfg.out}", [s for s in STAGES if os.path.exists(f"{cfg.out}/{s}.pt")])
         trained = [c for c in configs if check(c)]
-        with fid.begin_run(cfg.out, __file__, argv):                # its lock
+        with fid.begin_run(cfg.out, __file__, argv):  # its lock; SOON: lines that wait for the next
             SOON.append(fid.overview({c.stage: (resume(c)[1], c.batch) for c in trained}, DEVICE, cfg.data))
             for c in configs:
                 if STOP:

@@ -131,7 +131,7 @@ FREE = {  # fields that may differ when a stage goes on, or is found finished; b
     "mid": "pretrain post weak ratio P_mean P_std power unguided",
     "post": "pretrain weak nodes trajectories",
 }
-parse = partial(fid.parse, globals())                 # (argv) -> Config; unknown flag, bad choice: exit 2
+parse = partial(fid.parse, globals())                 # (argv) -> Config, by Config and PRESETS of this file
 
 
 def data_name(cfg):
@@ -824,7 +824,7 @@ def main(argv):
         # trap: where one process has a stage and another has not, they would wait for each other in check
         agree(f"checkpoints in {cfg.out}", [s for s in STAGES if os.path.exists(f"{cfg.out}/{s}.pt")])
         trained = [c for c in configs if check(c)]
-        with fid.begin_run(cfg.out, __file__, argv):                # its lock
+        with fid.begin_run(cfg.out, __file__, argv):  # its lock; SOON: lines that wait for the next
             SOON.append(fid.overview({c.stage: (resume(c)[1], c.batch) for c in trained}, DEVICE, cfg.data))
             for c in configs:
                 if STOP:

@@ -860,8 +860,11 @@ def full_size(command, argv):
     args, flags = p.parse_known_args(argv)
     if args.gpus < 1:
         p.error(f"--gpus {args.gpus} is not possible; it must be above 0")
-    if args.script:
-        importlib.import_module(args.script).parse(flags)             # refused before anything is said
+    if args.price < 0:
+        p.error(f"--price {args.price} is not possible; it must be 0 or more")
+    if args.script:                                   # refused before anything is said
+        home = importlib.import_module(args.script)
+        fid.check_values(home.parse(flags), home.LIMITS, 0)
     what = "bf16 {} TFLOP/s", "TF32 {}", "fp32 {}", "memory {} TB/s", "to the next GPU {} GB/s"
     reached = ", ".join(text.format(f"{share * top:.3g}") + f" ({share:.1%})"
                         for text, share, top in zip(what, REACHED, CARDS[args.device]))
@@ -906,6 +909,7 @@ def whole(line, stages):
 USES = dict(  # command: its flags; the last three have their own and those of a script: full_size
     pairs="data methods batch batch_gpu trajectories loss precision rounds device",
     mf="size batch rounds device", precision="data net device", plan="", roofline="", step="")
+DEVICES = ["cpu", "cuda"][:1 + torch.cuda.is_available()]
 FLAGS = dict(
     data=dict(default="digits", choices=DATA, help="edm2: the EDM2 of digits"),
     methods=dict(default="", help=f"between commas; \"\" = {','.join(METHODS)}"),
@@ -917,7 +921,7 @@ FLAGS = dict(
     loss=dict(default="", help="of mid-training; \"\" = the script's own"),
     precision=dict(default="fp32", help="of student and teacher"),
     rounds=dict(type=int, default=5, help="times that each is measured, in turn"),
-    device=dict(default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu"))
+    device=dict(default=DEVICES[-1], choices=DEVICES))
 
 
 def main(argv=None):
@@ -934,8 +938,11 @@ def main(argv=None):
         for name in flags.split():
             own.add_argument(f"--{name}", **FLAGS[name])
     args = p.parse_args(argv)
-    if getattr(args, "rounds", 1) < 1:
-        script.fail(2, f"--rounds {args.rounds} is not possible; it must be above 0")
+    for name, least in dict(rounds=1, batch=0, batch_gpu=0, trajectories=0).items():
+        if getattr(args, name, least) < least:
+            script.fail(2, f"--{name} {getattr(args, name)} is not possible; it must be {least} or more")
+    if odd := {*getattr(args, "methods", "").split(",")} - {"", *METHODS}:
+        script.fail(2, f"--methods {', '.join(odd)}: no such method; there are {', '.join(METHODS)}")
     device = torch.device(args.device)
     for module in (script, imagenet, mean_flow):
         module.DEVICE = device

@@ -146,13 +146,15 @@ def claim(row, seed, out):
     """Run one row with one seed, unless it is finished: {"net steps": score}, seconds of mid + post."""
     name, base, calls = CLAIMS[row]
     folder, source = (f"{out}/{seed}/{r.removesuffix(' mid').replace(' ', '_')}" for r in (row, base))
-    os.makedirs(folder, exist_ok=True)
     flags, first = ["--data", "digits", "--seed", str(seed), "--out", folder], base
     while first and CLAIMS[first.removesuffix(" mid")][1]:
         first = CLAIMS[first.removesuffix(" mid")][1]     # whose teacher they all share
     if base:
         teacher = first.removesuffix(" mid").replace(" ", "_")
-        flags += ["--teacher", f"{out}/{seed}/{teacher}/pretrain.pt"]
+        flags += ["--teacher", file := f"{out}/{seed}/{teacher}/pretrain.pt"]
+        if not os.path.exists(file):
+            script.fail(2, f"--methods {row}: it goes on from {base.removesuffix(' mid')}; name that first")
+    os.makedirs(folder, exist_ok=True)
     if base.endswith(" mid"):
         shutil.copy(f"{source}/mid.pt", folder)
     if "--stage" in calls[-1]:                            # else the one call runs all stages, the score too
@@ -318,7 +320,8 @@ SHARED = "steps batch lr decay warmup ema_beta q double dropout precision log_ev
 def small_photos(path, small):
     """Images (N, 3, 16, 16) and labels (N,) of an EDM zip, shrunk once: kept in the .npz `small`."""
     if not os.path.exists(small):
-        labels, _ = fid.read_labels(path, fid.image_source(path)[0])
+        labels, _ = fid.read_labels(path, fid.image_source(path)[0]) or \
+            script.fail(3, f"--data {path}: no labels; pass an EDM zip with labels")
         np.savez(small, images=fid.load_images(path, 16).permute(0, 2, 3, 1).numpy(), labels=labels.numpy())
     with np.load(small) as f:
         images = torch.from_numpy(f["images"]).permute(0, 3, 1, 2).contiguous()
@@ -376,7 +379,7 @@ def photos(args, device):
             print(f"| {row} | {seed} | {' / '.join(found)} | {state['seconds']:.0f} |", flush=True)
             fid.save_sheet(f"{args.out}/{seed}/photos.png", [*shown, real], "Each column starts from one "
                            "noise that every net turns into a photo. At the left: steps, FD-photos, lower is "
-                           "better. Last: real photos, not drawn.")
+                           "better. For comparison, real photos.")
 
 
 FM = "--pretrain fm --weak SIZE --init sit"           # SIZE: --size, of student and flow-matching teacher
@@ -511,6 +514,7 @@ USES = dict(  # command: its flags
     claims="out methods seeds device", curves="out net device", plot="runs out device",
     photos="data out methods seeds samples device", roads="data out methods seeds size flags samples device",
     bias="out samples device")
+DEVICES = ["cpu", "cuda"][:1 + torch.cuda.is_available()]
 FLAGS = dict(
     runs=dict(nargs="+", metavar="OUT", help="folders of runs, of any script"),
     out=dict(default="", help="folder of the runs; \"\" = out/claims; bias: out/digits"),
@@ -521,7 +525,7 @@ FLAGS = dict(
     size=dict(default="2x128x6", help="of the student, PATCHxWIDTHxDEPTH"),
     flags=dict(default="--lr 4e-3", help="of every stage, as --flags=\"--lr 1e-3\""),
     samples=dict(type=int, default=0, help="0 = photos: 5,000, roads: 2,500, bias: 500"),
-    device=dict(default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu"))
+    device=dict(default=DEVICES[-1], choices=DEVICES))
 
 
 def main(argv=None):
@@ -540,6 +544,8 @@ def main(argv=None):
     if device.type == "cpu":
         torch.set_num_threads(1)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    if getattr(args, "samples", 0) < 0:
+        script.fail(2, f"--samples {args.samples} is not possible; it must be 0 or more")
     rows = dict(claims=CLAIMS, photos=PHOTOS, roads=ROADS).get(args.what, ())
     if unknown := {*getattr(args, "methods", "").split(";")} - {"", *rows}:
         script.fail(2, f"--methods {', '.join(unknown)}: no such row; {args.what} has: {'; '.join(rows)}")

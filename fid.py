@@ -947,6 +947,8 @@ def steps_left(cfg, ckpt, path, free, stages):
     if cfg.stage == "pretrain" and later and not ckpt:
         fail(2, f"{cfg.out}/{later[0]}.pt went on from a teacher that lies elsewhere; pass its --teacher "
                 "again (config.json has it), or use another --out")
+    if cfg.stage == "mid" and later and not ckpt:
+        fail(2, f"{path} is not there, {later[0]}.pt, which went on from it, is; use another --out")
     made = ckpt.get("script", "an older script") if ckpt else ""
     if ckpt and made.startswith("train_") and made != os.path.basename(inspect.getfile(type(cfg))):
         fail(2, f"{path} was made by {made}; use another --out")
@@ -1189,7 +1191,7 @@ def load_images(path, res=0):
         image = np.asarray(square(rgb(image), res)) if res else image
         if image.shape != shape:
             raise DataError(f"{path}: {names[k]} is {image.shape}, but {names[0]} is {shape} (H, W, C); "
-                            "--res 32 crops and resizes all")
+                            "--res, no larger than the smallest, crops and resizes all")
         images[k] = image.transpose(2, 0, 1)
         return image
     check_pictures(range(len(names)), keep, path)
@@ -1562,7 +1564,7 @@ def save_stages(out, shown, names=(), table=()):
         rows, header, line = [*zip(names, columns)], ["caption", *labels], "row"
     caption = f"Each {line} starts from one noise, which every net turns into an image in the steps named."
     caption += " Scores: Frechet distance to the data, lower is better." * bool(table)
-    real = " Last, not drawn: real digits; half of them against the others score 0.78."
+    real = " For comparison, real digits; a half of them, 900 images, scores 0.78 against the other."
     caption += real * ("real digits" in labels)
     save_sheet(f"{out}/stages.png", rows, caption, header)
 
@@ -1579,12 +1581,13 @@ def save_trajectory(out, states, levels, students, show=lambda x: x):
     for j in range(states.shape[1]):
         rows.append((f"noise {j + 1}\nstates of the teacher", show(states[:, j] / wide)))     # at unit scale
         for net, x in answers.items():
-            off = (x[:, j] - states[-1, j]).square().mean().sqrt().item()
+            off = (x[0, j] - states[-1, j]).square().mean().sqrt().item()
             rows.append((f"{NAMES.get(net, net)},\n{off:.2f} from teacher's end", show(x[:, j])))
     caption = ("The teacher walks from noise at the left to an image at the right. Below each of its states: "
                "the image that the student answers with when it is shown this state, in one call. The better "
-               "it has learned, the less the answers of a row differ. The number: their distance from that "
-               "end (root of the mean square, of pixels in [-1, 1]), which post-training may leave."
+               "it has learned, the less the answers of a row differ. The number: how far the first of them, "
+               "a sample in one step, is from that end (root of the mean square, pixels in [-1, 1]). "
+               "Post-training, on real images, does not aim at it."
                + " States above sigma 1 are shown divided by sigma." * bool(levels.max() > 1))
     header = ["sigma" if levels.max() > 1 else "t", *(f"{level:.2g}" for level in levels.tolist())]
     save_sheet(f"{out}/trajectory.png", rows, caption, header, 1 + len(answers))
@@ -1600,7 +1603,7 @@ def ticks_of(low, high, firsts=(1, 2, 5)):
 def colours_of(names):
     """{name: (R, G, B)}: names alike up to their last comma share a colour, and the later ones are paler."""
     kin = [name.rpartition(", ")[0] or name for name in names]
-    order = sorted(dict.fromkeys(kin), key=lambda one: "CMT" not in one)     # CMT's is always the first
+    order = sorted(dict.fromkeys(kin), key=lambda one: "CMT" not in one and one != "mid")    # CMT: the first
     inks = [ImageColor.getrgb(COLOURS[order.index(one) % len(COLOURS)]) for one in kin]
     pale = [0.6 ** kin[:k].count(one) for k, one in enumerate(kin)]
     return {name: tuple(int(255 - (255 - c) * p) for c in ink) for name, ink, p in zip(names, inks, pale)}
@@ -1645,12 +1648,13 @@ def save_chart(path, panels, caption, across="images", marks=(), joined=True):
             x, _ = at(x, ticks[0])
             pen.line([(x, top), (x, bottom)], "#999999")
             pen.text((x + 5, top + 2), begins, "#555555", font, anchor="lt")
+        few = len(xs) < 20 * len(curves)                         # what was measured, as dots
         for row, (name, points) in enumerate(curves.items()):
             dots = [(3 * x, 3 * (y - k * height)) for x, y in (at(*p) for p in points)]
             ink = Image.new("L", (3 * width, 3 * height))                    # three times as large: smooth
             if joined and len(dots) > 1:
                 ImageDraw.Draw(ink).line(dots, 255, 7, joint="curve")
-            for x, y in dots if len(dots) < 20 or not joined else ():        # what was measured
+            for x, y in dots if few or not joined else ():
                 ImageDraw.Draw(ink).ellipse((x - 12, y - 12, x + 12, y + 12), 255)
             picture.paste(colours[name], (0, k * height), ink.resize((width, height), Image.Resampling.BOX))
             pen.text((width - right + 20, top + 22 * row), name, colours[name], font, anchor="lt")
@@ -1699,7 +1703,7 @@ def count(cfg, tally, loss, norm):
         tally["scale"] /= 2
     elif tally["bad"] >= 10:
         fail(4, f"{cfg.stage}: loss or gradient not finite in {tally['bad']} steps in a row; {cfg.out} keeps "
-                "the last good checkpoint; try a smaller --lr with another --out")
+                "the last good checkpoint, if one was saved; try a smaller --lr with another --out")
 
 
 def lr_at(cfg, step):
@@ -1850,9 +1854,10 @@ def save_curve(out):
             points.append((before + m["images"], m.get(key, 0)))
     for m in [m for m in steps if m["stage"] == "vgg"]:      # of no stage's length: an axis of its own
         panels.setdefault("loss of the VGG", {}).setdefault("vgg", []).append((m["images"], m["loss"]))
+    level = " Mean Flow's is divided by its size: it stays level, at 1, or less with REPA."
     save_chart(f"{out}/curve.png", panels, "Every stage of the run, against the images (or pairs) that were "
-               "trained on. Each stage has a loss of its own: compare within a stage, not between them. Mean "
-               "Flow divides its loss by its size, so that about 1 is normal.")
+               "trained on. Each stage has a loss of its own: compare within a stage, not between them."
+               + level * any("mse_gap1" in m for m in steps))
 
 
 def save_preview(cfg, tally, stop, sampler):

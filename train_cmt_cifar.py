@@ -158,8 +158,8 @@ def load_data(cfg):
     if cfg.data == "cifar10" and not os.path.exists(path):
         path = nets.fetch(CIFAR_URL)
     if not os.path.exists(path):
-        fail(3, f"--data {cfg.data}: {path} is not there; put or link an EDM zip there, or pass --data PATH, "
-                f"{', '.join(FILES)} or digits")
+        fail(3, f"--data {cfg.data!r}: {path} is not there; put or link an EDM zip there, or pass --data "
+                f"PATH, {', '.join(FILES)} or digits")
     return opened(path, cfg.res)
 
 
@@ -366,9 +366,10 @@ def on_signal(number, frame):
 
 
 LIMITS = {  # (rule, least, below): fields
-    ("above 0", 1e-300, math.inf): "batch steps repeat log_every save_every lr P_std mid_sigma",
+    ("above 0", 1e-300, math.inf): "batch steps repeat log_every save_every lr P_std",
+    ("above 0, below 80", 1e-300, 80): "mid_sigma",
     ("in 1 to 1,000", 1, 1001): "nfe",
-    ("0 or more", 0, math.inf): "batch_gpu warmup double huber_c trajectories res",
+    ("0 or more", 0, math.inf): "batch_gpu warmup double huber_c trajectories res sigma_shift",
     ("in [0, 1)", 0, 1): "ema_beta dropout",
     ("2 or more", 2, math.inf): "q samples",
 }
@@ -384,9 +385,12 @@ def check(cfg):
         if cfg.loss == "huber" and not cfg.huber_c:
             fail(2, f"--loss huber --huber_c {cfg.huber_c}: huber needs a c above 0")
         digits = cfg.data == "digits"
-        if cfg.loss == "lpips" and (digits or data_name(cfg) == "own" and os.path.exists(cfg.data)):
+        if digits or data_name(cfg) == "own" and os.path.exists(cfg.data):
             side, _, channels = (8, 8, 1) if digits else fid.image_shape(cfg.data, cfg.res)
-            if channels != 3 or side < 16:
+            if has_teacher(cfg) and not os.path.exists(f"{cfg.out}/mid.pt"):
+                shape = dict(img_channels=channels, img_resolution=side)
+                fid.check_teacher(cfg, nets.finished, teacher_state, None, shape)
+            if cfg.loss == "lpips" and (channels != 3 or side < 16):
                 fail(2, f"--loss lpips needs 3x16x16 at least, not {channels}x{side}x{side}; or --loss huber")
         if cfg.loss == "lpips" and not os.path.exists(f"{cfg.out}/mid.pt"):
             nets.pretrained_lpips()                   # downloaded now
@@ -622,8 +626,9 @@ def main(argv):
         # trap: where one process has a stage and another has not, they would wait for each other in check
         agree(f"checkpoints in {cfg.out}", [s for s in STAGES if os.path.exists(f"{cfg.out}/{s}.pt")])
         trained = [c for c in configs if check(c)]
+        road = {c.stage: (resume(c)[1], c.batch) for c in trained}  # another run's folder is left as it is
         with fid.begin_run(cfg.out, __file__, argv):  # its lock; SOON: lines that wait for the next
-            SOON.append(fid.overview({c.stage: (resume(c)[1], c.batch) for c in trained}, DEVICE, cfg.data))
+            SOON.append(fid.overview(road, DEVICE, cfg.data))
             for c in configs:
                 if STOP:
                     fail(75, "stopped by a signal; run the same command again to go on")

@@ -260,17 +260,24 @@ def to_images(cfg, x):
     return (pixels.clamp(0, 1) * 255).floor() / 127.5 - 1
 
 
+def encode_target(cfg):
+    """The zip that --stage encode makes; exit code 2 if it is none, or not ours, 3 without --source."""
+    target = FILES.get(data_name(cfg), cfg.data)
+    if not os.path.exists(cfg.source):
+        fail(3, f"--source {cfg.source!r}: not there; name ImageNet's training folder, a folder per class")
+    if not target.endswith(".zip"):
+        fail(2, f"--data {target}: images are encoded into a .zip; name one")
+    if os.path.exists(target) and not os.path.exists(f"{target}.parts/begun.json"):
+        fail(2, f"{target} is there already, {target}.parts does not say of what; name another --data ZIP")
+    return target
+
+
 def encode_zip(cfg):
     """--source, a folder per class -> EDM2's zip: PNG at 64 pixels, moments of the SD-VAE at 512.
 
     First as shards in <zip>.parts, then all in one file: for a while, twice its size is needed.
     """
-    target = FILES.get(data_name(cfg), cfg.data)
-    parts = f"{target}.parts"
-    if not target.endswith(".zip"):
-        fail(2, f"--data {target}: images are encoded into a .zip; name one")
-    if os.path.exists(target) and not os.path.exists(f"{parts}/begun.json"):
-        fail(2, f"{target} is there already, and {parts} does not say of what; name another --data ZIP")
+    parts = f"{(target := encode_target(cfg))}.parts"
     names, open_picture = fid.list_pictures(cfg.source)
     labels, _ = fid.read_labels(cfg.source, names) or (torch.zeros(len(names), dtype=torch.long), 1)
     vae, size = None, 3 * cfg.res**2
@@ -546,7 +553,8 @@ def on_signal(number, frame):
 
 
 LIMITS = {  # (rule, least, below): fields
-    ("above 0", 1e-300, math.inf): "batch steps repeat log_every save_every lr P_std mid_sigma res",
+    ("above 0", 1e-300, math.inf): "batch steps repeat log_every save_every lr P_std res",
+    ("above 0, below 80", 1e-300, 80): "mid_sigma",
     ("in 1 to 1,000", 1, 1001): "nfe",
     ("0 or more", 0, math.inf): "batch_gpu warmup huber_c trajectories ema_std",
     ("in [0, 1)", 0, 1): "ema_beta dropout",
@@ -563,8 +571,8 @@ def check(cfg):
         fail(2, f"--res {cfg.res} is not possible with --data imagenet; it is 64 or 512")
     if name == "own" and not (os.sep in cfg.data or "." in cfg.data or os.path.exists(cfg.data)):
         fail(2, f"--data {cfg.data}: not one of imagenet, digits, and no such file or folder")
-    if cfg.stage == "encode" and not os.path.exists(cfg.source):
-        fail(3, f"--source {cfg.source!r}: not there; name ImageNet's training folder, a folder per class")
+    if cfg.stage == "encode":
+        encode_target(cfg)
     if cfg.stage == "mid" and trains:
         fid.check_solve(cfg, *solves(cfg), WORLD)
         if cfg.ensemble != "none" and cfg.loss != "elatent":
@@ -855,8 +863,9 @@ def main(argv):
         # trap: where one process has a stage and another has not, they would wait for each other in check
         agree(f"checkpoints in {cfg.out}", [s for s in STAGES if os.path.exists(f"{cfg.out}/{s}.pt")])
         trained = [c for c in configs if check(c)]
+        road = {c.stage: (resume(c)[1], c.batch) for c in trained}  # another run's folder is left as it is
         with fid.begin_run(cfg.out, __file__, argv):  # its lock; SOON: lines that wait for the next
-            SOON.append(fid.overview({c.stage: (resume(c)[1], c.batch) for c in trained}, DEVICE, cfg.data))
+            SOON.append(fid.overview(road, DEVICE, cfg.data))
             for c in configs:
                 if STOP:
                     fail(75, "stopped by a signal; run the same command again to go on")

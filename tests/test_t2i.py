@@ -289,7 +289,7 @@ def test_dropped_captions_are_the_null_caption_for_teacher_and_student(road, mon
     text, null, led = (torch.cat(x) for x in zip(*seen))
     dropped = (text == null[:1]).flatten(1).all(1)
     assert 0.2 < dropped.float().mean() < 0.6 and torch.equal(led, ~dropped)
-    run(*base, "--stage", "mid", "--trajectories", 64)
+    run(*base, "--out", "o2", "--stage", "mid", "--trajectories", 64)
     (text, null, *_), = solved
     assert 0.2 < (text == null).flatten(1).all(1).float().mean() < 0.6
 

@@ -32,8 +32,8 @@ OWN = {"Config", "load_data", "data_name", "check", "teacher_pairs", "make_sampl
 #   the command below a table;
 # nets +25 then: text, a .zip and another script's file as weights are named as what they are; free space in a dry run, a net that is not finished;
 # bench: a GPU without data, plan in narrow tables with a sum of each command, roofline, a step at full size; claims: Mean Flow's roads on photos, refusals in a line.
-BUDGET = {"train_cmt_cifar.py": 649, "train_cmt_imagenet.py": 886, "train_mf_imagenet256.py": 848,
-          "train_t2i_coco.py": 1057, "nets.py": 1836, "fid.py": 2031, "solvers.py": 202, "bench.py": 961,
+BUDGET = {"train_cmt_cifar.py": 648, "train_cmt_imagenet.py": 885, "train_mf_imagenet256.py": 847,
+          "train_t2i_coco.py": 1056, "nets.py": 1836, "fid.py": 2031, "solvers.py": 202, "bench.py": 961,
           "claims.py": 561, "README.md": 240}
 FLAGS = {"train_cmt_cifar.py": 35, "train_cmt_imagenet.py": 42, "train_mf_imagenet256.py": 42, "train_t2i_coco.py": 43}
 README = (ROOT / "README.md").read_text()

@@ -30,6 +30,8 @@ OWN = {"Config", "load_data", "data_name", "check", "teacher_pairs", "make_sampl
 #   +82 on 2026-11-26: a dry run that names every download and meets the refusals of the command itself, no stage announced before it is
 #   refused, no folder left, older tables kept, distances in trajectory.png, smooth curves,
 #   the command below a table;
+# fid, 2026-11-27, of four more readers: fid +49: refusals that name the mend, real digits below a sheet, one hue a method, dots, marks; scripts +19: a
+#   teacher of other images, encode's target and compile's defaults checked before a run; bench +22, claims +25: no flag of another command, no traceback;
 # nets +25 then: text, a .zip and another script's file as weights are named as what they are; free space in a dry run, a net that is not finished;
 # bench: a GPU without data, plan in narrow tables with a sum of each command, roofline, a step at full size; claims: Mean Flow's roads on photos, refusals in a line.
 BUDGET = {"train_cmt_cifar.py": 648, "train_cmt_imagenet.py": 885, "train_mf_imagenet256.py": 847,

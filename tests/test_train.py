@@ -449,6 +449,25 @@ def test_a_finished_stage_of_another_road_is_not_taken_for_this_one(road, capsys
         assert exit_code == 2 and f"was made by train_cmt_cifar.py --data digits with {name}" in err
 
 
+def test_post_training_without_the_mid_training_it_went_on_from_is_not_joined_by_another(road, capsys):
+    """mid.pt was lost or moved away: a new one, perhaps of another teacher, would stand in one table with the old post.pt."""
+    os.makedirs("x")
+    for stage in ("pretrain", "post"):
+        shutil.copy(road / f"{stage}.pt", "x")
+    for dry in ([], ["--dry_run"]):
+        exit_code, err = code([*TINY, "--steps", "3", "--out", "x", *dry], capsys)
+        assert exit_code == 2 and "x/mid.pt is not there, post.pt" in err
+
+
+def test_mid_training_asks_no_teacher_of_other_images(road, capsys):
+    os.makedirs("own")
+    for k in range(2):
+        Image.new("RGB", (16, 16), (60 * k, 0, 0)).save(f"own/{k}.png")
+    for stage in ("mid", "all"):
+        exit_code, err = code(f"--data own --res 16 --loss huber --stage {stage} --teacher {road}/pretrain.pt --steps 2 --out x".split(), capsys)
+        assert exit_code == 3 and "its img_channels is 1, that of --data own is 3" in err
+
+
 def test_a_folder_with_mid_training_is_none_of_a_road_without(road, capsys):
     """Else its table would show a mid from which post did not come."""
     os.makedirs("x")

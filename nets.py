@@ -1110,7 +1110,7 @@ def read_weights(path_or_url):
         raise OSError(f"{e}, or pass --teacher FILE") from None
     if not os.path.isfile(path):
         kind = "a folder, not a" if os.path.isdir(path) else "no such"
-        raise FileNotFoundError(f"{path}: {kind} file; --teacher, --init, --guide take a file or a URL of one")
+        raise FileNotFoundError(f"{path}: {kind} file; --teacher, --init, --guide take a file or a URL")
     with open(path, "rb") as f:
         if re.fullmatch(rb"[\s!-~]+", f.read(99)):
             raise WeightsError(f"{path}: it is text, no weights; download the file itself")

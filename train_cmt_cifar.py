@@ -506,7 +506,7 @@ def train(cfg):
     ema = deepcopy(net).requires_grad_(False).eval()
     f = forward(cfg, net)
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
-    flat.grad = grad[:-2]              # behind it loss and stop: one sum over the processes carries all three
+    flat.grad, loss_sum = grad[:-2], grad[-2]         # and the wish to stop: processes add all three at once
     opt = torch.optim.Adam([flat], fused=True)
     tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
     agree("data and sum of the first weights", (data, flat.sum(dtype=torch.float64).item()))
@@ -553,7 +553,7 @@ def train(cfg):
                     x_r = solvers.ode_step(teacher, x_t, t, r, 1 if cfg.post == "ecd_euler" else 2)
                 loss = loss_ect(student, x_t, x_r, t, r, cfg.huber_c)                   # Eq. 3
             (loss * weight).backward()
-            grad[-2] += loss.detach() * weight
+            loss_sum += loss.detach() * weight
         norm, loss, stop = total(grad, tally["scale"])                        # the one wait of a step
         if math.isfinite(norm + loss):            # else: no step, and no trace of it in weights and moments
             opt.step()

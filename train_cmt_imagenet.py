@@ -726,7 +726,7 @@ def train(cfg):
     net = build(cfg, model, state, what, train=True)
     ema = deepcopy(net).requires_grad_(False).eval()
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
-    flat.grad = grad[:-2]              # behind it loss and stop: one sum over the processes carries all three
+    flat.grad, loss_sum = grad[:-2], grad[-2]         # and the wish to stop: processes add all three at once
     # choice: as ECT (B.3); the authors' 512 script has 0.999 in mid-training
     beta2 = 0.999 if cfg.stage == "mid" and data_name(cfg) == "imagenet512" else 0.99
     opt = torch.optim.Adam([flat], betas=(0.9, beta2), fused=True)
@@ -787,7 +787,7 @@ def train(cfg):
                     ends = [features[owner[i]] for features in target]
                     loss = loss_cmt(student, x_t[i], t[i], ends, distance)    # Eq. 7
                 (loss * weight).backward()
-                grad[-2] += loss.detach() * weight
+                loss_sum += loss.detach() * weight
         norm, loss, stop = total(grad, tally["scale"])                        # the one wait of a step
         if math.isfinite(norm + loss):            # else: no step, and no trace of it in weights and moments
             opt.step()

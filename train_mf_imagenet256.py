@@ -704,7 +704,7 @@ def train(cfg):
     ema = deepcopy(net).requires_grad_(False).eval()
     flow = flow_of(cfg, net, torch.tensor(null, device=DEVICE))
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
-    flat.grad = grad[:-2]              # behind it loss and stop: one sum over the processes carries all three
+    flat.grad, loss_sum = grad[:-2], grad[-2]         # and the wish to stop: processes add all three at once
     opt = torch.optim.Adam([flat], betas=(0.9, 0.95), fused=True)             # MF
     tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
     agree("data and sum of the first weights", (data, flat.sum(dtype=torch.float64).item()))
@@ -746,7 +746,7 @@ def train(cfg):
                     guided[i] = False
                 loss, square, _ = loss_mf(flow, z[i], v[i], t[i], r[i], y[i], guided[i], cfg)
             (loss * weight).backward()
-            grad[-2] += loss.detach() * weight
+            loss_sum += loss.detach() * weight
             fid.add_errors(errors, square / z[0].numel(), (t - r)[i])
         norm, loss, stop = total(grad, tally["scale"])                        # the one wait of a step
         if math.isfinite(norm + loss):            # else: no step, and no trace of it in weights and moments

@@ -853,7 +853,7 @@ def train(cfg):
     ema = deepcopy(net).requires_grad_(False).eval()
     flow = flow_of(cfg, lambda z, t, r, text, repa: net(z, t, text, r, repa), null)
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
-    flat.grad = grad[:-2]              # behind it loss and stop: one sum over the processes carries all three
+    flat.grad, loss_sum = grad[:-2], grad[-2]         # and the wish to stop: processes add all three at once
     betas = (0.9, 0.999 if cfg.stage == "pretrain" else 0.95)                 # REPA; MF
     opt = torch.optim.Adam([flat], betas=betas, fused=True)
     tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
@@ -908,7 +908,7 @@ def train(cfg):
                 loss = loss + cfg.repa * repa
                 errors[:, 5] += torch.stack([-repa.detach(), torch.ones_like(repa)]).nan_to_num() * micro
             (loss * weight).backward()
-            grad[-2] += loss.detach() * weight
+            loss_sum += loss.detach() * weight
             fid.add_errors(errors, square / z[0].numel(), (t - r)[i])
         norm, loss, stop = total(grad, tally["scale"])                        # the one wait of a step
         if cfg.clip and norm > cfg.clip:

@@ -725,7 +725,7 @@ def fetch(urls, expected="", remedy=""):
             os.replace(temporary, path)
             break
         except (OSError, http.client.HTTPException) as error:
-            problems[str(error)] = url                   # the same cause once
+            problems.setdefault(str(error))              # a cause once
             with contextlib.suppress(OSError):
                 os.remove(temporary)
     os.close(folder)
@@ -1654,7 +1654,7 @@ def save_chart(path, panels, caption, across="images", marks=(), joined=True):
             ink = Image.new("L", (3 * width, 3 * height))                    # three times as large: smooth
             if joined and len(dots) > 1:
                 ImageDraw.Draw(ink).line(dots, 255, 7, joint="curve")
-            for x, y in dots if few or not joined else ():
+            for x, y in dots if few or len(dots) == 1 or not joined else ():
                 ImageDraw.Draw(ink).ellipse((x - 12, y - 12, x + 12, y + 12), 255)
             picture.paste(colours[name], (0, k * height), ink.resize((width, height), Image.Resampling.BOX))
             pen.text((width - right + 20, top + 22 * row), name, colours[name], font, anchor="lt")
@@ -1830,9 +1830,9 @@ def dry_run(home, argv, configs):
         idle = ", ".join(c.stage for c in configs if c.stage not in known) or "none"
         plan = shlex.join([os.path.basename(home.__file__), *(a for a in argv if a != "--dry_run")])
         plan += f" --gpus {processes()[1]}"
-        draws = dict(sample=f"; to draw: seeds {c.seeds}", encode=f"; to encode: {getattr(c, 'source', '')}",
-                     eval=f"; to score: {c.samples:,} samples of each net")
-        show(f"{text}{draws.get(c.stage, '')}; --out {c.out}; finished or not needed: {idle}{cause}"
+        asked = dict(sample="; to draw: seeds {seeds}", encode="; to encode: {source}",
+                     eval="; to score: {samples:,} samples of a net").get(c.stage, "").format(**vars(c))
+        show(f"{text}{asked}; --out {c.out}; finished or not needed: {idle}{cause}"
              + f"\nmemory and hours: python bench.py plan {plan}" * bool(ROAD), sys.stdout)
     if dist.is_initialized():
         dist.destroy_process_group()

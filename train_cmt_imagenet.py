@@ -277,7 +277,7 @@ def encode_zip(cfg):
 
     First as shards in <zip>.parts, then all in one file: for a while, twice its size is needed.
     """
-    parts = f"{(target := encode_target(cfg))}.parts"
+    parts = (target := encode_target(cfg)) + ".parts"
     names, open_picture = fid.list_pictures(cfg.source)
     labels, _ = fid.read_labels(cfg.source, names) or (torch.zeros(len(names), dtype=torch.long), 1)
     vae, size = None, 3 * cfg.res**2

@@ -736,8 +736,7 @@ def check(cfg):
         if cfg.stage != "pretrain" and cfg.init not in INITS:
             candidates(cfg)                           # --init FILE: is it a net?
     if cfg.prompts:
-        given_prompts(cfg)
-        cfg.stage == "sample" or fid.say("warning: --prompts are drawn by --stage sample alone")
+        given_prompts(cfg) if cfg.stage == "sample" else fid.say("warning: --prompts need --stage sample")
     if cfg.stage == "eval" and cfg.data != "digits":  # found now, not after days of training
         load_data(cfg)
         if not os.path.exists(path := f"{FILES.get(cfg.data, cfg.data)}/val.npz"):

@@ -764,6 +764,14 @@ def test_charts_leave_out_what_is_not_above_zero(tmp_path):
         assert Image.open(path).width >= 900 and (Image.open(path).height > 300) == bool(points)
 
 
+def test_a_stage_that_has_just_begun_is_a_dot(tmp_path):
+    """A curve of one point has no line, also beside long ones: it is seen all the same."""
+    long, ink = [(k, 2.0) for k in range(1, 90)], fid.colours_of(["pretrain", "mid"])["mid"]
+    fid.save_chart(path := str(tmp_path / "chart.png"), {"loss": {"pretrain": long, "mid": [(50, 4.0)]}}, "words")
+    plot = np.asarray(Image.open(path))[40:270, 80:800]                        # without the legend
+    assert (plot == ink).all(-1).sum() > 20
+
+
 def test_curves_of_one_method_share_a_colour():
     dark, pale, other = fid.colours_of(["ECT, 1 step", "ECT, 2 steps", "mid"]).values()
     assert min(dark) < min(pale) and max(range(3), key=dark.__getitem__) == max(range(3), key=pale.__getitem__) != \

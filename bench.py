@@ -649,12 +649,12 @@ def teacher_size(home, cfg, images):
     if home is script:
         return script.model_size(cfg, images)
     if home is imagenet:
-        return imagenet.edm2_size(cfg, images)
+        return imagenet.model_size(cfg, images)
     if home is mean_flow:
         return dict(mean_flow.size_row(cfg, "weak"), input_size=images.shape[1], in_channels=images.shape[0],
                     num_classes=images.classes, average_velocity=cfg.pretrain == "mf")
     width = home.text_encoder(cfg)(images.null[None]).shape[-1]
-    return home.net_arguments(replace(cfg, stage="pretrain"), images, width)
+    return home.model_size(replace(cfg, stage="pretrain"), images, width)
 
 
 @contextlib.contextmanager
@@ -681,7 +681,7 @@ def random_weights(home, cfg, gpus, device, sent, more):
         home: dict(WORLD=gpus, DEVICE=device, dist=nccl, build=device_decorator(device, home.build),
                    load_data=lambda cfg: images, teacher_state=lambda cfg: ({"": ""}, size), agree=skip,
                    report=skip, log=skip, resume=lambda cfg: (None, cfg.steps),
-                   first_weights=lambda *a: (size,) * ("cmt" in home.__name__) + (None, "")),
+                   first_weights=lambda *a: (None, *[size] * ("cmt" in home.__name__), "")),
         nets: dict(load_pretrained=load, finished=lambda path: dict(ema={}), pretrained_lpips=nets.LPIPS,
                    load_weights=skip, load_flow=skip, fitting=skip, stamp=str, memory=skip),
         fid: dict(begin_stage=skip)}
@@ -875,18 +875,18 @@ def full_size(command, argv):
     if command is step:
         said = f"torch {torch.__version__}, {gpu_name()}, one of {args.gpus} processes; nothing is sent."
     print(said + "\n")
-    rows, roads = {}, {}                              # of each stage, and of each command
+    rows, roads, todo = {}, {}, []                    # of each stage, of each command; what is to be counted
     for line in [" ".join([args.script, *flags])] if args.script else FULL:
         home, given = importlib.import_module(line.split()[0]), line.split()[1:]
         stages = home.STAGES if (asked := home.parse(given).stage) == "all" else [asked]
-        for stage in [stage for stage in stages if stage not in home.RUN]:
-            cfg = home.parse([*given, "--stage", stage])
-            name = f"{home.data_name(cfg)} {stage} {getattr(cfg, stage, '')} {cfg.precision}"
-            if name not in rows:
-                print(f"counting {name}", file=sys.stderr, flush=True)
-                rows[name] = command(home, name, cfg, args)
-            if rows[name]:
-                roads.setdefault(line, []).extend(rows[name])
+        todo += [(line, home, home.parse([*given, "--stage", s])) for s in stages if s not in home.RUN]
+    for k, (line, home, cfg) in enumerate(todo, 1):
+        name = f"{home.data_name(cfg)} {cfg.stage} {getattr(cfg, cfg.stage, '')} {cfg.precision}"
+        if name not in rows:
+            print(f"counting {k} of {len(todo)}: {name}", file=sys.stderr, flush=True)
+            rows[name] = command(home, name, cfg, args)
+        if rows[name]:
+            roads.setdefault(line, []).extend(rows[name])
     tables = [sum(rows.values(), [])]
     if command is plan and roads:                     # what it costs, what that is made of, what a road costs
         at = list(tables[0][0]).index("parameters")
@@ -909,7 +909,6 @@ def whole(line, stages):
 USES = dict(  # command: its flags; the last three have their own and those of a script: full_size
     pairs="data methods batch batch_gpu trajectories loss precision rounds device",
     mf="size batch rounds device", precision="data net device", plan="", roofline="", step="")
-DEVICES = ["cpu", "cuda"][:1 + torch.cuda.is_available()]
 FLAGS = dict(
     data=dict(default="digits", choices=DATA, help="edm2: the EDM2 of digits"),
     methods=dict(default="", help=f"between commas; \"\" = {','.join(METHODS)}"),
@@ -920,8 +919,7 @@ FLAGS = dict(
     size=dict(default="4x256x8", help="the DiT, PATCHxWIDTHxDEPTH or a row of nets.SIZES"),
     loss=dict(default="", help="of mid-training; \"\" = the script's own"),
     precision=dict(default="fp32", help="of student and teacher"),
-    rounds=dict(type=int, default=5, help="times that each is measured, in turn"),
-    device=dict(default=DEVICES[-1], choices=DEVICES))
+    rounds=dict(type=int, default=5, help="times that each is measured, in turn"))
 
 
 def main(argv=None):
@@ -929,15 +927,7 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] in (["plan"], ["roofline"], ["step"]):          # the flags behind it are those of a script
         return full_size(dict(plan=plan, roofline=roofline, step=step)[argv[0]], argv[1:])
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = p.add_subparsers(dest="what", metavar="WHAT", required=True, help="its flags: WHAT --help")
-    p.error = lambda text: script.fail(2, f"{text}; flags: python bench.py {{{','.join(USES)}}} --help")
-    for command, flags in USES.items():
-        own = commands.add_parser(command, help=(about := globals()[command].__doc__), description=about)
-        own.error = p.error
-        for name in flags.split():
-            own.add_argument(f"--{name}", **FLAGS[name])
-    args = p.parse_args(argv)
+    args = fid.commands(globals(), "bench.py").parse_args(argv)
     for name, least in dict(rounds=1, batch=0, batch_gpu=0, trajectories=0).items():
         if getattr(args, name, least) < least:
             script.fail(2, f"--{name} {getattr(args, name)} is not possible; it must be {least} or more")

@@ -11,7 +11,6 @@
 Every run is a run of a script and leaves that script's folder; what is finished is not run again. photos
 and roads take an EDM zip with labels. What a training pair costs: bench.py.
 """
-import argparse
 import contextlib
 import importlib
 import os
@@ -208,7 +207,8 @@ def plot(args, device):
     panels = {}
     for run in args.runs:
         if not (steps := [m for m in fid.read_metrics(run) if "images" in m]):
-            script.fail(3, f"plot: {run}/metrics.jsonl has no step of a training; name the folder of a run")
+            what = "has no step of a training" if os.path.isdir(run) else "is not there"
+            script.fail(3, f"plot: {run}/metrics.jsonl {what}; name the folder of a run")
         for m in steps:
             for key in fid.CURVES:
                 panel = panels.setdefault(f"{m['stage']}: {fid.CURVES[key]}", {})
@@ -236,36 +236,54 @@ def kept_checkpoints(folder):
 
 
 def curves(args, device):
-    """The paper's Figure 1 on digits, and the gradient norm of every step: <out>/curve.png, <out>/norms.png.
+    """The paper's Figure 1 on digits: <out>/curve.png; norms.png, the gradients; stages.png, the images.
 
     Both sides at their best in `claims`: pseudo-Huber losses, ECT annealed.
     """
-    cfg = script.parse(["--data", "digits", "--stage", "eval"])
+    cfg = script.parse(["--data", "digits", "--stage", "eval", "--teacher", args.net])
     features = fid.DigitsNet().to(device)
     reference = fid.measure(features, script.load_data(cfg).split(250), device)
-    scores, norms, marks = {}, {}, {}
-    for name, calls in {"CMT + ECT": [PIXELS, HUBER], "ECT": [f"{ANNEALED} --huber_c 0.06"]}.items():
-        folder, seen, before = f"{args.out}/{name.replace(' ', '_')}", 0, 0
-        flags = ["--data", "digits", "--teacher", args.net, "--out", folder]
+    scores, norms, marks, shown, rows = {}, {}, {}, [], []
+
+    def score(net, kind):
+        sampler = script.make_sampler(cfg, net, kind)
+        return fid.score(sampler, features, reference, cfg.samples)[1][0], sampler(range(12))
+
+    weights, model = script.teacher_state(cfg)
+    level, images = score(script.build(cfg, model, weights), 0)
+    shown.append(("teacher", cfg.nfe, images))
+    rows.append({"stage": "teacher", f"{cfg.nfe}-step FD-digits": f"{level:.2f}"})
+    for name, calls in {"with mid-training": [PIXELS, HUBER],
+                        "without mid-training": [f"{ANNEALED} --huber_c 0.06"]}.items():
+        folder, seen = f"{args.out}/{name.replace(' ', '_')}", 0
+        flags, every = ["--data", "digits", "--teacher", args.net, "--out", folder], []
         for call in calls:
-            marks |= {seen: f"post-training of {name} begins"} if seen else {}
+            marks |= {seen: "mid-training ends"} if seen else {}
             with kept_checkpoints(folder) as kept:
                 script.main([*flags, *call.split(), "--save_every", "150", "--log_every", "1"])
             for state in kept:
-                net = script.build(cfg, state["model"], state["ema"])
-                images = state["step"] * state["cfg"]["batch"]
+                net, drawn = script.build(cfg, state["model"], state["ema"]), []
                 for steps, words in (1, "1 step"), (2, "2 steps"):
-                    found = fid.score(script.make_sampler(cfg, net, steps), features, reference, cfg.samples)
-                    scores.setdefault(f"{name}, {words}", []).append((seen + images, found[1][0]))
-            seen += images
-        for m in fid.read_metrics(folder):
-            before += m["images"] - before if m["stage"] == "mid" else 0
-            norms.setdefault(name, []).append((m["images"] + before * (m["stage"] == "post"), m["grad"]))
-    caption = ("Images (or pairs) trained on, those of the teacher not counted. CMT + ECT: mid-training, "
-               "then post-training. ECT: post-training alone, its step t - r halved again and again; the "
-               "smaller the step, the larger the gradient. Loss of both: pseudo-Huber.")
+                    level_of, images = score(net, steps)
+                    at = seen + state["step"] * state["cfg"]["batch"]
+                    scores.setdefault(f"{name}, {words}", []).append((at, level_of))
+                    drawn.append((steps, images, f"{level_of:.2f}"))
+            stage = script.parse([*flags, *call.split()]).stage
+            steps_of = (m for m in fid.read_metrics(folder) if m["stage"] == stage)
+            every += [(seen + m["images"], m["grad"]) for m in steps_of]
+            seen = at
+        shown += [(name, steps, images) for steps, images, _ in drawn]
+        rows.append({"stage": name} | {f"{steps}-step FD-digits": text for steps, _, text in drawn})
+        medians = (statistics.median(y for _, y in every[max(0, k - 12):k + 13]) for k in range(len(every)))
+        norms |= {name: [(x, y) for (x, _), y in zip(every, medians)], f"{name}, every step": every}
+    scores["teacher, 16 steps"] = [(0, level), (seen, level)]
+    norms = dict(sorted(norms.items(), key=lambda item: "every step" in item[0]))     # the medians on top
+    fid.save_stages(args.out, shown, (), rows)
+    caption = ("Images (or pairs) trained on, those of the teacher not counted, seed 0. With mid-training: "
+               "CMT, then ECT. Without: ECT alone, which halves its step in time, t - r, again and again; "
+               "the smaller the step, the larger the gradient. Loss of both: pseudo-Huber.")
     for picture, title, lines in ("curve", "FD-digits, lower is better", scores), (
-            "norms", "gradient norm of every step", norms):
+            "norms", "gradient norm: every step, and the median of 25", norms):
         fid.save_chart(f"{args.out}/{picture}.png", {title: lines}, caption, marks=marks)
     for name, points in scores.items():
         print(f"{name}: " + ", ".join(f"{x:,} {y:.2f}" for x, y in points))
@@ -363,7 +381,7 @@ def photos(args, device):
     """
     small, n = f"{args.out}/photos.npz", args.samples or 5_000
     images, _, features, reference = judged_photos(args, small)
-    real = "real photos", fid.to_float(images[:16], "cpu")
+    real = "real photos", fid.to_float(images[:12], "cpu")
     print("| run | seed | FD-photos, 1 / 2 steps | seconds |\n|---|---|---|---|")
     for seed in args.seeds.split(","):
         shown = []
@@ -375,16 +393,16 @@ def photos(args, device):
             for kind, steps in [(0, cfg.nfe)] if row == "teacher" else [(1, 1), (2, 2)]:
                 sampler = script.make_sampler(cfg, net, kind)
                 found.append(fid.score(sampler, features, reference, n)[0])
-                shown.append((f"{fid.net_label(row, steps)}, {found[-1]}", sampler(range(16))))
+                shown.append((f"{fid.net_label(row, steps)}, {found[-1]}", sampler(range(12))))
             print(f"| {row} | {seed} | {' / '.join(found)} | {state['seconds']:.0f} |", flush=True)
             fid.save_sheet(f"{args.out}/{seed}/photos.png", [*shown, real], "Each column starts from one "
-                           "noise that every net turns into a photo. At the left: steps, FD-photos, lower is "
-                           "better. For comparison, real photos.")
+                           "noise that every net turns into a photo. At the left: steps, and FD-photos, a "
+                           "Frechet distance to the real photos by a small net's features; lower is better.")
 
 
 FM = "--pretrain fm --weak SIZE --init sit"           # SIZE: --size, of student and flow-matching teacher
-CAPTION = ("FD-photos against CPU seconds, lower is better. A road's teacher comes first: its curve begins "
-           "at the first score behind that.")
+CAPTION = ("FD-photos against CPU seconds, lower is better. The seconds include the training of a road's "
+           "teacher, which has no curve. Dots: what was scored.")
 ROADS = {  # road: the road whose teacher it goes on from, its calls, laid over the settings of digits
     "flow matching": ("", ["--stage pretrain --pretrain fm --weak SIZE --steps 320"]),
     "weak Mean Flow": ("", ["--stage pretrain --weak 2x64x3 --steps 800"]),
@@ -432,7 +450,9 @@ def roads(args, device):
                 stage = f"{state['cfg']['stage']}, {state['step']}"
                 print(f"| {road} | {seed} | {stage} | {seconds:.0f} | {scores} |", flush=True)
                 if ROADS[road][0] or "scratch" in road:
-                    curves.setdefault(road, []).append((seconds, found[0]))
+                    whole, mid = (curves.setdefault(name, []) for name in (road, f"{road}, mid-training"))
+                    for curve in (mid, whole) if state["cfg"]["stage"] == "mid" else (whole,):
+                        curve.append((seconds, found[0]))
     fid.save_chart(f"{args.out}/roads.png", panels, CAPTION, "CPU seconds")
 
 
@@ -514,7 +534,6 @@ USES = dict(  # command: its flags
     claims="out methods seeds device", curves="out net device", plot="runs out device",
     photos="data out methods seeds samples device", roads="data out methods seeds size flags samples device",
     bias="out samples device")
-DEVICES = ["cpu", "cuda"][:1 + torch.cuda.is_available()]
 FLAGS = dict(
     runs=dict(nargs="+", metavar="OUT", help="folders of runs, of any script"),
     out=dict(default="", help="folder of the runs; \"\" = out/claims; bias: out/digits"),
@@ -524,21 +543,12 @@ FLAGS = dict(
     data=dict(required=True, help="an EDM zip with labels"),
     size=dict(default="2x128x6", help="of the student, PATCHxWIDTHxDEPTH"),
     flags=dict(default="--lr 4e-3", help="of every stage, as --flags=\"--lr 1e-3\""),
-    samples=dict(type=int, default=0, help="0 = photos: 5,000, roads: 2,500, bias: 500"),
-    device=dict(default=DEVICES[-1], choices=DEVICES))
+    samples=dict(type=int, default=0, help="0 = photos: 5,000, roads: 2,500, bias: 500"))
 
 
 def main(argv=None):
     """The command line of the docstring."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = p.add_subparsers(dest="what", metavar="WHAT", required=True, help="its flags: WHAT --help")
-    p.error = lambda text: script.fail(2, f"{text}; flags: python claims.py {{{','.join(USES)}}} --help")
-    for command, flags in USES.items():
-        own = commands.add_parser(command, help=(about := globals()[command].__doc__), description=about)
-        own.error = p.error
-        for name in flags.split():
-            own.add_argument(name if name == "runs" else f"--{name}", **FLAGS[name])
-    args = p.parse_args(argv)
+    args = fid.commands(globals(), "claims.py").parse_args(argv)
     args.out = args.out or ("out/digits" if args.what == "bias" else "out/claims")
     script.DEVICE = device = torch.device(args.device)
     if device.type == "cpu":

@@ -37,6 +37,7 @@ import collections
 import contextlib
 import dataclasses
 import datetime
+import difflib
 import errno
 import fcntl
 import functools
@@ -122,7 +123,8 @@ def blame(name):
 OUT = ""                                                 # folder of the first process's run, with its log.txt
 MADE_BY = ""                                             # its command, torch, device and commit
 SAID = []                                                # lines about files: also before there is a folder
-SOON = []                                                # lines that wait for the next, or for a refusal
+PACE = []                                                # seconds and step of a process's first line
+SOON = []                                                # what announce() was told
 KEEP = True                                              # False in a dry run, which writes nothing
 DRY = "dry run"                                          # CMT_OFFLINE then: a download is a line, no error
 
@@ -151,6 +153,11 @@ def log(text, **numbers):
         SOON.clear()
         if numbers:
             write_line("metrics.jsonl", json.dumps(numbers))
+
+
+def announce(text):
+    """Text to be logged with the next line, if there is one: no stage is announced that is then refused."""
+    SOON.append(text)
 
 
 def say(text, everyone=False):
@@ -247,7 +254,7 @@ def parse(home, argv):
         p.epilog = f"{inspect.getsource(config)}\n{given(home, [a for a in argv if a not in asks])}"
     typed = vars(p.parse_args(argv))                         # only what was typed: for all stages, or for one
     own = f"{typed.get('stage', 'all')}."
-    named = home.get("NAMED", {}).get(own[:-1], "").split()
+    named = home.get("NEED_STAGE", {}).get(own[:-1], "").split()
     flags = {k: v for k, v in typed.items() if "." not in k and k not in named and (k, v) != ("out", "")}
     flags |= {k.removeprefix(own): v for k, v in typed.items() if k.startswith(own)}
     name = home["data_name"](config(**flags))
@@ -255,7 +262,8 @@ def parse(home, argv):
     key = name, whole.stage, getattr(whole, whole.stage, "*")      # the method is what --mid or --post says
     rows = [row for pattern, row in presets.items() if all(a in ("*", b) for a, b in zip(pattern, key))]
     preset = {field: value for row in rows for field, value in row.items()}
-    return config(**{"out": f"out/{name}", **preset, **flags})
+    folder = pathlib.Path(whole.data).stem or name if name == "own" else name
+    return config(**{"out": f"out/{folder}", **preset, **flags})
 
 
 def stages_of(home, argv):
@@ -288,7 +296,14 @@ def parser(doc, config, stages):
     p = argparse.ArgumentParser(description=doc, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter,
                                 argument_default=argparse.SUPPRESS, usage="%(prog)s [--field value ...]")
-    p.error = lambda message: fail(2, f"{message}; --help lists every flag")
+    names = [f.name for f in dataclasses.fields(config)]
+    def refuse(message):                                     # a flag that is none: names the one most alike
+        unknown = re.search(r"unrecognized arguments: --(\w+\.)?(\w+)", message)
+        alike = unknown and difflib.get_close_matches(unknown[2], names, 1)
+        hint = f"did you mean --{unknown[1] or ''}{alike[0]}? " if alike else ""
+        message = message.replace("invalid int value", "not a whole number")
+        fail(2, f"{message}; {hint}--help lists every flag")
+    p.error = refuse
     for f in dataclasses.fields(config):
         kind = dict(type=f.type if f.type in (int, float) else str, choices=typing.get_args(f.type) or None)
         if f.type is bool:
@@ -299,23 +314,43 @@ def parser(doc, config, stages):
     return p
 
 
+def commands(home, prog):
+    """The parser of a tool, home its globals(): its commands are functions, USES names the FLAGS of each."""
+    p = argparse.ArgumentParser(description=home["__doc__"],
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.error = lambda text: fail(2, f"{text}; flags: python {prog} {{{','.join(home['USES'])}}} --help")
+    what = p.add_subparsers(dest="what", metavar="WHAT", required=True, help="its flags: WHAT --help")
+    devices = ["cpu", "cuda"][:1 + torch.cuda.is_available()]
+    flags = dict(home["FLAGS"], device=dict(default=devices[-1], choices=devices))
+    for command, names in home["USES"].items():
+        about = home[command].__doc__
+        own = what.add_parser(command, help=about, description=about, allow_abbrev=False)
+        own.error = p.error
+        for name in names.split():
+            own.add_argument(name if "nargs" in flags[name] else f"--{name}", **flags[name])
+    return p
+
+
 def check_values(cfg, limits, world):
     """What a stage asks of its knobs: limits {(rule, least, below): names}; exit code 2 names the remedy.
 
     world: number of processes that train, 0 where a stage does not.
     """
+    for name, value in vars(cfg).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            fail(2, f"--{name} {value} is not possible; it must be finite")
     for (rule, least, below), names in limits.items():
         for name in names.split():
             if not least <= getattr(cfg, name) < below:
-                finite = " and finite" * (getattr(cfg, name) == math.inf)
-                fail(2, f"--{name} {getattr(cfg, name)} is not possible; it must be {rule}{finite}")
+                fail(2, f"--{name} {getattr(cfg, name)} is not possible; it must be {rule}")
     if world and cfg.batch % world:
         fail(2, f"--batch {cfg.batch} must be a multiple of the {world} processes")
     if world and cfg.batch_gpu and cfg.batch // world % cfg.batch_gpu:
         fail(2, f"--batch_gpu {cfg.batch_gpu} must divide the {cfg.batch // world} of --batch in a process")
     there = next(p for p in (pathlib.Path(cfg.out), *pathlib.Path(cfg.out).absolute().parents) if p.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        fail(2, f"--out {cfg.out}: {there} is a file, or may not be written to; name another folder")
+    if not there.is_dir() or not os.access(there, os.W_OK) or there.is_relative_to("/proc"):
+        why = "may not be written to" if there.is_dir() else "is a file"
+        fail(2, f"--out {cfg.out}: {there} {why}; name another folder")
     if cfg.data == "digits" and getattr(cfg, "res", 8) not in (8, getattr(type(cfg), "res", 8)):
         fail(2, f"--res {cfg.res}: --data digits has 8x8 pixels; leave --res out")
     if cfg.data == "digits" and cfg.stage == "encode":
@@ -937,6 +972,11 @@ def same_data(ckpt, path, data):
         fail(2, f"--data or --teacher has changed: {path} saw {was}, now {now}; use another --out")
 
 
+def made_by(script):
+    """What a checkpoint says of the script that made it: name, and a sum of its text."""
+    return dict(script=os.path.basename(script), code=zlib.crc32(pathlib.Path(script).read_bytes()))
+
+
 def steps_left(cfg, ckpt, path, free, stages):
     """Steps that a stage has still to go from its checkpoint, or None; exit code 2 if other knobs made it.
 
@@ -949,9 +989,11 @@ def steps_left(cfg, ckpt, path, free, stages):
                 "again (config.json has it), or use another --out")
     if cfg.stage == "mid" and later and not ckpt:
         fail(2, f"{path} is not there, {later[0]}.pt, which went on from it, is; use another --out")
-    made = ckpt.get("script", "an older script") if ckpt else ""
-    if ckpt and made.startswith("train_") and made != os.path.basename(inspect.getfile(type(cfg))):
+    made, here = ckpt.get("script", "an older script") if ckpt else "", made_by(inspect.getfile(type(cfg)))
+    if ckpt and made.startswith("train_") and made != here["script"]:
         fail(2, f"{path} was made by {made}; use another --out")
+    if ckpt and ckpt.get("code", here["code"]) != here["code"]:
+        say(f"warning: {made} was changed since it began {path}; to train that anew, use another --out")
     free = " ".join(free.get(key, "") for key in ("*", cfg.stage, cfg.decay)).split()
     for f in dataclasses.fields(cfg) if ckpt else ():
         was, now = ckpt["cfg"].get(f.name, f.default), getattr(cfg, f.name)
@@ -1180,7 +1222,7 @@ def load_images(path, res=0):
     """
     shape = image_shape(path, res)
     names, read = image_source(path)
-    images = np.empty((len(names), shape[2], *shape[:2]), np.uint8)
+    images, others = np.empty((len(names), shape[2], *shape[:2]), np.uint8), []
 
     def keep(k):
         image = read(names[k])
@@ -1189,12 +1231,17 @@ def load_images(path, res=0):
             small = f"{path}: {names[k]} is {w}x{h}, too small for --res {res}"
             raise DataError(f"{small}; leave it out, or pass a smaller --res")
         image = np.asarray(square(rgb(image), res)) if res else image
-        if image.shape != shape:
-            raise DataError(f"{path}: {names[k]} is {image.shape}, but {names[0]} is {shape} (H, W, C); "
-                            "--res, no larger than the smallest, crops and resizes all")
-        images[k] = image.transpose(2, 0, 1)
+        if image.shape == shape:
+            images[k] = image.transpose(2, 0, 1)
+        else:
+            others.append((min(h, w), names[k], image.shape))
         return image
     check_pictures(range(len(names)), keep, path)
+    if others:
+        side, name, size = min(others)
+        raise DataError(f"{path}: {len(others)} of {len(names)} pictures are not {shape} (H, W, C) as "
+                        f"{names[0]}; {name} is {size}; pass --res {min(side, *shape[:2])} or less, which "
+                        "crops and resizes all")
     return torch.from_numpy(images)
 
 
@@ -1213,7 +1260,7 @@ def read_cifar(path, md5):
 def prefetch(name, must=True):
     """Downloads what a score of data of this name needs: before hours of training, not after.
 
-    Returns what is missing, as a line, "" for nothing; that is a DataError unless must is False.
+    Returns whether something is missing: a DataError, or a warning where must is False.
     """
     wanted, problems = [(INCEPTION_URLS, INCEPTION_SHA256)], []
     wanted += [([REFERENCES[name]], "")] if name in REFERENCES else []
@@ -1224,7 +1271,9 @@ def prefetch(name, must=True):
             problems.append(str(error))
     if problems and must:
         raise DataError("; ".join(problems))
-    return "; ".join(problems)
+    if problems:
+        say(f"warning: pictures will be drawn, but not scored: {'; '.join(problems)}")
+    return bool(problems)
 
 
 # ---- images to train on ------------------------------------------------------------------------
@@ -1473,6 +1522,7 @@ def save_images(sampler, seeds, prefix, batch=64):
 
 # ---- pictures with words -----------------------------------------------------------------------
 NAMES = dict(teacher="teacher", mid="after mid-training", post="after post-training")
+STAGES = dict(mid="mid-training", pretrain="pre-training", post="post-training", vgg="VGG")
 COLOURS = "#1f5fbf", "#c0392b", "#2e8b57", "#8e44ad", "#d98a00", "#555555"
 
 
@@ -1490,26 +1540,26 @@ def boxed(text, letters, font):
 
 
 def save_sheet(path, rows, caption, header=(), block=0):
-    """Rows of images with words around them -> one PNG of at least 900 pixels in width.
+    """Rows of images with words around them -> one PNG of at least 1,800 pixels in width.
 
     rows: a list of (label, images (n, C, H, W) in [-1, 1]); the label stands at the left. Small images are
-    enlarged, each pixel a square; of latents (4 channels) three are shown. header: texts above the columns,
+    enlarged, smoothly; of latents (4 channels) three are shown. header: texts above the columns,
     the first one above the labels. caption: a sentence below. block: a wider gap after so many rows.
     """
     n, (h, w) = max(len(x) for _, x in rows), rows[0][1].shape[-2:]
-    em = max(16, n * w // 60)                            # letters grow with the sheet
+    em = max(32, n * w // 60)                            # letters grow with the sheet
     font, gap = ImageFont.load_default(em), em // 4
     labels = [boxed(label, 26, font) for label, _ in rows]
     corner, *_ = heads = [boxed(text, 16, font) for text in header] or [("", 0, 0)]
     left = max(width for _, width, _ in (corner, *labels)) + 3 * gap
-    zoom = max(1, min(96 // w, -((left + n * gap - 900) // (n * w))))
+    zoom = max(1, min(192 // w, -((left + n * gap - 1800) // (n * w))))
     zoom = max([zoom, *(width // w for _, width, _ in heads[1:])])
     cell = max([w * zoom, *(width + gap for _, width, _ in heads[1:])]) + gap
-    words = boxed(caption[:1].upper() + caption[1:], max(900, left + n * cell) * 2 // em, font)
+    words = boxed(caption[:1].upper() + caption[1:], max(1800, left + n * cell) * 2 // em, font)
     top = max(height for *_, height in heads) + 3 * gap
     heights = [max(h * zoom, height) + gap for *_, height in labels]
     heights = [height + 4 * gap * (block > 0 and k % block == 0) for k, height in enumerate(heights, 1)]
-    width = max(900, left + n * cell + gap, words[1] + 4 * gap)
+    width = max(1800, left + n * cell + gap, words[1] + 4 * gap)
     picture = Image.new("RGB", (width, top + sum(heights) + words[2] + 5 * gap), "white")
     write, y = functools.partial(ImageDraw.Draw(picture).multiline_text, fill="black", font=font), top
     write((2 * gap, top - gap), corner[0], anchor="ld")
@@ -1520,7 +1570,7 @@ def save_sheet(path, rows, caption, header=(), block=0):
         x = x[:, :3] / (2 * x.std() + 1e-9) if x.shape[1] == 4 else x.expand(-1, 3, -1, -1)
         write((2 * gap, y + max(h * zoom, high) // 2), text, anchor="lm")
         for k, image in enumerate(to_uint8(x).permute(0, 2, 3, 1).numpy()):
-            image = Image.fromarray(image).resize((w * zoom, h * zoom), Image.NEAREST)
+            image = Image.fromarray(image).resize((w * zoom, h * zoom), Image.Resampling.BICUBIC)
             picture.paste(image, (left + k * cell, y))
         y += height
     write((2 * gap, y + gap), words[0])
@@ -1546,7 +1596,7 @@ def net_label(name, steps, table=(), sep="\n"):
     return f"{NAMES.get(name, name)}{sep}{steps} step{'s' * (steps > 1)}{next(scores, '')}"
 
 
-def save_stages(out, shown, names=(), table=()):
+def save_stages(out, shown, names=(), table=(), samples=2_000):
     """<out>/stages.png: the same noises through every net. The scores are in it once the table has them.
 
     shown: a list of (net, steps, images (n, C, H, W)). names: n texts, what is to be drawn: classes stand
@@ -1562,9 +1612,10 @@ def save_stages(out, shown, names=(), table=()):
     if any(len(name) > 8 for name in names):
         columns = torch.stack([x.cpu() for *_, x in shown], 1)
         rows, header, line = [*zip(names, columns)], ["caption", *labels], "row"
-    caption = f"Each {line} starts from one noise, which every net turns into an image in the steps named."
-    caption += " Scores: Frechet distance to the data, lower is better." * bool(table)
-    real = " For comparison, real digits; a half of them, 900 images, scores 0.78 against the other."
+    caption = (f"Each {line} starts from one noise, which every net turns into an image in the steps named; "
+               "a second step may change what the first one drew.")
+    caption += f" Scores: Frechet distance of {samples:,} images to the data, lower is better." * bool(table)
+    real = " Real digits are for comparison; one half of them, 900, scores 0.78 against the other half."
     caption += real * ("real digits" in labels)
     save_sheet(f"{out}/stages.png", rows, caption, header)
 
@@ -1575,6 +1626,8 @@ def save_trajectory(out, states, levels, students, show=lambda x: x):
     states (N+1, n, C, H, W) at levels (N+1,): sigma, or the time t of a flow. students: {net: f(x, levels) ->
     where it lands in one call}. show: a batch of states or answers -> images.
     """
+    shown = slice(None, None, max(1, (len(states) - 1) // 8))            # of 17 states every second one
+    states, levels = states[shown], levels[shown]
     at = [(x, level.expand(len(x))) for x, level in zip(states, levels.to(states))]
     answers = {name: torch.stack([f(*pair) for pair in at]) for name, f in students.items()}
     rows, wide = [], levels.clamp(min=1).to(states).view(-1, 1, 1, 1)
@@ -1582,14 +1635,15 @@ def save_trajectory(out, states, levels, students, show=lambda x: x):
         rows.append((f"noise {j + 1}\nstates of the teacher", show(states[:, j] / wide)))     # at unit scale
         for net, x in answers.items():
             off = (x[0, j] - states[-1, j]).square().mean().sqrt().item()
-            rows.append((f"{NAMES.get(net, net)},\n{off:.2f} from teacher's end", show(x[:, j])))
-    caption = ("The teacher walks from noise at the left to an image at the right. Below each of its states: "
-               "the image that the student answers with when it is shown this state, in one call. The better "
-               "it has learned, the less the answers of a row differ. The number: how far the first of them, "
-               "a sample in one step, is from that end (root of the mean square, pixels in [-1, 1]). "
-               "Post-training, on real images, does not aim at it."
+            rows.append((f"{NAMES.get(net, net)},\n1-step error {off:.2f}", show(x[:, j])))
+    caption = ("The teacher walks from noise at the left to an image at the right, its end. Below each of "
+               "its states: the image that the student answers with when it is shown this state, in one "
+               "call. The better it has learned, the less the answers of a row differ. 1-step error: of the "
+               "first answer, which is a sample in one step, against the teacher's end (root of the mean "
+               "square, pixels in [-1, 1]). Post-training, on real images, does not aim at that end."
                + " States above sigma 1 are shown divided by sigma." * bool(levels.max() > 1))
-    header = ["sigma" if levels.max() > 1 else "t", *(f"{level:.2g}" for level in levels.tolist())]
+    header = ["noise level " + ("sigma" if levels.max() > 1 else "t")]
+    header += [f"{level:.2g}" for level in levels[:-1].tolist()] + [f"the end\n{levels[-1]:.2g}"]
     save_sheet(f"{out}/trajectory.png", rows, caption, header, 1 + len(answers))
 
 
@@ -1603,7 +1657,8 @@ def ticks_of(low, high, firsts=(1, 2, 5)):
 def colours_of(names):
     """{name: (R, G, B)}: names alike up to their last comma share a colour, and the later ones are paler."""
     kin = [name.rpartition(", ")[0] or name for name in names]
-    order = sorted(dict.fromkeys(kin), key=lambda one: "CMT" not in one and one != "mid")    # CMT: the first
+    order = sorted(dict.fromkeys(kin), key=lambda one: "CMT" not in one)                 # CMT: the first
+    order = [*STAGES] if {*kin} <= {*STAGES} else order      # a stage has its colour, whoever is beside it
     inks = [ImageColor.getrgb(COLOURS[order.index(one) % len(COLOURS)]) for one in kin]
     pale = [0.6 ** kin[:k].count(one) for k, one in enumerate(kin)]
     return {name: tuple(int(255 - (255 - c) * p) for c in ink) for name, ink, p in zip(names, inks, pale)}
@@ -1614,19 +1669,21 @@ def save_chart(path, panels, caption, across="images", marks=(), joined=True):
 
     marks: {x: what begins there}. joined=False: dots, not a line, for points of several runs.
     """
-    font, width, height = ImageFont.load_default(16), 1000, 300
+    font, width, height = ImageFont.load_default(32), 2000, 600
     panels = {title: {plain(name): seen for name, points in curves.items()
                       if (seen := [p for p in points if 0 < p[1] < math.inf])}
               for title, curves in panels.items()}
     panels = {title: curves for title, curves in panels.items() if curves}
     colours = colours_of([*dict.fromkeys(name for curves in panels.values() for name in curves)])
-    left, right = 80, max((boxed(name, 40, font)[1] for name in (*colours, across))) + 55
+    left, right = 160, max((boxed(name, 40, font)[1] for name in (*colours, across))) + 110
     words = boxed(caption, 115, font)
-    picture = Image.new("RGB", (width, height * len(panels) + words[2] + 20), "white")
+    picture = Image.new("RGB", (width, height * len(panels) + words[2] + 40), "white")
     pen = ImageDraw.Draw(picture)
+    ends = [max(x for points in curves.values() for x, _ in points) or 1 for curves in panels.values()]
     for k, (title, curves) in enumerate(panels.items()):
         xs, ys = zip(*(p for points in curves.values() for p in points))
-        top, bottom, end = k * height + 40, (k + 1) * height - 30, max(xs) or 1
+        top, bottom = k * height + 80, (k + 1) * height - 60
+        end = max(ends) if 2 * ends[k] > max(ends) else ends[k]      # panels of like length share their axis
         step = next(t for t in ticks_of(1e-9, end) if end / t <= 6)
         end = step * math.ceil(end / step)
         ticks = ticks_of(min(ys), max(ys))
@@ -1638,27 +1695,27 @@ def save_chart(path, panels, caption, across="images", marks=(), joined=True):
             return (left + (width - left - right) * x / end,
                     bottom - (bottom - top) * (math.log(y) - low) / (high - low))
         for y in ticks if len(ticks) < 9 else [t for t in ticks if f"{t:e}"[0] == "1"]:
-            pen.line([at(0, y), at(end, y)], "#dddddd")
-            pen.text((left - 8, at(0, y)[1]), f"{y:,g}", "black", font, anchor="rm")
+            pen.line([at(0, y), at(end, y)], "#dddddd", 2)
+            pen.text((left - 16, at(0, y)[1]), f"{y:,g}", "black", font, anchor="rm")
         for x in range(round(end / step) + 1):
-            pen.text((at(x * step, ticks[0])[0], bottom + 6), f"{x * step:,g}", "black", font, anchor="mt")
-        pen.text((left, top - 12), plain(title) + " (log scale)", "black", font, anchor="ls")
-        pen.text((width - right + 40, bottom + 6), across, "black", font, anchor="lt")
+            pen.text((at(x * step, ticks[0])[0], bottom + 12), f"{x * step:,g}", "black", font, anchor="mt")
+        pen.text((left, top - 24), plain(title) + " (log scale)", "black", font, anchor="ls")
+        pen.text((width - right + 80, bottom + 12), across, "black", font, anchor="lt")
         for x, begins in dict(marks).items():
             x, _ = at(x, ticks[0])
-            pen.line([(x, top), (x, bottom)], "#999999")
-            pen.text((x + 5, top + 2), begins, "#555555", font, anchor="lt")
+            pen.line([(x, top), (x, bottom)], "#999999", 2)
+            pen.text((x + 10, top + 4), begins, "#555555", font, anchor="lt")
         few = len(xs) < 20 * len(curves)                         # what was measured, as dots
-        for row, (name, points) in enumerate(curves.items()):
-            dots = [(3 * x, 3 * (y - k * height)) for x, y in (at(*p) for p in points)]
-            ink = Image.new("L", (3 * width, 3 * height))                    # three times as large: smooth
+        for row, (name, points) in reversed([*enumerate(curves.items())]):       # the first one on top
+            dots = [(2 * x, 2 * (y - k * height)) for x, y in (at(*p) for p in points)]
+            ink = Image.new("L", (2 * width, 2 * height))                    # twice as large: smooth
             if joined and len(dots) > 1:
-                ImageDraw.Draw(ink).line(dots, 255, 7, joint="curve")
+                ImageDraw.Draw(ink).line(dots, 255, 8, joint="curve")
             for x, y in dots if few or len(dots) == 1 or not joined else ():
-                ImageDraw.Draw(ink).ellipse((x - 12, y - 12, x + 12, y + 12), 255)
+                ImageDraw.Draw(ink).ellipse((x - 16, y - 16, x + 16, y + 16), 255)
             picture.paste(colours[name], (0, k * height), ink.resize((width, height), Image.Resampling.BOX))
-            pen.text((width - right + 20, top + 22 * row), name, colours[name], font, anchor="lt")
-    pen.multiline_text((left, height * len(panels) + 5), words[0], "black", font)
+            pen.text((width - right + 40, top + 44 * row), STAGES.get(name, name), colours[name], font, "lt")
+    pen.multiline_text((left, height * len(panels) + 10), words[0], "black", font)
     write_whole(path, lambda file: picture.save(file, format="PNG"))
 
 
@@ -1702,8 +1759,10 @@ def count(cfg, tally, loss, norm):
     if cfg.precision == "fp16" and tally["scale"] > 1:          # while the scale falls, nothing has diverged
         tally["scale"] /= 2
     elif tally["bad"] >= 10:
-        fail(4, f"{cfg.stage}: loss or gradient not finite in {tally['bad']} steps in a row; {cfg.out} keeps "
-                "the last good checkpoint, if one was saved; try a smaller --lr with another --out")
+        path = f"{cfg.out}/{cfg.stage}.pt"
+        kept = f"{path} is the last good one" if os.path.exists(path) else "none was saved"
+        fail(4, f"{cfg.stage}: loss or gradient not finite in {tally['bad']} steps in a row; of its "
+                f"checkpoints {kept}; try a smaller --lr with another --out")
 
 
 def lr_at(cfg, step):
@@ -1720,12 +1779,16 @@ def report(cfg, done, lr, tally, **more):
     images, rate, left = done * cfg.batch, n * cfg.batch / took, (cfg.steps - done) * cfg.batch
     ROAD.pop(cfg.stage, None)                                # what is left are the stages after this one
     later = sum(steps * batch for stage, (steps, batch) in ROAD.items() if stage != "vgg")       # a small net
-    rest = f", about {duration((left + later) / rate)} with the next stages" if later else ""
-    given = "".join(f"{name} {value:.3g} | " for name, value in more.items())
+    given = "".join(f"{name} {value:.3g} | " for name, value in more.items() if "mse_gap" not in name)
     given += f"skipped {tally['skipped']} | " * bool(tally["skipped"])
+    time_left = ""
+    if PACE:                                                 # of this process, without its first step
+        pace = (done - PACE[1]) * cfg.batch / (tally["seconds"] - PACE[0])
+        rest = f", {duration((left + later) / pace)} with the next stages" * bool(later)
+        time_left = f" | {duration(left / pace)} left{rest}, then the scores"
+    PACE[:] = PACE or [tally["seconds"], done]
     log(f"{cfg.stage} {done:6d}/{cfg.steps} {done / cfg.steps:4.0%} | loss {loss:.5f} | {given}"
-        f"grad {norm:.3g} | lr {lr:.2e} | {rate:.0f} images/s"
-        + f" | {duration(left / rate)} left{rest}" * (n > 1 or cfg.log_every == 1),
+        f"grad {norm:.3g} | lr {lr:.2e} | {rate:.0f} images/s{time_left}",
         stage=cfg.stage, step=done, images=images, loss=loss, grad=norm, skipped=tally["skipped"], lr=lr,
         images_per_second=rate, seconds=tally["seconds"], **more)
 
@@ -1762,7 +1825,9 @@ def begin_stage(cfg, tally, memory):
     returned is the line that says so.
     """
     file, configs, done = f"{cfg.out}/config.json", {}, tally["step"]
-    begins = f"{cfg.stage}: from step {done} to {cfg.steps}, {memory}"
+    begins = f"{cfg.stage}: goes on from step {done}" if done else f"{cfg.stage}: begins"
+    begins += f", {cfg.steps} steps, {memory}"
+    PACE.clear()
     begins += "; compiles for minutes, --no-compile does not" * cfg.compile
     tally["clock"] = time.time()
     if cfg.dry_run:
@@ -1789,8 +1854,8 @@ def overview(road, device, data):
     n = processes()[1]
     text = f"{n} process{'es' * (n > 1)} on {device.type}; to train: {text or 'nothing'}"
     if ROAD and device.type == "cpu" and data != "digits":
-        text += ("; warning: this is made for GPUs, and none is there; for a CPU are --data digits and, with "
-                 "OMP_NUM_THREADS=1, small nets")
+        text += ("; warning: there is no GPU; in hours a CPU trains --data digits, and with "
+                 "OMP_NUM_THREADS=1 nets as small as those of --res 16")
     return text
 
 
@@ -1833,7 +1898,7 @@ def dry_run(home, argv, configs):
         asked = dict(sample="; to draw: seeds {seeds}", encode="; to encode: {source}",
                      eval="; to score: {samples:,} samples of a net").get(c.stage, "").format(**vars(c))
         show(f"{text}{asked}; --out {c.out}; finished or not needed: {idle}{cause}"
-             + f"\nmemory and hours: python bench.py plan {plan}" * bool(ROAD), sys.stdout)
+             + f"\nmemory and hours on GPUs: python bench.py plan {plan}" * bool(ROAD), sys.stdout)
     if dist.is_initialized():
         dist.destroy_process_group()
     return next(iter(codes.values()), 0)
@@ -1855,8 +1920,8 @@ def save_curve(out):
     for m in [m for m in steps if m["stage"] == "vgg"]:      # of no stage's length: an axis of its own
         panels.setdefault("loss of the VGG", {}).setdefault("vgg", []).append((m["images"], m["loss"]))
     level = " Mean Flow's is divided by its size: it stays level, at 1, or less with REPA."
-    save_chart(f"{out}/curve.png", panels, "Every stage of the run, against the images (or pairs) that were "
-               "trained on. Each stage has a loss of its own: compare within a stage, not between them."
+    save_chart(f"{out}/curve.png", panels, "The training so far, against the images (or pairs) that it has "
+               "seen. Each stage has a loss of its own: compare within a stage, not between them."
                + level * any("mse_gap1" in m for m in steps))
 
 
@@ -1870,8 +1935,9 @@ def save_preview(cfg, tally, stop, sampler):
     if sampler and not stop:
         images = draw_in(30, sampler, range(64), cfg.batch_gpu or 64)
         save_seeds(f"{cfg.out}/previews/{cfg.stage}_{done:07d}.png", images, range(64),
-                   f"{cfg.stage}, after {done:,} steps: what the net, averaged over its last steps, makes of "
-                   "noises that are the same in every preview.")
+                   f"{STAGES[cfg.stage]}, after {done:,} steps: what the net, averaged over its last steps, "
+                   f"draws {'by its solver' if cfg.stage == 'pretrain' else 'in one step'} from noises, and "
+                   "of classes or captions, that are the same in every preview.")
     tally["clock"] = time.time()                             # saving is no training
 
 
@@ -1890,8 +1956,8 @@ def save_samples(cfg, found, make_sampler):
             caption += f" The first 64 of {len(seeds):,}." * (len(seeds) > 64)
             if processes()[0] == 0:
                 images = draw(sampler, seeds[:64], batch)
-                save_seeds(f"{cfg.out}/samples_{name}_{steps}.png", images, seeds, caption)
-            log(f"sample: {len(seeds)} images in {folder}")
+                save_seeds(f"{cfg.out}/samples_{name}_{steps}step_seeds.png", images, seeds, caption)
+            log(f"sample: {len(seeds)} images in {folder}; open samples_{name}_{steps}step_seeds.png")
 
 
 def save_captions(path, name, steps, rows):
@@ -1929,11 +1995,12 @@ def table(rows):
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def save_results(out, rows, note, stages):
-    """<out>/results.md, rows as a table and a note, and stages.png with the scores; returns what to print.
+def save_results(cfg, rows, note, stages):
+    """results.md in cfg.out, rows as a table and a note, stages.png with the scores; returns what to print.
 
     Earlier tables stay below. stages: arguments of save_stages, of the first process alone, which writes.
     """
+    out = cfg.out
     took = {m["stage"]: m["seconds"] for m in read_metrics(out) if "seconds" in m}
     text = f"{table(rows)}\n\n{note}" + f"\n{HALVES}" * note.startswith("FD-digits")
     text += f"\n{', '.join(took)} took {duration(sum(took.values()))} of training." * bool(took)
@@ -1943,8 +2010,9 @@ def save_results(out, rows, note, stages):
         if not old.startswith(new):
             new += f"\n{time.strftime('%Y-%m-%d')}, {MADE_BY}\n".encode(errors="backslashreplace")
             write_whole(str(file), lambda f: f.write(new + b"\n" * bool(old) + old))
-        save_stages(out, *stages, table=rows)
+        save_stages(out, *stages, table=rows, samples=cfg.samples)
     made = [name for name in ("stages.png", "trajectory.png", "curve.png") if os.path.exists(f"{out}/{name}")]
+    made += ["samples_*.png"] * any(pathlib.Path(out).glob("samples_*.png"))
     return f"{text}\nopen {', '.join(made)} and results.md in {out}"
 
 

@@ -135,7 +135,7 @@ def dropout_masks(net, seeds):
     Row i follows from seeds[i] alone, so a sample's masks depend on its place in the whole batch, and not on
     the number of processes or micro-batches. The two calls of Eq. 3 share one.
     """
-    size = sum(next(m.sizes for m in net.modules() if isinstance(m, UNet)))
+    size = sum(sum(m.sizes) for m in net.modules() if isinstance(m, UNet))
     if not size or not net.training:
         return None
     p, device = max(getattr(m, "dropout", 0) for m in net.modules()), next(net.parameters()).device
@@ -1110,7 +1110,7 @@ def read_weights(path_or_url):
         raise OSError(f"{e}, or pass --teacher FILE") from None
     if not os.path.isfile(path):
         kind = "a folder, not a" if os.path.isdir(path) else "no such"
-        raise FileNotFoundError(f"{path}: {kind} file; --teacher, --init, --guide take a file or a URL")
+        raise FileNotFoundError(f"{path}: {kind} file; give a file or a URL")
     with open(path, "rb") as f:
         if re.fullmatch(rb"[\s!-~]+", f.read(99)):
             raise WeightsError(f"{path}: it is text, no weights; download the file itself")
@@ -1677,6 +1677,9 @@ def flatten(net, tail=2):
     Optimiser, EMA, norm and all-reduce are then one operation each. The gradient is `tail` numbers longer:
     the loss and whatever else is to be summed over the processes rides along.
     """
+    if any(name.endswith("running_mean") for name, _ in net.named_buffers()):
+        raise WeightsError("this net has batch norm, whose averages neither the EMA nor other processes see; "
+                           "use group norm")
     params, offset = list(net.parameters()), 0
     flat = torch.empty(sum(p.numel() for p in params), device=params[0].device)
     frozen = not any(p.requires_grad for p in params)
@@ -1810,8 +1813,10 @@ def memory(weights, opt, path):
     if free < (need := copies * (2 + moments) * one):
         what = "two checkpoints take" if copies == 2 else "a checkpoint takes"
         raise OSError(f"{path}: {what} {need:.3g} GB, {free:.3g} are free; make room, or use another --out")
-    text = (f"{len(weights):,} parameters; GB: weights, gradients, average {one:.3g} each, "
-            f"optimiser {moments * one:.3g}")
+    text = f"{len(weights):,} parameters"
+    if one < 0.1 and not weights.is_cuda:
+        return text
+    text += f"; GB: weights, gradients, average {one:.3g} each, optimiser {moments * one:.3g}"
     if weights.is_cuda:
         room = torch.cuda.get_device_properties(weights.device).total_memory / 1e9
         held = torch.cuda.memory_allocated(weights.device) / 1e9 + moments * one * (not opt.state)

@@ -22,8 +22,7 @@ import torch
 
 # ---- grids -------------------------------------------------------------------------------------
 def logsnr_sigmas(steps, sigma_max=80.0, sigma_min=0.002):
-    """Noise levels uniform in log-SNR, lambda = -ln(sigma): (steps+1,) float64, decreasing (B.2, DPM-Solver).
-    """
+    """Noise levels uniform in lambda = -ln sigma: (steps+1,) float64, decreasing (B.2, DPM-Solver)."""
     lambdas = torch.linspace(-math.log(sigma_max), -math.log(sigma_min), steps + 1, dtype=torch.float64)
     return torch.exp(-lambdas)
 
@@ -35,6 +34,7 @@ def edm_sigmas(steps, sigma_max=80.0, sigma_min=0.002, rho=7):
     return torch.cat([sigmas, torch.zeros(1, dtype=torch.float64)])
 
 
+# ---- seeds and noise ---------------------------------------------------------------------------
 def fold(*key):
     """A 63-bit seed from anything: randomness is a function of (seed, purpose, number), never saved."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
@@ -101,7 +101,7 @@ def dpmpp(D, x, sigmas, order=3):
     history = []                                      # D_i, D_{i-1}, D_{i-2}
     for i, (a, *b) in enumerate(dpmpp_coefficients(grid, order)):
         history = [D(xs[i], x.new_full((len(x),), grid[i])).to(x.dtype)] + history[:2]
-        torch.mul(xs[i], a, out=xs[i + 1])
+        torch.mul(xs[i], a, out=xs[i + 1])            # a x + b0 D_i + ..., in place: no copy for each term
         for weight, D_x in zip(b, history):
             if weight:
                 xs[i + 1].add_(D_x, alpha=weight)
@@ -109,8 +109,7 @@ def dpmpp(D, x, sigmas, order=3):
 
 
 def ode_step(D, x_t, t, r, order):
-    """One step of dx/dsigma = (x - D)/sigma from t to r, both (B,): Euler (order 1) or Heun (order 2, EDM
-    Alg. 1).
+    """One step of dx/dsigma = (x - D)/sigma from t to r, both (B,). Order 1: Euler, 2: Heun (EDM Alg. 1).
 
     Levels may differ from sample to sample, as consistency distillation needs. Where r is 0 Heun ends as
     Euler (EDM).
@@ -183,8 +182,7 @@ def flow_heun(v, x, times):
 
 
 def mean_flow(u, x, times):
-    """Mean-Flow roll-out: x_r = x_t - (t - r) u(x_t, t, r) from each time to the next, exact for an exact u.
-    """
+    """Mean-Flow roll-out: x_r = x_t - (t - r) u(x_t, t, r) from time to time, exact for an exact u."""
     grid = check_decreasing(times)
     xs = [x]
     for t, r in zip(grid, grid[1:]):
@@ -194,8 +192,7 @@ def mean_flow(u, x, times):
 
 
 def check_decreasing(grid):
-    """A grid as a tuple of floats; ValueError unless it falls strictly, stays >= 0 and has at least one step.
-    """
+    """A grid as a tuple of floats; ValueError unless it falls strictly, to 0 or above, and has a step."""
     grid = tuple(float(g) for g in (grid.tolist() if torch.is_tensor(grid) else grid))
     if len(grid) < 2 or any(b >= a for a, b in zip(grid, grid[1:])) or grid[-1] < 0:
         raise ValueError(f"grid {grid}: it must have two or more values, fall strictly and end at 0 or above")

@@ -30,7 +30,7 @@ import torch.distributed as dist
 import fid
 import nets
 import solvers
-from fid import SOON, agree, count, fail, log, report, same_data
+from fid import agree, announce, count, fail, log, report, same_data
 from solvers import fold, randn
 
 
@@ -41,8 +41,8 @@ class Config:                   # field default < matching rows of PRESETS < --f
     stage: Literal["all", "pretrain", "mid", "post", "sample", "eval"] = "all"   # all: the unfinished
     out: str = ""               # folder of the run; "" = out/<data>
     teacher: str = ""           # FILE, URL; "" = the official one, else <out>/pretrain.pt; scratch = train it
-    mid: Literal["cmt", "kd", "slow", "none"] = "cmt"    # all states | x_T | a solve for each; or skip
-    post: Literal["ect", "ecd", "ecd_euler", "annealed"] = "ect"   # fixed q | x_r by the teacher | q grows
+    mid: Literal["cmt", "kd", "slow", "none"] = "cmt"    # every state | noise alone | own solves | skip it
+    post: Literal["ect", "ecd", "ecd_euler", "annealed"] = "ect"   # ECT | ECD, Heun | Euler | ECT, q grows
     init: str = "teacher"       # the first stage's start: teacher | random | FILE; sample, eval: show FILE
     res: int = 0                # own images are cropped and resized (LANCZOS) to this; 0 = they have one size
 
@@ -60,7 +60,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     nfe: int = 16               # teacher steps per trajectory (B.2)
     trajectories: int = 128     # choice: per solve, pairs shuffled over several steps; 0 = batch/nfe (paper)
     q: int = 4096               # post: the step in t is n(t) t / q (B.2: 1/4096)
-    double: int = 0             # post: q = q^(1 + step // double): with q = 2 it doubles; 0 = fixed (B.2)
+    double: int = 0             # post: q to the power 1 + step // double, as ECT anneals; 0 = q (B.2)
     P_mean: float = -1.1        # ln sigma ~ N(P_mean, P_std^2), not cut off (ECT)
     P_std: float = 2.0
 
@@ -88,7 +88,7 @@ PRESETS = {  # (data, stage, method): matching rows are laid over each other, to
                                     ema_beta=0.99964),
     ("afhqv2", "pretrain", "*"): dict(steps=781_250, batch=256, lr=2e-4, warmup=39_062, dropout=0.25,
                                       ema_beta=0.99964),
-    # choice: a fixed target is drawn and learned in bf16 no worse than in fp32: measured on digits
+    # choice: a fixed target is drawn and learned in bf16 no worse than in fp32 (docs/results.md)
     ("*", "mid", "*"): dict(precision="bf16"),
     ("*", "post", "*"): dict(steps=100_000, lr=1e-4, ema_beta=0.9999, huber_c=0.0),       # B.2
     ("ffhq", "post", "*"): dict(q=512),
@@ -114,13 +114,13 @@ ABOUT = {"pretrain": "stage 1 of 4, pre-training: loss and grad soon stay level,
          "post": "stage 3 of 4, post-training (Eq. 3): grad is large, loss stays level",
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
-INITS = "teacher", "random"                        # what --init says that is no FILE
+INITS = "teacher", "random"                        # other values of --init are a FILE
 FILES = {"cifar10": "data/cifar-10-python.tar.gz",
          "ffhq": "data/ffhq-64x64.zip", "afhqv2": "data/afhqv2-64x64.zip"}
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 CIFAR_MD5 = "c58f30108f718f92721af3b95e74349a"
-STAMPED = "data", "teacher"                           # compared by what they hold, wherever that lies
-FREE = {  # fields that may differ when a stage goes on, or is found finished; by stage, and by --decay
+BY_CONTENT = "data", "teacher"                           # compared by content, wherever it lies
+MAY_CHANGE = {  # fields that may differ when a stage goes on, or is found finished; by stage and --decay
     "*": "dry_run data stage out teacher seeds samples repeat mid_sigma sigma_shift compile batch_gpu "
          "log_every save_every",
     "constant": "steps",
@@ -128,7 +128,7 @@ FREE = {  # fields that may differ when a stage goes on, or is found finished; b
     "mid": "post q double P_mean P_std",
     "post": "trajectories loss nfe",
 }
-parse = partial(fid.parse, globals())                 # (argv) -> Config, by Config and PRESETS of this file
+parse = partial(fid.parse, globals())                 # (argv) -> Config, by the names above, and data_name
 
 
 def data_name(cfg):
@@ -171,6 +171,9 @@ def loss_dm(net, x, sigma, eps, sigma_data=0.5):
     return (weight * (net(x + s * eps, sigma) - x) ** 2).mean()
 
 
+teacher_solver = solvers.dpmpp                        # of every trajectory and sample of the teacher
+
+
 def solves(cfg):
     """(n, pairs): trajectories of a solve (Slow CMT: at each level), and the pairs (state, end) they give."""
     n = cfg.trajectories or cfg.batch // cfg.nfe
@@ -189,8 +192,8 @@ def teacher_pairs(teacher, sigmas, n, shape, g, used):
     mine = slice(RANK * n // WORLD, (RANK + 1) * n // WORLD)
     # choice: x_T is pure noise (Eq. 7, the authors' 512-pixel code); their CIFAR code adds a training image
     x_T = levels[0] * randn((n, *shape), g)[mine]
-    xs = gather(solvers.dpmpp(teacher, x_T, sigmas))                                 # (nfe+1, n, C, H, W)
-    order = torch.randperm(used * n, generator=g, device=g.device)
+    xs = gather(teacher_solver(teacher, x_T, sigmas))                                # (nfe+1, n, C, H, W)
+    order = torch.randperm(used * n, generator=g, device=g.device)        # row p is of trajectory p % n
     t = levels[:used].repeat_interleave(n)
     return xs[:used].flatten(0, 1)[order], t[order], xs[-1], order % n
 
@@ -205,7 +208,7 @@ def slow_pairs(teacher, sigmas, n, images, g):
     mine = slice(RANK * n // WORLD, (RANK + 1) * n // WORLD)
     x = draw(images, N * n, g).unflatten(0, (N, n))
     x_t = (x + levels[:-1].view(-1, 1, 1, 1, 1) * randn(x.shape, g))[:, mine]
-    x_0 = torch.stack([solvers.dpmpp(teacher, x_t[i], sigmas[i:])[-1] for i in range(N)])
+    x_0 = torch.stack([teacher_solver(teacher, x_t[i], sigmas[i:])[-1] for i in range(N)])
     x_t, x_0 = gather(x_t).flatten(0, 1), gather(x_0).flatten(0, 1)
     order = torch.randperm(N * n, generator=g, device=g.device)
     return x_t[order], levels[:-1].repeat_interleave(n)[order], x_0, order
@@ -221,7 +224,7 @@ def loss_cmt(net, x_t, t, target, distance):
 
 
 def ect_step(t, q, k=8.0, b=1.0):
-    """ECT's second noise level: r = t (1 - n(t) / q), at least 0; n(t) = 1 + k sigmoid(-b t), its k, b."""
+    """Second noise level: r = t (1 - n(t) / q), at least 0; n(t) = 1 + k sigmoid(-b t), k and b of ECT."""
     return t * (1 - (1 + k * torch.sigmoid(-b * t)) / q).clamp(min=0)
 
 
@@ -258,26 +261,26 @@ def prior(net, seeds):
     return 80.0 * solvers.noise(shape, generators).to(DEVICE), generators
 
 
-def make_sampler(cfg, net, steps):
-    """f(seeds) -> (B, C, H, W): a student in 1 or 2 steps; 0: the teacher by its solver."""
+def make_sampler(cfg, net, kind):
+    """f(seeds) -> (B, C, H, W). kind: steps of a student, 1 or 2; 0: the teacher, by its solver."""
     @torch.no_grad()
     def sampler(seeds):
         x_T, generators = prior(net, seeds)
-        if steps == 0:
-            return solvers.dpmpp(net, x_T, solvers.logsnr_sigmas(cfg.nfe))[-1]
-        return solvers.few_step(net, x_T, [80.0, cfg.mid_sigma][:steps], generators)
+        if kind == 0:
+            return teacher_solver(net, x_T, solvers.logsnr_sigmas(cfg.nfe))[-1]
+        return solvers.few_step(net, x_T, [80.0, cfg.mid_sigma][:kind], generators)
     return sampler
 
 
 @torch.no_grad()
-def pictures(cfg, found):
+def draw_sheets(cfg, found):
     """Saves stages.png and trajectory.png. Returns what the first is made of, to draw it with its scores."""
     shown = [(name, steps, make_sampler(cfg, net, kind)(range(12)))
              for name, net, kinds, _ in found for steps, kind in kinds.items()]
     fid.save_stages(cfg.out, shown)
     if found[0][0] == "teacher":
         teacher, sigmas = found[0][1], solvers.logsnr_sigmas(cfg.nfe)
-        xs = solvers.dpmpp(teacher, prior(teacher, range(3))[0], sigmas)             # (nfe+1, 3, C, H, W)
+        xs = teacher_solver(teacher, prior(teacher, (0, 3, 5))[0], sigmas)           # (nfe+1, 3, C, H, W)
         fid.save_trajectory(cfg.out, xs, sigmas, {name: net for name, net, *_ in found[1:]})
     return [shown]
 
@@ -285,7 +288,8 @@ def pictures(cfg, found):
 # ---- plumbing ---------------------------------------------------------------------------------
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]                      # USR1: Slurm's --signal
-SIGNALS += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)      # trap: nohup ignores it
+if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:            # trap: nohup ignores it, and so shall we
+    SIGNALS.append(signal.SIGHUP)
 STOP = []                                             # signals received: the loop saves, then ends
 TIMEOUT = timedelta(minutes=10)                       # choice: ten minutes for an answer in a step
 
@@ -325,7 +329,7 @@ def resume(cfg):
     """This stage's checkpoint, or None, and steps still to go; exit code 2 if other knobs made it."""
     path = f"{cfg.out}/{cfg.stage}.pt"
     ckpt = nets.load_checkpoint(path, whole=True)
-    return ckpt, fid.steps_left(cfg, ckpt, path, FREE, STAGES)
+    return ckpt, fid.steps_left(cfg, ckpt, path, MAY_CHANGE, STAGES)
 
 
 def rectify(opt, lr, t):
@@ -366,7 +370,7 @@ def on_signal(number, frame):
 
 
 LIMITS = {  # (rule, least, below): fields
-    ("above 0", 1e-300, math.inf): "batch steps repeat log_every save_every lr P_std",
+    ("above 0, below 1e12", 1e-300, 1e12): "batch steps repeat log_every save_every lr P_std",
     ("above 0, below 80", 1e-300, 80): "mid_sigma",
     ("in 1 to 1,000", 1, 1001): "nfe",
     ("0 or more", 0, math.inf): "batch_gpu warmup double huber_c trajectories res sigma_shift",
@@ -379,7 +383,11 @@ def check(cfg):
     """Everything that would stop this stage, before any stage starts: values (exit code 2), files (3)."""
     needless = has_teacher(cfg) if cfg.stage == "pretrain" else (cfg.stage, cfg.mid) == ("mid", "none")
     trains = cfg.stage not in RUN and not needless
-    fid.check_values(cfg, LIMITS, WORLD * trains)
+    fid.check_values(cfg, LIMITS, WORLD if trains else 0)
+    if cfg.res and cfg.res != (side := dict(cifar10=32, ffhq=64, afhqv2=64).get(cfg.data, cfg.res)):
+        fail(2, f"--res {cfg.res}: --data {cfg.data} has {side}x{side} pixels; leave --res out")
+    if cfg.stage == "post" and cfg.post == "annealed" and not cfg.double:
+        fail(2, "--double 0: --post annealed raises q, say after how many steps")
     if cfg.stage == "mid" and trains:
         fid.check_solve(cfg, *solves(cfg), WORLD)
         if cfg.loss == "huber" and not cfg.huber_c:
@@ -443,16 +451,16 @@ def build(cfg, model, state=None, what="", train=False):
 
 
 def first_weights(cfg, images, teacher=None):
-    """(constructor arguments, weights, their name) a net starts from; teacher: what teacher_state said."""
+    """(weights, constructor arguments, their name) a net starts from; teacher: what teacher_state said."""
     if cfg.stage == "pretrain":
-        return model_size(cfg, images), None, ""
+        return None, model_size(cfg, images), ""
     if cfg.stage == "post" and cfg.mid != "none" and cfg.init in INITS:
         ckpt = fid.finished_mid(cfg, nets.finished)
-        return ckpt["model"], ckpt["ema"], f"{cfg.out}/mid.pt"
+        return ckpt["ema"], ckpt["model"], f"{cfg.out}/mid.pt"
     state, model = teacher or teacher_state(cfg)      # the student has the teacher's size
     if cfg.init not in INITS:
-        return model, nets.fitting(*nets.load_pretrained(cfg.init), model, cfg.init), cfg.init
-    return (model, state, "the teacher") if cfg.init == "teacher" else (model, None, "")
+        return nets.fitting(*nets.load_pretrained(cfg.init), model, cfg.init), model, cfg.init
+    return (state, model, "the teacher") if cfg.init == "teacher" else (None, model, "")
 
 
 def forward(cfg, net):
@@ -479,79 +487,81 @@ def train(cfg):
     if cfg.stage == "mid" and cfg.mid == "none":
         return log("mid: left out by --mid none")
     if cfg.stage == "pretrain" and has_teacher(cfg):
-        teacher_state(cfg)                            # fetched and checked, not trained
-        return
+        teacher_state(cfg)                            # fetched and checked
+        return log(f"pretrain: not trained, the teacher is {cfg.teacher or 'the official one'}")
     path, B = f"{cfg.out}/{cfg.stage}.pt", cfg.batch
     ckpt, left = resume(cfg)
-    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in STAMPED):     # without reading them
+    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # neither is read
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
     images, data = None, "none"
     if needs_data(cfg):
         images = load_data(cfg)
         data = fid.stamp(images)
-        SOON.append(f"{cfg.data}: {data}, each seen {cfg.steps * B / len(images):,.3g} times, no classes")
+        announce(f"{cfg.data}: {data}, each seen {cfg.steps * B / len(images):,.3g} times, no classes")
         images = images.to(DEVICE)
     asks_teacher = cfg.stage == "mid" or cfg.stage == "post" and cfg.post.startswith("ecd")
-    asked = teacher_state(cfg) if asks_teacher else None
-    if asked:
-        data += f", teacher {nets.stamp(asked[0])}"
+    asked = teacher_state(cfg) if asks_teacher else None                      # (weights, arguments)
+    data += f", teacher {nets.stamp(asked[0])}" if asked else ""
     same_data(ckpt, path, data)
     if not left:
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
     if asked:
         # choice: the teacher too in --precision: bf16 moves its ends less than a finer solve would
         teacher = forward(cfg, build(cfg, asked[1], asked[0], cfg.teacher or "the teacher"))
-    model, state, what = (ckpt["model"], None, "") if ckpt else first_weights(cfg, images, asked)
+    state, model, what = (None, ckpt["model"], "") if ckpt else first_weights(cfg, images, asked)
     net = build(cfg, model, state, what, train=True)
     ema = deepcopy(net).requires_grad_(False).eval()
     f = forward(cfg, net)
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
-    flat.grad, loss_sum = grad[:-2], grad[-2]         # and the wish to stop: processes add all three at once
+    # views of one vector, added up and zeroed as one: gradient, loss, and how many signals ask to stop
+    flat.grad, loss_sum = grad[:-2], grad[-2]
     opt = torch.optim.Adam([flat], fused=True)
     tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
     agree("data and sum of the first weights", (data, flat.sum(dtype=torch.float64).item()))
     ckpt = asked = state = None                       # as large as the net, and needed no more
     shape = net.img_channels, net.img_resolution, net.img_resolution
+    distance = make_distance(cfg, shape[0]) if cfg.stage == "mid" else None
     sigmas, (n, pairs), share = solvers.logsnr_sigmas(cfg.nfe), solves(cfg), B // WORLD
-    distance, micro = make_distance(cfg, shape[0]) if cfg.stage == "mid" else None, cfg.batch_gpu or share
-    saved = dict(data=data, model=model, cfg=asdict(cfg), script=os.path.basename(__file__))
+    mine, micro = slice(RANK * share, (RANK + 1) * share), cfg.batch_gpu or share        # of a forward pass
+    saved = dict(data=data, model=model, cfg=asdict(cfg), **fid.made_by(__file__))
     log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))
 
     for step in range(start := tally["step"], cfg.steps):
         opt.param_groups[0]["lr"] = lr = fid.lr_at(cfg, step)
         if cfg.stage != "pretrain":
-            rectify(opt, lr, step + 1 - tally["skipped"])                     # B.2: RAdam
+            rectify(opt, lr, step + 1 - tally["skipped"])        # B.2: RAdam is Adam of this rate and eps
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         if cfg.stage == "mid":
             solve, at = divmod(step * B, pairs)                               # which solve, and where in it
             if at == 0 or step == start:                                      # a solve feeds several steps
                 g.manual_seed(fold(cfg.seed, "solve", solve))
                 if cfg.mid == "slow":
-                    states, levels, x_0, owner = slow_pairs(teacher, sigmas, n, images, g)
+                    states, levels, x_0, owners = slow_pairs(teacher, sigmas, n, images, g)
                 else:
-                    states, levels, x_0, owner = teacher_pairs(teacher, sigmas, n, shape, g, pairs // n)
+                    used = pairs // n                                         # nfe states; KD: noise alone
+                    states, levels, x_0, owners = teacher_pairs(teacher, sigmas, n, shape, g, used)
                 target = distance.features(x_0)                               # once per end, not per pair
+            x_t, t, owner = (a[at:at + B][mine] for a in (states, levels, owners))
         else:
-            x, eps = draw(images, B, g), randn((B, *shape), g)
-            sigma = (cfg.P_mean + cfg.P_std * randn(B, g)).exp()
+            x, eps = draw(images, B, g)[mine], randn((B, *shape), g)[mine]
+            t = (cfg.P_mean + cfg.P_std * randn(B, g))[mine].exp()
             q = cfg.q ** (1 + step // cfg.double) if cfg.double else cfg.q
 
         weight = micro / B * tally["scale"]                                   # scale: of fp16, else 1
-        for k in range(RANK * share, (RANK + 1) * share, micro):              # this process's share
-            i, seed = slice(k, k + micro), fold(cfg.seed, cfg.stage, step, "dropout") + k
+        for k in range(0, share, micro):
+            i, seed = slice(k, k + micro), fold(cfg.seed, cfg.stage, step, "dropout") + mine.start + k
             student = partial(f, masks=nets.dropout_masks(net, range(seed, seed + micro)))
             if cfg.stage == "pretrain":
-                loss = loss_dm(student, x[i], sigma[i], eps[i], net.sigma_data)
+                loss = loss_dm(student, x[i], t[i], eps[i], net.sigma_data)
             elif cfg.stage == "mid":
-                p = slice(at + k, at + k + micro)
-                ends = [features[owner[p]] for features in target]
-                loss = loss_cmt(student, states[p], levels[p], ends, distance)          # Eq. 7
+                ends = [features[owner[i]] for features in target]
+                loss = loss_cmt(student, x_t[i], t[i], ends, distance)                  # Eq. 7
             else:
-                t, r = sigma[i], ect_step(sigma[i], q)
-                x_t, x_r = (x[i] + s.view(-1, 1, 1, 1) * eps[i] for s in (t, r))      # same noise
+                r = ect_step(t[i], q)
+                x_t, x_r = (x[i] + s.view(-1, 1, 1, 1) * eps[i] for s in (t[i], r))   # same noise
                 if asks_teacher:                                              # frozen: no gradient
-                    x_r = solvers.ode_step(teacher, x_t, t, r, 1 if cfg.post == "ecd_euler" else 2)
-                loss = loss_ect(student, x_t, x_r, t, r, cfg.huber_c)                   # Eq. 3
+                    x_r = solvers.ode_step(teacher, x_t, t[i], r, 1 if cfg.post == "ecd_euler" else 2)
+                loss = loss_ect(student, x_t, x_r, t[i], r, cfg.huber_c)                # Eq. 3
             (loss * weight).backward()
             loss_sum += loss.detach() * weight
         norm, loss, stop = total(grad, tally["scale"])                        # the one wait of a step
@@ -577,7 +587,7 @@ def train(cfg):
 
 def candidates(cfg):
     """What to sample from: (name, net, {steps: kind of sampler}, checkpoint); --init FILE: it alone."""
-    few = {1: 1, 2: 2}                                # kinds are those of make_sampler
+    few = {1: 1, 2: 2}                                # its steps: the kind that make_sampler takes
     if cfg.init not in INITS:
         state, model = nets.load_pretrained(cfg.init)
         name = "init_" + os.path.basename(cfg.init).split(".")[0]
@@ -596,9 +606,9 @@ def evaluate(cfg):
     """Score every net there is, the teacher by its solver, students in 1 and 2 steps: <out>/results.md."""
     found, rows = candidates(cfg), []
     log(ABOUT["eval"])
-    stages = pictures(cfg, found) if RANK == 0 else ()
-    if missing := data_name(cfg) == "own" and fid.from_first(partial(fid.prefetch, cfg.data, False)):
-        return log(f"eval: no score: {missing}; open stages.png and trajectory.png in {cfg.out}")
+    stages = draw_sheets(cfg, found) if RANK == 0 else ()
+    if data_name(cfg) == "own" and fid.from_first(partial(fid.prefetch, cfg.data, False)):
+        return log(f"eval: not scored; open stages.png and trajectory.png in {cfg.out}")
     features = (fid.DigitsNet() if cfg.data == "digits" else fid.load_inception()).to(DEVICE)
     if cfg.data in FILES:
         reference = fid.load_reference(cfg.data)
@@ -611,7 +621,7 @@ def evaluate(cfg):
         ours = fid.score_net(rows[-1], samplers, features, reference, cfg)
     note = f"{cfg.samples} samples a score, seeds from 0, EMA weights, second noise level {cfg.mid_sigma}"
     note = f"{fid.protocol(ours, reference)}\n{note}, sigma_shift {cfg.sigma_shift}."
-    log(fid.save_results(cfg.out, rows, note, stages))
+    log(fid.save_results(cfg, rows, note, stages))
 
 
 def main(argv):
@@ -626,8 +636,8 @@ def main(argv):
         # trap: where one process has a stage and another has not, they would wait for each other in check
         agree(f"checkpoints in {cfg.out}", [s for s in STAGES if os.path.exists(f"{cfg.out}/{s}.pt")])
         trained = [c for c in configs if check(c)]
-        with fid.begin_run(cfg.out, __file__, argv):  # its lock; SOON: lines that wait for the next
-            SOON.append(fid.overview({c.stage: (resume(c)[1], c.batch) for c in trained}, DEVICE, cfg.data))
+        with fid.begin_run(cfg.out, __file__, argv):  # its lock, its log
+            announce(fid.overview({c.stage: (resume(c)[1], c.batch) for c in trained}, DEVICE, cfg.data))
             for c in configs:
                 if STOP:
                     fail(75, "stopped by a signal; run the same command again to go on")
@@ -636,7 +646,7 @@ def main(argv):
                 for number in SIGNALS:                # training saves first, the rest just ends
                     signal.signal(number, signal.SIG_DFL if c.stage in RUN else on_signal)
                 if c.stage in fid.ROAD:
-                    SOON.append(ABOUT[c.stage])
+                    announce(ABOUT[c.stage])
                 RUN.get(c.stage, train)(c)
     if dist.is_initialized():
         dist.destroy_process_group()

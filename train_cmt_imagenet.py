@@ -9,7 +9,7 @@
 
 pretrain: fetch EDM2, or train it. vgg: the VGG that measures latents or digits. mid: regress the student onto
 the ends of the teacher's trajectories, classes given (Eq. 7). post: ECT, or ECD with an autoguided teacher
-(Eq. 3). Run the same command again to resume. Copy and fork as you please.
+(Eq. 3). Run the same command again to resume. "choice": ours, not the paper's; "trap": a bug avoided.
 """
 # /// script
 # dependencies = ["torch", "numpy", "lpips", "pillow", "scipy"]
@@ -34,7 +34,7 @@ import torch.nn.functional as F
 import fid
 import nets
 import solvers
-from fid import SOON, agree, count, fail, log, report, same_data
+from fid import agree, announce, count, fail, log, report, same_data
 from solvers import fold, randn
 
 
@@ -104,14 +104,17 @@ PRESETS = {  # (data, stage, method): matching rows are laid over each other, to
     ("imagenet64", "mid", "*"): dict(compile=True),       # choice: a fifth off a step, H200 (docs/costs.md)
     ("imagenet512", "mid", "*"): dict(steps=100_000, lr=2e-4),                              # B.5
     ("*", "post", "*"): dict(lr=1e-4, ema_beta=0.9999),                                     # B.3
-    ("*", "post", "ecd"): ECD,
-    ("*", "post", "ecd_euler"): ECD,
-    ("imagenet64", "post", "ecd"): GUIDED,
-    ("imagenet64", "post", "ecd_euler"): GUIDED,
+    ("*", "post", "ecd"): ECD, ("*", "post", "ecd_euler"): ECD,
+    ("imagenet64", "post", "ecd"): GUIDED, ("imagenet64", "post", "ecd_euler"): GUIDED,
     ("imagenet512", "post", "*"): dict(decay="constant", q=1024, main="edm2-img512-xxl-0939524-0.075",
                                        guide="edm2-img512-m-0268435-0.155", w=2.05),
     # choice: B.5 says lr 1e-4 and 12.8 Mimg, the authors' script 1e-6, Table 8 16 Mimg
     ("imagenet512", "post", "ecd_code"): dict(steps=125_000, lr=1e-6),
+    # choice: a start for own images, as the CIFAR script's
+    ("own", "*", "*"): dict(samples=10_000, dropout=0.1),
+    ("own", "pretrain", "*"): dict(steps=50_000, batch=256, warmup=500),
+    ("own", "mid", "*"): dict(steps=20_000),
+    ("own", "post", "*"): dict(steps=10_000),
     ("digits", "*", "*"): dict(out="out/digits-imagenet", precision="fp32", dropout=0.0, log_every=50,
                                save_every=250, samples=2_000, labels="balanced"),
     ("digits", "pretrain", "*"): dict(steps=2_000, batch=32, lr=1e-2, warmup=50, ema_std=0.1, P_mean=-1.2,
@@ -126,11 +129,11 @@ ABOUT = {"pretrain": "stage 1 of 5, pre-training (EDM2): loss falls while the im
          "post": "stage 4 of 5, post-training (Eq. 3): loss and grad, over a small step, soon stay level",
          "eval": "stage 5 of 5, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
-INITS = "teacher", "random"                        # what --init says that is no FILE
+INITS = "teacher", "random"                        # other values of --init are a FILE
 FILES = {"imagenet64": "data/imagenet64.zip", "imagenet512": "data/imagenet512-sd.zip"}
-NAMED = {"vgg": "steps batch lr"}                     # flags that need the stage's name: --vgg.steps
-STAMPED = "data", "teacher", "main", "guide"          # compared by what they hold, wherever that lies
-FREE = {  # fields that may differ when a stage goes on, or is found finished; by stage, and by --decay
+NEED_STAGE = {"vgg": "steps batch lr"}                # flags that need the stage's name: --vgg.steps
+BY_CONTENT = "data", "teacher", "main", "guide"          # compared by content, wherever it lies
+MAY_CHANGE = {  # fields that may differ when a stage goes on, or is found finished; by stage and --decay
     "*": "dry_run data stage out source teacher main guide vae seeds samples repeat mid_sigma sampler "
          "labels compile batch_gpu log_every save_every",
     "constant": "steps", "sqrt": "steps",
@@ -141,7 +144,7 @@ FREE = {  # fields that may differ when a stage goes on, or is found finished; b
 }
 HEUN_STEPS = 32                                       # of --sampler heun: 63 calls (EDM2)
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-parse = partial(fid.parse, globals())                 # (argv) -> Config, by Config and PRESETS of this file
+parse = partial(fid.parse, globals())                 # (argv) -> Config, by the names above, and data_name
 
 
 def data_name(cfg):
@@ -197,7 +200,7 @@ class Digits:
         return self.pixels[index]
 
 
-def reads_data(cfg):
+def needs_data(cfg):
     """Whether this stage reads images: CMT does not, it needs its teacher alone."""
     return dict(pretrain=not has_teacher(cfg), vgg=wants_vgg(cfg), post=True,
                 eval=data_name(cfg) not in fid.REFERENCES).get(cfg.stage, False)
@@ -218,7 +221,7 @@ def load_data(cfg):
     return images
 
 
-def read_share(cfg, images, step):
+def read_batch(cfg, images, step):
     """This process's share of a step's batch: images as stored, labels. Pinned: no copy to a GPU waits."""
     g = torch.Generator().manual_seed(fold(cfg.seed, cfg.stage, step, "data"))
     index = torch.randint(len(images.labels), (cfg.batch,), generator=g)
@@ -264,7 +267,7 @@ def encode_target(cfg):
     """The zip that --stage encode makes; exit code 2 if it is none, or not ours, 3 without --source."""
     target = FILES.get(data_name(cfg), cfg.data)
     if not os.path.exists(cfg.source):
-        fail(3, f"--source {cfg.source!r}: not there; name ImageNet's training folder, a folder per class")
+        fail(3, f"--source {cfg.source or 'FOLDER'}: not there; name a folder with a folder for each class")
     if not target.endswith(".zip"):
         fail(2, f"--data {target}: images are encoded into a .zip; name one")
     if os.path.exists(target) and not os.path.exists(f"{target}.parts/begun.json"):
@@ -272,7 +275,7 @@ def encode_target(cfg):
     return target
 
 
-def encode_zip(cfg):
+def encode_data(cfg):
     """--source, a folder per class -> EDM2's zip: PNG at 64 pixels, moments of the SD-VAE at 512.
 
     First as shards in <zip>.parts, then all in one file: for a while, twice its size is needed.
@@ -319,6 +322,9 @@ def one_hot(labels, classes):
     return F.one_hot(labels, classes).float() if classes else labels.new_zeros(len(labels), 0).float()
 
 
+teacher_solver = solvers.dpmpp                        # of trajectories, and of samples by --sampler dpmpp
+
+
 def solves(cfg):
     """(n, pairs): trajectories of a solve (Slow CMT: at each level), and the pairs (state, end) they give."""
     n = cfg.trajectories or cfg.batch // cfg.nfe
@@ -338,8 +344,8 @@ def teacher_pairs(teacher, classes, sigmas, n, shape, g):
     # choice: pure noise, no guidance, uniform classes
     x_T = levels[0] * randn((n, *shape), g)[mine]
     y = one_hot(torch.randint(max(classes, 1), (n,), generator=g, device=g.device), classes)
-    xs = gather(solvers.dpmpp(lambda x, sigma: teacher(x, sigma, y[mine]), x_T, sigmas))
-    order = torch.randperm(N * n, generator=g, device=g.device)
+    xs = gather(teacher_solver(lambda x, sigma: teacher(x, sigma, y[mine]), x_T, sigmas))
+    order = torch.randperm(N * n, generator=g, device=g.device)           # row p is of trajectory p % n
     return xs[:N].flatten(0, 1)[order], levels[:N].repeat_interleave(n)[order], xs[-1], order % n, y
 
 
@@ -359,7 +365,7 @@ def loss_cmt_views(net, x_t, t, x_0, distance, views):
 
 
 def ect_step(t, q, k=8.0, b=1.0):
-    """ECT's second noise level: r = t (1 - n(t) / q), at least 0; n(t) = 1 + k sigmoid(-b t), its k, b."""
+    """Second noise level: r = t (1 - n(t) / q), at least 0; n(t) = 1 + k sigmoid(-b t), k and b of ECT."""
     return t * (1 - (1 + k * torch.sigmoid(-b * t)) / q).clamp(min=0)
 
 
@@ -386,7 +392,7 @@ def autoguided(main, guide, w):
     return lambda x, sigma, class_labels: guide(x, sigma, class_labels).lerp(main(x, sigma, class_labels), w)
 
 
-def perceptual(cfg):
+def make_distance(cfg):
     """d of Eq. 7: LPIPS at 64 pixels, ELatentLPIPS of latents, on digits a VGG of their labels; or pixels."""
     if cfg.loss in ("huber", "l2"):
         return nets.PixelDistance(cfg.huber_c if cfg.loss == "huber" else 0.0)
@@ -427,7 +433,7 @@ def loss_vgg(net, x, labels, seed):
 
 
 # ---- sample -----------------------------------------------------------------------------------
-def class_prior(net, seeds, labels):
+def prior(net, seeds, labels):
     """x_T (B, C, H, W), one-hot classes, a generator per seed: image i depends on seed i alone."""
     generators = [torch.Generator().manual_seed(fold("sample", s)) for s in seeds]
     shape, classes = (net.img_channels, net.img_resolution, net.img_resolution), max(net.label_dim, 1)
@@ -437,19 +443,19 @@ def class_prior(net, seeds, labels):
     return x_T, one_hot(y.to(DEVICE), net.label_dim), generators
 
 
-def make_sampler(cfg, net, steps):
-    """f(seeds) -> images (B, C, H, W): a student in 1 or 2 steps; 0: the teacher by its solver, guided."""
-    D = net if steps else autoguided(net, weak_model(cfg), cfg.w)
+def make_sampler(cfg, net, kind):
+    """f(seeds) -> images (B, C, H, W). kind: steps of a student, 1 or 2; 0: the teacher by solver, guided."""
+    D = net if kind else autoguided(net, weak_model(cfg), cfg.w)
 
     @torch.no_grad()
     def sampler(seeds):
-        x_T, y, generators = class_prior(net, seeds, cfg.labels)
+        x_T, y, generators = prior(net, seeds, cfg.labels)
         f = partial(D, class_labels=y)
-        if steps:
-            return to_images(cfg, solvers.few_step(f, x_T, [80.0, cfg.mid_sigma][:steps], generators))
+        if kind:
+            return to_images(cfg, solvers.few_step(f, x_T, [80.0, cfg.mid_sigma][:kind], generators))
         if cfg.sampler == "heun":
             return to_images(cfg, solvers.heun(f, x_T, solvers.edm_sigmas(HEUN_STEPS))[-1])
-        return to_images(cfg, solvers.dpmpp(f, x_T, solvers.logsnr_sigmas(cfg.nfe))[-1])
+        return to_images(cfg, teacher_solver(f, x_T, solvers.logsnr_sigmas(cfg.nfe))[-1])
     return sampler
 
 
@@ -468,8 +474,8 @@ def draw_sheets(cfg, found):
     shown = fid.save_classes(cfg, samplers, found[0][1].label_dim)
     if found[0][0] == "teacher":
         teacher, sigmas = found[0][1], solvers.logsnr_sigmas(cfg.nfe)
-        x_T, y, _ = class_prior(teacher, range(3), "balanced")
-        xs = solvers.dpmpp(lambda x, sigma: teacher(x, sigma, y), x_T, sigmas)       # (nfe+1, 3, C, H, W)
+        x_T, y, _ = prior(teacher, range(3), "balanced")
+        xs = teacher_solver(lambda x, sigma: teacher(x, sigma, y), x_T, sigmas)      # (nfe+1, 3, C, H, W)
         students = {name: partial(net, class_labels=y) for name, net, *_ in found[1:]}
         fid.save_trajectory(cfg.out, xs, sigmas, students, partial(to_images, cfg))
     return shown
@@ -478,7 +484,8 @@ def draw_sheets(cfg, found):
 # ---- plumbing ---------------------------------------------------------------------------------
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]                      # USR1: Slurm's --signal
-SIGNALS += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)      # trap: nohup ignores it
+if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:            # trap: nohup ignores it, and so shall we
+    SIGNALS.append(signal.SIGHUP)
 STOP = []                                             # signals received: the loop saves, then ends
 TIMEOUT = timedelta(minutes=10)                       # choice: ten minutes for an answer in a step
 
@@ -512,17 +519,17 @@ def resume(cfg):
     """This stage's checkpoint, or None, and steps still to go; exit code 2 if other knobs made it."""
     path = f"{cfg.out}/{cfg.stage}.pt"
     ckpt = nets.load_checkpoint(path, whole=True)
-    return ckpt, fid.steps_left(cfg, ckpt, path, FREE, STAGES)
+    return ckpt, fid.steps_left(cfg, ckpt, path, MAY_CHANGE, STAGES)
 
 
-SQRT_FROM = {"imagenet512": 70_000, "digits": 500}    # steps before --decay sqrt falls (EDM2); else 35,000
+SQRT_FROM = dict(imagenet64=35_000, imagenet512=70_000, own=5_000, digits=500)    # of --decay sqrt (EDM2)
 
 
 def learning_rate(cfg, step):
     """Warm-up, then linear to 0, constant, 1/sqrt (EDM2 Eq. 67), or a tenth at 30, 60 and 90 % (B.5)."""
     at = step / cfg.steps
     decay = dict(linear=1 - at, constant=1.0, steps=0.1 ** (10 * at // 3),
-                 sqrt=max(step / SQRT_FROM.get(data_name(cfg), 35_000), 1) ** -0.5)[cfg.decay]
+                 sqrt=max(step / SQRT_FROM[data_name(cfg)], 1) ** -0.5)[cfg.decay]
     return cfg.lr * decay * min(1.0, (step + 1) / (cfg.warmup + 1))
 
 
@@ -553,7 +560,7 @@ def on_signal(number, frame):
 
 
 LIMITS = {  # (rule, least, below): fields
-    ("above 0", 1e-300, math.inf): "batch steps repeat log_every save_every lr P_std res",
+    ("above 0, below 1e12", 1e-300, 1e12): "batch steps repeat log_every save_every lr P_std res",
     ("above 0, below 80", 1e-300, 80): "mid_sigma",
     ("in 1 to 1,000", 1, 1001): "nfe",
     ("0 or more", 0, math.inf): "batch_gpu warmup huber_c trajectories ema_std",
@@ -564,8 +571,8 @@ LIMITS = {  # (rule, least, below): fields
 
 def check(cfg):
     """Everything that would stop this stage, before any stage starts: values (exit code 2), files (3)."""
-    trains = cfg.stage not in RUN and (reads_data(cfg) or cfg.stage == "mid" and cfg.mid != "none")
-    fid.check_values(cfg, LIMITS, WORLD * trains)
+    trains = cfg.stage not in RUN and (needs_data(cfg) or cfg.stage == "mid" and cfg.mid != "none")
+    fid.check_values(cfg, LIMITS, WORLD if trains else 0)
     name = data_name(cfg)
     if cfg.data == "imagenet" and cfg.res not in (64, 512):
         fail(2, f"--res {cfg.res} is not possible with --data imagenet; it is 64 or 512")
@@ -582,7 +589,7 @@ def check(cfg):
         if cfg.loss == "huber" and not cfg.huber_c:
             fail(2, f"--loss huber --huber_c {cfg.huber_c}: huber needs a c above 0")
     missing, path = [], __file__ if cfg.data == "digits" else FILES.get(name, cfg.data)
-    if reads_data(cfg) and not os.path.exists(path):
+    if needs_data(cfg) and not os.path.exists(path):
         missing.append(f"{path} is not there; pass --data PATH or digits, or make it from ImageNet: python "
                        f"train_cmt_imagenet.py --res {cfg.res} --stage encode --source FOLDER")
     for file in (cfg.teacher, cfg.main, cfg.guide):
@@ -613,7 +620,7 @@ def check_data(cfg):
     if os.path.exists(f"{cfg.out}/{cfg.stage}.pt"):
         return                                        # it has begun with data that are compared in train
     images = load_data(cfg)
-    size, (channels, side, _) = edm2_size(cfg, images), images.shape
+    size, (channels, side, _) = model_size(cfg, images), images.shape
     given, wanted = teacher_state if has_teacher(cfg) else None, {k: size[k] for k in nets.INTERFACE}
     fid.check_teacher(cfg, nets.finished, given, images.stamp, wanted)
     if cfg.init not in INITS:
@@ -680,22 +687,22 @@ def asked_nets(cfg):
 
 
 def first_weights(cfg, images, asked):
-    """(constructor arguments, weights, their name) that a net starts from; asked: what asked_nets said."""
+    """(weights, constructor arguments, their name) that a net starts from; asked: what asked_nets said."""
     if cfg.stage in ("pretrain", "vgg"):
-        return edm2_size(cfg, images), None, ""
+        return None, model_size(cfg, images), ""
     if cfg.stage == "post" and cfg.mid != "none" and cfg.init in INITS:
         ckpt = fid.finished_mid(cfg, nets.finished)
-        return ckpt["model"], ckpt["ema"], f"{cfg.out}/mid.pt"
+        return ckpt["ema"], ckpt["model"], f"{cfg.out}/mid.pt"
     state, model = asked.get("teacher") or teacher_state(cfg)        # the student has the teacher's size
     if cfg.init not in INITS:
-        return model, nets.fitting(*nets.load_pretrained(cfg.init), model, cfg.init), cfg.init
-    return (model, state, "the teacher") if cfg.init == "teacher" else (model, None, "")
+        return nets.fitting(*nets.load_pretrained(cfg.init), model, cfg.init), model, cfg.init
+    return (state, model, "the teacher") if cfg.init == "teacher" else (None, model, "")
 
 
-def edm2_size(cfg, images):
-    """Constructor arguments of the EDM2 for --data: XL, for ImageNet's latents XXL, for digits tiny."""
-    size = dict(digits="edm2-8", imagenet512="edm2-xxl").get(data_name(cfg), "edm2-xl")
+def model_size(cfg, images):
+    """Constructor arguments of the EDM2 for --data: XL, for ImageNet's latents XXL, for 8x8 pixels tiny."""
     channels, _, side = images.shape
+    size = "edm2-8" if side == 8 else "edm2-xxl" if data_name(cfg) == "imagenet512" else "edm2-xl"
     return dict(img_resolution=side, img_channels=4 if channels == 8 else channels,
                 label_dim=images.classes, **nets.SIZES[size])
 
@@ -703,16 +710,17 @@ def edm2_size(cfg, images):
 def train(cfg):
     """One stage (pretrain, vgg, mid, post), from its last checkpoint to its end. Bookkeeping comes last."""
     if cfg.stage == "pretrain" and has_teacher(cfg):
-        state, model = teacher_state(cfg)             # fetched and checked, not trained
+        state, model = teacher_state(cfg)             # fetched and checked
+        log(f"pretrain: not trained, the teacher is {cfg.teacher or 'the official one'}")
         if cfg.teacher and not os.path.exists(f"{cfg.out}/mid.pt"):
             build(cfg, model, state, cfg.teacher)     # does it fit? not after hours of training the VGG
-    if not reads_data(cfg) and (cfg.stage != "mid" or cfg.mid == "none"):
+    if not needs_data(cfg) and (cfg.stage != "mid" or cfg.mid == "none"):
         return
     path, B = f"{cfg.out}/{cfg.stage}.pt", cfg.batch
     ckpt, left = resume(cfg)
-    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in STAMPED):     # without reading them
+    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # neither is read
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
-    images = load_data(cfg) if reads_data(cfg) else None
+    images = load_data(cfg) if needs_data(cfg) else None
     data = images.stamp if images else "none"
     asked = asked_nets(cfg)
     data += "".join(f", {name} {nets.stamp(state)}" for name, (state, _) in asked.items())
@@ -722,11 +730,12 @@ def train(cfg):
     frozen = {name: build(cfg, size, state, getattr(cfg, name) or "the teacher")
               for name, (state, size) in asked.items() if name != "guide" or cfg.w != 1}
     teacher = autoguided(frozen.get("main") or frozen.get("teacher"), frozen.get("guide"), cfg.w)
-    model, state, what = (ckpt["model"], None, "") if ckpt else first_weights(cfg, images, asked)
+    state, model, what = (None, ckpt["model"], "") if ckpt else first_weights(cfg, images, asked)
     net = build(cfg, model, state, what, train=True)
     ema = deepcopy(net).requires_grad_(False).eval()
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
-    flat.grad, loss_sum = grad[:-2], grad[-2]         # and the wish to stop: processes add all three at once
+    # views of one vector, added up and zeroed as one: gradient, loss, and how many signals ask to stop
+    flat.grad, loss_sum = grad[:-2], grad[-2]
     # choice: as ECT (B.3); the authors' 512 script has 0.999 in mid-training
     beta2 = 0.999 if cfg.stage == "mid" and data_name(cfg) == "imagenet512" else 0.99
     opt = torch.optim.Adam([flat], betas=(0.9, beta2), fused=True)
@@ -736,12 +745,13 @@ def train(cfg):
     agree("data and sum of the first weights", (data, flat.sum(dtype=torch.float64).item()))
     ckpt = asked = state = None                       # as large as the net, and needed no more
     shape = model["img_channels"], model["img_resolution"], model["img_resolution"]
+    classes = model["label_dim"]
+    distance = make_distance(cfg) if cfg.stage == "mid" else None
     sigmas, (n, pairs), share = solvers.logsnr_sigmas(cfg.nfe), solves(cfg), B // WORLD
-    distance, micro = perceptual(cfg) if cfg.stage == "mid" else None, cfg.batch_gpu or share
-    mine, classes = slice(RANK * share, (RANK + 1) * share), model["label_dim"]
+    mine, micro = slice(RANK * share, (RANK + 1) * share), cfg.batch_gpu or share        # of a forward pass
     reader = ThreadPoolExecutor(1)                    # it reads one step ahead
-    ahead = reader.submit(read_share, cfg, images, tally["step"]) if images else None
-    saved = dict(data=data, model=model, cfg=asdict(cfg), script=os.path.basename(__file__))
+    ahead = reader.submit(read_batch, cfg, images, tally["step"]) if images else None
+    saved = dict(data=data, model=model, cfg=asdict(cfg), **fid.made_by(__file__))
     log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))
 
     for step in range(start := tally["step"], cfg.steps):
@@ -756,7 +766,7 @@ def train(cfg):
                 target = None if views else distance.features(x_0)            # once per trajectory
             x_t, t, owner, y = (a[at:at + B][mine] for a in (states, levels, owners, y_0[owners]))
         else:
-            (raw, labels), ahead = ahead.result(), reader.submit(read_share, cfg, images, step + 1)
+            (raw, labels), ahead = ahead.result(), reader.submit(read_batch, cfg, images, step + 1)
             noise, eps = randn((B, *shape), g)[mine], randn((B, *shape), g)[mine]
             x, labels = to_input(raw, noise), labels.to(DEVICE, non_blocking=True)
             t, y = (cfg.P_mean + cfg.P_std * randn(B, g))[mine].exp(), one_hot(labels, classes)
@@ -832,8 +842,8 @@ def evaluate(cfg):
     found, rows = candidates(cfg), []
     log(ABOUT["eval"])
     stages = draw_sheets(cfg, found) if RANK == 0 else ()
-    if missing := data_name(cfg) == "own" and fid.from_first(partial(fid.prefetch, cfg.data, False)):
-        return log(f"eval: no score: {missing}; open stages.png and trajectory.png in {cfg.out}")
+    if data_name(cfg) == "own" and fid.from_first(partial(fid.prefetch, cfg.data, False)):
+        return log(f"eval: not scored; open stages.png and trajectory.png in {cfg.out}")
     features = (fid.DigitsNet() if cfg.data == "digits" else fid.load_inception()).to(DEVICE)
     if data_name(cfg) in fid.REFERENCES:
         reference = fid.load_reference(data_name(cfg))
@@ -848,7 +858,7 @@ def evaluate(cfg):
         ours = fid.score_net(rows[-1], samplers, features, reference, cfg)
     note = (f"{cfg.samples} samples a score, seeds from 0, EMA weights, second noise level {cfg.mid_sigma}, "
             f"{cfg.labels} labels, teacher by {cfg.sampler}, guide {cfg.guide or 'none'}, w {cfg.w}")
-    log(fid.save_results(cfg.out, rows, f"{fid.protocol(ours, reference)}\n{note}.", stages))
+    log(fid.save_results(cfg, rows, f"{fid.protocol(ours, reference)}\n{note}.", stages))
 
 
 def main(argv):
@@ -863,8 +873,8 @@ def main(argv):
         # trap: where one process has a stage and another has not, they would wait for each other in check
         agree(f"checkpoints in {cfg.out}", [s for s in STAGES if os.path.exists(f"{cfg.out}/{s}.pt")])
         trained = [c for c in configs if check(c)]
-        with fid.begin_run(cfg.out, __file__, argv):  # its lock; SOON: lines that wait for the next
-            SOON.append(fid.overview({c.stage: (resume(c)[1], c.batch) for c in trained}, DEVICE, cfg.data))
+        with fid.begin_run(cfg.out, __file__, argv):  # its lock, its log
+            announce(fid.overview({c.stage: (resume(c)[1], c.batch) for c in trained}, DEVICE, cfg.data))
             for c in configs:
                 if STOP:
                     fail(75, "stopped by a signal; run the same command again to go on")
@@ -873,13 +883,13 @@ def main(argv):
                 for number in SIGNALS:                # training saves first, the rest just ends
                     signal.signal(number, signal.SIG_DFL if c.stage in RUN else on_signal)
                 if c.stage in fid.ROAD:
-                    SOON.append(ABOUT[c.stage])
+                    announce(ABOUT[c.stage])
                 RUN.get(c.stage, train)(c)
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-RUN = {"encode": encode_zip, "eval": evaluate,        # every other stage trains
+RUN = {"encode": encode_data, "eval": evaluate,        # every other stage trains
        "sample": lambda cfg: fid.save_samples(cfg, candidates(cfg), make_sampler)}
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -9,7 +9,7 @@
 
 pretrain: train the teacher, a small Mean Flow net. mid: regress the student onto the mean velocities between
 all states of the teacher's roll-outs (Eq. 8). post: Mean Flow again. Paper: 1-step FID 3.34 in half the time.
-Run the same command again to resume. Copy and fork as you please.
+Run the same command again to resume. Copy and fork. "choice": ours, not the paper's; "trap": a bug avoided.
 """
 # /// script
 # dependencies = ["torch", "numpy", "lpips", "pillow", "scipy"]
@@ -36,7 +36,7 @@ import torch.distributed as dist
 import fid
 import nets
 import solvers
-from fid import SOON, agree, count, fail, log, report, same_data
+from fid import agree, announce, count, fail, log, report, same_data
 from solvers import fold, randn
 
 
@@ -113,17 +113,17 @@ PRESETS = {  # (data, stage, method): matching rows are laid over each other, to
     ("digits", "post", "*"): dict(steps=1_000, batch=64, lr=4e-3, ema_beta=0.99, unguided=250),
     ("digits", "post", "vanilla"): dict(steps=1_900),                      # the time of mid and post together
 }
-ABOUT = {"pretrain": "stage 1 of 4, pre-training: its weight keeps the loss near 1; mse_* fall slowly",
+ABOUT = {"pretrain": "stage 1 of 4, pre-training: its weight keeps the loss near 1; mse_same (r = t) falls",
          "mid": "stage 2 of 4, mid-training (Eq. 8): loss, square error of mean velocities, falls; grad too",
-         "post": "stage 3 of 4, post-training: its weight keeps the loss near 1; mse_* level; see previews",
+         "post": "stage 3 of 4, post-training: its weight keeps the loss near 1; mse_same too; see previews",
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
-INITS = "sit", "random"                            # what --init says that is no FILE
+INITS = "sit", "random"                            # other values of --init are a FILE
 FILES = {"imagenet": "data/imagenet256-sd"}
 REFERENCE = {"imagenet": "imagenet256"}               # scored by ADM's statistics, others by their own
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-STAMPED = "data", "teacher"                           # compared by what they hold, wherever that lies
-FREE = {  # fields that may differ when a stage goes on, or is found finished; by stage, and by --decay
+BY_CONTENT = "data", "teacher"                           # compared by content, wherever it lies
+MAY_CHANGE = {  # fields that may differ when a stage goes on, or is found finished; by stage and --decay
     "*": "dry_run data stage out source teacher vae seeds samples repeat nfe labels compile batch_gpu "
          "log_every save_every",
     "constant": "steps",
@@ -131,7 +131,7 @@ FREE = {  # fields that may differ when a stage goes on, or is found finished; b
     "mid": "pretrain post weak ratio P_mean P_std power unguided",
     "post": "pretrain weak nodes trajectories",
 }
-parse = partial(fid.parse, globals())                 # (argv) -> Config, by Config and PRESETS of this file
+parse = partial(fid.parse, globals())                 # (argv) -> Config, by the names above, and data_name
 
 
 def data_name(cfg):
@@ -239,7 +239,7 @@ def read_batch(cfg, images, step):
     return [a.pin_memory() for a in batch] if DEVICE.type != "cpu" else batch
 
 
-def to_latents(raw, noise):
+def to_input(raw, noise):
     """What the reader gave -> (B, C, H, W) on the device: digits in [-1, 1], or a sample of each latent."""
     if raw.dtype == torch.uint8:
         return fid.to_float(raw, DEVICE)
@@ -252,14 +252,14 @@ def vae_of(cfg):
     return fid.encoder_of(FILES.get(data_name(cfg), cfg.data), "vae", load_vae, cfg.vae, DEVICE)
 
 
-def decoded(cfg, x):
+def to_images(cfg, x):
     """Samples -> images in [-1, 1]: latents through the VAE; digits are images already."""
     if cfg.data == "digits":
         return x
     return nets.decode_latents(vae_of(cfg), x / nets.SD_SCALE)
 
 
-def encode_folder(cfg):
+def encode_data(cfg):
     """--source, a folder per class -> shards of moments, fp16 (n, 2, 8, 32, 32): of it and its mirror."""
     target, (names, open_picture) = FILES.get(cfg.data, cfg.data), fid.list_pictures(cfg.source)
     labels, classes = fid.read_labels(cfg.source, names) or (torch.zeros(len(names), dtype=torch.long), 1)
@@ -335,7 +335,8 @@ def loss_mf(flow, z, v, t, r, y, guided, cfg):
     def places(mask):
         return mask.nonzero()[:, 0].to(z.device, non_blocking=True)
 
-    null_weight, apart, nowhere = 1 - cfg.omega - cfg.kappa, r < t, torch.zeros_like(guided)
+    apart, nowhere = r < t, torch.zeros_like(guided)                              # apart: these need du/dt
+    null_weight = 1 - cfg.omega - cfg.kappa
     ask_null = places(guided if abs(null_weight) > 1e-9 else nowhere)             # u(z, t, t, null) is needed
     ask_own = places(guided & apart if cfg.kappa else nowhere)                    # u(z, t, t, y) is needed
     reuse_u = places(guided & ~apart if cfg.kappa else nowhere)                   # it is u(z, t, r, y)
@@ -417,13 +418,14 @@ def rollout(cfg, net, z, y, times):
     A Mean Flow net jumps. A flow-matching net is integrated by Heun's rule and guided by omega / (1 - kappa)
     at times in the interval; where there is no class, that changes nothing.
     """
-    one_clock, scale = net.r_embedder is None, cfg.omega / (1 - cfg.kappa)
+    one_clock = net.r_embedder is None                # v(z, t) of flow matching; two clocks: u(z, t, r)
+    scale = cfg.omega / (1 - cfg.kappa)
     inside = ((times.float() >= cfg.guide_from) & (times.float() <= cfg.guide_to)).tolist()
     both, answers = torch.cat([torch.full_like(y, net.num_classes), y]), []
 
     def u(x, t, r=None):
-        step, end = divmod(len(answers), 2)
-        if one_clock and scale != 1 and inside[step + end]:      # Heun asks at both ends of a step
+        step, end = divmod(len(answers), 2)           # Heun asks at both ends of a step: times[step + end]
+        if one_clock and scale != 1 and inside[step + end]:
             plain, answer = net(torch.cat([x, x]), torch.cat([t, t]), y=both).chunk(2)
             answer = plain.lerp(answer, scale)
         else:
@@ -455,7 +457,7 @@ def teacher_pairs(cfg, teacher, shape, g):
 
 
 # ---- sample -----------------------------------------------------------------------------------
-def noise_and_labels(net, seeds, labels):
+def prior(net, seeds, labels):
     """z at t = 1 (B, C, H, W) and classes (B,): image i depends on seed i alone, not on batch or process."""
     generators = [torch.Generator().manual_seed(fold("sample", s)) for s in seeds]
     size = net.grid * net.patch_size
@@ -471,13 +473,13 @@ def make_sampler(cfg, net, steps, decode=True):
 
     @torch.no_grad()
     def sampler(seeds):
-        x = rollout(cfg, net, *noise_and_labels(net, seeds, cfg.labels), times)[0][-1]
-        return decoded(cfg, x) if decode else x
+        x = rollout(cfg, net, *prior(net, seeds, cfg.labels), times)[0][-1]
+        return to_images(cfg, x) if decode else x
     return sampler
 
 
 @torch.no_grad()
-def class_sheets(cfg, found):
+def draw_sheets(cfg, found):
     """A sheet per net, a column per class; stages.png, trajectory.png. Returns what stages.png is made of."""
     balanced = replace(cfg, labels="balanced")
     samplers = {(name, steps): make_sampler(balanced, net, steps)
@@ -485,17 +487,18 @@ def class_sheets(cfg, found):
     shown = fid.save_classes(cfg, samplers, found[0][1].num_classes)
     if found[0][0] == "teacher":
         teacher, times = found[0][1], torch.linspace(1, 0, cfg.nodes, dtype=torch.float64)
-        z, y = noise_and_labels(teacher, range(3), "balanced")
+        z, y = prior(teacher, range(3), "balanced")
         states = rollout(cfg, teacher, z, y, times)[0]                               # (nodes, 3, C, H, W)
         jumps = {name: lambda x, t, net=net: x - t[0] * net(x, t, t * 0, y) for name, net, *_ in found[1:]}
-        fid.save_trajectory(cfg.out, states, times, jumps, partial(decoded, cfg))
+        fid.save_trajectory(cfg.out, states, times, jumps, partial(to_images, cfg))
     return shown
 
 
 # ---- plumbing ---------------------------------------------------------------------------------
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]                      # USR1: Slurm's --signal
-SIGNALS += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)      # trap: nohup ignores it
+if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:            # trap: nohup ignores it, and so shall we
+    SIGNALS.append(signal.SIGHUP)
 STOP = []                                             # signals received: the loop saves, then ends
 TIMEOUT = timedelta(minutes=10)                       # choice: ten minutes for an answer in a step
 
@@ -529,7 +532,7 @@ def resume(cfg):
     """This stage's checkpoint, or None, and steps still to go; exit code 2 if other knobs made it."""
     path = f"{cfg.out}/{cfg.stage}.pt"
     ckpt = nets.load_checkpoint(path, whole=True)
-    return ckpt, fid.steps_left(cfg, ckpt, path, FREE, STAGES)
+    return ckpt, fid.steps_left(cfg, ckpt, path, MAY_CHANGE, STAGES)
 
 
 def total(grad, scale):
@@ -553,7 +556,8 @@ def on_signal(number, frame):
 
 
 LIMITS = {  # (rule, least, below): fields
-    ("above 0", 1e-300, math.inf): "batch steps repeat log_every save_every lr P_std omega trajectories",
+    ("above 0, below 1e12", 1e-300, 1e12):
+        "batch steps repeat log_every save_every lr P_std omega trajectories",
     ("in 1 to 1,000", 1, 1001): "nfe",
     ("0 or more", 0, math.inf): "batch_gpu warmup power unguided",
     ("in [0, 1)", 0, 1): "ema_beta dropout kappa",
@@ -566,7 +570,7 @@ def check(cfg):
     """Everything that would stop this stage, before any stage starts: values (exit code 2), files (3)."""
     given = cfg.stage in RUN or cfg.stage == "pretrain" and cfg.teacher
     trains = not given and not left_out(cfg)
-    fid.check_values(cfg, LIMITS, WORLD * trains)
+    fid.check_values(cfg, LIMITS, WORLD if trains else 0)
     if cfg.stage == "pretrain" and cfg.teacher and not left_out(cfg):
         teacher_state(cfg)                            # read and checked, not trained
     if cfg.guide_from > cfg.guide_to:
@@ -574,7 +578,7 @@ def check(cfg):
     if cfg.stage == "mid" and trains:
         fid.check_solve(cfg, cfg.trajectories, pairs_per_solve(cfg), WORLD)
     if cfg.stage == "encode" and not os.path.exists(cfg.source):
-        fail(3, f"--source {cfg.source!r}: not there; name ImageNet's training folder, a folder per class")
+        fail(3, f"--source {cfg.source or 'FOLDER'}: not there; name a folder with a folder for each class")
     side = 0                                          # not yet known
     if trains and not os.path.exists(f"{cfg.out}/{cfg.stage}.pt"):
         if cfg.stage != "mid":                        # not after days of mid-training, which needs no data
@@ -680,7 +684,7 @@ def train(cfg):
         return log(f"{cfg.stage}: not trained, as --teacher or --mid none says")
     path, B = f"{cfg.out}/{cfg.stage}.pt", cfg.batch
     ckpt, left = resume(cfg)
-    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in STAMPED):     # without reading them
+    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # neither is read
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
     images, data = None, "none"
     if cfg.stage != "mid":                                                    # CMT needs no data
@@ -700,21 +704,25 @@ def train(cfg):
     model = dict(size_row(cfg, "weak" if cfg.stage == "pretrain" else "size", shape[-1]),
                  input_size=shape[-1], in_channels=shape[0], num_classes=null,
                  average_velocity=cfg.stage != "pretrain" or cfg.pretrain == "mf")
-    net = build(cfg, model, *(() if ckpt else first_weights(cfg, model)), train=True)
+    state, what = (None, "") if ckpt else first_weights(cfg, model)
+    net = build(cfg, model, state, what, train=True)
     ema = deepcopy(net).requires_grad_(False).eval()
     flow = flow_of(cfg, net, torch.tensor(null, device=DEVICE))
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
-    flat.grad, loss_sum = grad[:-2], grad[-2]         # and the wish to stop: processes add all three at once
+    # views of one vector, added up and zeroed as one: gradient, loss, and how many signals ask to stop
+    flat.grad, loss_sum = grad[:-2], grad[-2]
     opt = torch.optim.Adam([flat], betas=(0.9, 0.95), fused=True)             # MF
     tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
     agree("data and sum of the first weights", (data, flat.sum(dtype=torch.float64).item()))
-    ckpt = weights = None                             # as large as the net, and needed no more
-    pairs, share, errors = pairs_per_solve(cfg), B // WORLD, torch.zeros(2, 5, device=DEVICE)
-    mine, micro = slice(RANK * share, (RANK + 1) * share), cfg.batch_gpu or share
-    shown, steps = replace(cfg, labels="balanced"), cfg.nfe if cfg.stage == "pretrain" else 1      # previews
+    ckpt = weights = state = None                     # as large as the net, and needed no more
+    errors = torch.zeros(2, 5, device=DEVICE)         # square errors and their number, by t - r: 0, quarters
+    pairs, share = pairs_per_solve(cfg), B // WORLD
+    mine, micro = slice(RANK * share, (RANK + 1) * share), cfg.batch_gpu or share        # of a forward pass
+    steps = cfg.nfe if cfg.stage == "pretrain" else 1
+    preview = make_sampler(replace(cfg, labels="balanced"), ema, steps, decode=False)
     reader = ThreadPoolExecutor(1)                    # it reads one step ahead
     ahead = reader.submit(read_batch, cfg, images, tally["step"]) if images else None
-    saved = dict(data=data, model=model, cfg=asdict(cfg), script=os.path.basename(__file__))
+    saved = dict(data=data, model=model, cfg=asdict(cfg), **fid.made_by(__file__))
     log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))
 
     for step in range(start := tally["step"], cfg.steps):
@@ -724,14 +732,14 @@ def train(cfg):
             solve, at = divmod(step * B, pairs)                               # which solve, and where in it
             if at == 0 or step == start:                                      # a solve feeds several steps
                 g.manual_seed(fold(cfg.seed, "solve", solve))
-                bank = teacher_pairs(cfg, teacher, shape, g)
+                solved = teacher_pairs(cfg, teacher, shape, g)
                 order = torch.randperm(pairs, generator=g, device=DEVICE)
-            z, t, r, y, target = (a[order[at:at + B][mine]] for a in bank)
+            z, t, r, y, target = (a[order[at:at + B][mine]] for a in solved)
         else:
             (raw, y, t, r), ahead = ahead.result(), reader.submit(read_batch, cfg, images, step + 1)
             guided = is_guided(cfg, step, t, y, null)
             noise, eps = randn((B, *shape), g)[mine], randn((B, *shape), g)[mine]
-            x, y = to_latents(raw, noise), y.to(DEVICE, non_blocking=True)
+            x, y = to_input(raw, noise), y.to(DEVICE, non_blocking=True)
             level = t.to(DEVICE, non_blocking=True).view(-1, 1, 1, 1)
             z, v = (1 - level) * x + level * eps, eps - x
 
@@ -762,7 +770,7 @@ def train(cfg):
             report(cfg, done, lr, tally, **nets.peak_memory(), **fid.mse_by_gap(errors))
         if to_save and RANK == 0:
             nets.save_checkpoint(path, net=net, ema=ema, opt=opt, **saved, **tally)
-            fid.save_preview(cfg, tally, stop, make_sampler(shown, ema, steps, decode=False))
+            fid.save_preview(cfg, tally, stop, preview)
         if to_save:
             fid.wait_for_first(TIMEOUT)
         if stop:
@@ -793,7 +801,7 @@ def evaluate(cfg):
     """Score every net there is, in 1, 2 and --nfe steps; --labels both: random and balanced, a row each."""
     found, rows = candidates(cfg), []
     log(ABOUT["eval"])
-    stages = class_sheets(cfg, found) if RANK == 0 else ()
+    stages = draw_sheets(cfg, found) if RANK == 0 else ()
     features = (fid.DigitsNet() if cfg.data == "digits" else fid.load_inception()).to(DEVICE)
     if cfg.data in REFERENCE:
         reference = fid.load_reference(REFERENCE[cfg.data])
@@ -801,7 +809,7 @@ def evaluate(cfg):
         images = load_data(cfg)
         mine = torch.arange(RANK, len(images.labels), WORLD).split(250)
         raws = (images.read(i, torch.zeros_like(i)) for i in mine)                   # not flipped
-        drawn = (fid.to_uint8(decoded(cfg, to_latents(raw, 0.0))) for raw in raws)
+        drawn = (fid.to_uint8(to_images(cfg, to_input(raw, 0.0))) for raw in raws)
         reference = fid.measure(features, drawn, DEVICE, f"of --data {cfg.data}")
     for name, net, kinds, ckpt in found:
         for labels in ("random", "balanced") if cfg.labels == "both" else (cfg.labels,):
@@ -810,7 +818,7 @@ def evaluate(cfg):
             ours = fid.score_net(rows[-1], samplers, features, reference, cfg, labels=labels)
     decoder = "none (pixels)" if cfg.data == "digits" else vae_of(cfg).identity
     note = f"{fid.protocol(ours, reference)}\n{fid.guidance_note(cfg, decoder)}"
-    log(fid.save_results(cfg.out, rows, note, stages))
+    log(fid.save_results(cfg, rows, note, stages))
 
 
 def main(argv):
@@ -825,8 +833,8 @@ def main(argv):
         # trap: where one process has a stage and another has not, they would wait for each other in check
         agree(f"checkpoints in {cfg.out}", [s for s in STAGES if os.path.exists(f"{cfg.out}/{s}.pt")])
         trained = [c for c in configs if check(c)]
-        with fid.begin_run(cfg.out, __file__, argv):  # its lock; SOON: lines that wait for the next
-            SOON.append(fid.overview({c.stage: (resume(c)[1], c.batch) for c in trained}, DEVICE, cfg.data))
+        with fid.begin_run(cfg.out, __file__, argv):  # its lock, its log
+            announce(fid.overview({c.stage: (resume(c)[1], c.batch) for c in trained}, DEVICE, cfg.data))
             for c in configs:
                 if STOP:
                     fail(75, "stopped by a signal; run the same command again to go on")
@@ -835,13 +843,13 @@ def main(argv):
                 for number in SIGNALS:                # training saves first, the rest just ends
                     signal.signal(number, signal.SIG_DFL if c.stage in RUN else on_signal)
                 if c.stage in fid.ROAD:
-                    SOON.append(ABOUT[c.stage])
+                    announce(ABOUT[c.stage])
                 RUN.get(c.stage, train)(c)
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-RUN = {"encode": encode_folder, "eval": evaluate,     # every other stage trains
+RUN = {"encode": encode_data, "eval": evaluate,     # every other stage trains
        "sample": lambda cfg: fid.save_samples(cfg, candidates(cfg), make_sampler)}
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -10,7 +10,7 @@
 pretrain: SiT + REPA, the teacher. mid: from its weights, regress onto the mean velocities between all states
 of its guided trajectories (Eq. 8; reads captions, no image). post: Mean Flow + REPA. Paper: 1- and 2-step FID
 15.12, 5.01 in half the time (teacher, mid, post: 32 hours, Mean Flow from scratch: 60).
-Run the same command again to resume. Copy and fork as you please.
+Run the same command again to resume. Copy and fork. "choice": ours, not the paper's; "trap": a bug avoided.
 """
 # /// script
 # dependencies = ["torch", "numpy", "lpips", "pillow", "scipy"]
@@ -39,7 +39,7 @@ import torch.nn.functional as F
 import fid
 import nets
 import solvers
-from fid import SOON, agree, count, fail, log, report, same_data
+from fid import agree, announce, count, fail, log, report, same_data
 from solvers import fold, randn
 
 
@@ -118,14 +118,14 @@ PRESETS = {  # (data, stage, method): matching rows are laid over each other, to
 }
 ABOUT = {"pretrain": "stage 1 of 4, pre-training: loss, square error (mse_same) less REPA's gain, falls",
          "mid": "stage 2 of 4, mid-training (Eq. 8): loss, square error of mean velocities, falls; grad too",
-         "post": "stage 3 of 4, post-training: its weight keeps the loss level; mse_* too; see previews",
+         "post": "stage 3 of 4, post-training: its weight keeps the loss level; mse_same too; see previews",
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
-INITS = "sit", "random"                            # what --init says that is no FILE
+INITS = "sit", "random"                            # other values of --init are a FILE
 FILES = {"coco": "data/coco256-sd"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-STAMPED = "data", "teacher"                           # compared by what they hold, wherever that lies
-FREE = {  # fields that may differ when a stage goes on, or is found finished; by stage, and by --decay
+BY_CONTENT = "data", "teacher"                           # compared by content, wherever it lies
+MAY_CHANGE = {  # fields that may differ when a stage goes on, or is found finished; by stage and --decay
     "*": "dry_run data stage out source encoders teacher vae prompts seeds samples repeat nfe compile "
          "batch_gpu log_every save_every",
     "constant": "steps",
@@ -133,7 +133,7 @@ FREE = {  # fields that may differ when a stage goes on, or is found finished; b
     "mid": "pretrain post ratio P_mean P_std power",
     "post": "pretrain nodes trajectories",
 }
-parse = partial(fid.parse, globals())                 # (argv) -> Config, by Config and PRESETS of this file
+parse = partial(fid.parse, globals())                 # (argv) -> Config, by the names above, and data_name
 
 
 def data_name(cfg):
@@ -311,7 +311,7 @@ opened = cache(Coco)                                  # once for all checks, onc
 def load_data(cfg):
     """Coco of --data, or the digits. Missing: exit code 3 with the remedy."""
     if cfg.data == "digits":
-        return CaptionedDigits(8 // shape_of_size(cfg, 8)["patch_size"])
+        return CaptionedDigits(8 // size_row(cfg, 8)["patch_size"])
     return opened(FILES.get(cfg.data, cfg.data), cfg.out)
 
 
@@ -328,7 +328,7 @@ def captions_of_solve(cfg, images, solve):
     return pinned([images.texts(index, pick), drop])
 
 
-def read_captioned(cfg, images, step):
+def read_batch(cfg, images, step):
     """This process's share of a step's batch: pixels or moments, tokens, words, drop, t, r, guided.
 
     On the CPU, pinned for a GPU, so that copying it does not wait for what the GPU is at.
@@ -348,7 +348,7 @@ def pinned(batch):
     return [a.pin_memory() for a in batch] if DEVICE.type != "cpu" else batch
 
 
-def to_latents(raw, noise):
+def to_input(raw, noise):
     """What the reader gave -> (B, C, H, W) on the device: digits in [-1, 1], or a sample of each latent."""
     if raw.dtype == torch.uint8:
         return fid.to_float(raw, DEVICE)
@@ -361,7 +361,7 @@ def vae_of(cfg):
     return fid.encoder_of(FILES.get(data_name(cfg), cfg.data), "vae", load_vae, cfg.vae, DEVICE)
 
 
-def decoded(cfg, x):
+def to_images(cfg, x):
     """Samples -> images in [-1, 1]: latents through the VAE; digits are images already."""
     if cfg.data == "digits":
         return x
@@ -386,7 +386,7 @@ def read_coco(source, part):
         return [(f"{part}/{file}", captions[k]) for k, file in images]
 
 
-def encode_coco(cfg):
+def encode_data(cfg):
     """--source -> shards of moments and DINOv2 tokens, CLIP's token ids of all captions, val.npz for FID."""
     target, clip = FILES.get(cfg.data, cfg.data), text_encoder(cfg)
     train, val = (read_coco(cfg.source, part) for part in ("train2014", "val2014"))
@@ -490,7 +490,8 @@ def loss_mf(flow, z, v, t, r, y, guided, cfg):
     def places(mask):
         return mask.nonzero()[:, 0].to(z.device, non_blocking=True)
 
-    null_weight, apart, nowhere = 1 - cfg.omega - cfg.kappa, r < t, torch.zeros_like(guided)
+    apart, nowhere = r < t, torch.zeros_like(guided)                              # apart: these need du/dt
+    null_weight = 1 - cfg.omega - cfg.kappa
     ask_null = places(guided if abs(null_weight) > 1e-9 else nowhere)             # u(z, t, t, null) is needed
     ask_own = places(guided & apart if cfg.kappa else nowhere)                    # u(z, t, t, y) is needed
     reuse_u = places(guided & ~apart if cfg.kappa else nowhere)                   # it is u(z, t, r, y)
@@ -541,19 +542,20 @@ def loss_cmt_mf(u, z, t, r, y, target):
 
 
 @torch.no_grad()
-def rollout_text(cfg, net, z, text, null, times):
+def rollout(cfg, net, z, text, null, times):
     """States (N+1, B, ...) from z down `times` (N+1,), and the mean velocity of each step, (N, B, ...).
 
     A Mean Flow net jumps. A SiT is integrated by Heun's rule (B.6) and guided by omega / (1 - kappa) at times
     in the interval; for the null caption that changes nothing.
     """
-    one_clock, scale = net.r_embedder is None, cfg.omega / (1 - cfg.kappa)
+    one_clock = net.r_embedder is None                # v(z, t) of flow matching; two clocks: u(z, t, r)
+    scale = cfg.omega / (1 - cfg.kappa)
     inside = ((times.float() >= cfg.guide_from) & (times.float() <= cfg.guide_to)).tolist()
     both, answers = torch.cat([null.expand_as(text), text]), []
 
     def u(x, t, r=None):
-        step, end = divmod(len(answers), 2)
-        if one_clock and scale != 1 and inside[step + end]:      # Heun asks at both ends of a step
+        step, end = divmod(len(answers), 2)           # Heun asks at both ends of a step: times[step + end]
+        if one_clock and scale != 1 and inside[step + end]:
             plain, answer = net(torch.cat([x, x]), torch.cat([t, t]), both, repa=False).chunk(2)
             answer = plain.lerp(answer, scale)
         else:
@@ -575,13 +577,13 @@ def teacher_pairs(cfg, teacher, text, null, shape, g):
     mine = slice(RANK * n // WORLD, (RANK + 1) * n // WORLD)
     noise = randn((n, *shape), g)[mine]
     with torch.autocast(DEVICE.type, HALF.get(cfg.precision), enabled=cfg.precision in HALF):
-        states, velocities = rollout_text(cfg, teacher, noise, text[mine], null, times)
+        states, velocities = rollout(cfg, teacher, noise, text[mine], null, times)
     z, t, r, target = pairs_of_states(gather(states), gather(velocities), times)
     return z, t, r, torch.arange(n, device=g.device).repeat(len(z) // n), target
 
 
 # ---- sample -----------------------------------------------------------------------------------
-def first_noise(net, seeds):
+def prior(net, seeds):
     """z at t = 1 (B, C, H, W): image i depends on seed i alone, not on batch, process or caption."""
     generators = [torch.Generator().manual_seed(fold("sample", s)) for s in seeds]
     size = net.grid * net.patch_size
@@ -597,8 +599,8 @@ def make_sampler(cfg, net, steps, text, null, decode=True):
 
     @torch.no_grad()
     def sampler(seeds):
-        x = rollout_text(cfg, net, first_noise(net, seeds), text(seeds), null, times)[0][-1]
-        return decoded(cfg, x) if decode else x
+        x = rollout(cfg, net, prior(net, seeds), text(seeds), null, times)[0][-1]
+        return to_images(cfg, x) if decode else x
     return sampler
 
 
@@ -619,7 +621,7 @@ def read_digits(sampler, reader, right):
 
 
 @torch.no_grad()
-def caption_sheets(cfg, found, images, encoder):
+def draw_sheets(cfg, found, images, encoder):
     """A sheet per net, a row per caption; stages.png, trajectory.png. Returns what stages.png is made of."""
     (captions, text), null = validation_text(images, encoder, range(10)), encoder(images.null[None])
     captions = [caption or f"caption {k}" for k, caption in enumerate(captions)]     # U-ViT: no text
@@ -634,17 +636,18 @@ def caption_sheets(cfg, found, images, encoder):
     fid.save_stages(cfg.out, shown, captions)
     if found[0][0] == "teacher":
         teacher, times = found[0][1], torch.linspace(1, 0, cfg.nodes, dtype=torch.float64)
-        states = rollout_text(cfg, teacher, first_noise(teacher, range(3)), text[:3], null, times)[0]
+        states = rollout(cfg, teacher, prior(teacher, range(3)), text[:3], null, times)[0]
         jumps = {name: lambda x, t, net=net: x - t[0] * net(x, t, text[:3], t * 0, repa=False)
                  for name, net, *_ in found[1:]}
-        fid.save_trajectory(cfg.out, states, times, jumps, partial(decoded, cfg))
+        fid.save_trajectory(cfg.out, states, times, jumps, partial(to_images, cfg))
     return shown, captions
 
 
 # ---- plumbing ---------------------------------------------------------------------------------
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]                      # USR1: Slurm's --signal
-SIGNALS += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)      # trap: nohup ignores it
+if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:            # trap: nohup ignores it, and so shall we
+    SIGNALS.append(signal.SIGHUP)
 STOP = []                                             # signals received: the loop saves, then ends
 TIMEOUT = timedelta(minutes=10)                       # choice: ten minutes for an answer in a step
 
@@ -678,7 +681,7 @@ def resume(cfg):
     """This stage's checkpoint, or None, and steps still to go; exit code 2 if other knobs made it."""
     path = f"{cfg.out}/{cfg.stage}.pt"
     ckpt = nets.load_checkpoint(path, whole=True)
-    return ckpt, fid.steps_left(cfg, ckpt, path, FREE, STAGES)
+    return ckpt, fid.steps_left(cfg, ckpt, path, MAY_CHANGE, STAGES)
 
 
 def total(grad, scale):
@@ -702,7 +705,8 @@ def on_signal(number, frame):
 
 
 LIMITS = {  # (rule, least, below): fields
-    ("above 0", 1e-300, math.inf): "batch steps repeat log_every save_every lr P_std omega trajectories",
+    ("above 0, below 1e12", 1e-300, 1e12):
+        "batch steps repeat log_every save_every lr P_std omega trajectories",
     ("in 1 to 1,000", 1, 1001): "nfe",
     ("0 or more", 0, math.inf): "batch_gpu warmup clip repa power",
     ("in [0, 1)", 0, 1): "ema_beta dropout kappa",
@@ -715,21 +719,21 @@ def check(cfg):
     """Everything that would stop this stage, before any stage starts: values (exit code 2), files (3)."""
     given = cfg.stage in RUN or cfg.stage == "pretrain" and cfg.teacher
     trains = not given and not left_out(cfg)
-    fid.check_values(cfg, LIMITS, WORLD * trains)
+    fid.check_values(cfg, LIMITS, WORLD if trains else 0)
     if cfg.stage == "pretrain" and cfg.teacher and not left_out(cfg):
         teacher_state(cfg)                            # read and checked, not trained
     for part in ("train2014", "val2014") if cfg.stage == "encode" else ():
         name = f"annotations/captions_{part}.json"
         if not cfg.source or not os.path.exists(f"{cfg.source}/{name}"):
-            fail(3, f"--source {cfg.source!r} holds no {name}; name COCO's folder")
-    shape_of_size(cfg)
+            fail(3, f"--source {cfg.source or 'FOLDER'} holds no {name}; name COCO's folder")
+    size_row(cfg)
     if cfg.guide_from > cfg.guide_to:
         fail(2, f"--guide_from {cfg.guide_from} must not be above --guide_to {cfg.guide_to}")
     if cfg.stage == "mid" and trains:
         fid.check_solve(cfg, cfg.trajectories, pairs_per_solve(cfg), WORLD)
     if trains and not os.path.exists(f"{cfg.out}/{cfg.stage}.pt"):
         images = load_data(cfg)                       # do they have what this stage needs, of this size?
-        shape = net_arguments(cfg, images, text_encoder(cfg)(images.null[None]).shape[-1])
+        shape = model_size(cfg, images, text_encoder(cfg)(images.null[None]).shape[-1])
         if cfg.stage != "pretrain" and (cfg.mid != "none" or cfg.init == "sit"):
             shape = {k: shape[k] for k in ("input_size", "in_channels", "context_dim")}
             fid.check_teacher(cfg, nets.finished, teacher_state if cfg.teacher else None, images.stamp, shape)
@@ -759,7 +763,7 @@ def pairs_per_solve(cfg):
     return cfg.trajectories * cfg.nodes * (cfg.nodes - 1) // 2
 
 
-def shape_of_size(cfg, side=0):
+def size_row(cfg, side=0):
     """Constructor arguments that --size names, for squares of this side (0: not yet known)."""
     rows = {"mmdit/2": dict(nets.SIZES["mmdit/2"], repa_depth=8, projector_dim=2048)}              # REPA
     if numbers := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", cfg.size):
@@ -772,10 +776,10 @@ def shape_of_size(cfg, side=0):
     return rows[cfg.size]
 
 
-def net_arguments(cfg, images, width):
+def model_size(cfg, images, width):
     """Constructor arguments of the net to train, for these images, and captions' features of this width."""
     tokens, side = images.read(torch.tensor([0]), torch.zeros(1))[1][0], images.shape[-1]           # (N, D)
-    row = shape_of_size(cfg, side)
+    row = size_row(cfg, side)
     if cfg.repa and not len(tokens):
         fail(3, f"--data {cfg.data} holds no DINOv2 tokens; run --stage encode, or pass --repa 0")
     if cfg.repa and len(tokens) != (side // row["patch_size"]) ** 2:
@@ -784,7 +788,7 @@ def net_arguments(cfg, images, width):
                 average_velocity=cfg.stage != "pretrain", repa_dim=tokens.shape[-1] if cfg.repa else 0)
 
 
-def read_file(cfg, name):
+def read_net(cfg, name):
     """(weights, constructor arguments) of a FILE or URL: ours, or a bare state dict of --size."""
     state, model, stated = nets.read_weights(name)
     if "context_embedder.weight" not in state:
@@ -793,14 +797,14 @@ def read_file(cfg, name):
     if not model:
         two_clocks = any(k.startswith(("r_embedder.", "h_embedder.")) for k in state)
         width = state["context_embedder.weight"].shape[-1]
-        model = dict(net_arguments(cfg, load_data(cfg), width), average_velocity=two_clocks)
+        model = dict(model_size(cfg, load_data(cfg), width), average_velocity=two_clocks)
     return state, model
 
 
 def teacher_state(cfg):
     """(weights, constructor arguments) of --teacher, else <out>/pretrain.pt."""
     if cfg.teacher:
-        return read_file(cfg, cfg.teacher)
+        return read_net(cfg, cfg.teacher)
     if not (ckpt := nets.finished(f"{cfg.out}/pretrain.pt")):
         fail(3, f"no finished teacher in {cfg.out}; run --stage pretrain first, or pass --teacher FILE")
     return ckpt["ema"], ckpt["model"]
@@ -821,7 +825,7 @@ def first_weights(cfg):
     if cfg.stage == "pretrain":
         return None, ""
     if cfg.init not in INITS:
-        return read_file(cfg, cfg.init)[0], cfg.init
+        return read_net(cfg, cfg.init)[0], cfg.init
     if cfg.stage == "post" and cfg.mid != "none":
         ckpt, path = fid.finished_mid(cfg, nets.finished), f"{cfg.out}/mid.pt"
         fid.same_guidance(cfg, ckpt["cfg"], path)
@@ -835,7 +839,7 @@ def train(cfg):
         return log(f"{cfg.stage}: not trained, as --teacher or --mid none says")
     path, B = f"{cfg.out}/{cfg.stage}.pt", cfg.batch
     ckpt, left = resume(cfg)
-    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in STAMPED):     # without reading them
+    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # neither is read
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
     images, encoder = load_data(cfg), text_encoder(cfg)                   # mid reads captions, never an image
     data, null, shape = images.stamp, encoder(images.null[None]), images.shape
@@ -847,30 +851,33 @@ def train(cfg):
     same_data(ckpt, path, data)
     if not left:
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
-    model = net_arguments(cfg, images, null.shape[-1])
-    net = build(cfg, model, *(() if ckpt else first_weights(cfg)), train=True)
+    model = model_size(cfg, images, null.shape[-1])
+    state, what = (None, "") if ckpt else first_weights(cfg)
+    net = build(cfg, model, state, what, train=True)
     ema = deepcopy(net).requires_grad_(False).eval()
     flow = flow_of(cfg, lambda z, t, r, text, repa: net(z, t, text, r, repa), null)
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
-    flat.grad, loss_sum = grad[:-2], grad[-2]         # and the wish to stop: processes add all three at once
+    # views of one vector, added up and zeroed as one: gradient, loss, and how many signals ask to stop
+    flat.grad, loss_sum = grad[:-2], grad[-2]
     betas = (0.9, 0.999 if cfg.stage == "pretrain" else 0.95)                 # REPA; MF
     opt = torch.optim.Adam([flat], betas=betas, fused=True)
     tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
     agree("data and sum of the first weights", (data, flat.sum(dtype=torch.float64).item()))
-    ckpt = weights = None                             # as large as the net, and needed no more
+    ckpt = weights = state = None                     # as large as the net, and needed no more
 
     def features_of(words, drop):
         return torch.where(drop.to(DEVICE, non_blocking=True).view(-1, 1, 1), null, encoder(words))
 
-    pairs, share, errors = pairs_per_solve(cfg), B // WORLD, torch.zeros(2, 6, device=DEVICE)
-    mine, micro = slice(RANK * share, (RANK + 1) * share), cfg.batch_gpu or share
+    errors = torch.zeros(2, 6, device=DEVICE)         # square errors and their number, by t - r; REPA's
+    pairs, share = pairs_per_solve(cfg), B // WORLD
+    mine, micro = slice(RANK * share, (RANK + 1) * share), cfg.batch_gpu or share        # of a forward pass
     # previews: captions of the data, whose features may be cached, so that no one needs CLIP for them
     shown = encoder(images.texts(torch.arange(64) * images.count // 64, torch.zeros(64)))
     steps = cfg.nfe if cfg.stage == "pretrain" else 1
-    sampler = make_sampler(cfg, ema, steps, lambda seeds: shown[list(seeds)], null, decode=False)
+    preview = make_sampler(cfg, ema, steps, lambda seeds: shown[list(seeds)], null, decode=False)
     reader = ThreadPoolExecutor(1)                    # it reads one step ahead
-    ahead = reader.submit(read_captioned, cfg, images, tally["step"]) if cfg.stage != "mid" else None
-    saved = dict(data=data, model=model, cfg=asdict(cfg), script=os.path.basename(__file__))
+    ahead = reader.submit(read_batch, cfg, images, tally["step"]) if cfg.stage != "mid" else None
+    saved = dict(data=data, model=model, cfg=asdict(cfg), **fid.made_by(__file__))
     log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))
 
     for step in range(start := tally["step"], cfg.steps):
@@ -886,10 +893,10 @@ def train(cfg):
             z, t, r, owner, target = (a[order[at:at + B][mine]] for a in solved)
             text = texts[owner]
         else:
-            batch, ahead = ahead.result(), reader.submit(read_captioned, cfg, images, step + 1)
+            batch, ahead = ahead.result(), reader.submit(read_batch, cfg, images, step + 1)
             raw, tokens, words, drop, t, r, guided = batch
             noise, eps = randn((B, *shape), g)[mine], randn((B, *shape), g)[mine]
-            x, text = to_latents(raw, noise), features_of(words, drop)
+            x, text = to_input(raw, noise), features_of(words, drop)
             level, tokens = (a.to(DEVICE, non_blocking=True) for a in (t.view(-1, 1, 1, 1), tokens))
             z, v = (1 - level) * x + level * eps, eps - x
 
@@ -925,7 +932,7 @@ def train(cfg):
             report(cfg, done, lr, tally, **nets.peak_memory(), **fid.mse_by_gap(errors))
         if to_save and RANK == 0:
             nets.save_checkpoint(path, net=net, ema=ema, opt=opt, **saved, **tally)
-            fid.save_preview(cfg, tally, stop, sampler)
+            fid.save_preview(cfg, tally, stop, preview)
         if to_save:
             fid.wait_for_first(TIMEOUT)
         if stop:
@@ -938,7 +945,7 @@ def candidates(cfg):
     if file := cfg.teacher if cfg.init in INITS else cfg.init:
         base = os.path.basename(file).split(".")[0]
         name, stages = ("teacher", ["mid", "post"]) if cfg.init in INITS else (f"init_{base}", [])
-        state, model = read_file(cfg, file)
+        state, model = read_net(cfg, file)
         found = [(name, build(cfg, model, state, file), None)]
     for stage in stages:
         path = f"{cfg.out}/{stage}.pt"
@@ -966,6 +973,9 @@ def given_prompts(cfg):
     captions = [c.strip() for c in captions if c.strip()]
     if not given and not any(captions := load_data(cfg).validation(range(8))[0]):
         fail(2, f"--prompts is empty, and --data {cfg.data} holds no text; pass --prompts 'a cat|a dog'")
+    known = {*" ".join([*SAYINGS, *DIGITS]).split()}
+    if cfg.data == "digits" and (new := {*re.findall(r"\w+", " ".join(captions).lower())} - known):
+        fid.say(f"warning: --prompts: the net of the digits has never seen {', '.join(sorted(new))}")
     return captions or fail(2, f"--prompts {given}: holds no caption; write one a line, or 'a cat|a dog'")
 
 
@@ -985,9 +995,10 @@ def sample_captions(cfg):
                 fid.save_images(sampler, seeds, f"{folder}/{fid.slug(prompt)}_", batch)
                 if RANK == 0 and len(shown) < 64:
                     shown.append((prompt, fid.draw(sampler, seeds[:8], batch)))
+            sheet = f"samples_{name}_{steps}step_prompts.png"
             if RANK == 0:
-                fid.save_captions(f"{cfg.out}/samples_{name}_{steps}.png", name, steps, shown)
-            log(f"sample: {len(seeds)} images of each caption ({len(prompts)}) in {folder}")
+                fid.save_captions(f"{cfg.out}/{sheet}", name, steps, shown)
+            log(f"sample: {len(seeds)} images of each caption ({len(prompts)}) in {folder}; open {sheet}")
 
 
 def evaluate(cfg):
@@ -998,7 +1009,7 @@ def evaluate(cfg):
     digits, images, encoder = cfg.data == "digits", load_data(cfg), text_encoder(cfg)
     found, rows = candidates(cfg), []
     log(ABOUT["eval"])
-    stages = caption_sheets(cfg, found, images, encoder) if RANK == 0 else ()
+    stages = draw_sheets(cfg, found, images, encoder) if RANK == 0 else ()
     features = (fid.DigitsNet() if digits else fid.load_inception()).to(DEVICE)
     if digits:
         reference = fid.measure(features, images.pixels[RANK::WORLD].split(250), DEVICE, "of --data digits")
@@ -1019,7 +1030,7 @@ def evaluate(cfg):
         rows += [row, reads] if digits else [row]
     decoder = "none (pixels)" if digits else vae_of(cfg).identity
     note = f"{fid.protocol(ours, reference)}\n{fid.guidance_note(cfg, decoder)}"
-    log(fid.save_results(cfg.out, rows, note, stages))
+    log(fid.save_results(cfg, rows, note, stages))
 
 
 def main(argv):
@@ -1034,8 +1045,8 @@ def main(argv):
         # trap: where one process has a stage and another has not, they would wait for each other in check
         agree(f"checkpoints in {cfg.out}", [s for s in STAGES if os.path.exists(f"{cfg.out}/{s}.pt")])
         trained = [c for c in configs if check(c)]
-        with fid.begin_run(cfg.out, __file__, argv):  # its lock; SOON: lines that wait for the next
-            SOON.append(fid.overview({c.stage: (resume(c)[1], c.batch) for c in trained}, DEVICE, cfg.data))
+        with fid.begin_run(cfg.out, __file__, argv):  # its lock, its log
+            announce(fid.overview({c.stage: (resume(c)[1], c.batch) for c in trained}, DEVICE, cfg.data))
             for c in configs:
                 if STOP:
                     fail(75, "stopped by a signal; run the same command again to go on")
@@ -1044,12 +1055,12 @@ def main(argv):
                 for number in SIGNALS:                # training saves first, the rest just ends
                     signal.signal(number, signal.SIG_DFL if c.stage in RUN else on_signal)
                 if c.stage in fid.ROAD:
-                    SOON.append(ABOUT[c.stage])
+                    announce(ABOUT[c.stage])
                 RUN.get(c.stage, train)(c)
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-RUN = {"encode": encode_coco, "sample": sample_captions, "eval": evaluate}    # every other stage trains
+RUN = {"encode": encode_data, "sample": sample_captions, "eval": evaluate}    # every other stage trains
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -223,7 +223,7 @@ def test_latents(name, flags, monkeypatch, tmp_path):
     monkeypatch.setattr(script, "load_vae", functools.cache(script.nets.sd_vae))
     monkeypatch.setattr(script.fid, "load_inception", lambda: script.fid.InceptionV3())
     monkeypatch.setitem(script.nets.SIZES, "edm2-xl", dict(script.nets.SIZES["edm2-8"], attn_resolutions=()))
-    monkeypatch.setattr(script, "perceptual", lambda cfg: script.new_vgg(cfg, 0), raising=False)
+    monkeypatch.setattr(script, "make_distance", lambda cfg: script.new_vgg(cfg, 0), raising=False)
     flags = f"{TINY} --data {tmp_path}/lat.zip --out {tmp_path} {flags}"
     for stage in (f"encode --source {tmp_path}/coco", "pretrain", "mid", "post", "sample --seeds 0"):
         one_wait(drive(monkeypatch, script, f"{flags} --stage {stage}"))

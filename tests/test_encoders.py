@@ -447,7 +447,7 @@ def test_shards_of_256_are_the_moments_of_both_mirror_images(models, photos, tmp
             torch.testing.assert_close(data.moments(k, flip), moments(vae, seen), rtol=2e-3, atol=2e-3)
     cfg = script.parse(["--data", f"{tmp_path}/d"])
     x = torch.randn(2, 4, 32, 32)
-    torch.testing.assert_close(script.decoded(cfg, x * 0.18215), vae.decode(x).sample, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(script.to_images(cfg, x * 0.18215), vae.decode(x).sample, rtol=1e-3, atol=1e-3)
 
 
 @real

@@ -5,6 +5,7 @@ import os
 import shutil
 import struct
 import sys
+import types
 import zipfile
 import zlib
 from pathlib import Path
@@ -285,7 +286,7 @@ def test_names_in_a_zip_that_would_lose_a_picture_or_a_class_are_refused(names):
 def test_lines_and_tables_hold_any_name(capfd, monkeypatch):
     monkeypatch.setattr(fid, "save_stages", lambda *a, **k: None)
     fid.show("data/\udce9", sys.stdout)
-    fid.save_results(".", [dict(stage="post")], "of --data \udce9", ())
+    fid.save_results(types.SimpleNamespace(out=".", samples=8), [dict(stage="post")], "of --data \udce9", ())
     assert "udce9" in capfd.readouterr().out and "udce9" in Path("results.md").read_text()
 
 
@@ -500,7 +501,7 @@ def test_pictures_of_other_sizes_are_named_and_the_middle_square_is_taken():
     for path in as_folder_and_zip(files):
         with pytest.raises(fid.DataError) as error:
             fid.load_images(path)
-        one_line(error, "b.png is (6, 4, 3), but a.png is (6, 5, 3)", "2 of 3")
+        one_line(error, "2 of 3 pictures are not (6, 5, 3)", "as a.png; b.png is (6, 4, 3); pass --res 4 or less")
         assert fid.load_images(path, 4).shape == (3, 3, 4, 4)
         with pytest.raises(fid.DataError, match="b.png is 4x6, too small for --res 5.*1 of 3"):
             fid.load_images(path, 5)

@@ -124,10 +124,10 @@ def test_samples_depend_on_their_seed_alone_and_labels_are_as_named(road):
     net = script.build(c, state["model"], state["ema"], "post")
     f = script.make_sampler(c, net, 2)
     assert torch.allclose(f([5, 6, 7])[1], f([6])[0], atol=1e-5)
-    _, y, _ = script.class_prior(net, range(25), "balanced")
+    _, y, _ = script.prior(net, range(25), "balanced")
     assert y.argmax(1).tolist() == [s % 10 for s in range(25)]
-    x_T, y, _ = script.class_prior(net, range(200), "random")
-    assert len(set(y.argmax(1).tolist())) == 10 and torch.equal(x_T, script.class_prior(net, range(200), "balanced")[0])
+    x_T, y, _ = script.prior(net, range(200), "random")
+    assert len(set(y.argmax(1).tolist())) == 10 and torch.equal(x_T, script.prior(net, range(200), "balanced")[0])
 
 
 def test_dropout_of_the_student_is_at_16_pixels_and_below_of_the_teacher_everywhere():

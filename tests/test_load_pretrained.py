@@ -716,7 +716,8 @@ def test_every_form_of_a_file_draws_what_its_net_drew(here, family, form):
             (_, made, *_), = script.candidates(cfg)
         else:
             more = dict(edm=(None, (None, arguments)), edm2=(None, dict(teacher=(None, arguments))), dit=(arguments,), mmdit=())[family]
-            made = script.build(cfg, arguments, *script.first_weights(cfg, *more)[-2:])
+            weights, *_, name = script.first_weights(cfg, *more)
+            made = script.build(cfg, arguments, weights, name)
         want = script.build(cfg, arguments, net.state_dict())
         assert torch.equal(answer(made, family), answer(want, family)), argv
 

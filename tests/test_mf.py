@@ -405,10 +405,10 @@ def test_samples_depend_on_their_seed_alone_and_labels_are_as_named(road):
     net = script.build(cfg(*TINY), state["model"], state["ema"], "post")
     f = script.make_sampler(cfg("--labels", "random"), net, 2)
     assert torch.allclose(f([5, 6, 7])[1], f([6])[0], atol=1e-5)
-    assert script.noise_and_labels(net, range(25), "balanced")[1].tolist() == [s % 10 for s in range(25)]
-    z, y = script.noise_and_labels(net, range(200), "random")
-    assert len(set(y.tolist())) == 10 and torch.equal(z, script.noise_and_labels(net, range(200), "balanced")[0])
-    z, y = script.noise_and_labels(net, [3], "balanced")
+    assert script.prior(net, range(25), "balanced")[1].tolist() == [s % 10 for s in range(25)]
+    z, y = script.prior(net, range(200), "random")
+    assert len(set(y.tolist())) == 10 and torch.equal(z, script.prior(net, range(200), "balanced")[0])
+    z, y = script.prior(net, [3], "balanced")
     t = torch.ones(1)
     with torch.no_grad():
         assert torch.equal(script.make_sampler(cfg(), net, 1)([3]), z - net(z, t, 0 * t, y))
@@ -477,9 +477,9 @@ def test_encoded_shards_resume_and_are_read_back(monkeypatch, capsys):
     image = np.asarray(fid.crop(Image.open("src/n01/3.png"), 256)).astype(np.float32) / 127.5 - 1
     mean = torch.nn.functional.avg_pool2d(torch.from_numpy(image).permute(2, 0, 1)[None], 8)
     assert torch.allclose(raw[0, :3], mean[0], atol=1e-3) and torch.allclose(raw[1, :3], mean[0].flip(2), atol=1e-3)
-    x = script.to_latents(raw, torch.ones(2, 4, 32, 32))
+    x = script.to_input(raw, torch.ones(2, 4, 32, 32))
     assert torch.allclose(x, 0.18215 * (raw[:, :4] + 0.125))
-    assert torch.allclose(script.decoded(script.parse(["--data", "lat"]), x)[:, :, ::8, ::8], x[:, :3] / 0.18215)
+    assert torch.allclose(script.to_images(script.parse(["--data", "lat"]), x)[:, :, ::8, ::8], x[:, :3] / 0.18215)
     Path("lat/index.json").write_text(json.dumps({**index, "scale": 0.18125}))
     capsys.readouterr()
     exit_code, err = code(["--data", "lat", "--stage", "pretrain", "--out", "x"], capsys, main=script.main)
@@ -662,7 +662,7 @@ BAD = [
     ("--stage mid --teacher none.pt", 3, "none.pt: no such file"),
     ("--stage eval", 3, "no finished stage"),
     ("--stage encode --source nowhere", 2, "--data digits needs none"),
-    ("--data lat --stage encode --source nowhere", 3, "--source 'nowhere'"),
+    ("--data lat --stage encode --source nowhere", 3, "--source nowhere"),
     ("--stage post", 3, "run --stage mid first"),
     ("--stage post --mid none --post teacher", 3, "run --stage pretrain first"),
     ("--data imagenet --stage pretrain", 3, "imagenet256-sd"),

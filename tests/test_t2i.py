@@ -169,14 +169,14 @@ def test_teacher_is_guided_by_two_inside_the_interval_and_never_for_the_null_cap
         return plain + scale * (own - plain)
     with torch.no_grad():
         for t, r, scales in ((0.7, 0.5, (2, 2)), (0.9, 0.5, (1, 2)), (0.5, 0.2, (2, 1)), (0.25, 0.0, (1, 1))):
-            states, velocity = script.rollout_text(c, net, z, text, null, torch.tensor([t, r]).double())
+            states, velocity = script.rollout(c, net, z, text, null, torch.tensor([t, r]).double())
             first = v(z, t, scales[0])
             mean = (first + v(z - (t - r) * first, r, scales[1])) / 2
             assert torch.allclose(velocity[0], mean) and torch.allclose(states[1], z - (t - r) * mean)
             first = v(z, t, 0)
             assert torch.allclose(velocity[0][drop], ((first + v(z - (t - r) * first, r, 0)) / 2)[drop])
         two, t = tiny(), torch.full((16,), 0.7).double()     # guidance is part of a Mean Flow: one call, no more
-        _, velocity = script.rollout_text(c, two, z, text, null, torch.tensor([0.7, 0.0]).double())
+        _, velocity = script.rollout(c, two, z, text, null, torch.tensor([0.7, 0.0]).double())
         assert torch.equal(velocity[0], two(z, t, text, 0 * t, repa=False))
     xl = script.parse(["--post", "xl", "--stage", "post"])
     assert (xl.omega, xl.kappa) == (0.2, 0.9) and xl.omega / (1 - xl.kappa) == pytest.approx(2)
@@ -206,7 +206,7 @@ def test_student_starts_as_the_teacher_for_every_r(road):
     c = cfg(*TINY, "--stage", "mid", "--out", road)
     state, model = script.teacher_state(c)
     teacher = script.build(c, model, state)
-    net = script.build(c, script.net_arguments(c, images, 32), *script.first_weights(c), train=True)
+    net = script.build(c, script.model_size(c, images, 32), *script.first_weights(c), train=True)
     z, t, text = torch.randn(4, 1, 8, 8), torch.rand(4), encoder(encoder.ids(["the digit two"] * 4))
     assert torch.allclose(net(z, t, text, t / 3)[0], teacher(z, t, text)[0], atol=1e-6)
     c = cfg(*TINY, "--stage", "post", "--out", road, "--steps", 3)
@@ -360,7 +360,7 @@ def test_prompts_make_a_picture_for_each_caption_and_seed(road):
         for k in ("teacher_3", "mid_1", "post_2"):
             names = sorted(p.name for p in (road / f"samples/{k}").iterdir())
             assert names == [f"{c}_{s:06d}.png" for c in ("a-purple-elephant", "the-digit-seven") for s in (3, 4, 5)]
-            assert Image.open(road / f"samples_{k}.png").size[0] >= 900
+            assert Image.open(road / f"samples_{k}step_prompts.png").size[0] >= 900
     c = cfg(*TINY, "--stage", "sample", "--init", road / "post.pt", "--out", "x")
     (_, net, kinds, _), = script.candidates(c)
     assert kinds == {1: 1, 2: 2} and len(script.given_prompts(c)) == 8
@@ -457,7 +457,7 @@ def test_encoded_shards_resume_and_are_read_back(coco, capsys):
     mean = torch.nn.functional.avg_pool2d(x[None] / 127.5 - 1, 32)[0]
     assert torch.allclose(raw[1, :3], mean, atol=1e-3) and (raw[:, 4:] == 0.125).all() and tokens.shape == (2, 16, 3)
     noise = torch.randn(2, 4, 8, 8)                      # each visit draws its own latent
-    assert torch.allclose(script.to_latents(raw, noise), 0.18215 * (raw[:, :4] + 0.125 * noise))
+    assert torch.allclose(script.to_input(raw, noise), 0.18215 * (raw[:, :4] + 0.125 * noise))
     expected = clip.ids(["train2014 5 says 0", "train2014 0 says 4"])
     assert torch.equal(words, expected)
     assert torch.allclose(clip(words), clip(expected), atol=2e-3) and clip(data.null[None]).shape == (1, 77, 6)
@@ -691,7 +691,7 @@ def test_default_net_has_the_size_of_the_paper():
     images = types.SimpleNamespace(shape=(4, 32, 32), read=lambda i, p: [0, tokens])
     count = []
     for flags in ([], ["--repa", "0"]):
-        model = script.net_arguments(script.parse(["--stage", "pretrain", *flags]), images, 768)
+        model = script.model_size(script.parse(["--stage", "pretrain", *flags]), images, 768)
         with torch.device("meta"):
             count.append(sum(p.numel() for p in nets.MMDiT(**model).parameters()) / 1e6)
     assert count[1] == pytest.approx(505.07, abs=0.005) and count[0] - count[1] == pytest.approx(7.34, abs=0.005)
@@ -717,8 +717,8 @@ BAD = [
     ("--stage mid --teacher none.pt", 3, "none.pt: no such file"),
     ("--stage eval", 3, "no finished stage"),
     ("--stage sample", 3, "no finished stage"),
-    ("--data coco --stage encode --source nowhere", 3, "--source 'nowhere' holds no annotations/captions_train2014.json"),
-    ("--data coco --stage encode", 3, "--source '' holds no annotations"),
+    ("--data coco --stage encode --source nowhere", 3, "--source nowhere holds no annotations/captions_train2014.json"),
+    ("--data coco --stage encode", 3, "--source FOLDER holds no annotations"),
     ("--stage post", 3, "run --stage mid first"),
     ("--data coco --stage pretrain", 3, "coco256-sd is not there"),
     ("--data ./none --stage pretrain", 3, "none is not there"),

@@ -88,7 +88,7 @@ def test_the_teacher_runs_in_the_precision_of_the_student(road, monkeypatch):
 def test_student_of_post_starts_from_the_ema_of_mid(road, tmp_path):
     cfg = script.parse([*TINY, "--stage", "post", "--out", str(road), "--steps", "3"])
     ema = torch.load(road / "mid.pt", weights_only=True)["ema"]
-    _, state, what = script.first_weights(cfg, None)
+    state, _, what = script.first_weights(cfg, None)
     assert all(torch.equal(v, ema[k]) for k, v in state.items()) and what.endswith("mid.pt")
 
 
@@ -106,13 +106,15 @@ def test_every_readme_command_on_digits_runs(road, scripts):
     from test_house import ALL, README
     tiny = ["--steps", "2", "--samples", "8", "--trajectories", "4", "--batch", "16", "--nfe", "4"]
     lines = sorted((c for c in ALL if scripts in c and "--data digits" in c and c in README), key=len)
+    variants = re.findall("`(.*?)`", " ".join(re.search(r"\*\*Variants\*\*(.*?)fixed step", README, re.S)[1].split()))
+    lines += [f"{lines[-1].split('--out')[0]} {flags} --out out/{k}" for k, flags in enumerate(variants)]
     for line in lines:
         _, name, *flags = shlex.split(line)
         known = {f"--{f.name}" for f in fields(importlib.import_module(name[:-3]).Config)}
         mine = [word for flag, value in zip(tiny[::2], tiny[1::2]) if flag in known for word in (flag, value)]
         mine += ["--vgg.steps", "2"] * (name == "train_cmt_imagenet.py")
         importlib.import_module(name[:-3]).main([*flags, *mine])
-    assert len(lines) >= 9 and len(list(Path("out").glob("*/results.md"))) >= 6
+    assert len(lines) >= 8 and len(list(Path("out").glob("*/results.md"))) >= 8
     scored = subprocess.run([sys.executable, "fid.py", "--features", "digits", "assets/digits.png", "assets/digits.png"],
                             cwd=ROOT, capture_output=True, text=True)
     assert scored.returncode == 0 and "FD-digits 0.0000" in scored.stdout
@@ -314,7 +316,7 @@ def test_own_images_offline_give_pictures_and_no_score(monkeypatch, capsys):
     monkeypatch.setenv("CMT_OFFLINE", "1")
     tiny = "--data own.zip --batch 4 --nfe 2 --trajectories 2 --loss huber --steps 1 --out x".split()
     script.main(tiny)
-    assert re.search("no score.*inception.*https.*CMT_OFFLINE", capsys.readouterr().out) and os.path.exists("x/stages.png")
+    assert re.search("warning: pictures will be drawn, but not scored.*inception.*https.*CMT_OFFLINE", (said := capsys.readouterr()).err) and "not scored; open" in said.out and os.path.exists("x/stages.png")
     assert not os.path.exists("x/results.md")
     with pytest.raises(ValueError, match="inception.*CMT_OFFLINE.*cifar10"):
         script.fid.prefetch("cifar10")
@@ -329,14 +331,14 @@ def test_huber_c_is_the_constant_of_mid_training_too():
 
 def test_post_starts_from_init_file_where_it_is_named(road):
     cfg = script.parse([*TINY, "--stage", "post", "--out", str(road), "--init", str(road / "pretrain.pt")])
-    _, state, what = script.first_weights(cfg, None)
+    state, _, what = script.first_weights(cfg, None)
     assert what.endswith("pretrain.pt") and torch.equal(
         state["model.map_layer0.weight"], nets.load_checkpoint(str(road / "pretrain.pt"))["ema"]["model.map_layer0.weight"])
 
 
 # ---- bad input -----------------------------------------------------------------------------------
 BAD = [  # (command line, exit code, what the line must say)
-    ("--dat digits", 2, "unrecognized arguments: --dat digits; --help lists every flag"),
+    ("--dat digits", 2, "unrecognized arguments: --dat digits; did you mean --data? --help lists every flag"),
     ("--data digits --batch ten", 2, "--batch"),
     ("--data digits --mid best", 2, "choose from"),
     ("--data digits --lr -1", 2, "--lr -1.0 is not possible"),
@@ -345,7 +347,7 @@ BAD = [  # (command line, exit code, what the line must say)
     ("--data digits --seeds 5-3", 2, "--seeds 5-3 is not possible; write 7, 0-63 or 7-997:10"),
     ("--data digits --seeds -5", 2, "--seeds -5 is not possible"),
     ("--data digits --seeds \u00b2", 2, "--seeds \u00b2 is not possible"),
-    ("--data digits --steps 1e4", 2, "--steps: invalid int value: '1e4'"),
+    ("--data digits --steps 1e4", 2, "--steps: not a whole number: '1e4'"),
     ("--data digits --steps=0", 2, "--steps 0 is not possible"),
     ("--data digits --lr nan", 2, "--lr nan is not possible"),
     ("--data digits --batch", 2, "--batch: expected one argument"),
@@ -532,7 +534,7 @@ def test_a_flag_behind_a_stage_is_that_stages_alone(name, capsys):
     other = __import__(name)
     argv = ["--data", "digits", "--lr", "0.5", "--mid.lr", "0.25", "--post.steps=7", "--eval.samples", "9"]
     given = {stage: other.parse([*argv, "--stage", stage]) for stage in other.STAGES}
-    named = getattr(other, "NAMED", {})
+    named = getattr(other, "NEED_STAGE", {})
     assert {s: c.lr for s, c in given.items() if s not in named} == {
         s: 0.25 if s == "mid" else 0.5 for s in other.STAGES if s not in named}
     assert all(given[s].lr == other.parse(["--data", "digits", "--stage", s]).lr for s in named)

@@ -1560,7 +1560,8 @@ def save_sheet(path, rows, caption, header=(), block=0):
     heights = [max(h * zoom, height) + gap for *_, height in labels]
     heights = [height + 4 * gap * (block > 0 and k % block == 0) for k, height in enumerate(heights, 1)]
     width = max(1800, left + n * cell + gap, words[1] + 4 * gap)
-    picture = Image.new("RGB", (width, top + sum(heights) + words[2] + 5 * gap), "white")
+    mode = "L" if all(x.shape[1] == 1 for _, x in rows) else "RGB"
+    picture = Image.new(mode, (width, top + sum(heights) + words[2] + 5 * gap), "white")
     write, y = functools.partial(ImageDraw.Draw(picture).multiline_text, fill="black", font=font), top
     write((2 * gap, top - gap), corner[0], anchor="ld")
     for k, (text, *_) in enumerate(heads[1:]):
@@ -1570,8 +1571,8 @@ def save_sheet(path, rows, caption, header=(), block=0):
         x = x[:, :3] / (2 * x.std() + 1e-9) if x.shape[1] == 4 else x.expand(-1, 3, -1, -1)
         write((2 * gap, y + max(h * zoom, high) // 2), text, anchor="lm")
         for k, image in enumerate(to_uint8(x).permute(0, 2, 3, 1).numpy()):
-            image = Image.fromarray(image).resize((w * zoom, h * zoom), Image.Resampling.BICUBIC)
-            picture.paste(image, (left + k * cell, y))
+            image = Image.fromarray(image).convert(mode)
+            picture.paste(image.resize((w * zoom, h * zoom), Image.Resampling.BICUBIC), (left + k * cell, y))
         y += height
     write((2 * gap, y + gap), words[0])
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)

@@ -688,8 +688,8 @@ def sheet_of(path, rows, caption="", **more):
     """The sheet as saved: uint8 (H, W, 3)."""
     fid.save_sheet(str(path / "sheet.png"), rows, caption, **more)
     image = Image.open(path / "sheet.png")
-    assert image.mode == "RGB" and image.width >= 1800
-    return np.asarray(image)
+    assert image.mode == ("L" if rows[0][1].shape[1] == 1 else "RGB") and image.width >= 1800
+    return np.asarray(image.convert("RGB"))
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8, 8), (3, 32, 32), (4, 16, 16), (3, 128, 128), (3, 512, 512)])
@@ -770,6 +770,22 @@ def test_a_stage_that_has_just_begun_is_a_dot(tmp_path):
     fid.save_chart(path := str(tmp_path / "chart.png"), {"loss": {"pretrain": long, "mid": [(50, 4.0)]}}, "words")
     plot = np.asarray(Image.open(path))[80:540, 160:1600]                      # without the legend
     assert (plot == ink).all(-1).sum() > 20
+
+
+def test_a_stage_has_one_colour_whoever_is_beside_it():
+    alone, both = fid.colours_of(["post"]), fid.colours_of(["pretrain", "mid", "post"])
+    assert alone["post"] == both["post"] and len({*both.values()}) == 3
+
+
+def test_of_a_long_trajectory_every_second_state_is_drawn(tmp_path, monkeypatch):
+    """Nine columns, the first state and the end among them; of a short one all."""
+    monkeypatch.setattr(fid, "save_sheet", lambda path, rows, caption, header, block: drawn.append((rows, header)))
+    drawn, x = [], torch.arange(17.0).view(17, 1, 1, 1, 1).expand(-1, 2, 1, 8, 8)
+    fid.save_trajectory("", x, torch.linspace(80, 0, 17), {"mid": lambda x, level: x})
+    fid.save_trajectory("", x[:8], torch.linspace(1, 0, 8), {})
+    (rows, header), (short, _) = drawn
+    assert [len(images) for _, images in rows] == [9] * 4 and header[1:] == "80 70 60 50 40 30 20 10".split() + ["the end\n0"]
+    assert rows[1][0] == "after mid-training,\n1-step error 16.00" and len(short[0][1]) == 8
 
 
 def test_curves_of_one_method_share_a_colour():

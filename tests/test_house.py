@@ -40,8 +40,8 @@ OWN = {"Config", "load_data", "data_name", "check", "teacher_pairs", "make_sampl
 #   the sheet with and without mid-training; nets: text, a .zip and another script's file as weights are named as what they are; batch norm;
 # bench: a GPU without data, plan in narrow tables with a sum of each command, roofline, a step at full size; claims: Mean Flow's roads on photos, refusals in a line.
 BUDGET = {"train_cmt_cifar.py": 658, "train_cmt_imagenet.py": 895, "train_mf_imagenet256.py": 855,
-          "train_t2i_coco.py": 1066, "nets.py": 1841, "fid.py": 2099, "solvers.py": 202, "bench.py": 951,
-          "claims.py": 572, "README.md": 240}
+          "train_t2i_coco.py": 1066, "nets.py": 1841, "fid.py": 2100, "solvers.py": 199, "bench.py": 951,
+          "claims.py": 571, "README.md": 240}
 FLAGS = {"train_cmt_cifar.py": 35, "train_cmt_imagenet.py": 42, "train_mf_imagenet256.py": 42, "train_t2i_coco.py": 43}
 README = (ROOT / "README.md").read_text()
 DOCS = {p.name: p.read_text() for p in sorted((ROOT / "docs").glob("*.md"))}

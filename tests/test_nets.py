@@ -172,3 +172,11 @@ def test_gradient_reaches_the_image_and_not_the_lpips_weights(lpips):
     a = images()[0].requires_grad_()
     lpips[1](a, images()[1]).sum().backward()
     assert a.grad.abs().sum() > 0 and all(p.grad is None for p in lpips[1].parameters())
+
+
+def test_batch_norm_is_refused_and_other_nets_have_no_dropout_masks():
+    """Its averages are no weights: the EMA and other processes would not see them, and nobody would say so."""
+    own = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2))
+    with pytest.raises(nets.WeightsError, match="batch norm.*use group norm"):
+        nets.flatten(own)
+    assert nets.dropout_masks(own[0], range(4)) is None and len(nets.flatten(own[0])[0]) == 20

@@ -211,7 +211,7 @@ def plot(args, device):
             script.fail(3, f"plot: {run}/metrics.jsonl {what}; name the folder of a run")
         for m in steps:
             for key in fid.CURVES:
-                panel = panels.setdefault(f"{m['stage']}: {fid.CURVES[key]}", {})
+                panel = panels.setdefault(f"{fid.STAGES[m['stage']]}: {fid.CURVES[key]}", {})
                 panel.setdefault(run, []).append((m["images"], m.get(key, 0)))
     os.makedirs(args.out, exist_ok=True)
     fid.save_chart(f"{args.out}/plot.png", panels,
@@ -253,12 +253,12 @@ def curves(args, device):
     level, images = score(script.build(cfg, model, weights), 0)
     shown.append(("teacher", cfg.nfe, images))
     rows.append({"stage": "teacher", f"{cfg.nfe}-step FD-digits": f"{level:.2f}"})
-    for name, calls in {"with mid-training": [PIXELS, HUBER],
-                        "without mid-training": [f"{ANNEALED} --huber_c 0.06"]}.items():
+    for name, calls in {"mid- and post-training": [PIXELS, HUBER],
+                        "post-training alone": [f"{ANNEALED} --huber_c 0.06"]}.items():
         folder, seen = f"{args.out}/{name.replace(' ', '_')}", 0
         flags, every = ["--data", "digits", "--teacher", args.net, "--out", folder], []
         for call in calls:
-            marks |= {seen: "mid-training ends"} if seen else {}
+            marks |= {seen: "mid-training ends, post-training begins"} if seen else {}
             with kept_checkpoints(folder) as kept:
                 script.main([*flags, *call.split(), "--save_every", "150", "--log_every", "1"])
             for state in kept:
@@ -279,9 +279,9 @@ def curves(args, device):
     scores["teacher, 16 steps"] = [(0, level), (seen, level)]
     norms = dict(sorted(norms.items(), key=lambda item: "every step" in item[0]))     # the medians on top
     fid.save_stages(args.out, shown, (), rows)
-    caption = ("Images (or pairs) trained on, those of the teacher not counted, seed 0. With mid-training: "
-               "CMT, then ECT. Without: ECT alone, which halves its step in time, t - r, again and again; "
-               "the smaller the step, the larger the gradient. Loss of both: pseudo-Huber.")
+    caption = ("Images (or pairs) trained on, those of the teacher not counted, seed 0. Blue: CMT, then ECT, "
+               "which begins at its finest step in time, t - r. Red: ECT alone, which halves that step again "
+               "and again. The finer it is, the larger the gradient. Loss of both: pseudo-Huber.")
     for picture, title, lines in ("curve", "FD-digits, lower is better", scores), (
             "norms", "gradient norm: every step, and the median of 25", norms):
         fid.save_chart(f"{args.out}/{picture}.png", {title: lines}, caption, marks=marks)
@@ -393,16 +393,18 @@ def photos(args, device):
             for kind, steps in [(0, cfg.nfe)] if row == "teacher" else [(1, 1), (2, 2)]:
                 sampler = script.make_sampler(cfg, net, kind)
                 found.append(fid.score(sampler, features, reference, n)[0])
-                shown.append((f"{fid.net_label(row, steps)}, {found[-1]}", sampler(range(12))))
+                shown.append((f"{fid.net_label(row, steps)}, FD-photos {found[-1]}", sampler(range(12))))
             print(f"| {row} | {seed} | {' / '.join(found)} | {state['seconds']:.0f} |", flush=True)
-            fid.save_sheet(f"{args.out}/{seed}/photos.png", [*shown, real], "Each column starts from one "
-                           "noise that every net turns into a photo. At the left: steps, and FD-photos, a "
-                           "Frechet distance to the real photos by a small net's features; lower is better.")
+            caption = ("Each column starts from one noise that every net turns into a photo (the real ones "
+                       "belong to no noise). CMT: mid-training. ECT: post-training, from CMT's weights or "
+                       f"alone. FD-photos: Frechet distance of {n:,} images to the real ones, by features of "
+                       f"a small net; lower is better. Seed {seed}.")
+            fid.save_sheet(f"{args.out}/{seed}/photos.png", [*shown, real], caption)
 
 
 FM = "--pretrain fm --weak SIZE --init sit"           # SIZE: --size, of student and flow-matching teacher
 CAPTION = ("FD-photos against CPU seconds, lower is better. The seconds include the training of a road's "
-           "teacher, which has no curve. Dots: what was scored.")
+           "teacher, which has no curve. Dots: the checkpoints that were scored.")
 ROADS = {  # road: the road whose teacher it goes on from, its calls, laid over the settings of digits
     "flow matching": ("", ["--stage pretrain --pretrain fm --weak SIZE --steps 320"]),
     "weak Mean Flow": ("", ["--stage pretrain --weak 2x64x3 --steps 800"]),
@@ -450,9 +452,8 @@ def roads(args, device):
                 stage = f"{state['cfg']['stage']}, {state['step']}"
                 print(f"| {road} | {seed} | {stage} | {seconds:.0f} | {scores} |", flush=True)
                 if ROADS[road][0] or "scratch" in road:
-                    whole, mid = (curves.setdefault(name, []) for name in (road, f"{road}, mid-training"))
-                    for curve in (mid, whole) if state["cfg"]["stage"] == "mid" else (whole,):
-                        curve.append((seconds, found[0]))
+                    post, mid = (curves.setdefault(name, []) for name in (road, f"{road}, mid-training"))
+                    (mid if state["cfg"]["stage"] == "mid" else post).append((seconds, found[0]))
     fid.save_chart(f"{args.out}/roads.png", panels, CAPTION, "CPU seconds")
 
 

@@ -1616,7 +1616,8 @@ def save_stages(out, shown, names=(), table=(), samples=2_000):
     caption = (f"Each {line} starts from one noise, which every net turns into an image in the steps named; "
                "a second step may change what the first one drew.")
     caption += f" Scores: Frechet distance of {samples:,} images to the data, lower is better." * bool(table)
-    real = " Real digits are for comparison; one half of them, 900, scores 0.78 against the other half."
+    real = (" Real digits are for comparison. One half of them, 900, scores 0.78 against the other half; of "
+            "more images the score is lower, so this is no bound.")
     caption += real * ("real digits" in labels)
     save_sheet(f"{out}/stages.png", rows, caption, header)
 
@@ -1627,13 +1628,17 @@ def save_trajectory(out, states, levels, students, show=lambda x: x):
     states (N+1, n, C, H, W) at levels (N+1,): sigma, or the time t of a flow. students: {net: f(x, levels) ->
     where it lands in one call}. show: a batch of states or answers -> images.
     """
-    shown = slice(None, None, max(1, (len(states) - 1) // 8))            # of 17 states every second one
-    states, levels = states[shown], levels[shown]
+    wide = levels.clamp(min=1).to(states).view(-1, 1, 1, 1, 1)
+    moved = (states / wide).diff(dim=0).flatten(1).norm(dim=1).cumsum(0)     # of many states nine are shown
+    evenly = torch.searchsorted(moved, torch.linspace(0, moved[-1].item(), 9).to(moved)[1:-1]) + 1
+    some = sorted({0, *evenly.tolist(), len(states) - 1}) if len(states) > 9 else range(len(states))
+    states, levels, wide = states[some], levels[some], wide[some]
+    apart = (states[-1] - states[-1].roll(1, 0)).square().mean().sqrt()
     at = [(x, level.expand(len(x))) for x, level in zip(states, levels.to(states))]
     answers = {name: torch.stack([f(*pair) for pair in at]) for name, f in students.items()}
-    rows, wide = [], levels.clamp(min=1).to(states).view(-1, 1, 1, 1)
+    rows = []
     for j in range(states.shape[1]):
-        rows.append((f"noise {j + 1}\nstates of the teacher", show(states[:, j] / wide)))     # at unit scale
+        rows.append((f"noise {j + 1}\nstates of the teacher", show((states / wide)[:, j])))   # at unit scale
         for net, x in answers.items():
             off = (x[0, j] - states[-1, j]).square().mean().sqrt().item()
             rows.append((f"{NAMES.get(net, net)},\n1-step error {off:.2f}", show(x[:, j])))
@@ -1641,7 +1646,8 @@ def save_trajectory(out, states, levels, students, show=lambda x: x):
                "its states: the image that the student answers with when it is shown this state, in one "
                "call. The better it has learned, the less the answers of a row differ. 1-step error: of the "
                "first answer, which is a sample in one step, against the teacher's end (root of the mean "
-               "square, pixels in [-1, 1]). Post-training, on real images, does not aim at that end."
+               f"square, pixels in [-1, 1]; between two of these ends {apart:.2f}). Post-training, on real "
+               "images, does not aim at that end. Shown are the states between which most changes."
                + " States above sigma 1 are shown divided by sigma." * bool(levels.max() > 1))
     header = ["noise level " + ("sigma" if levels.max() > 1 else "t")]
     header += [f"{level:.2g}" for level in levels[:-1].tolist()] + [f"the end\n{levels[-1]:.2g}"]
@@ -1652,7 +1658,7 @@ def ticks_of(low, high, firsts=(1, 2, 5)):
     """Round numbers from the last one below low to the first one above high; firsts: their first digits."""
     ticks = [m * 10.0**e for e in range(-9, 13) for m in firsts]
     return [t for below, t, above in zip([0, *ticks], ticks, [*ticks[1:], math.inf])
-            if above > low and below < high]
+            if above >= low and below <= high]
 
 
 def colours_of(names):
@@ -1676,7 +1682,7 @@ def save_chart(path, panels, caption, across="images", marks=(), joined=True):
               for title, curves in panels.items()}
     panels = {title: curves for title, curves in panels.items() if curves}
     colours = colours_of([*dict.fromkeys(name for curves in panels.values() for name in curves)])
-    left, right = 160, max((boxed(name, 40, font)[1] for name in (*colours, across))) + 110
+    left, right = 160, round(max(map(font.getlength, (*colours, across)))) + 110
     words = boxed(caption, 115, font)
     picture = Image.new("RGB", (width, height * len(panels) + words[2] + 40), "white")
     pen = ImageDraw.Draw(picture)
@@ -1710,9 +1716,12 @@ def save_chart(path, panels, caption, across="images", marks=(), joined=True):
         for row, (name, points) in reversed([*enumerate(curves.items())]):       # the first one on top
             dots = [(2 * x, 2 * (y - k * height)) for x, y in (at(*p) for p in points)]
             ink = Image.new("L", (2 * width, 2 * height))                    # twice as large: smooth
-            if joined and len(dots) > 1:
+            level = len(dots) == 2 and dots[0][1] == dots[1][1]              # a line to compare with: dashes
+            for x in range(int(dots[0][0]), int(dots[1][0]), 60) if level else ():
+                ImageDraw.Draw(ink).line((x, dots[0][1], x + 36, dots[0][1]), 255, 8)
+            if joined and len(dots) > 1 and not level:
                 ImageDraw.Draw(ink).line(dots, 255, 8, joint="curve")
-            for x, y in dots if few or len(dots) == 1 or not joined else ():
+            for x, y in dots if (few or len(dots) == 1 or not joined) and not level else ():
                 ImageDraw.Draw(ink).ellipse((x - 16, y - 16, x + 16, y + 16), 255)
             picture.paste(colours[name], (0, k * height), ink.resize((width, height), Image.Resampling.BOX))
             pen.text((width - right + 40, top + 44 * row), STAGES.get(name, name), colours[name], font, "lt")
@@ -1905,7 +1914,8 @@ def dry_run(home, argv, configs):
     return next(iter(codes.values()), 0)
 
 
-CURVES = {"loss": "loss", "grad": "gradient norm", "mse_gap1": "square error of u, samples with t - r <= 1/4"}
+CURVES = {"loss": "loss", "grad": "gradient norm",
+          "mse_gap1": "square error of the velocity, time gaps up to 1/4"}
 
 
 def save_curve(out):
@@ -1935,10 +1945,10 @@ def save_preview(cfg, tally, stop, sampler):
     save_curve(cfg.out)
     if sampler and not stop:
         images = draw_in(30, sampler, range(64), cfg.batch_gpu or 64)
+        how = "by its solver" if cfg.stage == "pretrain" else "in one step"
         save_seeds(f"{cfg.out}/previews/{cfg.stage}_{done:07d}.png", images, range(64),
-                   f"{STAGES[cfg.stage]}, after {done:,} steps: what the net, averaged over its last steps, "
-                   f"draws {'by its solver' if cfg.stage == 'pretrain' else 'in one step'} from noises, and "
-                   "of classes or captions, that are the same in every preview.")
+                   f"{STAGES[cfg.stage]}, after {done:,} of {cfg.steps:,} steps: samples of the averaged "
+                   f"net, drawn {how}, of the same seeds in every preview.")
     tally["clock"] = time.time()                             # saving is no training
 
 

@@ -1168,7 +1168,7 @@ def make(network, model, what, **more):
         kind = ", ".join([*map(str, model)][:5])
         why = f"but one with {kind}{reason}; pass weights of this script's network" if model else \
             "these are weights alone, of no size in nets.SIZES; pass the .pt or .pkl of its training"
-        raise WeightsError(f"{what}: no {network.__name__}, {why}") from e
+        raise WeightsError(f"{what or 'model_size'}: no {network.__name__}, {why}") from e
 
 
 HIDDEN = ("num_heads", "channels_per_head", "sigma_data", "label_balance", "concat_balance", "res_balance",

@@ -303,7 +303,7 @@ def launch(cfg):
         DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(DEVICE)
         torch.backends.cudnn.benchmark = True
-    if cfg.data == "digits":                          # small nets on many threads wait for each other
+    if cfg.data == "digits":                          # many threads only slow a small net down
         torch.set_num_threads(1)
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo", timeout=TIMEOUT)
@@ -335,9 +335,9 @@ def resume(cfg):
 def rectify(opt, lr, t):
     """Make the t-th step of Adam, from 1, one of RAdam (Liu et al. 2020, Algorithm 2), by its rate and eps.
 
-    RAdam is Adam at rate r_t lr once the variance of v is known, as rho_t > 5 says. Before, it is momentum
-    alone: eps is so large then that v does not count, and the rate makes up for it. Torch's fused Adam passes
-    over the weights once, its RAdam several times.
+    Up to rho_t = 5 the variance v is not trusted, and the step is lr m: Adam makes it with an eps so large
+    that v does not count, at a rate of lr eps. From then on it is Adam at rate r_t lr. Torch's fused Adam
+    passes over the weights once, its RAdam several times.
     """
     beta = opt.param_groups[0]["betas"][1]
     end = 2 / (1 - beta) - 1                          # of rho_t as t grows
@@ -383,6 +383,7 @@ def check(cfg):
     """Everything that would stop this stage, before any stage starts: values (exit code 2), files (3)."""
     needless = has_teacher(cfg) if cfg.stage == "pretrain" else (cfg.stage, cfg.mid) == ("mid", "none")
     trains = cfg.stage not in RUN and not needless
+    begins = not os.path.exists(f"{cfg.out}/{cfg.stage}.pt")
     fid.check_values(cfg, LIMITS, WORLD if trains else 0)
     if cfg.res and cfg.res != (side := dict(cifar10=32, ffhq=64, afhqv2=64).get(cfg.data, cfg.res)):
         fail(2, f"--res {cfg.res}: --data {cfg.data} has {side}x{side} pixels; leave --res out")
@@ -395,14 +396,13 @@ def check(cfg):
         digits = cfg.data == "digits"
         if digits or data_name(cfg) == "own" and os.path.exists(cfg.data):
             side, _, channels = (8, 8, 1) if digits else fid.image_shape(cfg.data, cfg.res)
-            if has_teacher(cfg) and not os.path.exists(f"{cfg.out}/mid.pt"):
+            if has_teacher(cfg) and begins:
                 shape = dict(img_channels=channels, img_resolution=side)
                 fid.check_teacher(cfg, nets.finished, teacher_state, None, shape)
             if cfg.loss == "lpips" and (channels != 3 or side < 16):
                 fail(2, f"--loss lpips needs 3x16x16 at least, not {channels}x{side}x{side}; or --loss huber")
-        if cfg.loss == "lpips" and not os.path.exists(f"{cfg.out}/mid.pt"):
+        if cfg.loss == "lpips" and begins:
             nets.pretrained_lpips()                   # downloaded now
-    begins = not os.path.exists(f"{cfg.out}/{cfg.stage}.pt")
     if begins and trains and cfg.stage != "pretrain" and cfg.init not in INITS:
         candidates(cfg)                               # --init FILE: is it a net?
     if begins and needs_data(cfg):
@@ -497,9 +497,9 @@ def train(cfg):
     if needs_data(cfg):
         images = load_data(cfg)
         data = fid.stamp(images)
-        announce(f"{cfg.data}: {data}, each seen {cfg.steps * B / len(images):,.3g} times, no classes")
+        announce(f"{cfg.data}: {data}, each seen {cfg.steps * B / len(images):,.3g} times, unconditional")
         images = images.to(DEVICE)
-    asks_teacher = cfg.stage == "mid" or cfg.stage == "post" and cfg.post.startswith("ecd")
+    asks_teacher = cfg.stage == "mid" or cfg.stage == "post" and cfg.post in ("ecd", "ecd_euler")
     asked = teacher_state(cfg) if asks_teacher else None                      # (weights, arguments)
     data += f", teacher {nets.stamp(asked[0])}" if asked else ""
     same_data(ckpt, path, data)
@@ -521,7 +521,8 @@ def train(cfg):
     ckpt = asked = state = None                       # as large as the net, and needed no more
     shape = net.img_channels, net.img_resolution, net.img_resolution
     distance = make_distance(cfg, shape[0]) if cfg.stage == "mid" else None
-    sigmas, (n, pairs), share = solvers.logsnr_sigmas(cfg.nfe), solves(cfg), B // WORLD
+    sigmas, share = solvers.logsnr_sigmas(cfg.nfe), B // WORLD
+    n, pairs = solves(cfg)
     mine, micro = slice(RANK * share, (RANK + 1) * share), cfg.batch_gpu or share        # of a forward pass
     saved = dict(data=data, model=model, cfg=asdict(cfg), **fid.made_by(__file__))
     log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))
@@ -533,7 +534,7 @@ def train(cfg):
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         if cfg.stage == "mid":
             solve, at = divmod(step * B, pairs)                               # which solve, and where in it
-            if at == 0 or step == start:                                      # a solve feeds several steps
+            if at == 0 or step == start:          # a solve feeds several steps; resumed, it is solved again
                 g.manual_seed(fold(cfg.seed, "solve", solve))
                 if cfg.mid == "slow":
                     states, levels, x_0, owners = slow_pairs(teacher, sigmas, n, images, g)
@@ -547,7 +548,7 @@ def train(cfg):
             t = (cfg.P_mean + cfg.P_std * randn(B, g))[mine].exp()
             q = cfg.q ** (1 + step // cfg.double) if cfg.double else cfg.q
 
-        weight = micro / B * tally["scale"]                                   # scale: of fp16, else 1
+        part = micro / B * tally["scale"]                 # of the mean over the batch; scale: of fp16, else 1
         for k in range(0, share, micro):
             i, seed = slice(k, k + micro), fold(cfg.seed, cfg.stage, step, "dropout") + mine.start + k
             student = partial(f, masks=nets.dropout_masks(net, range(seed, seed + micro)))
@@ -558,12 +559,12 @@ def train(cfg):
                 loss = loss_cmt(student, x_t[i], t[i], ends, distance)                  # Eq. 7
             else:
                 r = ect_step(t[i], q)
-                x_t, x_r = (x[i] + s.view(-1, 1, 1, 1) * eps[i] for s in (t[i], r))   # same noise
+                noisy, less = (x[i] + s.view(-1, 1, 1, 1) * eps[i] for s in (t[i], r))          # same noise
                 if asks_teacher:                                              # frozen: no gradient
-                    x_r = solvers.ode_step(teacher, x_t, t[i], r, 1 if cfg.post == "ecd_euler" else 2)
-                loss = loss_ect(student, x_t, x_r, t[i], r, cfg.huber_c)                # Eq. 3
-            (loss * weight).backward()
-            loss_sum += loss.detach() * weight
+                    less = solvers.ode_step(teacher, noisy, t[i], r, 1 if cfg.post == "ecd_euler" else 2)
+                loss = loss_ect(student, noisy, less, t[i], r, cfg.huber_c)             # Eq. 3
+            (loss * part).backward()
+            loss_sum += loss.detach() * part
         norm, loss, stop = total(grad, tally["scale"])                        # the one wait of a step
         if math.isfinite(norm + loss):            # else: no step, and no trace of it in weights and moments
             opt.step()
@@ -592,7 +593,9 @@ def candidates(cfg):
         state, model = nets.load_pretrained(cfg.init)
         name = "init_" + os.path.basename(cfg.init).split(".")[0]
         return [(name, build(cfg, model, state, cfg.init), few, None)]
-    own, found = nets.finished(f"{cfg.out}/pretrain.pt") if cfg.teacher in ("", "scratch") else None, []
+    own, found = None, []
+    if cfg.teacher in ("", "scratch"):
+        own = nets.finished(f"{cfg.out}/pretrain.pt")
     if own or has_teacher(cfg):
         state, model = teacher_state(cfg)
         found = [("teacher", build(cfg, model, state, cfg.teacher or "the teacher"), {cfg.nfe: 0}, own)]

@@ -126,7 +126,7 @@ PRESETS = {  # (data, stage, method): matching rows are laid over each other, to
 ABOUT = {"pretrain": "stage 1 of 5, pre-training (EDM2): loss falls while the images improve; grad is level",
          "vgg": "stage 2 of 5, the VGG that measures in mid-training: its loss on labels falls to about 0",
          "mid": "stage 3 of 5, mid-training (Eq. 7): loss, distance to the teacher's ends, falls; grad too",
-         "post": "stage 4 of 5, post-training (Eq. 3): loss and grad, over a small step, soon stay level",
+         "post": "stage 4 of 5, post-training (Eq. 3, weight 1 / c_out^2): loss and grad soon stay level",
          "eval": "stage 5 of 5, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "teacher", "random"                        # other values of --init are a FILE
@@ -280,7 +280,8 @@ def encode_data(cfg):
 
     First as shards in <zip>.parts, then all in one file: for a while, twice its size is needed.
     """
-    parts = (target := encode_target(cfg)) + ".parts"
+    target = encode_target(cfg)
+    parts = f"{target}.parts"
     names, open_picture = fid.list_pictures(cfg.source)
     labels, _ = fid.read_labels(cfg.source, names) or (torch.zeros(len(names), dtype=torch.long), 1)
     vae, size = None, 3 * cfg.res**2
@@ -291,7 +292,7 @@ def encode_data(cfg):
         record["vae"] = vae.identity
 
     def read(name):
-        return np.asarray(fid.crop(fid.rgb(open_picture(name, exif=False)), cfg.res))      # not upright: EDM2
+        return np.asarray(fid.crop(fid.rgb(open_picture(name, exif=False)), cfg.res))      # EDM2 rotates none
 
     def encode(images):               # trap: EDM2 feeds [0, 1] where Stable Diffusion feeds [-1, 1]
         return [nets.encode_moments(vae, images.to(DEVICE).float() / 255) if vae else images]
@@ -308,12 +309,12 @@ def encode_data(cfg):
 def loss_edm2(net, x, sigma, eps, sigma_data=0.5):
     """EDM2 Eq. 21: denoising under a learned log variance u(sigma); sum over pixels, mean over images."""
     D_x, u = net(x + sigma.view(-1, 1, 1, 1) * eps, sigma, return_logvar=True)
-    weight = inverse_c_out(sigma, sigma_data).view(-1, 1, 1, 1)
+    weight = edm_weight(sigma, sigma_data).view(-1, 1, 1, 1)
     return (weight / u.exp() * (D_x - x) ** 2 + u).sum() / len(x)
 
 
-def inverse_c_out(sigma, sigma_data=0.5):
-    """1 / c_out^2 = (sigma^2 + sd^2) / (sigma sd)^2, (B,): EDM's weight, and ECT's on ImageNet."""
+def edm_weight(sigma, sigma_data=0.5):
+    """(sigma^2 + sd^2) / (sigma sd)^2 = 1 / c_out^2, (B,): EDM's weight, and ECT's on ImageNet."""
     return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
 
 
@@ -326,9 +327,9 @@ teacher_solver = solvers.dpmpp                        # of trajectories, and of 
 
 
 def solves(cfg):
-    """(n, pairs): trajectories of a solve (Slow CMT: at each level), and the pairs (state, end) they give."""
+    """(n, pairs): trajectories of a solve, and the pairs (state, end) that they give."""
     n = cfg.trajectories or cfg.batch // cfg.nfe
-    return (cfg.batch, cfg.batch) if cfg.mid == "kd" else (n, n * cfg.nfe)
+    return n, n * cfg.nfe
 
 
 @torch.no_grad()
@@ -499,7 +500,7 @@ def launch(cfg):
         DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(DEVICE)
         torch.backends.cudnn.benchmark = True
-    if cfg.data == "digits":                          # small nets on many threads wait for each other
+    if cfg.data == "digits":                          # many threads only slow a small net down
         torch.set_num_threads(1)
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo", timeout=TIMEOUT)
@@ -747,7 +748,8 @@ def train(cfg):
     shape = model["img_channels"], model["img_resolution"], model["img_resolution"]
     classes = model["label_dim"]
     distance = make_distance(cfg) if cfg.stage == "mid" else None
-    sigmas, (n, pairs), share = solvers.logsnr_sigmas(cfg.nfe), solves(cfg), B // WORLD
+    sigmas, share = solvers.logsnr_sigmas(cfg.nfe), B // WORLD
+    n, pairs = solves(cfg)
     mine, micro = slice(RANK * share, (RANK + 1) * share), cfg.batch_gpu or share        # of a forward pass
     reader = ThreadPoolExecutor(1)                    # it reads one step ahead
     ahead = reader.submit(read_batch, cfg, images, tally["step"]) if images else None
@@ -759,7 +761,7 @@ def train(cfg):
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         if cfg.stage == "mid":
             solve, at = divmod(step * B, pairs)                               # which solve, and where in it
-            if at == 0 or step == start:                                      # a solve feeds several steps
+            if at == 0 or step == start:          # a solve feeds several steps; resumed, it is solved again
                 g.manual_seed(fold(cfg.seed, "solve", solve))
                 states, levels, x_0, owners, y_0 = teacher_pairs(teacher, classes, sigmas, n, shape, g)
                 views = {} if cfg.ensemble == "none" else distance.draw(states, g)
@@ -773,7 +775,7 @@ def train(cfg):
             if cfg.stage == "vgg" and cfg.data == "digits":
                 x = x + vgg_noise(cfg, step, (B, *shape))[mine]
 
-        weight = micro / B * tally["scale"]                                   # scale: of fp16, else 1
+        part = micro / B * tally["scale"]                 # of the mean over the batch; scale: of fp16, else 1
         with nets.hoist(net, force=True):             # EDM2 Eq. 66: normalised once for all micro-batches
             for k in range(0, share, micro):
                 i, seed = slice(k, k + micro), fold(cfg.seed, cfg.stage, step, "dropout") + mine.start + k
@@ -784,20 +786,20 @@ def train(cfg):
                 elif cfg.stage == "vgg":
                     loss = loss_vgg(net, x[i], labels[i], seed)
                 elif cfg.stage == "post":
-                    r, c_out = ect_step(t[i], cfg.q), inverse_c_out(t[i], net.sigma_data)
+                    r, w = ect_step(t[i], cfg.q), edm_weight(t[i], net.sigma_data)
                     x_t, x_r = (x[i] + s.view(-1, 1, 1, 1) * eps[i] for s in (t[i], r))       # same noise
                     if teacher:                                               # ECD; frozen: no gradient
                         order, D_T = 1 if cfg.post == "ecd_euler" else 2, partial(teacher, class_labels=y[i])
                         x_r = solvers.ode_step(D_T, x_t, t[i], r, order)
-                    loss = loss_ect(student, x_t, x_r, t[i], r, cfg.huber_c, c_out)     # Eq. 3
+                    loss = loss_ect(student, x_t, x_r, t[i], r, cfg.huber_c, w)         # Eq. 3
                 elif views:
                     view = {name: v[at:at + B][mine][i] for name, v in views.items()}
                     loss = loss_cmt_views(student, x_t[i], t[i], x_0[owner[i]], distance, view)     # Eq. 7
                 else:
                     ends = [features[owner[i]] for features in target]
                     loss = loss_cmt(student, x_t[i], t[i], ends, distance)    # Eq. 7
-                (loss * weight).backward()
-                loss_sum += loss.detach() * weight
+                (loss * part).backward()
+                loss_sum += loss.detach() * part
         norm, loss, stop = total(grad, tally["scale"])                        # the one wait of a step
         if math.isfinite(norm + loss):            # else: no step, and no trace of it in weights and moments
             opt.step()
@@ -826,7 +828,9 @@ def candidates(cfg):
         state, model = nets.load_pretrained(cfg.init)
         name = "init_" + os.path.basename(cfg.init).split(".")[0]
         return [(name, build(cfg, model, state, cfg.init), few, None)]
-    own, found = nets.finished(f"{cfg.out}/pretrain.pt") if cfg.teacher in ("", "scratch") else None, []
+    own, found = None, []
+    if cfg.teacher in ("", "scratch"):
+        own = nets.finished(f"{cfg.out}/pretrain.pt")
     if own or has_teacher(cfg):
         state, model = teacher_state(cfg)
         steps = HEUN_STEPS if cfg.sampler == "heun" else cfg.nfe

@@ -337,6 +337,7 @@ def loss_mf(flow, z, v, t, r, y, guided, cfg):
 
     apart, nowhere = r < t, torch.zeros_like(guided)                              # apart: these need du/dt
     null_weight = 1 - cfg.omega - cfg.kappa
+    # target = v~ - (t - r) du/dt, in place; each list says which samples need one more term of it
     ask_null = places(guided if abs(null_weight) > 1e-9 else nowhere)             # u(z, t, t, null) is needed
     ask_own = places(guided & apart if cfg.kappa else nowhere)                    # u(z, t, t, y) is needed
     reuse_u = places(guided & ~apart if cfg.kappa else nowhere)                   # it is u(z, t, r, y)
@@ -489,7 +490,8 @@ def draw_sheets(cfg, found):
         teacher, times = found[0][1], torch.linspace(1, 0, cfg.nodes, dtype=torch.float64)
         z, y = prior(teacher, range(3), "balanced")
         states = rollout(cfg, teacher, z, y, times)[0]                               # (nodes, 3, C, H, W)
-        jumps = {name: lambda x, t, net=net: x - t[0] * net(x, t, t * 0, y) for name, net, *_ in found[1:]}
+        jumps = {name: lambda x, t, net=net: x - t[0] * net(x, t, t * 0, y)          # net=net: bound now
+                 for name, net, *_ in found[1:]}
         fid.save_trajectory(cfg.out, states, times, jumps, partial(to_images, cfg))
     return shown
 
@@ -512,7 +514,7 @@ def launch(cfg):
         DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(DEVICE)
         torch.backends.cudnn.benchmark = True
-    if cfg.data == "digits":                          # small nets on many threads wait for each other
+    if cfg.data == "digits":                          # many threads only slow a small net down
         torch.set_num_threads(1)
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo", timeout=TIMEOUT)
@@ -730,7 +732,7 @@ def train(cfg):
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         if cfg.stage == "mid":
             solve, at = divmod(step * B, pairs)                               # which solve, and where in it
-            if at == 0 or step == start:                                      # a solve feeds several steps
+            if at == 0 or step == start:          # a solve feeds several steps; resumed, it is solved again
                 g.manual_seed(fold(cfg.seed, "solve", solve))
                 solved = teacher_pairs(cfg, teacher, shape, g)
                 order = torch.randperm(pairs, generator=g, device=DEVICE)
@@ -743,7 +745,7 @@ def train(cfg):
             level = t.to(DEVICE, non_blocking=True).view(-1, 1, 1, 1)
             z, v = (1 - level) * x + level * eps, eps - x
 
-        weight = micro / B * tally["scale"]                                   # scale: of fp16, else 1
+        part = micro / B * tally["scale"]                 # of the mean over the batch; scale: of fp16, else 1
         for k in range(0, share, micro):
             i = slice(k, k + micro)
             if cfg.stage == "mid":
@@ -753,8 +755,8 @@ def train(cfg):
                     v[i] = teacher_velocity(cfg, teacher, z[i], level[i].view(-1), y[i], guided[i])
                     guided[i] = False
                 loss, square, _ = loss_mf(flow, z[i], v[i], t[i], r[i], y[i], guided[i], cfg)
-            (loss * weight).backward()
-            loss_sum += loss.detach() * weight
+            (loss * part).backward()
+            loss_sum += loss.detach() * part
             fid.add_errors(errors, square / z[0].numel(), (t - r)[i])
         norm, loss, stop = total(grad, tally["scale"])                        # the one wait of a step
         if math.isfinite(norm + loss):            # else: no step, and no trace of it in weights and moments

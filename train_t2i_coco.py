@@ -492,6 +492,7 @@ def loss_mf(flow, z, v, t, r, y, guided, cfg):
 
     apart, nowhere = r < t, torch.zeros_like(guided)                              # apart: these need du/dt
     null_weight = 1 - cfg.omega - cfg.kappa
+    # target = v~ - (t - r) du/dt, in place; each list says which samples need one more term of it
     ask_null = places(guided if abs(null_weight) > 1e-9 else nowhere)             # u(z, t, t, null) is needed
     ask_own = places(guided & apart if cfg.kappa else nowhere)                    # u(z, t, t, y) is needed
     reuse_u = places(guided & ~apart if cfg.kappa else nowhere)                   # it is u(z, t, r, y)
@@ -661,7 +662,7 @@ def launch(cfg):
         DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(DEVICE)
         torch.backends.cudnn.benchmark = True
-    if cfg.data == "digits":                          # small nets on many threads wait for each other
+    if cfg.data == "digits":                          # many threads only slow a small net down
         torch.set_num_threads(1)
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo", timeout=TIMEOUT)
@@ -754,8 +755,7 @@ def check(cfg):
 # ---- main -------------------------------------------------------------------------------------
 def left_out(cfg):
     """Whether --mid none leaves this stage out: pre-training too, unless post-training asks for its net."""
-    asked = cfg.init == "sit" or cfg.post == "teacher"
-    return cfg.mid == "none" and (cfg.stage == "mid" or cfg.stage == "pretrain" and not asked)
+    return cfg.mid == "none" and (cfg.stage == "mid" or cfg.stage == "pretrain" and cfg.init != "sit")
 
 
 def pairs_per_solve(cfg):
@@ -885,7 +885,7 @@ def train(cfg):
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         if cfg.stage == "mid":
             solve, at = divmod(step * B, pairs)                               # which solve, and where in it
-            if at == 0 or step == start:                                      # a solve feeds several steps
+            if at == 0 or step == start:          # a solve feeds several steps; resumed, it is solved again
                 g.manual_seed(fold(cfg.seed, "solve", solve))
                 texts = features_of(*captions_of_solve(cfg, images, solve))
                 solved = teacher_pairs(cfg, teacher, texts, null, shape, g)
@@ -900,7 +900,7 @@ def train(cfg):
             level, tokens = (a.to(DEVICE, non_blocking=True) for a in (t.view(-1, 1, 1, 1), tokens))
             z, v = (1 - level) * x + level * eps, eps - x
 
-        weight = micro / B * tally["scale"]                                   # scale: of fp16, else 1
+        part = micro / B * tally["scale"]                 # of the mean over the batch; scale: of fp16, else 1
         for k in range(0, share, micro):
             i, features = slice(k, k + micro), None
             if cfg.stage == "mid":
@@ -913,8 +913,8 @@ def train(cfg):
                 repa = loss_repa(features, tokens[i])
                 loss = loss + cfg.repa * repa
                 errors[:, 5] += torch.stack([-repa.detach(), torch.ones_like(repa)]).nan_to_num() * micro
-            (loss * weight).backward()
-            loss_sum += loss.detach() * weight
+            (loss * part).backward()
+            loss_sum += loss.detach() * part
             fid.add_errors(errors, square / z[0].numel(), (t - r)[i])
         norm, loss, stop = total(grad, tally["scale"])                        # the one wait of a step
         if cfg.clip and norm > cfg.clip:
@@ -1015,9 +1015,10 @@ def evaluate(cfg):
         reference = fid.measure(features, images.pixels[RANK::WORLD].split(250), DEVICE, "of --data digits")
     else:
         reference = fid.load_reference(f"{FILES.get(cfg.data, cfg.data)}/val.npz")
-    text_of, null = lambda seeds: validation_text(images, encoder, seeds)[1], encoder(images.null[None])
+    null, text_of = encoder(images.null[None]), lambda seeds: validation_text(images, encoder, seeds)[1]
     for name, net, kinds, ckpt in found:
-        row, right = dict(stage=name, **nets.cost(ckpt)), {steps: torch.zeros(2) for steps in kinds}
+        right = {steps: torch.zeros(2) for steps in kinds}
+        row = dict(stage=name, **nets.cost(ckpt))
         reads = dict(row, stage=f"{name}, shows its digit")
         samplers = {steps: make_sampler(cfg, net, steps, text_of, null) for steps in kinds}
         if digits:

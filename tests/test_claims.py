@@ -84,14 +84,14 @@ def test_curves_score_every_checkpoint_and_draw_three_pictures(tmp_path, monkeyp
     main(["--data", "digits", "--stage", "pretrain", "--out", str(tmp_path / "t"), *tiny])
     monkeypatch.setattr(script, "main", lambda argv: main([*argv, *tiny]))
     claims.main(["curves", "--net", str(tmp_path / "t/pretrain.pt"), "--out", str(tmp_path)])
-    rows = re.findall(r"^with(?:out)? mid-training, [12] steps?: (.*)$", capsys.readouterr().out, re.M)
+    rows = re.findall(r"^(?:mid- and post-training|post-training alone), [12] steps?: (.*)$", capsys.readouterr().out, re.M)
     points = [[tuple(p.split()) for p in row.split(", ")] for row in rows]
     assert [len(p) for p in points] == [4, 4, 2, 2]
     assert [x for x, _ in points[0]] == ["32", "64", "96", "128"] and len({y for _, y in points[0]}) == 4
     for name in ("curve", "norms", "stages"):
         with Image.open(tmp_path / f"{name}.png") as image:
             assert image.size[0] >= 900 and len(image.getcolors(1000000)) > 10
-    claims.main(["plot", str(tmp_path / "with_mid-training"), str(tmp_path / "without_mid-training"), "--out", str(tmp_path / "new")])
+    claims.main(["plot", str(tmp_path / "mid-_and_post-training"), str(tmp_path / "post-training_alone"), "--out", str(tmp_path / "new")])
     assert Image.open(tmp_path / "new/plot.png").size[0] >= 900 and capsys.readouterr().out.endswith("new/plot.png\n")
 
 

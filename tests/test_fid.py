@@ -777,15 +777,17 @@ def test_a_stage_has_one_colour_whoever_is_beside_it():
     assert alone["post"] == both["post"] and len({*both.values()}) == 3
 
 
-def test_of_a_long_trajectory_every_second_state_is_drawn(tmp_path, monkeypatch):
-    """Nine columns, the first state and the end among them; of a short one all."""
+def test_of_a_long_trajectory_nine_states_are_drawn_where_most_changes(tmp_path, monkeypatch):
+    """The first state and the end are among them; of a short one all are."""
     monkeypatch.setattr(fid, "save_sheet", lambda path, rows, caption, header, block: drawn.append((rows, header)))
     drawn, x = [], torch.arange(17.0).view(17, 1, 1, 1, 1).expand(-1, 2, 1, 8, 8)
-    fid.save_trajectory("", x, torch.linspace(80, 0, 17), {"mid": lambda x, level: x})
+    fid.save_trajectory("", x, torch.linspace(1, 0, 17), {"mid": lambda x, level: x})
+    fid.save_trajectory("", torch.cat([x[:1]] * 8 + [x[:9]]), torch.linspace(1, 0, 17), {})
     fid.save_trajectory("", x[:8], torch.linspace(1, 0, 8), {})
-    (rows, header), (short, _) = drawn
-    assert [len(images) for _, images in rows] == [9] * 4 and header[1:] == "80 70 60 50 40 30 20 10".split() + ["the end\n0"]
-    assert rows[1][0] == "after mid-training,\n1-step error 16.00" and len(short[0][1]) == 8
+    (rows, header), (late, _), (short, _) = drawn
+    assert [len(images) for _, images in rows] == [9] * 4 and header[1:] == "1 0.88 0.75 0.62 0.5 0.38 0.25 0.12".split() + ["the end\n0"]
+    assert late[0][1][:, 0, 0, 0].tolist() == [*range(9)] and len(short[0][1]) == 8
+    assert rows[1][0] == "after mid-training,\n1-step error 16.00"
 
 
 def test_curves_of_one_method_share_a_colour():

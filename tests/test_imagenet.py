@@ -196,7 +196,7 @@ def test_edm2_loss_by_hand_and_its_weight():
     x, sigma = torch.ones(2, 1, 2, 2), torch.tensor([0.5, 0.5])
     weight = (0.25 + 0.25) / 0.0625
     assert script.loss_edm2(net, x, sigma, x).item() == pytest.approx(4 * (weight / np.exp(0.5) + 0.5))
-    assert script.inverse_c_out(sigma).tolist() == pytest.approx([weight] * 2)
+    assert script.edm_weight(sigma).tolist() == pytest.approx([weight] * 2)
 
 
 @pytest.mark.parametrize("std, gamma", [(0.010, 96.995), (0.050, 16.972), (0.075, 10.289), (0.100, 6.937)])

@@ -41,7 +41,7 @@ def test_every_cmt_pair_lies_on_the_trajectory_that_ends_in_its_target():
     sigmas, (x_t, t, x_0, owner) = pairs()
     assert x_t.shape == (32, 1, 8, 8) and x_0.shape == (4, 1, 8, 8) and t.shape == owner.shape == (32,)
     first = t == t.max()
-    xs = solvers.dpmpp(gaussian, x_t[first][owner[first].argsort()], sigmas)
+    xs = script.teacher_solver(gaussian, x_t[first][owner[first].argsort()], sigmas)
     for p in range(32):
         i = (sigmas.float() - t[p]).abs().argmin()
         assert torch.equal(x_t[p], xs[i, owner[p]]) and torch.equal(x_0[owner[p]], xs[-1, owner[p]])
@@ -61,7 +61,7 @@ def test_distillation_uses_only_the_prior_and_slow_cmt_forward_perturbed_data():
     sigmas, (x_t, t, x_0, owner) = pairs("--mid", "kd")
     assert len(x_t) == len(x_0) == 16 and (t == 80).all() and x_t.std() == pytest.approx(80, rel=0.1)
     assert torch.equal(owner.sort()[0], torch.arange(16))
-    assert torch.allclose(x_0[owner], solvers.dpmpp(gaussian, x_t, sigmas)[-1])
+    assert torch.allclose(x_0[owner], script.teacher_solver(gaussian, x_t, sigmas)[-1])
     sigmas, (x_t, t, x_0, owner) = pairs("--mid", "slow")
     assert len(x_t) == len(x_0) == 32 and torch.equal(owner.sort()[0], torch.arange(32))
     assert sorted(t.tolist()) == pytest.approx(sorted(sigmas[:-1].tolist() * 4))
@@ -69,7 +69,7 @@ def test_distillation_uses_only_the_prior_and_slow_cmt_forward_perturbed_data():
     assert ((x_t[quiet] + 1) * 127.5).frac().abs().mean() > 0 and x_t[quiet].abs().max() < 1.1       # data, and a little noise
     for i in range(8):
         mine = t == sigmas[i].float()
-        assert torch.allclose(x_0[owner[mine]], solvers.dpmpp(gaussian, x_t[mine], sigmas[i:])[-1])
+        assert torch.allclose(x_0[owner[mine]], script.teacher_solver(gaussian, x_t[mine], sigmas[i:])[-1])
 
 
 def test_random_numbers_are_those_of_the_whole_batch_on_every_process(monkeypatch):

@@ -91,7 +91,7 @@ def stop_soon(monkeypatch):
 @pytest.mark.parametrize("stage", [pytest.param("pretrain", marks=LONG), "mid", pytest.param("post", marks=LONG)])
 def test_f1_kill_at_random_times(road, stage, often):
     """Every restart succeeds, loses at most --save_every steps, and the end is the undisturbed run's, bit for bit."""
-    kills, steps = often(2, 10), often(24, 200)
+    kills, steps = often(2, 10), often(15, 200)
     argv = [*TINY, "--stage", stage, "--steps", steps, "--save_every", 3, "--dropout", 0.2, "--nfe", 4, "--trajectories", 8]
     argv += [] if stage == "pretrain" else ["--teacher", road / "pretrain.pt", "--loss", "l2"]
     argv += ["--mid", "none"] if stage == "post" else []

@@ -926,7 +926,10 @@ def main(argv=None):
     """The command line of the docstring."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] in (["plan"], ["roofline"], ["step"]):          # the flags behind it are those of a script
-        return full_size(dict(plan=plan, roofline=roofline, step=step)[argv[0]], argv[1:])
+        try:
+            return full_size(dict(plan=plan, roofline=roofline, step=step)[argv[0]], argv[1:])
+        except (OSError, fid.DataError, nets.WeightsError) as error:
+            script.fail(3, f"{argv[0]}: {error}")
     args = fid.commands(globals(), "bench.py").parse_args(argv)
     for name, least in dict(rounds=1, batch=0, batch_gpu=0, trajectories=0).items():
         if getattr(args, name, least) < least:

@@ -207,7 +207,7 @@ def plot(args, device):
     panels = {}
     for run in args.runs:
         if not (steps := [m for m in fid.read_metrics(run) if "images" in m]):
-            what = "has no step of a training" if os.path.isdir(run) else "is not there"
+            what = "has no step of a training" if os.path.exists(f"{run}/metrics.jsonl") else "is not there"
             script.fail(3, f"plot: {run}/metrics.jsonl {what}; name the folder of a run")
         for m in steps:
             for key in fid.CURVES:
@@ -258,7 +258,7 @@ def curves(args, device):
         folder, seen = f"{args.out}/{name.replace(' ', '_')}", 0
         flags, every = ["--data", "digits", "--teacher", args.net, "--out", folder], []
         for call in calls:
-            marks |= {seen: "mid-training ends, post-training begins"} if seen else {}
+            marks |= {seen: "blue: mid-training ends, post-training begins"} if seen else {}
             with kept_checkpoints(folder) as kept:
                 script.main([*flags, *call.split(), "--save_every", "150", "--log_every", "1"])
             for state in kept:
@@ -279,12 +279,14 @@ def curves(args, device):
     scores["teacher, 16 steps"] = [(0, level), (seen, level)]
     norms = dict(sorted(norms.items(), key=lambda item: "every step" in item[0]))     # the medians on top
     fid.save_stages(args.out, shown, (), rows)
-    caption = ("Images (or pairs) trained on, those of the teacher not counted, seed 0. Blue: CMT, then ECT, "
-               "which begins at its finest step in time, t - r. Red: ECT alone, which halves that step again "
-               "and again. The finer it is, the larger the gradient. Loss of both: pseudo-Huber.")
-    for picture, title, lines in ("curve", "FD-digits, lower is better", scores), (
-            "norms", "gradient norm: every step, and the median of 25", norms):
-        fid.save_chart(f"{args.out}/{picture}.png", {title: lines}, caption, marks=marks)
+    caption = ("Images (or pairs) trained on, those of the teacher not counted, seed 0. Blue: mid-training "
+               "(CMT), then post-training (ECT). Red: post-training alone. ")
+    meant = (f"FD-digits: Frechet distance of {cfg.samples:,} images to the data, by features of a small "
+             "net.", "ECT alone halves its step in time again and again; after CMT it begins at the finest. "
+             "The finer the step, the larger the gradient.")
+    for picture, title, lines, words in ("curve", "FD-digits, lower is better", scores, meant[0]), (
+            "norms", "gradient norm: every step, and the median of 25", norms, meant[1]):
+        fid.save_chart(f"{args.out}/{picture}.png", {title: lines}, caption + words, marks=marks)
     for name, points in scores.items():
         print(f"{name}: " + ", ".join(f"{x:,} {y:.2f}" for x, y in points))
 

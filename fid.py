@@ -973,8 +973,10 @@ def same_data(ckpt, path, data):
 
 
 def made_by(script):
-    """What a checkpoint says of the script that made it: name, and a sum of its text."""
-    return dict(script=os.path.basename(script), code=zlib.crc32(pathlib.Path(script).read_bytes()))
+    """What a checkpoint says of the script that made it: name, and a sum of its text, nets and solvers."""
+    beside = [sys.modules[name].__file__ for name in ("nets", "solvers") if name in sys.modules]
+    texts = [pathlib.Path(path).read_bytes() for path in (script, *beside)]
+    return dict(script=os.path.basename(script), code=zlib.crc32(b"".join(texts)))
 
 
 def steps_left(cfg, ckpt, path, free, stages):
@@ -993,7 +995,8 @@ def steps_left(cfg, ckpt, path, free, stages):
     if ckpt and made.startswith("train_") and made != here["script"]:
         fail(2, f"{path} was made by {made}; use another --out")
     if ckpt and ckpt.get("code", here["code"]) != here["code"]:
-        say(f"warning: {made} was changed since it began {path}; to train that anew, use another --out")
+        say(f"warning: {made}, nets.py or solvers.py was changed since {path} was begun; to train that anew, "
+            "use another --out")
     free = " ".join(free.get(key, "") for key in ("*", cfg.stage, cfg.decay)).split()
     for f in dataclasses.fields(cfg) if ckpt else ():
         was, now = ckpt["cfg"].get(f.name, f.default), getattr(cfg, f.name)
@@ -1239,9 +1242,10 @@ def load_images(path, res=0):
     check_pictures(range(len(names)), keep, path)
     if others:
         side, name, size = min(others)
+        side = min(side, *shape[:2])
+        fits = max((res for res in (16, 32, 64) if res <= side), default=side)
         raise DataError(f"{path}: {len(others)} of {len(names)} pictures are not {shape} (H, W, C) as "
-                        f"{names[0]}; {name} is {size}; pass --res {min(side, *shape[:2])} or less, which "
-                        "crops and resizes all")
+                        f"{names[0]}; {name} is {size}; pass --res {fits}, which crops and resizes all")
     return torch.from_numpy(images)
 
 
@@ -1522,7 +1526,7 @@ def save_images(sampler, seeds, prefix, batch=64):
 
 # ---- pictures with words -----------------------------------------------------------------------
 NAMES = dict(teacher="teacher", mid="after mid-training", post="after post-training")
-STAGES = dict(mid="mid-training", pretrain="pre-training", post="post-training", vgg="VGG")
+STAGES = dict(mid="mid-training", post="post-training", pretrain="pre-training", vgg="VGG")
 COLOURS = "#1f5fbf", "#c0392b", "#2e8b57", "#8e44ad", "#d98a00", "#555555"
 
 
@@ -1631,9 +1635,10 @@ def save_trajectory(out, states, levels, students, show=lambda x: x):
     wide = levels.clamp(min=1).to(states).view(-1, 1, 1, 1, 1)
     moved = (states / wide).diff(dim=0).flatten(1).norm(dim=1).cumsum(0)     # of many states nine are shown
     evenly = torch.searchsorted(moved, torch.linspace(0, moved[-1].item(), 9).to(moved)[1:-1]) + 1
+    n = len(states)
     some = sorted({0, *evenly.tolist(), len(states) - 1}) if len(states) > 9 else range(len(states))
     states, levels, wide = states[some], levels[some], wide[some]
-    apart = (states[-1] - states[-1].roll(1, 0)).square().mean().sqrt()
+    apart = (states[-1] - states[-1].roll(1, 0)).square().mean().sqrt().item()
     at = [(x, level.expand(len(x))) for x, level in zip(states, levels.to(states))]
     answers = {name: torch.stack([f(*pair) for pair in at]) for name, f in students.items()}
     rows = []
@@ -1647,7 +1652,8 @@ def save_trajectory(out, states, levels, students, show=lambda x: x):
                "call. The better it has learned, the less the answers of a row differ. 1-step error: of the "
                "first answer, which is a sample in one step, against the teacher's end (root of the mean "
                f"square, pixels in [-1, 1]; between two of these ends {apart:.2f}). Post-training, on real "
-               "images, does not aim at that end. Shown are the states between which most changes."
+               "images, does not aim at that end."
+               + " Shown are the states between which most changes." * (len(some) < n)
                + " States above sigma 1 are shown divided by sigma." * bool(levels.max() > 1))
     header = ["noise level " + ("sigma" if levels.max() > 1 else "t")]
     header += [f"{level:.2g}" for level in levels[:-1].tolist()] + [f"the end\n{levels[-1]:.2g}"]
@@ -1795,7 +1801,7 @@ def report(cfg, done, lr, tally, **more):
     if PACE:                                                 # of this process, without its first step
         pace = (done - PACE[1]) * cfg.batch / (tally["seconds"] - PACE[0])
         rest = f", {duration((left + later) / pace)} with the next stages" * bool(later)
-        time_left = f" | {duration(left / pace)} left{rest}, then the scores"
+        time_left = f" | {duration(left / pace)} of training left{rest}"
     PACE[:] = PACE or [tally["seconds"], done]
     log(f"{cfg.stage} {done:6d}/{cfg.steps} {done / cfg.steps:4.0%} | loss {loss:.5f} | {given}"
         f"grad {norm:.3g} | lr {lr:.2e} | {rate:.0f} images/s{time_left}",
@@ -2054,6 +2060,8 @@ def arguments():
             p.error(f"{file} must be an .npz in a folder that exists")
     sheet = any(path.endswith(".png") for path in args.paths)
     args.features = args.features or ("digits" if sheet else "inception")
+    if args.features == "digits" and (args.inception or args.resize != "tf1"):
+        p.error("--inception and --resize belong to --features inception, not to digits")
     return args
 
 
@@ -2061,6 +2069,9 @@ def references(args):
     """References of the paths, read or measured; what cannot be used is found before anything is measured."""
     found, images = {}, []
     for path in dict.fromkeys(args.paths):
+        if path not in REFERENCES and not os.path.exists(path):
+            raise DataError(f"{path or 'A, B'}: not there; name a folder, .zip, .npz or .png, or one of "
+                            + ", ".join(REFERENCES))
         with blame(path):
             named = path in REFERENCES and not os.path.exists(path)
             if named or path.endswith(".pkl") or path.endswith(".npz") and "mu" in np.load(path):

@@ -136,6 +136,8 @@ def dropout_masks(net, seeds):
     the number of processes or micro-batches. The two calls of Eq. 3 share one.
     """
     size = sum(sum(m.sizes) for m in net.modules() if isinstance(m, UNet))
+    if net.training and any("Dropout" in type(m).__name__ and m.p for m in net.modules()):
+        raise WeightsError("nn.Dropout draws anew in each of Eq. 3's two calls; multiply by `masks` instead")
     if not size or not net.training:
         return None
     p, device = max(getattr(m, "dropout", 0) for m in net.modules()), next(net.parameters()).device
@@ -1112,8 +1114,9 @@ def read_weights(path_or_url):
         kind = "a folder, not a" if os.path.isdir(path) else "no such"
         raise FileNotFoundError(f"{path}: {kind} file; give a file or a URL")
     with open(path, "rb") as f:
-        if re.fullmatch(rb"[\s!-~]+", f.read(99)):
-            raise WeightsError(f"{path}: it is text, no weights; download the file itself")
+        if re.fullmatch(rb"[\s!-~]*", begin := f.read(99)):
+            what = "text" if begin else "empty"
+            raise WeightsError(f"{path}: it is {what}, no weights; copy the file itself")
     if zipfile.is_zipfile(path) and "/data.pkl" not in " ".join(zipfile.ZipFile(path).namelist()):
         raise WeightsError(f"{path}: a .zip of other files, no weights; pass one .pt, .pkl or .safetensors")
     try:
@@ -1164,11 +1167,13 @@ def make(network, model, what, **more):
     try:
         return network(**{**model, **more})
     except Exception as e:                            # wrong arguments can surface as any error
+        if not what:
+            raise WeightsError(f"model_size does not say the arguments of {network.__name__}: {e}") from e
         reason = "" if isinstance(e, TypeError) else f" ({e})"
         kind = ", ".join([*map(str, model)][:5])
         why = f"but one with {kind}{reason}; pass weights of this script's network" if model else \
             "these are weights alone, of no size in nets.SIZES; pass the .pt or .pkl of its training"
-        raise WeightsError(f"{what or 'model_size'}: no {network.__name__}, {why}") from e
+        raise WeightsError(f"{what}: no {network.__name__}, {why}") from e
 
 
 HIDDEN = ("num_heads", "channels_per_head", "sigma_data", "label_balance", "concat_balance", "res_balance",

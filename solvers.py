@@ -9,6 +9,7 @@
   few_step                      f(x, sigma) -> clean         multistep consistency sampling
   noise, randn, fold            seeds and noise              sample i depends on its own generator only
 
+B.2, Eq. 7 and so on are those of the CMT paper, arXiv 2509.24526.
 Every solver of a trajectory returns all states, (steps+1, B, ...), noisiest first, because CMT regresses
 from each of them (Eq. 7, 8). Grids are float64 CPU tensors and become plain numbers before the first call:
 a solve reads no number back from the GPU.
@@ -36,7 +37,7 @@ def edm_sigmas(steps, sigma_max=80.0, sigma_min=0.002, rho=7):
 
 # ---- seeds and noise ---------------------------------------------------------------------------
 def fold(*key):
-    """A 63-bit seed from anything: randomness is a function of (seed, purpose, number), never saved."""
+    """A 63-bit seed from anything: randomness follows from (seed, purpose, number), so none is saved."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
 
 
@@ -56,9 +57,9 @@ def dpmpp_coefficients(sigmas, order):
     """Constants of DPM-Solver++ (multistep, data prediction) on a grid given as a tuple of floats.
 
     One row (a, b0, b1, b2) per step: x_next = a x + b0 D_i + b1 D_{i-1} + b2 D_{i-2}. With h the step in
-    lambda: phi1 = e^-h - 1, phi2 = phi1/h + 1, phi3 = phi2/h - 1/2, and x_next = a x - phi1 D + phi2 D' -
-    phi3 D'' where the derivatives in lambda are backward differences. The first steps run at order 1, 2 and
-    the last ones at 2, 1.
+    lambda: phi1 = e^-h - 1, phi2 = phi1/h + 1, phi3 = phi2/h - 1/2. Order 3: x_next = a x - phi1 D +
+    phi2 D1 - phi3 D2, where D1 and D2 are divided differences of D in steps of h (D2 is half of D'', as in
+    the reference); order 2: a x - phi1 (D + D1/2). The first steps run at order 1, 2, the last ones at 2, 1.
     """
     lambdas = [-math.log(s) if s > 0 else math.inf for s in sigmas]
     rows, steps = [], len(sigmas) - 1

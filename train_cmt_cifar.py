@@ -38,7 +38,7 @@ from solvers import fold, randn
 @dataclass(frozen=True)
 class Config:                   # field default < matching rows of PRESETS < --field < --stage.field
     data: str = "cifar10"       # cifar10 | ffhq | afhqv2 | digits | folder, .zip or .npz of your own images
-    stage: Literal["all", "pretrain", "mid", "post", "sample", "eval"] = "all"   # all: the unfinished
+    stage: Literal["all", "pretrain", "mid", "post", "sample", "eval"] = "all"   # all: those not finished
     out: str = ""               # folder of the run; "" = out/<data>
     teacher: str = ""           # FILE, URL; "" = the official one, else <out>/pretrain.pt; scratch = train it
     mid: Literal["cmt", "kd", "slow", "none"] = "cmt"    # every state | noise alone | own solves | skip it
@@ -307,7 +307,7 @@ def launch(cfg):
         torch.set_num_threads(1)
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo", timeout=TIMEOUT)
-        fid.patient_group()                           # made here, where no process waits long for another
+        fid.patient_group()                           # made now, while all processes are at one point
 
 
 def draw(images, n, g):
@@ -507,7 +507,8 @@ def train(cfg):
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
     if asked:
         # choice: the teacher too in --precision: bf16 moves its ends less than a finer solve would
-        teacher = forward(cfg, build(cfg, asked[1], asked[0], cfg.teacher or "the teacher"))
+        weights, size = asked
+        teacher = forward(cfg, build(cfg, size, weights, cfg.teacher or "the teacher"))
     state, model, what = (None, ckpt["model"], "") if ckpt else first_weights(cfg, images, asked)
     net = build(cfg, model, state, what, train=True)
     ema = deepcopy(net).requires_grad_(False).eval()
@@ -518,7 +519,7 @@ def train(cfg):
     opt = torch.optim.Adam([flat], fused=True)
     tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
     agree("data and sum of the first weights", (data, flat.sum(dtype=torch.float64).item()))
-    ckpt = asked = state = None                       # as large as the net, and needed no more
+    ckpt = asked = weights = state = None             # as large as the net, and needed no more
     shape = net.img_channels, net.img_resolution, net.img_resolution
     distance = make_distance(cfg, shape[0]) if cfg.stage == "mid" else None
     sigmas, share = solvers.logsnr_sigmas(cfg.nfe), B // WORLD
@@ -559,10 +560,10 @@ def train(cfg):
                 loss = loss_cmt(student, x_t[i], t[i], ends, distance)                  # Eq. 7
             else:
                 r = ect_step(t[i], q)
-                noisy, less = (x[i] + s.view(-1, 1, 1, 1) * eps[i] for s in (t[i], r))          # same noise
+                x_t, x_r = (x[i] + s.view(-1, 1, 1, 1) * eps[i] for s in (t[i], r))   # same noise
                 if asks_teacher:                                              # frozen: no gradient
-                    less = solvers.ode_step(teacher, noisy, t[i], r, 1 if cfg.post == "ecd_euler" else 2)
-                loss = loss_ect(student, noisy, less, t[i], r, cfg.huber_c)             # Eq. 3
+                    x_r = solvers.ode_step(teacher, x_t, t[i], r, 1 if cfg.post == "ecd_euler" else 2)
+                loss = loss_ect(student, x_t, x_r, t[i], r, cfg.huber_c)                # Eq. 3
             (loss * part).backward()
             loss_sum += loss.detach() * part
         norm, loss, stop = total(grad, tally["scale"])                        # the one wait of a step
@@ -611,7 +612,7 @@ def evaluate(cfg):
     log(ABOUT["eval"])
     stages = draw_sheets(cfg, found) if RANK == 0 else ()
     if data_name(cfg) == "own" and fid.from_first(partial(fid.prefetch, cfg.data, False)):
-        return log(f"eval: not scored; open stages.png and trajectory.png in {cfg.out}")
+        return log(f"eval: not scored; open stages.png, trajectory.png, curve.png in {cfg.out}")
     features = (fid.DigitsNet() if cfg.data == "digits" else fid.load_inception()).to(DEVICE)
     if cfg.data in FILES:
         reference = fid.load_reference(cfg.data)
@@ -622,8 +623,9 @@ def evaluate(cfg):
         rows.append(dict(stage=name, **nets.cost(ckpt)))
         samplers = {steps: make_sampler(cfg, net, kind) for steps, kind in kinds.items()}
         ours = fid.score_net(rows[-1], samplers, features, reference, cfg)
-    note = f"{cfg.samples} samples a score, seeds from 0, EMA weights, second noise level {cfg.mid_sigma}"
-    note = f"{fid.protocol(ours, reference)}\n{note}, sigma_shift {cfg.sigma_shift}."
+    note = (f"{cfg.samples} samples a score, seeds from 0, EMA weights, second noise level {cfg.mid_sigma}, "
+            f"sigma_shift {cfg.sigma_shift}, teacher by {teacher_solver.__name__}.")
+    note = f"{fid.protocol(ours, reference)}\n{note}"
     log(fid.save_results(cfg, rows, note, stages))
 
 

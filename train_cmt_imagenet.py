@@ -504,7 +504,7 @@ def launch(cfg):
         torch.set_num_threads(1)
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo", timeout=TIMEOUT)
-        fid.patient_group()                           # made here, where no process waits long for another
+        fid.patient_group()                           # made now, while all processes are at one point
 
 
 def gather(x):
@@ -589,7 +589,8 @@ def check(cfg):
             fail(2, f"--loss {cfg.loss} does not measure --res {cfg.res}; lpips is for 64, elatent for 512")
         if cfg.loss == "huber" and not cfg.huber_c:
             fail(2, f"--loss huber --huber_c {cfg.huber_c}: huber needs a c above 0")
-    missing, path = [], __file__ if cfg.data == "digits" else FILES.get(name, cfg.data)
+    path = __file__ if cfg.data == "digits" else FILES.get(name, cfg.data)       # of digits: one that exists
+    missing = []
     if needs_data(cfg) and not os.path.exists(path):
         missing.append(f"{path} is not there; pass --data PATH or digits, or make it from ImageNet: python "
                        f"train_cmt_imagenet.py --res {cfg.res} --stage encode --source FOLDER")
@@ -847,7 +848,7 @@ def evaluate(cfg):
     log(ABOUT["eval"])
     stages = draw_sheets(cfg, found) if RANK == 0 else ()
     if data_name(cfg) == "own" and fid.from_first(partial(fid.prefetch, cfg.data, False)):
-        return log(f"eval: not scored; open stages.png and trajectory.png in {cfg.out}")
+        return log(f"eval: not scored; open stages.png, trajectory.png, curve.png in {cfg.out}")
     features = (fid.DigitsNet() if cfg.data == "digits" else fid.load_inception()).to(DEVICE)
     if data_name(cfg) in fid.REFERENCES:
         reference = fid.load_reference(data_name(cfg))
@@ -860,8 +861,9 @@ def evaluate(cfg):
         rows.append(dict(stage=name, **nets.cost(ckpt)))
         samplers = {steps: make_sampler(cfg, net, kind) for steps, kind in kinds.items()}
         ours = fid.score_net(rows[-1], samplers, features, reference, cfg)
+    solver = "heun" if cfg.sampler == "heun" else teacher_solver.__name__
     note = (f"{cfg.samples} samples a score, seeds from 0, EMA weights, second noise level {cfg.mid_sigma}, "
-            f"{cfg.labels} labels, teacher by {cfg.sampler}, guide {cfg.guide or 'none'}, w {cfg.w}")
+            f"{cfg.labels} labels, teacher by {solver}, guide {cfg.guide or 'none'}, w {cfg.w}")
     log(fid.save_results(cfg, rows, f"{fid.protocol(ours, reference)}\n{note}.", stages))
 
 

@@ -44,7 +44,7 @@ from solvers import fold, randn
 @dataclass(frozen=True)
 class Config:                   # field default < matching rows of PRESETS < --field < --stage.field
     data: str = "imagenet"      # imagenet | digits | folder of latents: shards of --stage encode, or .npy
-    stage: Literal["all", "encode", "pretrain", "mid", "post", "sample", "eval"] = "all"  # all: unfinished
+    stage: Literal["all", "encode", "pretrain", "mid", "post", "sample", "eval"] = "all"  # all: not finished
     out: str = ""               # folder of the run; "" = out/<data>, out/digits-mf
     source: str = ""            # encode: folder of ImageNet's class folders
     teacher: str = ""           # FILE, URL of a Mean Flow net or a SiT; "" = <out>/pretrain.pt
@@ -518,7 +518,7 @@ def launch(cfg):
         torch.set_num_threads(1)
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo", timeout=TIMEOUT)
-        fid.patient_group()                           # made here, where no process waits long for another
+        fid.patient_group()                           # made now, while all processes are at one point
 
 
 def gather(x):
@@ -621,7 +621,8 @@ def size_row(cfg, flag, side=0):
     if numbers := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)(?:x([1-9]\d*))?", name):
         patch, width, depth, heads = (int(n or 0) for n in numbers.groups())
         rows[name] = dict(patch_size=patch, hidden_size=width, depth=depth, num_heads=heads or width // 32)
-        if width % (unit := math.lcm(4, heads) if heads else 32):
+        unit = math.lcm(4, heads) if heads else 32
+        if width % unit:
             fail(2, f"--{flag} {name}: the width {width} must be a multiple of {unit}")
     if name not in rows:
         fail(2, f"--{flag} {name}: not one of {', '.join(rows)}, nor PATCHxWIDTHxDEPTH[xHEADS] as in 4x64x2")
@@ -694,11 +695,10 @@ def train(cfg):
         data, shape, null = images.stamp, images.shape, images.classes
     asks_teacher = cfg.stage == "mid" or cfg.stage == "post" and cfg.post == "teacher"
     if asks_teacher:
-        weights, model = teacher_state(cfg)
-        teacher = build(cfg, model, weights, cfg.teacher or "the teacher")
+        weights, its = teacher_state(cfg)
+        teacher = build(cfg, its, weights, cfg.teacher or "the teacher")
         teacher.requires_grad_()                      # else autocast casts its weights anew at each call
-        null = model["num_classes"]
-        shape = model["in_channels"], model["input_size"], model["input_size"]
+        null, shape = its["num_classes"], (its["in_channels"], its["input_size"], its["input_size"])
         data += f", teacher {nets.stamp(weights)}"
     same_data(ckpt, path, data)
     if not left:

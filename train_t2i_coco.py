@@ -47,7 +47,7 @@ from solvers import fold, randn
 @dataclass(frozen=True)
 class Config:                   # field default < matching rows of PRESETS < --field < --stage.field
     data: str = "coco"          # coco | digits | folder: shards of --stage encode, or U-ViT's features
-    stage: Literal["all", "encode", "pretrain", "mid", "post", "sample", "eval"] = "all"   # all: unfinished
+    stage: Literal["all", "encode", "pretrain", "mid", "post", "sample", "eval"] = "all"   # all: not finished
     out: str = ""               # folder of the run; "" = out/<data>, out/digits-t2i
     source: str = ""            # encode: folder with COCO's train2014, val2014 and annotations
     encoders: str = ""          # FOLDER of clip-vit-large-patch14, dinov2-base; "" = the data's, the hub's
@@ -71,7 +71,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     omega: float = 1.0          # guided velocity: omega v + kappa u(text) + (1 - omega - kappa) u(null);
     kappa: float = 0.5          # choice: scale omega / (1 - kappa) = 2 (B.6), these two as MF-B/2
     guide_from: float = 0.0     # choice: guidance at all times t from here ...
-    guide_to: float = 1.0       # ... to here, as REPA's sampler; the numbers of B.6 are lost
+    guide_to: float = 1.0       # ... to here, as REPA's sampler; B.6 does not give the numbers
 
     repa: float = 0.5           # weight of REPA's alignment with DINOv2, in pretrain and post; 0 = off
     ratio: float = 0.25         # share of samples with r < t (MF)
@@ -666,7 +666,7 @@ def launch(cfg):
         torch.set_num_threads(1)
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo", timeout=TIMEOUT)
-        fid.patient_group()                           # made here, where no process waits long for another
+        fid.patient_group()                           # made now, while all processes are at one point
 
 
 def gather(x):

@@ -49,7 +49,7 @@ VARIANTS = [
 BF16 = "pretrain --precision bf16"
 PLANTS = [  # script, stage, file, what stands there, the fault in its place, what is said of it
     (CIFAR, "pretrain", CIFAR, "images = images.to(DEVICE)", "pass", "aten.index"),
-    (CIFAR, "pretrain", CIFAR, "loss.detach() * weight", "loss.item() * weight", "train: item"),
+    (CIFAR, "pretrain", CIFAR, "loss.detach() * part", "loss.item() * part", "train: item"),
     (CIFAR, "pretrain", CIFAR, "grad[-1:].fill_(len(STOP) * scale)", "grad[-1] = 0.0", "total: number to gpu"),
     (CIFAR, "pretrain", "solvers", "(shape, generator=g, device=g.device)", "(shape)", "'cpu'"),
     (CIFAR, "pretrain", CIFAR, "torch.Generator(DEVICE)", "torch.Generator()", "'cpu'"),
@@ -62,7 +62,7 @@ PLANTS = [  # script, stage, file, what stands there, the fault in its place, wh
     (MF, "pretrain", MF, "+= cfg.kappa * answers[", "= answers.half()[", "aten.index_put_"),
     (MF, "mid", MF, "r, y) - target)", "r, y) - target * torch.tensor([1.0], device=z.device))",
      "loss_cmt_mf: to gpu, blocking"),
-    (T2I, "pretrain", T2I, "(loss * weight).back", "loss > 0 and (loss * weight).back", "train: item"),
+    (T2I, "pretrain", T2I, "(loss * part).back", "loss > 0 and (loss * part).back", "train: item"),
     (T2I, "pretrain", T2I, "(a.to(DEVICE, non_blocking=True)", "(a.to(DEVICE)", "train: to gpu, blocking"),
 ]
 

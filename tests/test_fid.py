@@ -633,7 +633,7 @@ def test_mistakes_are_one_line_and_an_exit_code(run, tmp_path):
             (2, "--device", ("--device", "tpu", sheet, sheet)),
             (2, "s.npz", ("--save", tmp_path / "absent" / "s.npz", sheet)),
             (2, "s.txt", ("--save", "s.txt", sheet)),
-            (3, "absent: No such file", (sheet, tmp_path / "absent")),
+            (3, "absent: not there", (sheet, tmp_path / "absent")),
             (3, "one.npy: 1 images", (sheet, tmp_path / "one.npy")),
             (3, "expected uint8 of 1 channels", (sheet, tmp_path / "rgb.npy")),
             (3, "w.pth: No such file", ("--inception", "w.pth", tmp_path / "one.npy", tmp_path / "rgb.npy"))):

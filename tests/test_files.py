@@ -501,7 +501,7 @@ def test_pictures_of_other_sizes_are_named_and_the_middle_square_is_taken():
     for path in as_folder_and_zip(files):
         with pytest.raises(fid.DataError) as error:
             fid.load_images(path)
-        one_line(error, "2 of 3 pictures are not (6, 5, 3)", "as a.png; b.png is (6, 4, 3); pass --res 4 or less")
+        one_line(error, "2 of 3 pictures are not (6, 5, 3)", "as a.png; b.png is (6, 4, 3); pass --res 4, which")
         assert fid.load_images(path, 4).shape == (3, 3, 4, 4)
         with pytest.raises(fid.DataError, match="b.png is 4x6, too small for --res 5.*1 of 3"):
             fid.load_images(path, 5)

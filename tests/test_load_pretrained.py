@@ -379,7 +379,8 @@ def test_tensors_may_share_a_storage(nvidia, write):
 # ---- damaged and foreign files -----------------------------------------------------------------------
 def test_cut_files_are_one_clear_error(nvidia, write):
     whole = pickle.dumps(dict(ema=build_net(nvidia[0])), 4)
-    for n in (0, 1, 2, 50, len(whole) // 3, len(whole) // 2, len(whole) - 100, len(whole) - 1):
+    refuse(write(b""), "it is empty", ValueError)
+    for n in (1, 2, 50, len(whole) // 3, len(whole) // 2, len(whole) - 100, len(whole) - 1):
         refuse(write(whole[:n]), "damaged, cut short", ValueError)
 
 
@@ -463,7 +464,8 @@ def test_damaged_or_foreign_pt_is_one_clear_error(tmp_path, nvidia, write, marke
     torch.save(dict(ema={"w": torch.randn(300, 300)}), tmp_path / "whole.pt")
     for size in 200, 5_000, 20_000, 300_000:          # torch's reader fails in another way at each
         refuse(write((tmp_path / "whole.pt").read_bytes()[:size], name="x.pt"), "x.pt: damaged, cut short", ValueError)
-    for bad in (b"", whole[:100], whole[:-30]):
+    refuse(write(b"", name="x.pt"), "it is empty, no weights", ValueError)
+    for bad in (whole[:100], whole[:-30]):
         refuse(write(bad, name="x.pt"), "damaged, cut short", ValueError)
     for bad in (dict(epoch=3), dict(ema={}), [1, 2], torch.ones(2), dict(ema=3)):
         torch.save(bad, tmp_path / "x.pt")
@@ -625,8 +627,8 @@ DAMAGED = {
 @pytest.mark.parametrize("damage", DAMAGED)
 def test_damaged_safetensors_are_one_clear_error(tmp_path, damage):
     (tmp_path / "x.safetensors").write_bytes(DAMAGED[damage])
-    text = damage in ("text", "html")
-    refuse(str(tmp_path / "x.safetensors"), "is text" if text else "damaged, cut short or of another kind", nets.WeightsError)
+    text = dict(text="is text", html="is text", empty="is empty").get(damage, "damaged, cut short or of another kind")
+    refuse(str(tmp_path / "x.safetensors"), text, nets.WeightsError)
 
 
 def test_the_command_turns_any_weights_into_safetensors(tmp_path, nvidia, write, capsys, monkeypatch):

@@ -179,4 +179,8 @@ def test_batch_norm_is_refused_and_other_nets_have_no_dropout_masks():
     own = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2))
     with pytest.raises(nets.WeightsError, match="batch norm.*use group norm"):
         nets.flatten(own)
+    with pytest.raises(nets.WeightsError, match="nn.Dropout draws anew"):
+        nets.dropout_masks(torch.nn.Sequential(torch.nn.Dropout(0.1)), range(4))
+    with pytest.raises(nets.WeightsError, match="model_size does not say the arguments of Conv2d: .*'groupz'"):
+        nets.make(torch.nn.Conv2d, dict(in_channels=1, out_channels=2, kernel_size=3, groupz=1), "")
     assert nets.dropout_masks(own[0], range(4)) is None and len(nets.flatten(own[0])[0]) == 20

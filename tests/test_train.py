@@ -397,7 +397,7 @@ def test_a_script_that_was_changed_says_so_when_it_goes_on(road, monkeypatch, ca
         script.fid.SAID.clear()
         ckpt = {k: v for k, v in nets.load_checkpoint(str(road / "pretrain.pt")).items() if k not in ("script", "code")}
         script.fid.steps_left(script.parse(argv), ckpt | made, "x/pretrain.pt", script.MAY_CHANGE, script.STAGES)
-        assert ("train_cmt_cifar.py was changed since it began x/pretrain.pt" in capsys.readouterr().err) == ("code" in made)
+        assert ("train_cmt_cifar.py, nets.py or solvers.py was changed since x/pretrain.pt was begun" in capsys.readouterr().err) == ("code" in made)
 
 
 def test_the_time_left_is_that_of_the_whole_stage_without_its_first_step(monkeypatch, capsys):
@@ -411,7 +411,7 @@ def test_the_time_left_is_that_of_the_whole_stage_without_its_first_step(monkeyp
         clock[0] = now
         script.fid.report(cfg, done, 1e-3, tally)
     first, *_, last = capsys.readouterr().out.splitlines()
-    assert " left" not in first and last.endswith("| 44 s left, 82 s with the next stages, then the scores")
+    assert " left" not in first and last.endswith("| 44 s of training left, 82 s with the next stages")
 
 
 @pytest.mark.parametrize("mode, side, res", [("L", 32, 0), ("RGB", 8, 0), ("RGB", 32, 8), ("LA", 16, 0)])

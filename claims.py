@@ -258,7 +258,7 @@ def curves(args, device):
         folder, seen = f"{args.out}/{name.replace(' ', '_')}", 0
         flags, every = ["--data", "digits", "--teacher", args.net, "--out", folder], []
         for call in calls:
-            marks |= {seen: "blue: mid-training ends, post-training begins"} if seen else {}
+            marks |= {seen: "blue: post-training begins"} if seen else {}
             with kept_checkpoints(folder) as kept:
                 script.main([*flags, *call.split(), "--save_every", "150", "--log_every", "1"])
             for state in kept:

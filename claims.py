@@ -261,15 +261,14 @@ def curves(args, device):
             marks |= {seen: "blue: post-training begins"} if seen else {}
             with kept_checkpoints(folder) as kept:
                 script.main([*flags, *call.split(), "--save_every", "150", "--log_every", "1"])
-            for state in kept:
+            for state in kept or script.fail(2, f"curves: {folder} is finished; use another --out"):
                 net, drawn = script.build(cfg, state["model"], state["ema"]), []
                 for steps, words in (1, "1 step"), (2, "2 steps"):
                     level_of, images = score(net, steps)
                     at = seen + state["step"] * state["cfg"]["batch"]
                     scores.setdefault(f"{name}, {words}", []).append((at, level_of))
                     drawn.append((steps, images, f"{level_of:.2f}"))
-            stage = script.parse([*flags, *call.split()]).stage
-            steps_of = (m for m in fid.read_metrics(folder) if m["stage"] == stage)
+            steps_of = (m for m in fid.read_metrics(folder) if m["stage"] == state["cfg"]["stage"])
             every += [(seen + m["images"], m["grad"]) for m in steps_of]
             seen = at
         shown += [(name, steps, images) for steps, images, _ in drawn]

@@ -1636,7 +1636,7 @@ def save_trajectory(out, states, levels, students, show=lambda x: x):
     moved = (states / wide).diff(dim=0).flatten(1).norm(dim=1).cumsum(0)     # of many states nine are shown
     evenly = torch.searchsorted(moved, torch.linspace(0, moved[-1].item(), 9).to(moved)[1:-1]) + 1
     n = len(states)
-    some = sorted({0, *evenly.tolist(), len(states) - 1}) if len(states) > 9 else range(len(states))
+    some = sorted({0, *evenly.tolist(), n - 1}) if n > 9 else range(n)
     states, levels, wide = states[some], levels[some], wide[some]
     apart = (states[-1] - states[-1].roll(1, 0)).square().mean().sqrt().item()
     at = [(x, level.expand(len(x))) for x, level in zip(states, levels.to(states))]

@@ -136,7 +136,7 @@ def dropout_masks(net, seeds):
     the number of processes or micro-batches. The two calls of Eq. 3 share one.
     """
     size = sum(sum(m.sizes) for m in net.modules() if isinstance(m, UNet))
-    if net.training and any("Dropout" in type(m).__name__ and m.p for m in net.modules()):
+    if not size and net.training and any("Dropout" in type(m).__name__ and m.p for m in net.modules()):
         raise WeightsError("nn.Dropout draws anew in each of Eq. 3's two calls; multiply by `masks` instead")
     if not size or not net.training:
         return None

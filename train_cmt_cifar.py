@@ -119,7 +119,7 @@ FILES = {"cifar10": "data/cifar-10-python.tar.gz",
          "ffhq": "data/ffhq-64x64.zip", "afhqv2": "data/afhqv2-64x64.zip"}
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 CIFAR_MD5 = "c58f30108f718f92721af3b95e74349a"
-BY_CONTENT = "data", "teacher"                           # compared by content, wherever it lies
+BY_CONTENT = "data", "teacher"                        # compared by content, wherever it lies
 MAY_CHANGE = {  # fields that may differ when a stage goes on, or is found finished; by stage and --decay
     "*": "dry_run data stage out teacher seeds samples repeat mid_sigma sigma_shift compile batch_gpu "
          "log_every save_every",

@@ -122,7 +122,7 @@ INITS = "sit", "random"                            # other values of --init are 
 FILES = {"imagenet": "data/imagenet256-sd"}
 REFERENCE = {"imagenet": "imagenet256"}               # scored by ADM's statistics, others by their own
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-BY_CONTENT = "data", "teacher"                           # compared by content, wherever it lies
+BY_CONTENT = "data", "teacher"                        # compared by content, wherever it lies
 MAY_CHANGE = {  # fields that may differ when a stage goes on, or is found finished; by stage and --decay
     "*": "dry_run data stage out source teacher vae seeds samples repeat nfe labels compile batch_gpu "
          "log_every save_every",

@@ -124,7 +124,7 @@ STAGES = list(ABOUT)                                  # what --stage all runs, i
 INITS = "sit", "random"                            # other values of --init are a FILE
 FILES = {"coco": "data/coco256-sd"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-BY_CONTENT = "data", "teacher"                           # compared by content, wherever it lies
+BY_CONTENT = "data", "teacher"                        # compared by content, wherever it lies
 MAY_CHANGE = {  # fields that may differ when a stage goes on, or is found finished; by stage and --decay
     "*": "dry_run data stage out source encoders teacher vae prompts seeds samples repeat nfe compile "
          "batch_gpu log_every save_every",

@@ -762,8 +762,6 @@ def measure(home, cfg, gpus):
 
 def step(home, name, cfg, args):
     """A row: milliseconds and memory of a stage's step on this GPU, mean over whole solves, nothing sent."""
-    if gpu_name() == "no GPU":
-        home.fail(2, "step needs a GPU; plan estimates without one")
     gc.collect()                                      # the stage before is gone
     torch.cuda.empty_cache()
     device = torch.device("cuda", 0)
@@ -860,8 +858,8 @@ def full_size(command, argv):
     args, flags = p.parse_known_args(argv)
     if args.gpus < 1:
         p.error(f"--gpus {args.gpus} is not possible; it must be above 0")
-    if args.price < 0:
-        p.error(f"--price {args.price} is not possible; it must be 0 or more")
+    if not 0 <= args.price < 1e12:
+        p.error(f"--price {args.price} is not possible; it must be 0 or more, and finite")
     if args.script:                                   # refused before anything is said
         home = importlib.import_module(args.script)
         fid.check_values(home.parse(flags), home.LIMITS, 0)
@@ -873,6 +871,8 @@ def full_size(command, argv):
             "under --compile. A step takes the GPU's time or its launches' time, whichever is longer, and "
             "then sends its gradient.")
     if command is step:
+        if gpu_name() == "no GPU":
+            fid.fail(2, "step needs a GPU; plan estimates without one")
         said = f"torch {torch.__version__}, {gpu_name()}, one of {args.gpus} processes; nothing is sent."
     print(said + "\n")
     rows, roads, todo = {}, {}, []                    # of each stage, of each command; what is to be counted
@@ -922,14 +922,10 @@ FLAGS = dict(
     rounds=dict(type=int, default=5, help="times that each is measured, in turn"))
 
 
-def main(argv=None):
-    """The command line of the docstring."""
-    argv = sys.argv[1:] if argv is None else argv
+def run(argv):
+    """One command of the docstring."""
     if argv[:1] in (["plan"], ["roofline"], ["step"]):          # the flags behind it are those of a script
-        try:
-            return full_size(dict(plan=plan, roofline=roofline, step=step)[argv[0]], argv[1:])
-        except (OSError, fid.DataError, nets.WeightsError) as error:
-            script.fail(3, f"{argv[0]}: {error}")
+        return full_size(dict(plan=plan, roofline=roofline, step=step)[argv[0]], argv[1:])
     args = fid.commands(globals(), "bench.py").parse_args(argv)
     for name, least in dict(rounds=1, batch=0, batch_gpu=0, trajectories=0).items():
         if getattr(args, name, least) < least:
@@ -944,10 +940,16 @@ def main(argv=None):
     tf32 = getattr(args, "precision", "fp32") != "fp32"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     print(f"torch {torch.__version__}, {gpu_name() if device.type == 'cuda' else 'CPU, one thread'}")
+    globals()[args.what](args, device)
+
+
+def main(argv=None):
+    """The command line of the docstring: files that cannot be used are one line, any other error a crash."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        globals()[args.what](args, device)
-    except (OSError, fid.DataError, nets.WeightsError) as error:         # any other is a crash, and shows it
-        script.fail(3, f"{args.what}: {error}")
+        run(argv)
+    except (OSError, fid.DataError, nets.WeightsError) as error:
+        script.fail(3, f"{argv[0]}: {error}")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ Every run is a run of a script and leaves that script's folder; what is finished
 and roads take an EDM zip with labels. What a training pair costs: bench.py.
 """
 import contextlib
+import difflib
 import importlib
 import os
 import re
@@ -333,6 +334,8 @@ PHOTOS = {  # row: calls, laid over the settings of digits; the last net is scor
     "ECT, step 1/64": [f"{ECT} --q 64"],
     "ECT, annealed": [f"{ANNEALED} --huber_c 0"],
 }
+CALLED = {"after CMT": "after mid-training", "CMT + ECT": "mid- and post-training",
+          "ECT, annealed": "post-training alone"}     # in the picture
 SHARED = "steps batch lr decay warmup ema_beta q double dropout precision log_every save_every".split()
 
 
@@ -394,18 +397,18 @@ def photos(args, device):
             for kind, steps in [(0, cfg.nfe)] if row == "teacher" else [(1, 1), (2, 2)]:
                 sampler = script.make_sampler(cfg, net, kind)
                 found.append(fid.score(sampler, features, reference, n)[0])
-                shown.append((f"{fid.net_label(row, steps)}, FD-photos {found[-1]}", sampler(range(12))))
+                label = fid.net_label(CALLED.get(row, row), steps)
+                shown.append((f"{label}, FD-photos {found[-1]}", sampler(range(12))))
             print(f"| {row} | {seed} | {' / '.join(found)} | {state['seconds']:.0f} |", flush=True)
-            caption = ("Each column starts from one noise that every net turns into a photo (the real ones "
-                       "belong to no noise). CMT: mid-training. ECT: post-training, from CMT's weights or "
-                       f"alone. FD-photos: Frechet distance of {n:,} images to the real ones, by features of "
-                       f"a small net; lower is better. Seed {seed}.")
-            fid.save_sheet(f"{args.out}/{seed}/photos.png", [*shown, real], caption)
+            caption = ("Each column is one noise, which every net turns into a photo in the steps named; the "
+                       f"real photos belong to no noise. FD-photos: Frechet distance of {n:,} images to the "
+                       f"real ones, by features of a small net, lower is better. Seed {seed}.")
+            fid.save_sheet(f"{args.out}/{seed}/photos.png", [*shown, real], caption, block=len(shown))
 
 
 FM = "--pretrain fm --weak SIZE --init sit"           # SIZE: --size, of student and flow-matching teacher
-CAPTION = ("FD-photos against CPU seconds, lower is better. The seconds include the training of a road's "
-           "teacher, which has no curve. Dots: the checkpoints that were scored.")
+CAPTION = ("FD-photos against CPU seconds, lower is better; means of the seeds {}. The seconds include the "
+           "training of a road's teacher, which has no curve. Dots: the checkpoints that were scored.")
 ROADS = {  # road: the road whose teacher it goes on from, its calls, laid over the settings of digits
     "flow matching": ("", ["--stage pretrain --pretrain fm --weak SIZE --steps 320"]),
     "weak Mean Flow": ("", ["--stage pretrain --weak 2x64x3 --steps 800"]),
@@ -441,7 +444,7 @@ def roads(args, device):
     cfg, panels = flow.parse(["--data", "digits", "--labels", "random", *args.flags.split()]), {}
     print("| road | seed | stage, steps | CPU s, with the teacher's | FD-photos |\n|---|---|---|---|---|")
     for seed in args.seeds.split(","):
-        ends, curves = {"": 0.0}, panels.setdefault(f"FD-photos in one step, seed {seed}", {})
+        ends = {"": 0.0}
         for road in args.methods.split(";") if args.methods else ROADS:
             for state in road_run(road, seed, data, args):
                 net = flow.build(cfg, state["model"], state["ema"])
@@ -452,10 +455,15 @@ def roads(args, device):
                 scores = " / ".join(f"{x:.2f}" for x in found)
                 stage = f"{state['cfg']['stage']}, {state['step']}"
                 print(f"| {road} | {seed} | {stage} | {seconds:.0f} | {scores} |", flush=True)
-                if ROADS[road][0] or "scratch" in road:
-                    post, mid = (curves.setdefault(name, []) for name in (road, f"{road}, mid-training"))
-                    (mid if state["cfg"]["stage"] == "mid" else post).append((seconds, found[0]))
-    fid.save_chart(f"{args.out}/roads.png", panels, CAPTION, "CPU seconds")
+                if ROADS[road][0] or "scratch" in road:                  # a teacher's seconds, no curve
+                    name = road + ", mid-training" * (state["cfg"]["stage"] == "mid")
+                    for words, score in zip(("one step", "two steps"), found):
+                        places = panels.setdefault(f"FD-photos in {words}", {}).setdefault(name, {})
+                        places.setdefault(state["step"], []).append((seconds, score))
+    for title, panel in panels.items():                                  # means of the seeds, place by place
+        panels[title] = {name: [tuple(map(statistics.mean, zip(*seen))) for seen in places.values()]
+                         for name, places in sorted(panel.items())}
+    fid.save_chart(f"{args.out}/roads.png", panels, CAPTION.format(args.seeds), "CPU seconds")
 
 
 # ---- gradient bias ----------------------------------------------------------------------------
@@ -552,6 +560,8 @@ def main(argv=None):
     """The command line of the docstring."""
     args = fid.commands(globals(), "claims.py").parse_args(argv)
     args.out = args.out or ("out/digits" if args.what == "bias" else "out/claims")
+    if os.path.isfile(args.out):
+        script.fail(2, f"--out {args.out} is a file; name a folder")
     script.DEVICE = device = torch.device(args.device)
     if device.type == "cpu":
         torch.set_num_threads(1)
@@ -559,8 +569,9 @@ def main(argv=None):
     if getattr(args, "samples", 0) < 0:
         script.fail(2, f"--samples {args.samples} is not possible; it must be 0 or more")
     rows = dict(claims=CLAIMS, photos=PHOTOS, roads=ROADS).get(args.what, ())
-    if unknown := {*getattr(args, "methods", "").split(";")} - {"", *rows}:
-        script.fail(2, f"--methods {', '.join(unknown)}: no such row; {args.what} has: {'; '.join(rows)}")
+    for name in {*getattr(args, "methods", "").split(";")} - {"", *rows}:
+        nearest = "; ".join(difflib.get_close_matches(name, rows, 5, 0))
+        script.fail(2, f"--methods {name}: no such row of {args.what}; the nearest are {nearest}")
     if not re.fullmatch(r"\d+(,\d+)*", getattr(args, "seeds", "0")):
         script.fail(2, f"--seeds {args.seeds} is not possible; write 0 or 0,1,2")
     try:

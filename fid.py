@@ -97,6 +97,10 @@ HIDDEN = re.compile(r"(^|/)(\.[^/]|__MACOSX/)")                          # .DS_S
 Reference = collections.namedtuple("Reference", "mu cov n features file sha256")    # not stated: n 0, text ""
 
 
+FOREIGN = {"not a zip file": "not a .zip, or a part of one; copy the file again",       # what libraries say
+           "pickled (object) data": "not an .npz of arrays, or a part of one; copy it again, or numpy.savez"}
+
+
 class DataError(ValueError):
     """Images, statistics or weights that cannot be used: one line that names the file. Exit code 3."""
 
@@ -115,6 +119,7 @@ def blame(name):
         raise
     except Exception as error:
         text = getattr(error, "strerror", None) or str(error).split(" <_io.")[0]
+        text = next((ours for theirs, ours in FOREIGN.items() if theirs in text), text)
         text += f" ({type(error).__name__})" * (" " not in text)             # a word alone says too little
         raise DataError(f"{name}: {' '.join(text.split())[:300]}") from error
 
@@ -224,9 +229,10 @@ def open_out(out, script, argv):
 
 
 @contextlib.contextmanager
-def begin_run(out, script, argv):
+def begin_run(cfg, script, argv):
     """open_out by the first process; all compare its log. A new folder where nothing began goes again."""
     SOON.clear()
+    out = cfg.out
     new = not os.path.exists(out)
     lock = contextlib.nullcontext() if processes()[0] else open_out(out, script, argv)
     if group := patient_group():
@@ -237,6 +243,8 @@ def begin_run(out, script, argv):
     with lock:
         try:
             yield
+            if os.path.exists(f"{out}/{cfg.stage}.pt"):       # of one stage alone; a road ends with its table
+                log(f"{cfg.stage}: done; open curve.png and previews in {out}; --stage eval scores and draws")
         except BaseException:
             if new and processes()[0] == 0 and {*os.listdir(out)} == {".lock", "log.txt"}:
                 shutil.rmtree(out)
@@ -278,6 +286,13 @@ def stages_of(home, argv):
     return configs
 
 
+def number(text):
+    """A float of the command line that is one: neither nan nor infinite."""
+    if not math.isfinite(value := float(text)):
+        raise argparse.ArgumentTypeError(f"{text} is not possible; it must be finite")
+    return value
+
+
 def given(home, argv):
     """For --help: the values that these flags give to every stage, and those that differ between stages."""
     configs = {c.stage: vars(c) for c in stages_of(home, argv)}
@@ -296,29 +311,32 @@ def parser(doc, config, stages):
     p = argparse.ArgumentParser(description=doc, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter,
                                 argument_default=argparse.SUPPRESS, usage="%(prog)s [--field value ...]")
-    names = [f.name for f in dataclasses.fields(config)]
-    def refuse(message):                                     # a flag that is none: names the one most alike
-        unknown = re.search(r"unrecognized arguments: --(\w+\.)?(\w+)", message)
-        alike = unknown and difflib.get_close_matches(unknown[2], names, 1)
-        hint = f"did you mean --{unknown[1] or ''}{alike[0]}? " if alike else ""
-        message = message.replace("invalid int value", "not a whole number")
-        fail(2, f"{message}; {hint}--help lists every flag")
-    p.error = refuse
+    p.error = functools.partial(refuse, flags := [], "--help lists every flag")
     for f in dataclasses.fields(config):
-        kind = dict(type=f.type if f.type in (int, float) else str, choices=typing.get_args(f.type) or None)
+        kind = dict(type={int: int, float: number}.get(f.type, str), choices=typing.get_args(f.type) or None)
         if f.type is bool:
             kind = dict(action=argparse.BooleanOptionalAction)
         own = () if f.name in ("data", "stage", "out", "dry_run") else stages
         for stage in ("", *(f"{name}." for name in own)):
-            p.add_argument(f"--{stage}{f.name}", help=argparse.SUPPRESS, **kind)
+            flags.append(f"--{stage}{f.name}")
+            p.add_argument(flags[-1], help=argparse.SUPPRESS, **kind)
     return p
+
+
+def refuse(flags, where, message):
+    """Exit code 2 for a command line that argparse does not take; of a flag that is none, the one meant."""
+    unknown = re.search(r"unrecognized arguments: (--[\w.]+)", message)
+    alike = difflib.get_close_matches(unknown[1], flags, 1) if unknown else ()
+    message = message.replace("invalid int value", "not a whole number")
+    fail(2, f"{message}; " + "".join(f"did you mean {flag}? " for flag in alike) + where)
 
 
 def commands(home, prog):
     """The parser of a tool, home its globals(): its commands are functions, USES names the FLAGS of each."""
     p = argparse.ArgumentParser(description=home["__doc__"],
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.error = lambda text: fail(2, f"{text}; flags: python {prog} {{{','.join(home['USES'])}}} --help")
+    where = f"flags: python {prog} {{{','.join(home['USES'])}}} --help"
+    p.error = functools.partial(refuse, [f"--{name}" for name in home["FLAGS"]], where)
     what = p.add_subparsers(dest="what", metavar="WHAT", required=True, help="its flags: WHAT --help")
     devices = ["cpu", "cuda"][:1 + torch.cuda.is_available()]
     flags = dict(home["FLAGS"], device=dict(default=devices[-1], choices=devices))
@@ -336,9 +354,6 @@ def check_values(cfg, limits, world):
 
     world: number of processes that train, 0 where a stage does not.
     """
-    for name, value in vars(cfg).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            fail(2, f"--{name} {value} is not possible; it must be finite")
     for (rule, least, below), names in limits.items():
         for name in names.split():
             if not least <= getattr(cfg, name) < below:
@@ -353,6 +368,9 @@ def check_values(cfg, limits, world):
         fail(2, f"--out {cfg.out}: {there} {why}; name another folder")
     if cfg.data == "digits" and getattr(cfg, "res", 8) not in (8, getattr(type(cfg), "res", 8)):
         fail(2, f"--res {cfg.res}: --data digits has 8x8 pixels; leave --res out")
+    for name in ("vae", "encoders") if cfg.data == "digits" else ():
+        if getattr(cfg, name, ""):
+            fail(2, f"--{name}: --data digits has pixels and captions of its own; leave --{name} out")
     if cfg.data == "digits" and cfg.stage == "encode":
         fail(2, "--stage encode: --data digits needs none; leave --data out, or name what is to be made")
     seed_range(cfg.seeds)
@@ -919,7 +937,7 @@ def in_batches(items, batch, what):
             show(f"{done:,}/{len(items):,} {what}, {left} left", sys.stderr)
 
 
-def check_pictures(names, read, label):
+def check_pictures(names, read, label, remedy="mend them or leave them out"):
     """Reads every picture once, in threads. Returns "N images, crc32 X", X of shapes and pixels in order.
 
     DataError names the first three that cannot be read and counts them.
@@ -935,7 +953,7 @@ def check_pictures(names, read, label):
         sums = [answer for part in parts for answer in pool.map(checksum, part)]
     if bad := [error for error in sums if isinstance(error, DataError)]:
         first = "; ".join(map(str, bad[:3]))
-        raise DataError(f"{first}; {len(bad)} of {len(names)} pictures cannot be used: mend or remove them")
+        raise DataError(f"{first}; {len(bad)} of {len(names)} pictures cannot be used: {remedy}")
     return f"{len(names)} images, crc32 {zlib.crc32(np.array(sums, '<u4')):08x}"
 
 
@@ -1231,15 +1249,14 @@ def load_images(path, res=0):
         image = read(names[k])
         h, w, _ = image.shape
         if min(h, w) < res:
-            small = f"{path}: {names[k]} is {w}x{h}, too small for --res {res}"
-            raise DataError(f"{small}; leave it out, or pass a smaller --res")
+            raise DataError(f"{path}: {names[k]} is {w}x{h}, too small for --res {res}")
         image = np.asarray(square(rgb(image), res)) if res else image
         if image.shape == shape:
             images[k] = image.transpose(2, 0, 1)
         else:
             others.append((min(h, w), names[k], image.shape))
         return image
-    check_pictures(range(len(names)), keep, path)
+    check_pictures(range(len(names)), keep, path, "pass a smaller --res, or leave them out")
     if others:
         side, name, size = min(others)
         side = min(side, *shape[:2])
@@ -1537,9 +1554,14 @@ def plain(text):
 
 
 def boxed(text, letters, font):
-    """(text in lines of so many letters, its width, its height): the size makes room, so nothing is cut."""
-    wrap = functools.partial(textwrap.fill, width=letters, break_on_hyphens=False)
-    text = "\n".join(map(wrap, plain(text).split("\n")))
+    """(text in lines of so many letters or fewer, even ones, its width, its height): nothing is cut."""
+    def filled(width):
+        wrap = functools.partial(textwrap.fill, width=width, break_on_hyphens=False)
+        return "\n".join(map(wrap, plain(text).split("\n")))
+    lines = filled(letters).count("\n")
+    while letters > 1 and filled(letters - 1).count("\n") == lines:       # no word alone on the last line
+        letters -= 1
+    text = filled(letters)
     return text, *ImageDraw.Draw(Image.new("L", (1, 1))).multiline_textbbox((0, 0), text, font)[2:]
 
 
@@ -1596,9 +1618,9 @@ def save_seeds(path, images, seeds, caption, classes=(), columns=16):
 def net_label(name, steps, table=(), sep="\n"):
     """What a row of a sheet is called: net, number of steps, and its score where the table has one."""
     rows = (row for row in table if row["stage"].split(",")[0] == name)
-    scores = (f", {key.split(' ')[1]} {value}" for row in rows for key, value in row.items()
-              if key.startswith(f"{steps}-step "))
-    return f"{NAMES.get(name, name)}{sep}{steps} step{'s' * (steps > 1)}{next(scores, '')}"
+    found = (f", {key.partition(' ')[2]} {value}" for row in rows for key, value in row.items()
+             if key.startswith(f"{steps}-step "))
+    return f"{NAMES.get(name, name)}{sep}{steps} step{'s' * (steps > 1)}{''.join(found)}"
 
 
 def save_stages(out, shown, names=(), table=(), samples=2_000):
@@ -1613,24 +1635,24 @@ def save_stages(out, shown, names=(), table=(), samples=2_000):
         numbers = [classes.tolist().index(k) for k in range(len(names))] or range(0, len(images), 150)
         shown = [*shown, ("real", 0, to_float(images[numbers], "cpu"))]
         labels.append("real digits")
+    real = "real digits" in labels
     rows, header, line = [*zip(labels, (x for *_, x in shown))], names and ["class", *names], "column"
     if any(len(name) > 8 for name in names):
         columns = torch.stack([x.cpu() for *_, x in shown], 1)
         rows, header, line = [*zip(names, columns)], ["caption", *labels], "row"
-    caption = (f"Each {line} starts from one noise, which every net turns into an image in the steps named; "
-               "a second step may change what the first one drew.")
+    caption = (f"Each {line} is one noise, which every net turns into an image in the steps named; a second "
+               "step may change what the first one drew.")
     caption += f" Scores: Frechet distance of {samples:,} images to the data, lower is better." * bool(table)
-    real = (" Real digits are for comparison. One half of them, 900, scores 0.78 against the other half; of "
-            "more images the score is lower, so this is no bound.")
-    caption += real * ("real digits" in labels)
-    save_sheet(f"{out}/stages.png", rows, caption, header)
+    caption += (" Real digits, which belong to no noise, are for comparison: one half of them scores 0.78 "
+                "against the other half (halves are small, which raises a score).") * real
+    save_sheet(f"{out}/stages.png", rows, caption, header, len(rows) - 1 if real and line == "column" else 0)
 
 
-def save_trajectory(out, states, levels, students, show=lambda x: x):
+def save_trajectory(out, states, levels, students, show=lambda x: x, names=()):
     """<out>/trajectory.png: trajectories of the teacher, and below each what the students answer along it.
 
     states (N+1, n, C, H, W) at levels (N+1,): sigma, or the time t of a flow. students: {net: f(x, levels) ->
-    where it lands in one call}. show: a batch of states or answers -> images.
+    where it lands in one call}. show: a batch of states or answers -> images. names: what each is to be.
     """
     wide = levels.clamp(min=1).to(states).view(-1, 1, 1, 1, 1)
     moved = (states / wide).diff(dim=0).flatten(1).norm(dim=1).cumsum(0)     # of many states nine are shown
@@ -1643,7 +1665,8 @@ def save_trajectory(out, states, levels, students, show=lambda x: x):
     answers = {name: torch.stack([f(*pair) for pair in at]) for name, f in students.items()}
     rows = []
     for j in range(states.shape[1]):
-        rows.append((f"noise {j + 1}\nstates of the teacher", show((states / wide)[:, j])))   # at unit scale
+        name = f"noise {j + 1}, {names[j]}" if names else f"noise {j + 1}"
+        rows.append((f"{name}\nstates of the teacher", show((states / wide)[:, j])))          # at unit scale
         for net, x in answers.items():
             off = (x[0, j] - states[-1, j]).square().mean().sqrt().item()
             rows.append((f"{NAMES.get(net, net)},\n1-step error {off:.2f}", show(x[:, j])))
@@ -1651,7 +1674,7 @@ def save_trajectory(out, states, levels, students, show=lambda x: x):
                "its states: the image that the student answers with when it is shown this state, in one "
                "call. The better it has learned, the less the answers of a row differ. 1-step error: of the "
                "first answer, which is a sample in one step, against the teacher's end (root of the mean "
-               f"square, pixels in [-1, 1]; between two of these ends {apart:.2f}). Post-training, on real "
+               f"square, pixels from -1 to 1; between two of these ends {apart:.2f}). Post-training, on real "
                "images, does not aim at that end."
                + " Shown are the states between which most changes." * (len(some) < n)
                + " States above sigma 1 are shown divided by sigma." * bool(levels.max() > 1))
@@ -1688,7 +1711,7 @@ def save_chart(path, panels, caption, across="images", marks=(), joined=True):
               for title, curves in panels.items()}
     panels = {title: curves for title, curves in panels.items() if curves}
     colours = colours_of([*dict.fromkeys(name for curves in panels.values() for name in curves)])
-    left, right = 160, round(max(map(font.getlength, (*colours, across)))) + 110
+    left, right = 160, round(max(map(font.getlength, (*colours, across)))) + 150
     words = boxed(caption, 115, font)
     picture = Image.new("RGB", (width, height * len(panels) + words[2] + 40), "white")
     pen = ImageDraw.Draw(picture)
@@ -1721,16 +1744,18 @@ def save_chart(path, panels, caption, across="images", marks=(), joined=True):
         few = len(xs) < 20 * len(curves)                         # what was measured, as dots
         for row, (name, points) in reversed([*enumerate(curves.items())]):       # the first one on top
             dots = [(2 * x, 2 * (y - k * height)) for x, y in (at(*p) for p in points)]
-            ink = Image.new("L", (2 * width, 2 * height))                    # twice as large: smooth
+            ink, dot = Image.new("L", (2 * width, 2 * height)), 16 if joined else 12       # twice as large
             level = len(dots) == 2 and dots[0][1] == dots[1][1]              # a line to compare with: dashes
             for x in range(int(dots[0][0]), int(dots[1][0]), 60) if level else ():
                 ImageDraw.Draw(ink).line((x, dots[0][1], x + 36, dots[0][1]), 255, 8)
             if joined and len(dots) > 1 and not level:
                 ImageDraw.Draw(ink).line(dots, 255, 8, joint="curve")
             for x, y in dots if (few or len(dots) == 1 or not joined) and not level else ():
-                ImageDraw.Draw(ink).ellipse((x - 16, y - 16, x + 16, y + 16), 255)
+                ImageDraw.Draw(ink).ellipse((x - dot, y - dot, x + dot, y + dot), 255)
             picture.paste(colours[name], (0, k * height), ink.resize((width, height), Image.Resampling.BOX))
-            pen.text((width - right + 40, top + 44 * row), STAGES.get(name, name), colours[name], font, "lt")
+            x, y = width - right + 40, top + 44 * row
+            pen.rectangle((x, y + 8, x + 24, y + 20), colours[name])
+            pen.text((x + 40, y), STAGES.get(name, name), "black", font, "lt")
     pen.multiline_text((left, height * len(panels) + 10), words[0], "black", font)
     write_whole(path, lambda file: picture.save(file, format="PNG"))
 
@@ -1794,7 +1819,7 @@ def report(cfg, done, lr, tally, **more):
     tally.update(step=done, clock=time.time(), seconds=tally["seconds"] + took, losses=[], norms=[])
     images, rate, left = done * cfg.batch, n * cfg.batch / took, (cfg.steps - done) * cfg.batch
     ROAD.pop(cfg.stage, None)                                # what is left are the stages after this one
-    later = sum(steps * batch for stage, (steps, batch) in ROAD.items() if stage != "vgg")       # a small net
+    later = sum(steps * batch for stage, (steps, batch) in ROAD.items() if "vgg" not in (stage, cfg.stage))
     given = "".join(f"{name} {value:.3g} | " for name, value in more.items() if "mse_gap" not in name)
     given += f"skipped {tally['skipped']} | " * bool(tally["skipped"])
     time_left = ""
@@ -1862,16 +1887,17 @@ def begin_stage(cfg, tally, memory):
     return begins
 
 
-def overview(road, device, data):
+def overview(road, device, cfg):
     """What a run is to train, {stage: (steps, batch)}; a warning where a GPU is meant and there is none."""
     ROAD.clear()
     ROAD.update({stage: todo for stage, todo in road.items() if todo[0]})
     text = ", ".join(f"{stage} {steps:,} steps of {batch}" for stage, (steps, batch) in ROAD.items())
     n = processes()[1]
     text = f"{n} process{'es' * (n > 1)} on {device.type}; to train: {text or 'nothing'}"
-    if ROAD and device.type == "cpu" and data != "digits":
-        text += ("; warning: there is no GPU; in hours a CPU trains --data digits, and with "
-                 "OMP_NUM_THREADS=1 nets as small as those of --res 16")
+    small = cfg.data == "digits" or getattr(cfg, "res", 0) == 16
+    if ROAD and device.type == "cpu" and not small:
+        text += ("\nwarning: there is no GPU; a CPU trains --data digits in minutes, and in hours, with "
+                 "OMP_NUM_THREADS=1, nets as small as those of --res 16")
     return text
 
 
@@ -1904,16 +1930,16 @@ def dry_run(home, argv, configs):
         if c.stage in codes or road.get(c.stage, (0,))[0]:               # later ones start from what it makes
             break
     if processes()[0] == 0:
-        text = overview(road, home.DEVICE, c.data)
+        text = overview(road, home.DEVICE, c)
         bad = ", ".join(c.stage for c in configs if c.stage in codes)
-        cause = f"; nothing starts before this is mended (see above): {bad}" * bool(codes)
+        cause = f"\nnothing starts before this is mended (see above): {bad}" * bool(codes)
         known = *ROAD, *codes, *home.RUN
         idle = ", ".join(c.stage for c in configs if c.stage not in known) or "none"
         plan = shlex.join([os.path.basename(home.__file__), *(a for a in argv if a != "--dry_run")])
         plan += f" --gpus {processes()[1]}"
-        asked = dict(sample="; to draw: seeds {seeds}", encode="; to encode: {source}",
-                     eval="; to score: {samples:,} samples of a net").get(c.stage, "").format(**vars(c))
-        show(f"{text}{asked}; --out {c.out}; finished or not needed: {idle}{cause}"
+        asked = dict(sample="\nto draw: seeds {seeds}", encode="\nto encode: {source}",
+                     eval="\nto score: {samples:,} samples of a net").get(c.stage, "").format(**vars(c))
+        show(f"{text}{asked}\nfinished or not needed: {idle}\nfolder of the run, --out: {c.out}{cause}"
              + f"\nmemory and hours on GPUs: python bench.py plan {plan}" * bool(ROAD), sys.stdout)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -1954,7 +1980,7 @@ def save_preview(cfg, tally, stop, sampler):
         how = "by its solver" if cfg.stage == "pretrain" else "in one step"
         save_seeds(f"{cfg.out}/previews/{cfg.stage}_{done:07d}.png", images, range(64),
                    f"{STAGES[cfg.stage]}, after {done:,} of {cfg.steps:,} steps: samples of the averaged "
-                   f"net, drawn {how}, of the same seeds in every preview.")
+                   f"net, drawn {how}, of the same seeds in every preview; early ones are noise.")
     tally["clock"] = time.time()                             # saving is no training
 
 
@@ -1971,10 +1997,10 @@ def save_samples(cfg, found, make_sampler):
             label = net_label(name, steps, sep=", ")
             caption = f"{label}: one image a seed; every net starts from the same noises."
             caption += f" The first 64 of {len(seeds):,}." * (len(seeds) > 64)
+            sheet = f"{cfg.out}/samples_{name}_{steps}step_seeds.png"
             if processes()[0] == 0:
-                images = draw(sampler, seeds[:64], batch)
-                save_seeds(f"{cfg.out}/samples_{name}_{steps}step_seeds.png", images, seeds, caption)
-            log(f"sample: {len(seeds)} images in {folder}; open samples_{name}_{steps}step_seeds.png")
+                save_seeds(sheet, draw(sampler, seeds[:64], batch), seeds, caption)
+            log(f"sample: {len(seeds)} images in {folder}; open {sheet}")
 
 
 def save_captions(path, name, steps, rows):
@@ -2038,7 +2064,8 @@ def arguments():
     """Command line -> namespace; exit code 2 with one line for what it does not know."""
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.error = lambda message: fail(2, f"{message}; see python fid.py --help")
+    flags = "--save --features --inception --resize --batch --device --train-digits".split()
+    p.error = functools.partial(refuse, flags, "see python fid.py --help")
     cuda = torch.cuda.is_available()
     add = functools.partial(p.add_argument, default="")
     add("paths", nargs="*", metavar="A B", help="or one of " + ", ".join(REFERENCES))

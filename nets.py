@@ -1112,7 +1112,7 @@ def read_weights(path_or_url):
         raise OSError(f"{e}, or pass --teacher FILE") from None
     if not os.path.isfile(path):
         kind = "a folder, not a" if os.path.isdir(path) else "no such"
-        raise FileNotFoundError(f"{path}: {kind} file; give a file or a URL")
+        raise FileNotFoundError(f"{path or repr(path)}: {kind} file; give a file or a URL")
     with open(path, "rb") as f:
         if re.fullmatch(rb"[\s!-~]*", begin := f.read(99)):
             what = "text" if begin else "empty"
@@ -1841,6 +1841,6 @@ if __name__ == "__main__":
     there = os.path.exists(args.made)
     try:
         save_checkpoint(args.made, **dict(zip(("ema", "model", "cfg"), read_weights(args.source))))
-        print(f"wrote {args.made}" + ", over the one that was there" * there)
+        print(f"wrote {args.made}" + f"; the one before is {args.made}.prev" * there)
     except (WeightsError, OSError) as error:
         sys.exit(print(f"nets.py: {error}", file=sys.stderr) or 3)

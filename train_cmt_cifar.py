@@ -78,7 +78,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     dry_run: bool = False       # say what would be skipped and trained and what is missing, and end
 
 
-PRESETS = {  # (data, stage, method): matching rows are laid over each other, top to bottom; "own" = a path
+PRESETS = {  # (data, stage, its --mid or --post): rows that match are laid over each other; "own" = a path
     ("*", "pretrain", "*"): dict(steps=390_625, batch=512, lr=1e-3, warmup=19_531, dropout=0.13,
                                  ema_beta=0.99929, decay="constant", P_mean=-1.2, P_std=1.2),   # EDM Table 7
     ("cifar10", "*", "*"): dict(compile=True),          # choice: twice as fast on an H200 (docs/costs.md)
@@ -136,33 +136,6 @@ def data_name(cfg):
     return cfg.data if cfg.data in (*FILES, "digits") else "own"
 
 
-# ---- data -------------------------------------------------------------------------------------
-def needs_data(cfg):
-    """Whether this stage trains on images: CMT does not, it needs its teacher alone; Slow CMT does."""
-    if cfg.stage == "pretrain":
-        return not has_teacher(cfg)
-    return cfg.stage == "post" or cfg.stage == "mid" and cfg.mid == "slow"
-
-
-@cache                                                # once for all checks, once for all stages
-def opened(path, side):
-    """Images of the archive of CIFAR-10, or of any file or folder, cropped to side (0: as they are)."""
-    return fid.read_cifar(path, CIFAR_MD5) if path.endswith(".tar.gz") else fid.load_images(path, side)
-
-
-def load_data(cfg):
-    """Images of --data as uint8 (N, C, H, W), whole. Missing: CIFAR-10 is fetched, else exit code 3."""
-    path = FILES.get(cfg.data, cfg.data)
-    if cfg.data == "digits":
-        return fid.digits()[0]
-    if cfg.data == "cifar10" and not os.path.exists(path):
-        path = nets.fetch(CIFAR_URL)
-    if not os.path.exists(path):
-        fail(3, f"--data {cfg.data!r}: {path} is not there; put or link an EDM zip there, or pass --data "
-                f"PATH, {', '.join(FILES)} or digits")
-    return opened(path, cfg.res)
-
-
 # ---- losses -----------------------------------------------------------------------------------
 def loss_dm(net, x, sigma, eps, sigma_data=0.5):
     """EDM Eq. 8: denoising, weight (sigma^2 + sd^2) / (sigma sd)^2, mean over pixels. sigma: (B,)."""
@@ -172,6 +145,7 @@ def loss_dm(net, x, sigma, eps, sigma_data=0.5):
 
 
 teacher_solver = solvers.dpmpp                        # of every trajectory and sample of the teacher
+teacher_sigmas = solvers.logsnr_sigmas                # (steps) -> its noise levels
 
 
 def solves(cfg):
@@ -267,7 +241,7 @@ def make_sampler(cfg, net, kind):
     def sampler(seeds):
         x_T, generators = prior(net, seeds)
         if kind == 0:
-            return teacher_solver(net, x_T, solvers.logsnr_sigmas(cfg.nfe))[-1]
+            return teacher_solver(net, x_T, teacher_sigmas(cfg.nfe))[-1]
         return solvers.few_step(net, x_T, [80.0, cfg.mid_sigma][:kind], generators)
     return sampler
 
@@ -279,10 +253,37 @@ def draw_sheets(cfg, found):
              for name, net, kinds, _ in found for steps, kind in kinds.items()]
     fid.save_stages(cfg.out, shown)
     if found[0][0] == "teacher":
-        teacher, sigmas = found[0][1], solvers.logsnr_sigmas(cfg.nfe)
+        teacher, sigmas = found[0][1], teacher_sigmas(cfg.nfe)
         xs = teacher_solver(teacher, prior(teacher, (0, 3, 5))[0], sigmas)           # (nfe+1, 3, C, H, W)
         fid.save_trajectory(cfg.out, xs, sigmas, {name: net for name, net, *_ in found[1:]})
     return [shown]
+
+
+# ---- data -------------------------------------------------------------------------------------
+def needs_data(cfg):
+    """Whether this stage trains on images: CMT does not, it needs its teacher alone; Slow CMT does."""
+    if cfg.stage == "pretrain":
+        return not has_teacher(cfg)
+    return cfg.stage == "post" or cfg.stage == "mid" and cfg.mid == "slow"
+
+
+@cache                                                # once for all checks, once for all stages
+def opened(path, side):
+    """Images of the archive of CIFAR-10, or of any file or folder, cropped to side (0: as they are)."""
+    return fid.read_cifar(path, CIFAR_MD5) if path.endswith(".tar.gz") else fid.load_images(path, side)
+
+
+def load_data(cfg):
+    """Images of --data as uint8 (N, C, H, W), whole. Missing: CIFAR-10 is fetched, else exit code 3."""
+    path = FILES.get(cfg.data, cfg.data)
+    if cfg.data == "digits":
+        return fid.digits()[0]
+    if cfg.data == "cifar10" and not os.path.exists(path):
+        path = nets.fetch(CIFAR_URL)
+    if not os.path.exists(path):
+        fail(3, f"--data {path or repr(path)} is not there; put or link an EDM zip there, or pass --data "
+                f"PATH, {', '.join(FILES)} or digits")
+    return opened(path, cfg.res)
 
 
 # ---- plumbing ---------------------------------------------------------------------------------
@@ -381,12 +382,14 @@ LIMITS = {  # (rule, least, below): fields
 
 def check(cfg):
     """Everything that would stop this stage, before any stage starts: values (exit code 2), files (3)."""
-    needless = has_teacher(cfg) if cfg.stage == "pretrain" else (cfg.stage, cfg.mid) == ("mid", "none")
+    needless = cfg.stage == "pretrain" and has_teacher(cfg) or cfg.stage == "mid" and cfg.mid == "none"
     trains = cfg.stage not in RUN and not needless
     begins = not os.path.exists(f"{cfg.out}/{cfg.stage}.pt")
     fid.check_values(cfg, LIMITS, WORLD if trains else 0)
     if cfg.res and cfg.res != (side := dict(cifar10=32, ffhq=64, afhqv2=64).get(cfg.data, cfg.res)):
         fail(2, f"--res {cfg.res}: --data {cfg.data} has {side}x{side} pixels; leave --res out")
+    if trains and cfg.stage == "pretrain" and cfg.res and f"ddpm++-{cfg.res}" not in nets.SIZES:
+        fail(2, f"--res {cfg.res}: no DDPM++ of nets.SIZES draws that; pass --res 16, 32 or 64")
     if cfg.stage == "post" and cfg.post == "annealed" and not cfg.double:
         fail(2, "--double 0: --post annealed raises q, say after how many steps")
     if cfg.stage == "mid" and trains:
@@ -419,7 +422,7 @@ def check(cfg):
     return trains
 
 
-# ---- main -------------------------------------------------------------------------------------
+# ---- nets -------------------------------------------------------------------------------------
 def has_teacher(cfg):
     """Whether pre-training means reading or fetching a teacher, not training it."""
     return cfg.teacher != "scratch" and bool(cfg.teacher or data_name(cfg) in nets.PRETRAINED)
@@ -482,6 +485,7 @@ def model_size(cfg, images):
     return {**nets.SIZES[f"ddpm++-{height}"], "img_channels": channels}
 
 
+# ---- main -------------------------------------------------------------------------------------
 def train(cfg):
     """One stage (pretrain, mid, post) from its last checkpoint to its end: set-up, method, bookkeeping."""
     if cfg.stage == "mid" and cfg.mid == "none":
@@ -499,7 +503,7 @@ def train(cfg):
         data = fid.stamp(images)
         announce(f"{cfg.data}: {data}, each seen {cfg.steps * B / len(images):,.3g} times, unconditional")
         images = images.to(DEVICE)
-    asks_teacher = cfg.stage == "mid" or cfg.stage == "post" and cfg.post in ("ecd", "ecd_euler")
+    asks_teacher = cfg.stage == "mid" or cfg.stage == "post" and cfg.post.startswith("ecd")
     asked = teacher_state(cfg) if asks_teacher else None                      # (weights, arguments)
     data += f", teacher {nets.stamp(asked[0])}" if asked else ""
     same_data(ckpt, path, data)
@@ -522,9 +526,10 @@ def train(cfg):
     ckpt = asked = weights = state = None             # as large as the net, and needed no more
     shape = net.img_channels, net.img_resolution, net.img_resolution
     distance = make_distance(cfg, shape[0]) if cfg.stage == "mid" else None
-    sigmas, share = solvers.logsnr_sigmas(cfg.nfe), B // WORLD
+    sigmas, share = teacher_sigmas(cfg.nfe), B // WORLD
     n, pairs = solves(cfg)
-    mine, micro = slice(RANK * share, (RANK + 1) * share), cfg.batch_gpu or share        # of a forward pass
+    # pairs of a solve; of them B a step; of these `share` a process, `mine`; of these `micro` a forward pass
+    mine, micro = slice(RANK * share, (RANK + 1) * share), cfg.batch_gpu or share
     saved = dict(data=data, model=model, cfg=asdict(cfg), **fid.made_by(__file__))
     log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))
 
@@ -574,7 +579,7 @@ def train(cfg):
 
         # bookkeeping from here on
         done = step + 1
-        count(cfg, tally, loss, norm)
+        count(cfg, tally, loss, norm)                 # a skipped step lowers fp16's scale, ten end the run
         to_save = stop or done % cfg.save_every == 0 or done == cfg.steps
         if to_save or done % cfg.log_every == 0 or done == start + 1:
             report(cfg, done, lr, tally, **nets.peak_memory())
@@ -623,8 +628,9 @@ def evaluate(cfg):
         rows.append(dict(stage=name, **nets.cost(ckpt)))
         samplers = {steps: make_sampler(cfg, net, kind) for steps, kind in kinds.items()}
         ours = fid.score_net(rows[-1], samplers, features, reference, cfg)
+    solver = getattr(teacher_solver, "__name__", teacher_solver)
     note = (f"{cfg.samples} samples a score, seeds from 0, EMA weights, second noise level {cfg.mid_sigma}, "
-            f"sigma_shift {cfg.sigma_shift}, teacher by {teacher_solver.__name__}.")
+            f"sigma_shift {cfg.sigma_shift}, teacher by {solver}.")
     note = f"{fid.protocol(ours, reference)}\n{note}"
     log(fid.save_results(cfg, rows, note, stages))
 
@@ -641,8 +647,8 @@ def main(argv):
         # trap: where one process has a stage and another has not, they would wait for each other in check
         agree(f"checkpoints in {cfg.out}", [s for s in STAGES if os.path.exists(f"{cfg.out}/{s}.pt")])
         trained = [c for c in configs if check(c)]
-        with fid.begin_run(cfg.out, __file__, argv):  # its lock, its log
-            announce(fid.overview({c.stage: (resume(c)[1], c.batch) for c in trained}, DEVICE, cfg.data))
+        with fid.begin_run(cfg, __file__, argv):      # its lock, its log
+            announce(fid.overview({c.stage: (resume(c)[1], c.batch) for c in trained}, DEVICE, cfg))
             for c in configs:
                 if STOP:
                     fail(75, "stopped by a signal; run the same command again to go on")

@@ -92,7 +92,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
 ECD = dict(steps=100_000, decay="constant", q=256)                                          # B.3
 # choice: the nets of 64's ECD teacher are not named; XL by its cost, the guide of EDM2's own preset
 GUIDED = dict(guide="edm2-img64-xs-0134217-0.110", w=1.7)
-PRESETS = {  # (data, stage, method): matching rows are laid over each other, top to bottom; "own" = a path
+PRESETS = {  # (data, stage, its --mid or --post): rows that match are laid over each other; "own" = a path
     ("*", "encode", "*"): dict(batch_gpu=8),              # pictures at a time: 0.63 GB each at 512 (EDM2: 8)
     ("imagenet512", "*", "*"): dict(loss="elatent", dropout=0.0, post="ecd", ensemble="bgcfnc"),
     ("*", "pretrain", "*"): dict(steps=327_680, batch=2048, lr=7e-3, decay="sqrt", warmup=4_883,
@@ -150,6 +150,185 @@ parse = partial(fid.parse, globals())                 # (argv) -> Config, by the
 def data_name(cfg):
     """The name of --data in PRESETS and in the default --out."""
     return f"imagenet{cfg.res}" if cfg.data == "imagenet" else cfg.data if cfg.data == "digits" else "own"
+
+
+# ---- losses -----------------------------------------------------------------------------------
+def loss_edm2(net, x, sigma, eps, sigma_data=0.5):
+    """EDM2 Eq. 21: denoising under a learned log variance u(sigma); sum over pixels, mean over images."""
+    D_x, u = net(x + sigma.view(-1, 1, 1, 1) * eps, sigma, return_logvar=True)
+    weight = edm_weight(sigma, sigma_data).view(-1, 1, 1, 1)
+    return (weight / u.exp() * (D_x - x) ** 2 + u).sum() / len(x)
+
+
+def edm_weight(sigma, sigma_data=0.5):
+    """(sigma^2 + sd^2) / (sigma sd)^2 = 1 / c_out^2, (B,): EDM's weight, and ECT's on ImageNet."""
+    return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+
+
+def one_hot(labels, classes):
+    """labels (B,) -> (B, classes) float32; (B, 0) for a net without classes."""
+    return F.one_hot(labels, classes).float() if classes else labels.new_zeros(len(labels), 0).float()
+
+
+teacher_solver = solvers.dpmpp                        # of trajectories, and of samples by --sampler dpmpp
+teacher_sigmas = solvers.logsnr_sigmas                # (steps) -> its noise levels
+
+
+def solves(cfg):
+    """(n, pairs): trajectories of a solve, and the pairs (state, end) that they give."""
+    n = cfg.trajectories or cfg.batch // cfg.nfe
+    return n, n * cfg.nfe
+
+
+@torch.no_grad()
+def teacher_pairs(teacher, classes, sigmas, n, shape, g):
+    """Eq. 7: n trajectories of the frozen teacher; each of their states is paired with its trajectory's end.
+
+    classes: how many; sigmas (nfe+1,): decreasing grid; shape: of one input; g: Generator. Every process
+    solves its share, gets all. Returns, shuffled, x_t (P, C, H, W), t (P,) and owner (P,), and the ends x_0
+    (n, C, H, W), one-hot classes y (n, classes): pair p is regressed onto x_0[owner[p]], given y[owner[p]].
+    """
+    levels, N = sigmas.to(g.device, torch.float32, non_blocking=True), len(sigmas) - 1
+    mine = slice(RANK * n // WORLD, (RANK + 1) * n // WORLD)
+    # choice: pure noise, no guidance, uniform classes
+    x_T = levels[0] * randn((n, *shape), g)[mine]
+    y = one_hot(torch.randint(max(classes, 1), (n,), generator=g, device=g.device), classes)
+    xs = gather(teacher_solver(lambda x, sigma: teacher(x, sigma, y[mine]), x_T, sigmas))
+    order = torch.randperm(N * n, generator=g, device=g.device)           # row p is of trajectory p % n
+    return xs[:N].flatten(0, 1)[order], levels[:N].repeat_interleave(n)[order], xs[-1], order % n, y
+
+
+def loss_cmt(net, x_t, t, target, distance):
+    """Eq. 7: states x_t (B, C, H, W) of teacher trajectories, at noise levels t (B,), onto their ends.
+
+    target: distance.features of the ends, computed once per trajectory. Unit weight, mean over pairs (B.2).
+    The target is fixed data: no stop-gradient is needed (Sec. 3.2).
+    """
+    return distance.distance(distance.features(net(x_t, t)), target).mean()
+
+
+def loss_cmt_views(net, x_t, t, x_0, distance, views):
+    """loss_cmt, each pair compared under a random view of its own: both images are treated alike (B.5)."""
+    seen, end = (distance.features(distance.augment(x, views)) for x in (net(x_t, t), x_0))
+    return distance.distance(seen, end).mean()
+
+
+def ect_step(t, q, k=8.0, b=1.0):
+    """Second noise level: r = t (1 - n(t) / q), at least 0; n(t) = 1 + k sigmoid(-b t), k and b of ECT."""
+    return t * (1 - (1 + k * torch.sigmoid(-b * t)) / q).clamp(min=0)
+
+
+def loss_ect(net, x_t, x_r, t, r, huber_c=0.0, weight=None):
+    """Eq. 3: w |f(x_t, t) - stop_gradient f(x_r, r)|, mean over images. w (B,): weight, None = 1 / (t - r).
+
+    x_t, x_r: the same image with the same noise at t > r (ECT), or joined by a teacher's step (ECD).
+    net(x, sigma) has one dropout mask for both calls. huber_c: of sqrt(d^2 + c^2) - c, 0 for the norm itself.
+    """
+    with torch.no_grad():
+        f_r = torch.where(r.view(-1, 1, 1, 1) > 0, net(x_r, r), x_r)  # trap: at r = 0 the net sees ln 0
+    f_t = net(x_t, t)
+    # trap: vector_norm has slope 0 where both agree; the root of a sum of squares would have 0 * inf
+    d = torch.linalg.vector_norm((f_t - f_r).flatten(1), dim=1)
+    if huber_c:
+        d = (d.square() + huber_c**2).sqrt() - huber_c
+    return (d / (t - r) if weight is None else d * weight).mean()
+
+
+def autoguided(main, guide, w):
+    """Autoguidance (Karras et al. 2024): D = guide + w (main - guide), as a function of (x, sigma, y)."""
+    if guide is None or w == 1:
+        return main
+    return lambda x, sigma, class_labels: guide(x, sigma, class_labels).lerp(main(x, sigma, class_labels), w)
+
+
+def make_distance(cfg):
+    """d of Eq. 7: LPIPS at 64 pixels, ELatentLPIPS of latents, on digits a VGG of their labels; or pixels."""
+    if cfg.loss in ("huber", "l2"):
+        return nets.PixelDistance(cfg.huber_c if cfg.loss == "huber" else 0.0)
+    if cfg.loss == "lpips" and cfg.data != "digits":
+        return nets.pretrained_lpips().to(DEVICE)
+    path = f"{cfg.out}/vgg.pt"
+    if not (ckpt := nets.finished(path)):
+        fail(3, f"{path} is not finished; run --stage vgg first, or pass --loss l2")
+    distance = new_vgg(cfg, 0)
+    own = distance.state_dict()                       # without the classifier
+    nets.load_weights(distance, {k: v for k, v in ckpt["ema"].items() if k in own}, path)
+    return distance.requires_grad_(False).eval()
+
+
+def wants_vgg(cfg):
+    """Whether mid-training measures by a VGG that is trained on the labels of the data first."""
+    return cfg.mid != "none" and (cfg.loss == "elatent" or cfg.data == "digits" and cfg.loss == "lpips")
+
+
+def new_vgg(cfg, classes):
+    """The VGG that measures: with a head of `classes` to train it on labels (B.5), 0 = the distance alone."""
+    torch.manual_seed(fold(cfg.seed, "vgg"))
+    if cfg.data == "digits":
+        return nets.VGG().to(DEVICE)
+    return nets.ELatentLPIPS(num_classes=classes, ensemble=cfg.ensemble).to(DEVICE)
+
+
+def vgg_noise(cfg, step, shape):
+    """What is added to a batch of digits, so that their VGG knows noisy ones too; one strength a batch."""
+    g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step, "dropout", 0))
+    return 0.2 * torch.rand((), generator=g, device=DEVICE) * randn(shape, g)
+
+
+def loss_vgg(net, x, labels, seed):
+    """Cross-entropy of the VGG's logits (B.5: no augmentation). seed: of the dropout in its head."""
+    torch.manual_seed(seed)                           # trap: else every process has the same dropout mask
+    return F.cross_entropy(net.logits(x), labels)
+
+
+# ---- sample -----------------------------------------------------------------------------------
+def prior(net, seeds, labels):
+    """x_T (B, C, H, W), one-hot classes, a generator per seed: image i depends on seed i alone."""
+    generators = [torch.Generator().manual_seed(fold("sample", s)) for s in seeds]
+    shape, classes = (net.img_channels, net.img_resolution, net.img_resolution), max(net.label_dim, 1)
+    x_T = 80.0 * solvers.noise(shape, generators).to(DEVICE)
+    drawn = [int(torch.randint(classes, (), generator=g)) for g in generators]
+    y = torch.tensor([s % classes for s in seeds] if labels == "balanced" else drawn)
+    return x_T, one_hot(y.to(DEVICE), net.label_dim), generators
+
+
+def make_sampler(cfg, net, kind):
+    """f(seeds) -> images (B, C, H, W). kind: steps of a student, 1 or 2; 0: the teacher by solver, guided."""
+    D = net if kind else autoguided(net, weak_model(cfg), cfg.w)
+
+    @torch.no_grad()
+    def sampler(seeds):
+        x_T, y, generators = prior(net, seeds, cfg.labels)
+        f = partial(D, class_labels=y)
+        if kind:
+            return to_images(cfg, solvers.few_step(f, x_T, [80.0, cfg.mid_sigma][:kind], generators))
+        if cfg.sampler == "heun":
+            return to_images(cfg, solvers.heun(f, x_T, solvers.edm_sigmas(HEUN_STEPS))[-1])
+        return to_images(cfg, teacher_solver(f, x_T, teacher_sigmas(cfg.nfe))[-1])
+    return sampler
+
+
+def previewer(cfg, net):
+    """Sampler of previews; None where there is nothing to see: of a VGG, of latents without their VAE."""
+    if cfg.stage != "vgg" and net.img_channels != 4:
+        return make_sampler(replace(cfg, guide=""), net, 0 if cfg.stage == "pretrain" else 1)
+
+
+@torch.no_grad()
+def draw_sheets(cfg, found):
+    """A sheet per net, a column per class; stages.png, trajectory.png. Returns what stages.png is made of."""
+    balanced = replace(cfg, labels="balanced")
+    samplers = {(name, steps): make_sampler(balanced, net, kind)
+                for name, net, kinds, _ in found for steps, kind in kinds.items()}
+    shown = fid.save_classes(cfg, samplers, found[0][1].label_dim)
+    if found[0][0] == "teacher":
+        teacher, sigmas = found[0][1], teacher_sigmas(cfg.nfe)
+        x_T, y, _ = prior(teacher, range(3), "balanced")
+        xs = teacher_solver(lambda x, sigma: teacher(x, sigma, y), x_T, sigmas)      # (nfe+1, 3, C, H, W)
+        students = {name: partial(net, class_labels=y) for name, net, *_ in found[1:]}
+        fid.save_trajectory(cfg.out, xs, sigmas, students, partial(to_images, cfg),
+                            [f"class {k}" for k in shown[1]])
+    return shown
 
 
 # ---- data -------------------------------------------------------------------------------------
@@ -305,183 +484,6 @@ def encode_data(cfg):
     log(f"encode: {target}, {len(names):,} images; {parts} can be deleted")
 
 
-# ---- losses -----------------------------------------------------------------------------------
-def loss_edm2(net, x, sigma, eps, sigma_data=0.5):
-    """EDM2 Eq. 21: denoising under a learned log variance u(sigma); sum over pixels, mean over images."""
-    D_x, u = net(x + sigma.view(-1, 1, 1, 1) * eps, sigma, return_logvar=True)
-    weight = edm_weight(sigma, sigma_data).view(-1, 1, 1, 1)
-    return (weight / u.exp() * (D_x - x) ** 2 + u).sum() / len(x)
-
-
-def edm_weight(sigma, sigma_data=0.5):
-    """(sigma^2 + sd^2) / (sigma sd)^2 = 1 / c_out^2, (B,): EDM's weight, and ECT's on ImageNet."""
-    return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
-
-
-def one_hot(labels, classes):
-    """labels (B,) -> (B, classes) float32; (B, 0) for a net without classes."""
-    return F.one_hot(labels, classes).float() if classes else labels.new_zeros(len(labels), 0).float()
-
-
-teacher_solver = solvers.dpmpp                        # of trajectories, and of samples by --sampler dpmpp
-
-
-def solves(cfg):
-    """(n, pairs): trajectories of a solve, and the pairs (state, end) that they give."""
-    n = cfg.trajectories or cfg.batch // cfg.nfe
-    return n, n * cfg.nfe
-
-
-@torch.no_grad()
-def teacher_pairs(teacher, classes, sigmas, n, shape, g):
-    """Eq. 7: n trajectories of the frozen teacher; each of their states is paired with its trajectory's end.
-
-    classes: how many; sigmas (nfe+1,): decreasing grid; shape: of one input; g: Generator. Every process
-    solves its share, gets all. Returns, shuffled, x_t (P, C, H, W), t (P,) and owner (P,), and the ends x_0
-    (n, C, H, W), one-hot classes y (n, classes): pair p is regressed onto x_0[owner[p]], given y[owner[p]].
-    """
-    levels, N = sigmas.to(g.device, torch.float32, non_blocking=True), len(sigmas) - 1
-    mine = slice(RANK * n // WORLD, (RANK + 1) * n // WORLD)
-    # choice: pure noise, no guidance, uniform classes
-    x_T = levels[0] * randn((n, *shape), g)[mine]
-    y = one_hot(torch.randint(max(classes, 1), (n,), generator=g, device=g.device), classes)
-    xs = gather(teacher_solver(lambda x, sigma: teacher(x, sigma, y[mine]), x_T, sigmas))
-    order = torch.randperm(N * n, generator=g, device=g.device)           # row p is of trajectory p % n
-    return xs[:N].flatten(0, 1)[order], levels[:N].repeat_interleave(n)[order], xs[-1], order % n, y
-
-
-def loss_cmt(net, x_t, t, target, distance):
-    """Eq. 7: states x_t (B, C, H, W) of teacher trajectories, at noise levels t (B,), onto their ends.
-
-    target: distance.features of the ends, computed once per trajectory. Unit weight, mean over pairs (B.2).
-    The target is fixed data: no stop-gradient is needed (Sec. 3.2).
-    """
-    return distance.distance(distance.features(net(x_t, t)), target).mean()
-
-
-def loss_cmt_views(net, x_t, t, x_0, distance, views):
-    """loss_cmt, each pair compared under a random view of its own: both images are treated alike (B.5)."""
-    seen, end = (distance.features(distance.augment(x, views)) for x in (net(x_t, t), x_0))
-    return distance.distance(seen, end).mean()
-
-
-def ect_step(t, q, k=8.0, b=1.0):
-    """Second noise level: r = t (1 - n(t) / q), at least 0; n(t) = 1 + k sigmoid(-b t), k and b of ECT."""
-    return t * (1 - (1 + k * torch.sigmoid(-b * t)) / q).clamp(min=0)
-
-
-def loss_ect(net, x_t, x_r, t, r, huber_c=0.0, weight=None):
-    """Eq. 3: w |f(x_t, t) - stop_gradient f(x_r, r)|, mean over images. w (B,): weight, None = 1 / (t - r).
-
-    x_t, x_r: the same image with the same noise at t > r (ECT), or joined by a teacher's step (ECD).
-    net(x, sigma) has one dropout mask for both calls. huber_c: of sqrt(d^2 + c^2) - c, 0 for the norm itself.
-    """
-    with torch.no_grad():
-        f_r = torch.where(r.view(-1, 1, 1, 1) > 0, net(x_r, r), x_r)  # trap: at r = 0 the net sees ln 0
-    f_t = net(x_t, t)
-    # trap: vector_norm has slope 0 where both agree; the root of a sum of squares would have 0 * inf
-    d = torch.linalg.vector_norm((f_t - f_r).flatten(1), dim=1)
-    if huber_c:
-        d = (d.square() + huber_c**2).sqrt() - huber_c
-    return (d / (t - r) if weight is None else d * weight).mean()
-
-
-def autoguided(main, guide, w):
-    """Autoguidance (Karras et al. 2024): D = guide + w (main - guide), as a function of (x, sigma, y)."""
-    if guide is None or w == 1:
-        return main
-    return lambda x, sigma, class_labels: guide(x, sigma, class_labels).lerp(main(x, sigma, class_labels), w)
-
-
-def make_distance(cfg):
-    """d of Eq. 7: LPIPS at 64 pixels, ELatentLPIPS of latents, on digits a VGG of their labels; or pixels."""
-    if cfg.loss in ("huber", "l2"):
-        return nets.PixelDistance(cfg.huber_c if cfg.loss == "huber" else 0.0)
-    if cfg.loss == "lpips" and cfg.data != "digits":
-        return nets.pretrained_lpips().to(DEVICE)
-    path = f"{cfg.out}/vgg.pt"
-    if not (ckpt := nets.finished(path)):
-        fail(3, f"{path} is not finished; run --stage vgg first, or pass --loss l2")
-    distance = new_vgg(cfg, 0)
-    own = distance.state_dict()                       # without the classifier
-    nets.load_weights(distance, {k: v for k, v in ckpt["ema"].items() if k in own}, path)
-    return distance.requires_grad_(False).eval()
-
-
-def wants_vgg(cfg):
-    """Whether mid-training measures by a VGG that is trained on the labels of the data first."""
-    return cfg.mid != "none" and (cfg.loss == "elatent" or cfg.data == "digits" and cfg.loss == "lpips")
-
-
-def new_vgg(cfg, classes):
-    """The VGG that measures: with a head of `classes` to train it on labels (B.5), 0 = the distance alone."""
-    torch.manual_seed(fold(cfg.seed, "vgg"))
-    if cfg.data == "digits":
-        return nets.VGG().to(DEVICE)
-    return nets.ELatentLPIPS(num_classes=classes, ensemble=cfg.ensemble).to(DEVICE)
-
-
-def vgg_noise(cfg, step, shape):
-    """What is added to a batch of digits, so that their VGG knows noisy ones too; one strength a batch."""
-    g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step, "dropout", 0))
-    return 0.2 * torch.rand((), generator=g, device=DEVICE) * randn(shape, g)
-
-
-def loss_vgg(net, x, labels, seed):
-    """Cross-entropy of the VGG's logits (B.5: no augmentation). seed: of the dropout in its head."""
-    torch.manual_seed(seed)                           # trap: else every process has the same dropout mask
-    return F.cross_entropy(net.logits(x), labels)
-
-
-# ---- sample -----------------------------------------------------------------------------------
-def prior(net, seeds, labels):
-    """x_T (B, C, H, W), one-hot classes, a generator per seed: image i depends on seed i alone."""
-    generators = [torch.Generator().manual_seed(fold("sample", s)) for s in seeds]
-    shape, classes = (net.img_channels, net.img_resolution, net.img_resolution), max(net.label_dim, 1)
-    x_T = 80.0 * solvers.noise(shape, generators).to(DEVICE)
-    drawn = [int(torch.randint(classes, (), generator=g)) for g in generators]
-    y = torch.tensor([s % classes for s in seeds] if labels == "balanced" else drawn)
-    return x_T, one_hot(y.to(DEVICE), net.label_dim), generators
-
-
-def make_sampler(cfg, net, kind):
-    """f(seeds) -> images (B, C, H, W). kind: steps of a student, 1 or 2; 0: the teacher by solver, guided."""
-    D = net if kind else autoguided(net, weak_model(cfg), cfg.w)
-
-    @torch.no_grad()
-    def sampler(seeds):
-        x_T, y, generators = prior(net, seeds, cfg.labels)
-        f = partial(D, class_labels=y)
-        if kind:
-            return to_images(cfg, solvers.few_step(f, x_T, [80.0, cfg.mid_sigma][:kind], generators))
-        if cfg.sampler == "heun":
-            return to_images(cfg, solvers.heun(f, x_T, solvers.edm_sigmas(HEUN_STEPS))[-1])
-        return to_images(cfg, teacher_solver(f, x_T, solvers.logsnr_sigmas(cfg.nfe))[-1])
-    return sampler
-
-
-def previewer(cfg, net):
-    """Sampler of previews; None where there is nothing to see: of a VGG, of latents without their VAE."""
-    if cfg.stage != "vgg" and net.img_channels != 4:
-        return make_sampler(replace(cfg, guide=""), net, 0 if cfg.stage == "pretrain" else 1)
-
-
-@torch.no_grad()
-def draw_sheets(cfg, found):
-    """A sheet per net, a column per class; stages.png, trajectory.png. Returns what stages.png is made of."""
-    balanced = replace(cfg, labels="balanced")
-    samplers = {(name, steps): make_sampler(balanced, net, kind)
-                for name, net, kinds, _ in found for steps, kind in kinds.items()}
-    shown = fid.save_classes(cfg, samplers, found[0][1].label_dim)
-    if found[0][0] == "teacher":
-        teacher, sigmas = found[0][1], solvers.logsnr_sigmas(cfg.nfe)
-        x_T, y, _ = prior(teacher, range(3), "balanced")
-        xs = teacher_solver(lambda x, sigma: teacher(x, sigma, y), x_T, sigmas)      # (nfe+1, 3, C, H, W)
-        students = {name: partial(net, class_labels=y) for name, net, *_ in found[1:]}
-        fid.save_trajectory(cfg.out, xs, sigmas, students, partial(to_images, cfg))
-    return shown
-
-
 # ---- plumbing ---------------------------------------------------------------------------------
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]                      # USR1: Slurm's --signal
@@ -584,7 +586,7 @@ def check(cfg):
     if cfg.stage == "mid" and trains:
         fid.check_solve(cfg, *solves(cfg), WORLD)
         if cfg.ensemble != "none" and cfg.loss != "elatent":
-            fail(2, f"--ensemble {cfg.ensemble} belongs to --loss elatent, not {cfg.loss}")
+            fail(2, f"--ensemble {cfg.ensemble} belongs to --loss elatent; pass --ensemble none")
         if (cfg.res == 512) != (cfg.loss == "elatent") and cfg.loss in ("lpips", "elatent"):
             fail(2, f"--loss {cfg.loss} does not measure --res {cfg.res}; lpips is for 64, elatent for 512")
         if cfg.loss == "huber" and not cfg.huber_c:
@@ -631,7 +633,7 @@ def check_data(cfg):
         fail(2, f"--loss lpips needs 3x16x16 at least, not {channels}x{side}x{side}; or --loss huber")
 
 
-# ---- main -------------------------------------------------------------------------------------
+# ---- nets -------------------------------------------------------------------------------------
 def has_teacher(cfg):
     """Whether pre-training means reading or fetching a teacher, not training it."""
     return cfg.teacher != "scratch" and bool(cfg.teacher or data_name(cfg) in nets.PRETRAINED)
@@ -709,6 +711,7 @@ def model_size(cfg, images):
                 label_dim=images.classes, **nets.SIZES[size])
 
 
+# ---- main -------------------------------------------------------------------------------------
 def train(cfg):
     """One stage (pretrain, vgg, mid, post), from its last checkpoint to its end. Bookkeeping comes last."""
     if cfg.stage == "pretrain" and has_teacher(cfg):
@@ -716,7 +719,9 @@ def train(cfg):
         log(f"pretrain: not trained, the teacher is {cfg.teacher or 'the official one'}")
         if cfg.teacher and not os.path.exists(f"{cfg.out}/mid.pt"):
             build(cfg, model, state, cfg.teacher)     # does it fit? not after hours of training the VGG
-    if not needs_data(cfg) and (cfg.stage != "mid" or cfg.mid == "none"):
+    if cfg.stage == "mid" and cfg.mid == "none":
+        return log("mid: left out by --mid none")
+    if not needs_data(cfg) and cfg.stage != "mid":
         return
     path, B = f"{cfg.out}/{cfg.stage}.pt", cfg.batch
     ckpt, left = resume(cfg)
@@ -749,9 +754,10 @@ def train(cfg):
     shape = model["img_channels"], model["img_resolution"], model["img_resolution"]
     classes = model["label_dim"]
     distance = make_distance(cfg) if cfg.stage == "mid" else None
-    sigmas, share = solvers.logsnr_sigmas(cfg.nfe), B // WORLD
+    sigmas, share = teacher_sigmas(cfg.nfe), B // WORLD
     n, pairs = solves(cfg)
-    mine, micro = slice(RANK * share, (RANK + 1) * share), cfg.batch_gpu or share        # of a forward pass
+    # pairs of a solve; of them B a step; of these `share` a process, `mine`; of these `micro` a forward pass
+    mine, micro = slice(RANK * share, (RANK + 1) * share), cfg.batch_gpu or share
     reader = ThreadPoolExecutor(1)                    # it reads one step ahead
     ahead = reader.submit(read_batch, cfg, images, tally["step"]) if images else None
     saved = dict(data=data, model=model, cfg=asdict(cfg), **fid.made_by(__file__))
@@ -809,7 +815,7 @@ def train(cfg):
 
         # bookkeeping from here on
         done = step + 1
-        count(cfg, tally, loss, norm)
+        count(cfg, tally, loss, norm)                 # a skipped step lowers fp16's scale, ten end the run
         to_save = stop or done % cfg.save_every == 0 or done == cfg.steps
         if to_save or done % cfg.log_every == 0 or done == start + 1:
             report(cfg, done, lr, tally, **nets.peak_memory())
@@ -861,7 +867,7 @@ def evaluate(cfg):
         rows.append(dict(stage=name, **nets.cost(ckpt)))
         samplers = {steps: make_sampler(cfg, net, kind) for steps, kind in kinds.items()}
         ours = fid.score_net(rows[-1], samplers, features, reference, cfg)
-    solver = "heun" if cfg.sampler == "heun" else teacher_solver.__name__
+    solver = "heun" if cfg.sampler == "heun" else getattr(teacher_solver, "__name__", teacher_solver)
     note = (f"{cfg.samples} samples a score, seeds from 0, EMA weights, second noise level {cfg.mid_sigma}, "
             f"{cfg.labels} labels, teacher by {solver}, guide {cfg.guide or 'none'}, w {cfg.w}")
     log(fid.save_results(cfg, rows, f"{fid.protocol(ours, reference)}\n{note}.", stages))
@@ -879,8 +885,8 @@ def main(argv):
         # trap: where one process has a stage and another has not, they would wait for each other in check
         agree(f"checkpoints in {cfg.out}", [s for s in STAGES if os.path.exists(f"{cfg.out}/{s}.pt")])
         trained = [c for c in configs if check(c)]
-        with fid.begin_run(cfg.out, __file__, argv):  # its lock, its log
-            announce(fid.overview({c.stage: (resume(c)[1], c.batch) for c in trained}, DEVICE, cfg.data))
+        with fid.begin_run(cfg, __file__, argv):      # its lock, its log
+            announce(fid.overview({c.stage: (resume(c)[1], c.batch) for c in trained}, DEVICE, cfg))
             for c in configs:
                 if STOP:
                     fail(75, "stopped by a signal; run the same command again to go on")

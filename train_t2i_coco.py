@@ -97,7 +97,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     dry_run: bool = False       # say what would be skipped and trained and what is missing, and end
 
 
-PRESETS = {  # (data, stage, method): matching rows are laid over each other, top to bottom; "own" = a path
+PRESETS = {  # (data, stage, its --mid or --post): rows that match are laid over each other; "own" = a path
     ("*", "encode", "*"): dict(batch_gpu=32),                                # pictures at a time
     ("*", "pretrain", "*"): dict(clip=1.0),                                                # REPA
     ("*", "pretrain", "plain"): dict(repa=0.0),
@@ -139,6 +139,233 @@ parse = partial(fid.parse, globals())                 # (argv) -> Config, by the
 def data_name(cfg):
     """The name of --data in PRESETS and in the default --out."""
     return cfg.data if cfg.data in (*FILES, "digits") else "own"
+
+
+# ---- losses -----------------------------------------------------------------------------------
+WEIGHT_C = 1e-3                                       # c of the adaptive weight (MF's text; its code: 1e-2)
+# What the losses ask of a network: u(z, t, r, y, repa=False), its derivative slope(z, t, r, y, v) along the
+# flow, and the null condition, which stands for "no class" or "no caption".
+Flow = namedtuple("Flow", "u slope null")
+
+
+def draw_times(n, g, ratio, mean, std):
+    """(t, r), each (n,), 0 < r <= t < 1: of two logit-normal draws the larger and the smaller (MF).
+
+    r = t but for exactly round(ratio n) samples, spread evenly over the batch: every process and micro-batch
+    has its share of them, and no shape depends on chance. g: a CPU generator.
+    """
+    draws = torch.sigmoid(mean + std * torch.randn((2, n), generator=g))
+    t, r = draws.amax(0), draws.amin(0)
+    i, k = torch.arange(n), round(ratio * n)
+    return t, torch.where(i * k // n < (i + 1) * k // n, r, t)
+
+
+def flow_of(cfg, net, null):
+    """net(z, t, r, y, repa), and its null condition, as a Flow: u in --precision, du/dt in fp32 or TF32.
+
+    --compile compiles both functions. u(..., repa=True) is a pair: u, and REPA's features, None for a net
+    without a projector.
+    """
+    cast = HALF.get(cfg.precision)
+
+    def u(z, t, r, y, repa=False):
+        with torch.autocast(DEVICE.type, cast, enabled=cast is not None):
+            answer = net(z, t, r, y, repa=repa)
+        return (answer, None) if repa and torch.is_tensor(answer) else answer
+
+    def slope(z, t, r, y, v):
+        # choice: du/dt outside autocast: TF32 moves it by a thousandth, bf16 by a hundredth (docs/costs.md)
+        return nets.derivative(net, z, t, r, y, v)
+
+    if cfg.compile:
+        # trap: a compiled module inside jvp runs eager, in silence: functions are compiled
+        torch.compiler.reset()                        # trap: a ninth graph of u, in all stages, runs eager
+        u, slope = torch.compile(u), torch.compile(slope)
+    return Flow(u, slope, null)
+
+
+def loss_repa(features, tokens):
+    """REPA: minus the mean cosine of projected features (B, N, D) and DINOv2's tokens of the clean image."""
+    return -F.cosine_similarity(features.float(), tokens.float(), dim=2).mean()
+
+
+def loss_sit(flow, z, v, t, text):
+    """Flow matching: |u(z, t) - v|^2, mean over numbers; also the sum (B,) of each, and REPA's features."""
+    u, features = flow.u(z, t, t, text, repa=True)
+    square = (u - v).square().flatten(1).sum(1)
+    return square.mean() / v[0].numel(), square.detach(), features
+
+
+def loss_mf(flow, z, v, t, r, y, guided, cfg):
+    """Mean Flow: w |u - sg(v~ - (t - r) du/dt)|^2, w = sg(|.|^2 + c)^-p, mean over samples.
+
+    z (B, C, H, W) = (1 - t) x + t eps; v = eps - x; y (B, ...): conditions; t, r and guided (B,) stay on the
+    CPU, where it costs no wait to know which samples are meant. v~ is v; for guided samples it is omega v +
+    kappa u(z, t, t, y) + (1 - omega - kappa) u(z, t, t, null). It is the tangent of z as well. Where r = t
+    the factor (t - r) is 0: no derivative is needed, and u(z, t, t, y) is u itself, not one more forward.
+    Returns the loss, |.|^2 (B,) of each sample, and REPA's features (None for a net without a projector).
+    """
+    def places(mask):
+        return mask.nonzero()[:, 0].to(z.device, non_blocking=True)
+
+    apart, nowhere = r < t, torch.zeros_like(guided)                              # apart: these need du/dt
+    null_weight = 1 - cfg.omega - cfg.kappa
+    # target = v~ - (t - r) du/dt, in place; each list says which samples need one more term of it
+    ask_null = places(guided if abs(null_weight) > 1e-9 else nowhere)             # u(z, t, t, null) is needed
+    ask_own = places(guided & apart if cfg.kappa else nowhere)                    # u(z, t, t, y) is needed
+    reuse_u = places(guided & ~apart if cfg.kappa else nowhere)                   # it is u(z, t, r, y)
+    ask_slope = places(apart)
+    v_weight = 1 + (cfg.omega - 1) * guided.to(v.dtype)                           # omega where guided, else 1
+    t, r, v_weight = (a.to(z.device, non_blocking=True) for a in (t, r, v_weight))
+    target = v_weight.view(-1, 1, 1, 1) * v
+    with torch.no_grad():
+        if len(ask_null) + len(ask_own):
+            both = torch.cat([ask_null, ask_own])
+            conditions = torch.cat([flow.null.expand_as(y[ask_null]), y[ask_own]])
+            answers = flow.u(z[both], t[both], t[both], conditions)
+            target[ask_null] += null_weight * answers[:len(ask_null)]
+            target[ask_own] += cfg.kappa * answers[len(ask_null):]
+        if len(ask_slope):
+            points = (a[ask_slope] for a in (z, t, r, y, target))
+            target[ask_slope] -= (t - r)[ask_slope].view(-1, 1, 1, 1) * flow.slope(*points)
+    u, features = flow.u(z, t, r, y, repa=True)
+    target[reuse_u] += cfg.kappa * u.detach()[reuse_u]        # r = t: no slope was taken of this target
+    square = (u - target).square().flatten(1).sum(1)
+    loss = (square / (square.detach() + WEIGHT_C) ** cfg.power).mean()
+    return loss, square.detach(), features
+
+
+def pairs_of_states(states, velocities, times):
+    """Eq. 8: all pairs of the states of n trajectories, (N+1, n, C, H, W) at times (N+1,), noisiest first.
+
+    velocities (N, n, C, H, W): the mean velocity of each step. Returns z_t (P n, C, H, W), t and r (P n,),
+    and the target (z_t - z_r) / (t - r), the mean velocity between them. One (t, r) after the other, each for
+    all n trajectories.
+    """
+    first, second = torch.triu_indices(len(states), len(states), 1, device=states.device)
+    times, wide = times.to(states, non_blocking=True), (-1, 1, 1, 1, 1)
+    steps = velocities * -times.diff().view(wide)
+    path = torch.cat([torch.zeros_like(states[:1]), steps.cumsum(0)])             # no difference of states
+    target = (path[second] - path[first]) / (times[first] - times[second]).view(wide)
+    t, r = (times[k].repeat_interleave(states.shape[1]) for k in (first, second))
+    return states[first].flatten(0, 1), t, r, target.flatten(0, 1)
+
+
+def loss_cmt_mf(u, z, t, r, y, target):
+    """Eq. 8: |u(z, t, r, y) - target|^2 on pairs of a teacher's trajectory; also the sum (B,) of each.
+
+    Unit weight (B.4), mean over numbers and pairs. The target is fixed data: no stop-gradient is needed.
+    """
+    square = (u(z, t, r, y) - target).square().flatten(1).sum(1)
+    return square.mean() / target[0].numel(), square.detach()
+
+
+@torch.no_grad()
+def rollout(cfg, net, z, text, null, times):
+    """States (N+1, B, ...) from z down `times` (N+1,), and the mean velocity of each step, (N, B, ...).
+
+    A Mean Flow net jumps. A SiT is integrated by Heun's rule (B.6) and guided by omega / (1 - kappa) at times
+    in the interval; for the null caption that changes nothing.
+    """
+    one_clock = net.r_embedder is None                # v(z, t) of flow matching; two clocks: u(z, t, r)
+    scale = cfg.omega / (1 - cfg.kappa)
+    inside = ((times.float() >= cfg.guide_from) & (times.float() <= cfg.guide_to)).tolist()
+    solver, calls = (solvers.flow_heun, 2) if one_clock else (solvers.mean_flow, 1)    # calls of u a step
+    both, answers = torch.cat([null.expand_as(text), text]), []
+
+    def u(x, t, r=None):
+        step, end = divmod(len(answers), calls)       # Heun asks at both ends of a step: times[step + end]
+        if one_clock and scale != 1 and inside[step + end]:
+            plain, answer = net(torch.cat([x, x]), torch.cat([t, t]), both, repa=False).chunk(2)
+            answer = plain.lerp(answer, scale)
+        else:
+            answer = net(x, t, text, r, repa=False)
+        answers.append(answer)
+        return answer
+    states = solver(u, z, times)
+    return states, torch.stack(answers).unflatten(0, (len(times) - 1, calls)).mean(1)
+
+
+def pairs_per_solve(cfg):
+    """Pairs that one call of teacher_pairs gives."""
+    return cfg.trajectories * cfg.nodes * (cfg.nodes - 1) // 2
+
+
+@torch.no_grad()
+def teacher_pairs(cfg, teacher, text, null, shape, g):
+    """Eq. 8: a roll-out of the frozen teacher for each caption, text (n, L, D), gives all pairs of states.
+
+    Every process rolls out its share and gets all. Returns z (P n, C, H, W), t and r (P n,), the number of
+    the caption (P n,), and the target, as pairs_of_states. `train` shuffles them.
+    """
+    n, times = len(text), torch.linspace(1, 0, cfg.nodes, dtype=torch.float64)
+    mine = slice(RANK * n // WORLD, (RANK + 1) * n // WORLD)
+    noise = randn((n, *shape), g)[mine]
+    with torch.autocast(DEVICE.type, HALF.get(cfg.precision), enabled=cfg.precision in HALF):
+        states, velocities = rollout(cfg, teacher, noise, text[mine], null, times)
+    z, t, r, target = pairs_of_states(gather(states), gather(velocities), times)
+    return z, t, r, torch.arange(n, device=g.device).repeat(len(z) // n), target
+
+
+# ---- sample -----------------------------------------------------------------------------------
+def prior(net, seeds):
+    """z at t = 1 (B, C, H, W): image i depends on seed i alone, not on batch, process or caption."""
+    generators = [torch.Generator().manual_seed(fold("sample", s)) for s in seeds]
+    size = net.grid * net.patch_size
+    return solvers.noise((net.x_embedder.proj.in_channels, size, size), generators).to(DEVICE)
+
+
+def make_sampler(cfg, net, steps, text, null, decode=True):
+    """f(seeds) -> images (B, C, H, W) of the captions whose features are text(seeds), in `steps` equal steps.
+
+    decode=False: without the VAE.
+    """
+    times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+
+    @torch.no_grad()
+    def sampler(seeds):
+        x = rollout(cfg, net, prior(net, seeds), text(seeds), null, times)[0][-1]
+        return to_images(cfg, x) if decode else x
+    return sampler
+
+
+def validation_text(images, encoder, seeds):
+    """Captions of the validation set, one for each seed, and their features (B, L, D)."""
+    captions, words = images.validation(seeds)
+    return captions, encoder(encoder.ids(captions) if words is None else words)
+
+
+def read_digits(sampler, reader, right):
+    """sampler; right (2,) counts its images in which reader sees the digit of their caption, and all."""
+    def watched(seeds):
+        x = sampler(seeds)
+        seen = reader.logits(fid.to_uint8(x)).argmax(1).cpu()
+        right.add_(torch.tensor([(seen == torch.tensor(seeds) % 10).sum(), len(x)]))
+        return x
+    return watched
+
+
+@torch.no_grad()
+def draw_sheets(cfg, found, images, encoder):
+    """A sheet per net, a row per caption; stages.png, trajectory.png. Returns what stages.png is made of."""
+    (captions, text), null = validation_text(images, encoder, range(10)), encoder(images.null[None])
+    captions = [caption or f"caption {k}" for k, caption in enumerate(captions)]     # U-ViT: no text
+    seeds, shown = [k + 10 * j for k in range(10) for j in range(8)], []             # 8 of each caption
+    for name, net, kinds, _ in found:
+        for steps in kinds:
+            sampler = make_sampler(cfg, net, steps, lambda some: text[[s % 10 for s in some]], null)
+            rows = fid.draw(sampler, seeds, cfg.batch_gpu or 64).cpu().split(8)
+            path = f"{cfg.out}/samples_{name}_{steps}step.png"
+            fid.save_captions(path, name, steps, [*zip(captions, rows)])
+            shown.append((name, steps, torch.stack([row[0] for row in rows])))
+    fid.save_stages(cfg.out, shown, captions)
+    if found[0][0] == "teacher":
+        teacher, times = found[0][1], torch.linspace(1, 0, cfg.nodes, dtype=torch.float64)
+        states = rollout(cfg, teacher, prior(teacher, range(3)), text[:3], null, times)[0]
+        jumps = {name: lambda x, t, net=net: x - t[0] * net(x, t, text[:3], t * 0, repa=False)
+                 for name, net, *_ in found[1:]}
+        fid.save_trajectory(cfg.out, states, times, jumps, partial(to_images, cfg), captions)
+    return shown, captions
 
 
 # ---- data -------------------------------------------------------------------------------------
@@ -425,225 +652,6 @@ def encode_data(cfg):
         log(f"encode: {target}, {len(train):,} images, {len(texts):,} captions, {len(val):,} for FID")
 
 
-# ---- losses -----------------------------------------------------------------------------------
-WEIGHT_C = 1e-3                                       # c of the adaptive weight (MF's text; its code: 1e-2)
-# What the losses ask of a network: u(z, t, r, y, repa=False), its derivative slope(z, t, r, y, v) along the
-# flow, and the null condition, which stands for "no class" or "no caption".
-Flow = namedtuple("Flow", "u slope null")
-
-
-def draw_times(n, g, ratio, mean, std):
-    """(t, r), each (n,), 0 < r <= t < 1: of two logit-normal draws the larger and the smaller (MF).
-
-    r = t but for exactly round(ratio n) samples, spread evenly over the batch: every process and micro-batch
-    has its share of them, and no shape depends on chance. g: a CPU generator.
-    """
-    draws = torch.sigmoid(mean + std * torch.randn((2, n), generator=g))
-    t, r = draws.amax(0), draws.amin(0)
-    i, k = torch.arange(n), round(ratio * n)
-    return t, torch.where(i * k // n < (i + 1) * k // n, r, t)
-
-
-def flow_of(cfg, net, null):
-    """net(z, t, r, y, repa), and its null condition, as a Flow: u in --precision, du/dt in fp32 or TF32.
-
-    --compile compiles both functions. u(..., repa=True) is a pair: u, and REPA's features, None for a net
-    without a projector.
-    """
-    cast = HALF.get(cfg.precision)
-
-    def u(z, t, r, y, repa=False):
-        with torch.autocast(DEVICE.type, cast, enabled=cast is not None):
-            answer = net(z, t, r, y, repa=repa)
-        return (answer, None) if repa and torch.is_tensor(answer) else answer
-
-    def slope(z, t, r, y, v):                         # choice: du/dt outside autocast, for TF32 moves it by a
-        return nets.derivative(net, z, t, r, y, v)    # thousandth, bf16 by a hundredth (docs/costs.md)
-
-    if cfg.compile:           # trap: a compiled module inside jvp runs eager, in silence: functions are
-        torch.compiler.reset()                        # trap: a ninth graph of u, in all stages, runs eager
-        u, slope = torch.compile(u), torch.compile(slope)
-    return Flow(u, slope, null)
-
-
-def loss_repa(features, tokens):
-    """REPA: minus the mean cosine of projected features (B, N, D) and DINOv2's tokens of the clean image."""
-    return -F.cosine_similarity(features.float(), tokens.float(), dim=2).mean()
-
-
-def loss_sit(flow, z, v, t, text):
-    """Flow matching: |u(z, t) - v|^2, mean over numbers; also the sum (B,) of each, and REPA's features."""
-    u, features = flow.u(z, t, t, text, repa=True)
-    square = (u - v).square().flatten(1).sum(1)
-    return square.mean() / v[0].numel(), square.detach(), features
-
-
-def loss_mf(flow, z, v, t, r, y, guided, cfg):
-    """Mean Flow: w |u - sg(v~ - (t - r) du/dt)|^2, w = sg(|.|^2 + c)^-p, mean over samples.
-
-    z (B, C, H, W) = (1 - t) x + t eps; v = eps - x; y (B, ...): conditions; t, r and guided (B,) stay on the
-    CPU, where it costs no wait to know which samples are meant. v~ is v; for guided samples it is omega v +
-    kappa u(z, t, t, y) + (1 - omega - kappa) u(z, t, t, null). It is the tangent of z as well. Where r = t
-    the factor (t - r) is 0: no derivative is needed, and u(z, t, t, y) is u itself, not one more forward.
-    Returns the loss, |.|^2 (B,) of each sample, and REPA's features (None for a net without a projector).
-    """
-    def places(mask):
-        return mask.nonzero()[:, 0].to(z.device, non_blocking=True)
-
-    apart, nowhere = r < t, torch.zeros_like(guided)                              # apart: these need du/dt
-    null_weight = 1 - cfg.omega - cfg.kappa
-    # target = v~ - (t - r) du/dt, in place; each list says which samples need one more term of it
-    ask_null = places(guided if abs(null_weight) > 1e-9 else nowhere)             # u(z, t, t, null) is needed
-    ask_own = places(guided & apart if cfg.kappa else nowhere)                    # u(z, t, t, y) is needed
-    reuse_u = places(guided & ~apart if cfg.kappa else nowhere)                   # it is u(z, t, r, y)
-    ask_slope = places(apart)
-    v_weight = 1 + (cfg.omega - 1) * guided.to(v.dtype)                           # omega where guided, else 1
-    t, r, v_weight = (a.to(z.device, non_blocking=True) for a in (t, r, v_weight))
-    target = v_weight.view(-1, 1, 1, 1) * v
-    with torch.no_grad():
-        if len(ask_null) + len(ask_own):
-            both = torch.cat([ask_null, ask_own])
-            conditions = torch.cat([flow.null.expand_as(y[ask_null]), y[ask_own]])
-            answers = flow.u(z[both], t[both], t[both], conditions)
-            target[ask_null] += null_weight * answers[:len(ask_null)]
-            target[ask_own] += cfg.kappa * answers[len(ask_null):]
-        if len(ask_slope):
-            points = (a[ask_slope] for a in (z, t, r, y, target))
-            target[ask_slope] -= (t - r)[ask_slope].view(-1, 1, 1, 1) * flow.slope(*points)
-    u, features = flow.u(z, t, r, y, repa=True)
-    target[reuse_u] += cfg.kappa * u.detach()[reuse_u]
-    square = (u - target).square().flatten(1).sum(1)
-    loss = (square / (square.detach() + WEIGHT_C) ** cfg.power).mean()
-    return loss, square.detach(), features
-
-
-def pairs_of_states(states, velocities, times):
-    """Eq. 8: all pairs of the states of n trajectories, (N+1, n, C, H, W) at times (N+1,), noisiest first.
-
-    velocities (N, n, C, H, W): the mean velocity of each step. Returns z_t (P n, C, H, W), t and r (P n,),
-    and the target (z_t - z_r) / (t - r), the mean velocity between them. One (t, r) after the other, each for
-    all n trajectories.
-    """
-    first, second = torch.triu_indices(len(states), len(states), 1, device=states.device)
-    times, wide = times.to(states, non_blocking=True), (-1, 1, 1, 1, 1)
-    steps = velocities * -times.diff().view(wide)
-    path = torch.cat([torch.zeros_like(states[:1]), steps.cumsum(0)])             # no difference of states
-    target = (path[second] - path[first]) / (times[first] - times[second]).view(wide)
-    t, r = (times[k].repeat_interleave(states.shape[1]) for k in (first, second))
-    return states[first].flatten(0, 1), t, r, target.flatten(0, 1)
-
-
-def loss_cmt_mf(u, z, t, r, y, target):
-    """Eq. 8: |u(z, t, r, y) - target|^2 on pairs of a teacher's trajectory; also the sum (B,) of each.
-
-    Unit weight (B.4), mean over numbers and pairs. The target is fixed data: no stop-gradient is needed.
-    """
-    square = (u(z, t, r, y) - target).square().flatten(1).sum(1)
-    return square.mean() / target[0].numel(), square.detach()
-
-
-@torch.no_grad()
-def rollout(cfg, net, z, text, null, times):
-    """States (N+1, B, ...) from z down `times` (N+1,), and the mean velocity of each step, (N, B, ...).
-
-    A Mean Flow net jumps. A SiT is integrated by Heun's rule (B.6) and guided by omega / (1 - kappa) at times
-    in the interval; for the null caption that changes nothing.
-    """
-    one_clock = net.r_embedder is None                # v(z, t) of flow matching; two clocks: u(z, t, r)
-    scale = cfg.omega / (1 - cfg.kappa)
-    inside = ((times.float() >= cfg.guide_from) & (times.float() <= cfg.guide_to)).tolist()
-    both, answers = torch.cat([null.expand_as(text), text]), []
-
-    def u(x, t, r=None):
-        step, end = divmod(len(answers), 2)           # Heun asks at both ends of a step: times[step + end]
-        if one_clock and scale != 1 and inside[step + end]:
-            plain, answer = net(torch.cat([x, x]), torch.cat([t, t]), both, repa=False).chunk(2)
-            answer = plain.lerp(answer, scale)
-        else:
-            answer = net(x, t, text, r, repa=False)
-        answers.append(answer)
-        return answer
-    states = (solvers.flow_heun if one_clock else solvers.mean_flow)(u, z, times)
-    return states, torch.stack(answers).unflatten(0, (len(times) - 1, -1)).mean(1)
-
-
-@torch.no_grad()
-def teacher_pairs(cfg, teacher, text, null, shape, g):
-    """Eq. 8: a roll-out of the frozen teacher for each caption, text (n, L, D), gives all pairs of states.
-
-    Every process rolls out its share and gets all. Returns z (P n, C, H, W), t and r (P n,), the number of
-    the caption (P n,), and the target, as pairs_of_states.
-    """
-    n, times = len(text), torch.linspace(1, 0, cfg.nodes, dtype=torch.float64)
-    mine = slice(RANK * n // WORLD, (RANK + 1) * n // WORLD)
-    noise = randn((n, *shape), g)[mine]
-    with torch.autocast(DEVICE.type, HALF.get(cfg.precision), enabled=cfg.precision in HALF):
-        states, velocities = rollout(cfg, teacher, noise, text[mine], null, times)
-    z, t, r, target = pairs_of_states(gather(states), gather(velocities), times)
-    return z, t, r, torch.arange(n, device=g.device).repeat(len(z) // n), target
-
-
-# ---- sample -----------------------------------------------------------------------------------
-def prior(net, seeds):
-    """z at t = 1 (B, C, H, W): image i depends on seed i alone, not on batch, process or caption."""
-    generators = [torch.Generator().manual_seed(fold("sample", s)) for s in seeds]
-    size = net.grid * net.patch_size
-    return solvers.noise((net.x_embedder.proj.in_channels, size, size), generators).to(DEVICE)
-
-
-def make_sampler(cfg, net, steps, text, null, decode=True):
-    """f(seeds) -> images (B, C, H, W) of the captions whose features are text(seeds), in `steps` equal steps.
-
-    decode=False: without the VAE.
-    """
-    times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-
-    @torch.no_grad()
-    def sampler(seeds):
-        x = rollout(cfg, net, prior(net, seeds), text(seeds), null, times)[0][-1]
-        return to_images(cfg, x) if decode else x
-    return sampler
-
-
-def validation_text(images, encoder, seeds):
-    """Captions of the validation set, one for each seed, and their features (B, L, D)."""
-    captions, words = images.validation(seeds)
-    return captions, encoder(encoder.ids(captions) if words is None else words)
-
-
-def read_digits(sampler, reader, right):
-    """sampler; right (2,) counts its images in which reader sees the digit of their caption, and all."""
-    def watched(seeds):
-        x = sampler(seeds)
-        seen = reader.logits(fid.to_uint8(x)).argmax(1).cpu()
-        right.add_(torch.tensor([(seen == torch.tensor(seeds) % 10).sum(), len(x)]))
-        return x
-    return watched
-
-
-@torch.no_grad()
-def draw_sheets(cfg, found, images, encoder):
-    """A sheet per net, a row per caption; stages.png, trajectory.png. Returns what stages.png is made of."""
-    (captions, text), null = validation_text(images, encoder, range(10)), encoder(images.null[None])
-    captions = [caption or f"caption {k}" for k, caption in enumerate(captions)]     # U-ViT: no text
-    seeds, shown = [k + 10 * j for k in range(10) for j in range(8)], []             # 8 of each caption
-    for name, net, kinds, _ in found:
-        for steps in kinds:
-            sampler = make_sampler(cfg, net, steps, lambda some: text[[s % 10 for s in some]], null)
-            rows = fid.draw(sampler, seeds, cfg.batch_gpu or 64).cpu().split(8)
-            path = f"{cfg.out}/samples_{name}_{steps}step.png"
-            fid.save_captions(path, name, steps, [*zip(captions, rows)])
-            shown.append((name, steps, torch.stack([row[0] for row in rows])))
-    fid.save_stages(cfg.out, shown, captions)
-    if found[0][0] == "teacher":
-        teacher, times = found[0][1], torch.linspace(1, 0, cfg.nodes, dtype=torch.float64)
-        states = rollout(cfg, teacher, prior(teacher, range(3)), text[:3], null, times)[0]
-        jumps = {name: lambda x, t, net=net: x - t[0] * net(x, t, text[:3], t * 0, repa=False)
-                 for name, net, *_ in found[1:]}
-        fid.save_trajectory(cfg.out, states, times, jumps, partial(to_images, cfg))
-    return shown, captions
-
-
 # ---- plumbing ---------------------------------------------------------------------------------
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]                      # USR1: Slurm's --signal
@@ -716,6 +724,11 @@ LIMITS = {  # (rule, least, below): fields
 }
 
 
+def left_out(cfg):
+    """Whether --mid none leaves this stage out: pre-training too, unless post-training asks for its net."""
+    return cfg.mid == "none" and (cfg.stage == "mid" or cfg.stage == "pretrain" and cfg.init != "sit")
+
+
 def check(cfg):
     """Everything that would stop this stage, before any stage starts: values (exit code 2), files (3)."""
     given = cfg.stage in RUN or cfg.stage == "pretrain" and cfg.teacher
@@ -752,17 +765,7 @@ def check(cfg):
     return trains
 
 
-# ---- main -------------------------------------------------------------------------------------
-def left_out(cfg):
-    """Whether --mid none leaves this stage out: pre-training too, unless post-training asks for its net."""
-    return cfg.mid == "none" and (cfg.stage == "mid" or cfg.stage == "pretrain" and cfg.init != "sit")
-
-
-def pairs_per_solve(cfg):
-    """Pairs that one call of teacher_pairs gives."""
-    return cfg.trajectories * cfg.nodes * (cfg.nodes - 1) // 2
-
-
+# ---- nets -------------------------------------------------------------------------------------
 def size_row(cfg, side=0):
     """Constructor arguments that --size names, for squares of this side (0: not yet known)."""
     rows = {"mmdit/2": dict(nets.SIZES["mmdit/2"], repa_depth=8, projector_dim=2048)}              # REPA
@@ -833,6 +836,7 @@ def first_weights(cfg):
     return (teacher_state(cfg)[0], "the teacher (--init sit)") if cfg.init == "sit" else (None, "")
 
 
+# ---- main -------------------------------------------------------------------------------------
 def train(cfg):
     """One stage (pretrain, mid, post) from its last checkpoint to its end: set-up, method, bookkeeping."""
     if left_out(cfg) or cfg.stage == "pretrain" and cfg.teacher:
@@ -855,7 +859,7 @@ def train(cfg):
     state, what = (None, "") if ckpt else first_weights(cfg)
     net = build(cfg, model, state, what, train=True)
     ema = deepcopy(net).requires_grad_(False).eval()
-    flow = flow_of(cfg, lambda z, t, r, text, repa: net(z, t, text, r, repa), null)
+    flow = flow_of(cfg, lambda z, t, r, text, repa: net(z, t, text, r, repa), null)   # MMDiT: r behind text
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
     # views of one vector, added up and zeroed as one: gradient, loss, and how many signals ask to stop
     flat.grad, loss_sum = grad[:-2], grad[-2]
@@ -870,7 +874,8 @@ def train(cfg):
 
     errors = torch.zeros(2, 6, device=DEVICE)         # square errors and their number, by t - r; REPA's
     pairs, share = pairs_per_solve(cfg), B // WORLD
-    mine, micro = slice(RANK * share, (RANK + 1) * share), cfg.batch_gpu or share        # of a forward pass
+    # pairs of a solve; of them B a step; of these `share` a process, `mine`; of these `micro` a forward pass
+    mine, micro = slice(RANK * share, (RANK + 1) * share), cfg.batch_gpu or share
     # previews: captions of the data, whose features may be cached, so that no one needs CLIP for them
     shown = encoder(images.texts(torch.arange(64) * images.count // 64, torch.zeros(64)))
     steps = cfg.nfe if cfg.stage == "pretrain" else 1
@@ -926,7 +931,7 @@ def train(cfg):
 
         # bookkeeping from here on
         done = step + 1
-        count(cfg, tally, loss, norm)
+        count(cfg, tally, loss, norm)           # a skipped step lowers fp16's scale, ten end the run
         to_save = stop or done % cfg.save_every == 0 or done == cfg.steps
         if to_save or done % cfg.log_every == 0 or done == start + 1:
             report(cfg, done, lr, tally, **nets.peak_memory(), **fid.mse_by_gap(errors))
@@ -1004,7 +1009,7 @@ def sample_captions(cfg):
 def evaluate(cfg):
     """Score every net there is, the teacher in --nfe steps, students in 1 and 2: <out>/results.md.
 
-    Caption i of the validation set makes image i. Of digits, a row says how many show what it names.
+    Caption i of the validation set makes image i. Of digits, columns say how many show what theirs names.
     """
     digits, images, encoder = cfg.data == "digits", load_data(cfg), text_encoder(cfg)
     found, rows = candidates(cfg), []
@@ -1018,17 +1023,15 @@ def evaluate(cfg):
     null, text_of = encoder(images.null[None]), lambda seeds: validation_text(images, encoder, seeds)[1]
     for name, net, kinds, ckpt in found:
         right = {steps: torch.zeros(2) for steps in kinds}
-        row = dict(stage=name, **nets.cost(ckpt))
-        reads = dict(row, stage=f"{name}, shows its digit")
+        rows.append(dict(stage=name, **nets.cost(ckpt)))
         samplers = {steps: make_sampler(cfg, net, steps, text_of, null) for steps in kinds}
         if digits:
             samplers = {steps: read_digits(f, features, right[steps]) for steps, f in samplers.items()}
-        ours = fid.score_net(row, samplers, features, reference, cfg)
+        ours = fid.score_net(rows[-1], samplers, features, reference, cfg)
         for steps, counts in right.items() if digits else ():
             if WORLD > 1:
                 dist.all_reduce(counts)
-            reads[f"{steps}-step FD-digits"] = f"{counts[0] / counts[1]:.1%}"
-        rows += [row, reads] if digits else [row]
+            rows[-1][f"{steps}-step shows its digit"] = f"{counts[0] / counts[1]:.1%}"
     decoder = "none (pixels)" if digits else vae_of(cfg).identity
     note = f"{fid.protocol(ours, reference)}\n{fid.guidance_note(cfg, decoder)}"
     log(fid.save_results(cfg, rows, note, stages))
@@ -1046,8 +1049,8 @@ def main(argv):
         # trap: where one process has a stage and another has not, they would wait for each other in check
         agree(f"checkpoints in {cfg.out}", [s for s in STAGES if os.path.exists(f"{cfg.out}/{s}.pt")])
         trained = [c for c in configs if check(c)]
-        with fid.begin_run(cfg.out, __file__, argv):  # its lock, its log
-            announce(fid.overview({c.stage: (resume(c)[1], c.batch) for c in trained}, DEVICE, cfg.data))
+        with fid.begin_run(cfg, __file__, argv):      # its lock, its log
+            announce(fid.overview({c.stage: (resume(c)[1], c.batch) for c in trained}, DEVICE, cfg))
             for c in configs:
                 if STOP:
                     fail(75, "stopped by a signal; run the same command again to go on")

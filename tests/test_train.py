@@ -49,6 +49,8 @@ def test_finished_stages_are_skipped_and_left_alone(road, capsys):
     before = {p.name: p.stat().st_mtime_ns for p in road.glob("*.pt")}
     script.main([*TINY, "--out", str(road), "--steps", "3"])
     assert "nothing to do" in capsys.readouterr().out
+    script.main([*TINY, "--out", str(road), "--steps", "3", "--stage", "mid"])
+    assert f"mid: done; open curve.png and previews in {road}; --stage eval" in capsys.readouterr().out
     assert before == {p.name: p.stat().st_mtime_ns for p in road.glob("*.pt")}
 
 
@@ -350,7 +352,7 @@ BAD = [  # (command line, exit code, what the line must say)
     ("--data digits --seeds \u00b2", 2, "--seeds \u00b2 is not possible"),
     ("--data digits --steps 1e4", 2, "--steps: not a whole number: '1e4'"),
     ("--data digits --steps=0", 2, "--steps 0 is not possible"),
-    ("--data digits --lr nan", 2, "--lr nan is not possible"),
+    ("--data digits --lr nan", 2, "--lr: nan is not possible"),
     ("--data digits --batch", 2, "--batch: expected one argument"),
     ("--data digits --compile=yes", 2, "--compile"),
     ("--data own.zip --res -16", 2, "--res -16 is not possible"),
@@ -371,7 +373,7 @@ BAD = [  # (command line, exit code, what the line must say)
     ("--data digits --stage eval", 3, "run --stage pretrain, or"),
     ("--data digits --mid.stesp 4", 2, "unrecognized arguments: --mid.stesp 4; did you mean --mid.steps? --help lists every flag"),
     ("--data digits --steps 99999999999999", 2, "it must be above 0, below 1e12"),
-    ("--data digits --P_mean nan", 2, "--P_mean nan is not possible; it must be finite"),
+    ("--data digits --P_mean nan", 2, "--P_mean: nan is not possible; it must be finite"),
     ("--data cifar10 --res 16 --loss huber", 2, "--res 16: --data cifar10 has 32x32 pixels; leave --res out"),
     ("--data digits --post annealed --double 0 --stage post", 2, "--double 0: --post annealed raises q"),
     ("--data digits --out /proc/x", 2, "/proc may not be written to"),

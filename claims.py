@@ -407,8 +407,8 @@ def photos(args, device):
 
 
 FM = "--pretrain fm --weak SIZE --init sit"           # SIZE: --size, of student and flow-matching teacher
-CAPTION = ("FD-photos against CPU seconds, lower is better; means of the seeds {}. The seconds include the "
-           "training of a road's teacher, which has no curve. Dots: the checkpoints that were scored.")
+CAPTION = ("FD-photos against CPU seconds, lower is better; {}. The seconds include the training of a road's "
+           "teacher, which has no curve. Dots: the checkpoints that were scored.")
 ROADS = {  # road: the road whose teacher it goes on from, its calls, laid over the settings of digits
     "flow matching": ("", ["--stage pretrain --pretrain fm --weak SIZE --steps 320"]),
     "weak Mean Flow": ("", ["--stage pretrain --weak 2x64x3 --steps 800"]),
@@ -461,9 +461,10 @@ def roads(args, device):
                         places = panels.setdefault(f"FD-photos in {words}", {}).setdefault(name, {})
                         places.setdefault(state["step"], []).append((seconds, score))
     for title, panel in panels.items():                                  # means of the seeds, place by place
-        panels[title] = {name: [tuple(map(statistics.mean, zip(*seen))) for seen in places.values()]
-                         for name, places in sorted(panel.items())}
-    fid.save_chart(f"{args.out}/roads.png", panels, CAPTION.format(args.seeds), "CPU seconds")
+        panels[title] = {name: [tuple(map(statistics.mean, zip(*seen))) for seen in panel[name].values()]
+                         for name in sorted(panel, key=lambda name: ("flow" in name, name))}
+    words = CAPTION.format(f"{'means of the seeds' if ',' in args.seeds else 'seed'} {args.seeds}")
+    fid.save_chart(f"{args.out}/roads.png", panels, words, "CPU seconds")
 
 
 # ---- gradient bias ----------------------------------------------------------------------------

@@ -23,6 +23,7 @@ import itertools
 import math
 import os
 import re
+import signal
 import statistics
 import sys
 import time
@@ -866,10 +867,10 @@ def full_size(command, argv):
     what = "bf16 {} TFLOP/s", "TF32 {}", "fp32 {}", "memory {} TB/s", "to the next GPU {} GB/s"
     reached = ", ".join(text.format(f"{share * top:.3g}") + f" ({share:.1%})"
                         for text, share, top in zip(what, REACHED, CARDS[args.device]))
-    said = (f"{args.gpus} x {args.device}, one process each. Assumed speeds, in brackets their share of the "
-            f"data sheet: {reached}. A kernel launch takes {1e6 * LAUNCH[0]:.0f} us, {1e6 * LAUNCH[1]:.0f} "
-            "under --compile. A step takes the GPU's time or its launches' time, whichever is longer, and "
-            "then sends its gradient.")
+    said = (f"{args.gpus} x {args.device} (--gpus, --device), one process each. Assumed speeds, in brackets "
+            f"their share of the data sheet: {reached}. A kernel launch takes {1e6 * LAUNCH[0]:.0f} us, "
+            f"{1e6 * LAUNCH[1]:.0f} under --compile. A step takes the GPU's time or its launches' time, "
+            "whichever is longer, and then sends its gradient.")
     if command is step:
         if gpu_name() == "no GPU":
             fid.fail(2, "step needs a GPU; plan estimates without one")
@@ -885,14 +886,16 @@ def full_size(command, argv):
         if name not in rows:
             print(f"counting {k} of {len(todo)}: {name}", file=sys.stderr, flush=True)
             rows[name] = command(home, name, cfg, args)
+            if not rows[name]:
+                print("  not trained, nothing to count", file=sys.stderr)
         if rows[name]:
             roads.setdefault(line, []).extend(rows[name])
     tables = [sum(rows.values(), [])]
-    if command is plan and roads:                     # what it costs, what that is made of, what a road costs
+    if command is plan and roads:                     # what a road costs, what its stages do, and of what
         at = list(tables[0][0]).index("parameters")
-        tables = [[dict([*row.items()][:at]) for row in tables[0]],
-                  [dict([*row.items()][:1] + [*row.items()][at:]) for row in tables[0]],
-                  [whole(line, stages) for line, stages in roads.items()]]
+        tables = [[whole(line, stages) for line, stages in roads.items()],
+                  [dict([*row.items()][:at]) for row in tables[0]],
+                  [dict([*row.items()][:1] + [*row.items()][at:]) for row in tables[0]]]
     print("\n\n".join(map(fid.table, tables)) if tables[0] else "nothing of this trains")
 
 
@@ -953,4 +956,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, fid.leave)
     main()

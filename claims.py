@@ -17,6 +17,7 @@ import importlib
 import os
 import re
 import shutil
+import signal
 import statistics
 import time
 from dataclasses import replace
@@ -218,7 +219,7 @@ def plot(args, device):
     fid.save_chart(f"{args.out}/plot.png", panels,
                    "The stages of each run against the images (or pairs) that the stage has been trained on. "
                    "Compare losses within one script and stage.")
-    print(f"{args.out}/plot.png")
+    print(f"open {args.out}/plot.png")
 
 
 @contextlib.contextmanager
@@ -282,8 +283,8 @@ def curves(args, device):
     caption = ("Images (or pairs) trained on, those of the teacher not counted, seed 0. Blue: mid-training "
                "(CMT), then post-training (ECT). Red: post-training alone. ")
     meant = (f"FD-digits: Frechet distance of {cfg.samples:,} images to the data, by features of a small "
-             "net.", "ECT alone halves its step in time again and again; after CMT it begins at the finest. "
-             "The finer the step, the larger the gradient.")
+             "net.", "ECT alone halves the gap t - r again and again; after CMT it begins at the smallest. "
+             "The smaller the gap, the larger the gradient.")
     for picture, title, lines, words in ("curve", "FD-digits, lower is better", scores, meant[0]), (
             "norms", "gradient norm: every step, and the median of 25", norms, meant[1]):
         fid.save_chart(f"{args.out}/{picture}.png", {title: lines}, caption + words, marks=marks)
@@ -407,8 +408,9 @@ def photos(args, device):
 
 
 FM = "--pretrain fm --weak SIZE --init sit"           # SIZE: --size, of student and flow-matching teacher
-CAPTION = ("FD-photos against CPU seconds, lower is better; {}. The seconds include the training of a road's "
-           "teacher, which has no curve. Dots: the checkpoints that were scored.")
+CAPTION = ("FD-photos (Frechet distance to the photos, by features of a small net) against CPU seconds, "
+           "lower is better; {}. The seconds include the training of a road's teacher, which has no curve. "
+           "CMT: mid-training by a small Mean Flow. Dots: the checkpoints that were scored.")
 ROADS = {  # road: the road whose teacher it goes on from, its calls, laid over the settings of digits
     "flow matching": ("", ["--stage pretrain --pretrain fm --weak SIZE --steps 320"]),
     "weak Mean Flow": ("", ["--stage pretrain --weak 2x64x3 --steps 800"]),
@@ -500,7 +502,7 @@ def finished_run(out):
             flags = [str(w) for name in ("data", "res", "seed", "teacher") for w in (f"--{name}", was[name])]
             cfg = script.parse([*flags, "--stage", "eval", "--out", out])
             return replace(cfg, stage="bias"), was["mid"] != "none"
-    script.fail(3, f"--out {out}: no finished checkpoint of train_cmt_cifar.py is there")
+    script.fail(3, f"--out {out}: no finished checkpoint of train_cmt_cifar.py is there; train or name one")
 
 
 def ode_ends(teacher, x_t, t, steps=48):
@@ -561,8 +563,7 @@ def main(argv=None):
     """The command line of the docstring."""
     args = fid.commands(globals(), "claims.py").parse_args(argv)
     args.out = args.out or ("out/digits" if args.what == "bias" else "out/claims")
-    if os.path.isfile(args.out):
-        script.fail(2, f"--out {args.out} is a file; name a folder")
+    fid.check_out(args.out)
     script.DEVICE = device = torch.device(args.device)
     if device.type == "cpu":
         torch.set_num_threads(1)
@@ -582,4 +583,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, fid.leave)
     main()

@@ -202,6 +202,12 @@ def one_line(cfg, *errors):
         fail(1, f"{calls[0]}: {first_line(e)}; if another process died, it says why; run again")
 
 
+def leave(number, frame):
+    """A signal where nothing is half done: one line, no traceback."""
+    say("stopped by a signal; nothing is lost, the same command does it again")
+    os._exit(128 + number)
+
+
 def open_out(out, script, argv):
     """Makes the folder of a run, locks it (two runs would mix), begins its log. First process only."""
     global OUT, MADE_BY
@@ -226,6 +232,29 @@ def open_out(out, script, argv):
     for text in SAID:
         write_line("log.txt", text)
     return lock
+
+
+def same_folder(cfg, script, argv):
+    """Exit code 2 where what is to be drawn or scored was made by another script, of other data, or by knobs
+    that this command names otherwise; a teacher that lies elsewhere is missed in a line.
+    """
+    path = pathlib.Path(cfg.out, "config.json")
+    if cfg.stage not in ("eval", "sample") or not path.is_file():
+        return
+    with blame(path):
+        made = [*json.loads(path.read_bytes()).values()]
+    typed = {word[2:].partition("=")[0] for word in argv if word.startswith("--")}
+    trained = typed & {*"pretrain mid post loss steps lr batch seed q huber_c size weak".split()}
+    now = {**vars(cfg), "script": os.path.basename(script), "data": os.path.basename(cfg.data)}
+    for name in ("script", "data", "res", *sorted(trained)):
+        was = [os.path.basename(str(c[name])) if name == "data" else c[name] for c in made if name in c]
+        if was and now.get(name) not in was:
+            what = "script" if name == "script" else f"--{name}"
+            fail(2, f"{cfg.out} was made with {what} {was[-1]}, now {now.get(name)}; take that, or another "
+                    "--out")
+    told = [c["teacher"] for c in made if c.get("teacher", "scratch") not in ("", "scratch")]
+    if told and not cfg.teacher and not os.path.exists(cfg.init):
+        say(f"warning: its teacher is neither drawn nor scored; pass --teacher {told[-1]}")
 
 
 @contextlib.contextmanager
@@ -318,17 +347,17 @@ def parser(doc, config, stages):
             kind = dict(action=argparse.BooleanOptionalAction)
         own = () if f.name in ("data", "stage", "out", "dry_run") else stages
         for stage in ("", *(f"{name}." for name in own)):
-            flags.append(f"--{stage}{f.name}")
-            p.add_argument(flags[-1], help=argparse.SUPPRESS, **kind)
+            flags.append(f"{stage}{f.name}")
+            p.add_argument(f"--{flags[-1]}", help=argparse.SUPPRESS, **kind)
     return p
 
 
 def refuse(flags, where, message):
     """Exit code 2 for a command line that argparse does not take; of a flag that is none, the one meant."""
-    unknown = re.search(r"unrecognized arguments: (--[\w.]+)", message)
+    unknown = re.search(r"unrecognized arguments: --([\w.]+)", message)
     alike = difflib.get_close_matches(unknown[1], flags, 1) if unknown else ()
     message = message.replace("invalid int value", "not a whole number")
-    fail(2, f"{message}; " + "".join(f"did you mean {flag}? " for flag in alike) + where)
+    fail(2, f"{message}; " + "".join(f"did you mean --{flag}? " for flag in alike) + where)
 
 
 def commands(home, prog):
@@ -336,7 +365,7 @@ def commands(home, prog):
     p = argparse.ArgumentParser(description=home["__doc__"],
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     where = f"flags: python {prog} {{{','.join(home['USES'])}}} --help"
-    p.error = functools.partial(refuse, [f"--{name}" for name in home["FLAGS"]], where)
+    p.error = functools.partial(refuse, [*home["FLAGS"]], where)
     what = p.add_subparsers(dest="what", metavar="WHAT", required=True, help="its flags: WHAT --help")
     devices = ["cpu", "cuda"][:1 + torch.cuda.is_available()]
     flags = dict(home["FLAGS"], device=dict(default=devices[-1], choices=devices))
@@ -362,10 +391,7 @@ def check_values(cfg, limits, world):
         fail(2, f"--batch {cfg.batch} must be a multiple of the {world} processes")
     if world and cfg.batch_gpu and cfg.batch // world % cfg.batch_gpu:
         fail(2, f"--batch_gpu {cfg.batch_gpu} must divide the {cfg.batch // world} of --batch in a process")
-    there = next(p for p in (pathlib.Path(cfg.out), *pathlib.Path(cfg.out).absolute().parents) if p.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK) or there.is_relative_to("/proc"):
-        why = "may not be written to" if there.is_dir() else "is a file"
-        fail(2, f"--out {cfg.out}: {there} {why}; name another folder")
+    check_out(cfg.out)
     if cfg.data == "digits" and getattr(cfg, "res", 8) not in (8, getattr(type(cfg), "res", 8)):
         fail(2, f"--res {cfg.res}: --data digits has 8x8 pixels; leave --res out")
     for name in ("vae", "encoders") if cfg.data == "digits" else ():
@@ -374,6 +400,14 @@ def check_values(cfg, limits, world):
     if cfg.data == "digits" and cfg.stage == "encode":
         fail(2, "--stage encode: --data digits needs none; leave --data out, or name what is to be made")
     seed_range(cfg.seeds)
+
+
+def check_out(out):
+    """Exit code 2 unless --out is a folder that may be written to, or can become one."""
+    there = next(p for p in (pathlib.Path(out), *pathlib.Path(out).absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK) or there.is_relative_to("/proc"):
+        why = "may not be written to" if there.is_dir() else "is a file"
+        fail(2, f"--out {out}: {there} {why}; name another folder")
 
 
 def check_solve(cfg, n, pairs, world):
@@ -937,7 +971,7 @@ def in_batches(items, batch, what):
             show(f"{done:,}/{len(items):,} {what}, {left} left", sys.stderr)
 
 
-def check_pictures(names, read, label, remedy="mend them or leave them out"):
+def check_pictures(names, read, label):
     """Reads every picture once, in threads. Returns "N images, crc32 X", X of shapes and pixels in order.
 
     DataError names the first three that cannot be read and counts them.
@@ -953,7 +987,7 @@ def check_pictures(names, read, label, remedy="mend them or leave them out"):
         sums = [answer for part in parts for answer in pool.map(checksum, part)]
     if bad := [error for error in sums if isinstance(error, DataError)]:
         first = "; ".join(map(str, bad[:3]))
-        raise DataError(f"{first}; {len(bad)} of {len(names)} pictures cannot be used: {remedy}")
+        raise DataError(f"{first}; {len(bad)} of {len(names)} pictures cannot be used: mend or remove them")
     return f"{len(names)} images, crc32 {zlib.crc32(np.array(sums, '<u4')):08x}"
 
 
@@ -1249,14 +1283,14 @@ def load_images(path, res=0):
         image = read(names[k])
         h, w, _ = image.shape
         if min(h, w) < res:
-            raise DataError(f"{path}: {names[k]} is {w}x{h}, too small for --res {res}")
+            raise DataError(f"{path}: {names[k]} is {w}x{h}, too small for --res {res} (pass a smaller one)")
         image = np.asarray(square(rgb(image), res)) if res else image
         if image.shape == shape:
             images[k] = image.transpose(2, 0, 1)
         else:
             others.append((min(h, w), names[k], image.shape))
         return image
-    check_pictures(range(len(names)), keep, path, "pass a smaller --res, or leave them out")
+    check_pictures(range(len(names)), keep, path)
     if others:
         side, name, size = min(others)
         side = min(side, *shape[:2])
@@ -1878,7 +1912,8 @@ def begin_stage(cfg, tally, memory):
     if os.path.exists(file):
         with blame(file):
             configs = json.loads(pathlib.Path(file).read_bytes())
-    text = json.dumps({**configs, cfg.stage: dataclasses.asdict(cfg)}, indent=1) + "\n"
+    configs[cfg.stage] = dict(script=os.path.basename(inspect.getfile(type(cfg))), **dataclasses.asdict(cfg))
+    text = json.dumps(configs, indent=1) + "\n"
     write_whole(file, lambda f: f.write(text.encode()))
     kept = [m for m in read_metrics(cfg.out) if m["stage"] != cfg.stage or m["step"] <= done]
     if os.path.isfile(f"{cfg.out}/metrics.jsonl"):
@@ -1894,7 +1929,7 @@ def overview(road, device, cfg):
     text = ", ".join(f"{stage} {steps:,} steps of {batch}" for stage, (steps, batch) in ROAD.items())
     n = processes()[1]
     text = f"{n} process{'es' * (n > 1)} on {device.type}; to train: {text or 'nothing'}"
-    small = cfg.data == "digits" or getattr(cfg, "res", 0) == 16
+    small = cfg.data == "digits" or getattr(cfg, "res", 0) == 16 and sum(map(math.prod, ROAD.values())) < 1e6
     if ROAD and device.type == "cpu" and not small:
         text += ("\nwarning: there is no GPU; a CPU trains --data digits in minutes, and in hours, with "
                  "OMP_NUM_THREADS=1, nets as small as those of --res 16")
@@ -2056,7 +2091,7 @@ def save_results(cfg, rows, note, stages):
         save_stages(out, *stages, table=rows, samples=cfg.samples)
     made = [name for name in ("stages.png", "trajectory.png", "curve.png") if os.path.exists(f"{out}/{name}")]
     made += ["samples_*.png"] * any(pathlib.Path(out).glob("samples_*.png"))
-    return f"{text}\nopen {', '.join(made)} and results.md in {out}"
+    return f"{text}\nopen {', '.join(made)} and results.md (earlier tables stay below) in {out}"
 
 
 # ---- command line ------------------------------------------------------------------------------
@@ -2064,7 +2099,7 @@ def arguments():
     """Command line -> namespace; exit code 2 with one line for what it does not know."""
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags = "--save --features --inception --resize --batch --device --train-digits".split()
+    flags = "save features inception resize batch device train-digits".split()
     p.error = functools.partial(refuse, flags, "see python fid.py --help")
     cuda = torch.cuda.is_available()
     add = functools.partial(p.add_argument, default="")
@@ -2138,7 +2173,7 @@ def main():
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
     try:
         train_digits(args.train_digits) if args.train_digits else compare(args)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         fail(3, str(error))
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -281,8 +281,8 @@ def load_data(cfg):
     if cfg.data == "cifar10" and not os.path.exists(path):
         path = nets.fetch(CIFAR_URL)
     if not os.path.exists(path):
-        fail(3, f"--data {path or repr(path)} is not there; put or link an EDM zip there, or pass --data "
-                f"PATH, {', '.join(FILES)} or digits")
+        fail(3, f"--data {path or repr(path)} is not there; pass --data PATH, {', '.join(FILES)} "
+                "or digits, or link an EDM zip there")
     return opened(path, cfg.res)
 
 
@@ -565,7 +565,7 @@ def train(cfg):
                 loss = loss_cmt(student, x_t[i], t[i], ends, distance)                  # Eq. 7
             else:
                 r = ect_step(t[i], q)
-                x_t, x_r = (x[i] + s.view(-1, 1, 1, 1) * eps[i] for s in (t[i], r))   # same noise
+                x_t, x_r = (x[i] + s.view(-1, 1, 1, 1) * eps[i] for s in (t[i], r))   # same eps
                 if asks_teacher:                                              # frozen: no gradient
                     x_r = solvers.ode_step(teacher, x_t, t[i], r, 1 if cfg.post == "ecd_euler" else 2)
                 loss = loss_ect(student, x_t, x_r, t[i], r, cfg.huber_c)                # Eq. 3
@@ -644,6 +644,7 @@ def main(argv):
     if cfg.dry_run:
         raise SystemExit(fid.dry_run(sys.modules[__name__], argv, configs))
     with fid.one_line(cfg, nets.WeightsError):
+        fid.same_folder(cfg, __file__, argv)
         # trap: where one process has a stage and another has not, they would wait for each other in check
         agree(f"checkpoints in {cfg.out}", [s for s in STAGES if os.path.exists(f"{cfg.out}/{s}.pt")])
         trained = [c for c in configs if check(c)]
@@ -655,7 +656,7 @@ def main(argv):
                 torch.backends.cuda.matmul.allow_tf32 = c.precision != "fp32"
                 torch.backends.cudnn.allow_tf32 = c.precision != "fp32"
                 for number in SIGNALS:                # training saves first, the rest just ends
-                    signal.signal(number, signal.SIG_DFL if c.stage in RUN else on_signal)
+                    signal.signal(number, fid.leave if c.stage in RUN else on_signal)
                 if c.stage in fid.ROAD:
                     announce(ABOUT[c.stage])
                 RUN.get(c.stage, train)(c)

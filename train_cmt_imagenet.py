@@ -794,7 +794,7 @@ def train(cfg):
                     loss = loss_vgg(net, x[i], labels[i], seed)
                 elif cfg.stage == "post":
                     r, w = ect_step(t[i], cfg.q), edm_weight(t[i], net.sigma_data)
-                    x_t, x_r = (x[i] + s.view(-1, 1, 1, 1) * eps[i] for s in (t[i], r))       # same noise
+                    x_t, x_r = (x[i] + s.view(-1, 1, 1, 1) * eps[i] for s in (t[i], r))       # same eps
                     if teacher:                                               # ECD; frozen: no gradient
                         order, D_T = 1 if cfg.post == "ecd_euler" else 2, partial(teacher, class_labels=y[i])
                         x_r = solvers.ode_step(D_T, x_t, t[i], r, order)
@@ -882,6 +882,7 @@ def main(argv):
     if cfg.dry_run:
         raise SystemExit(fid.dry_run(sys.modules[__name__], argv, configs))
     with fid.one_line(cfg, nets.WeightsError):
+        fid.same_folder(cfg, __file__, argv)
         # trap: where one process has a stage and another has not, they would wait for each other in check
         agree(f"checkpoints in {cfg.out}", [s for s in STAGES if os.path.exists(f"{cfg.out}/{s}.pt")])
         trained = [c for c in configs if check(c)]
@@ -893,7 +894,7 @@ def main(argv):
                 torch.backends.cuda.matmul.allow_tf32 = c.precision != "fp32"
                 torch.backends.cudnn.allow_tf32 = c.precision != "fp32"
                 for number in SIGNALS:                # training saves first, the rest just ends
-                    signal.signal(number, signal.SIG_DFL if c.stage in RUN else on_signal)
+                    signal.signal(number, fid.leave if c.stage in RUN else on_signal)
                 if c.stage in fid.ROAD:
                     announce(ABOUT[c.stage])
                 RUN.get(c.stage, train)(c)

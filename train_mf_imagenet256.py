@@ -196,7 +196,7 @@ def loss_mf(flow, z, v, t, r, y, guided, cfg):
 
     apart, nowhere = r < t, torch.zeros_like(guided)                              # apart: these need du/dt
     null_weight = 1 - cfg.omega - cfg.kappa
-    # target = v~ - (t - r) du/dt, in place; each list says which samples need one more term of it
+    # target = v~ - (t - r) du/dt is made in place, in three steps; each list: the samples that need a term
     ask_null = places(guided if abs(null_weight) > 1e-9 else nowhere)             # u(z, t, t, null) is needed
     ask_own = places(guided & apart if cfg.kappa else nowhere)                    # u(z, t, t, y) is needed
     reuse_u = places(guided & ~apart if cfg.kappa else nowhere)                   # it is u(z, t, r, y)
@@ -205,17 +205,20 @@ def loss_mf(flow, z, v, t, r, y, guided, cfg):
     t, r, v_weight = (a.to(z.device, non_blocking=True) for a in (t, r, v_weight))
     target = v_weight.view(-1, 1, 1, 1) * v
     with torch.no_grad():
+        # 1: v~, where r < t the tangent of step 2
         if len(ask_null) + len(ask_own):
             both = torch.cat([ask_null, ask_own])
             conditions = torch.cat([flow.null.expand_as(y[ask_null]), y[ask_own]])
             answers = flow.u(z[both], t[both], t[both], conditions)
             target[ask_null] += null_weight * answers[:len(ask_null)]
             target[ask_own] += cfg.kappa * answers[len(ask_null):]
+        # 2: - (t - r) du/dt
         if len(ask_slope):
             points = (a[ask_slope] for a in (z, t, r, y, target))
             target[ask_slope] -= (t - r)[ask_slope].view(-1, 1, 1, 1) * flow.slope(*points)
     u, features = flow.u(z, t, r, y, repa=True)
-    target[reuse_u] += cfg.kappa * u.detach()[reuse_u]        # r = t: no slope was taken of this target
+    # 3: the last term of v~ where r = t: u itself; no slope was taken there
+    target[reuse_u] += cfg.kappa * u.detach()[reuse_u]
     square = (u - target).square().flatten(1).sum(1)
     loss = (square / (square.detach() + WEIGHT_C) ** cfg.power).mean()
     return loss, square.detach(), features
@@ -837,6 +840,7 @@ def main(argv):
     if cfg.dry_run:
         raise SystemExit(fid.dry_run(sys.modules[__name__], argv, configs))
     with fid.one_line(cfg, nets.WeightsError):
+        fid.same_folder(cfg, __file__, argv)
         # trap: where one process has a stage and another has not, they would wait for each other in check
         agree(f"checkpoints in {cfg.out}", [s for s in STAGES if os.path.exists(f"{cfg.out}/{s}.pt")])
         trained = [c for c in configs if check(c)]
@@ -848,7 +852,7 @@ def main(argv):
                 torch.backends.cuda.matmul.allow_tf32 = c.precision != "fp32"
                 torch.backends.cudnn.allow_tf32 = c.precision != "fp32"
                 for number in SIGNALS:                # training saves first, the rest just ends
-                    signal.signal(number, signal.SIG_DFL if c.stage in RUN else on_signal)
+                    signal.signal(number, fid.leave if c.stage in RUN else on_signal)
                 if c.stage in fid.ROAD:
                     announce(ABOUT[c.stage])
                 RUN.get(c.stage, train)(c)

@@ -203,7 +203,7 @@ def test_an_unknown_word_is_refused():
 @pytest.mark.parametrize("argv, words", [
     ("claims --methods foo", "--methods foo: no such row"), ("roads --methods ECT --data x", "roads; the nearest are"), ("photos", "--data"), ("plot --seeds 1 out", "--seeds"), ("claims --seeds x", "--seeds x is not possible"),
     ("photos --data gone.zip", "gone.zip"), ("photos --data plain", "no labels"), ("bias --samples -1", "--samples -1"),
-    ("claims --methods ECT --seeds 0", "--methods ECT: it goes on from"), ("bias --device gpu", "invalid choice"), ("curves --nett x", "did you mean --net?"), ("bias --out plain/1.png", "plain/1.png is a file"), ("bias --out gone", "no finished checkpoint of train_cmt_cifar.py")])
+    ("claims --methods ECT --seeds 0", "--methods ECT: it goes on from"), ("bias --device gpu", "invalid choice"), ("curves --nett x", "did you mean --net?"), ("bias --out plain/1.png", "plain/1.png: plain/1.png is a file"), ("bias --out gone", "no finished checkpoint of train_cmt_cifar.py")])
 def test_a_wrong_command_is_one_line(argv, words, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "plain").mkdir()

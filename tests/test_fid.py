@@ -824,7 +824,8 @@ def test_metrics_have_every_step_once_after_a_kill(tmp_path):
     fid.begin_stage(mid := Knobs("mid", 9), dict(step=2), "")
     assert [m.get("step") for m in fid.read_metrics(str(tmp_path))] == [1, 2, 3, 4, 1, 2, None]
     assert fid.begin_stage(post := Knobs("post", 7), dict(step=0), "1 GB") == "post: begins, 7 steps, 1 GB"
-    assert json.loads((tmp_path / "config.json").read_text()) == dict(mid=dataclasses.asdict(mid), post=dataclasses.asdict(post))
+    assert json.loads((tmp_path / "config.json").read_text()) == {
+        knobs.stage: dict(script="types.py", **dataclasses.asdict(knobs)) for knobs in (mid, post)}
     with open(path, "a") as f:
         f.write('{"stage": "post"')
     fid.begin_stage(post, dict(step=0), "")

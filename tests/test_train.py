@@ -54,6 +54,18 @@ def test_finished_stages_are_skipped_and_left_alone(road, capsys):
     assert before == {p.name: p.stat().st_mtime_ns for p in road.glob("*.pt")}
 
 
+@pytest.mark.parametrize("home, argv, words", [
+    (script, ["--data", "digits", "--loss", "l2"], "was made with --loss huber, now l2"), (script, [], "was made with --data digits, now cifar10"),
+    (script, ["--data", "digits", "--mid", "none"], "was made with --mid cmt, now none"),
+    (importlib.import_module("train_cmt_imagenet"), ["--data", "digits"], "was made with script train_cmt_cifar.py, now train_cmt_imagenet.py")])
+def test_what_is_drawn_was_made_by_the_command_that_draws(road, home, argv, words, capsys):
+    """Else the samples of another loss, script or data set are shown in silence. A teacher elsewhere is missed in a line."""
+    for stage in ("sample", "eval"):
+        with pytest.raises(SystemExit) as stop:
+            home.main([*argv, "--stage", stage, "--out", str(road)])
+        assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
 def test_a_forgotten_teacher_is_asked_for_and_a_student_is_none(road, tmp_path, capsys, monkeypatch):
     """Else a second teacher is trained for days, and refused when mid-training has begun with the first; also by a dry run."""
     begun = [*TINY, "--out", str(tmp_path / "run"), "--steps", "2"]
@@ -356,7 +368,7 @@ BAD = [  # (command line, exit code, what the line must say)
     ("--data digits --batch", 2, "--batch: expected one argument"),
     ("--data digits --compile=yes", 2, "--compile"),
     ("--data own.zip --res -16", 2, "--res -16 is not possible"),
-    ("--data cifra10", 3, "or pass --data PATH, cifar10, ffhq, afhqv2 or digits"),
+    ("--data cifra10", 3, "pass --data PATH, cifar10, ffhq, afhqv2 or digits"),
     ("--data ffhq --stage post --mid none --teacher none.pkl", 3, "data/ffhq-64x64.zip is not there"),
     ("--data missing.zip --stage pretrain", 3, "missing.zip is not there"),
     ("--data missing.zip --teacher none.pkl --loss l2", 3, "missing.zip is not there"),

@@ -340,7 +340,8 @@ def parser(doc, config, stages):
     p = argparse.ArgumentParser(description=doc, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter,
                                 argument_default=argparse.SUPPRESS, usage="%(prog)s [--field value ...]")
-    p.error = functools.partial(refuse, flags := [], "--help lists every flag")
+    flags = []
+    p.error = functools.partial(refuse, flags, "--help lists every flag")
     for f in dataclasses.fields(config):
         kind = dict(type={int: int, float: number}.get(f.type, str), choices=typing.get_args(f.type) or None)
         if f.type is bool:
@@ -354,7 +355,7 @@ def parser(doc, config, stages):
 
 def refuse(flags, where, message):
     """Exit code 2 for a command line that argparse does not take; of a flag that is none, the one meant."""
-    unknown = re.search(r"unrecognized arguments: --([\w.]+)", message)
+    unknown = re.search(r"unrecognized arguments: --([\w.-]+)", message)
     alike = difflib.get_close_matches(unknown[1], flags, 1) if unknown else ()
     message = message.replace("invalid int value", "not a whole number")
     fail(2, f"{message}; " + "".join(f"did you mean --{flag}? " for flag in alike) + where)
@@ -2082,8 +2083,9 @@ def save_results(cfg, rows, note, stages):
     took = {m["stage"]: m["seconds"] for m in read_metrics(out) if "seconds" in m}
     text = f"{table(rows)}\n\n{note}" + f"\n{HALVES}" * note.startswith("FD-digits")
     text += f"\n{', '.join(took)} took {duration(sum(took.values()))} of training." * bool(took)
+    file = pathlib.Path(out, "results.md")
+    below = " (earlier tables stay below)" * file.exists()
     if processes()[0] == 0:
-        file = pathlib.Path(out, "results.md")
         new, old = text.encode(errors="backslashreplace"), file.read_bytes() if file.exists() else b""
         if not old.startswith(new):
             new += f"\n{time.strftime('%Y-%m-%d')}, {MADE_BY}\n".encode(errors="backslashreplace")
@@ -2091,7 +2093,7 @@ def save_results(cfg, rows, note, stages):
         save_stages(out, *stages, table=rows, samples=cfg.samples)
     made = [name for name in ("stages.png", "trajectory.png", "curve.png") if os.path.exists(f"{out}/{name}")]
     made += ["samples_*.png"] * any(pathlib.Path(out).glob("samples_*.png"))
-    return f"{text}\nopen {', '.join(made)} and results.md (earlier tables stay below) in {out}"
+    return f"{text}\nopen {', '.join(made)} and results.md{below} in {out}"
 
 
 # ---- command line ------------------------------------------------------------------------------

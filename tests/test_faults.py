@@ -9,6 +9,7 @@ import pickle
 import random
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -379,6 +380,20 @@ def test_f16_ctrl_c_saves_and_a_second_one_leaves_at_once():
     os.kill(pid, signal.SIGINT)
     sent = time.time()
     assert wait(pid) == -signal.SIGINT and time.time() - sent < 2 and nets.load_checkpoint("run/pretrain.pt")["step"] == first
+
+
+def test_f16_a_signal_where_nothing_is_saved_is_one_line_and_its_number(road):
+    """Samples and scores: no traceback, and no silence."""
+    argv = ["--data", "digits", "--stage", "sample", "--seeds", "0-99999", "--out", "drawn"]
+    shutil.copytree(road, "drawn")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        pid = fork(argv, "log")
+        while not Path("drawn/samples").exists():
+            time.sleep(0.01)
+        os.kill(pid, number)
+        assert wait(pid) == 128 + number
+        shutil.rmtree("drawn/samples")
+    assert Path("log").read_text().count("stopped by a signal; nothing is lost") == 2 and "Traceback" not in Path("log").read_text()
 
 
 def test_a_finished_road_is_read_with_one_crc_pass_a_stage(road, monkeypatch):

@@ -97,7 +97,8 @@ HIDDEN = re.compile(r"(^|/)(\.[^/]|__MACOSX/)")                          # .DS_S
 Reference = collections.namedtuple("Reference", "mu cov n features file sha256")    # not stated: n 0, text ""
 
 
-FOREIGN = {"not a zip file": "not a .zip, or a part of one; copy the file again",       # what libraries say
+FOREIGN = {"cannot identify image file": "not a picture, or a part of one",
+           "not a zip file": "not a .zip, or a part of one; copy the file again",       # what libraries say
            "pickled (object) data": "not an .npz of arrays, or a part of one; copy it again, or numpy.savez"}
 
 
@@ -243,8 +244,10 @@ def same_folder(cfg, script, argv):
         return
     with blame(path):
         made = [*json.loads(path.read_bytes()).values()]
+    free = sys.modules[type(cfg).__module__].MAY_CHANGE["*"]
+    free += " init nfe nodes precision prompts w omega kappa guide_from guide_to"    # of the sampling, too
     typed = {word[2:].partition("=")[0] for word in argv if word.startswith("--")}
-    trained = typed & {*"pretrain mid post loss steps lr batch seed q huber_c size weak".split()}
+    trained = typed & {*vars(cfg)} - {*free.split()}
     now = {**vars(cfg), "script": os.path.basename(script), "data": os.path.basename(cfg.data)}
     for name in ("script", "data", "res", *sorted(trained)):
         was = [os.path.basename(str(c[name])) if name == "data" else c[name] for c in made if name in c]
@@ -313,6 +316,12 @@ def stages_of(home, argv):
         if later and c.init not in home["INITS"]:
             configs[k] = dataclasses.replace(c, init=home["Config"].init)
     return configs
+
+
+def name_of(function):
+    """Its name, and of a functools.partial what it fixes: "dpmpp order=2"."""
+    fixed = [f"{name}={value}" for name, value in getattr(function, "keywords", {}).items()]
+    return " ".join([getattr(function, "func", function).__name__, *fixed])
 
 
 def number(text):
@@ -401,6 +410,8 @@ def check_values(cfg, limits, world):
     if cfg.data == "digits" and cfg.stage == "encode":
         fail(2, "--stage encode: --data digits needs none; leave --data out, or name what is to be made")
     seed_range(cfg.seeds)
+    if cfg.stage != "sample" and cfg.seeds != type(cfg).seeds:
+        say("warning: --seeds need --stage sample")
 
 
 def check_out(out):

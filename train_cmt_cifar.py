@@ -518,7 +518,8 @@ def train(cfg):
     ema = deepcopy(net).requires_grad_(False).eval()
     f = forward(cfg, net)
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
-    # views of one vector, added up and zeroed as one: gradient, loss, and how many signals ask to stop
+    # flat: one vector, whose views are the weights of net; in grad, added up and zeroed as one, their
+    # gradients, the loss, and how many signals ask to stop
     flat.grad, loss_sum = grad[:-2], grad[-2]
     opt = torch.optim.Adam([flat], fused=True)
     tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
@@ -565,8 +566,8 @@ def train(cfg):
                 loss = loss_cmt(student, x_t[i], t[i], ends, distance)                  # Eq. 7
             else:
                 r = ect_step(t[i], q)
-                x_t, x_r = (x[i] + s.view(-1, 1, 1, 1) * eps[i] for s in (t[i], r))   # same eps
-                if asks_teacher:                                              # frozen: no gradient
+                x_t, x_r = (x[i] + s.view(-1, 1, 1, 1) * eps[i] for s in (t[i], r))   # of this pass
+                if cfg.post.startswith("ecd"):                                # frozen: no gradient
                     x_r = solvers.ode_step(teacher, x_t, t[i], r, 1 if cfg.post == "ecd_euler" else 2)
                 loss = loss_ect(student, x_t, x_r, t[i], r, cfg.huber_c)                # Eq. 3
             (loss * part).backward()
@@ -628,9 +629,8 @@ def evaluate(cfg):
         rows.append(dict(stage=name, **nets.cost(ckpt)))
         samplers = {steps: make_sampler(cfg, net, kind) for steps, kind in kinds.items()}
         ours = fid.score_net(rows[-1], samplers, features, reference, cfg)
-    solver = getattr(teacher_solver, "__name__", teacher_solver)
     note = (f"{cfg.samples} samples a score, seeds from 0, EMA weights, second noise level {cfg.mid_sigma}, "
-            f"sigma_shift {cfg.sigma_shift}, teacher by {solver}.")
+            f"sigma_shift {cfg.sigma_shift}, teacher by {fid.name_of(teacher_solver)}.")
     note = f"{fid.protocol(ours, reference)}\n{note}"
     log(fid.save_results(cfg, rows, note, stages))
 

@@ -741,7 +741,8 @@ def train(cfg):
     net = build(cfg, model, state, what, train=True)
     ema = deepcopy(net).requires_grad_(False).eval()
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
-    # views of one vector, added up and zeroed as one: gradient, loss, and how many signals ask to stop
+    # flat: one vector, whose views are the weights of net; in grad, added up and zeroed as one, their
+    # gradients, the loss, and how many signals ask to stop
     flat.grad, loss_sum = grad[:-2], grad[-2]
     # choice: as ECT (B.3); the authors' 512 script has 0.999 in mid-training
     beta2 = 0.999 if cfg.stage == "mid" and data_name(cfg) == "imagenet512" else 0.99
@@ -794,7 +795,7 @@ def train(cfg):
                     loss = loss_vgg(net, x[i], labels[i], seed)
                 elif cfg.stage == "post":
                     r, w = ect_step(t[i], cfg.q), edm_weight(t[i], net.sigma_data)
-                    x_t, x_r = (x[i] + s.view(-1, 1, 1, 1) * eps[i] for s in (t[i], r))       # same eps
+                    x_t, x_r = (x[i] + s.view(-1, 1, 1, 1) * eps[i] for s in (t[i], r))   # of this pass
                     if teacher:                                               # ECD; frozen: no gradient
                         order, D_T = 1 if cfg.post == "ecd_euler" else 2, partial(teacher, class_labels=y[i])
                         x_r = solvers.ode_step(D_T, x_t, t[i], r, order)
@@ -867,7 +868,7 @@ def evaluate(cfg):
         rows.append(dict(stage=name, **nets.cost(ckpt)))
         samplers = {steps: make_sampler(cfg, net, kind) for steps, kind in kinds.items()}
         ours = fid.score_net(rows[-1], samplers, features, reference, cfg)
-    solver = "heun" if cfg.sampler == "heun" else getattr(teacher_solver, "__name__", teacher_solver)
+    solver = "heun" if cfg.sampler == "heun" else fid.name_of(teacher_solver)
     note = (f"{cfg.samples} samples a score, seeds from 0, EMA weights, second noise level {cfg.mid_sigma}, "
             f"{cfg.labels} labels, teacher by {solver}, guide {cfg.guide or 'none'}, w {cfg.w}")
     log(fid.save_results(cfg, rows, f"{fid.protocol(ours, reference)}\n{note}.", stages))

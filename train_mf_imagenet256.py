@@ -250,7 +250,7 @@ def pairs_of_states(states, velocities, times):
     first, second = torch.triu_indices(len(states), len(states), 1, device=states.device)
     times, wide = times.to(states, non_blocking=True), (-1, 1, 1, 1, 1)
     steps = velocities * -times.diff().view(wide)
-    path = torch.cat([torch.zeros_like(states[:1]), steps.cumsum(0)])             # no difference of states
+    path = torch.cat([torch.zeros_like(states[:1]), steps.cumsum(0)])       # a difference of states rounds
     target = (path[second] - path[first]) / (times[first] - times[second]).view(wide)
     t, r = (times[k].repeat_interleave(states.shape[1]) for k in (first, second))
     return states[first].flatten(0, 1), t, r, target.flatten(0, 1)
@@ -718,7 +718,8 @@ def train(cfg):
     ema = deepcopy(net).requires_grad_(False).eval()
     flow = flow_of(cfg, net, torch.tensor(null, device=DEVICE))
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
-    # views of one vector, added up and zeroed as one: gradient, loss, and how many signals ask to stop
+    # flat: one vector, whose views are the weights of net; in grad, added up and zeroed as one, their
+    # gradients, the loss, and how many signals ask to stop
     flat.grad, loss_sum = grad[:-2], grad[-2]
     opt = torch.optim.Adam([flat], betas=(0.9, 0.95), fused=True)             # MF
     tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
@@ -761,7 +762,7 @@ def train(cfg):
             else:
                 if asks_teacher:                      # its answer is guided already
                     v[i] = teacher_velocity(cfg, teacher, z[i], level[i].view(-1), y[i], guided[i])
-                    guided[i] = False
+                    guided[i] = False                 # nothing else reads these rows
                 loss, square, _ = loss_mf(flow, z[i], v[i], t[i], r[i], y[i], guided[i], cfg)
             (loss * part).backward()
             loss_sum += loss.detach() * part

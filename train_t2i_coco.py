@@ -248,7 +248,7 @@ def pairs_of_states(states, velocities, times):
     first, second = torch.triu_indices(len(states), len(states), 1, device=states.device)
     times, wide = times.to(states, non_blocking=True), (-1, 1, 1, 1, 1)
     steps = velocities * -times.diff().view(wide)
-    path = torch.cat([torch.zeros_like(states[:1]), steps.cumsum(0)])             # no difference of states
+    path = torch.cat([torch.zeros_like(states[:1]), steps.cumsum(0)])       # a difference of states rounds
     target = (path[second] - path[first]) / (times[first] - times[second]).view(wide)
     t, r = (times[k].repeat_interleave(states.shape[1]) for k in (first, second))
     return states[first].flatten(0, 1), t, r, target.flatten(0, 1)
@@ -864,7 +864,8 @@ def train(cfg):
     ema = deepcopy(net).requires_grad_(False).eval()
     flow = flow_of(cfg, lambda z, t, r, text, repa: net(z, t, text, r, repa), null)   # MMDiT: r behind text
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
-    # views of one vector, added up and zeroed as one: gradient, loss, and how many signals ask to stop
+    # flat: one vector, whose views are the weights of net; in grad, added up and zeroed as one, their
+    # gradients, the loss, and how many signals ask to stop
     flat.grad, loss_sum = grad[:-2], grad[-2]
     betas = (0.9, 0.999 if cfg.stage == "pretrain" else 0.95)                 # REPA; MF
     opt = torch.optim.Adam([flat], betas=betas, fused=True)

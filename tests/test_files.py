@@ -139,10 +139,10 @@ PICTURES = [  # kind, member, ending, bytes, (what a person sees, tolerance) or 
         ("PNG", "PNG"), ("BMP", "Bmp"), ("TIFF", "TIF"), ("TIFF", "TIFF"), ("PPM", "PPM"))],
     *[("ending", f"{upper}, {form}", upper, saved(RED, form), (RED, 9)) for form, upper in (
         ("JPEG", "JPG"), ("JPEG", "Jpeg"), ("WEBP", "WEBP"), ("GIF", "GIF"))],
-    ("damage", "nothing in it", "png", b"", "cannot identify"),
-    ("damage", "a web page", "jpg", b"<html>not found</html>", "cannot identify"),
+    ("damage", "nothing in it", "png", b"", "not a picture"),
+    ("damage", "a web page", "jpg", b"<html>not found</html>", "not a picture"),
     ("damage", "a program for a printer", "jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n",
-     "cannot identify"),
+     "not a picture"),
     ("damage", "a changed bit", "png", flipped(saved(RGB)), "broken|damaged|CRC|stream"),
     ("damage", "a changed bit, not packed", "png", flipped(saved(RGB, compress_level=0)), "broken|stream"),
     *[("damage", f"{form}, cut", "png", data[:len(data) // 2], "truncated|decoder") for form, data in (

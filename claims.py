@@ -207,7 +207,7 @@ def train_vgg(path, seed, steps=300, batch=128, lr=3e-3):
 def plot(args, device):
     """The curves of any runs beside each other, a panel for each stage and quantity: <out>/plot.png."""
     panels = {}
-    for run in args.runs:
+    for run in dict.fromkeys(args.runs):
         if not (steps := [m for m in fid.read_metrics(run) if "images" in m]):
             what = "has no step of a training" if os.path.exists(f"{run}/metrics.jsonl") else "is not there"
             script.fail(3, f"plot: {run}/metrics.jsonl {what}; name the folder of a run")
@@ -410,7 +410,8 @@ def photos(args, device):
 FM = "--pretrain fm --weak SIZE --init sit"           # SIZE: --size, of student and flow-matching teacher
 CAPTION = ("FD-photos (Frechet distance to the photos, by features of a small net) against CPU seconds, "
            "lower is better; {}. The seconds include the training of a road's teacher, which has no curve. "
-           "CMT: mid-training by a small Mean Flow. Dots: the checkpoints that were scored.")
+           "CMT: mid-training by a small Mean Flow. From scratch, from flow matching: where Mean Flow "
+           "begins. Dots: the checkpoints that were scored.")
 ROADS = {  # road: the road whose teacher it goes on from, its calls, laid over the settings of digits
     "flow matching": ("", ["--stage pretrain --pretrain fm --weak SIZE --steps 320"]),
     "weak Mean Flow": ("", ["--stage pretrain --weak 2x64x3 --steps 800"]),

@@ -365,7 +365,7 @@ def parser(doc, config, stages):
 def refuse(flags, where, message):
     """Exit code 2 for a command line that argparse does not take; of a flag that is none, the one meant."""
     unknown = re.search(r"unrecognized arguments: --([\w.-]+)", message)
-    alike = difflib.get_close_matches(unknown[1], flags, 1) if unknown else ()
+    alike = difflib.get_close_matches(unknown[1], {*flags} - {unknown[1]}, 1) if unknown else ()
     message = message.replace("invalid int value", "not a whole number")
     fail(2, f"{message}; " + "".join(f"did you mean --{flag}? " for flag in alike) + where)
 
@@ -1708,7 +1708,9 @@ def save_trajectory(out, states, levels, students, show=lambda x: x, names=()):
     states, levels, wide = states[some], levels[some], wide[some]
     apart = (states[-1] - states[-1].roll(1, 0)).square().mean().sqrt().item()
     at = [(x, level.expand(len(x))) for x, level in zip(states, levels.to(states))]
-    answers = {name: torch.stack([f(*pair) for pair in at]) for name, f in students.items()}
+    # where no noise is left the answer is the state itself: a consistency model would see ln 0
+    answers = {name: torch.stack([f(x, level) if level.all() else x for x, level in at])
+               for name, f in students.items()}
     rows = []
     for j in range(states.shape[1]):
         name = f"noise {j + 1}, {names[j]}" if names else f"noise {j + 1}"
@@ -1740,7 +1742,8 @@ def colours_of(names):
     """{name: (R, G, B)}: names alike up to their last comma share a colour, and the later ones are paler."""
     kin = [name.rpartition(", ")[0] or name for name in names]
     order = sorted(dict.fromkeys(kin), key=lambda one: "CMT" not in one)                 # CMT: the first
-    order = [*STAGES] if {*kin} <= {*STAGES} else order      # a stage has its colour, whoever is beside it
+    stages = ["mid", "alone", "pretrain", "vgg", "post"]     # a stage has its colour, whoever is beside it
+    order = stages if {*kin} <= {*stages} else order
     inks = [ImageColor.getrgb(COLOURS[order.index(one) % len(COLOURS)]) for one in kin]
     pale = [0.6 ** kin[:k].count(one) for k, one in enumerate(kin)]
     return {name: tuple(int(255 - (255 - c) * p) for c in ink) for name, ink, p in zip(names, inks, pale)}
@@ -1757,7 +1760,8 @@ def save_chart(path, panels, caption, across="images", marks=(), joined=True):
               for title, curves in panels.items()}
     panels = {title: curves for title, curves in panels.items() if curves}
     colours = colours_of([*dict.fromkeys(name for curves in panels.values() for name in curves)])
-    left, right = 160, round(max(map(font.getlength, (*colours, across)))) + 150
+    labels = [STAGES.get(name, name) for name in colours]
+    left, right = 160, round(max(map(font.getlength, (*labels, across)))) + 160
     words = boxed(caption, 115, font)
     picture = Image.new("RGB", (width, height * len(panels) + words[2] + 40), "white")
     pen = ImageDraw.Draw(picture)
@@ -2009,13 +2013,13 @@ def save_curve(out):
             points.append((before + m["images"], m.get(key, 0)))
     for m in [m for m in steps if m["stage"] == "vgg"]:      # of no stage's length: an axis of its own
         panels.setdefault("loss of the VGG", {}).setdefault("vgg", []).append((m["images"], m["loss"]))
-    level = " Mean Flow's is divided by its size: it stays level, at 1, or less with REPA."
+    level = " Mean Flow's loss is scaled to stay level and shows no progress: the square error does."
     save_chart(f"{out}/curve.png", panels, "The training so far, against the images (or pairs) that it has "
                "seen. Each stage has a loss of its own: compare within a stage, not between them."
                + level * any("mse_gap1" in m for m in steps))
 
 
-def save_preview(cfg, tally, stop, sampler):
+def save_preview(cfg, tally, stop, sampler, drawn="samples"):
     """<out>/curve.png and, of a sampler, <out>/previews/<stage>_<step>.png: 64 noises, always the same.
 
     Not of a run that is to stop: whoever sent the signal may wait for 30 seconds only.
@@ -2026,7 +2030,7 @@ def save_preview(cfg, tally, stop, sampler):
         images = draw_in(30, sampler, range(64), cfg.batch_gpu or 64)
         how = "by its solver" if cfg.stage == "pretrain" else "in one step"
         save_seeds(f"{cfg.out}/previews/{cfg.stage}_{done:07d}.png", images, range(64),
-                   f"{STAGES[cfg.stage]}, after {done:,} of {cfg.steps:,} steps: samples of the averaged "
+                   f"{STAGES[cfg.stage]}, after {done:,} of {cfg.steps:,} steps: {drawn} of the averaged "
                    f"net, drawn {how}, of the same seeds in every preview; early ones are noise.")
     tally["clock"] = time.time()                             # saving is no training
 

@@ -529,7 +529,7 @@ def train(cfg):
     distance = make_distance(cfg, shape[0]) if cfg.stage == "mid" else None
     sigmas, share = teacher_sigmas(cfg.nfe), B // WORLD
     n, pairs = solves(cfg)
-    # pairs of a solve; of them B a step; of these `share` a process, `mine`; of these `micro` a forward pass
+    # pairs of a solve; of them B a step, which divides them; of these `share` a process, `micro` a pass
     mine, micro = slice(RANK * share, (RANK + 1) * share), cfg.batch_gpu or share
     saved = dict(data=data, model=model, cfg=asdict(cfg), **fid.made_by(__file__))
     log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))
@@ -566,7 +566,7 @@ def train(cfg):
                 loss = loss_cmt(student, x_t[i], t[i], ends, distance)                  # Eq. 7
             else:
                 r = ect_step(t[i], q)
-                x_t, x_r = (x[i] + s.view(-1, 1, 1, 1) * eps[i] for s in (t[i], r))   # of this pass
+                x_t, x_r = (x[i] + s.view(-1, 1, 1, 1) * eps[i] for s in (t[i], r))   # already cut by i
                 if cfg.post.startswith("ecd"):                                # frozen: no gradient
                     x_r = solvers.ode_step(teacher, x_t, t[i], r, 1 if cfg.post == "ecd_euler" else 2)
                 loss = loss_ect(student, x_t, x_r, t[i], r, cfg.huber_c)                # Eq. 3

@@ -149,7 +149,9 @@ parse = partial(fid.parse, globals())                 # (argv) -> Config, by the
 
 def data_name(cfg):
     """The name of --data in PRESETS and in the default --out."""
-    return f"imagenet{cfg.res}" if cfg.data == "imagenet" else cfg.data if cfg.data == "digits" else "own"
+    if cfg.data == "imagenet" and cfg.res not in (64, 512):
+        fail(2, f"--res {cfg.res} is not possible with --data imagenet; it is 64 or 512")
+    return {"imagenet": f"imagenet{cfg.res}", "digits": "digits"}.get(cfg.data, "own")
 
 
 # ---- losses -----------------------------------------------------------------------------------
@@ -311,7 +313,8 @@ def make_sampler(cfg, net, kind):
 def previewer(cfg, net):
     """Sampler of previews; None where there is nothing to see: of a VGG, of latents without their VAE."""
     if cfg.stage != "vgg" and net.img_channels != 4:
-        return make_sampler(replace(cfg, guide=""), net, 0 if cfg.stage == "pretrain" else 1)
+        plain = replace(cfg, guide="", labels="balanced")
+        return make_sampler(plain, net, 0 if cfg.stage == "pretrain" else 1)
 
 
 @torch.no_grad()
@@ -577,8 +580,6 @@ def check(cfg):
     trains = cfg.stage not in RUN and (needs_data(cfg) or cfg.stage == "mid" and cfg.mid != "none")
     fid.check_values(cfg, LIMITS, WORLD if trains else 0)
     name = data_name(cfg)
-    if cfg.data == "imagenet" and cfg.res not in (64, 512):
-        fail(2, f"--res {cfg.res} is not possible with --data imagenet; it is 64 or 512")
     if name == "own" and not (os.sep in cfg.data or "." in cfg.data or os.path.exists(cfg.data)):
         fail(2, f"--data {cfg.data}: not one of imagenet, digits, and no such file or folder")
     if cfg.stage == "encode":
@@ -757,7 +758,7 @@ def train(cfg):
     distance = make_distance(cfg) if cfg.stage == "mid" else None
     sigmas, share = teacher_sigmas(cfg.nfe), B // WORLD
     n, pairs = solves(cfg)
-    # pairs of a solve; of them B a step; of these `share` a process, `mine`; of these `micro` a forward pass
+    # pairs of a solve; of them B a step, which divides them; of these `share` a process, `micro` a pass
     mine, micro = slice(RANK * share, (RANK + 1) * share), cfg.batch_gpu or share
     reader = ThreadPoolExecutor(1)                    # it reads one step ahead
     ahead = reader.submit(read_batch, cfg, images, tally["step"]) if images else None
@@ -795,8 +796,8 @@ def train(cfg):
                     loss = loss_vgg(net, x[i], labels[i], seed)
                 elif cfg.stage == "post":
                     r, w = ect_step(t[i], cfg.q), edm_weight(t[i], net.sigma_data)
-                    x_t, x_r = (x[i] + s.view(-1, 1, 1, 1) * eps[i] for s in (t[i], r))   # of this pass
-                    if teacher:                                               # ECD; frozen: no gradient
+                    x_t, x_r = (x[i] + s.view(-1, 1, 1, 1) * eps[i] for s in (t[i], r))   # already cut by i
+                    if teacher:                       # ECD, see asked_nets; frozen: no gradient
                         order, D_T = 1 if cfg.post == "ecd_euler" else 2, partial(teacher, class_labels=y[i])
                         x_r = solvers.ode_step(D_T, x_t, t[i], r, order)
                     loss = loss_ect(student, x_t, x_r, t[i], r, cfg.huber_c, w)         # Eq. 3
@@ -822,7 +823,7 @@ def train(cfg):
             report(cfg, done, lr, tally, **nets.peak_memory())
         if to_save and RANK == 0:
             nets.save_checkpoint(path, net=net, ema=ema, opt=opt, **saved, **tally)
-            fid.save_preview(cfg, tally, stop, previewer(cfg, ema))
+            fid.save_preview(cfg, tally, stop, previewer(cfg, ema), "samples (class: seed modulo classes)")
         if to_save:
             fid.wait_for_first(TIMEOUT)
         if stop:

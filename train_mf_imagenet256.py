@@ -282,7 +282,7 @@ def rollout(cfg, net, z, y, times):
     at times in the interval; where there is no class, that changes nothing.
     """
     one_clock = net.r_embedder is None                # v(z, t) of flow matching; two clocks: u(z, t, r)
-    scale = cfg.omega / (1 - cfg.kappa)
+    scale = cfg.omega / (1 - cfg.kappa)               # loss_mf at its end, v~ = u: plain + scale (v - plain)
     inside = ((times.float() >= cfg.guide_from) & (times.float() <= cfg.guide_to)).tolist()
     solver, calls = (solvers.flow_heun, 2) if one_clock else (solvers.mean_flow, 1)    # calls of u a step
     both, answers = torch.cat([torch.full_like(y, net.num_classes), y]), []
@@ -296,7 +296,7 @@ def rollout(cfg, net, z, y, times):
             answer = net(x, t, r, y)
         answers.append(answer)
         return answer
-    states = solver(u, z, times)
+    states = solver(u, z, times)                      # and Heun's step is the mean of its two answers
     return states, torch.stack(answers).unflatten(0, (len(times) - 1, calls)).mean(1)
 
 
@@ -699,7 +699,7 @@ def train(cfg):
     images, data = None, "none"
     if cfg.stage != "mid":                                                    # CMT needs no data
         images = load_data(cfg)
-        data, shape, null = images.stamp, images.shape, images.classes
+        data, shape, null = images.stamp, images.shape, images.classes        # "no class": the one after all
     asks_teacher = cfg.stage == "mid" or cfg.stage == "post" and cfg.post == "teacher"
     if asks_teacher:
         weights, its = teacher_state(cfg)
@@ -727,7 +727,7 @@ def train(cfg):
     ckpt = weights = state = None                     # as large as the net, and needed no more
     errors = torch.zeros(2, 5, device=DEVICE)         # square errors and their number, by t - r: 0, quarters
     pairs, share = pairs_per_solve(cfg), B // WORLD
-    # pairs of a solve; of them B a step; of these `share` a process, `mine`; of these `micro` a forward pass
+    # pairs of a solve; of them B a step, which divides them; of these `share` a process, `micro` a pass
     mine, micro = slice(RANK * share, (RANK + 1) * share), cfg.batch_gpu or share
     steps = cfg.nfe if cfg.stage == "pretrain" else 1
     preview = make_sampler(replace(cfg, labels="balanced"), ema, steps, decode=False)
@@ -781,7 +781,7 @@ def train(cfg):
             report(cfg, done, lr, tally, **nets.peak_memory(), **fid.mse_by_gap(errors))
         if to_save and RANK == 0:
             nets.save_checkpoint(path, net=net, ema=ema, opt=opt, **saved, **tally)
-            fid.save_preview(cfg, tally, stop, preview)
+            fid.save_preview(cfg, tally, stop, preview, "samples (class: seed modulo classes)")
         if to_save:
             fid.wait_for_first(TIMEOUT)
         if stop:

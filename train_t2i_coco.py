@@ -271,7 +271,7 @@ def rollout(cfg, net, z, text, null, times):
     in the interval; for the null caption that changes nothing.
     """
     one_clock = net.r_embedder is None                # v(z, t) of flow matching; two clocks: u(z, t, r)
-    scale = cfg.omega / (1 - cfg.kappa)
+    scale = cfg.omega / (1 - cfg.kappa)               # loss_mf at its end, v~ = u: plain + scale (v - plain)
     inside = ((times.float() >= cfg.guide_from) & (times.float() <= cfg.guide_to)).tolist()
     solver, calls = (solvers.flow_heun, 2) if one_clock else (solvers.mean_flow, 1)    # calls of u a step
     both, answers = torch.cat([null.expand_as(text), text]), []
@@ -285,7 +285,7 @@ def rollout(cfg, net, z, text, null, times):
             answer = net(x, t, text, r, repa=False)
         answers.append(answer)
         return answer
-    states = solver(u, z, times)
+    states = solver(u, z, times)                      # and Heun's step is the mean of its two answers
     return states, torch.stack(answers).unflatten(0, (len(times) - 1, calls)).mean(1)
 
 
@@ -878,7 +878,7 @@ def train(cfg):
 
     errors = torch.zeros(2, 6, device=DEVICE)         # square errors and their number, by t - r; REPA's
     pairs, share = pairs_per_solve(cfg), B // WORLD
-    # pairs of a solve; of them B a step; of these `share` a process, `mine`; of these `micro` a forward pass
+    # pairs of a solve; of them B a step, which divides them; of these `share` a process, `micro` a pass
     mine, micro = slice(RANK * share, (RANK + 1) * share), cfg.batch_gpu or share
     # previews: captions of the data, whose features may be cached, so that no one needs CLIP for them
     shown = encoder(images.texts(torch.arange(64) * images.count // 64, torch.zeros(64)))
@@ -941,7 +941,7 @@ def train(cfg):
             report(cfg, done, lr, tally, **nets.peak_memory(), **fid.mse_by_gap(errors))
         if to_save and RANK == 0:
             nets.save_checkpoint(path, net=net, ema=ema, opt=opt, **saved, **tally)
-            fid.save_preview(cfg, tally, stop, preview)
+            fid.save_preview(cfg, tally, stop, preview, "samples of captions, in the order of the data,")
         if to_save:
             fid.wait_for_first(TIMEOUT)
         if stop:

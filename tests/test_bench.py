@@ -251,7 +251,7 @@ def test_docs_name_the_rows_of_pairs_and_mf_as_they_are_printed():
 
 def test_an_unknown_word_is_refused(capsys):
     for argv, word in (["pears"], "pears"), (["mf", "--loss", "l2"], "--loss"), (["precision", "--precision", "fp16"], "--precision"), (
-            ["pairs", "--methods", "cmt,foo"], "foo"), (["mf", "--batch", "-2"], "--batch -2"), (["plan", "--price", "-3"], "--price -3"), (
+            ["pairs", "--methods", "cmt,foo"], "foo"), (["mf", "--batch", "-2"], "--batch -2"), (["plan", "--price", "-3"], "--price -3"), (["plan", "train_cmt_imagenet", "--res", "63"], "--res 63"), (
             ["plan", "train_cmt_cifar", "--nfe", "0"], "--nfe 0"), (["pairs", "--device", "gpu"], "gpu"):
         with pytest.raises(SystemExit) as e:
             bench.main(argv)

@@ -772,7 +772,9 @@ def test_a_stage_that_has_just_begun_is_a_dot(tmp_path):
     assert (plot == ink).all(-1).sum() > 20
 
 
-def test_a_stage_has_one_colour_whoever_is_beside_it():
+def test_a_stage_has_one_colour_whoever_is_beside_it(tmp_path):
+    fid.save_chart(path := str(tmp_path / "chart.png"), {"loss": {"post": [(1, 2.0), (2, 1.0)]}}, "words")
+    assert (np.asarray(Image.open(path))[:600, -40:] == 255).all()                # its name is not cut
     alone, both = fid.colours_of(["post"]), fid.colours_of(["pretrain", "mid", "post"])
     assert alone["post"] == both["post"] and len({*both.values()}) == 3
 

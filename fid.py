@@ -1713,7 +1713,7 @@ def save_trajectory(out, states, levels, students, show=lambda x: x, names=()):
                for name, f in students.items()}
     rows = []
     for j in range(states.shape[1]):
-        name = f"noise {j + 1}, {names[j]}" if names else f"noise {j + 1}"
+        name = f"noise {j + 1}, {names[j % len(names)]}" if names else f"noise {j + 1}"
         rows.append((f"{name}\nstates of the teacher", show((states / wide)[:, j])))          # at unit scale
         for net, x in answers.items():
             off = (x[0, j] - states[-1, j]).square().mean().sqrt().item()

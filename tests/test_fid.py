@@ -785,11 +785,11 @@ def test_of_a_long_trajectory_nine_states_are_drawn_where_most_changes(tmp_path,
     drawn, x = [], torch.arange(17.0).view(17, 1, 1, 1, 1).expand(-1, 2, 1, 8, 8)
     fid.save_trajectory("", x, torch.linspace(1, 0, 17), {"mid": lambda x, level: x})
     fid.save_trajectory("", torch.cat([x[:1]] * 8 + [x[:9]]), torch.linspace(1, 0, 17), {})
-    fid.save_trajectory("", x[:8], torch.linspace(1, 0, 8), {}, names=["class 7", "class 9"])
+    fid.save_trajectory("", x[:8], torch.linspace(1, 0, 8), {}, names=["class 7"])                  # data of one class
     (rows, header), (late, _), (short, _) = drawn
     assert [len(images) for _, images in rows] == [9] * 4 and header[1:] == "1 0.88 0.75 0.62 0.5 0.38 0.25 0.12".split() + ["the end\n0"]
     assert late[0][1][:, 0, 0, 0].tolist() == [*range(9)] and len(short[0][1]) == 8
-    assert [label.split("\n")[0] for label, _ in (*late, *short)] == ["noise 1", "noise 2", "noise 1, class 7", "noise 2, class 9"]
+    assert [label.split("\n")[0] for label, _ in (*late, *short)] == ["noise 1", "noise 2", "noise 1, class 7", "noise 2, class 7"]
     assert rows[1][0] == "after mid-training,\n1-step error 16.00"
 
 

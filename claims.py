@@ -283,10 +283,11 @@ def curves(args, device):
     caption = ("Images (or pairs) trained on, those of the teacher not counted, seed 0. Blue: mid-training "
                "(CMT), then post-training (ECT). Red: post-training alone. ")
     meant = (f"FD-digits: Frechet distance of {cfg.samples:,} images to the data, by features of a small "
-             "net.", "ECT alone halves the gap t - r again and again; after CMT it begins at the smallest. "
+             "net.", "ECT alone halves the gap of its two noise levels again and again; after CMT it "
+             "begins at the smallest. "
              "The smaller the gap, the larger the gradient.")
     for picture, title, lines, words in ("curve", "FD-digits, lower is better", scores, meant[0]), (
-            "norms", "gradient norm: every step, and the median of 25", norms, meant[1]):
+            "norms", "gradient norm: every step, and the median of 25 steps", norms, meant[1]):
         fid.save_chart(f"{args.out}/{picture}.png", {title: lines}, caption + words, marks=marks)
     for name, points in scores.items():
         print(f"{name}: " + ", ".join(f"{x:,} {y:.2f}" for x, y in points))
@@ -409,8 +410,8 @@ def photos(args, device):
 
 FM = "--pretrain fm --weak SIZE --init sit"           # SIZE: --size, of student and flow-matching teacher
 CAPTION = ("FD-photos (Frechet distance to the photos, by features of a small net) against CPU seconds, "
-           "lower is better; {}. The seconds include the training of a road's teacher, which has no curve. "
-           "CMT: mid-training by a small Mean Flow. From scratch, from flow matching: where Mean Flow "
+           "lower is better; {}. The seconds include the training of a teacher, which has no curve. "
+           "CMT: mid-training (pale) by a small Mean Flow. From scratch, from flow matching: where Mean Flow "
            "begins. Dots: the checkpoints that were scored.")
 ROADS = {  # road: the road whose teacher it goes on from, its calls, laid over the settings of digits
     "flow matching": ("", ["--stage pretrain --pretrain fm --weak SIZE --steps 320"]),

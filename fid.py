@@ -1688,7 +1688,10 @@ def save_stages(out, shown, names=(), table=(), samples=2_000):
         rows, header, line = [*zip(names, columns)], ["caption", *labels], "row"
     caption = (f"Each {line} is one noise, which every net turns into an image in the steps named; a second "
                "step may change what the first one drew.")
-    caption += f" Scores: Frechet distance of {samples:,} images to the data, lower is better." * bool(table)
+    caption += (f" Scores: Frechet distance of {samples:,} images to the data by a net's features, lower is "
+                "better.") * bool(table)
+    caption += (" Shows its digit: a classifier reads it as the caption's digit."
+                * any("shows its digit" in key for row in table for key in row))
     caption += (" Real digits, which belong to no noise, are for comparison: one half of them scores 0.78 "
                 "against the other half (halves are small, which raises a score).") * real
     save_sheet(f"{out}/stages.png", rows, caption, header, len(rows) - 1 if real and line == "column" else 0)
@@ -1773,14 +1776,14 @@ def save_chart(path, panels, caption, across="images", marks=(), joined=True):
         step = next(t for t in ticks_of(1e-9, end) if end / t <= 6)
         end = step * math.ceil(end / step)
         ticks = ticks_of(min(ys), max(ys))
-        if len(ticks) < 4:
-            ticks = ticks_of(min(ys), max(ys), (1, 1.5, 2, 3, 4, 5, 7))
+        if not 3 < len(ticks) < 9:
+            ticks = ticks_of(min(ys), max(ys), (1, 1.5, 2, 3, 4, 5, 7) if len(ticks) < 4 else (1,))
         low, high = math.log(ticks[0]), math.log(ticks[-1]) + (len(ticks) == 1)
 
         def at(x, y):
             return (left + (width - left - right) * x / end,
                     bottom - (bottom - top) * (math.log(y) - low) / (high - low))
-        for y in ticks if len(ticks) < 9 else [t for t in ticks if f"{t:e}"[0] == "1"]:
+        for y in ticks:
             pen.line([at(0, y), at(end, y)], "#dddddd", 2)
             pen.text((left - 16, at(0, y)[1]), f"{y:,g}", "black", font, anchor="rm")
         for x in range(round(end / step) + 1):
@@ -2013,10 +2016,11 @@ def save_curve(out):
             points.append((before + m["images"], m.get(key, 0)))
     for m in [m for m in steps if m["stage"] == "vgg"]:      # of no stage's length: an axis of its own
         panels.setdefault("loss of the VGG", {}).setdefault("vgg", []).append((m["images"], m["loss"]))
+    vgg = " The VGG, whose features mid-training compares, is trained on its own."
     level = " Mean Flow's loss is scaled to stay level and shows no progress: the square error does."
     save_chart(f"{out}/curve.png", panels, "The training so far, against the images (or pairs) that it has "
                "seen. Each stage has a loss of its own: compare within a stage, not between them."
-               + level * any("mse_gap1" in m for m in steps))
+               + vgg * any(m["stage"] == "vgg" for m in steps) + level * any("mse_gap1" in m for m in steps))
 
 
 def save_preview(cfg, tally, stop, sampler, drawn="samples"):

@@ -145,7 +145,7 @@ def loss_dm(net, x, sigma, eps, sigma_data=0.5):
 
 
 teacher_solver = solvers.dpmpp                        # of every trajectory and sample of the teacher
-teacher_sigmas = solvers.logsnr_sigmas                # (steps) -> its noise levels
+teacher_sigmas = solvers.logsnr_sigmas                # (steps) -> steps + 1 noise levels, from 80
 
 
 def solves(cfg):
@@ -495,7 +495,7 @@ def train(cfg):
         return log(f"pretrain: not trained, the teacher is {cfg.teacher or 'the official one'}")
     path, B = f"{cfg.out}/{cfg.stage}.pt", cfg.batch
     ckpt, left = resume(cfg)
-    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # neither is read
+    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # neither is opened
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
     images, data = None, "none"
     if needs_data(cfg):
@@ -532,7 +532,7 @@ def train(cfg):
     # pairs of a solve; of them B a step, which divides them; of these `share` a process, `micro` a pass
     mine, micro = slice(RANK * share, (RANK + 1) * share), cfg.batch_gpu or share
     saved = dict(data=data, model=model, cfg=asdict(cfg), **fid.made_by(__file__))
-    log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))
+    log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))           # --dry_run ends here
 
     for step in range(start := tally["step"], cfg.steps):
         opt.param_groups[0]["lr"] = lr = fid.lr_at(cfg, step)

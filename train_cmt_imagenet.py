@@ -173,7 +173,7 @@ def one_hot(labels, classes):
 
 
 teacher_solver = solvers.dpmpp                        # of trajectories, and of samples by --sampler dpmpp
-teacher_sigmas = solvers.logsnr_sigmas                # (steps) -> its noise levels
+teacher_sigmas = solvers.logsnr_sigmas                # (steps) -> steps + 1 noise levels, from 80
 
 
 def solves(cfg):
@@ -726,7 +726,7 @@ def train(cfg):
         return
     path, B = f"{cfg.out}/{cfg.stage}.pt", cfg.batch
     ckpt, left = resume(cfg)
-    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # neither is read
+    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # neither is opened
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
     images = load_data(cfg) if needs_data(cfg) else None
     data = images.stamp if images else "none"
@@ -763,7 +763,7 @@ def train(cfg):
     reader = ThreadPoolExecutor(1)                    # it reads one step ahead
     ahead = reader.submit(read_batch, cfg, images, tally["step"]) if images else None
     saved = dict(data=data, model=model, cfg=asdict(cfg), **fid.made_by(__file__))
-    log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))
+    log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))           # --dry_run ends here
 
     for step in range(start := tally["step"], cfg.steps):
         opt.param_groups[0]["lr"] = lr = learning_rate(cfg, step)

@@ -1661,12 +1661,18 @@ def save_seeds(path, images, seeds, caption, classes=(), columns=16):
     save_sheet(path, rows, caption, classes and ["class", *classes])
 
 
+def called(name):
+    """What a net is called in pictures; post-training goes on from mid-training where this run has one."""
+    both = name == "post" and os.path.exists(f"{OUT}/mid.pt")
+    return "mid- and post-training" if both else NAMES.get(name, name)
+
+
 def net_label(name, steps, table=(), sep="\n"):
     """What a row of a sheet is called: net, number of steps, and its score where the table has one."""
     rows = (row for row in table if row["stage"].split(",")[0] == name)
     found = (f", {key.partition(' ')[2]} {value}" for row in rows for key, value in row.items()
              if key.startswith(f"{steps}-step "))
-    return f"{NAMES.get(name, name)}{sep}{steps} step{'s' * (steps > 1)}{''.join(found)}"
+    return f"{called(name)}{sep}{steps} step{'s' * (steps > 1)}{''.join(found)}"
 
 
 def save_stages(out, shown, names=(), table=(), samples=2_000):
@@ -1720,7 +1726,7 @@ def save_trajectory(out, states, levels, students, show=lambda x: x, names=()):
         rows.append((f"{name}\nstates of the teacher", show((states / wide)[:, j])))          # at unit scale
         for net, x in answers.items():
             off = (x[0, j] - states[-1, j]).square().mean().sqrt().item()
-            rows.append((f"{NAMES.get(net, net)},\n1-step error {off:.2f}", show(x[:, j])))
+            rows.append((f"{called(net)},\n1-step error {off:.2f}", show(x[:, j])))
     caption = ("The teacher walks from noise at the left to an image at the right, its end. Below each of "
                "its states: the image that the student answers with when it is shown this state, in one "
                "call. The better it has learned, the less the answers of a row differ. 1-step error: of the "
@@ -2017,7 +2023,7 @@ def save_curve(out):
     for m in [m for m in steps if m["stage"] == "vgg"]:      # of no stage's length: an axis of its own
         panels.setdefault("loss of the VGG", {}).setdefault("vgg", []).append((m["images"], m["loss"]))
     vgg = " The VGG, whose features mid-training compares, is trained on its own."
-    level = " Mean Flow's loss is scaled to stay level and shows no progress: the square error does."
+    level = " Where Mean Flow learns from images, loss and square error stay level: see scores, previews."
     save_chart(f"{out}/curve.png", panels, "The training so far, against the images (or pairs) that it has "
                "seen. Each stage has a loss of its own: compare within a stage, not between them."
                + vgg * any(m["stage"] == "vgg" for m in steps) + level * any("mse_gap1" in m for m in steps))

@@ -733,11 +733,14 @@ def test_a_label_higher_than_its_images_makes_room(tmp_path):
     assert len(left) > 400 and max(np.diff(left)) < 32 and sheet.shape[0] > 2 * 10 * 40
 
 
-def test_stages_have_the_scores_once_the_table_has_them(tmp_path):
+def test_stages_have_the_scores_once_the_table_has_them(tmp_path, monkeypatch):
     shown = [("teacher", 16, seeded(range(4))), ("mid", 1, seeded(range(4)))]
     row = {"stage": "mid, balanced labels", "1-step FID": "3.50 +- 0.1", "2-step FID": "-"}
     assert fid.net_label("mid", 1, [row]) == "after mid-training\n1 step, FID 3.50 +- 0.1"
     assert fid.net_label("post", 2, [row]) == "after post-training\n2 steps"
+    (tmp_path / "mid.pt").touch()
+    monkeypatch.setattr(fid, "OUT", str(tmp_path))
+    assert fid.net_label("post", 2, [row]) == "mid- and post-training\n2 steps"
     for names in ([], list("0123"), [f"the digit {k}" for k in range(4)]):
         sizes = []
         for table in ((), [row]):

@@ -411,8 +411,8 @@ def photos(args, device):
 FM = "--pretrain fm --weak SIZE --init sit"           # SIZE: --size, of student and flow-matching teacher
 CAPTION = ("FD-photos (Frechet distance to the photos, by features of a small net) against CPU seconds, "
            "those of a teacher included, lower is better; {}. Each net is a Mean Flow. CMT: mid-training by "
-           "a small teacher, before the photos. From scratch, from flow matching: on photos alone, from "
-           "random weights or such a net. Dots: the checkpoints that were scored.")
+           "a small teacher (pale), then the photos. From scratch, from flow matching: the photos alone, "
+           "from random weights or a net trained by flow matching. Dots: the checkpoints that were scored.")
 ROADS = {  # road: the road whose teacher it goes on from, its calls, laid over the settings of digits
     "flow matching": ("", ["--stage pretrain --pretrain fm --weak SIZE --steps 320"]),
     "weak Mean Flow": ("", ["--stage pretrain --weak 2x64x3 --steps 800"]),

@@ -2023,7 +2023,7 @@ def save_curve(out):
     for m in [m for m in steps if m["stage"] == "vgg"]:      # of no stage's length: an axis of its own
         panels.setdefault("loss of the VGG", {}).setdefault("vgg", []).append((m["images"], m["loss"]))
     vgg = " The VGG, whose features mid-training compares, is trained on its own."
-    level = " Where Mean Flow learns from images, loss and square error stay level: see scores, previews."
+    level = " Where Mean Flow learns from images, loss and soon square error are level: see the previews."
     save_chart(f"{out}/curve.png", panels, "The training so far, against the images (or pairs) that it has "
                "seen. Each stage has a loss of its own: compare within a stage, not between them."
                + vgg * any(m["stage"] == "vgg" for m in steps) + level * any("mse_gap1" in m for m in steps))

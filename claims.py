@@ -263,7 +263,7 @@ def curves(args, device):
             marks |= {seen: "blue: post-training begins"} if seen else {}
             with kept_checkpoints(folder) as kept:
                 script.main([*flags, *call.split(), "--save_every", "150", "--log_every", "1"])
-            for state in kept or script.fail(2, f"curves: {folder} is finished; use another --out"):
+            for state in kept:
                 net, drawn = script.build(cfg, state["model"], state["ema"]), []
                 for steps, words in (1, "1 step"), (2, "2 steps"):
                     level_of, images = score(net, steps)
@@ -283,9 +283,8 @@ def curves(args, device):
     caption = ("Images (or pairs) trained on, those of the teacher not counted, seed 0. Blue: mid-training "
                "(CMT), then post-training (ECT). Red: post-training alone. ")
     meant = (f"FD-digits: Frechet distance of {cfg.samples:,} images to the data, by features of a small "
-             "net.", "ECT alone halves the gap of its two noise levels again and again; after CMT it "
-             "begins at the smallest. "
-             "The smaller the gap, the larger the gradient.")
+             "net.", "ECT alone halves the gap of its two noise levels again and again; after CMT it begins "
+             "at the smallest. The smaller the gap, the larger the gradient.")
     for picture, title, lines, words in ("curve", "FD-digits, lower is better", scores, meant[0]), (
             "norms", "gradient norm: every step, and the median of 25 steps", norms, meant[1]):
         fid.save_chart(f"{args.out}/{picture}.png", {title: lines}, caption + words, marks=marks)

@@ -409,9 +409,9 @@ def photos(args, device):
 
 FM = "--pretrain fm --weak SIZE --init sit"           # SIZE: --size, of student and flow-matching teacher
 CAPTION = ("FD-photos (Frechet distance to the photos, by features of a small net) against CPU seconds, "
-           "those of a teacher included, lower is better; {}. Each net is a Mean Flow. CMT: mid-training by "
-           "a small teacher (pale), then the photos. From scratch, from flow matching: the photos alone, "
-           "from random weights or a net trained by flow matching. Dots: the checkpoints that were scored.")
+           "those of a teacher included; {}. Each net is a Mean Flow. CMT: mid-training by a small teacher, "
+           "then post-training on the photos. From scratch, from flow matching: on the photos alone, from "
+           "random weights or a net trained by flow matching. Dots: the checkpoints that were scored.")
 ROADS = {  # road: the road whose teacher it goes on from, its calls, laid over the settings of digits
     "flow matching": ("", ["--stage pretrain --pretrain fm --weak SIZE --steps 320"]),
     "weak Mean Flow": ("", ["--stage pretrain --weak 2x64x3 --steps 800"]),
@@ -445,6 +445,7 @@ def roads(args, device):
     """Mean Flow's ROADS on photos of 16x16: score against CPU seconds, a teacher's too: <out>/roads.png."""
     *data, features, reference = judged_photos(args, f"{args.out}/photos.npz")
     cfg, panels = flow.parse(["--data", "digits", "--labels", "random", *args.flags.split()]), {}
+    mid = {}                                                             # road: {seed: where its mid ends}
     print("| road | seed | stage, steps | CPU s, with the teacher's | FD-photos |\n|---|---|---|---|---|")
     for seed in args.seeds.split(","):
         ends = {"": 0.0}
@@ -459,15 +460,17 @@ def roads(args, device):
                 stage = f"{state['cfg']['stage']}, {state['step']}"
                 print(f"| {road} | {seed} | {stage} | {seconds:.0f} | {scores} |", flush=True)
                 if ROADS[road][0] or "scratch" in road:                  # a teacher's seconds, no curve
-                    name = road + ", mid-training" * (state["cfg"]["stage"] == "mid")
+                    if state["cfg"]["stage"] == "mid":
+                        mid.setdefault(road, {})[seed] = seconds
                     for words, score in zip(("one step", "two steps"), found):
-                        places = panels.setdefault(f"FD-photos in {words}", {}).setdefault(name, {})
-                        places.setdefault(state["step"], []).append((seconds, score))
+                        panel = panels.setdefault(f"FD-photos, drawn in {words}, lower is better", {})
+                        panel.setdefault(road, {}).setdefault(stage, []).append((seconds, score))
     for title, panel in panels.items():                                  # means of the seeds, place by place
         panels[title] = {name: [tuple(map(statistics.mean, zip(*seen))) for seen in panel[name].values()]
                          for name in sorted(panel, key=lambda name: ("flow" in name, name))}
     words = CAPTION.format(f"{'means of the seeds' if ',' in args.seeds else 'seed'} {args.seeds}")
-    fid.save_chart(f"{args.out}/roads.png", panels, words, "CPU seconds")
+    marks = {statistics.mean(end.values()): f"{road}: post-training begins" for road, end in mid.items()}
+    fid.save_chart(f"{args.out}/roads.png", panels, words, "CPU seconds", marks)
 
 
 # ---- gradient bias ----------------------------------------------------------------------------

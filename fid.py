@@ -1590,7 +1590,8 @@ def save_images(sampler, seeds, prefix, batch=64):
 # ---- pictures with words -----------------------------------------------------------------------
 NAMES = dict(teacher="teacher", mid="after mid-training", post="after post-training")
 STAGES = dict(mid="mid-training", post="post-training", pretrain="pre-training", vgg="VGG")
-COLOURS = "#1f5fbf", "#c0392b", "#2e8b57", "#8e44ad", "#d98a00", "#555555"
+INKS = {"alone|scratch": "#c0392b", "flow": "#8e44ad", "mid|CMT": "#1f5fbf", "teacher|pretrain": "#2e8b57",
+        "post": "#d98a00", "vgg": "#555555"}             # what a name speaks of: its colour in every chart
 
 
 def plain(text):
@@ -1750,12 +1751,13 @@ def ticks_of(low, high, firsts=(1, 2, 5)):
 def colours_of(names):
     """{name: (R, G, B)}: names alike up to their last comma share a colour, and the later ones are paler."""
     kin = [name.rpartition(", ")[0] or name for name in names]
-    order = sorted(dict.fromkeys(kin), key=lambda one: "CMT" not in one)                 # CMT: the first
-    stages = ["mid", "alone", "pretrain", "vgg", "post"]     # a stage has its colour, whoever is beside it
-    order = stages if {*kin} <= {*stages} else order
-    inks = [ImageColor.getrgb(COLOURS[order.index(one) % len(COLOURS)]) for one in kin]
+    own, inks = {one: [ink for words, ink in INKS.items() if re.search(words, one)] for one in kin}, {}
+    for one in sorted(own, key=lambda one: not own[one]):                   # those with a colour of their own
+        free = [ink for ink in (*own[one], *INKS.values()) if ink not in inks.values()]
+        inks[one] = [*free, *INKS.values()][0]
     pale = [0.6 ** kin[:k].count(one) for k, one in enumerate(kin)]
-    return {name: tuple(int(255 - (255 - c) * p) for c in ink) for name, ink, p in zip(names, inks, pale)}
+    return {name: tuple(int(255 - (255 - c) * p) for c in ImageColor.getrgb(inks[one]))
+            for name, one, p in zip(names, kin, pale)}
 
 
 def save_chart(path, panels, caption, across="images", marks=(), joined=True):
@@ -1796,10 +1798,10 @@ def save_chart(path, panels, caption, across="images", marks=(), joined=True):
             pen.text((at(x * step, ticks[0])[0], bottom + 12), f"{x * step:,g}", "black", font, anchor="mt")
         pen.text((left, top - 24), plain(title) + " (log scale)", "black", font, anchor="ls")
         pen.text((width - right + 80, bottom + 12), across, "black", font, anchor="lt")
-        for x, begins in dict(marks).items():
+        for row, (x, begins) in enumerate(dict(marks).items()):
             x, _ = at(x, ticks[0])
             pen.line([(x, top), (x, bottom)], "#999999", 2)
-            pen.text((x + 10, top + 4), begins, "#555555", font, anchor="lt")
+            pen.text((x + 10, top + 4 + 44 * row), begins, "#555555", font, anchor="lt")
         few = len(xs) < 20 * len(curves)                         # what was measured, as dots
         for row, (name, points) in reversed([*enumerate(curves.items())]):       # the first one on top
             dots = [(2 * x, 2 * (y - k * height)) for x, y in (at(*p) for p in points)]
@@ -2006,8 +2008,7 @@ def dry_run(home, argv, configs):
     return next(iter(codes.values()), 0)
 
 
-CURVES = {"loss": "loss", "grad": "gradient norm",
-          "mse_gap1": "square error of the velocity, time gaps up to 1/4"}
+CURVES = dict(loss="loss", grad="gradient norm", mse_gap1="square error of mean velocities, t - r < 1/4")
 
 
 def save_curve(out):
@@ -2023,10 +2024,12 @@ def save_curve(out):
     for m in [m for m in steps if m["stage"] == "vgg"]:      # of no stage's length: an axis of its own
         panels.setdefault("loss of the VGG", {}).setdefault("vgg", []).append((m["images"], m["loss"]))
     vgg = " The VGG, whose features mid-training compares, is trained on its own."
-    level = " Where Mean Flow learns from images, loss and soon square error are level: see the previews."
-    save_chart(f"{out}/curve.png", panels, "The training so far, against the images (or pairs) that it has "
-               "seen. Each stage has a loss of its own: compare within a stage, not between them."
-               + vgg * any(m["stage"] == "vgg" for m in steps) + level * any("mse_gap1" in m for m in steps))
+    level = (" Where a Mean Flow, which learns mean velocities between two times t and r, learns them from "
+             "images, loss and soon square error are level: see the previews.")
+    save_chart(f"{out}/curve.png", panels, "The training so far, against the images trained on, in "
+               "mid-training pairs of the teacher's. Each stage has a loss of its own: compare within a "
+               "stage, not between them." + vgg * any(m["stage"] == "vgg" for m in steps)
+               + level * any("mse_gap1" in m for m in steps))
 
 
 def save_preview(cfg, tally, stop, sampler, drawn="samples"):
@@ -2064,10 +2067,10 @@ def save_samples(cfg, found, make_sampler):
             log(f"sample: {len(seeds)} images in {folder}; open {sheet}")
 
 
-def save_captions(path, name, steps, rows):
-    """A sheet of what a net draws in so many steps: rows are captions, each with its images."""
-    label = net_label(name, steps, sep=", ")
-    save_sheet(path, rows, f"{label}: a row is one caption, a column one seed.")
+def save_captions(path, name, steps, rows, seeds=()):
+    """A sheet of what a net draws in so many steps: rows are captions, each with images of seeds."""
+    header = seeds and ["caption", *(f"seed {k}" for k in seeds)]
+    save_sheet(path, rows, net_label(name, steps, sep=", ") + ": a row is one caption.", header)
 
 
 def slug(text):
@@ -2085,7 +2088,7 @@ def save_classes(cfg, samplers, n):
     seeds, classes = [k + (n or 10) * j for j in range(10) for k in columns], [str(k) for k in columns if n]
     for (name, steps), sampler in samplers.items():
         images = draw(sampler, seeds, cfg.batch_gpu or 64).cpu()
-        caption = net_label(name, steps, sep=", ") + ": one image a seed" + ", each column a class." * bool(n)
+        caption = net_label(name, steps, sep=", ") + ": one image a seed; scores are in results.md."
         save_seeds(f"{cfg.out}/samples_{name}_{steps}step.png", images, seeds, caption, classes, 10)
         shown.append((name, steps, images[:len(columns)]))
     save_stages(cfg.out, shown, classes)

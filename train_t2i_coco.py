@@ -1006,7 +1006,7 @@ def sample_captions(cfg):
                     shown.append((prompt, fid.draw(sampler, seeds[:8], batch)))
             sheet = f"{cfg.out}/samples_{name}_{steps}step_prompts.png"
             if RANK == 0:
-                fid.save_captions(sheet, name, steps, shown)
+                fid.save_captions(sheet, name, steps, shown, seeds[:8])
             log(f"sample: {len(seeds)} images of each caption ({len(prompts)}) in {folder}; open {sheet}")
 
 

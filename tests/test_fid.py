@@ -796,6 +796,18 @@ def test_of_a_long_trajectory_nine_states_are_drawn_where_most_changes(tmp_path,
     assert rows[1][0] == "after mid-training,\n1-step error 16.00"
 
 
+def test_a_colour_means_one_thing_in_every_chart():
+    """Of a run, of two trainings beside each other, of Mean Flow's roads; names without a meaning take what is left."""
+    run = fid.colours_of(["pretrain", "mid", "post", "vgg"])
+    two = fid.colours_of(["mid- and post-training, 1 step", "post-training alone, 1 step", "teacher, 16 steps"])
+    roads = fid.colours_of(["from scratch", "from flow matching", "CMT + Mean Flow"])
+    assert [run["pretrain"], run["mid"]] == [two["teacher, 16 steps"], two["mid- and post-training, 1 step"]]
+    assert [two["post-training alone, 1 step"], run["mid"]] == [roads["from scratch"], roads["CMT + Mean Flow"]]
+    assert len({*run.values(), *two.values(), *roads.values()}) == 6
+    mixed = fid.colours_of([*"abcd", "mid", "flow matching, CMT, v", *"efg"])
+    assert mixed["mid"] == run["mid"] and mixed["flow matching, CMT, v"] == roads["from flow matching"] and len({*mixed.values()}) == 6
+
+
 def test_curves_of_one_method_share_a_colour():
     dark, pale, other = fid.colours_of(["ECT, 1 step", "ECT, 2 steps", "mid"]).values()
     assert min(dark) < min(pale) and max(range(3), key=dark.__getitem__) == max(range(3), key=pale.__getitem__) != \

@@ -352,7 +352,9 @@ def test_a_caption_that_is_cut_draws_a_warning(road, capsys):
     assert capsys.readouterr().out.count("fills the") == 1 == (road / "log.txt").read_text().count(warning)
 
 
-def test_prompts_make_a_picture_for_each_caption_and_seed(road, capsys):
+def test_prompts_make_a_picture_for_each_caption_and_seed(road, capsys, monkeypatch):
+    heads, save = [], fid.save_sheet
+    monkeypatch.setattr(fid, "save_sheet", lambda path, rows, caption, header: heads.append(header) or save(path, rows, caption, header))
     Path("prompts.txt").write_text("the digit seven\n\na purple elephant\n")
     shutil.rmtree(road / "samples", ignore_errors=True)
     for prompts in ("the digit seven|a purple elephant", "prompts.txt"):
@@ -362,6 +364,7 @@ def test_prompts_make_a_picture_for_each_caption_and_seed(road, capsys):
             assert names == [f"{c}_{s:06d}.png" for c in ("a-purple-elephant", "the-digit-seven") for s in (3, 4, 5)]
             assert Image.open(road / f"samples_{k}step_prompts.png").size[0] >= 900
         assert "has never seen elephant, purple" in capsys.readouterr().err
+    assert heads == [["caption", "seed 3", "seed 4", "seed 5"]] * 10                               # a name above each column
     c = cfg(*TINY, "--stage", "sample", "--init", road / "post.pt", "--out", "x")
     (_, net, kinds, _), = script.candidates(c)
     assert kinds == {1: 1, 2: 2} and len(script.given_prompts(c)) == 8

@@ -238,7 +238,7 @@ def kept_checkpoints(folder):
 
 
 def curves(args, device):
-    """The paper's Figure 1 on digits: <out>/curve.png; norms.png, the gradients; stages.png, the images.
+    """The paper's Figure 1 on digits: <out>/scores.png; norms.png, the gradients; stages.png, the images.
 
     Both sides at their best in `claims`: pseudo-Huber losses, ECT annealed.
     """
@@ -279,13 +279,14 @@ def curves(args, device):
         norms |= {name: [(x, y) for (x, _), y in zip(every, medians)], f"{name}, every step": every}
     scores["teacher, 16 steps"] = [(0, level), (seen, level)]
     norms = dict(sorted(norms.items(), key=lambda item: "every step" in item[0]))     # the medians on top
-    fid.save_stages(args.out, shown, (), rows)
+    words = " Mid- and post-training: CMT + ECT; post-training alone: ECT, annealed. Seed 0."
+    fid.save_stages(args.out, shown, (), rows, cfg.samples, words)
     caption = ("Images (or pairs) trained on, those of the teacher not counted, seed 0. Blue: mid-training "
                "(CMT), then post-training (ECT). Red: post-training alone. ")
     meant = (f"FD-digits: Frechet distance of {cfg.samples:,} images to the data, by features of a small "
              "net.", "ECT alone halves the gap of its two noise levels again and again; after CMT it begins "
-             "at the smallest. The smaller the gap, the larger the gradient.")
-    for picture, title, lines, words in ("curve", "FD-digits, lower is better", scores, meant[0]), (
+             "at the smallest. The smaller the gap, the larger the gradient, which is no fault.")
+    for picture, title, lines, words in ("scores", "FD-digits, lower is better", scores, meant[0]), (
             "norms", "gradient norm: every step, and the median of 25 steps", norms, meant[1]):
         fid.save_chart(f"{args.out}/{picture}.png", {title: lines}, caption + words, marks=marks)
     for name, points in scores.items():
@@ -401,17 +402,21 @@ def photos(args, device):
                 label = fid.net_label(CALLED.get(row, row), steps)
                 shown.append((f"{label}, FD-photos {found[-1]}", sampler(range(12))))
             print(f"| {row} | {seed} | {' / '.join(found)} | {state['seconds']:.0f} |", flush=True)
-            caption = ("Each column is one noise, which every net turns into a photo in the steps named; the "
-                       f"real photos belong to no noise. FD-photos: Frechet distance of {n:,} images to the "
-                       f"real ones, by features of a small net, lower is better. Seed {seed}.")
+            caption = ("Each column is one noise, which every net turns into a photo in the steps named; a "
+                       "second step may change what the first one drew. The real photos belong to no noise. "
+                       f"FD-photos: Frechet distance of {n:,} images to the real ones, by features of a "
+                       "small net, lower is better. Such small nets draw colours and shapes, hardly objects. "
+                       "Mid- and post-training: CMT + ECT; post-training alone: ECT, annealed. "
+                       f"Seed {seed}.")
             fid.save_sheet(f"{args.out}/{seed}/photos.png", [*shown, real], caption, block=len(shown))
 
 
 FM = "--pretrain fm --weak SIZE --init sit"           # SIZE: --size, of student and flow-matching teacher
 CAPTION = ("FD-photos (Frechet distance to the photos, by features of a small net) against CPU seconds, "
-           "those of a teacher included; {}. Each net is a Mean Flow. CMT: mid-training by a small teacher, "
-           "then post-training on the photos. From scratch, from flow matching: on the photos alone, from "
-           "random weights or a net trained by flow matching. Dots: the checkpoints that were scored.")
+           "those of a teacher, spent before a curve begins, included; {}. Roads end at different times: "
+           "compare at equal seconds. Each net is a Mean Flow. CMT: mid-training by a small teacher, then "
+           "post-training on the photos. From scratch, from flow matching: on the photos alone, from random "
+           "weights or from those of the flow matching teacher. Dots: the checkpoints that were scored.")
 ROADS = {  # road: the road whose teacher it goes on from, its calls, laid over the settings of digits
     "flow matching": ("", ["--stage pretrain --pretrain fm --weak SIZE --steps 320"]),
     "weak Mean Flow": ("", ["--stage pretrain --weak 2x64x3 --steps 800"]),

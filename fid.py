@@ -1628,6 +1628,7 @@ def save_sheet(path, rows, caption, header=(), block=0):
     zoom = max(1, min(192 // w, -((left + n * gap - 1800) // (n * w))))
     zoom = max([zoom, *(width // w for _, width, _ in heads[1:])])
     cell = max([w * zoom, *(width + gap for _, width, _ in heads[1:])]) + gap
+    caption += f" Images of {w}x{h} pixels, enlarged." * (zoom > 3 and rows[0][1].shape[1] != 4)
     words = boxed(caption[:1].upper() + caption[1:], max(1800, left + n * cell) * 2 // em, font)
     top = max(height for *_, height in heads) + 3 * gap
     heights = [max(h * zoom, height) + gap for *_, height in labels]
@@ -1649,7 +1650,7 @@ def save_sheet(path, rows, caption, header=(), block=0):
         y += height
     write((2 * gap, y + gap), words[0])
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    write_whole(path, lambda file: picture.save(file, format="PNG"))
+    write_whole(path, lambda file: picture.save(file, format="PNG", compress_level=1))   # 4 times faster
 
 
 def save_seeds(path, images, seeds, caption, classes=(), columns=16):
@@ -1676,11 +1677,11 @@ def net_label(name, steps, table=(), sep="\n"):
     return f"{called(name)}{sep}{steps} step{'s' * (steps > 1)}{''.join(found)}"
 
 
-def save_stages(out, shown, names=(), table=(), samples=2_000):
+def save_stages(out, shown, names=(), table=(), samples=2_000, words=""):
     """<out>/stages.png: the same noises through every net. The scores are in it once the table has them.
 
     shown: a list of (net, steps, images (n, C, H, W)). names: n texts, what is to be drawn: classes stand
-    above the columns; captions, which are long, at the left, and the nets above.
+    above the columns; captions, which are long, at the left, and the nets above. words: end the caption.
     """
     labels = [net_label(name, steps, table) for name, steps, _ in shown]
     if any("1-step FD-digits" in row for row in table):                  # scored: what is it to look like?
@@ -1700,7 +1701,7 @@ def save_stages(out, shown, names=(), table=(), samples=2_000):
     caption += (" Shows its digit: a classifier reads it as the caption's digit."
                 * any("shows its digit" in key for row in table for key in row))
     caption += (" Real digits, which belong to no noise, are for comparison: one half of them scores 0.78 "
-                "against the other half (halves are small, which raises a score).") * real
+                "against the other half (halves are small, which raises a score).") * real + words
     save_sheet(f"{out}/stages.png", rows, caption, header, len(rows) - 1 if real and line == "column" else 0)
 
 
@@ -1728,13 +1729,13 @@ def save_trajectory(out, states, levels, students, show=lambda x: x, names=()):
         for net, x in answers.items():
             off = (x[0, j] - states[-1, j]).square().mean().sqrt().item()
             rows.append((f"{called(net)},\n1-step error {off:.2f}", show(x[:, j])))
-    caption = ("The teacher walks from noise at the left to an image at the right, its end. Below each of "
-               "its states: the image that the student answers with when it is shown this state, in one "
-               "call. The better it has learned, the less the answers of a row differ. 1-step error: of the "
-               "first answer, which is a sample in one step, against the teacher's end (root of the mean "
-               f"square, pixels from -1 to 1; between two of these ends {apart:.2f}). Post-training, on real "
-               "images, does not aim at that end."
-               + " Shown are the states between which most changes." * (len(some) < n)
+    caption = (f"The teacher walks in {n - 1} steps from noise at the left to its end, the image at the "
+               "right. Below each of its states: the image that the student answers with when it is shown "
+               "this state, in one call. The better it has learned, the less the answers of a row differ. "
+               "1-step error: of the first answer, which is a sample in one step, against the teacher's end "
+               f"(root of the mean square, pixels from -1 to 1; two such ends differ by {apart:.2f}). "
+               "Post-training, on real images, does not aim at that end."
+               + f" Of {n} states those are shown between which most changes." * (len(some) < n)
                + " States above sigma 1 are shown divided by sigma." * bool(levels.max() > 1))
     header = ["noise level " + ("sigma" if levels.max() > 1 else "t")]
     header += [f"{level:.2g}" for level in levels[:-1].tolist()] + [f"the end\n{levels[-1]:.2g}"]
@@ -2024,15 +2025,16 @@ def save_curve(out):
     for m in [m for m in steps if m["stage"] == "vgg"]:      # of no stage's length: an axis of its own
         panels.setdefault("loss of the VGG", {}).setdefault("vgg", []).append((m["images"], m["loss"]))
     vgg = " The VGG, whose features mid-training compares, is trained on its own."
-    level = (" Where a Mean Flow, which learns mean velocities between two times t and r, learns them from "
-             "images, loss and soon square error are level: see the previews.")
-    save_chart(f"{out}/curve.png", panels, "The training so far, against the images trained on, in "
-               "mid-training pairs of the teacher's. Each stage has a loss of its own: compare within a "
-               "stage, not between them." + vgg * any(m["stage"] == "vgg" for m in steps)
+    level = (" A Mean Flow answers with mean velocities between times t and r, flow matching does not. Where "
+             "it learns from images, its loss is divided by its own size, which keeps it level and is no "
+             "failure: see the previews.")
+    save_chart(f"{out}/curve.png", panels, "The training so far, against images trained on; in "
+               "mid-training these are pairs of the teacher. Each stage has a loss of its own: compare "
+               "within a stage, not between them." + vgg * any(m["stage"] == "vgg" for m in steps)
                + level * any("mse_gap1" in m for m in steps))
 
 
-def save_preview(cfg, tally, stop, sampler, drawn="samples"):
+def save_preview(cfg, tally, stop, sampler, drawn=""):
     """<out>/curve.png and, of a sampler, <out>/previews/<stage>_<step>.png: 64 noises, always the same.
 
     Not of a run that is to stop: whoever sent the signal may wait for 30 seconds only.
@@ -2041,10 +2043,10 @@ def save_preview(cfg, tally, stop, sampler, drawn="samples"):
     save_curve(cfg.out)
     if sampler and not stop:
         images = draw_in(30, sampler, range(64), cfg.batch_gpu or 64)
-        how = "by its solver" if cfg.stage == "pretrain" else "in one step"
+        how = f"by its solver in {cfg.nfe} steps" if cfg.stage == "pretrain" else "in one step"
         save_seeds(f"{cfg.out}/previews/{cfg.stage}_{done:07d}.png", images, range(64),
-                   f"{STAGES[cfg.stage]}, after {done:,} of {cfg.steps:,} steps: {drawn} of the averaged "
-                   f"net, drawn {how}, of the same seeds in every preview; early ones are noise.")
+                   f"{STAGES[cfg.stage]}, after {done:,} of {cfg.steps:,} steps: what the averaged net draws "
+                   f"{how} from the same noises in every preview{drawn}.")
     tally["clock"] = time.time()                             # saving is no training
 
 
@@ -2067,10 +2069,10 @@ def save_samples(cfg, found, make_sampler):
             log(f"sample: {len(seeds)} images in {folder}; open {sheet}")
 
 
-def save_captions(path, name, steps, rows, seeds=()):
-    """A sheet of what a net draws in so many steps: rows are captions, each with images of seeds."""
-    header = seeds and ["caption", *(f"seed {k}" for k in seeds)]
-    save_sheet(path, rows, net_label(name, steps, sep=", ") + ": a row is one caption.", header)
+def save_captions(path, name, steps, rows, columns, scores=""):
+    """A sheet of what a net draws in so many steps: rows are captions, each with its images."""
+    label = net_label(name, steps, sep=", ")
+    save_sheet(path, rows, f"{label}: a row is one caption{scores}.", ["caption", *columns])
 
 
 def slug(text):

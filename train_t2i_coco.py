@@ -357,10 +357,10 @@ def draw_sheets(cfg, found, images, encoder):
     for name, net, kinds, _ in found:
         for steps in kinds:
             sampler = make_sampler(cfg, net, steps, lambda some: text[[s % 10 for s in some]], null)
-            rows = fid.draw(sampler, seeds, cfg.batch_gpu or 64).cpu().split(8)
-            path = f"{cfg.out}/samples_{name}_{steps}step.png"
-            fid.save_captions(path, name, steps, [*zip(captions, rows)])
-            shown.append((name, steps, torch.stack([row[0] for row in rows])))
+            rows = [*zip(captions, fid.draw(sampler, seeds, cfg.batch_gpu or 64).cpu().split(8))]
+            fid.save_captions(f"{cfg.out}/samples_{name}_{steps}step.png", name, steps, rows,
+                              [f"seeds {j} to {j + 9}" for j in range(0, 80, 10)], "; scores: results.md")
+            shown.append((name, steps, torch.stack([row[0] for _, row in rows])))
     fid.save_stages(cfg.out, shown, captions)
     if found[0][0] == "teacher":
         teacher, times = found[0][1], torch.linspace(1, 0, cfg.nodes, dtype=torch.float64)
@@ -941,7 +941,7 @@ def train(cfg):
             report(cfg, done, lr, tally, **nets.peak_memory(), **fid.mse_by_gap(errors))
         if to_save and RANK == 0:
             nets.save_checkpoint(path, net=net, ema=ema, opt=opt, **saved, **tally)
-            fid.save_preview(cfg, tally, stop, preview, "samples of captions, in the order of the data,")
+            fid.save_preview(cfg, tally, stop, preview, ", of captions in order (digits: 0 to 9)")
         if to_save:
             fid.wait_for_first(TIMEOUT)
         if stop:
@@ -1006,7 +1006,7 @@ def sample_captions(cfg):
                     shown.append((prompt, fid.draw(sampler, seeds[:8], batch)))
             sheet = f"{cfg.out}/samples_{name}_{steps}step_prompts.png"
             if RANK == 0:
-                fid.save_captions(sheet, name, steps, shown, seeds[:8])
+                fid.save_captions(sheet, name, steps, shown, [f"seed {k}" for k in seeds[:8]])
             log(f"sample: {len(seeds)} images of each caption ({len(prompts)}) in {folder}; open {sheet}")
 
 

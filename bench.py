@@ -404,7 +404,8 @@ def each(f, a):
 def leaves_of(arguments):
     """A list of those items."""
     leaves = []
-    each(leaves.append, arguments)
+    for a in arguments.values() if isinstance(arguments, dict) else arguments:
+        leaves.extend(leaves_of(a) if isinstance(a, (list, tuple, dict)) else [a])
     return leaves
 
 

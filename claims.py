@@ -280,7 +280,7 @@ def curves(args, device):
     scores["teacher, 16 steps"] = [(0, level), (seen, level)]
     norms = dict(sorted(norms.items(), key=lambda item: "every step" in item[0]))     # the medians on top
     words = " Mid- and post-training: CMT + ECT; post-training alone: ECT, annealed. Seed 0."
-    fid.save_stages(args.out, shown, (), rows, cfg.samples, words)
+    fid.save_stages(args.out, shown, (), words, rows, cfg.samples)
     caption = ("Images (or pairs) trained on, those of the teacher not counted, seed 0. Blue: mid-training "
                "(CMT), then post-training (ECT). Red: post-training alone. ")
     meant = (f"FD-digits: Frechet distance of {cfg.samples:,} images to the data, by features of a small "

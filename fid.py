@@ -1628,7 +1628,7 @@ def save_sheet(path, rows, caption, header=(), block=0):
     zoom = max(1, min(192 // w, -((left + n * gap - 1800) // (n * w))))
     zoom = max([zoom, *(width // w for _, width, _ in heads[1:])])
     cell = max([w * zoom, *(width + gap for _, width, _ in heads[1:])]) + gap
-    caption += f" Images of {w}x{h} pixels, enlarged." * (zoom > 3 and rows[0][1].shape[1] != 4)
+    caption += f" Images of {w}x{h} pixels, enlarged and smoothed." * (zoom > 3 and rows[0][1].shape[1] != 4)
     words = boxed(caption[:1].upper() + caption[1:], max(1800, left + n * cell) * 2 // em, font)
     top = max(height for *_, height in heads) + 3 * gap
     heights = [max(h * zoom, height) + gap for *_, height in labels]
@@ -1677,7 +1677,16 @@ def net_label(name, steps, table=(), sep="\n"):
     return f"{called(name)}{sep}{steps} step{'s' * (steps > 1)}{''.join(found)}"
 
 
-def save_stages(out, shown, names=(), table=(), samples=2_000, words=""):
+def about(cfg, found):
+    """For a caption: which script and seed made these nets, how large they are; found: (name, net, ...)."""
+    sizes = {"teacher" if name == "teacher" else "students": sum(p.numel() for p in net.parameters())
+             for name, net, *_ in found}
+    sizes = ", ".join(f"{name} {n / 1e6:.2g}M" for name, n in sizes.items())
+    script = os.path.basename(inspect.getfile(type(cfg)))
+    return f" By {script}, seed {cfg.seed}; parameters: {sizes}. Mid-training is CMT."
+
+
+def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
     """<out>/stages.png: the same noises through every net. The scores are in it once the table has them.
 
     shown: a list of (net, steps, images (n, C, H, W)). names: n texts, what is to be drawn: classes stand
@@ -1729,12 +1738,12 @@ def save_trajectory(out, states, levels, students, show=lambda x: x, names=()):
         for net, x in answers.items():
             off = (x[0, j] - states[-1, j]).square().mean().sqrt().item()
             rows.append((f"{called(net)},\n1-step error {off:.2f}", show(x[:, j])))
-    caption = (f"The teacher walks in {n - 1} steps from noise at the left to its end, the image at the "
-               "right. Below each of its states: the image that the student answers with when it is shown "
-               "this state, in one call. The better it has learned, the less the answers of a row differ. "
-               "1-step error: of the first answer, which is a sample in one step, against the teacher's end "
-               f"(root of the mean square, pixels from -1 to 1; two such ends differ by {apart:.2f}). "
-               "Post-training, on real images, does not aim at that end."
+    caption = (f"The teacher walks in {n - 1} steps, those of mid-training, from noise at the left to its "
+               "end, the image at the right. Below each of its states: the image that the student answers "
+               "with when it is shown this state, in one call. The better it has learned, the less the "
+               "answers of a row differ. 1-step error: of the first answer, which is a sample in one step, "
+               "against the teacher's end (root of the mean square, pixels from -1 to 1; two such ends "
+               f"differ by {apart:.2f}). Post-training, on real images, does not aim at that end."
                + f" Of {n} states those are shown between which most changes." * (len(some) < n)
                + " States above sigma 1 are shown divided by sigma." * bool(levels.max() > 1))
     header = ["noise level " + ("sigma" if levels.max() > 1 else "t")]
@@ -2009,7 +2018,7 @@ def dry_run(home, argv, configs):
     return next(iter(codes.values()), 0)
 
 
-CURVES = dict(loss="loss", grad="gradient norm", mse_gap1="square error of mean velocities, t - r < 1/4")
+CURVES = dict(loss="loss", grad="gradient norm", mse_gap1="square error of mean velocities")
 
 
 def save_curve(out):
@@ -2025,12 +2034,13 @@ def save_curve(out):
     for m in [m for m in steps if m["stage"] == "vgg"]:      # of no stage's length: an axis of its own
         panels.setdefault("loss of the VGG", {}).setdefault("vgg", []).append((m["images"], m["loss"]))
     vgg = " The VGG, whose features mid-training compares, is trained on its own."
-    level = (" A Mean Flow answers with mean velocities between times t and r, flow matching does not. Where "
-             "it learns from images, its loss is divided by its own size, which keeps it level and is no "
-             "failure: see the previews.")
+    level = (" A Mean Flow, not flow matching, answers with mean velocities between times t and r, here less "
+             "than 1/4 apart. Where it learns from images, its loss is divided by its own size, which keeps "
+             "it level and is no failure: see the previews.")
     save_chart(f"{out}/curve.png", panels, "The training so far, against images trained on; in "
-               "mid-training these are pairs of the teacher. Each stage has a loss of its own: compare "
-               "within a stage, not between them." + vgg * any(m["stage"] == "vgg" for m in steps)
+               "mid-training these are pairs of the teacher. Each stage has a loss of its own: jumps "
+               "between stages are no failure, so compare within a stage."
+               + vgg * any(m["stage"] == "vgg" for m in steps)
                + level * any("mse_gap1" in m for m in steps))
 
 
@@ -2081,7 +2091,7 @@ def slug(text):
     return words if words.replace("-", " ") == text else f"{words}-{zlib.crc32(text.encode()):08x}"
 
 
-def save_classes(cfg, samplers, n):
+def save_classes(cfg, found, samplers, n):
     """A sheet of each net, a column per class, and stages.png. Returns what the latter is made of.
 
     samplers: {(net, steps): sampler} of which seed k draws class k % n, or anything where n = 0.
@@ -2093,8 +2103,8 @@ def save_classes(cfg, samplers, n):
         caption = net_label(name, steps, sep=", ") + ": one image a seed; scores are in results.md."
         save_seeds(f"{cfg.out}/samples_{name}_{steps}step.png", images, seeds, caption, classes, 10)
         shown.append((name, steps, images[:len(columns)]))
-    save_stages(cfg.out, shown, classes)
-    return shown, classes
+    save_stages(cfg.out, shown, classes, words := about(cfg, found))
+    return shown, classes, words
 
 
 def table(rows):

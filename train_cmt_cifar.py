@@ -251,12 +251,12 @@ def draw_sheets(cfg, found):
     """Saves stages.png and trajectory.png. Returns what the first is made of, to draw it with its scores."""
     shown = [(name, steps, make_sampler(cfg, net, kind)(range(12)))
              for name, net, kinds, _ in found for steps, kind in kinds.items()]
-    fid.save_stages(cfg.out, shown)
+    fid.save_stages(cfg.out, shown, (), words := fid.about(cfg, found))
     if found[0][0] == "teacher":
         teacher, sigmas = found[0][1], teacher_sigmas(cfg.nfe)
-        xs = teacher_solver(teacher, prior(teacher, (0, 3, 5))[0], sigmas)           # (nfe+1, 3, C, H, W)
+        xs = teacher_solver(teacher, prior(teacher, (0, 5))[0], sigmas)              # (nfe+1, 2, C, H, W)
         fid.save_trajectory(cfg.out, xs, sigmas, {name: net for name, net, *_ in found[1:]})
-    return [shown]
+    return shown, (), words
 
 
 # ---- data -------------------------------------------------------------------------------------

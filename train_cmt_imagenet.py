@@ -323,11 +323,11 @@ def draw_sheets(cfg, found):
     balanced = replace(cfg, labels="balanced")
     samplers = {(name, steps): make_sampler(balanced, net, kind)
                 for name, net, kinds, _ in found for steps, kind in kinds.items()}
-    shown = fid.save_classes(cfg, samplers, found[0][1].label_dim)
+    shown = fid.save_classes(cfg, found, samplers, found[0][1].label_dim)
     if found[0][0] == "teacher":
         teacher, sigmas = found[0][1], teacher_sigmas(cfg.nfe)
-        x_T, y, _ = prior(teacher, range(3), "balanced")
-        xs = teacher_solver(lambda x, sigma: teacher(x, sigma, y), x_T, sigmas)      # (nfe+1, 3, C, H, W)
+        x_T, y, _ = prior(teacher, range(2), "balanced")
+        xs = teacher_solver(lambda x, sigma: teacher(x, sigma, y), x_T, sigmas)      # (nfe+1, 2, C, H, W)
         students = {name: partial(net, class_labels=y) for name, net, *_ in found[1:]}
         fid.save_trajectory(cfg.out, xs, sigmas, students, partial(to_images, cfg),
                             [f"class {k}" for k in shown[1]])
@@ -823,7 +823,7 @@ def train(cfg):
             report(cfg, done, lr, tally, **nets.peak_memory())
         if to_save and RANK == 0:
             nets.save_checkpoint(path, net=net, ema=ema, opt=opt, **saved, **tally)
-            fid.save_preview(cfg, tally, stop, previewer(cfg, ema), ", seed k of class k modulo classes")
+            fid.save_preview(cfg, tally, stop, previewer(cfg, ema), f", seed k of class k % {ema.label_dim}")
         if to_save:
             fid.wait_for_first(TIMEOUT)
         if stop:

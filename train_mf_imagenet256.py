@@ -352,11 +352,11 @@ def draw_sheets(cfg, found):
     balanced = replace(cfg, labels="balanced")
     samplers = {(name, steps): make_sampler(balanced, net, steps)
                 for name, net, kinds, _ in found for steps in kinds}
-    shown = fid.save_classes(cfg, samplers, found[0][1].num_classes)
+    shown = fid.save_classes(cfg, found, samplers, found[0][1].num_classes)
     if found[0][0] == "teacher":
         teacher, times = found[0][1], torch.linspace(1, 0, cfg.nodes, dtype=torch.float64)
-        z, y = prior(teacher, range(3), "balanced")
-        states = rollout(cfg, teacher, z, y, times)[0]                               # (nodes, 3, C, H, W)
+        z, y = prior(teacher, range(2), "balanced")
+        states = rollout(cfg, teacher, z, y, times)[0]                               # (nodes, 2, C, H, W)
         jumps = {name: lambda x, t, net=net: x - t[0] * net(x, t, t * 0, y)          # net=net: bound now
                  for name, net, *_ in found[1:]}
         fid.save_trajectory(cfg.out, states, times, jumps, partial(to_images, cfg),
@@ -781,7 +781,7 @@ def train(cfg):
             report(cfg, done, lr, tally, **nets.peak_memory(), **fid.mse_by_gap(errors))
         if to_save and RANK == 0:
             nets.save_checkpoint(path, net=net, ema=ema, opt=opt, **saved, **tally)
-            fid.save_preview(cfg, tally, stop, preview, ", seed k of class k modulo classes")
+            fid.save_preview(cfg, tally, stop, preview, f", seed k of class k % {ema.num_classes}")
         if to_save:
             fid.wait_for_first(TIMEOUT)
         if stop:

@@ -359,16 +359,17 @@ def draw_sheets(cfg, found, images, encoder):
             sampler = make_sampler(cfg, net, steps, lambda some: text[[s % 10 for s in some]], null)
             rows = [*zip(captions, fid.draw(sampler, seeds, cfg.batch_gpu or 64).cpu().split(8))]
             fid.save_captions(f"{cfg.out}/samples_{name}_{steps}step.png", name, steps, rows,
-                              [f"seeds {j} to {j + 9}" for j in range(0, 80, 10)], "; scores: results.md")
+                              [f"seed k + {j}" for j in range(0, 80, 10)], ", number k from 0; scores: results.md")
             shown.append((name, steps, torch.stack([row[0] for _, row in rows])))
-    fid.save_stages(cfg.out, shown, captions)
+    words = fid.about(cfg, found) + " A step of the teacher is up to four calls of its net."
+    fid.save_stages(cfg.out, shown, captions, words)
     if found[0][0] == "teacher":
         teacher, times = found[0][1], torch.linspace(1, 0, cfg.nodes, dtype=torch.float64)
-        states = rollout(cfg, teacher, prior(teacher, range(3)), text[:3], null, times)[0]
-        jumps = {name: lambda x, t, net=net: x - t[0] * net(x, t, text[:3], t * 0, repa=False)
+        states = rollout(cfg, teacher, prior(teacher, range(2)), text[:2], null, times)[0]
+        jumps = {name: lambda x, t, net=net: x - t[0] * net(x, t, text[:2], t * 0, repa=False)
                  for name, net, *_ in found[1:]}
         fid.save_trajectory(cfg.out, states, times, jumps, partial(to_images, cfg), captions)
-    return shown, captions
+    return shown, captions, words
 
 
 # ---- data -------------------------------------------------------------------------------------

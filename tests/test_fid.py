@@ -744,12 +744,12 @@ def test_stages_have_the_scores_once_the_table_has_them(tmp_path, monkeypatch):
     for names in ([], list("0123"), [f"the digit {k}" for k in range(4)]):
         sizes = []
         for table in ((), [row]):
-            fid.save_stages(str(tmp_path), shown, names, table)
+            fid.save_stages(str(tmp_path), shown, names, "", table)
             sizes.append((tmp_path / "stages.png").read_bytes())
         assert sizes[0] != sizes[1]
     heights = []
     for score in ("FID", "FD-digits"):                 # scored digits have real ones below them
-        fid.save_stages(str(tmp_path), [("mid", 1, seeded(range(12)))], [], [{"stage": "mid", f"1-step {score}": "3.50"}])
+        fid.save_stages(str(tmp_path), [("mid", 1, seeded(range(12)))], [], "", [{"stage": "mid", f"1-step {score}": "3.50"}])
         heights.append(Image.open(tmp_path / "stages.png").height)
     assert heights[0] < heights[1]
 

@@ -359,7 +359,7 @@ def draw_sheets(cfg, found, images, encoder):
             sampler = make_sampler(cfg, net, steps, lambda some: text[[s % 10 for s in some]], null)
             rows = [*zip(captions, fid.draw(sampler, seeds, cfg.batch_gpu or 64).cpu().split(8))]
             fid.save_captions(f"{cfg.out}/samples_{name}_{steps}step.png", name, steps, rows,
-                              [f"seed k + {j}" for j in range(0, 80, 10)], ", number k from 0; scores: results.md")
+                              [f"seed k + {j}" for j in range(0, 80, 10)], ", the k-th; scores: results.md")
             shown.append((name, steps, torch.stack([row[0] for _, row in rows])))
     words = fid.about(cfg, found) + " A step of the teacher is up to four calls of its net."
     fid.save_stages(cfg.out, shown, captions, words)

@@ -70,7 +70,6 @@ PLANTS = [  # script, stage, file, what stands there, the fault in its place, wh
 def drive(monkeypatch, script, flags, rank=0, world=1):
     """Runs script.main as one of `world` processes on a FakeGPU; {stage: the waits of its second step}."""
     gpu, waits, count, report, save = FakeGPU(), {}, script.count, script.report, script.nets.save_checkpoint
-    draw = script.fid.draw
 
     def counted(cfg, *args):
         waits.setdefault(cfg.stage, []).append([*gpu.waits])
@@ -96,7 +95,6 @@ def drive(monkeypatch, script, flags, rank=0, world=1):
         is_initialized=lambda: False)
     for name, value in mine.items():
         monkeypatch.setattr(script, name, value)
-    monkeypatch.setattr(script.fid, "draw_in", lambda seconds, sampler, seeds, batch: draw(sampler, seeds[:batch], batch))
     monkeypatch.setattr(script.fid, "dist", mine["dist"])
     monkeypatch.setattr(script.fid, "processes", lambda: (rank, world))
     with gpu:

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, code, fork, wait, weights
+from conftest import ROOT, TINY, code, draw_in, fork, wait, weights
 from PIL import Image
 
 import fid
@@ -821,6 +821,7 @@ def test_out_of_memory_names_the_flag(capsys):
 def test_previews_and_scores_respect_batch_gpu(road, monkeypatch):
     """What --batch_gpu is for: a sample grid or a score must not need more memory than a training step."""
     sizes, real = [], script.prior
+    monkeypatch.setattr(script.fid, "draw_in", draw_in)
     monkeypatch.setattr(script, "prior", lambda net, seeds: sizes.append(len(seeds)) or real(net, seeds))
     script.main([*PRETRAIN, "--steps", "1", "--batch_gpu", "4", "--out", "run"])
     script.main([*TINY, "--out", str(road), "--steps", "3", "--stage", "sample", "--batch_gpu", "4", "--seeds", "0-8"])

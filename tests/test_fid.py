@@ -22,6 +22,7 @@ import pytest
 import scipy.linalg
 import torch
 import torch.multiprocessing as mp
+from conftest import draw_in
 from PIL import Image
 
 import fid
@@ -829,7 +830,7 @@ def test_slow_samplers_draw_fewer_images():
     def slow(seeds):
         time.sleep(0.03)
         return seeded(seeds)
-    assert len(fid.draw_in(0.05, slow, range(64))) in (4, 8) and torch.equal(fid.draw_in(99, seeded, range(30), 5), seeded(range(30)))
+    assert len(draw_in(0.05, slow, range(64))) in (4, 8) and torch.equal(draw_in(99, seeded, range(30), 5), seeded(range(30)))
 
 
 def test_metrics_have_every_step_once_after_a_kill(tmp_path):

@@ -219,6 +219,7 @@ def test_captions_that_are_missing_or_no_text_are_refused_before_any_encoding(ca
     assert not os.path.exists("d")
 
 
+@pytest.mark.parametrize("case", ["64", "coco", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("512", "mf"))], indirect=True)
 def test_a_killed_encode_goes_on_and_two_processes_give_what_one_gives(case, tmp_path):
     """No shard is left out, lost or made twice; who is done waits for the other, longer than the process group allows."""
     def slow():

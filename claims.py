@@ -408,7 +408,7 @@ def photos(args, device):
                        "small net, lower is better. Such small nets draw colours and shapes, hardly objects. "
                        "Mid- and post-training: CMT + ECT; post-training alone: ECT, annealed. "
                        f"Seed {seed}.")
-            fid.save_sheet(f"{args.out}/{seed}/photos.png", [*shown, real], caption, block=len(shown))
+            fid.save_sheet(f"{args.out}/{seed}/photos.png", [*shown, real], caption, breaks=[len(shown)])
 
 
 FM = "--pretrain fm --weak SIZE --init sit"           # SIZE: --size, of student and flow-matching teacher

@@ -1612,12 +1612,12 @@ def boxed(text, letters, font):
     return text, *ImageDraw.Draw(Image.new("L", (1, 1))).multiline_textbbox((0, 0), text, font)[2:]
 
 
-def save_sheet(path, rows, caption, header=(), block=0):
+def save_sheet(path, rows, caption, header=(), breaks=()):
     """Rows of images with words around them -> one PNG of at least 1,800 pixels in width.
 
     rows: a list of (label, images (n, C, H, W) in [-1, 1]); the label stands at the left. Small images are
     enlarged, smoothly; of latents (4 channels) three are shown. header: texts above the columns,
-    the first one above the labels. caption: a sentence below. block: a wider gap after so many rows.
+    the first one above the labels. caption: sentences below. breaks: after so many rows, a gap.
     """
     n, (h, w) = max(len(x) for _, x in rows), rows[0][1].shape[-2:]
     em = max(32, n * w // 60)                            # letters grow with the sheet
@@ -1632,7 +1632,7 @@ def save_sheet(path, rows, caption, header=(), block=0):
     words = boxed(caption[:1].upper() + caption[1:], max(1800, left + n * cell) * 2 // em, font)
     top = max(height for *_, height in heads) + 3 * gap
     heights = [max(h * zoom, height) + gap for *_, height in labels]
-    heights = [height + 4 * gap * (block > 0 and k % block == 0) for k, height in enumerate(heights, 1)]
+    heights = [height + 4 * gap * (k in breaks) for k, height in enumerate(heights, 1)]
     width = max(1800, left + n * cell + gap, words[1] + 4 * gap)
     mode = "L" if all(x.shape[1] == 1 for _, x in rows) else "RGB"
     picture = Image.new(mode, (width, top + sum(heights) + words[2] + 5 * gap), "white")
@@ -1700,9 +1700,10 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
         labels.append("real digits")
     real = "real digits" in labels
     rows, header, line = [*zip(labels, (x for *_, x in shown))], names and ["class", *names], "column"
+    breaks = [k for k in range(1, len(shown)) if shown[k][0] != shown[k - 1][0]]         # between two nets
     if any(len(name) > 8 for name in names):
         columns = torch.stack([x.cpu() for *_, x in shown], 1)
-        rows, header, line = [*zip(names, columns)], ["caption", *labels], "row"
+        rows, header, line, breaks = [*zip(names, columns)], ["caption", *labels], "row", ()
     caption = (f"Each {line} is one noise, which every net turns into an image in the steps named; a second "
                "step may change what the first one drew.")
     caption += (f" Scores: Frechet distance of {samples:,} images to the data by a net's features, lower is "
@@ -1711,7 +1712,7 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
                 * any("shows its digit" in key for row in table for key in row))
     caption += (" Real digits, which belong to no noise, are for comparison: one half of them scores 0.78 "
                 "against the other half (halves are small, which raises a score).") * real + words
-    save_sheet(f"{out}/stages.png", rows, caption, header, len(rows) - 1 if real and line == "column" else 0)
+    save_sheet(f"{out}/stages.png", rows, caption, header, breaks)
 
 
 def save_trajectory(out, states, levels, students, show=lambda x: x, names=()):
@@ -1748,7 +1749,7 @@ def save_trajectory(out, states, levels, students, show=lambda x: x, names=()):
                + " States above sigma 1 are shown divided by sigma." * bool(levels.max() > 1))
     header = ["noise level " + ("sigma" if levels.max() > 1 else "t")]
     header += [f"{level:.2g}" for level in levels[:-1].tolist()] + [f"the end\n{levels[-1]:.2g}"]
-    save_sheet(f"{out}/trajectory.png", rows, caption, header, 1 + len(answers))
+    save_sheet(f"{out}/trajectory.png", rows, caption, header, range(0, len(rows), 1 + len(answers)))
 
 
 def ticks_of(low, high, firsts=(1, 2, 5)):

@@ -785,7 +785,7 @@ def test_a_stage_has_one_colour_whoever_is_beside_it(tmp_path):
 
 def test_of_a_long_trajectory_nine_states_are_drawn_where_most_changes(tmp_path, monkeypatch):
     """The first state and the end are among them; of a short one all are."""
-    monkeypatch.setattr(fid, "save_sheet", lambda path, rows, caption, header, block: drawn.append((rows, header)))
+    monkeypatch.setattr(fid, "save_sheet", lambda path, rows, caption, header, breaks: drawn.append((rows, header)))
     drawn, x = [], torch.arange(17.0).view(17, 1, 1, 1, 1).expand(-1, 2, 1, 8, 8)
     fid.save_trajectory("", x, torch.linspace(1, 0, 17), {"mid": lambda x, level: x})
     fid.save_trajectory("", torch.cat([x[:1]] * 8 + [x[:9]]), torch.linspace(1, 0, 17), {})

@@ -1679,11 +1679,11 @@ def net_label(name, steps, table=(), sep="\n"):
 
 def about(cfg, found):
     """For a caption: which script and seed made these nets, how large they are; found: (name, net, ...)."""
-    sizes = {"teacher" if name == "teacher" else "students": sum(p.numel() for p in net.parameters())
-             for name, net, *_ in found}
+    sizes = {"teacher" if name == "teacher" else "students":              # frozen weights are buffers
+             sum(p.numel() for p in (*net.parameters(), *net.buffers())) for name, net, *_ in found}
     sizes = ", ".join(f"{name} {n / 1e6:.2g}M" for name, n in sizes.items())
     script = os.path.basename(inspect.getfile(type(cfg)))
-    return f" By {script}, seed {cfg.seed}; parameters: {sizes}. Mid-training is CMT."
+    return f" By {script}, seed {cfg.seed}; parameters: {sizes}."
 
 
 def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
@@ -2019,7 +2019,7 @@ def dry_run(home, argv, configs):
     return next(iter(codes.values()), 0)
 
 
-CURVES = dict(loss="loss", grad="gradient norm", mse_gap1="square error of mean velocities")
+CURVES = dict(loss="loss", grad="gradient norm", mse_gap1="square error of mean velocities where t - r < 1/4")
 
 
 def save_curve(out):
@@ -2035,14 +2035,15 @@ def save_curve(out):
     for m in [m for m in steps if m["stage"] == "vgg"]:      # of no stage's length: an axis of its own
         panels.setdefault("loss of the VGG", {}).setdefault("vgg", []).append((m["images"], m["loss"]))
     vgg = " The VGG, whose features mid-training compares, is trained on its own."
-    level = (" A Mean Flow, not flow matching, answers with mean velocities between times t and r, here less "
-             "than 1/4 apart. Where it learns from images, its loss is divided by its own size, which keeps "
-             "it level and is no failure: see the previews.")
+    flow = [m for m in steps if "mse_same" in m]
+    level = (" Where a Mean Flow learns from images, its loss is divided by its own size, which keeps it "
+             "level and is no failure: see the previews.") * any("mse_gap1" in m for m in flow)
+    level += (" A flow-matching teacher has no mean velocities; with REPA, its loss is less REPA's gain."
+              * any("mse_gap1" not in m for m in flow))
     save_chart(f"{out}/curve.png", panels, "The training so far, against images trained on; in "
                "mid-training these are pairs of the teacher. Each stage has a loss of its own: jumps "
                "between stages are no failure, so compare within a stage."
-               + vgg * any(m["stage"] == "vgg" for m in steps)
-               + level * any("mse_gap1" in m for m in steps))
+               + vgg * any(m["stage"] == "vgg" for m in steps) + level)
 
 
 def save_preview(cfg, tally, stop, sampler, drawn=""):
@@ -2057,7 +2058,7 @@ def save_preview(cfg, tally, stop, sampler, drawn=""):
         how = f"by its solver in {cfg.nfe} steps" if cfg.stage == "pretrain" else "in one step"
         save_seeds(f"{cfg.out}/previews/{cfg.stage}_{done:07d}.png", images, range(64),
                    f"{STAGES[cfg.stage]}, after {done:,} of {cfg.steps:,} steps: what the averaged net draws "
-                   f"{how} from the same noises in every preview{drawn}.")
+                   f"{how} from the same noises in every preview{drawn}.", columns=10 if drawn else 16)
     tally["clock"] = time.time()                             # saving is no training
 
 

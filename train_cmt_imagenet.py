@@ -823,7 +823,7 @@ def train(cfg):
             report(cfg, done, lr, tally, **nets.peak_memory())
         if to_save and RANK == 0:
             nets.save_checkpoint(path, net=net, ema=ema, opt=opt, **saved, **tally)
-            fid.save_preview(cfg, tally, stop, previewer(cfg, ema), ", of all classes in turn")
+            fid.save_preview(cfg, tally, stop, previewer(cfg, ema), ", the classes in turn")
         if to_save:
             fid.wait_for_first(TIMEOUT)
         if stop:

@@ -1650,7 +1650,7 @@ def save_sheet(path, rows, caption, header=(), breaks=()):
         y += height
     write((2 * gap, y + gap), words[0])
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    write_whole(path, lambda file: picture.save(file, format="PNG", compress_level=1))   # 4 times faster
+    write_whole(path, lambda file: picture.save(file, format="PNG", compress_level=1))   # else slow
 
 
 def save_seeds(path, images, seeds, caption, classes=(), columns=16):

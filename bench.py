@@ -395,7 +395,7 @@ def pin_memory(tensor):
 
 
 def each(f, a):
-    """f of every item of lists, tuples and dicts in each other; torch's tree_map, for any container, is slower."""
+    """f of every item of lists, tuples and dicts in each other; torch's own tree_map is slower."""
     if isinstance(a, dict):
         return {key: each(f, value) for key, value in a.items()}
     return type(a)([each(f, b) for b in a]) if isinstance(a, (list, tuple)) else f(a)

@@ -283,11 +283,11 @@ def curves(args, device):
              "tells the two apart, the scores do.")
     fid.save_stages(args.out, shown, (), words, rows, cfg.samples)
     caption = ("Images (or pairs) trained on, those of the teacher not counted, seed 0. Blue: mid-training "
-               "(CMT), then post-training (ECT). Red: post-training alone. Points lie on the way of one "
-               "schedule; the last are finished. ")
-    meant = (f"FD-digits: Frechet distance of {cfg.samples:,} images to the data, by features of a small "
-             "net.", "ECT alone halves the gap of its two noise levels again and again; after CMT it begins "
-             "at the smallest. The smaller the gap, the larger the gradient, which is no fault.")
+               "(CMT), then post-training (ECT). Red: post-training alone. ")
+    meant = ("The last points are finished nets; before, learning rates have not fallen yet. FD-digits: "
+             f"Frechet distance of {cfg.samples:,} images to the data, by features of a small net.",
+             "ECT alone halves the gap of its two noise levels again and again; after CMT it begins at the "
+             "smallest. The smaller the gap, the larger the gradient, which is no fault.")
     for picture, title, lines, words in ("scores", "FD-digits, lower is better", scores, meant[0]), (
             "norms", "gradient norm: every step, and the median of 25 steps", norms, meant[1]):
         fid.save_chart(f"{args.out}/{picture}.png", {title: lines}, caption + words, marks=marks)
@@ -410,7 +410,9 @@ def photos(args, device):
                        "small net, lower is better. Such small nets draw colours and shapes, hardly objects. "
                        "Mid- and post-training: CMT + ECT; post-training alone: ECT, annealed. "
                        f"Seed {seed}.")
-            fid.save_sheet(f"{args.out}/{seed}/photos.png", [*shown, real], caption, breaks=[len(shown)])
+            nets = [label.partition("\n")[0] for label, _ in (*shown, real)]
+            breaks = [k for k in range(1, len(nets)) if nets[k] != nets[k - 1]]
+            fid.save_sheet(f"{args.out}/{seed}/photos.png", [*shown, real], caption, breaks=breaks)
 
 
 FM = "--pretrain fm --weak SIZE --init sit"           # SIZE: --size, of student and flow-matching teacher
@@ -418,7 +420,7 @@ CAPTION = ("FD-photos (Frechet distance to the photos, by features of a small ne
            "those of a teacher, spent before a curve begins, included; {}. Each net is a Mean Flow. CMT: "
            "mid-training by a small teacher, then post-training on the photos. From scratch, from flow "
            "matching: on the photos alone, from random weights or from those of the flow matching teacher. "
-           "Dots lie on the way of one schedule; the last of a road is finished.")
+           "The last dot of a road is finished; before, its learning rate has not fallen yet.")
 ROADS = {  # road: the road whose teacher it goes on from, its calls, laid over the settings of digits
     "flow matching": ("", ["--stage pretrain --pretrain fm --weak SIZE --steps 320"]),
     "weak Mean Flow": ("", ["--stage pretrain --weak 2x64x3 --steps 800"]),

@@ -1715,10 +1715,10 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
     save_sheet(f"{out}/stages.png", rows, caption, header, breaks)
 
 
-def save_trajectory(out, states, levels, students, show=lambda x: x, names=()):
-    """<out>/trajectory.png: trajectories of the teacher, and below each what the students answer along it.
+def save_trajectory(out, states, levels, nets, show=lambda x: x, names=()):
+    """<out>/trajectory.png: trajectories of the teacher, and below each what all nets answer along it.
 
-    states (N+1, n, C, H, W) at levels (N+1,): sigma, or the time t of a flow. students: {net: f(x, levels) ->
+    states (N+1, n, C, H, W) at levels (N+1,): sigma, or the time t of a flow. nets: {name: f(x, levels) ->
     where it lands in one call}. show: a batch of states or answers -> images. names: what each is to be.
     """
     wide = levels.clamp(min=1).to(states).view(-1, 1, 1, 1, 1)
@@ -1731,7 +1731,7 @@ def save_trajectory(out, states, levels, students, show=lambda x: x, names=()):
     at = [(x, level.expand(len(x))) for x, level in zip(states, levels.to(states))]
     # where no noise is left the answer is the state itself: a consistency model would see ln 0
     answers = {name: torch.stack([f(x, level) if level.all() else x for x, level in at])
-               for name, f in students.items()}
+               for name, f in nets.items()}
     rows = []
     for j in range(states.shape[1]):
         name = f"noise {j + 1}, {names[j % len(names)]}" if names else f"noise {j + 1}"
@@ -1740,11 +1740,12 @@ def save_trajectory(out, states, levels, students, show=lambda x: x, names=()):
             off = (x[0, j] - states[-1, j]).square().mean().sqrt().item()
             rows.append((f"{called(net)},\n1-step error {off:.2f}", show(x[:, j])))
     caption = (f"The teacher walks in {n - 1} steps, those of mid-training, from noise at the left to its "
-               "end, the image at the right. Below each of its states: the image that the student answers "
-               "with when it is shown this state, in one call. The better it has learned, the less the "
-               "answers of a row differ. 1-step error: of the first answer, which is a sample in one step, "
+               "end, the image at the right. Below each of its states: the images that the nets, itself "
+               "among them, answer with in one call when they are shown this state. Mid-training makes the "
+               "answers of a row alike. 1-step error: of the first answer, which is a sample in one step, "
                "against the teacher's end (root of the mean square, pixels from -1 to 1; two such ends "
                f"differ by {apart:.2f}). Post-training, on real images, does not aim at that end."
+               + " At t = 0 an answer is the state." * (levels[-1].item() == 0)
                + f" Of {n} states those are shown between which most changes." * (len(some) < n)
                + " States above sigma 1 are shown divided by sigma." * bool(levels.max() > 1))
     header = ["noise level " + ("sigma" if levels.max() > 1 else "t")]
@@ -2038,11 +2039,11 @@ def save_curve(out):
     flow = [m for m in steps if "mse_same" in m]
     level = (" Where a Mean Flow learns from images, its loss is divided by its own size, which keeps it "
              "level and is no failure: see the previews.") * any("mse_gap1" in m for m in flow)
-    level += (" A flow-matching teacher has no mean velocities; with REPA, its loss is less REPA's gain."
-              * any("mse_gap1" not in m for m in flow))
+    level += (" A flow-matching teacher has no mean velocities; by REPA its loss is a square error minus "
+              "REPA's reward.") * any("mse_gap1" not in m for m in flow)
     save_chart(f"{out}/curve.png", panels, "The training so far, against images trained on; in "
                "mid-training these are pairs of the teacher. Each stage has a loss of its own: jumps "
-               "between stages are no failure, so compare within a stage."
+               "between stages are no failure, nor is a loss of post-training that does not fall."
                + vgg * any(m["stage"] == "vgg" for m in steps) + level)
 
 
@@ -2056,9 +2057,10 @@ def save_preview(cfg, tally, stop, sampler, drawn=""):
     if sampler and not stop:
         images = draw_in(30, sampler, range(64), cfg.batch_gpu or 64)
         how = f"by its solver in {cfg.nfe} steps" if cfg.stage == "pretrain" else "in one step"
+        classes = [*map(str, range(10))] if drawn and cfg.data == "digits" else ()
         save_seeds(f"{cfg.out}/previews/{cfg.stage}_{done:07d}.png", images, range(64),
                    f"{STAGES[cfg.stage]}, after {done:,} of {cfg.steps:,} steps: what the averaged net draws "
-                   f"{how} from the same noises in every preview{drawn}.", columns=10 if drawn else 16)
+                   f"{how} from the same noises in every preview{drawn}.", classes)
     tally["clock"] = time.time()                             # saving is no training
 
 

@@ -254,8 +254,8 @@ def draw_sheets(cfg, found):
     fid.save_stages(cfg.out, shown, (), words := fid.about(cfg, found))
     if found[0][0] == "teacher":
         teacher, sigmas = found[0][1], teacher_sigmas(cfg.nfe)
-        xs = teacher_solver(teacher, prior(teacher, (0, 5))[0], sigmas)              # (nfe+1, 2, C, H, W)
-        fid.save_trajectory(cfg.out, xs, sigmas, {name: net for name, net, *_ in found[1:]})
+        xs = teacher_solver(teacher, prior(teacher, range(2))[0], sigmas)            # (nfe+1, 2, C, H, W)
+        fid.save_trajectory(cfg.out, xs, sigmas, {name: net for name, net, *_ in found})
     return shown, (), words
 
 

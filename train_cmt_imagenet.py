@@ -328,8 +328,8 @@ def draw_sheets(cfg, found):
         teacher, sigmas = found[0][1], teacher_sigmas(cfg.nfe)
         x_T, y, _ = prior(teacher, range(2), "balanced")
         xs = teacher_solver(lambda x, sigma: teacher(x, sigma, y), x_T, sigmas)      # (nfe+1, 2, C, H, W)
-        students = {name: partial(net, class_labels=y) for name, net, *_ in found[1:]}
-        fid.save_trajectory(cfg.out, xs, sigmas, students, partial(to_images, cfg),
+        asked = {name: partial(net, class_labels=y) for name, net, *_ in found}
+        fid.save_trajectory(cfg.out, xs, sigmas, asked, partial(to_images, cfg),
                             [f"class {k}" for k in shown[1]])
     return shown
 

@@ -358,7 +358,7 @@ def draw_sheets(cfg, found):
         z, y = prior(teacher, range(2), "balanced")
         states = rollout(cfg, teacher, z, y, times)[0]                               # (nodes, 2, C, H, W)
         jumps = {name: lambda x, t, net=net: x - t[0] * net(x, t, t * 0, y)          # net=net: bound now
-                 for name, net, *_ in found[1:]}
+                 for name, net, *_ in found}
         fid.save_trajectory(cfg.out, states, times, jumps, partial(to_images, cfg),
                             [f"class {k}" for k in shown[1]])
     return shown

@@ -359,7 +359,7 @@ def draw_sheets(cfg, found, images, encoder):
             sampler = make_sampler(cfg, net, steps, lambda some: text[[s % 10 for s in some]], null)
             rows = [*zip(captions, fid.draw(sampler, seeds, cfg.batch_gpu or 64).cpu().split(8))]
             fid.save_captions(f"{cfg.out}/samples_{name}_{steps}step.png", name, steps, rows,
-                              [f"seed k+{j}" for j in range(0, 80, 10)], ", from k = 0; scores: results.md")
+                              [f"seed k+{j}" for j in range(0, 80, 10)], "; k: its row; scores: results.md")
             shown.append((name, steps, torch.stack([row[0] for _, row in rows])))
     words = fid.about(cfg, found) + " A step of the teacher is up to four calls of its net."
     fid.save_stages(cfg.out, shown, captions, words)
@@ -367,7 +367,7 @@ def draw_sheets(cfg, found, images, encoder):
         teacher, times = found[0][1], torch.linspace(1, 0, cfg.nodes, dtype=torch.float64)
         states = rollout(cfg, teacher, prior(teacher, range(2)), text[:2], null, times)[0]
         jumps = {name: lambda x, t, net=net: x - t[0] * net(x, t, text[:2], t * 0, repa=False)
-                 for name, net, *_ in found[1:]}
+                 for name, net, *_ in found}
         fid.save_trajectory(cfg.out, states, times, jumps, partial(to_images, cfg), captions)
     return shown, captions, words
 
@@ -943,7 +943,7 @@ def train(cfg):
             report(cfg, done, lr, tally, **nets.peak_memory(), **fid.mse_by_gap(errors))
         if to_save and RANK == 0:
             nets.save_checkpoint(path, net=net, ema=ema, opt=opt, **saved, **tally)
-            fid.save_preview(cfg, tally, stop, preview, ", a column for a tenth of the data (digits: 0 to 9)")
+            fid.save_preview(cfg, tally, stop, preview, ", captions from each tenth of the data in turn")
         if to_save:
             fid.wait_for_first(TIMEOUT)
         if stop:

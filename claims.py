@@ -252,9 +252,11 @@ def curves(args, device):
         return fid.score(sampler, features, reference, cfg.samples)[1][0], sampler(range(12))
 
     weights, model = script.teacher_state(cfg)
-    level, images = score(script.build(cfg, model, weights), 0)
-    shown.append(("teacher", cfg.nfe, images))
-    rows.append({"stage": "teacher", f"{cfg.nfe}-step FD-digits": f"{level:.2f}"})
+    rows.append({"stage": "teacher"})
+    for kind, steps in (1, 1), (0, cfg.nfe):
+        level, images = score(script.build(cfg, model, weights), kind)
+        shown.append(("teacher", steps, images))
+        rows[0][f"{steps}-step FD-digits"] = f"{level:.2f}"
     for name, calls in {"mid- and post-training": [PIXELS, HUBER],
                         "post-training alone": [f"{ANNEALED} --huber_c 0.06"]}.items():
         folder, seen = f"{args.out}/{name.replace(' ', '_')}", 0
@@ -279,12 +281,12 @@ def curves(args, device):
         norms |= {name: [(x, y) for (x, _), y in zip(every, medians)], f"{name}, every step": every}
     scores["teacher, 16 steps"] = [(0, level), (seen, level)]
     norms = dict(sorted(norms.items(), key=lambda item: "every step" in item[0]))     # the medians on top
-    words = (" Mid- and post-training: CMT + ECT; post-training alone: ECT, annealed. Seed 0. The eye hardly "
-             "tells the two apart, the scores do.")
+    words = (" Mid- and post-training: CMT + ECT; post-training alone: ECT, annealed; all by pseudo-Huber. "
+             "Seed 0. The eye hardly tells the two apart, the scores do.")
     fid.save_stages(args.out, shown, (), words, rows, cfg.samples)
     caption = ("Images (or pairs) trained on, those of the teacher not counted, seed 0. Blue: mid-training "
-               "(CMT), then post-training (ECT). Red: post-training alone. ")
-    meant = ("The last points are finished nets; before, learning rates have not fallen yet. FD-digits: "
+               "(CMT), then post-training (ECT). Red: post-training alone. All losses: pseudo-Huber. ")
+    meant = ("Finished nets: the last points, and blue at the line; others are on their way. FD-digits: "
              f"Frechet distance of {cfg.samples:,} images to the data, by features of a small net.",
              "ECT alone halves the gap of its two noise levels again and again; after CMT it begins at the "
              "smallest. The smaller the gap, the larger the gradient, which is no fault.")
@@ -408,19 +410,19 @@ def photos(args, device):
                        "second step may change what the first one drew. The real photos belong to no noise. "
                        f"FD-photos: Frechet distance of {n:,} images to the real ones, by features of a "
                        "small net, lower is better. Such small nets draw colours and shapes, hardly objects. "
-                       "Mid- and post-training: CMT + ECT; post-training alone: ECT, annealed. "
-                       f"Seed {seed}.")
+                       "Mid- and post-training: CMT (by pseudo-Huber) + ECT; post-training alone: ECT, "
+                       f"annealed. Photos: {os.path.basename(args.data)}. Seed {seed}.")
             nets = [label.partition("\n")[0] for label, _ in (*shown, real)]
             breaks = [k for k in range(1, len(nets)) if nets[k] != nets[k - 1]]
             fid.save_sheet(f"{args.out}/{seed}/photos.png", [*shown, real], caption, breaks=breaks)
 
 
 FM = "--pretrain fm --weak SIZE --init sit"           # SIZE: --size, of student and flow-matching teacher
-CAPTION = ("FD-photos (Frechet distance to the photos, by features of a small net) against CPU seconds, "
+CAPTION = ("FD-photos (Frechet distance to {} at 16x16, by features of a small net) against CPU seconds, "
            "those of a teacher, spent before a curve begins, included; {}. Each net is a Mean Flow. CMT: "
            "mid-training by a small teacher, then post-training on the photos. From scratch, from flow "
            "matching: on the photos alone, from random weights or from those of the flow matching teacher. "
-           "The last dot of a road is finished; before, its learning rate has not fallen yet.")
+           "Finished nets: a road's last dot, and CMT's at the line; others are on their way.")
 ROADS = {  # road: the road whose teacher it goes on from, its calls, laid over the settings of digits
     "flow matching": ("", ["--stage pretrain --pretrain fm --weak SIZE --steps 320"]),
     "weak Mean Flow": ("", ["--stage pretrain --weak 2x64x3 --steps 800"]),
@@ -477,7 +479,8 @@ def roads(args, device):
     for title, panel in panels.items():                                  # means of the seeds, place by place
         panels[title] = {name: [tuple(map(statistics.mean, zip(*seen))) for seen in panel[name].values()]
                          for name in sorted(panel, key=lambda name: ("flow" in name, name))}
-    words = CAPTION.format(f"{'means of the seeds' if ',' in args.seeds else 'seed'} {args.seeds}")
+    seeds = f"{'means of the seeds' if ',' in args.seeds else 'seed'} {args.seeds}"
+    words = CAPTION.format(os.path.basename(args.data), seeds)
     marks = {statistics.mean(end.values()): f"{road}: post-training begins" for road, end in mid.items()}
     fid.save_chart(f"{args.out}/roads.png", panels, words, "CPU seconds", marks)
 

@@ -1594,6 +1594,11 @@ INKS = {"alone|scratch": "#c0392b", "flow": "#8e44ad", "mid|CMT": "#1f5fbf", "te
         "post": "#d98a00", "vgg": "#555555"}             # what a name speaks of: its colour in every chart
 
 
+def signed(caption):
+    """A caption with the script that is at work, if one is."""
+    return caption + f" By {MADE_BY.partition(' ')[0]}." * bool(MADE_BY)
+
+
 def plain(text):
     """Text as Pillow's bundled font can write it: without accents, and a question mark for other letters."""
     letters = (c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
@@ -1624,11 +1629,12 @@ def save_sheet(path, rows, caption, header=(), breaks=()):
     font, gap = ImageFont.load_default(em), em // 4
     labels = [boxed(label, 26, font) for label, _ in rows]
     corner, *_ = heads = [boxed(text, 16, font) for text in header] or [("", 0, 0)]
-    left = max(width for _, width, _ in (corner, *labels)) + 3 * gap
+    left = max(width for _, width, _ in (corner, *labels)) + 4 * gap
     zoom = max(1, min(192 // w, -((left + n * gap - 1800) // (n * w))))
     zoom = max([zoom, *(width // w for _, width, _ in heads[1:])])
     cell = max([w * zoom, *(width + gap for _, width, _ in heads[1:])]) + gap
     caption += f" Images of {w}x{h} pixels, enlarged and smoothed." * (zoom > 3 and rows[0][1].shape[1] != 4)
+    caption = signed(caption)
     words = boxed(caption[:1].upper() + caption[1:], max(1800, left + n * cell) * 2 // em, font)
     top = max(height for *_, height in heads) + 3 * gap
     heights = [max(h * zoom, height) + gap for *_, height in labels]
@@ -1678,12 +1684,11 @@ def net_label(name, steps, table=(), sep="\n"):
 
 
 def about(cfg, found):
-    """For a caption: which script and seed made these nets, how large they are; found: (name, net, ...)."""
+    """For a caption: by which seed these nets were made, and how large they are; found: (name, net, ...)."""
     sizes = {"teacher" if name == "teacher" else "students":              # frozen weights are buffers
              sum(p.numel() for p in (*net.parameters(), *net.buffers())) for name, net, *_ in found}
     sizes = ", ".join(f"{name} {n / 1e6:.2g}M" for name, n in sizes.items())
-    script = os.path.basename(inspect.getfile(type(cfg)))
-    return f" By {script}, seed {cfg.seed}; parameters: {sizes}."
+    return f" Seed {cfg.seed}; parameters: {sizes}."
 
 
 def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
@@ -1785,7 +1790,7 @@ def save_chart(path, panels, caption, across="images", marks=(), joined=True):
     colours = colours_of([*dict.fromkeys(name for curves in panels.values() for name in curves)])
     labels = [STAGES.get(name, name) for name in colours]
     left, right = 160, round(max(map(font.getlength, (*labels, across)))) + 160
-    words = boxed(caption, 115, font)
+    words = boxed(signed(caption), 115, font)
     picture = Image.new("RGB", (width, height * len(panels) + words[2] + 40), "white")
     pen = ImageDraw.Draw(picture)
     ends = [max(x for points in curves.values() for x, _ in points) or 1 for curves in panels.values()]
@@ -2039,8 +2044,9 @@ def save_curve(out):
     flow = [m for m in steps if "mse_same" in m]
     level = (" Where a Mean Flow learns from images, its loss is divided by its own size, which keeps it "
              "level and is no failure: see the previews.") * any("mse_gap1" in m for m in flow)
-    level += (" A flow-matching teacher has no mean velocities; by REPA its loss is a square error minus "
-              "REPA's reward.") * any("mse_gap1" not in m for m in flow)
+    level += " A Mean Flow answers with mean velocities, from time r to time t." * bool(level)
+    level += (" A flow-matching teacher has none; by REPA its loss is a square error minus a reward for "
+              "features like those of a large image network.") * any("mse_gap1" not in m for m in flow)
     save_chart(f"{out}/curve.png", panels, "The training so far, against images trained on; in "
                "mid-training these are pairs of the teacher. Each stage has a loss of its own: jumps "
                "between stages are no failure, nor is a loss of post-training that does not fall."
@@ -2048,19 +2054,19 @@ def save_curve(out):
 
 
 def save_preview(cfg, tally, stop, sampler, drawn=""):
-    """<out>/curve.png and, of a sampler, <out>/previews/<stage>_<step>.png: 64 noises, always the same.
+    """<out>/curve.png and, of a sampler, <out>/previews/<stage>_<step>.png: 60 noises, always the same.
 
     Not of a run that is to stop: whoever sent the signal may wait for 30 seconds only.
     """
     done = tally["step"]
     save_curve(cfg.out)
     if sampler and not stop:
-        images = draw_in(30, sampler, range(64), cfg.batch_gpu or 64)
+        images = draw_in(30, sampler, range(60), cfg.batch_gpu or 64)
         how = f"by its solver in {cfg.nfe} steps" if cfg.stage == "pretrain" else "in one step"
         classes = [*map(str, range(10))] if drawn and cfg.data == "digits" else ()
-        save_seeds(f"{cfg.out}/previews/{cfg.stage}_{done:07d}.png", images, range(64),
+        save_seeds(f"{cfg.out}/previews/{cfg.stage}_{done:07d}.png", images, range(60),
                    f"{STAGES[cfg.stage]}, after {done:,} of {cfg.steps:,} steps: what the averaged net draws "
-                   f"{how} from the same noises in every preview{drawn}.", classes)
+                   f"{how} from the same noises in every preview{drawn}.", classes, 10 if drawn else 12)
     tally["clock"] = time.time()                             # saving is no training
 
 
@@ -2104,7 +2110,7 @@ def save_classes(cfg, found, samplers, n):
     seeds, classes = [k + (n or 10) * j for j in range(10) for k in columns], [str(k) for k in columns if n]
     for (name, steps), sampler in samplers.items():
         images = draw(sampler, seeds, cfg.batch_gpu or 64).cpu()
-        caption = net_label(name, steps, sep=", ") + ": one image a seed; scores are in results.md."
+        caption = net_label(name, steps, sep=", ") + ": one image a seed; scores: results.md in this folder."
         save_seeds(f"{cfg.out}/samples_{name}_{steps}step.png", images, seeds, caption, classes, 10)
         shown.append((name, steps, images[:len(columns)]))
     save_stages(cfg.out, shown, classes, words := about(cfg, found))

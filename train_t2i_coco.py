@@ -359,7 +359,7 @@ def draw_sheets(cfg, found, images, encoder):
             sampler = make_sampler(cfg, net, steps, lambda some: text[[s % 10 for s in some]], null)
             rows = [*zip(captions, fid.draw(sampler, seeds, cfg.batch_gpu or 64).cpu().split(8))]
             fid.save_captions(f"{cfg.out}/samples_{name}_{steps}step.png", name, steps, rows,
-                              [f"seed k+{j}" for j in range(0, 80, 10)], "; k: its row; scores: results.md")
+                              [f"seed k+{j}" for j in range(0, 80, 10)], "; k: its row, from 0")
             shown.append((name, steps, torch.stack([row[0] for _, row in rows])))
     words = fid.about(cfg, found) + " A step of the teacher is up to four calls of its net."
     fid.save_stages(cfg.out, shown, captions, words)
@@ -882,7 +882,7 @@ def train(cfg):
     # pairs of a solve; of them B a step, which divides them; of these `share` a process, `micro` a pass
     mine, micro = slice(RANK * share, (RANK + 1) * share), cfg.batch_gpu or share
     # previews: captions of the data, whose features may be cached (no one needs CLIP), of each tenth in turn
-    k, n = torch.arange(64), images.count
+    k, n = torch.arange(60), images.count
     shown = encoder(images.texts((k % 10 * n // 10 + n // 20 + k // 10) % n, 0.0 * k))
     steps = cfg.nfe if cfg.stage == "pretrain" else 1
     preview = make_sampler(cfg, ema, steps, lambda seeds: shown[list(seeds)], null, decode=False)
@@ -943,7 +943,7 @@ def train(cfg):
             report(cfg, done, lr, tally, **nets.peak_memory(), **fid.mse_by_gap(errors))
         if to_save and RANK == 0:
             nets.save_checkpoint(path, net=net, ema=ema, opt=opt, **saved, **tally)
-            fid.save_preview(cfg, tally, stop, preview, ", captions from each tenth of the data in turn")
+            fid.save_preview(cfg, tally, stop, preview, ", captions of the digit above")
         if to_save:
             fid.wait_for_first(TIMEOUT)
         if stop:

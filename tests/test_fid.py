@@ -797,11 +797,11 @@ def test_of_a_long_trajectory_nine_states_are_drawn_where_most_changes(tmp_path,
     assert rows[1][0] == "after mid-training,\n1-step error 16.00"
 
 
-def test_a_caption_names_script_seed_and_sizes():
+def test_a_caption_names_seed_and_sizes():
     import train_cmt_cifar
     found = [("teacher", torch.nn.Linear(999, 1000), {}), ("mid", torch.nn.Linear(1999, 1000), {}), ("post", torch.nn.Linear(1999, 1000), {})]
     words = fid.about(train_cmt_cifar.Config(seed=7), found)
-    assert words == " By train_cmt_cifar.py, seed 7; parameters: teacher 1M, students 2M."
+    assert words == " Seed 7; parameters: teacher 1M, students 2M."
 
 
 def test_a_colour_means_one_thing_in_every_chart():

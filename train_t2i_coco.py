@@ -883,6 +883,7 @@ def train(cfg):
     mine, micro = slice(RANK * share, (RANK + 1) * share), cfg.batch_gpu or share
     # previews: captions of the data, whose features may be cached (no one needs CLIP), of each tenth in turn
     k, n = torch.arange(60), images.count
+    drawn = ", captions of " + ("the digit above" if cfg.data == "digits" else "each tenth of the data in turn")
     shown = encoder(images.texts((k % 10 * n // 10 + n // 20 + k // 10) % n, 0.0 * k))
     steps = cfg.nfe if cfg.stage == "pretrain" else 1
     preview = make_sampler(cfg, ema, steps, lambda seeds: shown[list(seeds)], null, decode=False)
@@ -943,7 +944,7 @@ def train(cfg):
             report(cfg, done, lr, tally, **nets.peak_memory(), **fid.mse_by_gap(errors))
         if to_save and RANK == 0:
             nets.save_checkpoint(path, net=net, ema=ema, opt=opt, **saved, **tally)
-            fid.save_preview(cfg, tally, stop, preview, ", captions of the digit above")
+            fid.save_preview(cfg, tally, stop, preview, drawn)
         if to_save:
             fid.wait_for_first(TIMEOUT)
         if stop:

@@ -282,7 +282,7 @@ def curves(args, device):
     scores["teacher, 16 steps"] = [(0, level), (seen, level)]
     norms = dict(sorted(norms.items(), key=lambda item: "every step" in item[0]))     # the medians on top
     words = (" Mid- and post-training: CMT + ECT; post-training alone: ECT, annealed; all by pseudo-Huber. "
-             "Seed 0. The eye hardly tells the two apart, the scores do.")
+             "Seed 0. The eye hardly tells the two students apart, the scores do.")
     fid.save_stages(args.out, shown, (), words, rows, cfg.samples)
     caption = ("Images (or pairs) trained on, those of the teacher not counted, seed 0. Blue: mid-training "
                "(CMT), then post-training (ECT). Red: post-training alone. All losses: pseudo-Huber. ")
@@ -410,8 +410,8 @@ def photos(args, device):
                        "second step may change what the first one drew. The real photos belong to no noise. "
                        f"FD-photos: Frechet distance of {n:,} images to the real ones, by features of a "
                        "small net, lower is better. Such small nets draw colours and shapes, hardly objects. "
-                       "Mid- and post-training: CMT (by pseudo-Huber) + ECT; post-training alone: ECT, "
-                       f"annealed. Photos: {os.path.basename(args.data)}. Seed {seed}.")
+                       "Mid- and post-training: CMT by pseudo-Huber, ECT by the plain norm; post-training "
+                       f"alone: ECT, annealed. Photos: {os.path.basename(args.data)}. Seed {seed}.")
             nets = [label.partition("\n")[0] for label, _ in (*shown, real)]
             breaks = [k for k in range(1, len(nets)) if nets[k] != nets[k - 1]]
             fid.save_sheet(f"{args.out}/{seed}/photos.png", [*shown, real], caption, breaks=breaks)
@@ -422,7 +422,8 @@ CAPTION = ("FD-photos (Frechet distance to {} at 16x16, by features of a small n
            "those of a teacher, spent before a curve begins, included; {}. Each net is a Mean Flow. CMT: "
            "mid-training by a small teacher, then post-training on the photos. From scratch, from flow "
            "matching: on the photos alone, from random weights or from those of the flow matching teacher. "
-           "Finished nets: a road's last dot, and CMT's at the line; others are on their way.")
+           "Finished nets: a road's last dot, and CMT's at the line; others are on their way. "
+           "Compare at equal seconds.")
 ROADS = {  # road: the road whose teacher it goes on from, its calls, laid over the settings of digits
     "flow matching": ("", ["--stage pretrain --pretrain fm --weak SIZE --steps 320"]),
     "weak Mean Flow": ("", ["--stage pretrain --weak 2x64x3 --steps 800"]),
@@ -553,9 +554,12 @@ def bias(args, device):
         for name, net in starts.items():
             row = gradient_bias(net, x_t, x_r, t, r, end)
             lines.append(f"| {name} | 1/{q} | {row[0]:.4g} | {row[1]:.3f} | {row[2]:.3f} | {row[3]:.3f} |")
+            if len(lines) == 3:
+                fid.log("\n".join(lines[:2]))
             fid.log(lines[-1], stage="bias", start=name, q=q, values=row)
     with open(f"{args.out}/bias.md", "w") as f:
         f.write("\n".join([*lines, "", f"{n} images, ln t ~ N({cfg.P_mean}, {cfg.P_std}^2)"]) + "\n")
+    print(f"open {args.out}/bias.md")
 
 
 # ---- command line -----------------------------------------------------------------------------

@@ -98,6 +98,7 @@ Reference = collections.namedtuple("Reference", "mu cov n features file sha256")
 
 
 FOREIGN = {"cannot identify image file": "not a picture, or a part of one",
+           "Expecting value": "not JSON, or a part of it; delete it or put it back",
            "not a zip file": "not a .zip, or a part of one; copy the file again",       # what libraries say
            "pickled (object) data": "not an .npz of arrays, or a part of one; copy it again, or numpy.savez"}
 
@@ -1051,8 +1052,8 @@ def steps_left(cfg, ckpt, path, free, stages):
     """
     later = [s for s in stages[stages.index(cfg.stage) + 1:] if os.path.exists(f"{cfg.out}/{s}.pt")]
     if cfg.stage == "pretrain" and later and not ckpt:
-        fail(2, f"{cfg.out}/{later[0]}.pt went on from a teacher that lies elsewhere; pass its --teacher "
-                "again (config.json has it), or use another --out")
+        fail(2, f"{cfg.out}/{later[0]}.pt went on from a teacher that is not there; pass its --teacher again "
+                f"(config.json has it, if it had one), put {path} back, or use another --out")
     if cfg.stage == "mid" and later and not ckpt:
         fail(2, f"{path} is not there, {later[0]}.pt, which went on from it, is; use another --out")
     made, here = ckpt.get("script", "an older script") if ckpt else "", made_by(inspect.getfile(type(cfg)))
@@ -1632,7 +1633,7 @@ def save_sheet(path, rows, caption, header=(), breaks=()):
     left = max(width for _, width, _ in (corner, *labels)) + 4 * gap
     zoom = max(1, min(192 // w, -((left + n * gap - 1800) // (n * w))))
     zoom = max([zoom, *(width // w for _, width, _ in heads[1:])])
-    cell = max([w * zoom, *(width + gap for _, width, _ in heads[1:])]) + gap
+    cell = max([w * zoom, *(width + 3 * gap for _, width, _ in heads[1:])]) + gap
     caption += f" Images of {w}x{h} pixels, enlarged and smoothed." * (zoom > 3 and rows[0][1].shape[1] != 4)
     caption = signed(caption)
     words = boxed(caption[:1].upper() + caption[1:], max(1800, left + n * cell) * 2 // em, font)
@@ -1659,14 +1660,14 @@ def save_sheet(path, rows, caption, header=(), breaks=()):
     write_whole(path, lambda file: picture.save(file, format="PNG", compress_level=1))   # else slow
 
 
-def save_seeds(path, images, seeds, caption, classes=(), columns=16):
-    """A sheet of the images of these seeds, fewer if they are; of classes one a column."""
-    rows, columns, step = [], len(classes) or columns, getattr(seeds, "step", 1)
+def save_seeds(path, images, seeds, caption, header=(), columns=16):
+    """A sheet of the images of these seeds, fewer if they are; header: as that of save_sheet."""
+    rows, columns, step = [], len(header[1:]) or columns, getattr(seeds, "step", 1)
     every = f" by {step}" * (step > 1)
     for k, row in enumerate(images.split(columns)):
         mine = seeds[columns * k:columns * k + len(row)]
         rows.append((f"seeds {mine[0]} to {mine[-1]}{every}", row))
-    save_sheet(path, rows, caption, classes and ["class", *classes])
+    save_sheet(path, rows, caption, header)
 
 
 def called(name):
@@ -1687,7 +1688,7 @@ def about(cfg, found):
     """For a caption: by which seed these nets were made, and how large they are; found: (name, net, ...)."""
     sizes = {"teacher" if name == "teacher" else "students":              # frozen weights are buffers
              sum(p.numel() for p in (*net.parameters(), *net.buffers())) for name, net, *_ in found}
-    sizes = ", ".join(f"{name} {n / 1e6:.2g}M" for name, n in sizes.items())
+    sizes = ", ".join(f"{name} {n / 1e6:.2f}M" for name, n in sizes.items())
     return f" Seed {cfg.seed}; parameters: {sizes}."
 
 
@@ -1713,6 +1714,11 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
                "step may change what the first one drew.")
     caption += (f" Scores: Frechet distance of {samples:,} images to the data by a net's features, lower is "
                 "better.") * bool(table)
+    scores = {row["stage"]: {key.partition("-")[0]: float(value.split()[0]) for key, value in row.items()
+                             if "-step F" in key and value[:1].isdigit()} for row in table}
+    mid, post = scores.get("mid", {}), scores.get("post", {})
+    worse = " and ".join(steps for steps in post if post[steps] > mid.get(steps, math.inf))
+    caption += f" Here post-training scores worse than mid-training (steps: {worse})." * bool(worse)
     caption += (" Shows its digit: a classifier reads it as the caption's digit."
                 * any("shows its digit" in key for row in table for key in row))
     caption += (" Real digits, which belong to no noise, are for comparison: one half of them scores 0.78 "
@@ -1746,10 +1752,10 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=()):
             rows.append((f"{called(net)},\n1-step error {off:.2f}", show(x[:, j])))
     caption = (f"The teacher walks in {n - 1} steps, those of mid-training, from noise at the left to its "
                "end, the image at the right. Below each of its states: the images that the nets, itself "
-               "among them, answer with in one call when they are shown this state. Mid-training makes the "
-               "answers of a row alike. 1-step error: of the first answer, which is a sample in one step, "
-               "against the teacher's end (root of the mean square, pixels from -1 to 1; two such ends "
-               f"differ by {apart:.2f}). Post-training, on real images, does not aim at that end."
+               "among them, answer with in one call when they are shown this state. Mid-training is to make "
+               "the answers of a row alike. 1-step error: of the first answer, a sample in one step, against "
+               "the teacher's end (root of the mean square, pixels from -1 to 1; two such ends differ by "
+               f"{apart:.2f}). Post-training, on real images, does not aim at that end."
                + " At t = 0 an answer is the state." * (levels[-1].item() == 0)
                + f" Of {n} states those are shown between which most changes." * (len(some) < n)
                + " States above sigma 1 are shown divided by sigma." * bool(levels.max() > 1))
@@ -1868,7 +1874,7 @@ def new_tally(cfg):
 
 
 def count(cfg, tally, loss, norm):
-    """Count a step as finite or skipped; fp16's scale grows or halves. Exit code 4 at 10 skipped in a row."""
+    """Count a step as finite or skipped; fp16's scale moves. Exit code 4: 10 skipped, or all after one."""
     if math.isfinite(norm + loss):
         tally["losses"].append(loss)
         tally["norms"].append(norm)
@@ -1877,7 +1883,7 @@ def count(cfg, tally, loss, norm):
     tally.update(bad=tally["bad"] + 1, skipped=tally["skipped"] + 1)
     if cfg.precision == "fp16" and tally["scale"] > 1:          # while the scale falls, nothing has diverged
         tally["scale"] /= 2
-    elif tally["bad"] >= 10:
+    elif tally["bad"] >= min(10, max(2, cfg.steps - 1)):
         path = f"{cfg.out}/{cfg.stage}.pt"
         kept = f"{path} is the last good one" if os.path.exists(path) else "none was saved"
         fail(4, f"{cfg.stage}: loss or gradient not finite in {tally['bad']} steps in a row; of its "
@@ -2063,11 +2069,19 @@ def save_preview(cfg, tally, stop, sampler, drawn=""):
     if sampler and not stop:
         images = draw_in(30, sampler, range(60), cfg.batch_gpu or 64)
         how = f"by its solver in {cfg.nfe} steps" if cfg.stage == "pretrain" else "in one step"
-        classes = [*map(str, range(10))] if drawn and cfg.data == "digits" else ()
+        header = ["digit", *map(str, range(10))] if drawn and cfg.data == "digits" else ()
         save_seeds(f"{cfg.out}/previews/{cfg.stage}_{done:07d}.png", images, range(60),
                    f"{STAGES[cfg.stage]}, after {done:,} of {cfg.steps:,} steps: what the averaged net draws "
-                   f"{how} from the same noises in every preview{drawn}.", classes, 10 if drawn else 12)
+                   f"{how} from the same noises in every preview{drawn}.", header, 10 if drawn else 12)
     tally["clock"] = time.time()                             # saving is no training
+
+
+def say_missing(cfg, names):
+    """A line for each checkpoint that is there and not among these nets: it is not finished."""
+    for stage, name in dict(pretrain="teacher", mid="mid", post="post").items():
+        path, alone = f"{cfg.out}/{stage}.pt", names[0].startswith("init_")
+        if os.path.exists(path) and name not in names and not alone:
+            say(f"warning: {path} is not finished, so neither drawn nor scored; run again without --stage")
 
 
 def save_samples(cfg, found, make_sampler):
@@ -2076,6 +2090,7 @@ def save_samples(cfg, found, make_sampler):
     found: (name, net, {steps: kind of sampler}, ...) of each; make_sampler(cfg, net, kind).
     """
     seeds, batch = seed_range(cfg.seeds), cfg.batch_gpu or 64
+    say_missing(cfg, [name for name, *_ in found])
     for name, net, kinds, *_ in found:
         for steps, kind in kinds.items():
             sampler, folder = make_sampler(cfg, net, kind), f"{cfg.out}/samples/{name}_{steps}/"
@@ -2089,7 +2104,7 @@ def save_samples(cfg, found, make_sampler):
             log(f"sample: {len(seeds)} images in {folder}; open {sheet}")
 
 
-def save_captions(path, name, steps, rows, columns, scores=""):
+def save_captions(path, name, steps, rows, columns=(), scores=""):
     """A sheet of what a net draws in so many steps: rows are captions, each with its images."""
     label = net_label(name, steps, sep=", ")
     save_sheet(path, rows, f"{label}: a row is one caption{scores}.", ["caption", *columns])
@@ -2111,7 +2126,8 @@ def save_classes(cfg, found, samplers, n):
     for (name, steps), sampler in samplers.items():
         images = draw(sampler, seeds, cfg.batch_gpu or 64).cpu()
         caption = net_label(name, steps, sep=", ") + ": one image a seed; scores: results.md in this folder."
-        save_seeds(f"{cfg.out}/samples_{name}_{steps}step.png", images, seeds, caption, classes, 10)
+        header = classes and ["class", *classes]
+        save_seeds(f"{cfg.out}/samples_{name}_{steps}step.png", images, seeds, caption, header, 10)
         shown.append((name, steps, images[:len(columns)]))
     save_stages(cfg.out, shown, classes, words := about(cfg, found))
     return shown, classes, words
@@ -2130,6 +2146,7 @@ def save_results(cfg, rows, note, stages):
     Earlier tables stay below. stages: arguments of save_stages, of the first process alone, which writes.
     """
     out = cfg.out
+    say_missing(cfg, [row["stage"].partition(",")[0] for row in rows])
     took = {m["stage"]: m["seconds"] for m in read_metrics(out) if "seconds" in m}
     text = f"{table(rows)}\n\n{note}" + f"\n{HALVES}" * note.startswith("FD-digits")
     text += f"\n{', '.join(took)} took {duration(sum(took.values()))} of training." * bool(took)

@@ -1134,7 +1134,12 @@ def read_weights(path_or_url):
         reason = reason.splitlines()[0].split(". ")[0][:200]
         raise WeightsError(f"{path}: damaged, cut short or of another kind ({reason}); copy it again") from e
     # trap: DiT and REPA keep weights under `model`, where our checkpoints keep constructor arguments
-    if place[:1] == ("ema",) and isinstance(model, dict) and not tensors_in(model):
+    own = place[:1] == ("ema",) and isinstance(model, dict) and not tensors_in(model)
+    if zipfile.is_zipfile(path) and not is_whole(path, os.stat(path).st_mtime_ns):
+        if own:
+            raise WeightsError(f"{path}: damaged, a byte in it is wrong (CRC); copy it again")
+        tell(f"warning: {path} has wrong checksums (CRC): damaged, or saved without them")
+    if own:
         if tree.get("step", math.inf) < (steps := tree.get("cfg", {}).get("steps", 0)):
             tell(f"warning: {path} is not finished, step {tree['step']:,} of {steps:,}")
         return state, model or size, tree.get("cfg", {})

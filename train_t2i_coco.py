@@ -354,12 +354,13 @@ def draw_sheets(cfg, found, images, encoder):
     (captions, text), null = validation_text(images, encoder, range(10)), encoder(images.null[None])
     captions = [caption or f"caption {k}" for k, caption in enumerate(captions)]     # U-ViT: no text
     seeds, shown = [k + 10 * j for k in range(10) for j in range(8)], []             # 8 of each caption
+    labels = [f"{caption}\nseeds {k}, {k + 10}, ..., {k + 70}" for k, caption in enumerate(captions)]
     for name, net, kinds, _ in found:
         for steps in kinds:
             sampler = make_sampler(cfg, net, steps, lambda some: text[[s % 10 for s in some]], null)
-            rows = [*zip(captions, fid.draw(sampler, seeds, cfg.batch_gpu or 64).cpu().split(8))]
-            fid.save_captions(f"{cfg.out}/samples_{name}_{steps}step.png", name, steps, rows,
-                              [f"seed k+{j}" for j in range(0, 80, 10)], "; k: its row, from 0")
+            rows = [*zip(labels, fid.draw(sampler, seeds, cfg.batch_gpu or 64).cpu().split(8))]
+            path = f"{cfg.out}/samples_{name}_{steps}step.png"
+            fid.save_captions(path, name, steps, rows, (), "; scores: results.md in this folder")
             shown.append((name, steps, torch.stack([row[0] for _, row in rows])))
     words = fid.about(cfg, found) + " A step of the teacher is up to four calls of its net."
     fid.save_stages(cfg.out, shown, captions, words)
@@ -883,7 +884,7 @@ def train(cfg):
     mine, micro = slice(RANK * share, (RANK + 1) * share), cfg.batch_gpu or share
     # previews: captions of the data, whose features may be cached (no one needs CLIP), of each tenth in turn
     k, n = torch.arange(60), images.count
-    drawn = ", captions of " + ("the digit above" if cfg.data == "digits" else "each tenth of the data in turn")
+    drawn = ", captions of " + ("the digit above" if cfg.data == "digits" else "each tenth of the data")
     shown = encoder(images.texts((k % 10 * n // 10 + n // 20 + k // 10) % n, 0.0 * k))
     steps = cfg.nfe if cfg.stage == "pretrain" else 1
     preview = make_sampler(cfg, ema, steps, lambda seeds: shown[list(seeds)], null, decode=False)
@@ -995,6 +996,7 @@ def sample_captions(cfg):
     """A PNG per caption and seed in <out>/samples/<net>_<steps>, and a sheet with the captions."""
     seeds, batch, encoder = fid.seed_range(cfg.seeds), cfg.batch_gpu or 64, text_encoder(cfg)
     found, prompts, null = candidates(cfg), given_prompts(cfg), encoder(encoder.ids([""]))
+    fid.say_missing(cfg, [name for name, *_ in found])
     for prompt in prompts:
         if torch.equal(encoder.ids([prompt]), encoder.ids([f"{prompt} zero"])):         # no room for a word
             log(f"warning: --prompts {prompt!r} fills the text encoder, which reads no word more")

@@ -425,6 +425,49 @@ def test_a_damaged_checkpoint_is_left_by_every_process_alike():
     assert same("whole/pretrain.pt", "cut/pretrain.pt") and "is damaged" in Path("log1").read_text()
 
 
+def test_weights_with_a_flipped_bit_are_refused_ours_by_name_and_others_with_a_warning(road, capsys):
+    """As --teacher, as --init, and by nets.load_pretrained: torch alone loads nine of ten in silence."""
+    state = torch.load(road / "pretrain.pt", weights_only=True)
+    torch.save(state["ema"], "foreign.pt")
+    for name, source in (("ours.pt", road / "pretrain.pt"), ("foreign.pt", "foreign.pt")):
+        data = bytearray(Path(source).read_bytes())
+        data[len(data) // 2] ^= 4
+        Path(name).write_bytes(data)
+    mid = [*TINY, "--stage", "mid", "--steps", "1", "--loss", "l2", "--out", "run"]
+    for argv in ([*mid, "--teacher", "ours.pt"], [*mid, "--teacher", road / "pretrain.pt", "--init", "ours.pt"],
+                 [*TINY, "--stage", "sample", "--init", "ours.pt", "--out", "drawn", "--seeds", "0"]):
+        exit_code, err = code(argv, capsys)
+        assert exit_code == 3 and "ours.pt: damaged, a byte in it is wrong (CRC)" in err, err
+    assert not os.path.exists("run/mid.pt")
+    script.nets.load_pretrained("foreign.pt")
+    assert "warning: foreign.pt has wrong checksums" in capsys.readouterr().err
+
+
+def test_a_stage_that_is_not_finished_is_missed_in_a_line(road, capsys):
+    shutil.copytree(road, "cut")
+    state = torch.load("cut/post.pt", weights_only=True)
+    torch.save({**state, "step": state["step"] - 1}, "cut/post.pt")
+    for stage in ("eval", "sample"):
+        script.main([*TINY, "--out", "cut", "--steps", "3", "--stage", stage, "--seeds", "0"] if stage == "sample" else
+                    [*TINY, "--out", "cut", "--steps", "3", "--stage", stage])
+        assert "post.pt is not finished, so neither drawn nor scored" in capsys.readouterr().err
+        script.fid.SAID.clear()
+    script.main([*TINY, "--out", "cut", "--steps", "3", "--stage", "eval", "--init", "cut/mid.pt"])
+    assert "not finished, so" not in capsys.readouterr().err
+
+
+def test_a_short_stage_that_diverged_is_not_finished():
+    """After one good step all others are skipped: fewer than ten, and yet no net to go on from."""
+    cfg = script.parse([*PRETRAIN, "--steps", "5"])
+    since = dict(scale=1.0, skipped=0, bad=0, losses=[], norms=[])
+    script.count(cfg, since, 1.0, 1.0)
+    for _ in range(3):
+        script.count(cfg, since, float("nan"), 1.0)
+    with pytest.raises(SystemExit) as e:
+        script.count(cfg, since, float("nan"), 1.0)
+    assert e.value.code == 4
+
+
 def test_a_teacher_with_a_flipped_bit_is_not_learned_from(road):
     Path("run").mkdir()
     data = bytearray((road / "pretrain.pt").read_bytes())

@@ -797,11 +797,21 @@ def test_of_a_long_trajectory_nine_states_are_drawn_where_most_changes(tmp_path,
     assert rows[1][0] == "after mid-training,\n1-step error 16.00"
 
 
+def test_a_caption_says_where_post_training_made_a_score_worse(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(fid, "save_sheet", lambda path, rows, caption, *more: said.append(caption))
+    shown = [(name, steps, seeded(range(12))) for name in ("mid", "post") for steps in (1, 2)]
+    rows = [{"stage": "mid", "1-step FD-digits": "1.50 +- 0.1", "2-step FD-digits": "0.90"}]
+    for first, second in (("1.60", "0.80"), ("1.40", "0.80"), ("1.60", "0.95")):
+        fid.save_stages(str(tmp_path), shown, (), "", [*rows, {"stage": "post", "1-step FD-digits": first, "2-step FD-digits": second}])
+    assert ["mid-training (steps: 1)" in said[0], "worse" in said[1], "(steps: 1 and 2)" in said[2]] == [True, False, True]
+
+
 def test_a_caption_names_seed_and_sizes():
     import train_cmt_cifar
     found = [("teacher", torch.nn.Linear(999, 1000), {}), ("mid", torch.nn.Linear(1999, 1000), {}), ("post", torch.nn.Linear(1999, 1000), {})]
     words = fid.about(train_cmt_cifar.Config(seed=7), found)
-    assert words == " Seed 7; parameters: teacher 1M, students 2M."
+    assert words == " Seed 7; parameters: teacher 1.00M, students 2.00M."
 
 
 def test_a_colour_means_one_thing_in_every_chart():

@@ -72,7 +72,7 @@ def test_a_forgotten_teacher_is_asked_for_and_a_student_is_none(road, tmp_path, 
     script.main([*begun, "--stage", "mid", "--teacher", str(road / "pretrain.pt")])
     for dry in ([], ["--dry_run"]):
         exit_code, err = code([*begun, *dry], capsys)
-        assert exit_code == 2 and "mid.pt went on from a teacher that lies elsewhere; pass its --teacher again" in err
+        assert exit_code == 2 and "mid.pt went on from a teacher that is not there; pass its --teacher again" in err
     assert not (tmp_path / "run/pretrain.pt").exists()
     exit_code, err = code([*begun[:-4], "--out", str(tmp_path / "new"), "--stage", "mid", "--teacher", str(road / "mid.pt")], capsys)
     assert exit_code == 3 and "mid.pt is a student, no denoiser" in err

@@ -1125,6 +1125,7 @@ def read_weights(path_or_url):
         tree = read_safetensors(path) if path.endswith(".safetensors") else read_torch(path)
         place, state = choose(tree)
         model, size = tree.get("model"), unet_size(state)
+        wrong = zipfile.is_zipfile(path) and not is_whole(path, os.stat(path).st_mtime_ns)
     except UnsafePickle as e:
         raise UnsafePickle(f"{path}: refused, {e}") from None
     except Exception as e:                            # a cut file can fail anywhere; the cause is chained
@@ -1135,9 +1136,9 @@ def read_weights(path_or_url):
         raise WeightsError(f"{path}: damaged, cut short or of another kind ({reason}); copy it again") from e
     # trap: DiT and REPA keep weights under `model`, where our checkpoints keep constructor arguments
     own = place[:1] == ("ema",) and isinstance(model, dict) and not tensors_in(model)
-    if zipfile.is_zipfile(path) and not is_whole(path, os.stat(path).st_mtime_ns):
-        if own:
-            raise WeightsError(f"{path}: damaged, a byte in it is wrong (CRC); copy it again")
+    if wrong and own:
+        raise WeightsError(f"{path}: damaged, a byte in it is wrong (CRC); copy it again")
+    if wrong:
         tell(f"warning: {path} has wrong checksums (CRC): damaged, or saved without them")
     if own:
         if tree.get("step", math.inf) < (steps := tree.get("cfg", {}).get("steps", 0)):

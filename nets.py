@@ -1117,8 +1117,9 @@ def read_weights(path_or_url):
         if re.fullmatch(rb"[\s!-~]*", begin := f.read(99)):
             what = "text" if begin else "empty"
             raise WeightsError(f"{path}: it is {what}, no weights; copy the file itself")
-    if zipfile.is_zipfile(path) and "/data.pkl" not in " ".join(zipfile.ZipFile(path).namelist()):
-        raise WeightsError(f"{path}: a .zip of other files, no weights; pass one .pt, .pkl or .safetensors")
+    with contextlib.suppress(zipfile.BadZipFile):         # a damaged one is named below
+        if zipfile.is_zipfile(path) and "/data.pkl" not in " ".join(zipfile.ZipFile(path).namelist()):
+            raise WeightsError(f"{path}: a .zip of other files, no weights; pass a .pt, .pkl or .safetensors")
     try:
         if path.endswith(".pkl"):
             return *read_nvidia(path), {}

@@ -441,6 +441,14 @@ def test_weights_with_a_flipped_bit_are_refused_ours_by_name_and_others_with_a_w
     assert not os.path.exists("run/mid.pt")
     script.nets.load_pretrained("foreign.pt")
     assert "warning: foreign.pt has wrong checksums" in capsys.readouterr().err
+    data, rng = (road / "pretrain.pt").read_bytes(), random.Random(0)
+    for place in [rng.randrange(len(data)) for _ in range(8)] + [rng.randrange(len(data) - 9999, len(data)) for _ in range(24)]:
+        Path("ours.pt").write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1:])     # headers and the directory as well
+        try:                                          # a date or a filler may differ
+            same = script.nets.load_pretrained("ours.pt")[0]
+            assert all(torch.equal(w, state["ema"][name]) for name, w in same.items())
+        except ValueError as error:
+            assert str(error).startswith("ours.pt: ") and "\n" not in str(error)
 
 
 def test_a_stage_that_is_not_finished_is_missed_in_a_line(road, capsys):

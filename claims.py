@@ -282,7 +282,8 @@ def curves(args, device):
     scores["teacher, 16 steps"] = [(0, level), (seen, level)]
     norms = dict(sorted(norms.items(), key=lambda item: "every step" in item[0]))     # the medians on top
     words = (" Mid- and post-training: CMT + ECT; post-training alone: ECT, annealed; all by pseudo-Huber. "
-             "Seed 0. The eye hardly tells the two students apart, the scores do.")
+             "Seed 0. In one step the teacher draws the blurred mean of all images. The eye hardly tells the "
+             "two students apart, the scores do.")
     fid.save_stages(args.out, shown, (), words, rows, cfg.samples)
     caption = ("Images (or pairs) trained on, those of the teacher not counted, seed 0. Blue: mid-training "
                "(CMT), then post-training (ECT). Red: post-training alone. All losses: pseudo-Huber. ")
@@ -423,7 +424,7 @@ CAPTION = ("FD-photos (Frechet distance to {} at 16x16, by features of a small n
            "mid-training by a small teacher, then post-training on the photos. From scratch, from flow "
            "matching: on the photos alone, from random weights or from those of the flow matching teacher. "
            "Finished nets: a road's last dot, and CMT's at the line; others are on their way. "
-           "Compare at equal seconds.")
+           "Compare finished ones, at equal seconds.")
 ROADS = {  # road: the road whose teacher it goes on from, its calls, laid over the settings of digits
     "flow matching": ("", ["--stage pretrain --pretrain fm --weak SIZE --steps 320"]),
     "weak Mean Flow": ("", ["--stage pretrain --weak 2x64x3 --steps 800"]),

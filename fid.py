@@ -1716,9 +1716,11 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
                 "better.") * bool(table)
     scores = {row["stage"]: {key.partition("-")[0]: float(value.split()[0]) for key, value in row.items()
                              if "-step F" in key and value[:1].isdigit()} for row in table}
-    mid, post = scores.get("mid", {}), scores.get("post", {})
-    worse = " and ".join(steps for steps in post if post[steps] > mid.get(steps, math.inf))
-    caption += f" Here post-training scores worse than mid-training (steps: {worse})." * bool(worse)
+    for before, after in ("teacher", "mid"), ("mid", "post"):
+        mine, was = scores.get(after, {}), scores.get(before, {})
+        worse = " and ".join(f"{k} step{'s' * (k != '1')}" for k in mine if mine[k] > was.get(k, math.inf))
+        what = f"{STAGES[after]} scores worse than {STAGES.get(before, 'its teacher')}"
+        caption += f" Here {what} in {worse}." * bool(worse)
     caption += (" Shows its digit: a classifier reads it as the caption's digit."
                 * any("shows its digit" in key for row in table for key in row))
     caption += (" Real digits, which belong to no noise, are for comparison: one half of them scores 0.78 "
@@ -2069,10 +2071,12 @@ def save_preview(cfg, tally, stop, sampler, drawn=""):
     if sampler and not stop:
         images = draw_in(30, sampler, range(60), cfg.batch_gpu or 64)
         how = f"by its solver in {cfg.nfe} steps" if cfg.stage == "pretrain" else "in one step"
-        header = ["digit", *map(str, range(10))] if drawn and cfg.data == "digits" else ()
+        header = ["class" if "class" in drawn else "digit", *map(str, range(10))]
+        header = header if drawn and cfg.data == "digits" else ()
         save_seeds(f"{cfg.out}/previews/{cfg.stage}_{done:07d}.png", images, range(60),
-                   f"{STAGES[cfg.stage]}, after {done:,} of {cfg.steps:,} steps: what the averaged net draws "
-                   f"{how} from the same noises in every preview{drawn}.", header, 10 if drawn else 12)
+                   f"{STAGES[cfg.stage]}, after {done:,} of {cfg.steps:,} steps of training: what the net "
+                   f"of averaged weights draws {how} from the same noises in every preview{drawn}.",
+                   header, 10 if drawn else 12)
     tally["clock"] = time.time()                             # saving is no training
 
 

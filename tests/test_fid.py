@@ -804,7 +804,7 @@ def test_a_caption_says_where_post_training_made_a_score_worse(tmp_path, monkeyp
     rows = [{"stage": "mid", "1-step FD-digits": "1.50 +- 0.1", "2-step FD-digits": "0.90"}]
     for first, second in (("1.60", "0.80"), ("1.40", "0.80"), ("1.60", "0.95")):
         fid.save_stages(str(tmp_path), shown, (), "", [*rows, {"stage": "post", "1-step FD-digits": first, "2-step FD-digits": second}])
-    assert ["mid-training (steps: 1)" in said[0], "worse" in said[1], "(steps: 1 and 2)" in said[2]] == [True, False, True]
+    assert ["than mid-training in 1 step." in said[0], "worse" in said[1], "in 1 step and 2 steps." in said[2]] == [True, False, True]
 
 
 def test_a_caption_names_seed_and_sizes():

@@ -98,7 +98,8 @@ Reference = collections.namedtuple("Reference", "mu cov n features file sha256")
 
 
 FOREIGN = {"cannot identify image file": "not a picture, or a part of one",
-           "Expecting value": "not JSON, or a part of it; delete it or put it back",
+           "Expecting ": "not JSON, or damaged; mend it or move it away",
+           "Unterminated string": "JSON that is cut; mend it or move it away",
            "not a zip file": "not a .zip, or a part of one; copy the file again",       # what libraries say
            "pickled (object) data": "not an .npz of arrays, or a part of one; copy it again, or numpy.savez"}
 
@@ -1212,7 +1213,8 @@ def read_images(path, batch=64, rank=0, world=1):
         images = [read(name) for name in some]
         for name, image in zip(some, images):
             if image.shape != shape:
-                raise DataError(f"{path}: {name} is {image.shape}, but {names[0]} is {shape} (H, W, C)")
+                raise DataError(f"{path}: {name} is {image.shape}, but {names[0]} is {shape} (H, W, C); "
+                                "make all of one size")
         yield torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
 

@@ -1764,7 +1764,7 @@ def load_checkpoint(path, whole=False):
         except Exception as e:                        # damage can surface as any error
             print(f"warning: {p} is damaged ({type(e).__name__}: {str(e)[:80]!r})", file=sys.stderr)
     if found:
-        raise WeightsError(f"{' and '.join(found)}: damaged; move that away to start the stage again")
+        raise WeightsError(f"{' and '.join(found)}: damaged; move that and later stages away to start again")
     return None
 
 

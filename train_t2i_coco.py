@@ -362,7 +362,7 @@ def draw_sheets(cfg, found, images, encoder):
             path = f"{cfg.out}/samples_{name}_{steps}step.png"
             fid.save_captions(path, name, steps, rows, (), "; scores: results.md in this folder")
             shown.append((name, steps, torch.stack([row[0] for _, row in rows])))
-    words = fid.about(cfg, found) + " A step of the teacher is up to four calls of its net."
+    words = fid.about(cfg, found) + " A step of the teacher is up to four calls of its net, for guidance."
     fid.save_stages(cfg.out, shown, captions, words)
     if found[0][0] == "teacher":
         teacher, times = found[0][1], torch.linspace(1, 0, cfg.nodes, dtype=torch.float64)

@@ -1716,8 +1716,9 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
                "step may change what the first one drew.")
     caption += (f" Scores: Frechet distance of {samples:,} images to the data by a net's features, lower is "
                 "better.") * bool(table)
-    scores = {row["stage"]: {key.partition("-")[0]: float(value.split()[0]) for key, value in row.items()
-                             if "-step F" in key and value[:1].isdigit()} for row in table}
+    scores = {row["stage"].partition(",")[0]: {
+        key.partition("-")[0]: float(value.split()[0]) for key, value in row.items()
+        if "-step F" in key and value[:1].isdigit()} for row in table}
     for before, after in ("teacher", "mid"), ("mid", "post"):
         mine, was = scores.get(after, {}), scores.get(before, {})
         worse = " and ".join(f"{k} step{'s' * (k != '1')}" for k in mine if mine[k] > was.get(k, math.inf))

@@ -805,6 +805,9 @@ def test_a_caption_says_where_post_training_made_a_score_worse(tmp_path, monkeyp
     for first, second in (("1.60", "0.80"), ("1.40", "0.80"), ("1.60", "0.95")):
         fid.save_stages(str(tmp_path), shown, (), "", [*rows, {"stage": "post", "1-step FD-digits": first, "2-step FD-digits": second}])
     assert ["than mid-training in 1 step." in said[0], "worse" in said[1], "in 1 step and 2 steps." in said[2]] == [True, False, True]
+    rows = [{"stage": f"{name}, balanced labels", "8-step FD-digits": score} for name, score in (("teacher", "2.32"), ("mid", "3.46"), ("post", "0.95"))]
+    fid.save_stages(str(tmp_path), shown, (), "", rows)
+    assert "Here mid-training scores worse than its teacher in 8 steps." in said[3] and "than mid-training" not in said[3]
 
 
 def test_a_caption_names_seed_and_sizes():

@@ -43,6 +43,7 @@ from torch.autograd import forward_ad
 from torch.utils import backend_registration
 from torch.utils._device import device_decorator
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import fid
@@ -394,24 +395,9 @@ def pin_memory(tensor):
     return tensor
 
 
-def each(f, a):
-    """f of every item of lists, tuples and dicts in each other; torch's own tree_map is slower."""
-    if isinstance(a, dict):
-        return {key: each(f, value) for key, value in a.items()}
-    return type(a)([each(f, b) for b in a]) if isinstance(a, (list, tuple)) else f(a)
-
-
-def leaves_of(arguments):
-    """A list of those items."""
-    leaves = []
-    for a in arguments.values() if isinstance(arguments, dict) else arguments:
-        leaves.extend(leaves_of(a) if isinstance(a, (list, tuple, dict)) else [a])
-    return leaves
-
-
 def floats(arguments):
     """The dtypes of those that hold floats, also in lists."""
-    return {a.dtype for a in leaves_of(arguments) if isinstance(a, Tensor) and a.is_floating_point()}
+    return {a.dtype for a in tree_leaves(arguments) if isinstance(a, Tensor) and a.is_floating_point()}
 
 
 @functools.cache
@@ -451,7 +437,7 @@ def autocast(policy, op, *args, **kwargs):
     def cast(a):
         return a.to(dtype) if floats([a]) - {torch.float64} else a
     with _ExcludeDispatchKeyGuard(DispatchKeySet(DispatchKey.AutocastPrivateUse1)):
-        args, kwargs = each(cast, (args, kwargs))
+        args, kwargs = tree_map(cast, (args, kwargs))
         return op(*args, **kwargs)
 
 
@@ -498,7 +484,7 @@ class FakeGPU(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, op = kwargs or {}, func.overloadpacket
-        leaves = leaves_of((args, kwargs))
+        leaves = tree_leaves((args, kwargs))
         tensors = [a for a in leaves if isinstance(a, Tensor)]
         on = [isinstance(t, FakeTensor) for t in tensors]
         here = kwargs["device"].type == "gpu" if kwargs.get("device") else any(on)     # is the result on it?
@@ -555,13 +541,13 @@ class FakeGPU(TorchDispatchMode):
             if isinstance(a, Tensor) and not isinstance(a, FakeTensor):
                 return torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="meta")
             return torch.device("meta") if isinstance(a, torch.device) else a
-        args, kwargs = each(meta, (args, kwargs))
+        args, kwargs = tree_map(meta, (args, kwargs))
         with in_kernel_invocation_manager(self.mode):
             out = func(*args, **kwargs)
         if pure and isinstance(out, (Tensor, tuple)):
             kind, outs = (tuple, out) if isinstance(out, tuple) else (lambda outs: outs[0], [out])
             RESULTS[key] = kind, [seen(a) for a in outs]
-        return each(self.fake, out)
+        return tree_map(self.fake, out)
 
 
 # ---- full size ----------------------------------------------------------------------------------
@@ -581,7 +567,7 @@ OVERWRITE = aten.zero_, aten.fill_, aten.copy_, aten.bernoulli_, aten.normal_
 
 def fakes(args):
     """The fake GPU's tensors among arguments, each once."""
-    return [*{id(t): t for t in leaves_of(args) if isinstance(t, FakeTensor)}.values()]
+    return [*{id(t): t for t in tree_leaves(args) if isinstance(t, FakeTensor)}.values()]
 
 
 class Meter(FakeGPU):

@@ -413,8 +413,7 @@ def photos(args, device):
                        "small net, lower is better. Such small nets draw colours and shapes, hardly objects. "
                        "Mid- and post-training: CMT by pseudo-Huber, ECT by the plain norm; post-training "
                        f"alone: ECT, annealed. Photos: {os.path.basename(args.data)}. Seed {seed}.")
-            nets = [label.partition("\n")[0] for label, _ in (*shown, real)]
-            breaks = [k for k in range(1, len(nets)) if nets[k] != nets[k - 1]]
+            breaks = fid.breaks_between([label.partition("\n")[0] for label, _ in (*shown, real)])
             fid.save_sheet(f"{args.out}/{seed}/photos.png", [*shown, real], caption, breaks=breaks)
 
 

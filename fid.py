@@ -1686,6 +1686,11 @@ def net_label(name, steps, table=(), sep="\n"):
     return f"{called(name)}{sep}{steps} step{'s' * (steps > 1)}{''.join(found)}"
 
 
+def breaks_between(nets):
+    """The places in a list of names where another one begins: breaks of save_sheet."""
+    return [k for k in range(1, len(nets)) if nets[k] != nets[k - 1]]
+
+
 def about(cfg, found):
     """For a caption: by which seed these nets were made, and how large they are; found: (name, net, ...)."""
     sizes = {"teacher" if name == "teacher" else "students":              # frozen weights are buffers
@@ -1708,7 +1713,7 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
         labels.append("real digits")
     real = "real digits" in labels
     rows, header, line = [*zip(labels, (x for *_, x in shown))], names and ["class", *names], "column"
-    breaks = [k for k in range(1, len(shown)) if shown[k][0] != shown[k - 1][0]]         # between two nets
+    breaks = breaks_between([name for name, *_ in shown])
     if any(len(name) > 8 for name in names):
         columns = torch.stack([x.cpu() for *_, x in shown], 1)
         rows, header, line, breaks = [*zip(names, columns)], ["caption", *labels], "row", ()
@@ -2085,9 +2090,10 @@ def save_preview(cfg, tally, stop, sampler, drawn=""):
 
 def say_missing(cfg, names):
     """A line for each checkpoint that is there and not among these nets: it is not finished."""
+    if names[0].startswith("init_"):                         # --init FILE: it alone was asked for
+        return
     for stage, name in dict(pretrain="teacher", mid="mid", post="post").items():
-        path, alone = f"{cfg.out}/{stage}.pt", names[0].startswith("init_")
-        if os.path.exists(path) and name not in names and not alone:
+        if os.path.exists(path := f"{cfg.out}/{stage}.pt") and name not in names:
             say(f"warning: {path} is not finished, so neither drawn nor scored; run again without --stage")
 
 

@@ -360,7 +360,7 @@ def draw_sheets(cfg, found, images, encoder):
             sampler = make_sampler(cfg, net, steps, lambda some: text[[s % 10 for s in some]], null)
             rows = [*zip(labels, fid.draw(sampler, seeds, cfg.batch_gpu or 64).cpu().split(8))]
             path = f"{cfg.out}/samples_{name}_{steps}step.png"
-            fid.save_captions(path, name, steps, rows, (), "; scores: results.md in this folder")
+            fid.save_captions(path, name, steps, rows, scores="; scores: results.md in this folder")
             shown.append((name, steps, torch.stack([row[0] for _, row in rows])))
     words = fid.about(cfg, found) + " A step of the teacher is up to four calls of its net, for guidance."
     fid.save_stages(cfg.out, shown, captions, words)

@@ -43,8 +43,8 @@ OWN = {"Config", "load_data", "data_name", "check", "teacher_pairs", "make_sampl
 #   in even lines, one meaning for every flag that is nearly right (bench, claims and fid.py too), a stage's last line names what to open;
 #   a score or sample of a folder that something else has made is refused, a signal leaves a line;
 BUDGET = {"train_cmt_cifar.py": 670, "train_cmt_imagenet.py": 910, "train_mf_imagenet256.py": 867,
-          "train_t2i_coco.py": 1080, "nets.py": 1853, "fid.py": 2259, "solvers.py": 200, "bench.py": 980,
-          "claims.py": 608, "README.md": 240}
+          "train_t2i_coco.py": 1080, "nets.py": 1853, "fid.py": 2265, "solvers.py": 200, "bench.py": 966,
+          "claims.py": 607, "README.md": 240}
 FLAGS = {"train_cmt_cifar.py": 35, "train_cmt_imagenet.py": 42, "train_mf_imagenet256.py": 42, "train_t2i_coco.py": 43}
 README = (ROOT / "README.md").read_text()
 DOCS = {p.name: p.read_text() for p in sorted((ROOT / "docs").glob("*.md"))}

@@ -706,7 +706,8 @@ def random_weights(home, cfg, gpus, device, sent, more):
         mine = replace(cfg, batch_gpu=cfg.batch_gpu or cfg.batch // gpus)
         stack.enter_context(fid.one_line(mine, nets.WeightsError))
         stack.enter_context(contextlib.suppress(StopIteration))           # enough is seen
-        fid.check_values(cfg, home.LIMITS, gpus)
+        given = cfg.stage == "pretrain" and hasattr(home, "has_teacher") and home.has_teacher(cfg)
+        fid.check_values(cfg, home.LIMITS, 0 if given else gpus)
         if cfg.stage == "mid":
             fid.check_solve(cfg, *solve_of(home, cfg), gpus)
         never = 10**9
@@ -863,10 +864,9 @@ def full_size(command, argv):
     p.add_argument("--price", type=fid.number, default=0.0, help="plan: dollars for an hour of one GPU")
     p.error = lambda text: fid.fail(2, f"{text}; flags: python {p.prog} --help")
     args, flags = p.parse_known_args(argv)
-    if args.gpus < 1:
-        p.error(f"--gpus {args.gpus} is not possible; it must be above 0")
-    if args.price < 0:
-        p.error(f"--price {args.price} is not possible; it must be 0 or more")
+    for name, least in dict(gpus=1, price=0).items():
+        if getattr(args, name) < least:
+            p.error(f"--{name} {getattr(args, name)} is not possible; it must be {least} or more")
     if args.script:                                   # refused before anything is said
         home = importlib.import_module(args.script)
         fid.check_values(home.parse(flags), home.LIMITS, 0)

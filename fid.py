@@ -400,7 +400,8 @@ def check_values(cfg, limits, world):
             if not least <= getattr(cfg, name) < below:
                 fail(2, f"--{name} {getattr(cfg, name)} is not possible; it must be {rule}")
     if world and cfg.batch % world:
-        fail(2, f"--batch {cfg.batch} must be a multiple of the {world} processes")
+        more = -(-cfg.batch // world) * world
+        fail(2, f"--batch {cfg.batch} must be a multiple of the {world} processes, as {more}")
     if world and cfg.batch_gpu and cfg.batch // world % cfg.batch_gpu:
         fail(2, f"--batch_gpu {cfg.batch_gpu} must divide the {cfg.batch // world} of --batch in a process")
     check_out(cfg.out)
@@ -419,7 +420,7 @@ def check_values(cfg, limits, world):
 def check_out(out):
     """Exit code 2 unless --out is a folder that may be written to, or can become one."""
     there = next(p for p in (pathlib.Path(out), *pathlib.Path(out).absolute().parents) if p.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK) or there.is_relative_to("/proc"):
+    if not there.is_dir() or not os.access(there, os.W_OK) or there.parts[1:2] in (("proc",), ("sys",)):
         why = "may not be written to" if there.is_dir() else "is a file"
         fail(2, f"--out {out}: {there} {why}; name another folder")
 
@@ -771,7 +772,8 @@ def protocol(a, b):
     if a.features and b.features and a.features != b.features:
         raise DataError(f"features differ: {a.file} has {a.features}; {b.file} has {b.features}")
     sides = [f"{r.n or '?'} images {r.file or 'of this run'}" + f" (sha256 {r.sha256})" * bool(r.sha256)
-             + f", too few for {len(r.mu)} features," * (0 < r.n < len(r.mu)) for r in (a, b)]
+             + f", too few for {len(r.mu)} features (a distance comes out high)," * (0 < r.n < 16 * len(r.mu))
+             for r in (a, b)]
     return f"{a.features or b.features or 'features not stated'}, covariance N-1, {' against '.join(sides)}"
 
 
@@ -812,8 +814,9 @@ def fetch(urls, expected="", remedy=""):
     if os.environ.get("CMT_OFFLINE") == DRY and not os.path.exists(path):
         return say(f"to download: {urls[0]} -> {path}")
     temporary = f"{path}.{os.getpid()}"
-    os.makedirs(cache, exist_ok=True)
-    folder = os.open(cache, os.O_RDONLY)
+    with blame(f"{cache}, set $CMT_CACHE to a folder of yours"):
+        os.makedirs(cache, exist_ok=True)
+        folder = os.open(cache, os.O_RDONLY)
     fcntl.flock(folder, fcntl.LOCK_EX)                   # trap: eight processes would download eight copies
     for url in urls if not os.path.exists(path) else ():
         try:
@@ -1072,8 +1075,9 @@ def steps_left(cfg, ckpt, path, free, stages):
             if steps and now > was and cfg.stage != "pretrain" and cfg.data == ckpt["cfg"]["data"]:
                 how = (f"; to train it on there: --stage {cfg.stage} --init {path} --teacher {teacher} "
                        f"--steps {now - was}")
-            made += f" --data {ckpt['cfg']['data']}"
-            fail(2, f"{path} was made by {made} with --{f.name} {was}, now {now}; use another --out{how}")
+            flag = f.name if f.name == "data" else f"{cfg.stage}.{f.name}"
+            made += f" --data {ckpt['cfg']['data']} with --{flag} {was}, now {now}"
+            fail(2, f"{path} was made by {made}; repeat its flags, see log.txt, or use another --out{how}")
     if cfg.stage == "post" and cfg.mid == "none" and not ckpt and os.path.exists(f"{cfg.out}/mid.pt"):
         fail(2, f"{cfg.out}/mid.pt is there, this road has --mid none; use another --out")
     agree(f"step of {path}", ckpt and ckpt["step"])
@@ -1699,6 +1703,19 @@ def about(cfg, found):
     return f" Seed {cfg.seed}; parameters: {sizes}."
 
 
+def fallen(table):
+    """Of a table of scores: a sentence for each stage that scores worse than the one before it."""
+    text, scores = "", {row["stage"].partition(",")[0]: {
+        key.partition("-")[0]: float(value.split()[0]) for key, value in row.items()
+        if "-step F" in key and value[:1].isdigit()} for row in table}
+    for before, after in ("teacher", "mid"), ("mid", "post"):
+        mine, was = scores.get(after, {}), scores.get(before, {})
+        worse = " and ".join(f"{k} step{'s' * (k != '1')}" for k in mine if mine[k] > was.get(k, math.inf))
+        what = f"{STAGES[after]} scores worse than {STAGES.get(before, 'its teacher')}"
+        text += f" Here {what} in {worse}." * bool(worse)
+    return text
+
+
 def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
     """<out>/stages.png: the same noises through every net. The scores are in it once the table has them.
 
@@ -1720,15 +1737,7 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
     caption = (f"Each {line} is one noise, which every net turns into an image in the steps named; a second "
                "step may change what the first one drew.")
     caption += (f" Scores: Frechet distance of {samples:,} images to the data by a net's features, lower is "
-                "better.") * bool(table)
-    scores = {row["stage"].partition(",")[0]: {
-        key.partition("-")[0]: float(value.split()[0]) for key, value in row.items()
-        if "-step F" in key and value[:1].isdigit()} for row in table}
-    for before, after in ("teacher", "mid"), ("mid", "post"):
-        mine, was = scores.get(after, {}), scores.get(before, {})
-        worse = " and ".join(f"{k} step{'s' * (k != '1')}" for k in mine if mine[k] > was.get(k, math.inf))
-        what = f"{STAGES[after]} scores worse than {STAGES.get(before, 'its teacher')}"
-        caption += f" Here {what} in {worse}." * bool(worse)
+                f"better{' (of few images it is high)' * (samples < 1_000)}.") * bool(table) + fallen(table)
     caption += (" Shows its digit: a classifier reads it as the caption's digit."
                 * any("shows its digit" in key for row in table for key in row))
     caption += (" Real digits, which belong to no noise, are for comparison: one half of them scores 0.78 "
@@ -1798,21 +1807,21 @@ def save_chart(path, panels, caption, across="images", marks=(), joined=True):
 
     marks: {x: what begins there}. joined=False: dots, not a line, for points of several runs.
     """
-    font, width, height = ImageFont.load_default(32), 2000, 600
+    font, width, height = ImageFont.load_default(64), 4000, 1200         # twice the size of the file: smooth
     panels = {title: {plain(name): seen for name, points in curves.items()
                       if (seen := [p for p in points if 0 < p[1] < math.inf])}
               for title, curves in panels.items()}
     panels = {title: curves for title, curves in panels.items() if curves}
     colours = colours_of([*dict.fromkeys(name for curves in panels.values() for name in curves)])
     labels = [STAGES.get(name, name) for name in colours]
-    left, right = 160, round(max(map(font.getlength, (*labels, across)))) + 160
+    left, right = 320, round(max(map(font.getlength, (*labels, across)))) + 320
     words = boxed(signed(caption), 115, font)
-    picture = Image.new("RGB", (width, height * len(panels) + words[2] + 40), "white")
+    picture = Image.new("RGB", (width, height * len(panels) + words[2] + 80), "white")
     pen = ImageDraw.Draw(picture)
     ends = [max(x for points in curves.values() for x, _ in points) or 1 for curves in panels.values()]
     for k, (title, curves) in enumerate(panels.items()):
         xs, ys = zip(*(p for points in curves.values() for p in points))
-        top, bottom = k * height + 80, (k + 1) * height - 60
+        top, bottom = k * height + 160, (k + 1) * height - 120
         end = max(ends) if 2 * ends[k] > max(ends) else ends[k]      # panels of like length share their axis
         step = next(t for t in ticks_of(1e-9, end) if end / t <= 6)
         end = step * math.ceil(end / step)
@@ -1825,33 +1834,31 @@ def save_chart(path, panels, caption, across="images", marks=(), joined=True):
             return (left + (width - left - right) * x / end,
                     bottom - (bottom - top) * (math.log(y) - low) / (high - low))
         for y in ticks:
-            pen.line([at(0, y), at(end, y)], "#dddddd", 2)
-            pen.text((left - 16, at(0, y)[1]), f"{y:,g}", "black", font, anchor="rm")
+            pen.line([at(0, y), at(end, y)], "#dddddd", 4)
+            pen.text((left - 32, at(0, y)[1]), f"{y:,g}", "black", font, anchor="rm")
         for x in range(round(end / step) + 1):
-            pen.text((at(x * step, ticks[0])[0], bottom + 12), f"{x * step:,g}", "black", font, anchor="mt")
-        pen.text((left, top - 24), plain(title) + " (log scale)", "black", font, anchor="ls")
-        pen.text((width - right + 80, bottom + 12), across, "black", font, anchor="lt")
+            pen.text((at(x * step, ticks[0])[0], bottom + 24), f"{x * step:,g}", "black", font, anchor="mt")
+        pen.text((left, top - 48), plain(title) + " (log scale)", "black", font, anchor="ls")
+        pen.text((width - right + 160, bottom + 24), across, "black", font, anchor="lt")
         for row, (x, begins) in enumerate(dict(marks).items()):
             x, _ = at(x, ticks[0])
-            pen.line([(x, top), (x, bottom)], "#999999", 2)
-            pen.text((x + 10, top + 4 + 44 * row), begins, "#555555", font, anchor="lt")
+            pen.line([(x, top), (x, bottom)], "#999999", 4)
+            pen.text((x + 20, top + 8 + 88 * row), begins, "#555555", font, anchor="lt")
         few = len(xs) < 20 * len(curves)                         # what was measured, as dots
         for row, (name, points) in reversed([*enumerate(curves.items())]):       # the first one on top
-            dots = [(2 * x, 2 * (y - k * height)) for x, y in (at(*p) for p in points)]
-            ink, dot = Image.new("L", (2 * width, 2 * height)), 16 if joined else 12       # twice as large
+            dots, dot = [at(*p) for p in points], 16 if joined else 12
             level = len(dots) == 2 and dots[0][1] == dots[1][1]              # a line to compare with: dashes
             for x in range(int(dots[0][0]), int(dots[1][0]), 60) if level else ():
-                ImageDraw.Draw(ink).line((x, dots[0][1], x + 36, dots[0][1]), 255, 8)
+                pen.line((x, dots[0][1], x + 36, dots[0][1]), colours[name], 8)
             if joined and len(dots) > 1 and not level:
-                ImageDraw.Draw(ink).line(dots, 255, 8, joint="curve")
+                pen.line(dots, colours[name], 8, joint="curve")
             for x, y in dots if (few or len(dots) == 1 or not joined) and not level else ():
-                ImageDraw.Draw(ink).ellipse((x - dot, y - dot, x + dot, y + dot), 255)
-            picture.paste(colours[name], (0, k * height), ink.resize((width, height), Image.Resampling.BOX))
-            x, y = width - right + 40, top + 44 * row
-            pen.rectangle((x, y + 8, x + 24, y + 20), colours[name])
-            pen.text((x + 40, y), STAGES.get(name, name), "black", font, "lt")
-    pen.multiline_text((left, height * len(panels) + 10), words[0], "black", font)
-    write_whole(path, lambda file: picture.save(file, format="PNG"))
+                pen.ellipse((x - dot, y - dot, x + dot, y + dot), colours[name])
+            x, y = width - right + 80, top + 88 * row
+            pen.rectangle((x, y + 16, x + 48, y + 40), colours[name])
+            pen.text((x + 80, y), STAGES.get(name, name), "black", font, "lt")
+    pen.multiline_text((left, height * len(panels) + 20), words[0], "black", font)
+    write_whole(path, lambda file: picture.reduce(2).save(file, format="PNG", compress_level=1))
 
 
 # ---- the folder of a run -----------------------------------------------------------------------
@@ -1961,10 +1968,12 @@ def begin_stage(cfg, tally, memory):
     """
     file, configs, done = f"{cfg.out}/config.json", {}, tally["step"]
     begins = f"{cfg.stage}: goes on from step {done}" if done else f"{cfg.stage}: begins"
-    begins += f", {cfg.steps} steps, {memory}"
+    begins += f", {cfg.steps} steps, {memory}" + "; compiles for minutes, --no-compile does not" * cfg.compile
     PACE.clear()
-    begins += "; compiles for minutes, --no-compile does not" * cfg.compile
     tally["clock"] = time.time()
+    kept = 0 if getattr(cfg, "ema_std", 0) else cfg.ema_beta**cfg.steps
+    begins += (f"; warning: the average, which is shown and scored, keeps {kept:.0%} of the first weights; "
+               f"pass a lower --{cfg.stage}.ema_beta") * (kept > 0.1)
     if cfg.dry_run:
         raise SystemExit(0)                              # it could begin: all that dry_run asks
     if processes()[0]:
@@ -2028,8 +2037,7 @@ def dry_run(home, argv, configs):
         text = overview(road, home.DEVICE, c)
         bad = ", ".join(c.stage for c in configs if c.stage in codes)
         cause = f"\nnothing starts before this is mended (see above): {bad}" * bool(codes)
-        known = *ROAD, *codes, *home.RUN
-        idle = ", ".join(c.stage for c in configs if c.stage not in known) or "none"
+        idle = ", ".join(c.stage for c in configs if c.stage not in (*ROAD, *codes, *home.RUN)) or "none"
         plan = shlex.join([os.path.basename(home.__file__), *(a for a in argv if a != "--dry_run")])
         plan += f" --gpus {processes()[1]}"
         asked = dict(sample="\nto draw: seeds {seeds}", encode="\nto encode: {source}",
@@ -2162,7 +2170,7 @@ def save_results(cfg, rows, note, stages):
     say_missing(cfg, [row["stage"].partition(",")[0] for row in rows])
     took = {m["stage"]: m["seconds"] for m in read_metrics(out) if "seconds" in m}
     text = f"{table(rows)}\n\n{note}" + f"\n{HALVES}" * note.startswith("FD-digits")
-    text += f"\n{', '.join(took)} took {duration(sum(took.values()))} of training." * bool(took)
+    text += f"\n{', '.join(took)} took {duration(sum(took.values()))} of training.{fallen(rows)}" * bool(took)
     file = pathlib.Path(out, "results.md")
     below = " (earlier tables stay below)" * file.exists()
     if processes()[0] == 0:

@@ -52,6 +52,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
@@ -1136,7 +1137,8 @@ def read_weights(path_or_url):
         reason = reason.splitlines()[0].split(". ")[0][:200]
         raise WeightsError(f"{path}: damaged, cut short or of another kind ({reason}); copy it again") from e
     # trap: DiT and REPA keep weights under `model`, where our checkpoints keep constructor arguments
-    own = place[:1] == ("ema",) and isinstance(model, dict) and not tensors_in(model)
+    no_weights = not any(map(torch.is_tensor, tree_leaves(model)))
+    own = place[:1] == ("ema",) and isinstance(model, dict) and no_weights
     if wrong and own:
         raise WeightsError(f"{path}: damaged, a byte in it is wrong (CRC); copy it again")
     if wrong:
@@ -1229,8 +1231,11 @@ def fetch(url, sha256=""):
     name = os.path.basename(urllib.parse.urlsplit(url).path)
     # trap: snapshots of two runs have one name, which alone would return the wrong network
     target = os.path.join(cache, f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}")
-    os.makedirs(cache, exist_ok=True)
-    part, folder = f"{target}.{os.getpid()}.part", os.open(cache, os.O_RDONLY)
+    try:
+        os.makedirs(cache, exist_ok=True)
+        part, folder = f"{target}.{os.getpid()}.part", os.open(cache, os.O_RDONLY)
+    except OSError as e:
+        raise WeightsError(f"{cache}: {e.strerror}; set $CMT_CACHE to a folder of yours") from None
     fcntl.flock(folder, fcntl.LOCK_EX)    # trap: the processes of one machine would each download a copy
     try:
         if os.path.exists(target):
@@ -1704,13 +1709,6 @@ def flatten(net, tail=2):
     return flat, grad
 
 
-def tensors_in(x):
-    """Every tensor in a dict of dicts."""
-    if isinstance(x, dict):
-        return [t for value in x.values() for t in tensors_in(value)]
-    return [x] if torch.is_tensor(x) else []
-
-
 def save_checkpoint(path, **state):
     """By temporary file, flush, rename: a kill at any moment leaves this one or the one before whole.
 
@@ -1726,7 +1724,7 @@ def save_checkpoint(path, **state):
     except (OSError, RuntimeError) as e:              # trap: torch turns a full disk into a RuntimeError
         with contextlib.suppress(FileNotFoundError):
             os.remove(path + ".tmp")
-        size = sum(t.nbytes for t in tensors_in(state))
+        size = sum(t.nbytes for t in tree_leaves(state) if torch.is_tensor(t))
         why = f"cannot write {size:,} bytes ({type(e).__name__})"
         gone = isinstance(e, FileNotFoundError)
         remedy = "name a folder that is there" if gone else "free some space, run again"

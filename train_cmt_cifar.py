@@ -71,7 +71,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     repeat: int = 1             # eval: scores with fresh seeds, reported as mean, deviation and minimum
 
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"    # mid: bf16; TF32 rounds away ECT's 1/4096
-    compile: bool = False
+    compile: bool = False       # the nets that a stage trains or asks; --no-compile: not
     seed: int = 0
     log_every: int = 100
     save_every: int = 5_000
@@ -98,7 +98,7 @@ PRESETS = {  # (data, stage, its --mid or --post): rows that match are laid over
     ("own", "*", "*"): dict(samples=10_000),
     ("own", "pretrain", "*"): dict(steps=50_000, batch=128, lr=2e-4, warmup=1_000),
     ("own", "mid", "*"): dict(steps=20_000),
-    ("own", "post", "*"): dict(steps=10_000),
+    ("own", "post", "*"): dict(steps=10_000, warmup=100, ema_beta=0.999),
     # choice: pseudo-Huber in both stages, which scores best on digits (docs/results.md)
     ("digits", "*", "*"): dict(precision="fp32", dropout=0.0, loss="huber", huber_c=0.06, log_every=50,
                                save_every=250, samples=2_000),
@@ -173,19 +173,19 @@ def teacher_pairs(teacher, sigmas, n, shape, g, used):
 
 
 @torch.no_grad()
-def slow_pairs(teacher, sigmas, n, images, g):
-    """Slow CMT (4.3): n fresh images with noise at each level, each solved from there to an end of its own.
+def slow_pairs(teacher, sigmas, n, images, g, used):
+    """Slow CMT (4.3): n fresh images at each of `used` levels, each solved from there to an end of its own.
 
     Returns what teacher_pairs returns; a pair takes (nfe + 1) / 2 times as many calls of the teacher.
     """
-    levels, N = sigmas.to(g.device, torch.float32, non_blocking=True), len(sigmas) - 1
+    levels = sigmas[:used].to(g.device, torch.float32, non_blocking=True)
     mine = slice(RANK * n // WORLD, (RANK + 1) * n // WORLD)
-    x = draw(images, N * n, g).unflatten(0, (N, n))
-    x_t = (x + levels[:-1].view(-1, 1, 1, 1, 1) * randn(x.shape, g))[:, mine]
-    x_0 = torch.stack([teacher_solver(teacher, x_t[i], sigmas[i:])[-1] for i in range(N)])
+    x = draw(images, used * n, g).unflatten(0, (used, n))
+    x_t = (x + levels.view(-1, 1, 1, 1, 1) * randn(x.shape, g))[:, mine]
+    x_0 = torch.stack([teacher_solver(teacher, x_t[i], sigmas[i:])[-1] for i in range(used)])
     x_t, x_0 = gather(x_t).flatten(0, 1), gather(x_0).flatten(0, 1)
-    order = torch.randperm(N * n, generator=g, device=g.device)
-    return x_t[order], levels[:-1].repeat_interleave(n)[order], x_0, order
+    order = torch.randperm(used * n, generator=g, device=g.device)
+    return x_t[order], levels.repeat_interleave(n)[order], x_0, order
 
 
 def loss_cmt(net, x_t, t, target, distance):
@@ -264,7 +264,7 @@ def needs_data(cfg):
     """Whether this stage trains on images: CMT does not, it needs its teacher alone; Slow CMT does."""
     if cfg.stage == "pretrain":
         return not has_teacher(cfg)
-    return cfg.stage == "post" or cfg.stage == "mid" and cfg.mid == "slow"
+    return cfg.stage == "post" or (cfg.stage == "mid" and cfg.mid == "slow")
 
 
 @cache                                                # once for all checks, once for all stages
@@ -382,11 +382,12 @@ LIMITS = {  # (rule, least, below): fields
 
 def check(cfg):
     """Everything that would stop this stage, before any stage starts: values (exit code 2), files (3)."""
-    needless = cfg.stage == "pretrain" and has_teacher(cfg) or cfg.stage == "mid" and cfg.mid == "none"
-    trains = cfg.stage not in RUN and not needless
+    skipped = has_teacher(cfg) if cfg.stage == "pretrain" else cfg.stage == "mid" and cfg.mid == "none"
+    trains = cfg.stage not in RUN and not skipped
     begins = not os.path.exists(f"{cfg.out}/{cfg.stage}.pt")
     fid.check_values(cfg, LIMITS, WORLD if trains else 0)
-    if cfg.res and cfg.res != (side := dict(cifar10=32, ffhq=64, afhqv2=64).get(cfg.data, cfg.res)):
+    side = dict(cifar10=32, ffhq=64, afhqv2=64).get(cfg.data, cfg.res)
+    if cfg.res and cfg.res != side:
         fail(2, f"--res {cfg.res}: --data {cfg.data} has {side}x{side} pixels; leave --res out")
     if trains and cfg.stage == "pretrain" and cfg.res and f"ddpm++-{cfg.res}" not in nets.SIZES:
         fail(2, f"--res {cfg.res}: no DDPM++ of nets.SIZES draws that; pass --res 16, 32 or 64")
@@ -397,7 +398,7 @@ def check(cfg):
         if cfg.loss == "huber" and not cfg.huber_c:
             fail(2, f"--loss huber --huber_c {cfg.huber_c}: huber needs a c above 0")
         digits = cfg.data == "digits"
-        if digits or data_name(cfg) == "own" and os.path.exists(cfg.data):
+        if digits or (data_name(cfg) == "own" and os.path.exists(cfg.data)):
             side, _, channels = (8, 8, 1) if digits else fid.image_shape(cfg.data, cfg.res)
             if has_teacher(cfg) and begins:
                 shape = dict(img_channels=channels, img_resolution=side)
@@ -503,7 +504,7 @@ def train(cfg):
         data = fid.stamp(images)
         announce(f"{cfg.data}: {data}, each seen {cfg.steps * B / len(images):,.3g} times, unconditional")
         images = images.to(DEVICE)
-    asks_teacher = cfg.stage == "mid" or cfg.stage == "post" and cfg.post.startswith("ecd")
+    asks_teacher = cfg.stage == "mid" or (cfg.stage == "post" and cfg.post.startswith("ecd"))
     asked = teacher_state(cfg) if asks_teacher else None                      # (weights, arguments)
     data += f", teacher {nets.stamp(asked[0])}" if asked else ""
     same_data(ckpt, path, data)
@@ -543,10 +544,10 @@ def train(cfg):
             solve, at = divmod(step * B, pairs)                               # which solve, and where in it
             if at == 0 or step == start:          # a solve feeds several steps; resumed, it is solved again
                 g.manual_seed(fold(cfg.seed, "solve", solve))
+                used = pairs // n                                             # nfe states; KD: noise alone
                 if cfg.mid == "slow":
-                    states, levels, x_0, owners = slow_pairs(teacher, sigmas, n, images, g)
+                    states, levels, x_0, owners = slow_pairs(teacher, sigmas, n, images, g, used)
                 else:
-                    used = pairs // n                                         # nfe states; KD: noise alone
                     states, levels, x_0, owners = teacher_pairs(teacher, sigmas, n, shape, g, used)
                 target = distance.features(x_0)                               # once per end, not per pair
             x_t, t, owner = (a[at:at + B][mine] for a in (states, levels, owners))
@@ -631,8 +632,7 @@ def evaluate(cfg):
         ours = fid.score_net(rows[-1], samplers, features, reference, cfg)
     note = (f"{cfg.samples} samples a score, seeds from 0, EMA weights, second noise level {cfg.mid_sigma}, "
             f"sigma_shift {cfg.sigma_shift}, teacher by {fid.name_of(teacher_solver)}.")
-    note = f"{fid.protocol(ours, reference)}\n{note}"
-    log(fid.save_results(cfg, rows, note, stages))
+    log(fid.save_results(cfg, rows, f"{fid.protocol(ours, reference)}\n{note}", stages))
 
 
 def main(argv):

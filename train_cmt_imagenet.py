@@ -82,7 +82,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     vae: str = ""               # 512: encode, decode: NAME, FOLDER; "" = the data's, else ft-mse (EDM2)
 
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "tf32"    # as the authors; mid: bf16; fp32: exact
-    compile: bool = False       # the networks that a stage trains or asks: one graph for each size of batch
+    compile: bool = False       # the nets that a stage trains or asks; --no-compile: not
     seed: int = 0
     log_every: int = 100
     save_every: int = 2_500
@@ -114,7 +114,7 @@ PRESETS = {  # (data, stage, its --mid or --post): rows that match are laid over
     ("own", "*", "*"): dict(samples=10_000, dropout=0.1),
     ("own", "pretrain", "*"): dict(steps=50_000, batch=256, warmup=500),
     ("own", "mid", "*"): dict(steps=20_000),
-    ("own", "post", "*"): dict(steps=10_000),
+    ("own", "post", "*"): dict(steps=10_000, ema_beta=0.999),
     ("digits", "*", "*"): dict(out="out/digits-imagenet", precision="fp32", dropout=0.0, log_every=50,
                                save_every=250, samples=2_000, labels="balanced"),
     ("digits", "pretrain", "*"): dict(steps=2_000, batch=32, lr=1e-2, warmup=50, ema_std=0.1, P_mean=-1.2,
@@ -794,19 +794,19 @@ def train(cfg):
                     loss = loss_edm2(student, x[i], t[i], eps[i], net.sigma_data)
                 elif cfg.stage == "vgg":
                     loss = loss_vgg(net, x[i], labels[i], seed)
-                elif cfg.stage == "post":
+                elif cfg.stage == "mid" and views:
+                    view = {name: v[at:at + B][mine][i] for name, v in views.items()}
+                    loss = loss_cmt_views(student, x_t[i], t[i], x_0[owner[i]], distance, view)     # Eq. 7
+                elif cfg.stage == "mid":
+                    ends = [features[owner[i]] for features in target]
+                    loss = loss_cmt(student, x_t[i], t[i], ends, distance)              # Eq. 7
+                else:
                     r, w = ect_step(t[i], cfg.q), edm_weight(t[i], net.sigma_data)
                     x_t, x_r = (x[i] + s.view(-1, 1, 1, 1) * eps[i] for s in (t[i], r))   # already cut by i
                     if teacher:                       # ECD, see asked_nets; frozen: no gradient
                         order, D_T = 1 if cfg.post == "ecd_euler" else 2, partial(teacher, class_labels=y[i])
                         x_r = solvers.ode_step(D_T, x_t, t[i], r, order)
                     loss = loss_ect(student, x_t, x_r, t[i], r, cfg.huber_c, w)         # Eq. 3
-                elif views:
-                    view = {name: v[at:at + B][mine][i] for name, v in views.items()}
-                    loss = loss_cmt_views(student, x_t[i], t[i], x_0[owner[i]], distance, view)     # Eq. 7
-                else:
-                    ends = [features[owner[i]] for features in target]
-                    loss = loss_cmt(student, x_t[i], t[i], ends, distance)    # Eq. 7
                 (loss * part).backward()
                 loss_sum += loss.detach() * part
         norm, loss, stop = total(grad, tally["scale"])                        # the one wait of a step

@@ -86,7 +86,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     vae: str = ""               # encode, decode: NAME, FOLDER; "" = the data's, else sd-vae-ft-mse (MF)
 
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "tf32"    # mid: bf16; du/dt never less than tf32
-    compile: bool = False       # the network, and the function that holds the Jacobian product
+    compile: bool = False       # the net, and the function with the Jacobian product; --no-compile: not
     seed: int = 0
     log_every: int = 100
     save_every: int = 5_000
@@ -188,8 +188,8 @@ def loss_mf(flow, z, v, t, r, y, guided, cfg):
     z (B, C, H, W) = (1 - t) x + t eps; v = eps - x; y (B, ...): conditions; t, r and guided (B,) stay on the
     CPU, where it costs no wait to know which samples are meant. v~ is v; for guided samples it is omega v +
     kappa u(z, t, t, y) + (1 - omega - kappa) u(z, t, t, null). It is the tangent of z as well. Where r = t
-    the factor (t - r) is 0: no derivative is needed, and u(z, t, t, y) is u itself, not one more forward.
-    Returns the loss, |.|^2 (B,) of each sample, and REPA's features (None for a net without a projector).
+    no derivative is needed, and u(z, t, t, y) is u itself. What this saves, by_the_book of tests/test_mf.py
+    computes, in eight lines. Returns the loss, |.|^2 (B,), and REPA's features (None without a projector).
     """
     def places(mask):
         return mask.nonzero()[:, 0].to(z.device, non_blocking=True)

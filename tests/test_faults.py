@@ -670,7 +670,7 @@ def test_a_finished_stage_of_constant_rate_goes_on_with_more_steps(road, capsys)
     assert code([*argv, "3", "--out", "grown"], capsys)[0] == 2
     Path("grown/mid.pt").touch()
     exit_code, err = code([*argv, "6", "--out", "grown"], capsys)
-    assert exit_code == 2 and "--steps 4, now 6" in err
+    assert exit_code == 2 and "--pretrain.steps 4, now 6" in err
     exit_code, err = code([*TINY, "--out", road, "--stage", "post", "--steps", "6"], capsys)
     assert exit_code == 2 and "use another --out; to train it on there: --stage post" in err
     assert f"--init {road}/post.pt --teacher {road}/pretrain.pt --steps 3" in err
@@ -782,7 +782,7 @@ def test_f14_a_refusal_by_a_checkpoint_stands_in_the_log(capsys):
     script.main([*PRETRAIN, "--steps", "1", "--out", "mine"])
     assert code([*PRETRAIN, "--steps", "1", "--lr", "5e-3", "--out", "mine"], capsys)[0] == 2
     lines = Path("mine/log.txt").read_text().splitlines()
-    assert "with --lr" in lines[-1] and "--lr 5e-3" in lines[-2]
+    assert "with --pretrain.lr" in lines[-1] and "--lr 5e-3" in lines[-2]
 
 
 def test_f14_an_out_that_is_a_file_is_refused(capsys, monkeypatch):
@@ -795,7 +795,7 @@ def test_f14_an_out_that_is_a_file_is_refused(capsys, monkeypatch):
 def test_f14_a_folder_of_another_configuration_is_refused_and_left_alone(road, capsys):
     before = (road / "mid.pt").read_bytes()
     exit_code, err = code([*TINY, "--out", road, "--steps", "3", "--stage", "mid", "--lr", "1"], capsys)
-    assert exit_code == 2 and "--lr" in err and "another --out" in err and (road / "mid.pt").read_bytes() == before
+    assert exit_code == 2 and "--mid.lr 0.002, now 1.0; repeat its flags" in err and "another --out" in err and (road / "mid.pt").read_bytes() == before
 
 
 def test_f15_a_second_run_in_the_same_folder_is_refused():

@@ -608,7 +608,7 @@ def test_a_score_says_first_that_features_differ_and_last_that_images_are_few():
     assert drawn == []
     reference = other._replace(features=net.protocol)
     text = fid.protocol(fid.score(sampler, net, reference, 8)[2], reference)
-    assert drawn == [8] and "8 images of this run, too few for 64 features," in text and text.count("too few") == 1
+    assert drawn == [8] and "8 images of this run, too few for 64 features (a distance comes out high)," in text and text.count("too few") == 1
 
 
 def test_numbers_of_different_features_are_not_compared(run, tmp_path):
@@ -859,7 +859,7 @@ def test_metrics_have_every_step_once_after_a_kill(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(m) + "\n" for m in rows) + '{"stage": "mid", "st')
     flags = [("out", str, str(tmp_path)), ("compile", bool, False), ("dry_run", bool, False)]
-    Knobs = dataclasses.make_dataclass("Knobs", ["stage", "steps", *flags])
+    Knobs = dataclasses.make_dataclass("Knobs", ["stage", "steps", *flags, ("ema_beta", float, 0.5)])
     fid.begin_stage(mid := Knobs("mid", 9), dict(step=2), "")
     assert [m.get("step") for m in fid.read_metrics(str(tmp_path))] == [1, 2, 3, 4, 1, 2, None]
     assert fid.begin_stage(post := Knobs("post", 7), dict(step=0), "1 GB") == "post: begins, 7 steps, 1 GB"
@@ -869,6 +869,8 @@ def test_metrics_have_every_step_once_after_a_kill(tmp_path):
         f.write('{"stage": "post"')
     fid.begin_stage(post, dict(step=0), "")
     assert all(json.loads(line) for line in path.read_text().splitlines())
+    slow = fid.begin_stage(Knobs("post", 7, ema_beta=0.99), dict(step=0), "1 GB")
+    assert slow.endswith("keeps 93% of the first weights; pass a lower --post.ema_beta")
 
 
 def test_durations_are_for_people():

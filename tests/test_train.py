@@ -492,7 +492,7 @@ def test_a_teacher_that_is_not_finished_is_used_with_a_line(road, capsys):
 
 def test_a_finished_stage_of_another_road_is_not_taken_for_this_one(road, capsys):
     """In one folder: post from CMT's weights is not ECT from the teacher's."""
-    for flags, name in (["--mid", "none"], "--mid"), (["--init", "random"], "--init"):
+    for flags, name in (["--mid", "none"], "--post.mid"), (["--init", "random"], "--post.init"):
         exit_code, err = code([*TINY, "--out", road, "--steps", "3", "--stage", "post", *flags], capsys)
         assert exit_code == 2 and f"was made by train_cmt_cifar.py --data digits with {name}" in err
 

@@ -423,7 +423,7 @@ CAPTION = ("FD-photos (Frechet distance to {} at 16x16, by features of a small n
            "mid-training by a small teacher, then post-training on the photos. From scratch, from flow "
            "matching: on the photos alone, from random weights or from those of the flow matching teacher. "
            "Finished nets: a road's last dot, and CMT's at the line; others are on their way. "
-           "Compare finished ones, at equal seconds.")
+           "Compare finished ones; their seconds differ.")
 ROADS = {  # road: the road whose teacher it goes on from, its calls, laid over the settings of digits
     "flow matching": ("", ["--stage pretrain --pretrain fm --weak SIZE --steps 320"]),
     "weak Mean Flow": ("", ["--stage pretrain --weak 2x64x3 --steps 800"]),

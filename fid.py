@@ -1855,8 +1855,9 @@ def save_chart(path, panels, caption, across="images", marks=(), joined=True):
             for x, y in dots if (few or len(dots) == 1 or not joined) and not level else ():
                 pen.ellipse((x - dot, y - dot, x + dot, y + dot), colours[name])
             x, y = width - right + 80, top + 88 * row
-            pen.rectangle((x, y + 16, x + 48, y + 40), colours[name])
-            pen.text((x + 80, y), STAGES.get(name, name), "black", font, "lt")
+            if k == 0 or {*curves} != {*[*panels.values()][k - 1]}:          # said once
+                pen.rectangle((x, y + 16, x + 48, y + 40), colours[name])
+                pen.text((x + 80, y), STAGES.get(name, name), "black", font, "lt")
     pen.multiline_text((left, height * len(panels) + 20), words[0], "black", font)
     write_whole(path, lambda file: picture.reduce(2).save(file, format="PNG", compress_level=1))
 

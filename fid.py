@@ -2171,7 +2171,8 @@ def save_results(cfg, rows, note, stages):
     say_missing(cfg, [row["stage"].partition(",")[0] for row in rows])
     took = {m["stage"]: m["seconds"] for m in read_metrics(out) if "seconds" in m}
     text = f"{table(rows)}\n\n{note}" + f"\n{HALVES}" * note.startswith("FD-digits")
-    text += f"\n{', '.join(took)} took {duration(sum(took.values()))} of training.{fallen(rows)}" * bool(took)
+    text += f"\n{', '.join(took)} took {duration(sum(took.values()))} of training." * bool(took)
+    text += fallen(rows)
     file = pathlib.Path(out, "results.md")
     below = " (earlier tables stay below)" * file.exists()
     if processes()[0] == 0:

@@ -244,8 +244,7 @@ def pairs_of_states(states, velocities, times):
     """Eq. 8: all pairs of the states of n trajectories, (N+1, n, C, H, W) at times (N+1,), noisiest first.
 
     velocities (N, n, C, H, W): the mean velocity of each step. Returns z_t (P n, C, H, W), t and r (P n,),
-    and the target (z_t - z_r) / (t - r), the mean velocity between them. One (t, r) after the other, each for
-    all n trajectories.
+    and the target (z_t - z_r) / (t - r), the mean velocity between them.
     """
     first, second = torch.triu_indices(len(states), len(states), 1, device=states.device)
     times, wide = times.to(states, non_blocking=True), (-1, 1, 1, 1, 1)
@@ -285,11 +284,11 @@ def rollout(cfg, net, z, y, times):
     scale = cfg.omega / (1 - cfg.kappa)               # loss_mf at its end, v~ = u: plain + scale (v - plain)
     inside = ((times.float() >= cfg.guide_from) & (times.float() <= cfg.guide_to)).tolist()
     solver, calls = (solvers.flow_heun, 2) if one_clock else (solvers.mean_flow, 1)    # calls of u a step
+    guide = iter([here for k in range(len(times) - 1) for here in inside[k:k + calls]])     # at each call
     both, answers = torch.cat([torch.full_like(y, net.num_classes), y]), []
 
     def u(x, t, r=None):
-        step, end = divmod(len(answers), calls)       # Heun asks at both ends of a step: times[step + end]
-        if one_clock and scale != 1 and inside[step + end]:
+        if next(guide) and one_clock and scale != 1:
             plain, answer = net(torch.cat([x, x]), torch.cat([t, t]), y=both).chunk(2)
             answer = plain.lerp(answer, scale)
         else:
@@ -760,10 +759,11 @@ def train(cfg):
             if cfg.stage == "mid":
                 loss, square = loss_cmt_mf(flow.u, z[i], t[i], r[i], y[i], target[i])         # Eq. 8
             else:
+                velocity, led = v[i], guided[i]
                 if asks_teacher:                      # its answer is guided already
-                    v[i] = teacher_velocity(cfg, teacher, z[i], level[i].view(-1), y[i], guided[i])
-                    guided[i] = False                 # nothing else reads these rows
-                loss, square, _ = loss_mf(flow, z[i], v[i], t[i], r[i], y[i], guided[i], cfg)
+                    velocity = teacher_velocity(cfg, teacher, z[i], level[i].view(-1), y[i], led)
+                    led = torch.zeros_like(led)
+                loss, square, _ = loss_mf(flow, z[i], velocity, t[i], r[i], y[i], led, cfg)
             (loss * part).backward()
             loss_sum += loss.detach() * part
             fid.add_errors(errors, square / z[0].numel(), (t - r)[i])

@@ -242,8 +242,7 @@ def pairs_of_states(states, velocities, times):
     """Eq. 8: all pairs of the states of n trajectories, (N+1, n, C, H, W) at times (N+1,), noisiest first.
 
     velocities (N, n, C, H, W): the mean velocity of each step. Returns z_t (P n, C, H, W), t and r (P n,),
-    and the target (z_t - z_r) / (t - r), the mean velocity between them. One (t, r) after the other, each for
-    all n trajectories.
+    and the target (z_t - z_r) / (t - r), the mean velocity between them.
     """
     first, second = torch.triu_indices(len(states), len(states), 1, device=states.device)
     times, wide = times.to(states, non_blocking=True), (-1, 1, 1, 1, 1)
@@ -274,11 +273,11 @@ def rollout(cfg, net, z, text, null, times):
     scale = cfg.omega / (1 - cfg.kappa)               # loss_mf at its end, v~ = u: plain + scale (v - plain)
     inside = ((times.float() >= cfg.guide_from) & (times.float() <= cfg.guide_to)).tolist()
     solver, calls = (solvers.flow_heun, 2) if one_clock else (solvers.mean_flow, 1)    # calls of u a step
+    guide = iter([here for k in range(len(times) - 1) for here in inside[k:k + calls]])     # at each call
     both, answers = torch.cat([null.expand_as(text), text]), []
 
     def u(x, t, r=None):
-        step, end = divmod(len(answers), calls)       # Heun asks at both ends of a step: times[step + end]
-        if one_clock and scale != 1 and inside[step + end]:
+        if next(guide) and one_clock and scale != 1:
             plain, answer = net(torch.cat([x, x]), torch.cat([t, t]), both, repa=False).chunk(2)
             answer = plain.lerp(answer, scale)
         else:

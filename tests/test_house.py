@@ -45,7 +45,7 @@ OWN = {"Config", "load_data", "data_name", "check", "teacher_pairs", "make_sampl
 # fid, +10 of two more readers: where a stage is too short for its EMA, where images are too few for a score, where it got worse (results.md,
 #   too), which stage's flag to repeat, a cache that cannot be used; nets -2;
 BUDGET = {"train_cmt_cifar.py": 670, "train_cmt_imagenet.py": 910, "train_mf_imagenet256.py": 867,
-          "train_t2i_coco.py": 1080, "nets.py": 1851, "fid.py": 2275, "solvers.py": 200, "bench.py": 966,
+          "train_t2i_coco.py": 1079, "nets.py": 1851, "fid.py": 2275, "solvers.py": 200, "bench.py": 966,
           "claims.py": 607, "README.md": 240}
 FLAGS = {"train_cmt_cifar.py": 35, "train_cmt_imagenet.py": 42, "train_mf_imagenet256.py": 42, "train_t2i_coco.py": 43}
 README = (ROOT / "README.md").read_text()

@@ -709,19 +709,14 @@ def random_weights(home, cfg, gpus, device, sent, more):
         given = cfg.stage == "pretrain" and hasattr(home, "has_teacher") and home.has_teacher(cfg)
         fid.check_values(cfg, home.LIMITS, 0 if given else gpus)
         if cfg.stage == "mid":
-            fid.check_solve(cfg, *solve_of(home, cfg), gpus)
+            fid.check_solve(cfg, *home.solves(cfg), gpus)
         never = 10**9
         yield stack, replace(cfg, steps=never, save_every=never, log_every=never)
 
 
-def solve_of(home, cfg):
-    """Trajectories of a solve of the teacher, and the pairs that they give."""
-    return home.solves(cfg) if hasattr(home, "solves") else (cfg.trajectories, home.pairs_per_solve(cfg))
-
-
 def steps_of_a_solve(home, cfg):
     """How many steps one solve of the teacher feeds."""
-    return max(solve_of(home, cfg)[1] // cfg.batch, 1) if cfg.stage == "mid" else 1
+    return max(math.prod(home.solves(cfg)) // cfg.batch, 1) if cfg.stage == "mid" else 1
 
 
 def measure(home, cfg, gpus):

@@ -364,7 +364,9 @@ def judged_photos(args, small):
     os.makedirs(args.out, exist_ok=True)
     images, labels = small_photos(args.data, small)
     features = PhotoNet(images, labels, f"{args.out}/features.pt")
-    print(f"{len(images):,} images; {features.protocol}")
+    halves = [fid.measure(features, images[k::2].split(500))[:2] for k in (0, 1)]
+    features.scale = f"one half of the photos scores {fid.frechet_distance(*halves[0], *halves[1]):.2f}"
+    print(f"{len(images):,} images; {features.protocol}; {features.scale} against the other")
     return images, labels, features, fid.measure(features, images.split(500))
 
 
@@ -410,7 +412,8 @@ def photos(args, device):
             caption = ("Each column is one noise, which every net turns into a photo in the steps named; a "
                        "second step may change what the first one drew. The real photos belong to no noise. "
                        f"FD-photos: Frechet distance of {n:,} images to the real ones, by features of a "
-                       "small net, lower is better. Such small nets draw colours and shapes, hardly objects. "
+                       f"small net, lower is better; {features.scale} against the other. Such small nets "
+                       "draw colours and shapes, hardly objects. "
                        "Mid- and post-training: CMT by pseudo-Huber, ECT by the plain norm; post-training "
                        f"alone: ECT, annealed. Photos: {os.path.basename(args.data)}. Seed {seed}.")
             breaks = fid.breaks_between([label.partition("\n")[0] for label, _ in (*shown, real)])
@@ -418,8 +421,8 @@ def photos(args, device):
 
 
 FM = "--pretrain fm --weak SIZE --init sit"           # SIZE: --size, of student and flow-matching teacher
-CAPTION = ("FD-photos (Frechet distance to {} at 16x16, by features of a small net) against CPU seconds, "
-           "those of a teacher, spent before a curve begins, included; {}. Each net is a Mean Flow. CMT: "
+CAPTION = ("FD-photos (Frechet distance to {} at 16x16, by features of a small net; {} against the other) "
+           "and CPU seconds, a teacher's, before a curve begins, included; {}. Each net is a Mean Flow. CMT: "
            "mid-training by a small teacher, then post-training on the photos. From scratch, from flow "
            "matching: on the photos alone, from random weights or from those of the flow matching teacher. "
            "Finished nets: a road's last dot, and CMT's at the line; others are on their way. "
@@ -481,7 +484,7 @@ def roads(args, device):
         panels[title] = {name: [tuple(map(statistics.mean, zip(*seen))) for seen in panel[name].values()]
                          for name in sorted(panel, key=lambda name: ("flow" in name, name))}
     seeds = f"{'means of the seeds' if ',' in args.seeds else 'seed'} {args.seeds}"
-    words = CAPTION.format(os.path.basename(args.data), seeds)
+    words = CAPTION.format(os.path.basename(args.data), features.scale, seeds)
     marks = {statistics.mean(end.values()): f"{road}: post-training begins" for road, end in mid.items()}
     fid.save_chart(f"{args.out}/roads.png", panels, words, "CPU seconds", marks)
 

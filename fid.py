@@ -425,12 +425,12 @@ def check_out(out):
         fail(2, f"--out {out}: {there} {why}; name another folder")
 
 
-def check_solve(cfg, n, pairs, world):
-    """Exit code 2 unless a solve's pairs fill whole batches, and its n trajectories all processes alike."""
-    if not pairs or pairs % cfg.batch:
+def check_solve(cfg, n, used, world):
+    """Exit code 2 unless the pairs, `used` of each of n trajectories, fill whole batches on all processes."""
+    if not n * used or n * used % cfg.batch:
         states = f"--nodes {cfg.nodes}" if hasattr(cfg, "nodes") else f"--nfe {cfg.nfe}"
-        least = cfg.batch // math.gcd(cfg.batch, pairs // n if n else cfg.batch)
-        fail(2, f"the {pairs} pairs of {states} and --trajectories {cfg.trajectories} must fill whole "
+        least = cfg.batch // math.gcd(cfg.batch, used)
+        fail(2, f"the {n * used} pairs of {states} and --trajectories {cfg.trajectories} must fill whole "
                 f"batches of --batch {cfg.batch}; pass --trajectories {least} or a multiple")
     if n % world:
         fail(2, f"the {n} --trajectories of a solve must be a multiple of the {world} processes")
@@ -1683,7 +1683,9 @@ def called(name):
 
 
 def net_label(name, steps, table=(), sep="\n"):
-    """What a row of a sheet is called: net, number of steps, and its score where the table has one."""
+    """What a row of a sheet is called: net, steps (0: none), and its score where the table has one."""
+    if not steps:
+        return name
     rows = (row for row in table if row["stage"].split(",")[0] == name)
     found = (f", {key.partition(' ')[2]} {value}" for row in rows for key, value in row.items()
              if key.startswith(f"{steps}-step "))
@@ -1722,12 +1724,11 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
     shown: a list of (net, steps, images (n, C, H, W)). names: n texts, what is to be drawn: classes stand
     above the columns; captions, which are long, at the left, and the nets above. words: end the caption.
     """
-    labels = [net_label(name, steps, table) for name, steps, _ in shown]
     if any("1-step FD-digits" in row for row in table):                  # scored: what is it to look like?
         images, classes = digits()
         numbers = [classes.tolist().index(k) for k in range(len(names))] or range(0, len(images), 150)
-        shown = [*shown, ("real", 0, to_float(images[numbers], "cpu"))]
-        labels.append("real digits")
+        shown = [*shown, ("real digits", 0, to_float(images[numbers], "cpu"))]
+    labels = [net_label(name, steps, table) for name, steps, _ in shown]
     real = "real digits" in labels
     rows, header, line = [*zip(labels, (x for *_, x in shown))], names and ["class", *names], "column"
     breaks = breaks_between([name for name, *_ in shown])
@@ -1742,7 +1743,8 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
                 * any("shows its digit" in key for row in table for key in row))
     caption += (" Real digits, which belong to no noise, are for comparison: one half of them scores 0.78 "
                 "against the other half (halves are small, which raises a score).") * real + words
-    save_sheet(f"{out}/stages.png", rows, caption, header, breaks)
+    alone = f"_{shown[0][0]}" * shown[0][0].startswith("init_")         # --init FILE: beside the run's own
+    save_sheet(f"{out}/stages{alone}.png", rows, caption, header, breaks)
 
 
 def save_trajectory(out, states, levels, nets, show=lambda x: x, names=()):
@@ -2169,7 +2171,8 @@ def save_results(cfg, rows, note, stages):
     """
     out = cfg.out
     say_missing(cfg, [row["stage"].partition(",")[0] for row in rows])
-    took = {m["stage"]: m["seconds"] for m in read_metrics(out) if "seconds" in m}
+    alone = f"_{rows[0]['stage']}" * rows[0]["stage"].startswith("init_")                  # --init FILE
+    took = {m["stage"]: m["seconds"] for m in read_metrics(out) if "seconds" in m and not alone}
     text = f"{table(rows)}\n\n{note}" + f"\n{HALVES}" * note.startswith("FD-digits")
     text += f"\n{', '.join(took)} took {duration(sum(took.values()))} of training." * bool(took)
     text += fallen(rows)
@@ -2181,7 +2184,8 @@ def save_results(cfg, rows, note, stages):
             new += f"\n{time.strftime('%Y-%m-%d')}, {MADE_BY}\n".encode(errors="backslashreplace")
             write_whole(str(file), lambda f: f.write(new + b"\n" * bool(old) + old))
         save_stages(out, *stages, table=rows, samples=cfg.samples)
-    made = [name for name in ("stages.png", "trajectory.png", "curve.png") if os.path.exists(f"{out}/{name}")]
+    names = [f"stages{alone}.png", *(["trajectory.png", "curve.png"] * (not alone))]
+    made = [name for name in names if os.path.exists(f"{out}/{name}")]
     made += ["samples_*.png"] * any(pathlib.Path(out).glob("samples_*.png"))
     return f"{text}\nopen {', '.join(made)} and results.md{below} in {out}"
 

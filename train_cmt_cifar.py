@@ -78,7 +78,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     dry_run: bool = False       # say what would be skipped and trained and what is missing, and end
 
 
-PRESETS = {  # (data, stage, its --mid or --post): rows that match are laid over each other; "own" = a path
+PRESETS = {  # (data, stage, its --mid or --post): of rows that match the lower one wins; "own" = a path
     ("*", "pretrain", "*"): dict(steps=390_625, batch=512, lr=1e-3, warmup=19_531, dropout=0.13,
                                  ema_beta=0.99929, decay="constant", P_mean=-1.2, P_std=1.2),   # EDM Table 7
     ("cifar10", "*", "*"): dict(compile=True),          # choice: twice as fast on an H200 (docs/costs.md)
@@ -149,9 +149,9 @@ teacher_sigmas = solvers.logsnr_sigmas                # (steps) -> steps + 1 noi
 
 
 def solves(cfg):
-    """(n, pairs): trajectories of a solve (Slow CMT: at each level), and the pairs (state, end) they give."""
+    """(n, used): trajectories of a solve (Slow CMT: at each level), and states of each that become pairs."""
     n = cfg.trajectories or cfg.batch // cfg.nfe
-    return (cfg.batch, cfg.batch) if cfg.mid == "kd" else (n, n * cfg.nfe)
+    return (cfg.batch, 1) if cfg.mid == "kd" else (n, cfg.nfe)                # KD: the noise alone
 
 
 @torch.no_grad()
@@ -222,8 +222,8 @@ def make_distance(cfg, channels):
     """d of Eq. 7: LPIPS on the images as they are (B.2), or of pixels: pseudo-Huber, squared (App. D)."""
     if cfg.loss in ("huber", "l2"):
         return nets.PixelDistance(cfg.huber_c if cfg.loss == "huber" else 0.0)
-    if channels != 3:
-        fail(2, f"--loss lpips needs 3 channels, --data {cfg.data} has {channels}; pass --loss huber")
+    if cfg.loss != "lpips" or channels != 3:
+        fail(2, f"--loss {cfg.loss} of {channels} channels is not made here; lpips needs 3, or --loss huber")
     return nets.pretrained_lpips().to(DEVICE)
 
 
@@ -251,6 +251,8 @@ def draw_sheets(cfg, found):
     """Saves stages.png and trajectory.png. Returns what the first is made of, to draw it with its scores."""
     shown = [(name, steps, make_sampler(cfg, net, kind)(range(12)))
              for name, net, kinds, _ in found for steps, kind in kinds.items()]
+    if data_name(cfg) == "own" and os.path.exists(cfg.data):     # where no score says how near samples are
+        shown.append(("real images", 0, fid.to_float(load_data(cfg)[:12], "cpu")))
     fid.save_stages(cfg.out, shown, (), words := fid.about(cfg, found))
     if found[0][0] == "teacher":
         teacher, sigmas = found[0][1], teacher_sigmas(cfg.nfe)
@@ -496,7 +498,7 @@ def train(cfg):
         return log(f"pretrain: not trained, the teacher is {cfg.teacher or 'the official one'}")
     path, B = f"{cfg.out}/{cfg.stage}.pt", cfg.batch
     ckpt, left = resume(cfg)
-    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # neither is opened
+    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # and so not read
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
     images, data = None, "none"
     if needs_data(cfg):
@@ -529,8 +531,8 @@ def train(cfg):
     shape = net.img_channels, net.img_resolution, net.img_resolution
     distance = make_distance(cfg, shape[0]) if cfg.stage == "mid" else None
     sigmas, share = teacher_sigmas(cfg.nfe), B // WORLD
-    n, pairs = solves(cfg)
-    # pairs of a solve; of them B a step, which divides them; of these `share` a process, `micro` a pass
+    n, used = solves(cfg)
+    # n * used pairs of a solve; B a step, which divides them; of these `share` a process, `micro` a pass
     mine, micro = slice(RANK * share, (RANK + 1) * share), cfg.batch_gpu or share
     saved = dict(data=data, model=model, cfg=asdict(cfg), **fid.made_by(__file__))
     log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))           # --dry_run ends here
@@ -541,10 +543,9 @@ def train(cfg):
             rectify(opt, lr, step + 1 - tally["skipped"])        # B.2: RAdam is Adam of this rate and eps
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         if cfg.stage == "mid":
-            solve, at = divmod(step * B, pairs)                               # which solve, and where in it
+            solve, at = divmod(step * B, n * used)                            # which solve, and where in it
             if at == 0 or step == start:          # a solve feeds several steps; resumed, it is solved again
                 g.manual_seed(fold(cfg.seed, "solve", solve))
-                used = pairs // n                                             # nfe states; KD: noise alone
                 if cfg.mid == "slow":
                     states, levels, x_0, owners = slow_pairs(teacher, sigmas, n, images, g, used)
                 else:
@@ -601,9 +602,7 @@ def candidates(cfg):
         state, model = nets.load_pretrained(cfg.init)
         name = "init_" + os.path.basename(cfg.init).split(".")[0]
         return [(name, build(cfg, model, state, cfg.init), few, None)]
-    own, found = None, []
-    if cfg.teacher in ("", "scratch"):
-        own = nets.finished(f"{cfg.out}/pretrain.pt")
+    own, found = nets.finished(f"{cfg.out}/pretrain.pt") if cfg.teacher in ("", "scratch") else None, []
     if own or has_teacher(cfg):
         state, model = teacher_state(cfg)
         found = [("teacher", build(cfg, model, state, cfg.teacher or "the teacher"), {cfg.nfe: 0}, own)]

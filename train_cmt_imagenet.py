@@ -92,7 +92,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
 ECD = dict(steps=100_000, decay="constant", q=256)                                          # B.3
 # choice: the nets of 64's ECD teacher are not named; XL by its cost, the guide of EDM2's own preset
 GUIDED = dict(guide="edm2-img64-xs-0134217-0.110", w=1.7)
-PRESETS = {  # (data, stage, its --mid or --post): rows that match are laid over each other; "own" = a path
+PRESETS = {  # (data, stage, its --mid or --post): of rows that match the lower one wins; "own" = a path
     ("*", "encode", "*"): dict(batch_gpu=8),              # pictures at a time: 0.63 GB each at 512 (EDM2: 8)
     ("imagenet512", "*", "*"): dict(loss="elatent", dropout=0.0, post="ecd", ensemble="bgcfnc"),
     ("*", "pretrain", "*"): dict(steps=327_680, batch=2048, lr=7e-3, decay="sqrt", warmup=4_883,
@@ -177,9 +177,8 @@ teacher_sigmas = solvers.logsnr_sigmas                # (steps) -> steps + 1 noi
 
 
 def solves(cfg):
-    """(n, pairs): trajectories of a solve, and the pairs (state, end) that they give."""
-    n = cfg.trajectories or cfg.batch // cfg.nfe
-    return n, n * cfg.nfe
+    """(n, used): trajectories of a solve, and states of each that become pairs: all but the end."""
+    return cfg.trajectories or cfg.batch // cfg.nfe, cfg.nfe
 
 
 @torch.no_grad()
@@ -726,7 +725,7 @@ def train(cfg):
         return
     path, B = f"{cfg.out}/{cfg.stage}.pt", cfg.batch
     ckpt, left = resume(cfg)
-    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # neither is opened
+    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # and so not read
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
     images = load_data(cfg) if needs_data(cfg) else None
     data = images.stamp if images else "none"
@@ -757,8 +756,8 @@ def train(cfg):
     classes = model["label_dim"]
     distance = make_distance(cfg) if cfg.stage == "mid" else None
     sigmas, share = teacher_sigmas(cfg.nfe), B // WORLD
-    n, pairs = solves(cfg)
-    # pairs of a solve; of them B a step, which divides them; of these `share` a process, `micro` a pass
+    n, used = solves(cfg)
+    # n * used pairs of a solve; B a step, which divides them; of these `share` a process, `micro` a pass
     mine, micro = slice(RANK * share, (RANK + 1) * share), cfg.batch_gpu or share
     reader = ThreadPoolExecutor(1)                    # it reads one step ahead
     ahead = reader.submit(read_batch, cfg, images, tally["step"]) if images else None
@@ -769,7 +768,7 @@ def train(cfg):
         opt.param_groups[0]["lr"] = lr = learning_rate(cfg, step)
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         if cfg.stage == "mid":
-            solve, at = divmod(step * B, pairs)                               # which solve, and where in it
+            solve, at = divmod(step * B, n * used)                            # which solve, and where in it
             if at == 0 or step == start:          # a solve feeds several steps; resumed, it is solved again
                 g.manual_seed(fold(cfg.seed, "solve", solve))
                 states, levels, x_0, owners, y_0 = teacher_pairs(teacher, classes, sigmas, n, shape, g)

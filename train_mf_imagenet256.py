@@ -93,7 +93,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     dry_run: bool = False       # say what would be skipped and trained and what is missing, and end
 
 
-PRESETS = {  # (data, stage, its --mid or --post): rows that match are laid over each other; "own" = a path
+PRESETS = {  # (data, stage, its --mid or --post): of rows that match the lower one wins; "own" = a path
     ("*", "encode", "*"): dict(batch_gpu=32),                            # pictures at a time, twice: mirrored
     ("imagenet", "*", "*"): dict(compile=True),         # choice: twice as fast on an H200 (docs/costs.md)
     ("*", "pretrain", "fm"): dict(power=0.0),                                            # SiT: squared error
@@ -280,28 +280,33 @@ def rollout(cfg, net, z, y, times):
     A Mean Flow net jumps. A flow-matching net is integrated by Heun's rule and guided by omega / (1 - kappa)
     at times in the interval; where there is no class, that changes nothing.
     """
-    one_clock = net.r_embedder is None                # v(z, t) of flow matching; two clocks: u(z, t, r)
-    scale = cfg.omega / (1 - cfg.kappa)               # loss_mf at its end, v~ = u: plain + scale (v - plain)
+    answers = []
+
+    def u(x, t, r):
+        answers.append(net(x, t, r, y))
+        return answers[-1]
+
+    if net.r_embedder is not None:                    # two clocks, t and r: a Mean Flow
+        states = solvers.mean_flow(u, z, times)
+        return states, torch.stack(answers)
+    # u = omega v + kappa u + (1 - omega - kappa) plain, where loss_mf is 0: u = plain + scale (v - plain)
+    scale, both = cfg.omega / (1 - cfg.kappa), torch.cat([torch.full_like(y, net.num_classes), y])
     inside = ((times.float() >= cfg.guide_from) & (times.float() <= cfg.guide_to)).tolist()
-    solver, calls = (solvers.flow_heun, 2) if one_clock else (solvers.mean_flow, 1)    # calls of u a step
-    guide = iter([here for k in range(len(times) - 1) for here in inside[k:k + calls]])     # at each call
-    both, answers = torch.cat([torch.full_like(y, net.num_classes), y]), []
 
-    def u(x, t, r=None):
-        if next(guide) and one_clock and scale != 1:
-            plain, answer = net(torch.cat([x, x]), torch.cat([t, t]), y=both).chunk(2)
-            answer = plain.lerp(answer, scale)
+    def v(x, t):
+        if scale == 1 or not inside[(len(answers) + 1) // 2]:        # Heun asks at times 0, 1, 1, 2, 2, ...
+            answers.append(net(x, t, y=y))
         else:
-            answer = net(x, t, r, y)
-        answers.append(answer)
-        return answer
-    states = solver(u, z, times)                      # and Heun's step is the mean of its two answers
-    return states, torch.stack(answers).unflatten(0, (len(times) - 1, calls)).mean(1)
+            plain, led = net(torch.cat([x, x]), torch.cat([t, t]), y=both).chunk(2)
+            answers.append(plain.lerp(led, scale))
+        return answers[-1]
+    states = solvers.flow_heun(v, z, times)
+    return states, torch.stack(answers).unflatten(0, (-1, 2)).mean(1)       # its step is the mean of two
 
 
-def pairs_per_solve(cfg):
-    """Pairs that one call of teacher_pairs gives."""
-    return cfg.trajectories * cfg.nodes * (cfg.nodes - 1) // 2
+def solves(cfg):
+    """(n, used): trajectories of a solve, and pairs of states that each of them gives."""
+    return cfg.trajectories, cfg.nodes * (cfg.nodes - 1) // 2
 
 
 @torch.no_grad()
@@ -594,7 +599,7 @@ def check(cfg):
     if cfg.guide_from > cfg.guide_to:
         fail(2, f"--guide_from {cfg.guide_from} must not be above --guide_to {cfg.guide_to}")
     if cfg.stage == "mid" and trains:
-        fid.check_solve(cfg, cfg.trajectories, pairs_per_solve(cfg), WORLD)
+        fid.check_solve(cfg, *solves(cfg), WORLD)
     if cfg.stage == "encode" and not os.path.exists(cfg.source):
         fail(3, f"--source {cfg.source or 'FOLDER'}: not there; name a folder with a folder for each class")
     side = 0                                          # not yet known
@@ -693,7 +698,7 @@ def train(cfg):
         return log(f"{cfg.stage}: not trained, as --teacher or --mid none says")
     path, B = f"{cfg.out}/{cfg.stage}.pt", cfg.batch
     ckpt, left = resume(cfg)
-    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # neither is opened
+    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # and so not read
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
     images, data = None, "none"
     if cfg.stage != "mid":                                                    # CMT needs no data
@@ -725,7 +730,7 @@ def train(cfg):
     agree("data and sum of the first weights", (data, flat.sum(dtype=torch.float64).item()))
     ckpt = weights = state = None                     # as large as the net, and needed no more
     errors = torch.zeros(2, 5, device=DEVICE)         # square errors and their number, by t - r: 0, quarters
-    pairs, share = pairs_per_solve(cfg), B // WORLD
+    pairs, share = math.prod(solves(cfg)), B // WORLD
     # pairs of a solve; of them B a step, which divides them; of these `share` a process, `micro` a pass
     mine, micro = slice(RANK * share, (RANK + 1) * share), cfg.batch_gpu or share
     steps = cfg.nfe if cfg.stage == "pretrain" else 1
@@ -759,11 +764,11 @@ def train(cfg):
             if cfg.stage == "mid":
                 loss, square = loss_cmt_mf(flow.u, z[i], t[i], r[i], y[i], target[i])         # Eq. 8
             else:
-                velocity, led = v[i], guided[i]
+                velocity, to_guide = v[i], guided[i]
                 if asks_teacher:                      # its answer is guided already
-                    velocity = teacher_velocity(cfg, teacher, z[i], level[i].view(-1), y[i], led)
-                    led = torch.zeros_like(led)
-                loss, square, _ = loss_mf(flow, z[i], velocity, t[i], r[i], y[i], led, cfg)
+                    velocity = teacher_velocity(cfg, teacher, z[i], level[i].view(-1), y[i], to_guide)
+                    to_guide = torch.zeros_like(to_guide)
+                loss, square, _ = loss_mf(flow, z[i], velocity, t[i], r[i], y[i], to_guide, cfg)
             (loss * part).backward()
             loss_sum += loss.detach() * part
             fid.add_errors(errors, square / z[0].numel(), (t - r)[i])

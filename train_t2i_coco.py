@@ -97,7 +97,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     dry_run: bool = False       # say what would be skipped and trained and what is missing, and end
 
 
-PRESETS = {  # (data, stage, its --mid or --post): rows that match are laid over each other; "own" = a path
+PRESETS = {  # (data, stage, its --mid or --post): of rows that match the lower one wins; "own" = a path
     ("*", "encode", "*"): dict(batch_gpu=32),                                # pictures at a time
     ("*", "pretrain", "*"): dict(clip=1.0),                                                # REPA
     ("*", "pretrain", "plain"): dict(repa=0.0),
@@ -269,28 +269,33 @@ def rollout(cfg, net, z, text, null, times):
     A Mean Flow net jumps. A SiT is integrated by Heun's rule (B.6) and guided by omega / (1 - kappa) at times
     in the interval; for the null caption that changes nothing.
     """
-    one_clock = net.r_embedder is None                # v(z, t) of flow matching; two clocks: u(z, t, r)
-    scale = cfg.omega / (1 - cfg.kappa)               # loss_mf at its end, v~ = u: plain + scale (v - plain)
+    answers = []
+
+    def u(x, t, r):
+        answers.append(net(x, t, text, r, repa=False))
+        return answers[-1]
+
+    if net.r_embedder is not None:                    # two clocks, t and r: a Mean Flow
+        states = solvers.mean_flow(u, z, times)
+        return states, torch.stack(answers)
+    # u = omega v + kappa u + (1 - omega - kappa) plain, where loss_mf is 0: u = plain + scale (v - plain)
+    scale, both = cfg.omega / (1 - cfg.kappa), torch.cat([null.expand_as(text), text])
     inside = ((times.float() >= cfg.guide_from) & (times.float() <= cfg.guide_to)).tolist()
-    solver, calls = (solvers.flow_heun, 2) if one_clock else (solvers.mean_flow, 1)    # calls of u a step
-    guide = iter([here for k in range(len(times) - 1) for here in inside[k:k + calls]])     # at each call
-    both, answers = torch.cat([null.expand_as(text), text]), []
 
-    def u(x, t, r=None):
-        if next(guide) and one_clock and scale != 1:
-            plain, answer = net(torch.cat([x, x]), torch.cat([t, t]), both, repa=False).chunk(2)
-            answer = plain.lerp(answer, scale)
+    def v(x, t):
+        if scale == 1 or not inside[(len(answers) + 1) // 2]:        # Heun asks at times 0, 1, 1, 2, 2, ...
+            answers.append(net(x, t, text, repa=False))
         else:
-            answer = net(x, t, text, r, repa=False)
-        answers.append(answer)
-        return answer
-    states = solver(u, z, times)                      # and Heun's step is the mean of its two answers
-    return states, torch.stack(answers).unflatten(0, (len(times) - 1, calls)).mean(1)
+            plain, led = net(torch.cat([x, x]), torch.cat([t, t]), both, repa=False).chunk(2)
+            answers.append(plain.lerp(led, scale))
+        return answers[-1]
+    states = solvers.flow_heun(v, z, times)
+    return states, torch.stack(answers).unflatten(0, (-1, 2)).mean(1)       # its step is the mean of two
 
 
-def pairs_per_solve(cfg):
-    """Pairs that one call of teacher_pairs gives."""
-    return cfg.trajectories * cfg.nodes * (cfg.nodes - 1) // 2
+def solves(cfg):
+    """(n, used): trajectories of a solve, and pairs of states that each of them gives."""
+    return cfg.trajectories, cfg.nodes * (cfg.nodes - 1) // 2
 
 
 @torch.no_grad()
@@ -748,7 +753,7 @@ def check(cfg):
     if cfg.guide_from > cfg.guide_to:
         fail(2, f"--guide_from {cfg.guide_from} must not be above --guide_to {cfg.guide_to}")
     if cfg.stage == "mid" and trains:
-        fid.check_solve(cfg, cfg.trajectories, pairs_per_solve(cfg), WORLD)
+        fid.check_solve(cfg, *solves(cfg), WORLD)
     if trains and not os.path.exists(f"{cfg.out}/{cfg.stage}.pt"):
         images = load_data(cfg)                       # do they have what this stage needs, of this size?
         shape = model_size(cfg, images, text_encoder(cfg)(images.null[None]).shape[-1])
@@ -847,7 +852,7 @@ def train(cfg):
         return log(f"{cfg.stage}: not trained, as --teacher or --mid none says")
     path, B = f"{cfg.out}/{cfg.stage}.pt", cfg.batch
     ckpt, left = resume(cfg)
-    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # neither is opened
+    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # and so not read
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
     images, encoder = load_data(cfg), text_encoder(cfg)                   # mid reads captions, never an image
     data, null, shape = images.stamp, encoder(images.null[None]), images.shape
@@ -878,7 +883,7 @@ def train(cfg):
         return torch.where(drop.to(DEVICE, non_blocking=True).view(-1, 1, 1), null, encoder(words))
 
     errors = torch.zeros(2, 6, device=DEVICE)         # square errors and their number, by t - r; REPA's
-    pairs, share = pairs_per_solve(cfg), B // WORLD
+    pairs, share = math.prod(solves(cfg)), B // WORLD
     # pairs of a solve; of them B a step, which divides them; of these `share` a process, `micro` a pass
     mine, micro = slice(RANK * share, (RANK + 1) * share), cfg.batch_gpu or share
     # previews: captions of the data, whose features may be cached (no one needs CLIP), of each tenth in turn

@@ -348,7 +348,7 @@ def reduce_in_process(rank, folder):
 
 
 def test_two_ranks_are_one(tmp_path):
-    mp.spawn(reduce_in_process, (str(tmp_path),), nprocs=2)
+    mp.start_processes(reduce_in_process, (str(tmp_path),), nprocs=2, start_method="fork")
     one = fid.measure(fid.DigitsNet(), [fid.digits()[0]])
     for rank in range(2):
         mu, cov, n, mu_once, cov_once, n_once = torch.load(tmp_path / f"rank{rank}.pt")

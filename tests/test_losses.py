@@ -29,11 +29,11 @@ def config(*argv):
 def pairs(*argv):
     """The noise levels and the pairs that the loop of train would draw."""
     cfg = config("--batch", "16", "--trajectories", "4", "--nfe", "8", *argv)
-    sigmas, (n, count), g = solvers.logsnr_sigmas(cfg.nfe), script.solves(cfg), torch.Generator().manual_seed(0)
+    sigmas, (n, used), g = solvers.logsnr_sigmas(cfg.nfe), script.solves(cfg), torch.Generator().manual_seed(0)
     if cfg.mid == "slow":
         images = torch.randint(0, 256, (20, 1, 8, 8), generator=torch.Generator().manual_seed(3)).byte()
-        return sigmas, script.slow_pairs(gaussian, sigmas, n, images, g, count // n)
-    return sigmas, script.teacher_pairs(gaussian, sigmas, n, (1, 8, 8), g, count // n)
+        return sigmas, script.slow_pairs(gaussian, sigmas, n, images, g, used)
+    return sigmas, script.teacher_pairs(gaussian, sigmas, n, (1, 8, 8), g, used)
 
 
 # ---- Eq. 7 ---------------------------------------------------------------------------------------
@@ -75,7 +75,7 @@ def test_distillation_uses_only_the_prior_and_slow_cmt_forward_perturbed_data():
 @pytest.mark.parametrize("mid", ["cmt", "slow"])
 def test_the_last_line_of_solves_alone_says_which_states_are_used(mid, monkeypatch):
     """The walk-through's exercise: of 8 states the 3 noisiest, in Slow CMT, too."""
-    monkeypatch.setattr(script, "solves", lambda cfg: (4, 4 * 3))
+    monkeypatch.setattr(script, "solves", lambda cfg: (4, 3))
     sigmas, (x_t, t, _, _) = pairs("--mid", mid)
     assert len(x_t) == 12 and sorted(t.tolist()) == pytest.approx(sorted(sigmas[:3].tolist() * 4))
 

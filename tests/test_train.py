@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import typing
 import zipfile
 from dataclasses import fields
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from conftest import ROOT, TINY, code, frozen_calls
 from PIL import Image
 
+import fid
 import nets
 import train_cmt_cifar as script
 
@@ -115,7 +117,7 @@ def test_sample_writes_one_file_per_seed_that_depends_on_the_seed_alone(road, tm
 
 
 @pytest.mark.parametrize("scripts", ["train_cmt", pytest.param("train_", marks=pytest.mark.long)])
-def test_every_readme_command_on_digits_runs(road, scripts):
+def test_every_readme_command_on_digits_runs(road, scripts, monkeypatch, capsys):
     """As printed, but for a few steps; the first of a script makes its teacher."""
     from test_house import ALL, README
     tiny = ["--steps", "2", "--samples", "8", "--trajectories", "4", "--batch", "16", "--nfe", "4"]
@@ -130,9 +132,10 @@ def test_every_readme_command_on_digits_runs(road, scripts):
         mine += ["--vgg.steps", "2"] * (name == "train_cmt_imagenet.py")
         importlib.import_module(name[:-3]).main([*flags, *mine])
     assert len(lines) >= 5 and len(list(Path("out").glob("*/results.md"))) >= 5
-    scored = subprocess.run([sys.executable, "fid.py", "--features", "digits", "assets/digits.png", "assets/digits.png"],
-                            cwd=ROOT, capture_output=True, text=True)
-    assert scored.returncode == 0 and "FD-digits 0.0000" in scored.stdout
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", "fid.py --features digits assets/digits.png assets/digits.png".split())
+    fid.main()
+    assert "FD-digits 0.0000" in capsys.readouterr().out
 
 
 SMALL = "--data digits --batch 16 --batch_gpu 8 --trajectories 8 --samples 16 --save_every 99 --steps 8".split()
@@ -593,7 +596,9 @@ def test_a_flag_behind_a_stage_is_that_stages_alone(name, capsys):
 
 
 def test_help_shows_every_knob_with_its_comment(capsys):
-    text = subprocess.run([sys.executable, str(ROOT / "train_cmt_cifar.py"), "--help"], capture_output=True, text=True).stdout
+    with pytest.raises(SystemExit):
+        script.main(["--help"])
+    text = capsys.readouterr().out
     assert "torchrun --nproc_per_node=8" in text and "# teacher steps per trajectory (B.2)" in text
     with pytest.raises(SystemExit):
         script.parse("--help --data digits --stage post --lr 7".split())
@@ -603,3 +608,17 @@ def test_help_shows_every_knob_with_its_comment(capsys):
         script.parse("-h --data digits --mid.lr 5".split())
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("--stage ")]
     assert [re.search(" lr = ([^,]+)", line)[1] for line in lines] == ["0.002", "5.0", "0.0003", "0.0002"]
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("train_*.py")), ids=lambda p: p.name)
+def test_every_knob_is_used_and_explained(path):
+    script, text = __import__(path.stem), path.read_text() + (ROOT / "fid.py").read_text()
+    for f in fields(script.Config):
+        assert re.search(rf"\b(cfg|c)\.{f.name}\b", text) or f'"{f.name}"' in text, f"--{f.name} is never read"
+        for value in typing.get_args(f.type) if f.name in ("mid", "post", "loss") else ():
+            assert value == f.default or path.read_text().count(f'"{value}"') > 1, f"--{f.name} {value} has no code"
+    numbers = {f.name for f in fields(script.Config) if f.type in (int, float)}
+    assert numbers - set(" ".join(script.LIMITS.values()).split()) <= {"P_mean", "seed", "w"}, "no range in LIMITS"
+    presets = {k for row in script.PRESETS.values() for k in row}
+    assert presets <= {f.name for f in fields(script.Config)}
+    assert set(" ".join(script.MAY_CHANGE.values()).split()) <= {f.name for f in fields(script.Config)}

@@ -1712,9 +1712,9 @@ def fallen(table):
         if "-step F" in key and value[:1].isdigit()} for row in table}
     for before, after in ("teacher", "mid"), ("mid", "post"):
         mine, was = scores.get(after, {}), scores.get(before, {})
-        worse = " and ".join(f"{k} step{'s' * (k != '1')}" for k in mine if mine[k] > was.get(k, math.inf))
+        worse = [k for k in mine if mine[k] > was.get(k, math.inf)]
         what = f"{STAGES[after]} scores worse than {STAGES.get(before, 'its teacher')}"
-        text += f" Here {what} in {worse}." * bool(worse)
+        text += f" Here {what} in {' and '.join(worse)} step{'s' * (worse != ['1'])}." * bool(worse)
     return text
 
 
@@ -1781,7 +1781,8 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=()):
                + f" Of {n} states those are shown between which most changes." * (len(some) < n)
                + " States above sigma 1 are shown divided by sigma." * bool(levels.max() > 1))
     header = ["noise level " + ("sigma" if levels.max() > 1 else "t")]
-    header += [f"{level:.2g}" for level in levels[:-1].tolist()] + [f"the end\n{levels[-1]:.2g}"]
+    first, *middle, end = (f"{level:.2g}" for level in levels.tolist())
+    header += [f"noise\n{first}", *middle, f"the end\n{end}"]
     save_sheet(f"{out}/trajectory.png", rows, caption, header, range(0, len(rows), 1 + len(answers)))
 
 
@@ -2076,7 +2077,7 @@ def save_curve(out):
               "features like those of a large image network.") * any("mse_gap1" not in m for m in flow)
     save_chart(f"{out}/curve.png", panels, "The training so far, against images trained on; in "
                "mid-training these are pairs of the teacher. Each stage has a loss of its own: jumps "
-               "between stages are no failure, nor is a loss of post-training that does not fall."
+               "between stages are no failure, nor is a loss of post-training that does not fall: see scores."
                + vgg * any(m["stage"] == "vgg" for m in steps) + level)
 
 

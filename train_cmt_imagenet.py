@@ -85,7 +85,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     compile: bool = False       # the nets that a stage trains or asks; --no-compile: not
     seed: int = 0
     log_every: int = 100
-    save_every: int = 2_500
+    save_every: int = 2_500     # steps between checkpoints and previews
     dry_run: bool = False       # say what would be skipped and trained and what is missing, and end
 
 

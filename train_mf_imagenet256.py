@@ -89,7 +89,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     compile: bool = False       # the net, and the function with the Jacobian product; --no-compile: not
     seed: int = 0
     log_every: int = 100
-    save_every: int = 5_000
+    save_every: int = 5_000     # steps between checkpoints and previews
     dry_run: bool = False       # say what would be skipped and trained and what is missing, and end
 
 
@@ -361,8 +361,8 @@ def draw_sheets(cfg, found):
         teacher, times = found[0][1], torch.linspace(1, 0, cfg.nodes, dtype=torch.float64)
         z, y = prior(teacher, range(2), "balanced")
         states = rollout(cfg, teacher, z, y, times)[0]                               # (nodes, 2, C, H, W)
-        jumps = {name: lambda x, t, net=net: x - t[0] * net(x, t, t * 0, y)          # net=net: bound now
-                 for name, net, *_ in found}
+        jumps = {name + ", a Mean Flow" * (name == "teacher" and net.r_embedder is not None):
+                 lambda x, t, net=net: x - t[0] * net(x, t, t * 0, y) for name, net, *_ in found}
         fid.save_trajectory(cfg.out, states, times, jumps, partial(to_images, cfg),
                             [f"class {k}" for k in shown[1]])
     return shown

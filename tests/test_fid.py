@@ -791,7 +791,7 @@ def test_of_a_long_trajectory_nine_states_are_drawn_where_most_changes(tmp_path,
     fid.save_trajectory("", torch.cat([x[:1]] * 8 + [x[:9]]), torch.linspace(1, 0, 17), {})
     fid.save_trajectory("", x[:8], torch.linspace(1, 0, 8), {}, names=["class 7"])                  # data of one class
     (rows, header), (late, _), (short, _) = drawn
-    assert [len(images) for _, images in rows] == [9] * 4 and header[1:] == "1 0.88 0.75 0.62 0.5 0.38 0.25 0.12".split() + ["the end\n0"]
+    assert [len(images) for _, images in rows] == [9] * 4 and header[1:] == ["noise\n1", *"0.88 0.75 0.62 0.5 0.38 0.25 0.12".split(), "the end\n0"]
     assert late[0][1][:, 0, 0, 0].tolist() == [*range(9)] and len(short[0][1]) == 8
     assert [label.split("\n")[0] for label, _ in (*late, *short)] == ["noise 1", "noise 2", "noise 1, class 7", "noise 2, class 7"]
     assert rows[1][0] == "after mid-training,\n1-step error 16.00"
@@ -804,7 +804,7 @@ def test_a_caption_says_where_post_training_made_a_score_worse(tmp_path, monkeyp
     rows = [{"stage": "mid", "1-step FD-digits": "1.50 +- 0.1", "2-step FD-digits": "0.90"}]
     for first, second in (("1.60", "0.80"), ("1.40", "0.80"), ("1.60", "0.95")):
         fid.save_stages(str(tmp_path), shown, (), "", [*rows, {"stage": "post", "1-step FD-digits": first, "2-step FD-digits": second}])
-    assert ["than mid-training in 1 step." in said[0], "worse" in said[1], "in 1 step and 2 steps." in said[2]] == [True, False, True]
+    assert ["than mid-training in 1 step." in said[0], "worse" in said[1], "in 1 and 2 steps." in said[2]] == [True, False, True]
     rows = [{"stage": f"{name}, balanced labels", "8-step FD-digits": score} for name, score in (("teacher", "2.32"), ("mid", "3.46"), ("post", "0.95"))]
     fid.save_stages(str(tmp_path), shown, (), "", rows)
     assert "Here mid-training scores worse than its teacher in 8 steps." in said[3] and "than mid-training" not in said[3]

@@ -422,7 +422,7 @@ def photos(args, device):
 
 FM = "--pretrain fm --weak SIZE --init sit"           # SIZE: --size, of student and flow-matching teacher
 CAPTION = ("FD-photos (Frechet distance to {} at 16x16, by features of a small net; {} against the other) "
-           "and CPU seconds, a teacher's, before a curve begins, included; {}. Each net is a Mean Flow. CMT: "
+           "against CPU seconds; a curve begins behind its teacher's; {}. Each net is a Mean Flow. CMT: "
            "mid-training by a small teacher, then post-training on the photos. From scratch, from flow "
            "matching: on the photos alone, from random weights or from those of the flow matching teacher. "
            "Finished nets: a road's last dot, and CMT's at the line; others are on their way. "

@@ -400,8 +400,7 @@ def check_values(cfg, limits, world):
             if not least <= getattr(cfg, name) < below:
                 fail(2, f"--{name} {getattr(cfg, name)} is not possible; it must be {rule}")
     if world and cfg.batch % world:
-        more = -(-cfg.batch // world) * world
-        fail(2, f"--batch {cfg.batch} must be a multiple of the {world} processes, as {more}")
+        fail(2, f"--batch {cfg.batch}: {world} processes need a multiple, as {-(-cfg.batch // world) * world}")
     if world and cfg.batch_gpu and cfg.batch // world % cfg.batch_gpu:
         fail(2, f"--batch_gpu {cfg.batch_gpu} must divide the {cfg.batch // world} of --batch in a process")
     check_out(cfg.out)
@@ -1736,7 +1735,8 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
         columns = torch.stack([x.cpu() for *_, x in shown], 1)
         rows, header, line, breaks = [*zip(names, columns)], ["caption", *labels], "row", ()
     caption = (f"Each {line} is one noise, which every net turns into an image in the steps named; a second "
-               "step may change what the first one drew.")
+               "step may change what the first one drew. Mid-training: a student learns the ends of the "
+               "teacher's trajectories; post-training: then, from images.")
     caption += (f" Scores: Frechet distance of {samples:,} images to the data by a net's features, lower is "
                 f"better{' (of few images it is high)' * (samples < 1_000)}.") * bool(table) + fallen(table)
     caption += (" Shows its digit: a classifier reads it as the caption's digit."
@@ -2077,7 +2077,7 @@ def save_curve(out):
               "features like those of a large image network.") * any("mse_gap1" not in m for m in flow)
     save_chart(f"{out}/curve.png", panels, "The training so far, against images trained on; in "
                "mid-training these are pairs of the teacher. Each stage has a loss of its own: jumps "
-               "between stages are no failure, nor is a loss of post-training that does not fall: see scores."
+               "between stages are no failure, nor is a post-training loss that stays level: see results.md."
                + vgg * any(m["stage"] == "vgg" for m in steps) + level)
 
 

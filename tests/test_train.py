@@ -122,7 +122,7 @@ def test_every_readme_command_on_digits_runs(road, scripts, monkeypatch, capsys)
     from test_house import ALL, README
     tiny = ["--steps", "2", "--samples", "8", "--trajectories", "4", "--batch", "16", "--nfe", "4"]
     lines = sorted((c for c in ALL if scripts in c and "--data digits" in c and c in README), key=len)
-    variants = re.findall("`(.*?)`", " ".join(re.search(r"\*\*Variants\*\*(.*?)fixed step", README, re.S)[1].split()))
+    variants = re.findall("`(.*?)`", " ".join(re.search(r"\*\*Variants\*\*(.*?)fixed gap", README, re.S)[1].split()))
     variants = variants if scripts == "train_" else variants[:2]                # the others with --long
     lines += [f"{lines[-1].split('--out')[0]} {flags} --out out/{k}" for k, flags in enumerate(variants)]
     for line in lines:
@@ -333,11 +333,32 @@ def test_own_images_offline_give_pictures_and_no_score(monkeypatch, capsys):
     make_zip("own.zip", [8] * 4)
     monkeypatch.setenv("CMT_OFFLINE", "1")
     tiny = "--data own.zip --batch 4 --nfe 2 --trajectories 2 --loss huber --steps 1 --out x".split()
+    sheets, save = {}, fid.save_sheet
+    monkeypatch.setattr(fid, "save_sheet", lambda path, rows, *more: sheets.update({path: [row[0] for row in rows]}) or save(path, rows, *more))
     script.main(tiny)
+    assert sheets["x/stages.png"][-1] == "real images"                        # no score says how near samples are
     assert re.search("warning: pictures will be drawn, but not scored.*inception.*https.*CMT_OFFLINE", (said := capsys.readouterr()).err) and "not scored; open" in said.out and os.path.exists("x/stages.png")
     assert not os.path.exists("x/results.md")
     with pytest.raises(ValueError, match="inception.*CMT_OFFLINE.*cifar10"):
         script.fid.prefetch("cifar10")
+
+
+def test_a_file_is_scored_beside_the_pictures_of_the_run(road, capsys):
+    """Its time of training and its curve are not the file's; where a score got worse, and images are few, the table says so."""
+    stages, before = road / "stages.png", (road / "stages.png").stat().st_mtime_ns
+    script.main([*TINY, "--out", str(road), "--steps", "3", "--stage", "eval", "--init", str(road / "mid.pt")])
+    text = capsys.readouterr().out
+    assert stages.stat().st_mtime_ns == before and "open stages_init_mid.png and results.md" in text and "of training" not in text
+    assert "too few for 64 features" in text
+    rows = [{"stage": stage, "1-step FD-digits": str(score), "2-step FD-digits": "1"} for stage, score in (("mid", 2), ("post", 3))]
+    assert fid.fallen(rows) == " Here post-training scores worse than mid-training in 1 step." and not fid.fallen(rows[::-1][1:])
+
+
+@pytest.mark.parametrize("fetch", [fid.fetch, nets.fetch])
+def test_a_cache_that_cannot_be_used_is_named_with_the_way_out(fetch, monkeypatch):
+    monkeypatch.setenv("CMT_CACHE", "/proc/none")
+    with pytest.raises((fid.DataError, nets.WeightsError), match="/proc/none.*set \\$CMT_CACHE"):
+        fetch(["https://x.invalid/a"] if fetch is fid.fetch else "https://x.invalid/a")
 
 
 def test_huber_c_is_the_constant_of_mid_training_too():
@@ -392,6 +413,7 @@ BAD = [  # (command line, exit code, what the line must say)
     ("--data cifar10 --res 16 --loss huber", 2, "--res 16: --data cifar10 has 32x32 pixels; leave --res out"),
     ("--data digits --post annealed --double 0 --stage post", 2, "--double 0: --post annealed raises q"),
     ("--data digits --out /proc/x", 2, "/proc may not be written to"),
+    ("--data digits --out /sys/x", 2, "/sys may not be written to"),
 ]
 
 

@@ -400,7 +400,7 @@ def check_values(cfg, limits, world):
             if not least <= getattr(cfg, name) < below:
                 fail(2, f"--{name} {getattr(cfg, name)} is not possible; it must be {rule}")
     if world and cfg.batch % world:
-        fail(2, f"--batch {cfg.batch}: {world} processes need a multiple, as {-(-cfg.batch // world) * world}")
+        fail(2, f"--batch {cfg.batch}: {world} processes need a multiple: {-(-cfg.batch // world) * world}")
     if world and cfg.batch_gpu and cfg.batch // world % cfg.batch_gpu:
         fail(2, f"--batch_gpu {cfg.batch_gpu} must divide the {cfg.batch // world} of --batch in a process")
     check_out(cfg.out)

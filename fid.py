@@ -2187,7 +2187,7 @@ def save_results(cfg, rows, note, stages):
         save_stages(out, *stages, table=rows, samples=cfg.samples)
     names = [f"stages{alone}.png", *(["trajectory.png", "curve.png"] * (not alone))]
     made = [name for name in names if os.path.exists(f"{out}/{name}")]
-    made += ["samples_*.png"] * any(pathlib.Path(out).glob("samples_*.png"))
+    made += [f"samples{alone}_*.png"] * any(pathlib.Path(out).glob(f"samples{alone}_*.png"))
     return f"{text}\nopen {', '.join(made)} and results.md{below} in {out}"
 
 

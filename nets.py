@@ -131,14 +131,14 @@ def dropout(block, x, kept):
 
 
 def dropout_masks(net, seeds):
-    """What dropout keeps in an EDMPrecond or EDM2Precond, (B, n) bool; None where nothing drops.
+    """What dropout keeps in a net whose modules tell their `sizes`, (B, n) bool; None where nothing drops.
 
     Row i follows from seeds[i] alone, so a sample's masks depend on its place in the whole batch, and not on
     the number of processes or micro-batches. The two calls of Eq. 3 share one.
     """
-    size = sum(sum(m.sizes) for m in net.modules() if isinstance(m, UNet))
+    size = sum(sum(getattr(m, "sizes", ())) for m in net.modules())
     if not size and net.training and any("Dropout" in type(m).__name__ and m.p for m in net.modules()):
-        raise WeightsError("nn.Dropout draws anew in each of Eq. 3's two calls; multiply by `masks` instead")
+        raise WeightsError("nn.Dropout draws anew in each of Eq. 3's two calls; use nets.dropout, see README")
     if not size or not net.training:
         return None
     p, device = max(getattr(m, "dropout", 0) for m in net.modules()), next(net.parameters()).device

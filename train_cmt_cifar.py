@@ -573,7 +573,7 @@ def train(cfg):
                     x_r = solvers.ode_step(teacher, x_t, t[i], r, 1 if cfg.post == "ecd_euler" else 2)
                 loss = loss_ect(student, x_t, x_r, t[i], r, cfg.huber_c)                # Eq. 3
             (loss * part).backward()
-            loss_sum += loss.detach() * part
+            loss_sum += loss.detach() * part          # total() reads it
         norm, loss, stop = total(grad, tally["scale"])                        # the one wait of a step
         if math.isfinite(norm + loss):            # else: no step, and no trace of it in weights and moments
             opt.step()

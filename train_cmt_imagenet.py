@@ -807,7 +807,7 @@ def train(cfg):
                         x_r = solvers.ode_step(D_T, x_t, t[i], r, order)
                     loss = loss_ect(student, x_t, x_r, t[i], r, cfg.huber_c, w)         # Eq. 3
                 (loss * part).backward()
-                loss_sum += loss.detach() * part
+                loss_sum += loss.detach() * part          # total() reads it
         norm, loss, stop = total(grad, tally["scale"])                        # the one wait of a step
         if math.isfinite(norm + loss):            # else: no step, and no trace of it in weights and moments
             opt.step()

@@ -185,11 +185,12 @@ def flow_of(cfg, net, null):
 def loss_mf(flow, z, v, t, r, y, guided, cfg):
     """Mean Flow: w |u - sg(v~ - (t - r) du/dt)|^2, w = sg(|.|^2 + c)^-p, mean over samples.
 
-    z (B, C, H, W) = (1 - t) x + t eps; v = eps - x; y (B, ...): conditions; t, r and guided (B,) stay on the
-    CPU, where it costs no wait to know which samples are meant. v~ is v; for guided samples it is omega v +
-    kappa u(z, t, t, y) + (1 - omega - kappa) u(z, t, t, null). It is the tangent of z as well. Where r = t
-    no derivative is needed, and u(z, t, t, y) is u itself. What this saves, by_the_book of tests/test_mf.py
-    computes, in eight lines. Returns the loss, |.|^2 (B,), and REPA's features (None without a projector).
+    z (B, C, H, W) = (1 - t) x + t eps; v = eps - x; y (B, ...): conditions. In full, as in tests/test_mf.py:
+        v~ = where(guided, omega v + kappa u(z, t, t, y) + (1 - omega - kappa) u(z, t, t, null), v)
+        u, du/dt = jvp of u at (z, t, r) along (v~, 1, 0)
+    Here every term is asked for only where it counts: where r = t there is no du/dt, and u(z, t, t, y) is u.
+    t, r and guided (B,) stay on the CPU, where it costs no wait to know which samples are meant. Returns the
+    loss, |.|^2 (B,), and REPA's features (None without a projector).
     """
     def places(mask):
         return mask.nonzero()[:, 0].to(z.device, non_blocking=True)
@@ -770,7 +771,7 @@ def train(cfg):
                     to_guide = torch.zeros_like(to_guide)
                 loss, square, _ = loss_mf(flow, z[i], velocity, t[i], r[i], y[i], to_guide, cfg)
             (loss * part).backward()
-            loss_sum += loss.detach() * part
+            loss_sum += loss.detach() * part          # total() reads it
             fid.add_errors(errors, square / z[0].numel(), (t - r)[i])
         norm, loss, stop = total(grad, tally["scale"])                        # the one wait of a step
         if math.isfinite(norm + loss):            # else: no step, and no trace of it in weights and moments

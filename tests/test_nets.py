@@ -184,3 +184,19 @@ def test_batch_norm_is_refused_and_other_nets_have_no_dropout_masks():
     with pytest.raises(nets.WeightsError, match="model_size does not say the arguments of Conv2d: .*'groupz'"):
         nets.make(torch.nn.Conv2d, dict(in_channels=1, out_channels=2, kernel_size=3, groupz=1), "")
     assert nets.dropout_masks(own[0], range(4)) is None and len(nets.flatten(own[0])[0]) == 20
+
+
+def test_dropout_of_a_network_of_ones_own_is_the_same_in_both_calls():
+    """As README's Fork it says: a module tells its sizes, and drops by masks."""
+    class Own(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.dropout, self.sizes = torch.nn.Conv2d(1, 16, 1), 0.5, [16 * 8 * 8]
+
+        def forward(self, x, sigma, masks=None):
+            return nets.dropout(self, self.conv(x), masks)
+    net, x = Own(), torch.ones(4, 1, 8, 8)
+    masks = nets.dropout_masks(net, range(4))
+    once, twice = net(x, None, masks), net(x, None, masks)
+    assert masks.shape == (4, 1024) and torch.equal(once, twice) and 0.4 < (once == 0).float().mean() < 0.6
+    assert nets.dropout_masks(net.eval(), range(4)) is None and torch.equal(net(x, None), net.conv(x))

@@ -253,7 +253,7 @@ def curves(args, device):
 
     weights, model = script.teacher_state(cfg)
     rows.append({"stage": "teacher"})
-    for kind, steps in (1, 1), (0, cfg.nfe):
+    for kind, steps in (1, 1), ("teacher", cfg.nfe):
         level, images = score(script.build(cfg, model, weights), kind)
         shown.append(("teacher", steps, images))
         rows[0][f"{steps}-step FD-digits"] = f"{level:.2f}"
@@ -403,7 +403,7 @@ def photos(args, device):
             state = torch.load(f"{folder}/{stage}.pt", weights_only=True)
             cfg = script.parse(["--data", small])
             net, found = script.build(cfg, state["model"], state["ema"]), []
-            for kind, steps in [(0, cfg.nfe)] if row == "teacher" else [(1, 1), (2, 2)]:
+            for kind, steps in [("teacher", cfg.nfe)] if row == "teacher" else [(1, 1), (2, 2)]:
                 sampler = script.make_sampler(cfg, net, kind)
                 found.append(fid.score(sampler, features, reference, n)[0])
                 label = fid.net_label(CALLED.get(row, row), steps)

@@ -236,11 +236,11 @@ def prior(net, seeds):
 
 
 def make_sampler(cfg, net, kind):
-    """f(seeds) -> (B, C, H, W). kind: steps of a student, 1 or 2; 0: the teacher, by its solver."""
+    """f(seeds) -> (B, C, H, W). kind: steps of a student, 1 or 2, or "teacher": by its solver."""
     @torch.no_grad()
     def sampler(seeds):
         x_T, generators = prior(net, seeds)
-        if kind == 0:
+        if kind == "teacher":
             return teacher_solver(net, x_T, teacher_sigmas(cfg.nfe))[-1]
         return solvers.few_step(net, x_T, [80.0, cfg.mid_sigma][:kind], generators)
     return sampler
@@ -498,7 +498,7 @@ def train(cfg):
         return log(f"pretrain: not trained, the teacher is {cfg.teacher or 'the official one'}")
     path, B = f"{cfg.out}/{cfg.stage}.pt", cfg.batch
     ckpt, left = resume(cfg)
-    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # and so not read
+    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # by name: neither is read
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
     images, data = None, "none"
     if needs_data(cfg):
@@ -588,7 +588,8 @@ def train(cfg):
             report(cfg, done, lr, tally, **nets.peak_memory())
         if to_save and RANK == 0:
             nets.save_checkpoint(path, net=net, ema=ema, opt=opt, **saved, **tally)
-            fid.save_preview(cfg, tally, stop, make_sampler(cfg, ema, 0 if cfg.stage == "pretrain" else 1))
+            kind = "teacher" if cfg.stage == "pretrain" else 1
+            fid.save_preview(cfg, tally, stop, make_sampler(cfg, ema, kind))
         if to_save:
             fid.wait_for_first(TIMEOUT)
         if stop:
@@ -605,7 +606,8 @@ def candidates(cfg):
     own, found = nets.finished(f"{cfg.out}/pretrain.pt") if cfg.teacher in ("", "scratch") else None, []
     if own or has_teacher(cfg):
         state, model = teacher_state(cfg)
-        found = [("teacher", build(cfg, model, state, cfg.teacher or "the teacher"), {cfg.nfe: 0}, own)]
+        teacher = build(cfg, model, state, cfg.teacher or "the teacher")
+        found = [("teacher", teacher, {cfg.nfe: "teacher"}, own)]
     for stage in ("mid", "post"):
         if ckpt := nets.finished(f"{cfg.out}/{stage}.pt"):
             found.append((stage, build(cfg, ckpt["model"], ckpt["ema"], stage), few, ckpt))

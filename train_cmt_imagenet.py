@@ -294,14 +294,14 @@ def prior(net, seeds, labels):
 
 
 def make_sampler(cfg, net, kind):
-    """f(seeds) -> images (B, C, H, W). kind: steps of a student, 1 or 2; 0: the teacher by solver, guided."""
-    D = net if kind else autoguided(net, weak_model(cfg), cfg.w)
+    """f(seeds) -> images (B, C, H, W). kind: steps of a student, 1 or 2, or "teacher": by solver, guided."""
+    D = autoguided(net, weak_model(cfg), cfg.w) if kind == "teacher" else net
 
     @torch.no_grad()
     def sampler(seeds):
         x_T, y, generators = prior(net, seeds, cfg.labels)
         f = partial(D, class_labels=y)
-        if kind:
+        if kind != "teacher":
             return to_images(cfg, solvers.few_step(f, x_T, [80.0, cfg.mid_sigma][:kind], generators))
         if cfg.sampler == "heun":
             return to_images(cfg, solvers.heun(f, x_T, solvers.edm_sigmas(HEUN_STEPS))[-1])
@@ -313,7 +313,7 @@ def previewer(cfg, net):
     """Sampler of previews; None where there is nothing to see: of a VGG, of latents without their VAE."""
     if cfg.stage != "vgg" and net.img_channels != 4:
         plain = replace(cfg, guide="", labels="balanced")
-        return make_sampler(plain, net, 0 if cfg.stage == "pretrain" else 1)
+        return make_sampler(plain, net, "teacher" if cfg.stage == "pretrain" else 1)
 
 
 @torch.no_grad()
@@ -725,7 +725,7 @@ def train(cfg):
         return
     path, B = f"{cfg.out}/{cfg.stage}.pt", cfg.batch
     ckpt, left = resume(cfg)
-    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # and so not read
+    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # by name: neither is read
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
     images = load_data(cfg) if needs_data(cfg) else None
     data = images.stamp if images else "none"
@@ -831,7 +831,7 @@ def train(cfg):
 
 def candidates(cfg):
     """What to sample from: (name, net, {steps: kind of sampler}, checkpoint); --init FILE: it alone."""
-    few = {1: 1, 2: 2}
+    few = {1: 1, 2: 2}                                # its steps: the kind that make_sampler takes
     if cfg.init not in INITS:
         state, model = nets.load_pretrained(cfg.init)
         name = "init_" + os.path.basename(cfg.init).split(".")[0]
@@ -842,7 +842,8 @@ def candidates(cfg):
     if own or has_teacher(cfg):
         state, model = teacher_state(cfg)
         steps = HEUN_STEPS if cfg.sampler == "heun" else cfg.nfe
-        found = [("teacher", build(cfg, model, state, cfg.teacher or "the teacher"), {steps: 0}, own)]
+        teacher = build(cfg, model, state, cfg.teacher or "the teacher")
+        found = [("teacher", teacher, {steps: "teacher"}, own)]
     for stage in ("mid", "post"):
         if ckpt := nets.finished(f"{cfg.out}/{stage}.pt"):
             found.append((stage, build(cfg, ckpt["model"], ckpt["ema"], stage), few, ckpt))

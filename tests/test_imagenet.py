@@ -73,7 +73,7 @@ def test_guide_changes_the_teacher_of_ecd_and_its_samples(road, tmp_path):
     assert not torch.equal(weights("ecd/post.pt"), weights("ect/post.pt"))
     c = cfg(*base[:-1])
     net = script.build(c, state["model"], state["ema"], "teacher")
-    guided, plain = (script.make_sampler(one, net, 0)([0, 1]) for one in (c, replace(c, guide="")))
+    guided, plain = (script.make_sampler(one, net, "teacher")([0, 1]) for one in (c, replace(c, guide="")))
     assert (plain - guided).abs().max() > 1e-3
 
 

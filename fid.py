@@ -1777,6 +1777,7 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=()):
                "the answers of a row alike. 1-step error: of the first answer, a sample in one step, against "
                "the teacher's end (root of the mean square, pixels from -1 to 1; two such ends differ by "
                f"{apart:.2f}). Post-training, on real images, does not aim at that end."
+               + " This teacher has learned to jump, too." * any("Mean Flow" in name for name in nets)
                + " At t = 0 an answer is the state." * (levels[-1].item() == 0)
                + f" Of {n} states those are shown between which most changes." * (len(some) < n)
                + " States above sigma 1 are shown divided by sigma." * bool(levels.max() > 1))
@@ -1913,7 +1914,7 @@ def count(cfg, tally, loss, norm):
 
 def lr_at(cfg, step):
     """Learning rate of a step: warm-up, and linear to zero unless --decay constant (B.2)."""
-    decay = 1 - step / cfg.steps if cfg.decay == "linear" else 1.0
+    decay = dict(linear=1 - step / cfg.steps, constant=1.0)[cfg.decay]
     return cfg.lr * decay * min(1.0, (step + 1) / (cfg.warmup + 1))
 
 
@@ -2077,7 +2078,7 @@ def save_curve(out):
               "features like those of a large image network.") * any("mse_gap1" not in m for m in flow)
     save_chart(f"{out}/curve.png", panels, "The training so far, against images trained on; in "
                "mid-training these are pairs of the teacher. Each stage has a loss of its own: jumps "
-               "between stages are no failure, nor is a post-training loss that stays level: see results.md."
+               "between stages are no failure, nor is a post-training loss that hardly moves: see results.md."
                + vgg * any(m["stage"] == "vgg" for m in steps) + level)
 
 

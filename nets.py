@@ -127,6 +127,8 @@ def dropout(block, x, kept):
     if kept is None or not block.training or not block.dropout:
         return F.dropout(x, block.dropout, block.training)
     B, C, H, W = x.shape
+    if kept.shape[1] != C * H * W:
+        raise WeightsError(f"dropout of {C * H * W} numbers got {kept.shape[1]}: split masks by all `sizes`")
     return x * kept.view(B, H, W, C).permute(0, 3, 1, 2) / (1 - block.dropout)
 
 

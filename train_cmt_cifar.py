@@ -607,7 +607,7 @@ def candidates(cfg):
     if own or has_teacher(cfg):
         state, model = teacher_state(cfg)
         teacher = build(cfg, model, state, cfg.teacher or "the teacher")
-        found = [("teacher", teacher, {cfg.nfe: "teacher"}, own)]
+        found = [("teacher", teacher, {1: 1, cfg.nfe: "teacher"}, own)]
     for stage in ("mid", "post"):
         if ckpt := nets.finished(f"{cfg.out}/{stage}.pt"):
             found.append((stage, build(cfg, ckpt["model"], ckpt["ema"], stage), few, ckpt))

@@ -843,7 +843,7 @@ def candidates(cfg):
         state, model = teacher_state(cfg)
         steps = HEUN_STEPS if cfg.sampler == "heun" else cfg.nfe
         teacher = build(cfg, model, state, cfg.teacher or "the teacher")
-        found = [("teacher", teacher, {steps: "teacher"}, own)]
+        found = [("teacher", teacher, {1: 1, steps: "teacher"}, own)]
     for stage in ("mid", "post"):
         if ckpt := nets.finished(f"{cfg.out}/{stage}.pt"):
             found.append((stage, build(cfg, ckpt["model"], ckpt["ema"], stage), few, ckpt))

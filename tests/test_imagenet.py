@@ -45,7 +45,7 @@ def test_all_stages_leave_checkpoints_pictures_and_a_table(road):
         c = torch.load(road / f"{stage}.pt", weights_only=True)
         assert c["step"] == 3 and all(torch.isfinite(v).all() for v in c["ema"].values())
     table = (road / "results.md").read_text()
-    assert re.search(r"\| teacher \| 3 \| 48 \| \d+ \| - \| - \| \d+\.\d\d \|", table), table
+    assert re.search(r"\| teacher \| 3 \| 48 \| \d+ \| \d+\.\d\d \| - \| \d+\.\d\d \|", table), table
     assert re.search(r"\| post \| 3 \| 48 \| \d+ \| \d+\.\d\d \| \d+\.\d\d \| - \|", table), table
     assert "balanced labels" in table and "FID" not in table.replace("fid", "")
     for name in ("samples_teacher_8step", "samples_mid_1step", "samples_post_2step", "stages", "trajectory", "curve", "previews/mid_0000003"):

@@ -285,8 +285,8 @@ def curves(args, device):
              "Seed 0. In one step the teacher draws the blurred mean of all images. The eye hardly tells the "
              "two students apart, the scores do.")
     fid.save_stages(args.out, shown, (), words, rows, cfg.samples)
-    caption = ("Images (or pairs) trained on, those of the teacher not counted, seed 0. Blue: mid-training "
-               "(CMT), then post-training (ECT). Red: post-training alone. All losses: pseudo-Huber. ")
+    caption = ("Images (or pairs) that a student saw, seed 0. Blue: mid-training on ends of the teacher's "
+               "trajectories (CMT), then post-training on images (ECT). Red: that alone. By pseudo-Huber. ")
     meant = ("Finished nets: the last points, and blue at the line; others are on their way. FD-digits: "
              f"Frechet distance of {cfg.samples:,} images to the data, by features of a small net.",
              "ECT alone halves the gap of its two noise levels again and again; after CMT it begins at the "
@@ -413,19 +413,19 @@ def photos(args, device):
                        "second step may change what the first one drew. The real photos belong to no noise. "
                        f"FD-photos: Frechet distance of {n:,} images to the real ones, by features of a "
                        f"small net, lower is better; {features.scale} against the other. Such small nets "
-                       "draw colours and shapes, hardly objects. "
-                       "Mid- and post-training: CMT by pseudo-Huber, ECT by the plain norm; post-training "
-                       f"alone: ECT, annealed. Photos: {os.path.basename(args.data)}. Seed {seed}.")
+                       "draw colours and shapes, hardly objects. Mid-training: on ends of the teacher's "
+                       "trajectories, by pseudo-Huber; post-training: photos, ECT by the plain norm, alone "
+                       f"annealed. Photos: {os.path.basename(args.data)}. Seed {seed}.")
             breaks = fid.breaks_between([label.partition("\n")[0] for label, _ in (*shown, real)])
             fid.save_sheet(f"{args.out}/{seed}/photos.png", [*shown, real], caption, breaks=breaks)
 
 
 FM = "--pretrain fm --weak SIZE --init sit"           # SIZE: --size, of student and flow-matching teacher
 CAPTION = ("FD-photos (Frechet distance to {} at 16x16, by features of a small net; {} against the other) "
-           "against CPU seconds; a curve begins behind its teacher's; {}. Each net is a Mean Flow. CMT: "
+           "against CPU seconds; a curve starts after its teacher's; {}. Each net is a Mean Flow. CMT: "
            "mid-training by a small teacher, then post-training on the photos. From scratch, from flow "
            "matching: on the photos alone, from random weights or from those of the flow matching teacher. "
-           "Finished nets: a road's last dot, and CMT's at the line; others are on their way. "
+           "Finished nets: a road's last dot, and CMT's at the line; others are unfinished. "
            "Compare finished ones; their seconds differ.")
 ROADS = {  # road: the road whose teacher it goes on from, its calls, laid over the settings of digits
     "flow matching": ("", ["--stage pretrain --pretrain fm --weak SIZE --steps 320"]),

@@ -143,10 +143,12 @@ def dropout_masks(net, seeds):
         raise WeightsError("nn.Dropout draws anew in each of Eq. 3's two calls; use nets.dropout, see README")
     if not size or not net.training:
         return None
-    p, device = max(getattr(m, "dropout", 0) for m in net.modules()), next(net.parameters()).device
+    rates, device = {getattr(m, "dropout", 0) for m in net.modules()} - {0}, next(net.parameters()).device
+    if len(rates) > 1:
+        raise WeightsError(f"dropout of rates {sorted(rates)}: the masks of a net have one")
     masks = torch.empty(len(seeds), size, dtype=torch.bool, device=device)
     for row, seed in zip(masks, seeds):
-        row.bernoulli_(1 - p, generator=torch.Generator(device).manual_seed(seed))
+        row.bernoulli_(1 - max(rates, default=0), generator=torch.Generator(device).manual_seed(seed))
     return masks
 
 

@@ -306,7 +306,7 @@ def rollout(cfg, net, z, y, times):
 
 
 def solves(cfg):
-    """(n, used): trajectories of a solve, and pairs of states that each of them gives."""
+    """(n, used): trajectories of a solve, and pairs that each gives: all pairs of its states."""
     return cfg.trajectories, cfg.nodes * (cfg.nodes - 1) // 2
 
 

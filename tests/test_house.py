@@ -45,7 +45,7 @@ OWN = {"Config", "load_data", "data_name", "check", "teacher_pairs", "make_sampl
 #   too), which stage's flag to repeat, a cache that cannot be used, a file's own stages.png; nets -2, bench -5; Mean Flow's rollout
 #   is two plain branches (+5 in two scripts); claims +3: how far half of the photos are from the other;
 BUDGET = {"train_cmt_cifar.py": 671, "train_cmt_imagenet.py": 910, "train_mf_imagenet256.py": 873,
-          "train_t2i_coco.py": 1085, "nets.py": 1853, "fid.py": 2281, "solvers.py": 200, "bench.py": 961,
+          "train_t2i_coco.py": 1085, "nets.py": 1855, "fid.py": 2281, "solvers.py": 200, "bench.py": 961,
           "claims.py": 610, "README.md": 240}
 FLAGS = {"train_cmt_cifar.py": 35, "train_cmt_imagenet.py": 42, "train_mf_imagenet256.py": 42, "train_t2i_coco.py": 43}
 README = (ROOT / "README.md").read_text()

@@ -201,4 +201,10 @@ def test_dropout_of_a_network_of_ones_own_is_the_same_in_both_calls():
     assert masks.shape == (4, 1024) and torch.equal(once, twice) and 0.4 < (once == 0).float().mean() < 0.6
     with pytest.raises(nets.WeightsError, match="dropout of 64 numbers got 1024: split masks"):
         nets.dropout(net, x, masks)
+    other = Own()
+    other.dropout = 0
+    assert nets.dropout_masks(other, range(4)).all()
+    other.dropout = 0.1
+    with pytest.raises(nets.WeightsError, match="rates .0.1, 0.5.: the masks of a net have one"):
+        nets.dropout_masks(torch.nn.Sequential(net, other), range(4))
     assert nets.dropout_masks(net.eval(), range(4)) is None and torch.equal(net(x, None), net.conv(x))

@@ -41,9 +41,9 @@ OWN = {"Config", "load_data", "data_name", "check", "teacher_pairs", "make_sampl
 # the same day, of the named and not mended: a banner for the nets, class and caption in trajectory.png, legends with a patch of colour, captions
 #   in even lines, one meaning for every flag that is nearly right (bench, claims and fid.py too), a stage's last line names what to open;
 #   a score or sample of a folder that something else has made is refused, a signal leaves a line;
-# fid, +10 of two more readers: where a stage is too short for its EMA, where images are too few for a score, where it got worse (results.md,
-#   too), which stage's flag to repeat, a cache that cannot be used, a file's own stages.png; nets -2, bench -5; Mean Flow's rollout
-#   is two plain branches (+5 in two scripts); claims +3: how far half of the photos are from the other;
+# since, of eleven more readers (fid +16, nets +2, cifar +1, Mean Flow +6, COCO +5, claims +3, bench -5): where a stage is too short for its EMA,
+#   images are too few for a score, a stage got worse (results.md, too), which stage's flag to repeat, a cache that cannot be used, a file's own
+#   stages.png; dropout of a net of one's own; rollout in two plain branches, loss_mf in full above what saves; a scale for photos;
 BUDGET = {"train_cmt_cifar.py": 671, "train_cmt_imagenet.py": 910, "train_mf_imagenet256.py": 873,
           "train_t2i_coco.py": 1085, "nets.py": 1855, "fid.py": 2281, "solvers.py": 200, "bench.py": 961,
           "claims.py": 610, "README.md": 240}

@@ -52,9 +52,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._pytree import tree_leaves
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 # ---- sizes -------------------------------------------------------------------------------------
 SIZES = {  # EDMPrecond(**row); 55.7M and 61.8M parameters at 32 and 64 pixels (EDM, Table 7)

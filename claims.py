@@ -282,18 +282,19 @@ def curves(args, device):
     scores["teacher, 16 steps"] = [(0, level), (seen, level)]
     norms = dict(sorted(norms.items(), key=lambda item: "every step" in item[0]))     # the medians on top
     words = (" Mid- and post-training: CMT + ECT; post-training alone: ECT, annealed; all by pseudo-Huber. "
-             "Seed 0. In one step the teacher draws the blurred mean of all images. The eye hardly tells the "
-             "two students apart, the scores do.")
+             "Seed 0. In one step the teacher draws the mean of all images, which scores worse than noise. "
+             "The eye hardly tells the two students apart, the scores do.")
     fid.save_stages(args.out, shown, (), words, rows, cfg.samples)
-    caption = ("Images (or pairs) that a student saw, seed 0. Blue: mid-training on ends of the teacher's "
+    caption = ("\nImages (or pairs) that a student saw, seed 0. Blue: mid-training on ends of the teacher's "
                "trajectories (CMT), then post-training on images (ECT). Red: that alone. By pseudo-Huber. ")
-    meant = ("Finished nets: the last points, and blue at the line; others are on their way. FD-digits: "
-             f"Frechet distance of {cfg.samples:,} images to the data, by features of a small net.",
-             "ECT alone halves the gap of its two noise levels again and again; after CMT it begins at the "
-             "smallest. The smaller the gap, the larger the gradient, which is no fault.")
-    for picture, title, lines, words in ("scores", "FD-digits, lower is better", scores, meant[0]), (
-            "norms", "gradient norm: every step, and the median of 25 steps", norms, meant[1]):
-        fid.save_chart(f"{args.out}/{picture}.png", {title: lines}, caption + words, marks=marks)
+    fid.save_chart(f"{args.out}/scores.png", {"FD-digits, lower is better": scores},
+                   f"Does mid-training help? Digits{caption}Finished nets: the last points, and blue at the "
+                   f"line. FD-digits: Frechet distance of {cfg.samples:,} images to the data, by features of "
+                   "a small net; random pixels: 119.5.", marks=marks)
+    title = "gradient norm: every step, and the median of 25 steps"
+    fid.save_chart(f"{args.out}/norms.png", {title: norms},
+                   f"The smaller the gap of post-training, the larger its gradient{caption}ECT alone halves "
+                   "the gap again and again; after CMT it is smallest. Dark: medians.", marks=marks)
     for name, points in scores.items():
         print(f"{name}: " + ", ".join(f"{x:,} {y:.2f}" for x, y in points))
 
@@ -403,30 +404,29 @@ def photos(args, device):
             state = torch.load(f"{folder}/{stage}.pt", weights_only=True)
             cfg = script.parse(["--data", small])
             net, found = script.build(cfg, state["model"], state["ema"]), []
-            for kind, steps in [("teacher", cfg.nfe)] if row == "teacher" else [(1, 1), (2, 2)]:
+            for kind, steps in (1, 1), ("teacher", cfg.nfe) if row == "teacher" else (2, 2):
                 sampler = script.make_sampler(cfg, net, kind)
                 found.append(fid.score(sampler, features, reference, n)[0])
                 label = fid.net_label(CALLED.get(row, row), steps)
                 shown.append((f"{label}, FD-photos {found[-1]}", sampler(range(12))))
             print(f"| {row} | {seed} | {' / '.join(found)} | {state['seconds']:.0f} |", flush=True)
-            caption = ("Each column is one noise, which every net turns into a photo in the steps named; a "
-                       "second step may change what the first one drew. The real photos belong to no noise. "
-                       f"FD-photos: Frechet distance of {n:,} images to the real ones, by features of a "
-                       f"small net, lower is better; {features.scale} against the other. Such small nets "
-                       "draw colours and shapes, hardly objects. Mid-training: on ends of the teacher's "
-                       "trajectories, by pseudo-Huber; post-training: photos, ECT by the plain norm, alone "
-                       f"annealed. Photos: {os.path.basename(args.data)}. Seed {seed}.")
+            caption = ("The same noises, drawn by every net\nEach column is one noise; a second step may "
+                       f"change what the first one drew. FD-photos: Frechet distance of {n:,} images to the "
+                       f"real ones, by features of a small net, lower is better; {features.scale} against "
+                       "the other. Such small nets draw colours and shapes, hardly objects. Mid-training: on "
+                       "ends of the teacher's trajectories, by pseudo-Huber; post-training: ECT by |x|, "
+                       f"alone annealed. Photos: {os.path.basename(args.data)}. Seed {seed}.")
             breaks = fid.breaks_between([label.partition("\n")[0] for label, _ in (*shown, real)])
             fid.save_sheet(f"{args.out}/{seed}/photos.png", [*shown, real], caption, breaks=breaks)
 
 
 FM = "--pretrain fm --weak SIZE --init sit"           # SIZE: --size, of student and flow-matching teacher
-CAPTION = ("FD-photos (Frechet distance to {} at 16x16, by features of a small net; {} against the other) "
+CAPTION = ("Does mid-training help a Mean Flow? Photos\n"
+           "FD-photos (Frechet distance to {} at 16x16, by features of a small net; {} against the other) "
            "against CPU seconds; a curve starts after its teacher's; {}. Each net is a Mean Flow. CMT: "
            "mid-training by a small teacher, then post-training on the photos. From scratch, from flow "
            "matching: on the photos alone, from random weights or from those of the flow matching teacher. "
-           "Finished nets: a road's last dot, and CMT's at the line; others are unfinished. "
-           "Compare finished ones; their seconds differ.")
+           "Finished nets: a curve's last dot, and CMT's at the line; compare these; their seconds differ.")
 ROADS = {  # road: the road whose teacher it goes on from, its calls, laid over the settings of digits
     "flow matching": ("", ["--stage pretrain --pretrain fm --weak SIZE --steps 320"]),
     "weak Mean Flow": ("", ["--stage pretrain --weak 2x64x3 --steps 800"]),

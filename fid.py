@@ -1627,8 +1627,8 @@ def save_sheet(path, rows, caption, header=(), breaks=()):
     """Rows of images with words around them -> one PNG of at least 1,800 pixels in width.
 
     rows: a list of (label, images (n, C, H, W) in [-1, 1]); the label stands at the left. Small images are
-    enlarged, smoothly; of latents (4 channels) three are shown. header: texts above the columns,
-    the first one above the labels. caption: sentences below. breaks: after so many rows, a gap.
+    enlarged, smoothly; of latents (4 channels) three are shown. header: texts above the columns, the first
+    one above the labels. caption: a heading, a newline, sentences below. breaks: after so many rows, a gap.
     """
     n, (h, w) = max(len(x) for _, x in rows), rows[0][1].shape[-2:]
     em = max(32, n * w // 60)                            # letters grow with the sheet
@@ -1640,15 +1640,17 @@ def save_sheet(path, rows, caption, header=(), breaks=()):
     zoom = max([zoom, *(width // w for _, width, _ in heads[1:])])
     cell = max([w * zoom, *(width + 3 * gap for _, width, _ in heads[1:])]) + gap
     caption += f" Images of {w}x{h} pixels, enlarged and smoothed." * (zoom > 3 and rows[0][1].shape[1] != 4)
-    caption = signed(caption)
-    words = boxed(caption[:1].upper() + caption[1:], max(1800, left + n * cell) * 2 // em, font)
-    top = max(height for *_, height in heads) + 3 * gap
+    letters, large = max(1800, left + n * cell) * 2 // em, ImageFont.load_default(em * 3 // 2)
+    title, _, caption = signed(caption).rpartition("\n")
+    title, words = boxed(title, letters * 2 // 3, large), boxed(caption, letters, font)
+    top = title[2] + 4 * gap * bool(title[0]) + max(height for *_, height in heads) + 3 * gap
     heights = [max(h * zoom, height) + gap for *_, height in labels]
     heights = [height + 4 * gap * (k in breaks) for k, height in enumerate(heights, 1)]
-    width = max(1800, left + n * cell + gap, words[1] + 4 * gap)
+    width = max(1800, left + n * cell + gap, title[1] + 4 * gap, words[1] + 4 * gap)
     mode = "L" if all(x.shape[1] == 1 for _, x in rows) else "RGB"
     picture = Image.new(mode, (width, top + sum(heights) + words[2] + 5 * gap), "white")
     write, y = functools.partial(ImageDraw.Draw(picture).multiline_text, fill="black", font=font), top
+    write((2 * gap, 2 * gap), title[0], font=large)
     write((2 * gap, top - gap), corner[0], anchor="ld")
     for k, (text, *_) in enumerate(heads[1:]):
         write((left + k * cell + w * zoom // 2, top - gap), text, anchor="md", align="center")
@@ -1701,7 +1703,11 @@ def about(cfg, found):
     sizes = {"teacher" if name == "teacher" else "students":              # frozen weights are buffers
              sum(p.numel() for p in (*net.parameters(), *net.buffers())) for name, net, *_ in found}
     sizes = ", ".join(f"{name} {n / 1e6:.2f}M" for name, n in sizes.items())
-    return f" Seed {cfg.seed}; parameters: {sizes}."
+    text = f" Seed {cfg.seed}; parameters: {sizes}."
+    for net in [net for name, net, *_ in found if name == "teacher"]:
+        jumps = getattr(net, "r_embedder", None) is not None
+        text += f" The teacher {'is a Mean Flow, which jumps, too' if jumps else 'needs many steps'}."
+    return text
 
 
 def fallen(table):
@@ -1728,21 +1734,21 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
         numbers = [classes.tolist().index(k) for k in range(len(names))] or range(0, len(images), 150)
         shown = [*shown, ("real digits", 0, to_float(images[numbers], "cpu"))]
     labels = [net_label(name, steps, table) for name, steps, _ in shown]
-    real = "real digits" in labels
-    rows, header, line = [*zip(labels, (x for *_, x in shown))], names and ["class", *names], "column"
+    rows, line, real = [*zip(labels, (x for *_, x in shown))], "column", "real digits" in labels
+    what = "class" if "".join(names).isdigit() else "caption"
+    header = names and [what, *("\n".join(name.rsplit(" ", 1)) for name in names)]    # "the digit\nzero"
     breaks = breaks_between([name for name, *_ in shown])
-    if any(len(name) > 8 for name in names):
+    if any(len(name) > 16 for name in names):
         columns = torch.stack([x.cpu() for *_, x in shown], 1)
-        rows, header, line, breaks = [*zip(names, columns)], ["caption", *labels], "row", ()
-    caption = (f"Each {line} is one noise, which every net turns into an image in the steps named; a second "
-               "step may change what the first one drew. Mid-training: a student learns the ends of the "
-               "teacher's trajectories; post-training: then, from images.")
+        rows, header, line, breaks = [*zip(names, columns)], [what, *labels], "row", ()
+    caption = (f"The same noises, drawn by every net\nEach {line} is one noise; a second step may change "
+               "what the first one drew. Mid-training: a student learns the ends of the teacher's "
+               "trajectories; post-training: then, from images.")
     caption += (f" Scores: Frechet distance of {samples:,} images to the data by a net's features, lower is "
                 f"better{' (of few images it is high)' * (samples < 1_000)}.") * bool(table) + fallen(table)
+    caption += " One half of the real digits scores 0.78 against the other, random pixels 119.5." * real
     caption += (" Shows its digit: a classifier reads it as the caption's digit."
-                * any("shows its digit" in key for row in table for key in row))
-    caption += (" Real digits, which belong to no noise, are for comparison: one half of them scores 0.78 "
-                "against the other half (halves are small, which raises a score).") * real + words
+                * any("shows its digit" in key for row in table for key in row)) + words
     alone = f"_{shown[0][0]}" * shown[0][0].startswith("init_")         # --init FILE: beside the run's own
     save_sheet(f"{out}/stages{alone}.png", rows, caption, header, breaks)
 
@@ -1771,13 +1777,11 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=()):
         for net, x in answers.items():
             off = (x[0, j] - states[-1, j]).square().mean().sqrt().item()
             rows.append((f"{called(net)},\n1-step error {off:.2f}", show(x[:, j])))
-    caption = (f"The teacher walks in {n - 1} steps, those of mid-training, from noise at the left to its "
-               "end, the image at the right. Below each of its states: the images that the nets, itself "
-               "among them, answer with in one call when they are shown this state. Mid-training is to make "
-               "the answers of a row alike. 1-step error: of the first answer, a sample in one step, against "
-               "the teacher's end (root of the mean square, pixels from -1 to 1; two such ends differ by "
-               f"{apart:.2f}). Post-training, on real images, does not aim at that end."
-               + " This teacher has learned to jump, too." * any("Mean Flow" in name for name in nets)
+    caption = ("From noise to image: the teacher's states, and what each net makes of them in one call\n"
+               f"The teacher walks in {n - 1} steps, those of mid-training, from the left to its end at the "
+               "right. Mid-training is to make a row's answers alike. 1-step error: of the first answer, a "
+               "sample in one step, against the teacher's end (root of the mean square, pixels from -1 to 1; "
+               f"two such ends differ by {apart:.2f}). Post-training, on real images, does not aim at it."
                + " At t = 0 an answer is the state." * (levels[-1].item() == 0)
                + f" Of {n} states those are shown between which most changes." * (len(some) < n)
                + " States above sigma 1 are shown divided by sigma." * bool(levels.max() > 1))
@@ -1817,15 +1821,20 @@ def save_chart(path, panels, caption, across="images", marks=(), joined=True):
               for title, curves in panels.items()}
     panels = {title: curves for title, curves in panels.items() if curves}
     colours = colours_of([*dict.fromkeys(name for curves in panels.values() for name in curves)])
-    labels = [STAGES.get(name, name) for name in colours]
-    left, right = 320, round(max(map(font.getlength, (*labels, across)))) + 320
-    words = boxed(signed(caption), 115, font)
-    picture = Image.new("RGB", (width, height * len(panels) + words[2] + 80), "white")
+    few = [sum(map(len, curves.values())) < 20 * len(curves) for curves in panels.values()]   # as dots
+    labels = [[STAGES.get(name, name) + f": {points[-1][1]:.2f}" * (dots and joined)     # where it ends, too
+               for name, points in curves.items()] for dots, curves in zip(few, panels.values())]
+    left, right = 320, round(max(map(font.getlength, (*sum(labels, []), across)))) + 320
+    heading, _, caption = signed(caption).rpartition("\n")
+    heading, words = boxed(heading, 80, large := ImageFont.load_default(96)), boxed(caption, 115, font)
+    above = heading[2] + 100 * bool(heading[0])
+    picture = Image.new("RGB", (width, above + height * len(panels) + words[2] + 80), "white")
     pen = ImageDraw.Draw(picture)
+    pen.multiline_text((left, 60), heading[0], "black", large)
     ends = [max(x for points in curves.values() for x, _ in points) or 1 for curves in panels.values()]
     for k, (title, curves) in enumerate(panels.items()):
         xs, ys = zip(*(p for points in curves.values() for p in points))
-        top, bottom = k * height + 160, (k + 1) * height - 120
+        top, bottom = above + k * height + 160, above + (k + 1) * height - 120
         end = max(ends) if 2 * ends[k] > max(ends) else ends[k]      # panels of like length share their axis
         step = next(t for t in ticks_of(1e-9, end) if end / t <= 6)
         end = step * math.ceil(end / step)
@@ -1848,7 +1857,6 @@ def save_chart(path, panels, caption, across="images", marks=(), joined=True):
             x, _ = at(x, ticks[0])
             pen.line([(x, top), (x, bottom)], "#999999", 4)
             pen.text((x + 20, top + 8 + 88 * row), begins, "#555555", font, anchor="lt")
-        few = len(xs) < 20 * len(curves)                         # what was measured, as dots
         for row, (name, points) in reversed([*enumerate(curves.items())]):       # the first one on top
             dots, dot = [at(*p) for p in points], 16 if joined else 12
             level = len(dots) == 2 and dots[0][1] == dots[1][1]              # a line to compare with: dashes
@@ -1856,13 +1864,13 @@ def save_chart(path, panels, caption, across="images", marks=(), joined=True):
                 pen.line((x, dots[0][1], x + 36, dots[0][1]), colours[name], 8)
             if joined and len(dots) > 1 and not level:
                 pen.line(dots, colours[name], 8, joint="curve")
-            for x, y in dots if (few or len(dots) == 1 or not joined) and not level else ():
+            for x, y in dots if (few[k] or len(dots) == 1 or not joined) and not level else ():
                 pen.ellipse((x - dot, y - dot, x + dot, y + dot), colours[name])
             x, y = width - right + 80, top + 88 * row
-            if k == 0 or {*curves} != {*[*panels.values()][k - 1]}:          # said once
+            if k == 0 or labels[k] != labels[k - 1]:                         # said once
                 pen.rectangle((x, y + 16, x + 48, y + 40), colours[name])
-                pen.text((x + 80, y), STAGES.get(name, name), "black", font, "lt")
-    pen.multiline_text((left, height * len(panels) + 20), words[0], "black", font)
+                pen.text((x + 80, y), labels[k][row], "black", font, "lt")
+    pen.multiline_text((left, above + height * len(panels) + 20), words[0], "black", font)
     write_whole(path, lambda file: picture.reduce(2).save(file, format="PNG", compress_level=1))
 
 
@@ -2057,29 +2065,31 @@ def dry_run(home, argv, configs):
 CURVES = dict(loss="loss", grad="gradient norm", mse_gap1="square error of mean velocities where t - r < 1/4")
 
 
-def save_curve(out):
-    """<out>/curve.png: what metrics.jsonl has of every stage, on one axis of images."""
-    panels, before, last = {}, 0, {}
+def save_curve(out, table=()):
+    """<out>/curve.png: what metrics.jsonl has of every stage, on one axis of images, and a table's scores."""
+    panels, before, last, ends = {}, 0, {}, {}
     steps = [m for m in read_metrics(out) if "images" in m]
     for m in [m for m in steps if m["stage"] != "vgg"]:
         before += last.get("images", 0) * (last.get("stage") not in (None, m["stage"]))
-        last = m
+        last, ends[m["stage"]] = m, before + m["images"]
         for key, title in CURVES.items():
             points = panels.setdefault(title, {}).setdefault(m["stage"], [])
-            points.append((before + m["images"], m.get(key, 0)))
+            points.append((ends[m["stage"]], m.get(key, 0)))
+    for stage, row in [(dict(teacher="pretrain").get(row["stage"], row["stage"]), row) for row in table]:
+        for key in [key for key in row if key.startswith("1-step F") and stage in ends and row[key] != "-"]:
+            scores = panels.setdefault(f"{key[7:]} of the finished nets in one step, lower is better", {})
+            scores[stage] = [(ends[stage], float(row[key].split()[0]))]
     for m in [m for m in steps if m["stage"] == "vgg"]:      # of no stage's length: an axis of its own
-        panels.setdefault("loss of the VGG", {}).setdefault("vgg", []).append((m["images"], m["loss"]))
-    vgg = " The VGG, whose features mid-training compares, is trained on its own."
+        title = "loss of the VGG, whose features mid-training compares"
+        panels.setdefault(title, {}).setdefault("vgg", []).append((m["images"], m["loss"]))
     flow = [m for m in steps if "mse_same" in m]
-    level = (" Where a Mean Flow learns from images, its loss is divided by its own size, which keeps it "
-             "level and is no failure: see the previews.") * any("mse_gap1" in m for m in flow)
-    level += " A Mean Flow answers with mean velocities, from time r to time t." * bool(level)
-    level += (" A flow-matching teacher has none; by REPA its loss is a square error minus a reward for "
-              "features like those of a large image network.") * any("mse_gap1" not in m for m in flow)
-    save_chart(f"{out}/curve.png", panels, "The training so far, against images trained on; in "
-               "mid-training these are pairs of the teacher. Each stage has a loss of its own: jumps "
-               "between stages are no failure, nor is a post-training loss that hardly moves: see results.md."
-               + vgg * any(m["stage"] == "vgg" for m in steps) + level)
+    words = ("The training so far, against images trained on\nIn mid-training these are pairs of the "
+             "teacher. Each stage has a loss of its own: jumps are no failure, nor is a level loss: ")
+    words += ("of images, a Mean Flow's is divided by its own size." if flow else
+              "post-training's, and its large gradient, are divided by the gap t - r.")
+    words += (" A flow-matching teacher has no mean velocities; by REPA its loss is a square error minus a "
+              "reward for certain features.") * any("mse_gap1" not in m for m in flow)
+    save_chart(f"{out}/curve.png", panels, words)
 
 
 def save_preview(cfg, tally, stop, sampler, drawn=""):
@@ -2095,8 +2105,8 @@ def save_preview(cfg, tally, stop, sampler, drawn=""):
         header = ["class" if "class" in drawn else "digit", *map(str, range(10))]
         header = header if drawn and cfg.data == "digits" else ()
         save_seeds(f"{cfg.out}/previews/{cfg.stage}_{done:07d}.png", images, range(60),
-                   f"{STAGES[cfg.stage]}, after {done:,} of {cfg.steps:,} steps of training: what the net "
-                   f"of averaged weights draws {how} from the same noises in every preview{drawn}.",
+                   f"{STAGES[cfg.stage].capitalize()}, after {done:,} of {cfg.steps:,} steps of training\n"
+                   f"Drawn {how} by the averaged weights, from the same noises in every preview{drawn}.",
                    header, 10 if drawn else 12)
     tally["clock"] = time.time()                             # saving is no training
 
@@ -2122,7 +2132,7 @@ def save_samples(cfg, found, make_sampler):
             sampler, folder = make_sampler(cfg, net, kind), f"{cfg.out}/samples/{name}_{steps}/"
             save_images(sampler, seeds, folder, batch)
             label = net_label(name, steps, sep=", ")
-            caption = f"{label}: one image a seed; every net starts from the same noises."
+            caption = f"{label}\nOne image a seed; every net starts from the same noises."
             caption += f" The first 64 of {len(seeds):,}." * (len(seeds) > 64)
             sheet = f"{cfg.out}/samples_{name}_{steps}step_seeds.png"
             if processes()[0] == 0:
@@ -2133,7 +2143,7 @@ def save_samples(cfg, found, make_sampler):
 def save_captions(path, name, steps, rows, columns=(), scores=""):
     """A sheet of what a net draws in so many steps: rows are captions, each with its images."""
     label = net_label(name, steps, sep=", ")
-    save_sheet(path, rows, f"{label}: a row is one caption{scores}.", ["caption", *columns])
+    save_sheet(path, rows, f"{label}\nA row is one caption{scores}.", ["caption", *columns])
 
 
 def slug(text):
@@ -2151,7 +2161,7 @@ def save_classes(cfg, found, samplers, n):
     seeds, classes = [k + (n or 10) * j for j in range(10) for k in columns], [str(k) for k in columns if n]
     for (name, steps), sampler in samplers.items():
         images = draw(sampler, seeds, cfg.batch_gpu or 64).cpu()
-        caption = net_label(name, steps, sep=", ") + ": one image a seed; scores: results.md in this folder."
+        caption = net_label(name, steps, sep=", ") + "\nOne image a seed; scores: results.md in this folder."
         header = classes and ["class", *classes]
         save_seeds(f"{cfg.out}/samples_{name}_{steps}step.png", images, seeds, caption, header, 10)
         shown.append((name, steps, images[:len(columns)]))
@@ -2186,6 +2196,8 @@ def save_results(cfg, rows, note, stages):
             new += f"\n{time.strftime('%Y-%m-%d')}, {MADE_BY}\n".encode(errors="backslashreplace")
             write_whole(str(file), lambda f: f.write(new + b"\n" * bool(old) + old))
         save_stages(out, *stages, table=rows, samples=cfg.samples)
+        if took:
+            save_curve(out, rows)
     names = [f"stages{alone}.png", *(["trajectory.png", "curve.png"] * (not alone))]
     made = [name for name in names if os.path.exists(f"{out}/{name}")]
     made += [f"samples{alone}_*.png"] * any(pathlib.Path(out).glob(f"samples{alone}_*.png"))

@@ -810,7 +810,7 @@ def candidates(cfg):
             found.append((name, build(cfg, ckpt["model"], ckpt["ema"], stage), ckpt))
     if not found:
         fail(3, f"no finished stage in {cfg.out}; run --stage pretrain, or pass --init FILE")
-    kinds, many = {1: 1, 2: 2, cfg.nfe: cfg.nfe}, {cfg.nfe: cfg.nfe}          # one clock needs many steps
+    kinds, many = {1: 1, 2: 2, cfg.nfe: cfg.nfe}, {1: 1, cfg.nfe: cfg.nfe}    # one clock needs many steps
     return [(name, net, many if net.r_embedder is None else kinds, ckpt) for name, net, ckpt in found]
 
 

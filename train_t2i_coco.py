@@ -973,7 +973,7 @@ def candidates(cfg):
             found.append((name, build(cfg, ckpt["model"], ckpt["ema"], stage), ckpt))
     if not found:
         fail(3, f"no finished stage in {cfg.out}; run --stage pretrain, or pass --init FILE")
-    few, many = {1: 1, 2: 2}, {cfg.nfe: cfg.nfe}                              # one clock needs many steps
+    few, many = {1: 1, 2: 2}, {1: 1, cfg.nfe: cfg.nfe}                        # one clock needs many steps
     return [(name, net, many if net.r_embedder is None else few, ckpt) for name, net, ckpt in found]
 
 

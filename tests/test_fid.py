@@ -813,8 +813,10 @@ def test_a_caption_says_where_post_training_made_a_score_worse(tmp_path, monkeyp
 def test_a_caption_names_seed_and_sizes():
     import train_cmt_cifar
     found = [("teacher", torch.nn.Linear(999, 1000), {}), ("mid", torch.nn.Linear(1999, 1000), {}), ("post", torch.nn.Linear(1999, 1000), {})]
-    words = fid.about(train_cmt_cifar.Config(seed=7), found)
-    assert words == " Seed 7; parameters: teacher 1.00M, students 2.00M."
+    words = " Seed 7; parameters: teacher 1.00M, students 2.00M. The teacher "
+    assert fid.about(train_cmt_cifar.Config(seed=7), found) == words + "needs many steps."
+    found[0][1].r_embedder = torch.nn.Identity()
+    assert fid.about(train_cmt_cifar.Config(seed=7), found) == words + "is a Mean Flow, which jumps, too."
 
 
 def test_a_colour_means_one_thing_in_every_chart():
@@ -842,8 +844,11 @@ def test_the_vgg_has_an_axis_of_its_own(tmp_path, monkeypatch):
     drawn = {}
     monkeypatch.setattr(fid, "save_chart", lambda path, panels, *args: drawn.update(panels))
     fid.save_curve(str(tmp_path))
-    assert drawn["loss of the VGG"] == {"vgg": [(4500, 1.0), (9000, 1.0)]}
-    assert drawn["loss"] == {"mid": [(450, 1.0), (900, 1.0)], "post": [(1200, 1.0), (1500, 1.0)]}
+    assert drawn["loss of the VGG, whose features mid-training compares"] == {"vgg": [(4500, 1.0), (9000, 1.0)]}
+    assert drawn["loss"] == {"mid": [(450, 1.0), (900, 1.0)], "post": [(1200, 1.0), (1500, 1.0)]} and not [t for t in drawn if "FID" in t]
+    scores = {"stage": "teacher", "1-step FID": "9.00"}, {"stage": "mid", "1-step FID": "5.00 +- 1.00, min 4.00"}, {"stage": "post", "1-step FID": "-"}
+    fid.save_curve(str(tmp_path), scores)                # of stages that trained here, where each ends
+    assert drawn["FID of the finished nets in one step, lower is better"] == {"mid": [(900, 5.0)]}
 
 
 def test_slow_samplers_draw_fewer_images():

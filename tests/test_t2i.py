@@ -314,7 +314,7 @@ def test_all_stages_leave_checkpoints_pictures_and_a_table(road):
         assert c["step"] == 3 and all(torch.isfinite(v).all() for v in c["ema"].values())
     table = (road / "results.md").read_text()
     score, share = r" \d+\.\d\d \|", r" \d+\.\d% \|"
-    assert re.search(rf"\| teacher \| 3 \| 48 \| \d+ \| - \| - \| - \| - \|{score}{share}", table), table
+    assert re.search(rf"\| teacher \| 3 \| 48 \| \d+ \|{score} - \|{share} - \|{score}{share}", table), table
     assert re.search(rf"\| post \| 3 \| 48 \| \d+ \|{2 * score}{2 * share} - \| - \|", table), table
     assert "guidance 2 (omega 1.0, kappa 0.5)" in table and "FID" not in table.replace("fid", "")
     for name in ("samples_teacher_3step", "samples_mid_1step", "samples_post_2step", "stages", "trajectory", "curve", "previews/mid_0000003"):
@@ -359,12 +359,12 @@ def test_prompts_make_a_picture_for_each_caption_and_seed(road, capsys, monkeypa
     shutil.rmtree(road / "samples", ignore_errors=True)
     for prompts in ("the digit seven|a purple elephant", "prompts.txt"):
         run(*TINY, "--stage", "sample", "--out", road, "--prompts", prompts, "--seeds", "3-5")
-        for k in ("teacher_3", "mid_1", "post_2"):
+        for k in ("teacher_1", "teacher_3", "mid_1", "post_2"):
             names = sorted(p.name for p in (road / f"samples/{k}").iterdir())
             assert names == [f"{c}_{s:06d}.png" for c in ("a-purple-elephant", "the-digit-seven") for s in (3, 4, 5)]
             assert Image.open(road / f"samples_{k}step_prompts.png").size[0] >= 900
         assert "has never seen elephant, purple" in capsys.readouterr().err
-    assert heads == [["caption", "seed 3", "seed 4", "seed 5"]] * 10                               # a name above each column
+    assert heads == [["caption", "seed 3", "seed 4", "seed 5"]] * 12                               # a name above each column
     c = cfg(*TINY, "--stage", "sample", "--init", road / "post.pt", "--out", "x")
     (_, net, kinds, _), = script.candidates(c)
     assert kinds == {1: 1, 2: 2} and len(script.given_prompts(c)) == 8

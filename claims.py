@@ -287,10 +287,11 @@ def curves(args, device):
     fid.save_stages(args.out, shown, (), words, rows, cfg.samples)
     caption = ("\nImages (or pairs) that a student saw, seed 0. Blue: mid-training on ends of the teacher's "
                "trajectories (CMT), then post-training on images (ECT). Red: that alone. By pseudo-Huber. ")
+    one = [row["1-step FD-digits"] for row in rows]          # of the teacher, of the two students
     fid.save_chart(f"{args.out}/scores.png", {"FD-digits, lower is better": scores},
-                   f"Does mid-training help? Digits{caption}Finished nets: the last points, and blue at the "
-                   f"line. FD-digits: Frechet distance of {cfg.samples:,} images to the data, by features of "
-                   "a small net; random pixels: 119.5.", marks=marks)
+                   f"Does mid-training help? Digits in one step: {one[1]} with it, {one[2]} without{caption}"
+                   "Finished nets: the last points, and blue at the line. FD-digits: Frechet distance of "
+                   f"{cfg.samples:,} images, by features of a net; random pixels: 119.5.", marks=marks)
     title = "gradient norm: every step, and the median of 25 steps"
     fid.save_chart(f"{args.out}/norms.png", {title: norms},
                    f"The smaller the gap of post-training, the larger its gradient{caption}ECT alone halves "
@@ -421,7 +422,7 @@ def photos(args, device):
 
 
 FM = "--pretrain fm --weak SIZE --init sit"           # SIZE: --size, of student and flow-matching teacher
-CAPTION = ("Does mid-training help a Mean Flow? Photos\n"
+CAPTION = ("Does mid-training help a Mean Flow? Best on photos, in one step: {}, in two: {}\n"
            "FD-photos (Frechet distance to {} at 16x16, by features of a small net; {} against the other) "
            "against CPU seconds; a curve starts after its teacher's; {}. Each net is a Mean Flow. CMT: "
            "mid-training by a small teacher, then post-training on the photos. From scratch, from flow "
@@ -484,7 +485,8 @@ def roads(args, device):
         panels[title] = {name: [tuple(map(statistics.mean, zip(*seen))) for seen in panel[name].values()]
                          for name in sorted(panel, key=lambda name: ("flow" in name, name))}
     seeds = f"{'means of the seeds' if ',' in args.seeds else 'seed'} {args.seeds}"
-    words = CAPTION.format(os.path.basename(args.data), features.scale, seeds)
+    best = (min(panel, key=lambda name: panel[name][-1][1]) for panel in panels.values())
+    words = CAPTION.format(*best, os.path.basename(args.data), features.scale, seeds)
     marks = {statistics.mean(end.values()): f"{road}: post-training begins" for road, end in mid.items()}
     fid.save_chart(f"{args.out}/roads.png", panels, words, "CPU seconds", marks)
 

@@ -399,6 +399,9 @@ def check_values(cfg, limits, world):
         for name in names.split():
             if not least <= getattr(cfg, name) < below:
                 fail(2, f"--{name} {getattr(cfg, name)} is not possible; it must be {rule}")
+    for name, known in sys.modules[type(cfg).__module__].BRANCHES.items():       # else one trains as another
+        if getattr(cfg, name) not in known.split():
+            fail(2, f"--{name} {getattr(cfg, name)}: write its branch in `train`, then its name in BRANCHES")
     if world and cfg.batch % world:
         fail(2, f"--batch {cfg.batch}: {world} processes need a multiple: {-(-cfg.batch // world) * world}")
     if world and cfg.batch_gpu and cfg.batch // world % cfg.batch_gpu:
@@ -1743,10 +1746,11 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
         rows, header, line, breaks = [*zip(names, columns)], [what, *labels], "row", ()
     caption = (f"The same noises, drawn by every net\nEach {line} is one noise; a second step may change "
                "what the first one drew. Mid-training: a student learns the ends of the teacher's "
-               "trajectories; post-training: then, from images.")
+               "trajectories; post-training: it learns from images.")
     caption += (f" Scores: Frechet distance of {samples:,} images to the data by a net's features, lower is "
                 f"better{' (of few images it is high)' * (samples < 1_000)}.") * bool(table) + fallen(table)
-    caption += " One half of the real digits scores 0.78 against the other, random pixels 119.5." * real
+    caption += (" One half of the real digits scores 0.78 against the other (few images score higher), "
+                "random pixels 119.5.") * real
     caption += (" Shows its digit: a classifier reads it as the caption's digit."
                 * any("shows its digit" in key for row in table for key in row)) + words
     alone = f"_{shown[0][0]}" * shown[0][0].startswith("init_")         # --init FILE: beside the run's own
@@ -1783,7 +1787,7 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=()):
                "sample in one step, against the teacher's end (root of the mean square, pixels from -1 to 1; "
                f"two such ends differ by {apart:.2f}). Post-training, on real images, does not aim at it."
                + " At t = 0 an answer is the state." * (levels[-1].item() == 0)
-               + f" Of {n} states those are shown between which most changes." * (len(some) < n)
+               + f" Of {n} states {len(some)} are shown, where most changes." * (len(some) < n)
                + " States above sigma 1 are shown divided by sigma." * bool(levels.max() > 1))
     header = ["noise level " + ("sigma" if levels.max() > 1 else "t")]
     first, *middle, end = (f"{level:.2g}" for level in levels.tolist())
@@ -1821,9 +1825,8 @@ def save_chart(path, panels, caption, across="images", marks=(), joined=True):
               for title, curves in panels.items()}
     panels = {title: curves for title, curves in panels.items() if curves}
     colours = colours_of([*dict.fromkeys(name for curves in panels.values() for name in curves)])
-    few = [sum(map(len, curves.values())) < 20 * len(curves) for curves in panels.values()]   # as dots
-    labels = [[STAGES.get(name, name) + f": {points[-1][1]:.2f}" * (dots and joined)     # where it ends, too
-               for name, points in curves.items()] for dots, curves in zip(few, panels.values())]
+    labels = [[STAGES.get(name, name) + f": {points[-1][1]:.2f}" * (joined and "better" in title)  # a score
+               for name, points in curves.items()] for title, curves in panels.items()]
     left, right = 320, round(max(map(font.getlength, (*sum(labels, []), across)))) + 320
     heading, _, caption = signed(caption).rpartition("\n")
     heading, words = boxed(heading, 80, large := ImageFont.load_default(96)), boxed(caption, 115, font)
@@ -1857,6 +1860,7 @@ def save_chart(path, panels, caption, across="images", marks=(), joined=True):
             x, _ = at(x, ticks[0])
             pen.line([(x, top), (x, bottom)], "#999999", 4)
             pen.text((x + 20, top + 8 + 88 * row), begins, "#555555", font, anchor="lt")
+        few = len(xs) < 20 * len(curves)                         # what was measured, as dots
         for row, (name, points) in reversed([*enumerate(curves.items())]):       # the first one on top
             dots, dot = [at(*p) for p in points], 16 if joined else 12
             level = len(dots) == 2 and dots[0][1] == dots[1][1]              # a line to compare with: dashes
@@ -1864,7 +1868,7 @@ def save_chart(path, panels, caption, across="images", marks=(), joined=True):
                 pen.line((x, dots[0][1], x + 36, dots[0][1]), colours[name], 8)
             if joined and len(dots) > 1 and not level:
                 pen.line(dots, colours[name], 8, joint="curve")
-            for x, y in dots if (few[k] or len(dots) == 1 or not joined) and not level else ():
+            for x, y in dots if (few or len(dots) == 1 or not joined) and not level else ():
                 pen.ellipse((x - dot, y - dot, x + dot, y + dot), colours[name])
             x, y = width - right + 80, top + 88 * row
             if k == 0 or labels[k] != labels[k - 1]:                         # said once
@@ -1987,6 +1991,8 @@ def begin_stage(cfg, tally, memory):
     kept = 0 if getattr(cfg, "ema_std", 0) else cfg.ema_beta**cfg.steps
     begins += (f"; warning: the average, which is shown and scored, keeps {kept:.0%} of the first weights; "
                f"pass a lower --{cfg.stage}.ema_beta") * (kept > 0.1)
+    begins += (f"; warning: warm-up takes {cfg.warmup:,} of {cfg.steps:,} steps; pass a lower "
+               f"--{cfg.stage}.warmup") * (2 * cfg.warmup > cfg.steps)
     if cfg.dry_run:
         raise SystemExit(0)                              # it could begin: all that dry_run asks
     if processes()[0]:
@@ -2065,31 +2071,30 @@ def dry_run(home, argv, configs):
 CURVES = dict(loss="loss", grad="gradient norm", mse_gap1="square error of mean velocities where t - r < 1/4")
 
 
-def save_curve(out, table=()):
-    """<out>/curve.png: what metrics.jsonl has of every stage, on one axis of images, and a table's scores."""
+def save_curve(cfg, table=()):
+    """curve.png in cfg.out: all stages of metrics.jsonl on one axis of images, and the scores of a table."""
     panels, before, last, ends = {}, 0, {}, {}
-    steps = [m for m in read_metrics(out) if "images" in m]
+    steps = [m for m in read_metrics(cfg.out) if "images" in m]
     for m in [m for m in steps if m["stage"] != "vgg"]:
         before += last.get("images", 0) * (last.get("stage") not in (None, m["stage"]))
         last, ends[m["stage"]] = m, before + m["images"]
         for key, title in CURVES.items():
             points = panels.setdefault(title, {}).setdefault(m["stage"], [])
             points.append((ends[m["stage"]], m.get(key, 0)))
-    for stage, row in [(dict(teacher="pretrain").get(row["stage"], row["stage"]), row) for row in table]:
+    for row in table:
+        stage = row["stage"].partition(",")[0].replace("teacher", "pretrain")
         for key in [key for key in row if key.startswith("1-step F") and stage in ends and row[key] != "-"]:
             scores = panels.setdefault(f"{key[7:]} of the finished nets in one step, lower is better", {})
             scores[stage] = [(ends[stage], float(row[key].split()[0]))]
     for m in [m for m in steps if m["stage"] == "vgg"]:      # of no stage's length: an axis of its own
         title = "loss of the VGG, whose features mid-training compares"
         panels.setdefault(title, {}).setdefault("vgg", []).append((m["images"], m["loss"]))
-    flow = [m for m in steps if "mse_same" in m]
-    words = ("The training so far, against images trained on\nIn mid-training these are pairs of the "
-             "teacher. Each stage has a loss of its own: jumps are no failure, nor is a level loss: ")
-    words += ("of images, a Mean Flow's is divided by its own size." if flow else
-              "post-training's, and its large gradient, are divided by the gap t - r.")
-    words += (" A flow-matching teacher has no mean velocities; by REPA its loss is a square error minus a "
-              "reward for certain features.") * any("mse_gap1" not in m for m in flow)
-    save_chart(f"{out}/curve.png", panels, words)
+    about = sys.modules[type(cfg).__module__].ABOUT          # "stage 2 of 4, mid-training (Eq. 7): ..."
+    trained = {m["stage"] for m in steps}
+    meant = [text.partition(", ")[2] for stage, text in about.items() if stage in trained]
+    save_chart(f"{cfg.out}/curve.png", panels, "The training so far, against images trained on\nIn "
+               "mid-training these are pairs of the teacher. Each stage has a loss of its own, so jumps "
+               f"between them are no failure. {'. '.join(text[0].upper() + text[1:] for text in meant)}.")
 
 
 def save_preview(cfg, tally, stop, sampler, drawn=""):
@@ -2098,7 +2103,7 @@ def save_preview(cfg, tally, stop, sampler, drawn=""):
     Not of a run that is to stop: whoever sent the signal may wait for 30 seconds only.
     """
     done = tally["step"]
-    save_curve(cfg.out)
+    save_curve(cfg)
     if sampler and not stop:
         images = draw_in(30, sampler, range(60), cfg.batch_gpu or 64)
         how = f"by its solver in {cfg.nfe} steps" if cfg.stage == "pretrain" else "in one step"
@@ -2197,7 +2202,7 @@ def save_results(cfg, rows, note, stages):
             write_whole(str(file), lambda f: f.write(new + b"\n" * bool(old) + old))
         save_stages(out, *stages, table=rows, samples=cfg.samples)
         if took:
-            save_curve(out, rows)
+            save_curve(cfg, rows)
     names = [f"stages{alone}.png", *(["trajectory.png", "curve.png"] * (not alone))]
     made = [name for name in names if os.path.exists(f"{out}/{name}")]
     made += [f"samples{alone}_*.png"] * any(pathlib.Path(out).glob(f"samples{alone}_*.png"))

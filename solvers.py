@@ -2,8 +2,8 @@
 
   what                          of                           source
   logsnr_sigmas, edm_sigmas     grids of noise levels        DPM-Solver (uniform log-SNR); EDM Eq. 5
+  ode_step, euler, heun         D(x, sigma) -> denoised      EDM Alg. 1 without churn
   dpmpp                         D(x, sigma) -> denoised      DPM-Solver++ multistep, order 1 to 3
-  euler, heun, ode_step         D(x, sigma) -> denoised      EDM Alg. 1 without churn
   flow_euler, flow_heun         v(x, t) -> velocity          flow matching, t = 1 noise, t = 0 data
   mean_flow                     u(x, t, r) -> mean velocity  Mean Flow: x_r = x_t - (t - r) u
   few_step                      f(x, sigma) -> clean         multistep consistency sampling
@@ -52,6 +52,39 @@ def noise(shape, generators):
 
 
 # ---- denoiser D(x, sigma) ----------------------------------------------------------------------
+def ode_step(D, x_t, t, r, order):
+    """One step of dx/dsigma = (x - D)/sigma from t to r, both (B,). Order 1: Euler, 2: Heun (EDM Alg. 1).
+
+    Levels may differ from sample to sample, as consistency distillation needs. Where r is 0 Heun ends as
+    Euler (EDM).
+    """
+    t, r = (s.view(-1, *[1] * (x_t.ndim - 1)).to(x_t) for s in (t, r))
+    slope = (x_t - D(x_t, t.flatten()).to(x_t.dtype)) / t
+    x_r = x_t + (r - t) * slope
+    if order == 2:
+        level = torch.where(r > 0, r, t)              # trap: at r = 0 the second slope is 0/0
+        slope_r = (x_r - D(x_r, level.flatten()).to(x_t.dtype)) / level
+        x_r = torch.where(r > 0, x_t + (r - t) * (slope + slope_r) / 2, x_r)
+    return x_r
+
+
+def euler(D, x, sigmas):
+    """Euler on the probability-flow ODE, one call of D a step. Shapes as dpmpp."""
+    xs, grid = [x], check_decreasing(sigmas)
+    for s, s_next in zip(grid, grid[1:]):
+        xs.append(ode_step(D, xs[-1], x.new_full((len(x),), s), x.new_full((len(x),), s_next), order=1))
+    return torch.stack(xs)
+
+
+def heun(D, x, sigmas):
+    """Heun on the same ODE, without churn. Two calls of D a step, one where the step ends at sigma 0."""
+    xs, grid = [x], check_decreasing(sigmas)
+    for s, s_next in zip(grid, grid[1:]):
+        order = 2 if s_next > 0 else 1
+        xs.append(ode_step(D, xs[-1], x.new_full((len(x),), s), x.new_full((len(x),), s_next), order))
+    return torch.stack(xs)
+
+
 @functools.lru_cache(maxsize=64)
 def dpmpp_coefficients(sigmas, order):
     """Constants of DPM-Solver++ (multistep, data prediction) on a grid given as a tuple of floats.
@@ -107,39 +140,6 @@ def dpmpp(D, x, sigmas, order=3):
             if weight:
                 xs[i + 1].add_(D_x, alpha=weight)
     return xs
-
-
-def ode_step(D, x_t, t, r, order):
-    """One step of dx/dsigma = (x - D)/sigma from t to r, both (B,). Order 1: Euler, 2: Heun (EDM Alg. 1).
-
-    Levels may differ from sample to sample, as consistency distillation needs. Where r is 0 Heun ends as
-    Euler (EDM).
-    """
-    t, r = (s.view(-1, *[1] * (x_t.ndim - 1)).to(x_t) for s in (t, r))
-    slope = (x_t - D(x_t, t.flatten()).to(x_t.dtype)) / t
-    x_r = x_t + (r - t) * slope
-    if order == 2:
-        level = torch.where(r > 0, r, t)              # trap: at r = 0 the second slope is 0/0
-        slope_r = (x_r - D(x_r, level.flatten()).to(x_t.dtype)) / level
-        x_r = torch.where(r > 0, x_t + (r - t) * (slope + slope_r) / 2, x_r)
-    return x_r
-
-
-def euler(D, x, sigmas):
-    """Euler on the probability-flow ODE. Shapes as dpmpp; one call of D a step."""
-    xs, grid = [x], check_decreasing(sigmas)
-    for s, s_next in zip(grid, grid[1:]):
-        xs.append(ode_step(D, xs[-1], x.new_full((len(x),), s), x.new_full((len(x),), s_next), order=1))
-    return torch.stack(xs)
-
-
-def heun(D, x, sigmas):
-    """Heun on the same ODE, without churn. Two calls of D a step, one where the step ends at sigma 0."""
-    xs, grid = [x], check_decreasing(sigmas)
-    for s, s_next in zip(grid, grid[1:]):
-        order = 2 if s_next > 0 else 1
-        xs.append(ode_step(D, xs[-1], x.new_full((len(x),), s), x.new_full((len(x),), s_next), order))
-    return torch.stack(xs)
 
 
 def few_step(f, x_T, sigmas, generator=None):

@@ -115,6 +115,7 @@ ABOUT = {"pretrain": "stage 1 of 4, pre-training: loss and grad soon stay level,
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "teacher", "random"                        # other values of --init are a FILE
+BRANCHES = {"mid": "cmt kd slow none", "post": "ect ecd ecd_euler annealed"}   # in train
 FILES = {"cifar10": "data/cifar-10-python.tar.gz",
          "ffhq": "data/ffhq-64x64.zip", "afhqv2": "data/afhqv2-64x64.zip"}
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
@@ -155,13 +156,13 @@ def solves(cfg):
 
 
 @torch.no_grad()
-def teacher_pairs(teacher, sigmas, n, shape, g, used):
+def teacher_pairs(cfg, teacher, shape, g):
     """Eq. 7: n trajectories of the frozen teacher; the first `used` states of each are paired with its end.
 
-    sigmas (nfe+1,): from 80 to 0.002; shape: of one image; g: Generator. Every process solves its share, gets
-    all. Returns, shuffled, x_t (P, C, H, W), t (P,) and owner (P,), and the ends x_0 (n, C, H, W): pair p is
-    regressed onto x_0[owner[p]].
+    shape: of one image. Every process solves its share, gets all. Returns, shuffled, x_t (P, C, H, W), t and
+    owner (P,), and the ends x_0 (n, C, H, W): pair p is regressed onto x_0[owner[p]].
     """
+    (n, used), sigmas = solves(cfg), teacher_sigmas(cfg.nfe)              # (nfe+1,), from 80 to 0.002
     levels = sigmas.to(g.device, torch.float32, non_blocking=True)
     mine = slice(RANK * n // WORLD, (RANK + 1) * n // WORLD)
     # choice: x_T is pure noise (Eq. 7, the authors' 512-pixel code); their CIFAR code adds a training image
@@ -173,11 +174,12 @@ def teacher_pairs(teacher, sigmas, n, shape, g, used):
 
 
 @torch.no_grad()
-def slow_pairs(teacher, sigmas, n, images, g, used):
+def slow_pairs(cfg, teacher, images, g):
     """Slow CMT (4.3): n fresh images at each of `used` levels, each solved from there to an end of its own.
 
     Returns what teacher_pairs returns; a pair takes (nfe + 1) / 2 times as many calls of the teacher.
     """
+    (n, used), sigmas = solves(cfg), teacher_sigmas(cfg.nfe)
     levels = sigmas[:used].to(g.device, torch.float32, non_blocking=True)
     mine = slice(RANK * n // WORLD, (RANK + 1) * n // WORLD)
     x = draw(images, used * n, g).unflatten(0, (used, n))
@@ -418,8 +420,8 @@ def check(cfg):
         shape = dict(img_channels=images.shape[1], img_resolution=images.shape[2], label_dim=0)
         given = teacher_state if has_teacher(cfg) else None
         fid.check_teacher(cfg, nets.finished, given, fid.stamp(images), shape)
-    if cfg.stage == "post" and cfg.precision == "bf16":
-        fid.say("warning: bf16 is too coarse for post-training (docs/faq.md); use --mid.precision bf16")
+    if cfg.stage == "post" and cfg.precision != "fp32":
+        fid.say(f"warning: {cfg.precision} is too coarse for post-training (docs/faq.md); pass fp32")
     if cfg.stage == "eval" and cfg.data != "digits":
         fid.prefetch(cfg.data, must=cfg.data in FILES)
     return trains
@@ -530,9 +532,8 @@ def train(cfg):
     ckpt = asked = weights = state = None             # as large as the net, and needed no more
     shape = net.img_channels, net.img_resolution, net.img_resolution
     distance = make_distance(cfg, shape[0]) if cfg.stage == "mid" else None
-    sigmas, share = teacher_sigmas(cfg.nfe), B // WORLD
-    n, used = solves(cfg)
-    # n * used pairs of a solve; B a step, which divides them; of these `share` a process, `micro` a pass
+    pairs, share = math.prod(solves(cfg)), B // WORLD
+    # pairs of a solve; B a step, which divides them; of these `share` a process, `micro` a pass
     mine, micro = slice(RANK * share, (RANK + 1) * share), cfg.batch_gpu or share
     saved = dict(data=data, model=model, cfg=asdict(cfg), **fid.made_by(__file__))
     log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))           # --dry_run ends here
@@ -543,13 +544,13 @@ def train(cfg):
             rectify(opt, lr, step + 1 - tally["skipped"])        # B.2: RAdam is Adam of this rate and eps
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         if cfg.stage == "mid":
-            solve, at = divmod(step * B, n * used)                            # which solve, and where in it
+            solve, at = divmod(step * B, pairs)                               # which solve, and where in it
             if at == 0 or step == start:          # a solve feeds several steps; resumed, it is solved again
                 g.manual_seed(fold(cfg.seed, "solve", solve))
                 if cfg.mid == "slow":
-                    states, levels, x_0, owners = slow_pairs(teacher, sigmas, n, images, g, used)
+                    states, levels, x_0, owners = slow_pairs(cfg, teacher, images, g)
                 else:
-                    states, levels, x_0, owners = teacher_pairs(teacher, sigmas, n, shape, g, used)
+                    states, levels, x_0, owners = teacher_pairs(cfg, teacher, shape, g)
                 target = distance.features(x_0)                               # once per end, not per pair
             x_t, t, owner = (a[at:at + B][mine] for a in (states, levels, owners))
         else:
@@ -568,10 +569,10 @@ def train(cfg):
                 loss = loss_cmt(student, x_t[i], t[i], ends, distance)                  # Eq. 7
             else:
                 r = ect_step(t[i], q)
-                x_t, x_r = (x[i] + s.view(-1, 1, 1, 1) * eps[i] for s in (t[i], r))   # already cut by i
+                at_t, at_r = (x[i] + s.view(-1, 1, 1, 1) * eps[i] for s in (t[i], r))
                 if cfg.post.startswith("ecd"):                                # frozen: no gradient
-                    x_r = solvers.ode_step(teacher, x_t, t[i], r, 1 if cfg.post == "ecd_euler" else 2)
-                loss = loss_ect(student, x_t, x_r, t[i], r, cfg.huber_c)                # Eq. 3
+                    at_r = solvers.ode_step(teacher, at_t, t[i], r, 1 if cfg.post == "ecd_euler" else 2)
+                loss = loss_ect(student, at_t, at_r, t[i], r, cfg.huber_c)              # Eq. 3
             (loss * part).backward()
             loss_sum += loss.detach() * part          # total() reads it
         norm, loss, stop = total(grad, tally["scale"])                        # the one wait of a step

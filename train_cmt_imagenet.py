@@ -130,6 +130,7 @@ ABOUT = {"pretrain": "stage 1 of 5, pre-training (EDM2): loss falls while the im
          "eval": "stage 5 of 5, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "teacher", "random"                        # other values of --init are a FILE
+BRANCHES = {"mid": "cmt none", "post": "ect ecd ecd_euler ecd_code"}   # in train
 FILES = {"imagenet64": "data/imagenet64.zip", "imagenet512": "data/imagenet512-sd.zip"}
 NEED_STAGE = {"vgg": "steps batch lr"}                # flags that need the stage's name: --vgg.steps
 BY_CONTENT = "data", "teacher", "main", "guide"       # compared by content, wherever it lies
@@ -182,21 +183,22 @@ def solves(cfg):
 
 
 @torch.no_grad()
-def teacher_pairs(teacher, classes, sigmas, n, shape, g):
-    """Eq. 7: n trajectories of the frozen teacher; each of their states is paired with its trajectory's end.
+def teacher_pairs(cfg, teacher, classes, shape, g):
+    """Eq. 7: n trajectories of the frozen teacher; the first `used` states of each are paired with its end.
 
-    classes: how many; sigmas (nfe+1,): decreasing grid; shape: of one input; g: Generator. Every process
-    solves its share, gets all. Returns, shuffled, x_t (P, C, H, W), t (P,) and owner (P,), and the ends x_0
-    (n, C, H, W), one-hot classes y (n, classes): pair p is regressed onto x_0[owner[p]], given y[owner[p]].
+    shape: of one input. Every process solves its share, gets all. Returns, shuffled, x_t (P, C, H, W), t and
+    owner (P,), and the ends x_0 (n, C, H, W), classes y: pair p is regressed onto x_0[owner[p]], given its y.
     """
-    levels, N = sigmas.to(g.device, torch.float32, non_blocking=True), len(sigmas) - 1
+    (n, used), sigmas = solves(cfg), teacher_sigmas(cfg.nfe)              # (nfe+1,), from 80 to 0.002
+    levels = sigmas.to(g.device, torch.float32, non_blocking=True)
     mine = slice(RANK * n // WORLD, (RANK + 1) * n // WORLD)
     # choice: pure noise, no guidance, uniform classes
     x_T = levels[0] * randn((n, *shape), g)[mine]
     y = one_hot(torch.randint(max(classes, 1), (n,), generator=g, device=g.device), classes)
     xs = gather(teacher_solver(lambda x, sigma: teacher(x, sigma, y[mine]), x_T, sigmas))
-    order = torch.randperm(N * n, generator=g, device=g.device)           # row p is of trajectory p % n
-    return xs[:N].flatten(0, 1)[order], levels[:N].repeat_interleave(n)[order], xs[-1], order % n, y
+    order = torch.randperm(used * n, generator=g, device=g.device)        # row p is of trajectory p % n
+    t = levels[:used].repeat_interleave(n)
+    return xs[:used].flatten(0, 1)[order], t[order], xs[-1], order % n, y
 
 
 def loss_cmt(net, x_t, t, target, distance):
@@ -612,8 +614,8 @@ def check(cfg):
     for file in (cfg.main, cfg.guide) if cfg.stage == "post" and cfg.post != "ect" else ():
         if file.startswith("edm2-") and not os.path.exists(file):
             nets.fetch(nets.EDM2_URL % file)          # not after days of mid-training
-    if cfg.stage == "post" and cfg.precision == "bf16":
-        fid.say("warning: bf16 is too coarse for post-training (docs/faq.md); use --mid.precision bf16")
+    if cfg.stage == "post" and cfg.precision in ("bf16", "fp16"):
+        fid.say(f"warning: {cfg.precision} is too coarse for post-training (docs/faq.md); pass tf32")
     if cfg.stage == "eval" and cfg.data != "digits":
         fid.prefetch(name, must=name != "own")
     return trains
@@ -755,9 +757,8 @@ def train(cfg):
     shape = model["img_channels"], model["img_resolution"], model["img_resolution"]
     classes = model["label_dim"]
     distance = make_distance(cfg) if cfg.stage == "mid" else None
-    sigmas, share = teacher_sigmas(cfg.nfe), B // WORLD
-    n, used = solves(cfg)
-    # n * used pairs of a solve; B a step, which divides them; of these `share` a process, `micro` a pass
+    pairs, share = math.prod(solves(cfg)), B // WORLD
+    # pairs of a solve; B a step, which divides them; of these `share` a process, `micro` a pass
     mine, micro = slice(RANK * share, (RANK + 1) * share), cfg.batch_gpu or share
     reader = ThreadPoolExecutor(1)                    # it reads one step ahead
     ahead = reader.submit(read_batch, cfg, images, tally["step"]) if images else None
@@ -768,10 +769,10 @@ def train(cfg):
         opt.param_groups[0]["lr"] = lr = learning_rate(cfg, step)
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         if cfg.stage == "mid":
-            solve, at = divmod(step * B, n * used)                            # which solve, and where in it
+            solve, at = divmod(step * B, pairs)                               # which solve, and where in it
             if at == 0 or step == start:          # a solve feeds several steps; resumed, it is solved again
                 g.manual_seed(fold(cfg.seed, "solve", solve))
-                states, levels, x_0, owners, y_0 = teacher_pairs(teacher, classes, sigmas, n, shape, g)
+                states, levels, x_0, owners, y_0 = teacher_pairs(cfg, teacher, classes, shape, g)
                 views = {} if cfg.ensemble == "none" else distance.draw(states, g)
                 target = None if views else distance.features(x_0)            # once per trajectory
             x_t, t, owner, y = (a[at:at + B][mine] for a in (states, levels, owners, y_0[owners]))
@@ -801,11 +802,11 @@ def train(cfg):
                     loss = loss_cmt(student, x_t[i], t[i], ends, distance)              # Eq. 7
                 else:
                     r, w = ect_step(t[i], cfg.q), edm_weight(t[i], net.sigma_data)
-                    x_t, x_r = (x[i] + s.view(-1, 1, 1, 1) * eps[i] for s in (t[i], r))   # already cut by i
+                    at_t, at_r = (x[i] + s.view(-1, 1, 1, 1) * eps[i] for s in (t[i], r))
                     if teacher:                       # ECD, see asked_nets; frozen: no gradient
                         order, D_T = 1 if cfg.post == "ecd_euler" else 2, partial(teacher, class_labels=y[i])
-                        x_r = solvers.ode_step(D_T, x_t, t[i], r, order)
-                    loss = loss_ect(student, x_t, x_r, t[i], r, cfg.huber_c, w)         # Eq. 3
+                        at_r = solvers.ode_step(D_T, at_t, t[i], r, order)
+                    loss = loss_ect(student, at_t, at_r, t[i], r, cfg.huber_c, w)       # Eq. 3
                 (loss * part).backward()
                 loss_sum += loss.detach() * part          # total() reads it
         norm, loss, stop = total(grad, tally["scale"])                        # the one wait of a step

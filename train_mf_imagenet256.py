@@ -119,6 +119,7 @@ ABOUT = {"pretrain": "stage 1 of 4, pre-training: its weight keeps the loss near
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "sit", "random"                            # other values of --init are a FILE
+BRANCHES = {"pretrain": "mf fm", "mid": "cmt none", "post": "mf vanilla teacher"}   # in train
 FILES = {"imagenet": "data/imagenet256-sd"}
 REFERENCE = {"imagenet": "imagenet256"}               # scored by ADM's statistics, others by their own
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}

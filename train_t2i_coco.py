@@ -122,6 +122,7 @@ ABOUT = {"pretrain": "stage 1 of 4, pre-training: loss, square error (mse_same) 
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "sit", "random"                            # other values of --init are a FILE
+BRANCHES = {"pretrain": "repa plain", "mid": "cmt none", "post": "mf vanilla xl"}   # in train
 FILES = {"coco": "data/coco256-sd"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 BY_CONTENT = "data", "teacher"                        # compared by content, wherever it lies

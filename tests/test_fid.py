@@ -3,8 +3,9 @@
 golden/ holds numbers of the official implementations: moments and distances, images and their features. The
 weights of the golden network are a rule: normal numbers seeded by the crc32 of the name of the parameter.
 """
-import io
 import dataclasses
+import importlib
+import io
 import json
 import os
 import pathlib
@@ -843,11 +844,12 @@ def test_the_vgg_has_an_axis_of_its_own(tmp_path, monkeypatch):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in rows))
     drawn = {}
     monkeypatch.setattr(fid, "save_chart", lambda path, panels, *args: drawn.update(panels))
-    fid.save_curve(str(tmp_path))
+    cfg = importlib.import_module("train_cmt_imagenet").Config(out=str(tmp_path))
+    fid.save_curve(cfg)
     assert drawn["loss of the VGG, whose features mid-training compares"] == {"vgg": [(4500, 1.0), (9000, 1.0)]}
     assert drawn["loss"] == {"mid": [(450, 1.0), (900, 1.0)], "post": [(1200, 1.0), (1500, 1.0)]} and not [t for t in drawn if "FID" in t]
-    scores = {"stage": "teacher", "1-step FID": "9.00"}, {"stage": "mid", "1-step FID": "5.00 +- 1.00, min 4.00"}, {"stage": "post", "1-step FID": "-"}
-    fid.save_curve(str(tmp_path), scores)                # of stages that trained here, where each ends
+    scores = {"stage": "teacher, balanced labels", "1-step FID": "9.00"}, {"stage": "mid", "1-step FID": "5.00 +- 1.00, min 4.00"}, {"stage": "post", "1-step FID": "-"}
+    fid.save_curve(cfg, scores)                # of stages that trained here, where each ends
     assert drawn["FID of the finished nets in one step, lower is better"] == {"mid": [(900, 5.0)]}
 
 
@@ -864,7 +866,8 @@ def test_metrics_have_every_step_once_after_a_kill(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(m) + "\n" for m in rows) + '{"stage": "mid", "st')
     flags = [("out", str, str(tmp_path)), ("compile", bool, False), ("dry_run", bool, False)]
-    Knobs = dataclasses.make_dataclass("Knobs", ["stage", "steps", *flags, ("ema_beta", float, 0.5)])
+    more = ("ema_beta", float, 0.5), ("warmup", int, 3)
+    Knobs = dataclasses.make_dataclass("Knobs", ["stage", "steps", *flags, *more])
     fid.begin_stage(mid := Knobs("mid", 9), dict(step=2), "")
     assert [m.get("step") for m in fid.read_metrics(str(tmp_path))] == [1, 2, 3, 4, 1, 2, None]
     assert fid.begin_stage(post := Knobs("post", 7), dict(step=0), "1 GB") == "post: begins, 7 steps, 1 GB"
@@ -876,6 +879,8 @@ def test_metrics_have_every_step_once_after_a_kill(tmp_path):
     assert all(json.loads(line) for line in path.read_text().splitlines())
     slow = fid.begin_stage(Knobs("post", 7, ema_beta=0.99), dict(step=0), "1 GB")
     assert slow.endswith("keeps 93% of the first weights; pass a lower --post.ema_beta")
+    short = fid.begin_stage(Knobs("mid", 5), dict(step=0), "1 GB")
+    assert short.endswith("warning: warm-up takes 3 of 5 steps; pass a lower --mid.warmup")
 
 
 def test_durations_are_for_people():

@@ -7,6 +7,7 @@ import signal
 import statistics
 import sys
 import types
+import typing
 from dataclasses import fields
 from pathlib import Path
 
@@ -44,10 +45,11 @@ OWN = {"Config", "load_data", "data_name", "check", "teacher_pairs", "make_sampl
 # since, of eleven more readers (fid +16, nets +2, cifar +1, Mean Flow +6, COCO +5, claims +3, bench -5): where a stage is too short for its EMA,
 #   images are too few for a score, a stage got worse (results.md, too), which stage's flag to repeat, a cache that cannot be used, a file's own
 #   stages.png; dropout of a net of one's own; rollout in two plain branches, loss_mf in full above what saves; a scale for photos;
-# fid +12, README -8: a heading on every picture, a chart's last scores in its legend, the scores of a run in curve.png, a Mean Flow teacher named;
-BUDGET = {"train_cmt_cifar.py": 671, "train_cmt_imagenet.py": 910, "train_mf_imagenet256.py": 873,
-          "train_t2i_coco.py": 1085, "nets.py": 1855, "fid.py": 2293, "solvers.py": 200, "bench.py": 961,
-          "claims.py": 610, "README.md": 232}
+# fid +17, scripts +1, claims +2, README -9: a heading on every picture, last scores in a legend, the scores of a run in curve.png with what each stage's lines
+#   mean, a Mean Flow teacher named, a warm-up longer than its stage, a method whose branch is not written (BRANCHES);
+BUDGET = {"train_cmt_cifar.py": 672, "train_cmt_imagenet.py": 911, "train_mf_imagenet256.py": 874,
+          "train_t2i_coco.py": 1086, "nets.py": 1855, "fid.py": 2298, "solvers.py": 200, "bench.py": 961,
+          "claims.py": 612, "README.md": 231}
 FLAGS = {"train_cmt_cifar.py": 35, "train_cmt_imagenet.py": 42, "train_mf_imagenet256.py": 42, "train_t2i_coco.py": 43}
 README = (ROOT / "README.md").read_text()
 DOCS = {p.name: p.read_text() for p in sorted((ROOT / "docs").glob("*.md"))}
@@ -129,6 +131,21 @@ def test_uv_installs_what_requirements_say():
 def test_seven_banners_in_one_order(path):
     names = re.findall(r"^# ---- (\w+) -+$", path.read_text(), re.M)
     assert names == ["knobs", "losses", "sample", "data", "plumbing", "nets", "main"]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
+def test_a_method_whose_branch_is_not_written_is_refused(path, capsys, monkeypatch):
+    """Else a new name in Config would train as the method beside it, and nobody would notice."""
+    script = __import__(path.stem)
+    kinds = typing.get_type_hints(script.Config)
+    for name, known in script.BRANCHES.items():
+        assert typing.get_args(kinds[name]) == (*known.split(),)
+        *written, new = known.split()
+        monkeypatch.setitem(script.BRANCHES, name, " ".join(written))
+        with pytest.raises(SystemExit) as stop:
+            script.check(script.parse(["--data", "digits", "--stage", "mid", f"--{name}", new]))
+        assert stop.value.code == 2 and f"--{name} {new}: write its branch in `train`" in capsys.readouterr().err
+        monkeypatch.setitem(script.BRANCHES, name, known)
 
 
 @pytest.mark.parametrize("path", [*SCRIPTS, *(ROOT / f"{m}.py" for m in MODULES)], ids=lambda p: p.name)

@@ -183,7 +183,8 @@ def test_pairs_carry_the_class_of_their_trajectory():
     def teacher(x, s, y):                             # pulls each trajectory to the number of its class
         return y.argmax(1).float().view(-1, 1, 1, 1).expand_as(x)
     g = torch.Generator().manual_seed(0)
-    x_t, t, x_0, owner, y = script.teacher_pairs(teacher, 10, solvers.logsnr_sigmas(8), 6, (1, 8, 8), g)
+    cfg = script.parse("--data digits --stage mid --nfe 8 --trajectories 6".split())
+    x_t, t, x_0, owner, y = script.teacher_pairs(cfg, teacher, 10, (1, 8, 8), g)
     assert x_t.shape == (48, 1, 8, 8) and len(set(y.argmax(1).tolist())) > 2
     assert torch.allclose(x_0.mean((1, 2, 3)), y.argmax(1).float(), atol=1e-2)
     late = t < 0.01

@@ -29,11 +29,11 @@ def config(*argv):
 def pairs(*argv):
     """The noise levels and the pairs that the loop of train would draw."""
     cfg = config("--batch", "16", "--trajectories", "4", "--nfe", "8", *argv)
-    sigmas, (n, used), g = solvers.logsnr_sigmas(cfg.nfe), script.solves(cfg), torch.Generator().manual_seed(0)
+    sigmas, g = solvers.logsnr_sigmas(cfg.nfe), torch.Generator().manual_seed(0)
     if cfg.mid == "slow":
         images = torch.randint(0, 256, (20, 1, 8, 8), generator=torch.Generator().manual_seed(3)).byte()
-        return sigmas, script.slow_pairs(gaussian, sigmas, n, images, g, used)
-    return sigmas, script.teacher_pairs(gaussian, sigmas, n, (1, 8, 8), g, used)
+        return sigmas, script.slow_pairs(cfg, gaussian, images, g)
+    return sigmas, script.teacher_pairs(cfg, gaussian, (1, 8, 8), g)
 
 
 # ---- Eq. 7 ---------------------------------------------------------------------------------------

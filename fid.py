@@ -313,6 +313,10 @@ def stages_of(home, argv):
     cfg = parse(home, argv)
     stages = home["STAGES"] if cfg.stage == "all" else [cfg.stage]
     configs = [parse(home, [*argv, "--stage", stage]) for stage in stages]
+    idle = ["--pretrain."] * (cfg.teacher not in ("", "scratch")) + ["--mid."] * (cfg.mid == "none")
+    for word in argv:
+        if word.startswith((*idle,)):
+            say(f"warning: {word} has no effect: that stage is not trained")
     for k, c in enumerate(configs):                          # --init FILE starts the first stage, not all
         later = cfg.stage == "all" and (c.stage == "eval" or c.stage == "post" and c.mid != "none")
         if later and c.init not in home["INITS"]:

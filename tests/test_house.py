@@ -45,10 +45,10 @@ OWN = {"Config", "load_data", "data_name", "check", "teacher_pairs", "make_sampl
 # since, of eleven more readers (fid +16, nets +2, cifar +1, Mean Flow +6, COCO +5, claims +3, bench -5): where a stage is too short for its EMA,
 #   images are too few for a score, a stage got worse (results.md, too), which stage's flag to repeat, a cache that cannot be used, a file's own
 #   stages.png; dropout of a net of one's own; rollout in two plain branches, loss_mf in full above what saves; a scale for photos;
-# fid +17, scripts +1, claims +2, README -9: a heading on every picture, last scores in a legend, the scores of a run in curve.png with what each stage's lines
-#   mean, a Mean Flow teacher named, a warm-up longer than its stage, a method whose branch is not written (BRANCHES);
+# fid +21, scripts +1, claims +2, README -9: a heading on every picture, last scores in a legend, the scores of a run in curve.png with what each stage's lines
+#   mean, a Mean Flow teacher named, a warm-up longer than its stage, a method whose branch is not written (BRANCHES), a flag without effect;
 BUDGET = {"train_cmt_cifar.py": 672, "train_cmt_imagenet.py": 911, "train_mf_imagenet256.py": 874,
-          "train_t2i_coco.py": 1086, "nets.py": 1855, "fid.py": 2298, "solvers.py": 200, "bench.py": 961,
+          "train_t2i_coco.py": 1086, "nets.py": 1855, "fid.py": 2302, "solvers.py": 200, "bench.py": 961,
           "claims.py": 612, "README.md": 231}
 FLAGS = {"train_cmt_cifar.py": 35, "train_cmt_imagenet.py": 42, "train_mf_imagenet256.py": 42, "train_t2i_coco.py": 43}
 README = (ROOT / "README.md").read_text()

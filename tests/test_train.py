@@ -495,6 +495,13 @@ def test_what_is_refused_is_not_announced(road, capsys):
     assert "to train: nothing\nstage 4 of 4" in capsys.readouterr().out
 
 
+def test_a_flag_of_a_stage_that_is_not_trained_is_named(capsys):
+    flags = "--data digits --teacher t.pt --pretrain.lr 1e-3 --mid none --mid.steps=3 --post.steps 2 --lr 1e-4"
+    script.fid.stages_of(vars(script), flags.split())
+    said = capsys.readouterr().err
+    assert "--pretrain.lr has no effect" in said and "--mid.steps=3 has" in said and said.count("no effect") == 2
+
+
 def test_a_dry_run_keeps_no_answer_about_pictures(monkeypatch, capsys):
     monkeypatch.setitem(nets.SIZES, "edm2-xl", dict(nets.SIZES["edm2-8"], attn_resolutions=()))       # it is built
     os.makedirs("photos/a")

@@ -23,7 +23,7 @@ import train_cmt_cifar as script  # noqa: E402
 import train_cmt_imagenet  # noqa: E402
 
 torch.set_num_threads(1)
-draw, draw_in = fid.draw, fid.draw_in
+draw, draw_in, save_curve = fid.draw, fid.draw_in, fid.save_curve
 TINY = "--data digits --samples 16 --trajectories 4 --nfe 4 --batch 16 --log_every 1".split()
 
 
@@ -71,7 +71,11 @@ def environment():
 
 @pytest.fixture(autouse=True)
 def no_run(environment, monkeypatch):
-    """No run before has left its folder: lines about files go to stderr, and to no log. Previews are of two noises."""
+    """No run before has left its folder: lines about files go to stderr, and to no log. Previews are of two noises.
+
+    Curves, a fifth of a second each, are drawn by the roads of a few steps alone, which are made before this.
+    """
+    monkeypatch.setattr(fid, "save_curve", lambda cfg, table=(): None)
     monkeypatch.setattr(fid, "OUT", "")
     monkeypatch.setattr(fid, "KEEP", True)
     monkeypatch.setattr(fid, "draw_in", lambda seconds, sampler, seeds, batch: draw(sampler, seeds[:2], batch))

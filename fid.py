@@ -313,10 +313,10 @@ def stages_of(home, argv):
     cfg = parse(home, argv)
     stages = home["STAGES"] if cfg.stage == "all" else [cfg.stage]
     configs = [parse(home, [*argv, "--stage", stage]) for stage in stages]
-    idle = ["--pretrain."] * (cfg.teacher not in ("", "scratch")) + ["--mid."] * (cfg.mid == "none")
-    for word in argv:
-        if word.startswith((*idle,)):
-            say(f"warning: {word} has no effect: that stage is not trained")
+    idle = ["pretrain"] * (cfg.teacher not in ("", "scratch")) + ["mid"] * (cfg.mid == "none")
+    for stage, dot, field in (word[2:].partition("=")[0].partition(".") for word in argv if word[:2] == "--"):
+        if dot and (stage in idle or field in home["MAY_CHANGE"].get(stage, "").split()):
+            say(f"warning: --{stage}.{field} has no effect: it is not trained, or does not depend on it")
     for k, c in enumerate(configs):                          # --init FILE starts the first stage, not all
         later = cfg.stage == "all" and (c.stage == "eval" or c.stage == "post" and c.mid != "none")
         if later and c.init not in home["INITS"]:

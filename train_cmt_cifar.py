@@ -22,6 +22,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import cache, partial
+from types import SimpleNamespace
 from typing import Literal
 
 import torch
@@ -491,22 +492,22 @@ def model_size(cfg, images):
 
 
 # ---- main -------------------------------------------------------------------------------------
-def train(cfg):
-    """One stage (pretrain, mid, post) from its last checkpoint to its end: set-up, method, bookkeeping."""
+def set_up(cfg):
+    """What a stage trains with, from its last checkpoint or first weights; None: nothing is to be done."""
     if cfg.stage == "mid" and cfg.mid == "none":
         return log("mid: left out by --mid none")
     if cfg.stage == "pretrain" and has_teacher(cfg):
         teacher_state(cfg)                            # fetched and checked
         return log(f"pretrain: not trained, the teacher is {cfg.teacher or 'the official one'}")
-    path, B = f"{cfg.out}/{cfg.stage}.pt", cfg.batch
+    path = f"{cfg.out}/{cfg.stage}.pt"
     ckpt, left = resume(cfg)
     if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # by name: neither is read
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
-    images, data = None, "none"
+    images, data, teacher = None, "none", None
     if needs_data(cfg):
         images = load_data(cfg)
-        data = fid.stamp(images)
-        announce(f"{cfg.data}: {data}, each seen {cfg.steps * B / len(images):,.3g} times, unconditional")
+        data, seen = fid.stamp(images), cfg.steps * cfg.batch / len(images)
+        announce(f"{cfg.data}: {data}, each seen {seen:,.3g} times, unconditional")
         images = images.to(DEVICE)
     asks_teacher = cfg.stage == "mid" or (cfg.stage == "post" and cfg.post.startswith("ecd"))
     asked = teacher_state(cfg) if asks_teacher else None                      # (weights, arguments)
@@ -521,22 +522,30 @@ def train(cfg):
     state, model, what = (None, ckpt["model"], "") if ckpt else first_weights(cfg, images, asked)
     net = build(cfg, model, state, what, train=True)
     ema = deepcopy(net).requires_grad_(False).eval()
-    f = forward(cfg, net)
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
     # flat: one vector, whose views are the weights of net; in grad, added up and zeroed as one, their
     # gradients, the loss, and how many signals ask to stop
-    flat.grad, loss_sum = grad[:-2], grad[-2]
+    flat.grad = grad[:-2]
     opt = torch.optim.Adam([flat], fused=True)
     tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
     agree("data and sum of the first weights", (data, flat.sum(dtype=torch.float64).item()))
-    ckpt = asked = weights = state = None             # as large as the net, and needed no more
+    distance = make_distance(cfg, net.img_channels) if cfg.stage == "mid" else None
+    saved = dict(data=data, model=model, cfg=asdict(cfg), **fid.made_by(__file__))
+    log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))           # --dry_run ends here
+    return SimpleNamespace(images=images, teacher=teacher, distance=distance, net=net, ema=ema, flat=flat,
+                           flat_ema=flat_ema, grad=grad, opt=opt, tally=tally, path=path, saved=saved)
+
+
+def train(cfg):
+    """One stage (pretrain, mid, post) from its last checkpoint to its end: method first, bookkeeping last."""
+    if not (run := set_up(cfg)):
+        return
+    net, opt, tally, B = run.net, run.opt, run.tally, cfg.batch
+    f, loss_sum = forward(cfg, net), run.grad[-2]
     shape = net.img_channels, net.img_resolution, net.img_resolution
-    distance = make_distance(cfg, shape[0]) if cfg.stage == "mid" else None
     pairs, share = math.prod(solves(cfg)), B // WORLD
     # pairs of a solve; B a step, which divides them; of these `share` a process, `micro` a pass
     mine, micro = slice(RANK * share, (RANK + 1) * share), cfg.batch_gpu or share
-    saved = dict(data=data, model=model, cfg=asdict(cfg), **fid.made_by(__file__))
-    log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))           # --dry_run ends here
 
     for step in range(start := tally["step"], cfg.steps):
         opt.param_groups[0]["lr"] = lr = fid.lr_at(cfg, step)
@@ -548,38 +557,42 @@ def train(cfg):
             if at == 0 or step == start:          # a solve feeds several steps; resumed, it is solved again
                 g.manual_seed(fold(cfg.seed, "solve", solve))
                 if cfg.mid == "slow":
-                    states, levels, x_0, owners = slow_pairs(cfg, teacher, images, g)
+                    states, levels, x_0, owners = slow_pairs(cfg, run.teacher, run.images, g)
                 else:
-                    states, levels, x_0, owners = teacher_pairs(cfg, teacher, shape, g)
-                target = distance.features(x_0)                               # once per end, not per pair
-            x_t, t, owner = (a[at:at + B][mine] for a in (states, levels, owners))
+                    states, levels, x_0, owners = teacher_pairs(cfg, run.teacher, shape, g)
+                target = run.distance.features(x_0)                           # once per end, not per pair
+            batch = [a[at:at + B][mine] for a in (states, levels, owners)]
         else:
-            x, eps = draw(images, B, g)[mine], randn((B, *shape), g)[mine]
+            x, eps = draw(run.images, B, g)[mine], randn((B, *shape), g)[mine]
             t = (cfg.P_mean + cfg.P_std * randn(B, g))[mine].exp()
             q = cfg.q ** (1 + step // cfg.double) if cfg.double else cfg.q
+            batch = x, t, eps
 
         part = micro / B * tally["scale"]                 # of the mean over the batch; scale: of fp16, else 1
-        for k in range(0, share, micro):
-            i, seed = slice(k, k + micro), fold(cfg.seed, cfg.stage, step, "dropout") + mine.start + k
+        for k, some in enumerate(zip(*(a.split(micro) for a in batch))):
+            seed = fold(cfg.seed, cfg.stage, step, "dropout") + mine.start + k * micro
             student = partial(f, masks=nets.dropout_masks(net, range(seed, seed + micro)))
             if cfg.stage == "pretrain":
-                loss = loss_dm(student, x[i], t[i], eps[i], net.sigma_data)
+                x, t, eps = some
+                loss = loss_dm(student, x, t, eps, net.sigma_data)
             elif cfg.stage == "mid":
-                ends = [features[owner[i]] for features in target]
-                loss = loss_cmt(student, x_t[i], t[i], ends, distance)                  # Eq. 7
+                x_t, t, owner = some
+                ends = [features[owner] for features in target]
+                loss = loss_cmt(student, x_t, t, ends, run.distance)                    # Eq. 7
             else:
-                r = ect_step(t[i], q)
-                at_t, at_r = (x[i] + s.view(-1, 1, 1, 1) * eps[i] for s in (t[i], r))
+                x, t, eps = some
+                r = ect_step(t, q)
+                x_t, x_r = (x + s.view(-1, 1, 1, 1) * eps for s in (t, r))
                 if cfg.post.startswith("ecd"):                                # frozen: no gradient
-                    at_r = solvers.ode_step(teacher, at_t, t[i], r, 1 if cfg.post == "ecd_euler" else 2)
-                loss = loss_ect(student, at_t, at_r, t[i], r, cfg.huber_c)              # Eq. 3
+                    x_r = solvers.ode_step(run.teacher, x_t, t, r, 1 if cfg.post == "ecd_euler" else 2)
+                loss = loss_ect(student, x_t, x_r, t, r, cfg.huber_c)                   # Eq. 3
             (loss * part).backward()
             loss_sum += loss.detach() * part          # total() reads it
-        norm, loss, stop = total(grad, tally["scale"])                        # the one wait of a step
+        norm, loss, stop = total(run.grad, tally["scale"])                    # the one wait of a step
         if math.isfinite(norm + loss):            # else: no step, and no trace of it in weights and moments
             opt.step()
-        grad.zero_()
-        flat_ema.lerp_(flat, 1 - cfg.ema_beta)
+        run.grad.zero_()
+        run.flat_ema.lerp_(run.flat, 1 - cfg.ema_beta)
 
         # bookkeeping from here on
         done = step + 1
@@ -588,9 +601,9 @@ def train(cfg):
         if to_save or done % cfg.log_every == 0 or done == start + 1:
             report(cfg, done, lr, tally, **nets.peak_memory())
         if to_save and RANK == 0:
-            nets.save_checkpoint(path, net=net, ema=ema, opt=opt, **saved, **tally)
+            nets.save_checkpoint(run.path, net=net, ema=run.ema, opt=opt, **run.saved, **tally)
             kind = "teacher" if cfg.stage == "pretrain" else 1
-            fid.save_preview(cfg, tally, stop, make_sampler(cfg, ema, kind))
+            fid.save_preview(cfg, tally, stop, make_sampler(cfg, run.ema, kind))
         if to_save:
             fid.wait_for_first(TIMEOUT)
         if stop:

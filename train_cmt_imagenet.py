@@ -24,6 +24,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import cache, partial
+from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -540,10 +541,12 @@ def learning_rate(cfg, step):
     return cfg.lr * decay * min(1.0, (step + 1) / (cfg.warmup + 1))
 
 
-def power_ema(std, done, batch):
-    """beta of a power-function EMA with relative width std, after `done` images (EDM2 Eq. 123-127)."""
-    roots = np.roots([1, 7, 16 - std**-2, 12 - std**-2])
-    return (1 - batch / done) ** (roots[np.isreal(roots)].real.max() + 1)
+def ema_beta(cfg, step):
+    """--ema_beta, or that of a power-function EMA of relative width --ema_std (EDM2 Eq. 123-127)."""
+    if not cfg.ema_std:
+        return cfg.ema_beta
+    roots = np.roots([1, 7, 16 - cfg.ema_std**-2, 12 - cfg.ema_std**-2])
+    return (1 - 1 / (step + 1)) ** (roots[np.isreal(roots)].real.max() + 1)
 
 
 def total(grad, scale):
@@ -714,8 +717,8 @@ def model_size(cfg, images):
 
 
 # ---- main -------------------------------------------------------------------------------------
-def train(cfg):
-    """One stage (pretrain, vgg, mid, post), from its last checkpoint to its end. Bookkeeping comes last."""
+def set_up(cfg):
+    """What a stage trains with, from its last checkpoint or first weights; None: nothing is to be done."""
     if cfg.stage == "pretrain" and has_teacher(cfg):
         state, model = teacher_state(cfg)             # fetched and checked
         log(f"pretrain: not trained, the teacher is {cfg.teacher or 'the official one'}")
@@ -725,7 +728,7 @@ def train(cfg):
         return log("mid: left out by --mid none")
     if not needs_data(cfg) and cfg.stage != "mid":
         return
-    path, B = f"{cfg.out}/{cfg.stage}.pt", cfg.batch
+    path = f"{cfg.out}/{cfg.stage}.pt"
     ckpt, left = resume(cfg)
     if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # by name: neither is read
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
@@ -745,7 +748,7 @@ def train(cfg):
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
     # flat: one vector, whose views are the weights of net; in grad, added up and zeroed as one, their
     # gradients, the loss, and how many signals ask to stop
-    flat.grad, loss_sum = grad[:-2], grad[-2]
+    flat.grad = grad[:-2]
     # choice: as ECT (B.3); the authors' 512 script has 0.999 in mid-training
     beta2 = 0.999 if cfg.stage == "mid" and data_name(cfg) == "imagenet512" else 0.99
     opt = torch.optim.Adam([flat], betas=(0.9, beta2), fused=True)
@@ -753,17 +756,26 @@ def train(cfg):
         opt = torch.optim.SGD([flat], momentum=0.9, weight_decay=1e-4, fused=True)            # B.5
     tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
     agree("data and sum of the first weights", (data, flat.sum(dtype=torch.float64).item()))
-    ckpt = asked = state = None                       # as large as the net, and needed no more
-    shape = model["img_channels"], model["img_resolution"], model["img_resolution"]
-    classes = model["label_dim"]
     distance = make_distance(cfg) if cfg.stage == "mid" else None
+    saved = dict(data=data, model=model, cfg=asdict(cfg), **fid.made_by(__file__))
+    log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))           # --dry_run ends here
+    return SimpleNamespace(images=images, teacher=teacher, distance=distance, net=net, ema=ema, flat=flat,
+                           flat_ema=flat_ema, grad=grad, opt=opt, tally=tally, path=path, saved=saved)
+
+
+def train(cfg):
+    """One stage (pretrain, vgg, mid, post) from its last checkpoint to its end: method, then bookkeeping."""
+    if not (run := set_up(cfg)):
+        return
+    net, opt, tally, B, loss_sum = run.net, run.opt, run.tally, cfg.batch, run.grad[-2]
+    model = run.saved["model"]
+    shape, classes = (model["img_channels"], *[model["img_resolution"]] * 2), model["label_dim"]
+    order = 1 if cfg.post == "ecd_euler" else 2       # of ECD's step
     pairs, share = math.prod(solves(cfg)), B // WORLD
     # pairs of a solve; B a step, which divides them; of these `share` a process, `micro` a pass
     mine, micro = slice(RANK * share, (RANK + 1) * share), cfg.batch_gpu or share
     reader = ThreadPoolExecutor(1)                    # it reads one step ahead
-    ahead = reader.submit(read_batch, cfg, images, tally["step"]) if images else None
-    saved = dict(data=data, model=model, cfg=asdict(cfg), **fid.made_by(__file__))
-    log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))           # --dry_run ends here
+    ahead = reader.submit(read_batch, cfg, run.images, tally["step"]) if run.images else None
 
     for step in range(start := tally["step"], cfg.steps):
         opt.param_groups[0]["lr"] = lr = learning_rate(cfg, step)
@@ -772,48 +784,51 @@ def train(cfg):
             solve, at = divmod(step * B, pairs)                               # which solve, and where in it
             if at == 0 or step == start:          # a solve feeds several steps; resumed, it is solved again
                 g.manual_seed(fold(cfg.seed, "solve", solve))
-                states, levels, x_0, owners, y_0 = teacher_pairs(cfg, teacher, classes, shape, g)
-                views = {} if cfg.ensemble == "none" else distance.draw(states, g)
-                target = None if views else distance.features(x_0)            # once per trajectory
-            x_t, t, owner, y = (a[at:at + B][mine] for a in (states, levels, owners, y_0[owners]))
+                states, levels, x_0, owners, y_0 = teacher_pairs(cfg, run.teacher, classes, shape, g)
+                views = {} if cfg.ensemble == "none" else run.distance.draw(states, g)
+                target = None if views else run.distance.features(x_0)        # once per end, not per pair
+            batch = [a[at:at + B][mine] for a in (y_0[owners], states, levels, owners, *views.values())]
         else:
-            (raw, labels), ahead = ahead.result(), reader.submit(read_batch, cfg, images, step + 1)
+            (raw, labels), ahead = ahead.result(), reader.submit(read_batch, cfg, run.images, step + 1)
             noise, eps = randn((B, *shape), g)[mine], randn((B, *shape), g)[mine]
             x, labels = to_input(raw, noise), labels.to(DEVICE, non_blocking=True)
             t, y = (cfg.P_mean + cfg.P_std * randn(B, g))[mine].exp(), one_hot(labels, classes)
             if cfg.stage == "vgg" and cfg.data == "digits":
                 x = x + vgg_noise(cfg, step, (B, *shape))[mine]
+            batch = y, x, t, labels if cfg.stage == "vgg" else eps
 
         part = micro / B * tally["scale"]                 # of the mean over the batch; scale: of fp16, else 1
         with nets.hoist(net, force=True):             # EDM2 Eq. 66: normalised once for all micro-batches
-            for k in range(0, share, micro):
-                i, seed = slice(k, k + micro), fold(cfg.seed, cfg.stage, step, "dropout") + mine.start + k
+            for k, (y, *some) in enumerate(zip(*(a.split(micro) for a in batch))):
+                seed = fold(cfg.seed, cfg.stage, step, "dropout") + mine.start + k * micro
                 masks = None if cfg.stage == "vgg" else nets.dropout_masks(net, range(seed, seed + micro))
-                student = partial(net, class_labels=y[i], masks=masks)
-                if cfg.stage == "pretrain":
-                    loss = loss_edm2(student, x[i], t[i], eps[i], net.sigma_data)
-                elif cfg.stage == "vgg":
-                    loss = loss_vgg(net, x[i], labels[i], seed)
-                elif cfg.stage == "mid" and views:
-                    view = {name: v[at:at + B][mine][i] for name, v in views.items()}
-                    loss = loss_cmt_views(student, x_t[i], t[i], x_0[owner[i]], distance, view)     # Eq. 7
-                elif cfg.stage == "mid":
-                    ends = [features[owner[i]] for features in target]
-                    loss = loss_cmt(student, x_t[i], t[i], ends, distance)              # Eq. 7
+                student = partial(net, class_labels=y, masks=masks)
+                if cfg.stage == "mid":
+                    x_t, t, owner, *view = some
                 else:
-                    r, w = ect_step(t[i], cfg.q), edm_weight(t[i], net.sigma_data)
-                    at_t, at_r = (x[i] + s.view(-1, 1, 1, 1) * eps[i] for s in (t[i], r))
-                    if teacher:                       # ECD, see asked_nets; frozen: no gradient
-                        order, D_T = 1 if cfg.post == "ecd_euler" else 2, partial(teacher, class_labels=y[i])
-                        at_r = solvers.ode_step(D_T, at_t, t[i], r, order)
-                    loss = loss_ect(student, at_t, at_r, t[i], r, cfg.huber_c, w)       # Eq. 3
+                    x, t, eps = some                  # vgg: labels in the place of eps
+                if cfg.stage == "pretrain":
+                    loss = loss_edm2(student, x, t, eps, net.sigma_data)
+                elif cfg.stage == "vgg":
+                    loss = loss_vgg(net, x, eps, seed)
+                elif cfg.stage == "mid" and views:
+                    loss = loss_cmt_views(student, x_t, t, x_0[owner], run.distance, dict(zip(views, view)))
+                elif cfg.stage == "mid":
+                    ends = [features[owner] for features in target]
+                    loss = loss_cmt(student, x_t, t, ends, run.distance)                # Eq. 7
+                else:
+                    r, w = ect_step(t, cfg.q), edm_weight(t, net.sigma_data)
+                    x_t, x_r = (x + s.view(-1, 1, 1, 1) * eps for s in (t, r))
+                    if run.teacher:                   # ECD, see asked_nets; frozen: no gradient
+                        x_r = solvers.ode_step(partial(run.teacher, class_labels=y), x_t, t, r, order)
+                    loss = loss_ect(student, x_t, x_r, t, r, cfg.huber_c, w)            # Eq. 3
                 (loss * part).backward()
                 loss_sum += loss.detach() * part          # total() reads it
-        norm, loss, stop = total(grad, tally["scale"])                        # the one wait of a step
+        norm, loss, stop = total(run.grad, tally["scale"])                    # the one wait of a step
         if math.isfinite(norm + loss):            # else: no step, and no trace of it in weights and moments
             opt.step()
-        grad.zero_()
-        flat_ema.lerp_(flat, 1 - (power_ema(cfg.ema_std, (step + 1) * B, B) if cfg.ema_std else cfg.ema_beta))
+        run.grad.zero_()
+        run.flat_ema.lerp_(run.flat, 1 - ema_beta(cfg, step))
 
         # bookkeeping from here on
         done = step + 1
@@ -822,8 +837,8 @@ def train(cfg):
         if to_save or done % cfg.log_every == 0 or done == start + 1:
             report(cfg, done, lr, tally, **nets.peak_memory())
         if to_save and RANK == 0:
-            nets.save_checkpoint(path, net=net, ema=ema, opt=opt, **saved, **tally)
-            fid.save_preview(cfg, tally, stop, previewer(cfg, ema), ", the classes in turn")
+            nets.save_checkpoint(run.path, net=net, ema=run.ema, opt=opt, **run.saved, **tally)
+            fid.save_preview(cfg, tally, stop, previewer(cfg, run.ema), ", the classes in turn")
         if to_save:
             fid.wait_for_first(TIMEOUT)
         if stop:

@@ -27,6 +27,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import cache, partial
+from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -694,20 +695,19 @@ def first_weights(cfg, model):
 
 
 # ---- main -------------------------------------------------------------------------------------
-def train(cfg):
-    """One stage (pretrain, mid, post) from its last checkpoint to its end: set-up, method, bookkeeping."""
+def set_up(cfg):
+    """What a stage trains with, from its last checkpoint or first weights; None: nothing is to be done."""
     if left_out(cfg) or cfg.stage == "pretrain" and cfg.teacher:
         return log(f"{cfg.stage}: not trained, as --teacher or --mid none says")
-    path, B = f"{cfg.out}/{cfg.stage}.pt", cfg.batch
+    path = f"{cfg.out}/{cfg.stage}.pt"
     ckpt, left = resume(cfg)
     if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # by name: neither is read
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
-    images, data = None, "none"
+    images, data, teacher = None, "none", None
     if cfg.stage != "mid":                                                    # CMT needs no data
         images = load_data(cfg)
         data, shape, null = images.stamp, images.shape, images.classes        # "no class": the one after all
-    asks_teacher = cfg.stage == "mid" or cfg.stage == "post" and cfg.post == "teacher"
-    if asks_teacher:
+    if cfg.stage == "mid" or cfg.stage == "post" and cfg.post == "teacher":
         weights, its = teacher_state(cfg)
         teacher = build(cfg, its, weights, cfg.teacher or "the teacher")
         teacher.requires_grad_()                      # else autocast casts its weights anew at each call
@@ -722,25 +722,31 @@ def train(cfg):
     state, what = (None, "") if ckpt else first_weights(cfg, model)
     net = build(cfg, model, state, what, train=True)
     ema = deepcopy(net).requires_grad_(False).eval()
-    flow = flow_of(cfg, net, torch.tensor(null, device=DEVICE))
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
     # flat: one vector, whose views are the weights of net; in grad, added up and zeroed as one, their
     # gradients, the loss, and how many signals ask to stop
-    flat.grad, loss_sum = grad[:-2], grad[-2]
+    flat.grad = grad[:-2]
     opt = torch.optim.Adam([flat], betas=(0.9, 0.95), fused=True)             # MF
     tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
     agree("data and sum of the first weights", (data, flat.sum(dtype=torch.float64).item()))
-    ckpt = weights = state = None                     # as large as the net, and needed no more
-    errors = torch.zeros(2, 5, device=DEVICE)         # square errors and their number, by t - r: 0, quarters
-    pairs, share = math.prod(solves(cfg)), B // WORLD
-    # pairs of a solve; of them B a step, which divides them; of these `share` a process, `micro` a pass
-    mine, micro = slice(RANK * share, (RANK + 1) * share), cfg.batch_gpu or share
-    steps = cfg.nfe if cfg.stage == "pretrain" else 1
-    preview = make_sampler(replace(cfg, labels="balanced"), ema, steps, decode=False)
-    reader = ThreadPoolExecutor(1)                    # it reads one step ahead
-    ahead = reader.submit(read_batch, cfg, images, tally["step"]) if images else None
     saved = dict(data=data, model=model, cfg=asdict(cfg), **fid.made_by(__file__))
     log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))           # --dry_run ends here
+    return SimpleNamespace(images=images, null=null, shape=shape, teacher=teacher, net=net, ema=ema, opt=opt,
+                           flat=flat, flat_ema=flat_ema, grad=grad, tally=tally, path=path, saved=saved)
+
+
+def train(cfg):
+    """One stage (pretrain, mid, post) from its last checkpoint to its end: method first, bookkeeping last."""
+    if not (run := set_up(cfg)):
+        return
+    net, opt, tally, B, loss_sum = run.net, run.opt, run.tally, cfg.batch, run.grad[-2]
+    flow = flow_of(cfg, net, torch.tensor(run.null, device=DEVICE))
+    errors = torch.zeros(2, 5, device=DEVICE)         # square errors and their number, by t - r: 0, quarters
+    pairs, share = math.prod(solves(cfg)), B // WORLD
+    # pairs of a solve; B a step, which divides them; of these `share` a process, `micro` a pass
+    mine, micro = slice(RANK * share, (RANK + 1) * share), cfg.batch_gpu or share
+    reader = ThreadPoolExecutor(1)                    # it reads one step ahead
+    ahead = reader.submit(read_batch, cfg, run.images, tally["step"]) if run.images else None
 
     for step in range(start := tally["step"], cfg.steps):
         opt.param_groups[0]["lr"] = lr = fid.lr_at(cfg, step)
@@ -749,36 +755,35 @@ def train(cfg):
             solve, at = divmod(step * B, pairs)                               # which solve, and where in it
             if at == 0 or step == start:          # a solve feeds several steps; resumed, it is solved again
                 g.manual_seed(fold(cfg.seed, "solve", solve))
-                solved = teacher_pairs(cfg, teacher, shape, g)
+                solved = teacher_pairs(cfg, run.teacher, run.shape, g)
                 order = torch.randperm(pairs, generator=g, device=DEVICE)
-            z, t, r, y, target = (a[order[at:at + B][mine]] for a in solved)
+            batch = [a[order[at:at + B][mine]] for a in solved]
         else:
-            (raw, y, t, r), ahead = ahead.result(), reader.submit(read_batch, cfg, images, step + 1)
-            guided = is_guided(cfg, step, t, y, null)
-            noise, eps = randn((B, *shape), g)[mine], randn((B, *shape), g)[mine]
+            (raw, y, t, r), ahead = ahead.result(), reader.submit(read_batch, cfg, run.images, step + 1)
+            guided = is_guided(cfg, step, t, y, run.null)
+            noise, eps = randn((B, *run.shape), g)[mine], randn((B, *run.shape), g)[mine]
             x, y = to_input(raw, noise), y.to(DEVICE, non_blocking=True)
             level = t.to(DEVICE, non_blocking=True).view(-1, 1, 1, 1)
-            z, v = (1 - level) * x + level * eps, eps - x
+            batch = (1 - level) * x + level * eps, t, r, y, eps - x, level.view(-1), guided
 
         part = micro / B * tally["scale"]                 # of the mean over the batch; scale: of fp16, else 1
-        for k in range(0, share, micro):
-            i = slice(k, k + micro)
+        for z, t, r, y, target, *more in zip(*(a.split(micro) for a in batch)):
             if cfg.stage == "mid":
-                loss, square = loss_cmt_mf(flow.u, z[i], t[i], r[i], y[i], target[i])         # Eq. 8
+                loss, square = loss_cmt_mf(flow.u, z, t, r, y, target)                        # Eq. 8
             else:
-                velocity, to_guide = v[i], guided[i]
-                if asks_teacher:                      # its answer is guided already
-                    velocity = teacher_velocity(cfg, teacher, z[i], level[i].view(-1), y[i], to_guide)
-                    to_guide = torch.zeros_like(to_guide)
-                loss, square, _ = loss_mf(flow, z[i], velocity, t[i], r[i], y[i], to_guide, cfg)
+                level, guided = more                  # t on the device; which samples guidance changes
+                if run.teacher:                       # its answer is guided already
+                    target = teacher_velocity(cfg, run.teacher, z, level, y, guided)
+                    guided = torch.zeros_like(guided)
+                loss, square, _ = loss_mf(flow, z, target, t, r, y, guided, cfg)
             (loss * part).backward()
             loss_sum += loss.detach() * part          # total() reads it
-            fid.add_errors(errors, square / z[0].numel(), (t - r)[i])
-        norm, loss, stop = total(grad, tally["scale"])                        # the one wait of a step
+            fid.add_errors(errors, square / z[0].numel(), t - r)
+        norm, loss, stop = total(run.grad, tally["scale"])                    # the one wait of a step
         if math.isfinite(norm + loss):            # else: no step, and no trace of it in weights and moments
             opt.step()
-        grad.zero_()
-        flat_ema.lerp_(flat, 1 - cfg.ema_beta)
+        run.grad.zero_()
+        run.flat_ema.lerp_(run.flat, 1 - cfg.ema_beta)
 
         # bookkeeping from here on
         done = step + 1
@@ -787,7 +792,9 @@ def train(cfg):
         if to_save or done % cfg.log_every == 0 or done == start + 1:
             report(cfg, done, lr, tally, **nets.peak_memory(), **fid.mse_by_gap(errors))
         if to_save and RANK == 0:
-            nets.save_checkpoint(path, net=net, ema=ema, opt=opt, **saved, **tally)
+            nets.save_checkpoint(run.path, net=net, ema=run.ema, opt=opt, **run.saved, **tally)
+            steps = cfg.nfe if cfg.stage == "pretrain" else 1
+            preview = make_sampler(replace(cfg, labels="balanced"), run.ema, steps, decode=False)
             fid.save_preview(cfg, tally, stop, preview, ", the classes in turn")
         if to_save:
             fid.wait_for_first(TIMEOUT)

@@ -29,6 +29,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import cache, partial
+from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -848,16 +849,16 @@ def first_weights(cfg):
 
 
 # ---- main -------------------------------------------------------------------------------------
-def train(cfg):
-    """One stage (pretrain, mid, post) from its last checkpoint to its end: set-up, method, bookkeeping."""
+def set_up(cfg):
+    """What a stage trains with, from its last checkpoint or first weights; None: nothing is to be done."""
     if left_out(cfg) or cfg.stage == "pretrain" and cfg.teacher:
         return log(f"{cfg.stage}: not trained, as --teacher or --mid none says")
-    path, B = f"{cfg.out}/{cfg.stage}.pt", cfg.batch
+    path, teacher = f"{cfg.out}/{cfg.stage}.pt", None
     ckpt, left = resume(cfg)
     if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # by name: neither is read
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
     images, encoder = load_data(cfg), text_encoder(cfg)                   # mid reads captions, never an image
-    data, null, shape = images.stamp, encoder(images.null[None]), images.shape
+    data, null = images.stamp, encoder(images.null[None])
     if cfg.stage == "mid":
         weights, model = teacher_state(cfg)
         teacher = build(cfg, model, weights, cfg.teacher or "the teacher")
@@ -870,34 +871,42 @@ def train(cfg):
     state, what = (None, "") if ckpt else first_weights(cfg)
     net = build(cfg, model, state, what, train=True)
     ema = deepcopy(net).requires_grad_(False).eval()
-    flow = flow_of(cfg, lambda z, t, r, text, repa: net(z, t, text, r, repa), null)   # MMDiT: r behind text
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
     # flat: one vector, whose views are the weights of net; in grad, added up and zeroed as one, their
     # gradients, the loss, and how many signals ask to stop
-    flat.grad, loss_sum = grad[:-2], grad[-2]
+    flat.grad = grad[:-2]
     betas = (0.9, 0.999 if cfg.stage == "pretrain" else 0.95)                 # REPA; MF
     opt = torch.optim.Adam([flat], betas=betas, fused=True)
     tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
     agree("data and sum of the first weights", (data, flat.sum(dtype=torch.float64).item()))
-    ckpt = weights = state = None                     # as large as the net, and needed no more
-
-    def features_of(words, drop):
-        return torch.where(drop.to(DEVICE, non_blocking=True).view(-1, 1, 1), null, encoder(words))
-
-    errors = torch.zeros(2, 6, device=DEVICE)         # square errors and their number, by t - r; REPA's
-    pairs, share = math.prod(solves(cfg)), B // WORLD
-    # pairs of a solve; of them B a step, which divides them; of these `share` a process, `micro` a pass
-    mine, micro = slice(RANK * share, (RANK + 1) * share), cfg.batch_gpu or share
     # previews: captions of the data, whose features may be cached (no one needs CLIP), of each tenth in turn
     k, n = torch.arange(60), images.count
-    drawn = ", captions of " + ("the digit above" if cfg.data == "digits" else "each tenth of the data")
     shown = encoder(images.texts((k % 10 * n // 10 + n // 20 + k // 10) % n, 0.0 * k))
     steps = cfg.nfe if cfg.stage == "pretrain" else 1
     preview = make_sampler(cfg, ema, steps, lambda seeds: shown[list(seeds)], null, decode=False)
-    reader = ThreadPoolExecutor(1)                    # it reads one step ahead
-    ahead = reader.submit(read_batch, cfg, images, tally["step"]) if cfg.stage != "mid" else None
     saved = dict(data=data, model=model, cfg=asdict(cfg), **fid.made_by(__file__))
     log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))           # --dry_run ends here
+    return SimpleNamespace(images=images, encoder=encoder, null=null, teacher=teacher, preview=preview,
+                           net=net, ema=ema, flat=flat, flat_ema=flat_ema, grad=grad, opt=opt, tally=tally,
+                           path=path, saved=saved)
+
+
+def train(cfg):
+    """One stage (pretrain, mid, post) from its last checkpoint to its end: method first, bookkeeping last."""
+    if not (run := set_up(cfg)):
+        return
+    net, opt, tally, B, loss_sum = run.net, run.opt, run.tally, cfg.batch, run.grad[-2]
+    images, shape = run.images, run.images.shape
+    flow = flow_of(cfg, lambda z, t, r, text, repa: net(z, t, text, r, repa), run.null)    # r behind text
+    errors = torch.zeros(2, 6, device=DEVICE)         # square errors and their number, by t - r; REPA's
+    pairs, share = math.prod(solves(cfg)), B // WORLD
+    # pairs of a solve; B a step, which divides them; of these `share` a process, `micro` a pass
+    mine, micro = slice(RANK * share, (RANK + 1) * share), cfg.batch_gpu or share
+    reader = ThreadPoolExecutor(1)                    # it reads one step ahead
+    ahead = reader.submit(read_batch, cfg, images, tally["step"]) if cfg.stage != "mid" else None
+
+    def features_of(words, drop):
+        return torch.where(drop.to(DEVICE, non_blocking=True).view(-1, 1, 1), run.null, run.encoder(words))
 
     for step in range(start := tally["step"], cfg.steps):
         opt.param_groups[0]["lr"] = lr = fid.lr_at(cfg, step)
@@ -907,41 +916,42 @@ def train(cfg):
             if at == 0 or step == start:          # a solve feeds several steps; resumed, it is solved again
                 g.manual_seed(fold(cfg.seed, "solve", solve))
                 texts = features_of(*captions_of_solve(cfg, images, solve))
-                solved = teacher_pairs(cfg, teacher, texts, null, shape, g)
+                solved = teacher_pairs(cfg, run.teacher, texts, run.null, shape, g)
                 order = torch.randperm(pairs, generator=g, device=DEVICE)
             z, t, r, owner, target = (a[order[at:at + B][mine]] for a in solved)
-            text = texts[owner]
+            batch = z, t, r, texts[owner], target
         else:
             batch, ahead = ahead.result(), reader.submit(read_batch, cfg, images, step + 1)
             raw, tokens, words, drop, t, r, guided = batch
             noise, eps = randn((B, *shape), g)[mine], randn((B, *shape), g)[mine]
             x, text = to_input(raw, noise), features_of(words, drop)
             level, tokens = (a.to(DEVICE, non_blocking=True) for a in (t.view(-1, 1, 1, 1), tokens))
-            z, v = (1 - level) * x + level * eps, eps - x
+            batch = (1 - level) * x + level * eps, t, r, text, eps - x, level.flatten(), guided, tokens
 
         part = micro / B * tally["scale"]                 # of the mean over the batch; scale: of fp16, else 1
-        for k in range(0, share, micro):
-            i, features = slice(k, k + micro), None
+        for z, t, r, text, target, *more in zip(*(a.split(micro) for a in batch)):
+            level, guided, tokens = more or [None] * 3    # t on the device; which samples guidance changes
+            features = None
             if cfg.stage == "mid":
-                loss, square = loss_cmt_mf(flow.u, z[i], t[i], r[i], text[i], target[i])      # Eq. 8
+                loss, square = loss_cmt_mf(flow.u, z, t, r, text, target)                     # Eq. 8
             elif cfg.stage == "pretrain":
-                loss, square, features = loss_sit(flow, z[i], v[i], level[i].flatten(), text[i])
+                loss, square, features = loss_sit(flow, z, target, level, text)
             else:
-                loss, square, features = loss_mf(flow, z[i], v[i], t[i], r[i], text[i], guided[i], cfg)
+                loss, square, features = loss_mf(flow, z, target, t, r, text, guided, cfg)
             if features is not None:      # trap: REPA acts on the forward pass, never inside du/dt
-                repa = loss_repa(features, tokens[i])
+                repa = loss_repa(features, tokens)
                 loss = loss + cfg.repa * repa
                 errors[:, 5] += torch.stack([-repa.detach(), torch.ones_like(repa)]).nan_to_num() * micro
             (loss * part).backward()
             loss_sum += loss.detach() * part          # total() reads it
-            fid.add_errors(errors, square / z[0].numel(), (t - r)[i])
-        norm, loss, stop = total(grad, tally["scale"])                        # the one wait of a step
+            fid.add_errors(errors, square / z[0].numel(), t - r)
+        norm, loss, stop = total(run.grad, tally["scale"])                    # the one wait of a step
         if cfg.clip and norm > cfg.clip:
-            grad *= cfg.clip / norm
+            run.grad *= cfg.clip / norm
         if math.isfinite(norm + loss):            # else: no step, and no trace of it in weights and moments
             opt.step()
-        grad.zero_()
-        flat_ema.lerp_(flat, 1 - cfg.ema_beta)
+        run.grad.zero_()
+        run.flat_ema.lerp_(run.flat, 1 - cfg.ema_beta)
 
         # bookkeeping from here on
         done = step + 1
@@ -950,8 +960,9 @@ def train(cfg):
         if to_save or done % cfg.log_every == 0 or done == start + 1:
             report(cfg, done, lr, tally, **nets.peak_memory(), **fid.mse_by_gap(errors))
         if to_save and RANK == 0:
-            nets.save_checkpoint(path, net=net, ema=ema, opt=opt, **saved, **tally)
-            fid.save_preview(cfg, tally, stop, preview, drawn)
+            nets.save_checkpoint(run.path, net=net, ema=run.ema, opt=opt, **run.saved, **tally)
+            drawn = "the digit above" if cfg.data == "digits" else "each tenth of the data"
+            fid.save_preview(cfg, tally, stop, run.preview, f", captions of {drawn}")
         if to_save:
             fid.wait_for_first(TIMEOUT)
         if stop:

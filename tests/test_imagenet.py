@@ -202,8 +202,9 @@ def test_edm2_loss_by_hand_and_its_weight():
 
 @pytest.mark.parametrize("std, gamma", [(0.010, 96.995), (0.050, 16.972), (0.075, 10.289), (0.100, 6.937)])
 def test_power_function_ema_has_the_published_exponents(std, gamma):
-    assert script.power_ema(std, 1000, 500) == pytest.approx(0.5 ** (gamma + 1), rel=1e-3)
-    assert script.power_ema(std, 500, 500) == 0
+    cfg = script.Config(ema_std=std)
+    assert script.ema_beta(cfg, 1) == pytest.approx(0.5 ** (gamma + 1), rel=1e-3)
+    assert script.ema_beta(cfg, 0) == 0 and script.ema_beta(script.Config(ema_beta=0.9), 7) == 0.9
 
 
 def test_learning_rates():

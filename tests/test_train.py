@@ -499,7 +499,10 @@ def test_a_flag_of_a_stage_that_is_not_trained_is_named(capsys):
     flags = "--data digits --teacher t.pt --pretrain.lr 1e-3 --mid none --mid.steps=3 --post.steps 2 --lr 1e-4"
     script.fid.stages_of(vars(script), flags.split())
     said = capsys.readouterr().err
-    assert "--pretrain.lr has no effect" in said and "--mid.steps=3 has" in said and said.count("no effect") == 2
+    assert "--pretrain.lr has no effect" in said and "--mid.steps has" in said and said.count("no effect") == 2
+    script.fid.stages_of(vars(script), "--data digits --mid.q 7 --post.nfe=5 --post.q 7".split())       # q is post's
+    said = capsys.readouterr().err
+    assert "--mid.q has no effect" in said and "--post.nfe has" in said and said.count("no effect") == 2
 
 
 def test_a_dry_run_keeps_no_answer_about_pictures(monkeypatch, capsys):

@@ -422,7 +422,7 @@ def photos(args, device):
 
 
 FM = "--pretrain fm --weak SIZE --init sit"           # SIZE: --size, of student and flow-matching teacher
-CAPTION = ("Does mid-training help a Mean Flow? Best on photos, in one step: {}, in two: {}\n"
+CAPTION = ("Does mid-training help a Mean Flow? On photos best, at unequal seconds: {}\n"
            "FD-photos (Frechet distance to {} at 16x16, by features of a small net; {} against the other) "
            "against CPU seconds; a curve starts after its teacher's; {}. Each net is a Mean Flow. CMT: "
            "mid-training by a small teacher, then post-training on the photos. From scratch, from flow "
@@ -485,8 +485,8 @@ def roads(args, device):
         panels[title] = {name: [tuple(map(statistics.mean, zip(*seen))) for seen in panel[name].values()]
                          for name in sorted(panel, key=lambda name: ("flow" in name, name))}
     seeds = f"{'means of the seeds' if ',' in args.seeds else 'seed'} {args.seeds}"
-    best = (min(panel, key=lambda name: panel[name][-1][1]) for panel in panels.values())
-    words = CAPTION.format(*best, os.path.basename(args.data), features.scale, seeds)
+    best = dict.fromkeys(min(panel, key=lambda name: panel[name][-1][1]) for panel in panels.values())
+    words = CAPTION.format(" and ".join(best), os.path.basename(args.data), features.scale, seeds)
     marks = {statistics.mean(end.values()): f"{road}: post-training begins" for road, end in mid.items()}
     fid.save_chart(f"{args.out}/roads.png", panels, words, "CPU seconds", marks)
 

@@ -406,6 +406,12 @@ def check_values(cfg, limits, world):
     for name, known in sys.modules[type(cfg).__module__].BRANCHES.items():       # else one trains as another
         if getattr(cfg, name) not in known.split():
             fail(2, f"--{name} {getattr(cfg, name)}: write its branch in `train`, then its name in BRANCHES")
+    kept = cfg.ema_beta**cfg.steps * (not getattr(cfg, "ema_std", 0))
+    if world and kept > 0.1:
+        say(f"warning: the average, which is shown and scored, keeps {kept:.0%} of the first weights; pass a "
+            f"lower --{cfg.stage}.ema_beta")
+    if world and 2 * cfg.warmup > cfg.steps:
+        say(f"warning: warm-up takes {cfg.warmup} of {cfg.steps} steps; pass a lower --{cfg.stage}.warmup")
     if world and cfg.batch % world:
         fail(2, f"--batch {cfg.batch}: {world} processes need a multiple: {-(-cfg.batch // world) * world}")
     if world and cfg.batch_gpu and cfg.batch // world % cfg.batch_gpu:
@@ -1753,8 +1759,8 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
                "trajectories; post-training: it learns from images.")
     caption += (f" Scores: Frechet distance of {samples:,} images to the data by a net's features, lower is "
                 f"better{' (of few images it is high)' * (samples < 1_000)}.") * bool(table) + fallen(table)
-    caption += (" One half of the real digits scores 0.78 against the other (few images score higher), "
-                "random pixels 119.5.") * real
+    caption += (" One half of the real digits scores 0.78 against the other (fewer images give higher "
+                "distances), random pixels 119.5.") * real
     caption += (" Shows its digit: a classifier reads it as the caption's digit."
                 * any("shows its digit" in key for row in table for key in row)) + words
     alone = f"_{shown[0][0]}" * shown[0][0].startswith("init_")         # --init FILE: beside the run's own
@@ -1992,11 +1998,6 @@ def begin_stage(cfg, tally, memory):
     begins += f", {cfg.steps} steps, {memory}" + "; compiles for minutes, --no-compile does not" * cfg.compile
     PACE.clear()
     tally["clock"] = time.time()
-    kept = 0 if getattr(cfg, "ema_std", 0) else cfg.ema_beta**cfg.steps
-    begins += (f"; warning: the average, which is shown and scored, keeps {kept:.0%} of the first weights; "
-               f"pass a lower --{cfg.stage}.ema_beta") * (kept > 0.1)
-    begins += (f"; warning: warm-up takes {cfg.warmup:,} of {cfg.steps:,} steps; pass a lower "
-               f"--{cfg.stage}.warmup") * (2 * cfg.warmup > cfg.steps)
     if cfg.dry_run:
         raise SystemExit(0)                              # it could begin: all that dry_run asks
     if processes()[0]:

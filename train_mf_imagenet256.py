@@ -114,9 +114,9 @@ PRESETS = {  # (data, stage, its --mid or --post): of rows that match the lower 
     ("digits", "post", "*"): dict(steps=1_000, batch=64, lr=4e-3, ema_beta=0.99, unguided=250),
     ("digits", "post", "vanilla"): dict(steps=1_900),                      # the time of mid and post together
 }
-ABOUT = {"pretrain": "stage 1 of 4, pre-training: its weight keeps the loss near 1; mse_same (r = t) falls",
+ABOUT = {"pretrain": "stage 1 of 4, pre-training: its weight keeps the loss near 1; square errors fall",
          "mid": "stage 2 of 4, mid-training (Eq. 8): loss, square error of mean velocities, falls; grad too",
-         "post": "stage 3 of 4, post-training: its weight keeps the loss near 1; mse_same too; see previews",
+         "post": "stage 3 of 4, post-training: its weight keeps the loss near 1; square errors hardly fall",
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "sit", "random"                            # other values of --init are a FILE
@@ -364,7 +364,8 @@ def draw_sheets(cfg, found):
         teacher, times = found[0][1], torch.linspace(1, 0, cfg.nodes, dtype=torch.float64)
         z, y = prior(teacher, range(2), "balanced")
         states = rollout(cfg, teacher, z, y, times)[0]                               # (nodes, 2, C, H, W)
-        jumps = {name + ", a Mean Flow" * (name == "teacher" and net.r_embedder is not None):
+        kind = ", one plain call" if teacher.r_embedder is None else ", a Mean Flow"     # it is not guided
+        jumps = {name + kind * (name == "teacher"):
                  lambda x, t, net=net: x - t[0] * net(x, t, t * 0, y) for name, net, *_ in found}
         fid.save_trajectory(cfg.out, states, times, jumps, partial(to_images, cfg),
                             [f"class {k}" for k in shown[1]])

@@ -117,9 +117,9 @@ PRESETS = {  # (data, stage, its --mid or --post): of rows that match the lower 
     ("digits", "mid", "*"): dict(steps=800, lr=1e-3),
     ("digits", "post", "*"): dict(steps=700, lr=5e-4),
 }
-ABOUT = {"pretrain": "stage 1 of 4, pre-training: loss, square error (mse_same) less REPA's gain, falls",
+ABOUT = {"pretrain": "stage 1 of 4, pre-training: loss, square error less REPA's gain, falls",
          "mid": "stage 2 of 4, mid-training (Eq. 8): loss, square error of mean velocities, falls; grad too",
-         "post": "stage 3 of 4, post-training: its weight keeps the loss level; mse_same too; see previews",
+         "post": "stage 3 of 4, post-training: its weight keeps the loss level; square errors hardly fall",
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "sit", "random"                            # other values of --init are a FILE
@@ -374,7 +374,8 @@ def draw_sheets(cfg, found, images, encoder):
     if found[0][0] == "teacher":
         teacher, times = found[0][1], torch.linspace(1, 0, cfg.nodes, dtype=torch.float64)
         states = rollout(cfg, teacher, prior(teacher, range(2)), text[:2], null, times)[0]
-        jumps = {name: lambda x, t, net=net: x - t[0] * net(x, t, text[:2], t * 0, repa=False)
+        jumps = {name + ", one plain call" * (net.r_embedder is None):         # without guidance
+                 lambda x, t, net=net: x - t[0] * net(x, t, text[:2], t * 0, repa=False)
                  for name, net, *_ in found}
         fid.save_trajectory(cfg.out, states, times, jumps, partial(to_images, cfg), captions)
     return shown, captions, words

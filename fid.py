@@ -406,12 +406,6 @@ def check_values(cfg, limits, world):
     for name, known in sys.modules[type(cfg).__module__].BRANCHES.items():       # else one trains as another
         if getattr(cfg, name) not in known.split():
             fail(2, f"--{name} {getattr(cfg, name)}: write its branch in `train`, then its name in BRANCHES")
-    kept = cfg.ema_beta**cfg.steps * (not getattr(cfg, "ema_std", 0))
-    if world and kept > 0.1:
-        say(f"warning: the average, which is shown and scored, keeps {kept:.0%} of the first weights; pass a "
-            f"lower --{cfg.stage}.ema_beta")
-    if world and 2 * cfg.warmup > cfg.steps:
-        say(f"warning: warm-up takes {cfg.warmup} of {cfg.steps} steps; pass a lower --{cfg.stage}.warmup")
     if world and cfg.batch % world:
         fail(2, f"--batch {cfg.batch}: {world} processes need a multiple: {-(-cfg.batch // world) * world}")
     if world and cfg.batch_gpu and cfg.batch // world % cfg.batch_gpu:
@@ -2016,9 +2010,9 @@ def begin_stage(cfg, tally, memory):
 
 
 def overview(road, device, cfg):
-    """What a run is to train, {stage: (steps, batch)}; a warning where a GPU is meant and there is none."""
+    """What a run is to train, [(steps left, Config)]; warnings: no GPU, a stage too short for its knobs."""
     ROAD.clear()
-    ROAD.update({stage: todo for stage, todo in road.items() if todo[0]})
+    ROAD.update({c.stage: (left, c.batch) for left, c in road if left})
     text = ", ".join(f"{stage} {steps:,} steps of {batch}" for stage, (steps, batch) in ROAD.items())
     n = processes()[1]
     text = f"{n} process{'es' * (n > 1)} on {device.type}; to train: {text or 'nothing'}"
@@ -2026,6 +2020,12 @@ def overview(road, device, cfg):
     if ROAD and device.type == "cpu" and not small:
         text += ("\nwarning: there is no GPU; a CPU trains --data digits in minutes, and in hours, with "
                  "OMP_NUM_THREADS=1, nets as small as those of --res 16")
+    for c in [c for left, c in road if left]:
+        kept = c.ema_beta**c.steps * (not getattr(c, "ema_std", 0))
+        text += (f"\nwarning: {c.stage}: the average, which is shown and scored, keeps {kept:.0%} of the "
+                 f"first weights; pass a lower --{c.stage}.ema_beta") * (kept > 0.1)
+        text += (f"\nwarning: {c.stage}: warm-up takes {c.warmup} of {c.steps} steps; pass a lower "
+                 f"--{c.stage}.warmup") * (2 * c.warmup > c.steps)
     return text
 
 
@@ -2050,7 +2050,7 @@ def dry_run(home, argv, configs):
     for c, trains in [(c, tried(c, home.check)) for c in configs]:
         if trains or trains is None and c.stage not in home.RUN:         # what is refused is to train as well
             left = c.steps if c.stage in codes else (tried(c, home.resume) or (None, 0))[1]
-            road[c.stage] = left, c.batch
+            road[c.stage] = left, c
     for c in configs:
         if c.stage not in codes:
             work = (lambda c: list_pictures(c.source)) if c.stage == "encode" else home.candidates
@@ -2058,7 +2058,7 @@ def dry_run(home, argv, configs):
         if c.stage in codes or road.get(c.stage, (0,))[0]:               # later ones start from what it makes
             break
     if processes()[0] == 0:
-        text = overview(road, home.DEVICE, c)
+        text = overview(road.values(), home.DEVICE, c)
         bad = ", ".join(c.stage for c in configs if c.stage in codes)
         cause = f"\nnothing starts before this is mended (see above): {bad}" * bool(codes)
         idle = ", ".join(c.stage for c in configs if c.stage not in (*ROAD, *codes, *home.RUN)) or "none"

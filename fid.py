@@ -1748,7 +1748,11 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
     if any(len(name) > 16 for name in names):
         columns = torch.stack([x.cpu() for *_, x in shown], 1)
         rows, header, line, breaks = [*zip(names, columns)], [what, *labels], "row", ()
-    caption = (f"The same noises, drawn by every net\nEach {line} is one noise; a second step may change "
+    one = [(key[7:], f"{called(row['stage'].partition(',')[0])} {value}") for row in table
+           for key, value in row.items() if key.startswith("1-step F") and value != "-"]
+    texts = ", ".join(text for _, text in one)
+    title = f"{one[0][0]} in one step: {texts}" if one else "The same noises, drawn by every net"
+    caption = (f"{title}\nEach {line} is one noise, drawn by every net; a second step may change "
                "what the first one drew. Mid-training: a student learns the ends of the teacher's "
                "trajectories; post-training: it learns from images.")
     caption += (f" Scores: Frechet distance of {samples:,} images to the data by a net's features, lower is "
@@ -1829,7 +1833,8 @@ def save_chart(path, panels, caption, across="images", marks=(), joined=True):
               for title, curves in panels.items()}
     panels = {title: curves for title, curves in panels.items() if curves}
     colours = colours_of([*dict.fromkeys(name for curves in panels.values() for name in curves)])
-    labels = [[STAGES.get(name, name) + f": {points[-1][1]:.2f}" * (joined and "better" in title)  # a score
+    labels = [[", ".join(STAGES.get(word, word) for word in name.split(", "))
+               + f": {points[-1][1]:.2f}" * (joined and "better" in title)                   # a score
                for name, points in curves.items()] for title, curves in panels.items()]
     left, right = 320, round(max(map(font.getlength, (*sum(labels, []), across)))) + 320
     heading, _, caption = signed(caption).rpartition("\n")
@@ -2086,11 +2091,14 @@ def save_curve(cfg, table=()):
         for key, title in CURVES.items():
             points = panels.setdefault(title, {}).setdefault(m["stage"], [])
             points.append((ends[m["stage"]], m.get(key, 0)))
-    for row in table:
+    for row, key in [(row, key) for row in table for key in row if "-step F" in key and row[key] != "-"]:
         stage = row["stage"].partition(",")[0].replace("teacher", "pretrain")
-        for key in [key for key in row if key.startswith("1-step F") and stage in ends and row[key] != "-"]:
-            scores = panels.setdefault(f"{key[7:]} of the finished nets in one step, lower is better", {})
-            scores[stage] = [(ends[stage], float(row[key].split()[0]))]
+        drawn_in, _, score = key.partition("-step ")
+        if stage in ends and (stage == "pretrain" or drawn_in in "12"):
+            x, y = ends[stage], float(row[key].split()[0])
+            name = f"{stage}, {drawn_in} step{'s' * (drawn_in != '1')}"
+            points = [(x, y)] if drawn_in in "12" else [(0, y), (max(ends.values()), y)]      # a line
+            panels.setdefault(f"{score} of the finished nets, lower is better", {})[name] = points
     for m in [m for m in steps if m["stage"] == "vgg"]:      # of no stage's length: an axis of its own
         title = "loss of the VGG, whose features mid-training compares"
         panels.setdefault(title, {}).setdefault("vgg", []).append((m["images"], m["loss"]))

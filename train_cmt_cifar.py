@@ -47,7 +47,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     init: str = "teacher"       # the first stage's start: teacher | random | FILE; sample, eval: show FILE
     res: int = 0                # own images are cropped and resized (LANCZOS) to this; 0 = they have one size
 
-    steps: int = 300_000        # optimiser steps; x batch 128 = 38.4 million pairs (Sec. 4.2)
+    steps: int = 300_000        # of mid, others: PRESETS; x batch 128 = 38.4 million pairs (Sec. 4.2)
     batch: int = 128            # images or pairs (x_t, x_0) per step, over all processes (B.2)
     batch_gpu: int = 0          # per process and forward pass, the rest by accumulation; 0 = all at once
     lr: float = 2e-4            # of RAdam (B.2); pretrain: of Adam
@@ -523,8 +523,8 @@ def set_up(cfg):
     net = build(cfg, model, state, what, train=True)
     ema = deepcopy(net).requires_grad_(False).eval()
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
-    # flat: one vector, whose views are the weights of net; in grad, added up and zeroed as one, their
-    # gradients, the loss, and how many signals ask to stop
+    # flat: one vector, whose views are the weights of net; grad, added up and zeroed as one: their
+    # gradients, then grad[-2], the loss, and grad[-1], how many signals ask to stop
     flat.grad = grad[:-2]
     opt = torch.optim.Adam([flat], fused=True)
     tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
@@ -612,12 +612,12 @@ def train(cfg):
 
 def candidates(cfg):
     """What to sample from: (name, net, {steps: kind of sampler}, checkpoint); --init FILE: it alone."""
-    few = {1: 1, 2: 2}                                # its steps: the kind that make_sampler takes
+    found, few = [], {1: 1, 2: 2}                     # its steps: the kind that make_sampler takes
     if cfg.init not in INITS:
         state, model = nets.load_pretrained(cfg.init)
         name = "init_" + os.path.basename(cfg.init).split(".")[0]
         return [(name, build(cfg, model, state, cfg.init), few, None)]
-    own, found = nets.finished(f"{cfg.out}/pretrain.pt") if cfg.teacher in ("", "scratch") else None, []
+    own = nets.finished(f"{cfg.out}/pretrain.pt") if cfg.teacher in ("", "scratch") else None
     if own or has_teacher(cfg):
         state, model = teacher_state(cfg)
         teacher = build(cfg, model, state, cfg.teacher or "the teacher")

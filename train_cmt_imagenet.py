@@ -52,7 +52,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     post: Literal["ect", "ecd", "ecd_euler", "ecd_code"] = "ect"     # Eq. 3; ecd_code: as their 512 script
     init: str = "teacher"       # the first stage's start: teacher | random | FILE; sample, eval: show FILE
 
-    steps: int = 50_000         # optimiser steps; x batch 128 = 6.4 million pairs (B.3)
+    steps: int = 50_000         # of mid, others: PRESETS; x batch 128 = 6.4 million pairs (B.3)
     batch: int = 128            # images or pairs (x_t, x_0) per step, over all processes (B.3)
     batch_gpu: int = 0          # per process and forward pass, the rest by accumulation; 0 = all at once
     lr: float = 7e-4            # of Adam (B.3)
@@ -746,8 +746,8 @@ def set_up(cfg):
     net = build(cfg, model, state, what, train=True)
     ema = deepcopy(net).requires_grad_(False).eval()
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
-    # flat: one vector, whose views are the weights of net; in grad, added up and zeroed as one, their
-    # gradients, the loss, and how many signals ask to stop
+    # flat: one vector, whose views are the weights of net; grad, added up and zeroed as one: their
+    # gradients, then grad[-2], the loss, and grad[-1], how many signals ask to stop
     flat.grad = grad[:-2]
     # choice: as ECT (B.3); the authors' 512 script has 0.999 in mid-training
     beta2 = 0.999 if cfg.stage == "mid" and data_name(cfg) == "imagenet512" else 0.99

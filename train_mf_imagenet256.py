@@ -724,8 +724,8 @@ def set_up(cfg):
     net = build(cfg, model, state, what, train=True)
     ema = deepcopy(net).requires_grad_(False).eval()
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
-    # flat: one vector, whose views are the weights of net; in grad, added up and zeroed as one, their
-    # gradients, the loss, and how many signals ask to stop
+    # flat: one vector, whose views are the weights of net; grad, added up and zeroed as one: their
+    # gradients, then grad[-2], the loss, and grad[-1], how many signals ask to stop
     flat.grad = grad[:-2]
     opt = torch.optim.Adam([flat], betas=(0.9, 0.95), fused=True)             # MF
     tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))

@@ -369,7 +369,7 @@ def draw_sheets(cfg, found, images, encoder):
             path = f"{cfg.out}/samples_{name}_{steps}step.png"
             fid.save_captions(path, name, steps, rows, scores="; scores: results.md in this folder")
             shown.append((name, steps, torch.stack([row[0] for _, row in rows])))
-    words = fid.about(cfg, found) + " A step of the teacher is up to four calls of its net, for guidance."
+    words = fid.about(cfg, found) + " Its step is Heun's and guided, up to four calls; one alone overshoots."
     fid.save_stages(cfg.out, shown, captions, words)
     if found[0][0] == "teacher":
         teacher, times = found[0][1], torch.linspace(1, 0, cfg.nodes, dtype=torch.float64)
@@ -873,8 +873,8 @@ def set_up(cfg):
     net = build(cfg, model, state, what, train=True)
     ema = deepcopy(net).requires_grad_(False).eval()
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
-    # flat: one vector, whose views are the weights of net; in grad, added up and zeroed as one, their
-    # gradients, the loss, and how many signals ask to stop
+    # flat: one vector, whose views are the weights of net; grad, added up and zeroed as one: their
+    # gradients, then grad[-2], the loss, and grad[-1], how many signals ask to stop
     flat.grad = grad[:-2]
     betas = (0.9, 0.999 if cfg.stage == "pretrain" else 0.95)                 # REPA; MF
     opt = torch.optim.Adam([flat], betas=betas, fused=True)

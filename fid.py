@@ -1748,10 +1748,10 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
     if any(len(name) > 16 for name in names):
         columns = torch.stack([x.cpu() for *_, x in shown], 1)
         rows, header, line, breaks = [*zip(names, columns)], [what, *labels], "row", ()
-    one = [(key[7:], f"{called(row['stage'].partition(',')[0])} {value}") for row in table
-           for key, value in row.items() if key.startswith("1-step F") and value != "-"]
-    texts = ", ".join(text for _, text in one)
-    title = f"{one[0][0]} in one step: {texts}" if one else "The same noises, drawn by every net"
+    one = {called(row["stage"].partition(",")[0]): value for row in table
+           for key, value in row.items() if key.startswith("1-step F") and value != "-"}
+    one = ", ".join(f"{name} {value}" for name, value in one.items())
+    title = f"One-step scores: {one}" if one else "The same noises, drawn by every net"
     caption = (f"{title}\nEach {line} is one noise, drawn by every net; a second step may change "
                "what the first one drew. Mid-training: a student learns the ends of the teacher's "
                "trajectories; post-training: it learns from images.")
@@ -2093,12 +2093,12 @@ def save_curve(cfg, table=()):
             points.append((ends[m["stage"]], m.get(key, 0)))
     for row, key in [(row, key) for row in table for key in row if "-step F" in key and row[key] != "-"]:
         stage = row["stage"].partition(",")[0].replace("teacher", "pretrain")
-        drawn_in, _, score = key.partition("-step ")
-        if stage in ends and (stage == "pretrain" or drawn_in in "12"):
-            x, y = ends[stage], float(row[key].split()[0])
-            name = f"{stage}, {drawn_in} step{'s' * (drawn_in != '1')}"
-            points = [(x, y)] if drawn_in in "12" else [(0, y), (max(ends.values()), y)]      # a line
-            panels.setdefault(f"{score} of the finished nets, lower is better", {})[name] = points
+        k, _, score = key.partition("-step ")
+        if stage in ends and (stage == "pretrain" or k in ("1", "2")):
+            y = float(row[key].split()[0])          # of many steps: a line
+            points = [(ends[stage], y)] if k in ("1", "2") else [(0, y), (max(ends.values()), y)]
+            panel = panels.setdefault(f"{score} of the finished nets, lower is better", {})
+            panel[f"{stage}, {k} step{'s' * (k != '1')}"] = points
     for m in [m for m in steps if m["stage"] == "vgg"]:      # of no stage's length: an axis of its own
         title = "loss of the VGG, whose features mid-training compares"
         panels.setdefault(title, {}).setdefault("vgg", []).append((m["images"], m["loss"]))

@@ -207,7 +207,7 @@ def pairs(args, device):
             flags += [f"--{knob}", str(getattr(args, knob))] if getattr(args, knob) else []
         cfg = home.parse(flags)
         if cfg.stage == "mid":
-            fid.check_solve(cfg, *home.solves(cfg), 1)
+            fid.check_solve(cfg, *home.solve_size(cfg), 1)
         plain = name == "plain"
         configs[name] = cfg = replace(cfg, trajectories=0) if plain else cfg          # 0: a solve a step
         tasks[name] = functools.partial(timed, plain_loop if plain else home.train, home, cfg, 1, device)
@@ -709,14 +709,14 @@ def random_weights(home, cfg, gpus, device, sent, more):
         given = cfg.stage == "pretrain" and hasattr(home, "has_teacher") and home.has_teacher(cfg)
         fid.check_values(cfg, home.LIMITS, 0 if given else gpus)
         if cfg.stage == "mid":
-            fid.check_solve(cfg, *home.solves(cfg), gpus)
+            fid.check_solve(cfg, *home.solve_size(cfg), gpus)
         never = 10**9
         yield stack, replace(cfg, steps=never, save_every=never, log_every=never)
 
 
 def steps_of_a_solve(home, cfg):
     """How many steps one solve of the teacher feeds."""
-    return max(math.prod(home.solves(cfg)) // cfg.batch, 1) if cfg.stage == "mid" else 1
+    return max(math.prod(home.solve_size(cfg)) // cfg.batch, 1) if cfg.stage == "mid" else 1
 
 
 def measure(home, cfg, gpus):

@@ -272,11 +272,12 @@ def curves(args, device):
                     at = seen + state["step"] * state["cfg"]["batch"]
                     scores.setdefault(f"{name}, {words}", []).append((at, level_of))
                     drawn.append((steps, images, f"{level_of:.2f}"))
+            label = name if call is calls[-1] else "mid-training alone"
+            shown += [(label, steps, images) for steps, images, _ in drawn]
+            rows.append({"stage": label} | {f"{steps}-step FD-digits": text for steps, _, text in drawn})
             steps_of = (m for m in fid.read_metrics(folder) if m["stage"] == state["cfg"]["stage"])
             every += [(seen + m["images"], m["grad"]) for m in steps_of]
             seen = at
-        shown += [(name, steps, images) for steps, images, _ in drawn]
-        rows.append({"stage": name} | {f"{steps}-step FD-digits": text for steps, _, text in drawn})
         medians = (statistics.median(y for _, y in every[max(0, k - 12):k + 13]) for k in range(len(every)))
         norms |= {name: [(x, y) for (x, _), y in zip(every, medians)], f"{name}, every step": every}
     scores["teacher, 16 steps"] = [(0, level), (seen, level)]
@@ -287,15 +288,16 @@ def curves(args, device):
     fid.save_stages(args.out, shown, (), words, rows, cfg.samples)
     caption = ("\nImages (or pairs) that a student saw, seed 0. Blue: mid-training on ends of the teacher's "
                "trajectories (CMT), then post-training on images (ECT). Red: that alone. By pseudo-Huber. ")
-    one = [row["1-step FD-digits"] for row in rows]          # of the teacher, of the two students
+    one = [row["1-step FD-digits"] for row in rows]          # teacher, mid, mid and post, post alone
     fid.save_chart(f"{args.out}/scores.png", {"FD-digits, lower is better": scores},
-                   f"Does mid-training help? Digits in one step: {one[1]} with it, {one[2]} without{caption}"
+                   f"Does mid-training help? Digits in one step: {one[2]} with it, {one[3]} without{caption}"
                    "Finished nets: the last points, and blue at the line. FD-digits: Frechet distance of "
                    f"{cfg.samples:,} images, by features of a net; random pixels: 119.5.", marks=marks)
     title = "gradient norm: every step, and the median of 25 steps"
     fid.save_chart(f"{args.out}/norms.png", {title: norms},
                    f"The smaller the gap of post-training, the larger its gradient{caption}ECT alone halves "
-                   "the gap again and again; after CMT it is smallest. Dark: medians.", marks=marks)
+                   "the gap of its two noise levels again and again; after CMT it is smallest. Dark: median.",
+                   marks=marks)
     for name, points in scores.items():
         print(f"{name}: " + ", ".join(f"{x:,} {y:.2f}" for x, y in points))
 
@@ -399,7 +401,7 @@ def photos(args, device):
     real = "real photos", fid.to_float(images[:12], "cpu")
     print("| run | seed | FD-photos, 1 / 2 steps | seconds |\n|---|---|---|---|")
     for seed in args.seeds.split(","):
-        shown = []
+        shown, one = [], []
         for row in args.methods.split(";") if args.methods else PHOTOS:
             folder, stage = photo_run(row, seed, small, args)
             state = torch.load(f"{folder}/{stage}.pt", weights_only=True)
@@ -410,8 +412,9 @@ def photos(args, device):
                 found.append(fid.score(sampler, features, reference, n)[0])
                 label = fid.net_label(CALLED.get(row, row), steps)
                 shown.append((f"{label}, FD-photos {found[-1]}", sampler(range(12))))
+            one += [f"{CALLED.get(row, row)} {found[0]}"] * (row != "teacher")
             print(f"| {row} | {seed} | {' / '.join(found)} | {state['seconds']:.0f} |", flush=True)
-            caption = ("The same noises, drawn by every net\nEach column is one noise; a second step may "
+            caption = (f"1 step: {', '.join(one)}\nEach column is one noise; a second step may "
                        f"change what the first one drew. FD-photos: Frechet distance of {n:,} images to the "
                        f"real ones, by features of a small net, lower is better; {features.scale} against "
                        "the other. Such small nets draw colours and shapes, hardly objects. Mid-training: on "
@@ -422,7 +425,7 @@ def photos(args, device):
 
 
 FM = "--pretrain fm --weak SIZE --init sit"           # SIZE: --size, of student and flow-matching teacher
-CAPTION = ("Does mid-training help a Mean Flow? On photos best, at unequal seconds: {}\n"
+CAPTION = ("Mean Flow on photos, best in one step: {}; in two: {} (seconds differ)\n"
            "FD-photos (Frechet distance to {} at 16x16, by features of a small net; {} against the other) "
            "against CPU seconds; a curve starts after its teacher's; {}. Each net is a Mean Flow. CMT: "
            "mid-training by a small teacher, then post-training on the photos. From scratch, from flow "
@@ -485,8 +488,8 @@ def roads(args, device):
         panels[title] = {name: [tuple(map(statistics.mean, zip(*seen))) for seen in panel[name].values()]
                          for name in sorted(panel, key=lambda name: ("flow" in name, name))}
     seeds = f"{'means of the seeds' if ',' in args.seeds else 'seed'} {args.seeds}"
-    best = dict.fromkeys(min(panel, key=lambda name: panel[name][-1][1]) for panel in panels.values())
-    words = CAPTION.format(" and ".join(best), os.path.basename(args.data), features.scale, seeds)
+    best = [min(panel, key=lambda name: panel[name][-1][1]) for panel in panels.values()]
+    words = CAPTION.format(*best, os.path.basename(args.data), features.scale, seeds)
     marks = {statistics.mean(end.values()): f"{road}: post-training begins" for road, end in mid.items()}
     fid.save_chart(f"{args.out}/roads.png", panels, words, "CPU seconds", marks)
 

@@ -1717,14 +1717,26 @@ def about(cfg, found):
     return text
 
 
+def scores_of(table):
+    """The distances in a table of scores, as text: {net: {steps: score}}; of two rows of a net the later."""
+    return {row["stage"].partition(",")[0]: {key.partition("-")[0]: value for key, value in row.items()
+                                             if "-step F" in key and value[:1].isdigit()} for row in table}
+
+
+def in_short(table):
+    """A table of scores in a line: students in one step, the teacher in its many; "" where no student has."""
+    scores = scores_of(table)
+    teacher = [f"teacher, {k} steps: {y}" for k, y in scores.pop("teacher", {}).items() if int(k) > 2]
+    students = [f"{called(name)} {found['1']}" for name, found in scores.items() if "1" in found]
+    return "; ".join(["1 step: " + ", ".join(students), *teacher]) if students else ""
+
+
 def fallen(table):
     """Of a table of scores: a sentence for each stage that scores worse than the one before it."""
-    text, scores = "", {row["stage"].partition(",")[0]: {
-        key.partition("-")[0]: float(value.split()[0]) for key, value in row.items()
-        if "-step F" in key and value[:1].isdigit()} for row in table}
+    text, scores = "", scores_of(table)
     for before, after in ("teacher", "mid"), ("mid", "post"):
-        mine, was = scores.get(after, {}), scores.get(before, {})
-        worse = [k for k in mine if mine[k] > was.get(k, math.inf)]
+        was, mine = scores.get(before, {}), scores.get(after, {})
+        worse = [k for k in mine if k in was and float(mine[k].split()[0]) > float(was[k].split()[0])]
         what = f"{STAGES[after]} scores worse than {STAGES.get(before, 'its teacher')}"
         text += f" Here {what} in {' and '.join(worse)} step{'s' * (worse != ['1'])}." * bool(worse)
     return text
@@ -1748,17 +1760,14 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
     if any(len(name) > 16 for name in names):
         columns = torch.stack([x.cpu() for *_, x in shown], 1)
         rows, header, line, breaks = [*zip(names, columns)], [what, *labels], "row", ()
-    one = {called(row["stage"].partition(",")[0]): value for row in table
-           for key, value in row.items() if key.startswith("1-step F") and value != "-"}
-    one = ", ".join(f"{name} {value}" for name, value in one.items())
-    title = f"One-step scores: {one}" if one else "The same noises, drawn by every net"
-    caption = (f"{title}\nEach {line} is one noise, drawn by every net; a second step may change "
-               "what the first one drew. Mid-training: a student learns the ends of the teacher's "
+    title = in_short(table) or "The same noises, drawn by every net"
+    caption = (f"{title}\nEach {line} is one noise, drawn by every net; a second step may change what the "
+               f"first one drew.{fallen(table)} Mid-training: a student learns the ends of the teacher's "
                "trajectories; post-training: it learns from images.")
     caption += (f" Scores: Frechet distance of {samples:,} images to the data by a net's features, lower is "
-                f"better{' (of few images it is high)' * (samples < 1_000)}.") * bool(table) + fallen(table)
-    caption += (" One half of the real digits scores 0.78 against the other (fewer images give higher "
-                "distances), random pixels 119.5.") * real
+                f"better{' (of few images it is high)' * (samples < 1_000)}.") * bool(table)
+    caption += (" The real digits belong to no noise; one half of them scores 0.78 against the other (fewer "
+                "images give higher distances), random pixels 119.5.") * real
     caption += (" Shows its digit: a classifier reads it as the caption's digit."
                 * any("shows its digit" in key for row in table for key in row)) + words
     alone = f"_{shown[0][0]}" * shown[0][0].startswith("init_")         # --init FILE: beside the run's own
@@ -1817,7 +1826,7 @@ def colours_of(names):
     for one in sorted(own, key=lambda one: not own[one]):                   # those with a colour of their own
         free = [ink for ink in (*own[one], *INKS.values()) if ink not in inks.values()]
         inks[one] = [*free, *INKS.values()][0]
-    pale = [0.6 ** kin[:k].count(one) for k, one in enumerate(kin)]
+    pale = [0.7 ** kin[:k].count(one) for k, one in enumerate(kin)]
     return {name: tuple(int(255 - (255 - c) * p) for c in ImageColor.getrgb(inks[one]))
             for name, one, p in zip(names, kin, pale)}
 
@@ -2091,13 +2100,12 @@ def save_curve(cfg, table=()):
         for key, title in CURVES.items():
             points = panels.setdefault(title, {}).setdefault(m["stage"], [])
             points.append((ends[m["stage"]], m.get(key, 0)))
-    for row, key in [(row, key) for row in table for key in row if "-step F" in key and row[key] != "-"]:
-        stage = row["stage"].partition(",")[0].replace("teacher", "pretrain")
-        k, _, score = key.partition("-step ")
-        if stage in ends and (stage == "pretrain" or k in ("1", "2")):
-            y = float(row[key].split()[0])          # of many steps: a line
-            points = [(ends[stage], y)] if k in ("1", "2") else [(0, y), (max(ends.values()), y)]
-            panel = panels.setdefault(f"{score} of the finished nets, lower is better", {})
+    for name, scores in scores_of(table).items():
+        stage = name.replace("teacher", "pretrain")
+        for k, y in scores.items() if stage in ends else ():
+            y, level = float(y.split()[0]), name == "teacher" and int(k) > 2     # its many steps: a line
+            points = [(0, y), (max(ends.values()), y)] if level else [(ends[stage], y)]
+            panel = panels.setdefault("Frechet distance of the finished nets, lower is better", {})
             panel[f"{stage}, {k} step{'s' * (k != '1')}"] = points
     for m in [m for m in steps if m["stage"] == "vgg"]:      # of no stage's length: an axis of its own
         title = "loss of the VGG, whose features mid-training compares"
@@ -2105,9 +2113,10 @@ def save_curve(cfg, table=()):
     about = sys.modules[type(cfg).__module__].ABOUT          # "stage 2 of 4, mid-training (Eq. 7): ..."
     trained = {m["stage"] for m in steps}
     meant = [text.partition(", ")[2] for stage, text in about.items() if stage in trained]
-    save_chart(f"{cfg.out}/curve.png", panels, "The training so far, against images trained on\nIn "
-               "mid-training these are pairs of the teacher. Each stage has a loss of its own, so jumps "
-               f"between them are no failure. {'. '.join(text[0].upper() + text[1:] for text in meant)}.")
+    title = in_short(table) or "The training so far, against images trained on"
+    save_chart(f"{cfg.out}/curve.png", panels, f"{title}\nImages trained on; in mid-training these are pairs "
+               "of the teacher. Each stage has a loss of its own, so jumps between them are no failure. "
+               f"{'. '.join(text[0].upper() + text[1:] for text in meant)}.")
 
 
 def save_preview(cfg, tally, stop, sampler, drawn=""):

@@ -92,8 +92,8 @@ def dpmpp_coefficients(sigmas, order):
     One row (a, b0, b1, b2) per step: x_next = a x + b0 D_i + b1 D_{i-1} + b2 D_{i-2}. With h the step in
     lambda: phi1 = e^-h - 1, phi2 = phi1/h + 1, phi3 = phi2/h - 1/2. Order 3: x_next = a x - phi1 D +
     phi2 D1 - phi3 D2, with slopes u = (D_i - D_{i-1}) / r0 and v = (D_{i-1} - D_{i-2}) / r1, r0 and r1 the
-    steps before in units of h: D2 = (u - v) / (r0 + r1), half of D'' as in the reference, D1 = u + r0 D2.
-    Order 2: a x - phi1 (D + u/2). The first steps run at order 1, 2, the last ones at 2, 1.
+    steps before in units of h: D2 = (u - v) / (r0 + r1), half of D'' as in the reference, D1 = u + r0 D2: u
+    weighs phi2 + c, v weighs -c, c = (phi2 r0 - phi3) / (r0 + r1). Order 2: a x - phi1 (D + u/2).
     """
     lambdas = [-math.log(s) if s > 0 else math.inf for s in sigmas]
     rows, steps = [], len(sigmas) - 1
@@ -112,8 +112,8 @@ def dpmpp_coefficients(sigmas, order):
             phi2 = phi1 / h + 1                     # trap: with the wrong sign of phi2 images still look fine
             phi3 = phi2 / h - 0.5
             r0, r1 = (lambdas[i] - lambdas[i - 1]) / h, (lambdas[i - 1] - lambdas[i - 2]) / h
-            first = phi2 * (1 + r0 / (r0 + r1)) - phi3 / (r0 + r1)       # weight of u
-            second = -phi2 * r0 / (r0 + r1) + phi3 / (r0 + r1)           # weight of v
+            first = phi2 * (1 + r0 / (r0 + r1)) - phi3 / (r0 + r1)       # of u: phi2 + c
+            second = -phi2 * r0 / (r0 + r1) + phi3 / (r0 + r1)           # of v: -c
             b[0] += first / r0
             b[1] += second / r1 - first / r0
             b[2] -= second / r1

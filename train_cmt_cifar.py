@@ -150,7 +150,7 @@ teacher_solver = solvers.dpmpp                        # of every trajectory and 
 teacher_sigmas = solvers.logsnr_sigmas                # (steps) -> steps + 1 noise levels, from 80
 
 
-def solves(cfg):
+def solve_size(cfg):
     """(n, used): trajectories of a solve (Slow CMT: at each level), and states of each that become pairs."""
     n = cfg.trajectories or cfg.batch // cfg.nfe
     return (cfg.batch, 1) if cfg.mid == "kd" else (n, cfg.nfe)                # KD: the noise alone
@@ -163,15 +163,15 @@ def teacher_pairs(cfg, teacher, shape, g):
     shape: of one image. Every process solves its share, gets all. Returns, shuffled, x_t (P, C, H, W), t and
     owner (P,), and the ends x_0 (n, C, H, W): pair p is regressed onto x_0[owner[p]].
     """
-    (n, used), sigmas = solves(cfg), teacher_sigmas(cfg.nfe)              # (nfe+1,), from 80 to 0.002
+    (n, used), sigmas = solve_size(cfg), teacher_sigmas(cfg.nfe)              # (nfe+1,), from 80 to 0.002
     levels = sigmas.to(g.device, torch.float32, non_blocking=True)
     mine = slice(RANK * n // WORLD, (RANK + 1) * n // WORLD)
     # choice: x_T is pure noise (Eq. 7, the authors' 512-pixel code); their CIFAR code adds a training image
     x_T = levels[0] * randn((n, *shape), g)[mine]
     xs = gather(teacher_solver(teacher, x_T, sigmas))                                # (nfe+1, n, C, H, W)
-    order = torch.randperm(used * n, generator=g, device=g.device)        # row p is of trajectory p % n
-    t = levels[:used].repeat_interleave(n)
-    return xs[:used].flatten(0, 1)[order], t[order], xs[-1], order % n
+    order = torch.randperm(used * n, generator=g, device=g.device)
+    t, owner = levels[:used].repeat_interleave(n), torch.arange(n, device=g.device).repeat(used)
+    return xs[:used].flatten(0, 1)[order], t[order], xs[-1], owner[order]
 
 
 @torch.no_grad()
@@ -180,7 +180,7 @@ def slow_pairs(cfg, teacher, images, g):
 
     Returns what teacher_pairs returns; a pair takes (nfe + 1) / 2 times as many calls of the teacher.
     """
-    (n, used), sigmas = solves(cfg), teacher_sigmas(cfg.nfe)
+    (n, used), sigmas = solve_size(cfg), teacher_sigmas(cfg.nfe)
     levels = sigmas[:used].to(g.device, torch.float32, non_blocking=True)
     mine = slice(RANK * n // WORLD, (RANK + 1) * n // WORLD)
     x = draw(images, used * n, g).unflatten(0, (used, n))
@@ -399,7 +399,7 @@ def check(cfg):
     if cfg.stage == "post" and cfg.post == "annealed" and not cfg.double:
         fail(2, "--double 0: --post annealed raises q, say after how many steps")
     if cfg.stage == "mid" and trains:
-        fid.check_solve(cfg, *solves(cfg), WORLD)
+        fid.check_solve(cfg, *solve_size(cfg), WORLD)
         if cfg.loss == "huber" and not cfg.huber_c:
             fail(2, f"--loss huber --huber_c {cfg.huber_c}: huber needs a c above 0")
         digits = cfg.data == "digits"
@@ -543,7 +543,7 @@ def train(cfg):
     net, opt, tally, B = run.net, run.opt, run.tally, cfg.batch
     f, loss_sum = forward(cfg, net), run.grad[-2]
     shape = net.img_channels, net.img_resolution, net.img_resolution
-    pairs, share = math.prod(solves(cfg)), B // WORLD
+    pairs, share = math.prod(solve_size(cfg)), B // WORLD
     # pairs of a solve; B a step, which divides them; of these `share` a process, `micro` a pass
     mine, micro = slice(RANK * share, (RANK + 1) * share), cfg.batch_gpu or share
 

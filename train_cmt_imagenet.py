@@ -178,7 +178,7 @@ teacher_solver = solvers.dpmpp                        # of trajectories, and of 
 teacher_sigmas = solvers.logsnr_sigmas                # (steps) -> steps + 1 noise levels, from 80
 
 
-def solves(cfg):
+def solve_size(cfg):
     """(n, used): trajectories of a solve, and states of each that become pairs: all but the end."""
     return cfg.trajectories or cfg.batch // cfg.nfe, cfg.nfe
 
@@ -190,16 +190,16 @@ def teacher_pairs(cfg, teacher, classes, shape, g):
     shape: of one input. Every process solves its share, gets all. Returns, shuffled, x_t (P, C, H, W), t and
     owner (P,), and the ends x_0 (n, C, H, W), classes y: pair p is regressed onto x_0[owner[p]], given its y.
     """
-    (n, used), sigmas = solves(cfg), teacher_sigmas(cfg.nfe)              # (nfe+1,), from 80 to 0.002
+    (n, used), sigmas = solve_size(cfg), teacher_sigmas(cfg.nfe)              # (nfe+1,), from 80 to 0.002
     levels = sigmas.to(g.device, torch.float32, non_blocking=True)
     mine = slice(RANK * n // WORLD, (RANK + 1) * n // WORLD)
     # choice: pure noise, no guidance, uniform classes
     x_T = levels[0] * randn((n, *shape), g)[mine]
     y = one_hot(torch.randint(max(classes, 1), (n,), generator=g, device=g.device), classes)
     xs = gather(teacher_solver(lambda x, sigma: teacher(x, sigma, y[mine]), x_T, sigmas))
-    order = torch.randperm(used * n, generator=g, device=g.device)        # row p is of trajectory p % n
-    t = levels[:used].repeat_interleave(n)
-    return xs[:used].flatten(0, 1)[order], t[order], xs[-1], order % n, y
+    order = torch.randperm(used * n, generator=g, device=g.device)
+    t, owner = levels[:used].repeat_interleave(n), torch.arange(n, device=g.device).repeat(used)
+    return xs[:used].flatten(0, 1)[order], t[order], xs[-1], owner[order], y
 
 
 def loss_cmt(net, x_t, t, target, distance):
@@ -589,7 +589,7 @@ def check(cfg):
     if cfg.stage == "encode":
         encode_target(cfg)
     if cfg.stage == "mid" and trains:
-        fid.check_solve(cfg, *solves(cfg), WORLD)
+        fid.check_solve(cfg, *solve_size(cfg), WORLD)
         if cfg.ensemble != "none" and cfg.loss != "elatent":
             fail(2, f"--ensemble {cfg.ensemble} belongs to --loss elatent; pass --ensemble none")
         if (cfg.res == 512) != (cfg.loss == "elatent") and cfg.loss in ("lpips", "elatent"):
@@ -771,7 +771,7 @@ def train(cfg):
     model = run.saved["model"]
     shape, classes = (model["img_channels"], *[model["img_resolution"]] * 2), model["label_dim"]
     order = 1 if cfg.post == "ecd_euler" else 2       # of ECD's step
-    pairs, share = math.prod(solves(cfg)), B // WORLD
+    pairs, share = math.prod(solve_size(cfg)), B // WORLD
     # pairs of a solve; B a step, which divides them; of these `share` a process, `micro` a pass
     mine, micro = slice(RANK * share, (RANK + 1) * share), cfg.batch_gpu or share
     reader = ThreadPoolExecutor(1)                    # it reads one step ahead

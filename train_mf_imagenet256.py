@@ -307,7 +307,7 @@ def rollout(cfg, net, z, y, times):
     return states, torch.stack(answers).unflatten(0, (-1, 2)).mean(1)       # its step is the mean of two
 
 
-def solves(cfg):
+def solve_size(cfg):
     """(n, used): trajectories of a solve, and pairs that each gives: all pairs of its states."""
     return cfg.trajectories, cfg.nodes * (cfg.nodes - 1) // 2
 
@@ -603,7 +603,7 @@ def check(cfg):
     if cfg.guide_from > cfg.guide_to:
         fail(2, f"--guide_from {cfg.guide_from} must not be above --guide_to {cfg.guide_to}")
     if cfg.stage == "mid" and trains:
-        fid.check_solve(cfg, *solves(cfg), WORLD)
+        fid.check_solve(cfg, *solve_size(cfg), WORLD)
     if cfg.stage == "encode" and not os.path.exists(cfg.source):
         fail(3, f"--source {cfg.source or 'FOLDER'}: not there; name a folder with a folder for each class")
     side = 0                                          # not yet known
@@ -743,7 +743,7 @@ def train(cfg):
     net, opt, tally, B, loss_sum = run.net, run.opt, run.tally, cfg.batch, run.grad[-2]
     flow = flow_of(cfg, net, torch.tensor(run.null, device=DEVICE))
     errors = torch.zeros(2, 5, device=DEVICE)         # square errors and their number, by t - r: 0, quarters
-    pairs, share = math.prod(solves(cfg)), B // WORLD
+    pairs, share = math.prod(solve_size(cfg)), B // WORLD
     # pairs of a solve; B a step, which divides them; of these `share` a process, `micro` a pass
     mine, micro = slice(RANK * share, (RANK + 1) * share), cfg.batch_gpu or share
     reader = ThreadPoolExecutor(1)                    # it reads one step ahead

@@ -296,7 +296,7 @@ def rollout(cfg, net, z, text, null, times):
     return states, torch.stack(answers).unflatten(0, (-1, 2)).mean(1)       # its step is the mean of two
 
 
-def solves(cfg):
+def solve_size(cfg):
     """(n, used): trajectories of a solve, and pairs that each gives: all pairs of its states."""
     return cfg.trajectories, cfg.nodes * (cfg.nodes - 1) // 2
 
@@ -757,7 +757,7 @@ def check(cfg):
     if cfg.guide_from > cfg.guide_to:
         fail(2, f"--guide_from {cfg.guide_from} must not be above --guide_to {cfg.guide_to}")
     if cfg.stage == "mid" and trains:
-        fid.check_solve(cfg, *solves(cfg), WORLD)
+        fid.check_solve(cfg, *solve_size(cfg), WORLD)
     if trains and not os.path.exists(f"{cfg.out}/{cfg.stage}.pt"):
         images = load_data(cfg)                       # do they have what this stage needs, of this size?
         shape = model_size(cfg, images, text_encoder(cfg)(images.null[None]).shape[-1])
@@ -900,7 +900,7 @@ def train(cfg):
     images, shape = run.images, run.images.shape
     flow = flow_of(cfg, lambda z, t, r, text, repa: net(z, t, text, r, repa), run.null)    # r behind text
     errors = torch.zeros(2, 6, device=DEVICE)         # square errors and their number, by t - r; REPA's
-    pairs, share = math.prod(solves(cfg)), B // WORLD
+    pairs, share = math.prod(solve_size(cfg)), B // WORLD
     # pairs of a solve; B a step, which divides them; of these `share` a process, `micro` a pass
     mine, micro = slice(RANK * share, (RANK + 1) * share), cfg.batch_gpu or share
     reader = ThreadPoolExecutor(1)                    # it reads one step ahead

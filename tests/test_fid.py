@@ -847,10 +847,10 @@ def test_the_vgg_has_an_axis_of_its_own(tmp_path, monkeypatch):
     cfg = importlib.import_module("train_cmt_imagenet").Config(out=str(tmp_path))
     save_curve(cfg)
     assert drawn["loss of the VGG, whose features mid-training compares"] == {"vgg": [(4500, 1.0), (9000, 1.0)]}
-    assert drawn["loss"] == {"mid": [(450, 1.0), (900, 1.0)], "post": [(1200, 1.0), (1500, 1.0)]} and not [t for t in drawn if "FID" in t]
+    assert drawn["loss"] == {"mid": [(450, 1.0), (900, 1.0)], "post": [(1200, 1.0), (1500, 1.0)]} and not [t for t in drawn if "better" in t]
     scores = {"stage": "teacher, balanced labels", "1-step FID": "9.00"}, {"stage": "mid", "1-step FID": "5.00 +- 1.00, min 4.00"}, {"stage": "post", "1-step FID": "-"}
     save_curve(cfg, scores)                # of stages that trained here, where each ends
-    assert drawn["FID of the finished nets, lower is better"] == {"mid, 1 step": [(900, 5.0)]}
+    assert drawn["Frechet distance of the finished nets, lower is better"] == {"mid, 1 step": [(900, 5.0)]}
 
 
 def test_slow_samplers_draw_fewer_images():

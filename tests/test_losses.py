@@ -73,9 +73,9 @@ def test_distillation_uses_only_the_prior_and_slow_cmt_forward_perturbed_data():
 
 
 @pytest.mark.parametrize("mid", ["cmt", "slow"])
-def test_the_last_line_of_solves_alone_says_which_states_are_used(mid, monkeypatch):
+def test_the_last_line_of_solve_size_alone_says_which_states_are_used(mid, monkeypatch):
     """The walk-through's exercise: of 8 states the 3 noisiest, in Slow CMT, too."""
-    monkeypatch.setattr(script, "solves", lambda cfg: (4, 3))
+    monkeypatch.setattr(script, "solve_size", lambda cfg: (4, 3))
     sigmas, (x_t, t, _, _) = pairs("--mid", mid)
     assert len(x_t) == 12 and sorted(t.tolist()) == pytest.approx(sorted(sigmas[:3].tolist() * 4))
 

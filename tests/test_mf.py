@@ -172,7 +172,7 @@ def test_pairs_of_an_analytic_teacher_are_the_closed_form(nodes, pairs):
     """States, times and targets travel together: every target is the closed form at its own z, t, r."""
     c = cfg("--stage", "mid", "--nodes", nodes, "--trajectories", 5)
     z, t, r, y, target = script.teacher_pairs(c, Gaussian(), (2, 4, 4), torch.Generator().manual_seed(0))
-    assert len(z) == 5 * pairs == 5 * script.solves(c)[1] and (r < t).all()
+    assert len(z) == 5 * pairs == 5 * script.solve_size(c)[1] and (r < t).all()
     assert ((t == 1) & (r == 0)).sum() == 5 and (r == 0).sum() == 5 * (nodes - 1)
     assert torch.allclose(target, Gaussian()(z, t, r), atol=2e-6)
     assert torch.allclose(t.unique(), torch.linspace(0, 1, nodes)[1:])

@@ -787,7 +787,7 @@ def protocol(a, b):
 def to_uint8(x):
     """[-1, 1] -> floor(127.5 x + 128) in 0..255, the rounding of EDM and ECT. DataError for NaN, infinity."""
     if not x.isfinite().all():
-        raise DataError("samples are not finite")
+        raise DataError("samples are not finite; their net has diverged, try a smaller --lr, another --out")
     return (x.float() * 127.5 + 128).clamp(0, 255).byte()     # trap: without clamp 256 becomes 0
 
 

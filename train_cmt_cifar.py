@@ -381,7 +381,8 @@ LIMITS = {  # (rule, least, below): fields
     ("in 1 to 1,000", 1, 1001): "nfe",
     ("0 or more", 0, math.inf): "batch_gpu warmup double huber_c trajectories res sigma_shift",
     ("in [0, 1)", 0, 1): "ema_beta dropout",
-    ("2 or more", 2, math.inf): "q samples",
+    ("2 or more", 2, math.inf): "samples",
+    ("in 2 to 2^20: beyond, t and r would be one number", 2, 2**20 + 1): "q",
 }
 
 
@@ -398,6 +399,8 @@ def check(cfg):
         fail(2, f"--res {cfg.res}: no DDPM++ of nets.SIZES draws that; pass --res 16, 32 or 64")
     if cfg.stage == "post" and cfg.post == "annealed" and not cfg.double:
         fail(2, "--double 0: --post annealed raises q, say after how many steps")
+    if cfg.stage == "post" and cfg.double and cfg.q ** (1 + (cfg.steps - 1) // cfg.double) > 2**20:
+        fail(2, f"--double {cfg.double}: q passes 2^20 in {cfg.steps} steps, t = r in fp32; raise it")
     if cfg.stage == "mid" and trains:
         fid.check_solve(cfg, *solve_size(cfg), WORLD)
         if cfg.loss == "huber" and not cfg.huber_c:

@@ -575,7 +575,8 @@ LIMITS = {  # (rule, least, below): fields
     ("in 1 to 1,000", 1, 1001): "nfe",
     ("0 or more", 0, math.inf): "batch_gpu warmup huber_c trajectories ema_std",
     ("in [0, 1)", 0, 1): "ema_beta dropout",
-    ("2 or more", 2, math.inf): "q samples",
+    ("2 or more", 2, math.inf): "samples",
+    ("in 2 to 2^20: beyond, t and r would be one number", 2, 2**20 + 1): "q",
 }
 
 

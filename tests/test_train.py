@@ -505,6 +505,13 @@ def test_a_flag_of_a_stage_that_is_not_trained_is_named(capsys):
     assert "--mid.q has no effect" in said and "--post.nfe has" in said and said.count("no effect") == 2
 
 
+@pytest.mark.parametrize("flags", ["--q 2000000", "--post annealed --double 2 --steps 80"])
+def test_two_noise_levels_that_fp32_cannot_tell_apart_are_refused(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        script.check(script.parse(f"--data digits --stage post {flags}".split()))
+    assert stop.value.code == 2 and "2^20" in capsys.readouterr().err
+
+
 def test_a_stage_too_short_for_its_average_or_its_warm_up_says_so():
     short, whole = (script.parse(f"--data digits --stage post {flags}".split()) for flags in ("--steps 7 --ema_beta 0.99", ""))
     said = script.fid.overview([(7, short), (600, whole)], script.DEVICE, short)

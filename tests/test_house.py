@@ -236,7 +236,7 @@ def test_every_printed_command_parses(command, monkeypatch):
     for name_of in claims.USES:
         monkeypatch.setattr(claims, name_of, lambda *a: None)
     monkeypatch.setattr(sys, "argv", [name, *flags])
-    run = {"fid.py": 2320lambda flags: fid.arguments(), "bench.py": bench.main, "claims.py": claims.main}
+    run = {"fid.py": lambda flags: fid.arguments(), "bench.py": bench.main, "claims.py": claims.main}
     run.get(name, lambda flags: None)(flags)
 
 

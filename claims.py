@@ -291,13 +291,13 @@ def curves(args, device):
     one = [row["1-step FD-digits"] for row in rows]          # teacher, mid, mid and post, post alone
     fid.save_chart(f"{args.out}/scores.png", {"FD-digits, lower is better": scores},
                    f"Does mid-training help? Digits in one step: {one[2]} with it, {one[3]} without{caption}"
-                   "Finished nets: the last points, and blue at the line. FD-digits: Frechet distance of "
+                   "Finished: the last points, and blue's at the line. FD-digits: Frechet distance of "
                    f"{cfg.samples:,} images, by features of a net; random pixels: 119.5.", marks=marks)
     title = "gradient norm: every step, and the median of 25 steps"
     fid.save_chart(f"{args.out}/norms.png", {title: norms},
-                   f"The smaller the gap of post-training, the larger its gradient{caption}ECT alone halves "
-                   "the gap of its two noise levels again and again; after CMT it is smallest. Dark: median.",
-                   marks=marks)
+                   f"The smaller the gap of post-training, the larger its gradient{caption}Each stair of red "
+                   "halves the gap of ECT's two noise levels, from 1/2 to 1/512; blue begins at 1/512. Dark: "
+                   "median.", marks=marks)
     for name, points in scores.items():
         print(f"{name}: " + ", ".join(f"{x:,} {y:.2f}" for x, y in points))
 
@@ -399,7 +399,7 @@ def photos(args, device):
     small, n = f"{args.out}/photos.npz", args.samples or 5_000
     images, _, features, reference = judged_photos(args, small)
     real = "real photos", fid.to_float(images[:12], "cpu")
-    print("| run | seed | FD-photos, 1 / 2 steps | seconds |\n|---|---|---|---|")
+    print("| run | seed | FD-photos, 1 / 2 steps (teacher: 1 / 16) | seconds |\n|---|---|---|---|")
     for seed in args.seeds.split(","):
         shown, one = [], []
         for row in args.methods.split(";") if args.methods else PHOTOS:
@@ -414,7 +414,7 @@ def photos(args, device):
                 shown.append((f"{label}, FD-photos {found[-1]}", sampler(range(12))))
             one += [f"{CALLED.get(row, row)} {found[0]}"] * (row != "teacher")
             print(f"| {row} | {seed} | {' / '.join(found)} | {state['seconds']:.0f} |", flush=True)
-            caption = (f"1 step: {', '.join(one)}\nEach column is one noise; a second step may "
+            caption = (f"FD-photos in 1 step: {', '.join(one)}\nEach column is one noise; a second step may "
                        f"change what the first one drew. FD-photos: Frechet distance of {n:,} images to the "
                        f"real ones, by features of a small net, lower is better; {features.scale} against "
                        "the other. Such small nets draw colours and shapes, hardly objects. Mid-training: on "

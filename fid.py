@@ -1725,10 +1725,12 @@ def scores_of(table):
 
 def in_short(table):
     """A table of scores in a line: students in one step, the teacher in its many; "" where no student has."""
-    scores = scores_of(table)
+    scores, worse = scores_of(table), " (worse)" * ("than mid-training in 1" in fallen(table))
+    measure = next((key.partition("-step ")[2] for row in table for key in row if "-step F" in key), "")
     teacher = [f"teacher, {k} steps: {y}" for k, y in scores.pop("teacher", {}).items() if int(k) > 2]
-    students = [f"{called(name)} {found['1']}" for name, found in scores.items() if "1" in found]
-    return "; ".join(["1 step: " + ", ".join(students), *teacher]) if students else ""
+    students = [f"{called(name)} {found['1']}{worse * (name == 'post')}"
+                for name, found in scores.items() if "1" in found]
+    return "; ".join([f"{measure} in 1 step: {', '.join(students)}", *teacher]) if students else ""
 
 
 def fallen(table):
@@ -1803,6 +1805,8 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=()):
                "right. Mid-training is to make a row's answers alike. 1-step error: of the first answer, a "
                "sample in one step, against the teacher's end (root of the mean square, pixels from -1 to 1; "
                f"two such ends differ by {apart:.2f}). Post-training, on real images, does not aim at it."
+               + (" A plain call is one velocity without guidance; the teacher's steps in stages.png have it."
+                  * any("plain" in name for name in nets))
                + " At t = 0 an answer is the state." * (levels[-1].item() == 0)
                + f" Of {n} states {len(some)} are shown, where most changes." * (len(some) < n)
                + " States above sigma 1 are shown divided by sigma." * bool(levels.max() > 1))
@@ -1881,6 +1885,9 @@ def save_chart(path, panels, caption, across="images", marks=(), joined=True):
         few = len(xs) < 20 * len(curves)                         # what was measured, as dots
         for row, (name, points) in reversed([*enumerate(curves.items())]):       # the first one on top
             dots, dot = [at(*p) for p in points], 16 if joined else 12
+            if len(points) == 1:                         # beside those that stand at the same place
+                alike = [p for p in [*curves.values()][:row] if len(p) == 1 and p[0][0] == points[0][0]]
+                dots = [(x + 44 * len(alike), y) for x, y in dots]
             level = len(dots) == 2 and dots[0][1] == dots[1][1]              # a line to compare with: dashes
             for x in range(int(dots[0][0]), int(dots[1][0]), 60) if level else ():
                 pen.line((x, dots[0][1], x + 36, dots[0][1]), colours[name], 8)

@@ -820,6 +820,13 @@ def test_a_caption_names_seed_and_sizes():
     assert fid.about(train_cmt_cifar.Config(seed=7), found) == words + "is a Mean Flow, which jumps, too."
 
 
+def test_a_table_in_a_line_says_where_post_training_made_it_worse():
+    rows = [{"stage": "teacher, balanced labels", "1-step FID": "99.0", "8-step FID": "2.0"}, {"stage": "mid", "1-step FID": "5.0"}]
+    assert fid.in_short(rows) == "FID in 1 step: after mid-training 5.0; teacher, 8 steps: 2.0" and not fid.in_short(rows[:1])
+    for score, words in ("4.0", "4.0; teacher"), ("6.0 +- 1.0, min 5.0", "6.0 +- 1.0, min 5.0 (worse); teacher"):
+        assert f"after post-training {words}" in fid.in_short([*rows, {"stage": "post", "1-step FID": score}])
+
+
 def test_a_colour_means_one_thing_in_every_chart():
     """Of a run, of two trainings beside each other, of Mean Flow's roads; names without a meaning take what is left."""
     run = fid.colours_of(["pretrain", "mid", "post", "vgg"])

@@ -2113,7 +2113,7 @@ def save_curve(cfg, table=()):
             y, level = float(y.split()[0]), name == "teacher" and int(k) > 2     # its many steps: a line
             points = [(0, y), (max(ends.values()), y)] if level else [(ends[stage], y)]
             panel = panels.setdefault("Frechet distance of the finished nets, lower is better", {})
-            panel[f"{stage}, {k} step{'s' * (k != '1')}"] = points
+            panel[f"{name}, {k} step{'s' * (k != '1')}"] = points
     for m in [m for m in steps if m["stage"] == "vgg"]:      # of no stage's length: an axis of its own
         title = "loss of the VGG, whose features mid-training compares"
         panels.setdefault(title, {}).setdefault("vgg", []).append((m["images"], m["loss"]))
@@ -2123,6 +2123,7 @@ def save_curve(cfg, table=()):
     title = in_short(table) or "The training so far, against images trained on"
     save_chart(f"{cfg.out}/curve.png", panels, f"{title}\nImages trained on; in mid-training these are pairs "
                "of the teacher. Each stage has a loss of its own, so jumps between them are no failure. "
+               "Scores of one net stand side by side. "
                f"{'. '.join(text[0].upper() + text[1:] for text in meant)}.")
 
 

@@ -46,11 +46,11 @@ OWN = {"Config", "load_data", "data_name", "check", "teacher_pairs", "make_sampl
 #   images are too few for a score, a stage got worse (results.md, too), which stage's flag to repeat, a cache that cannot be used, a file's own
 #   stages.png; dropout of a net of one's own; rollout in two plain branches, loss_mf in full above what saves; a scale for photos;
 # scripts +16, +16, +8, +12: `train` in two, set_up and the method, and its micro-batches by name (train's bound 115 -> 80, its loop's 65 -> 66);
-# fid +46, claims +5, README -1: a heading on every picture, last scores in a legend, the scores of a run in curve.png with what each stage's lines
+# fid +47, claims +5: a heading on every picture, last scores in a legend, the scores of a run in curve.png with what each stage's lines
 #   mean, a Mean Flow teacher named, a warm-up longer than its stage, a method whose branch is not written (BRANCHES), a flag without effect, a q beyond fp32;
 BUDGET = {"train_cmt_cifar.py": 688, "train_cmt_imagenet.py": 927, "train_mf_imagenet256.py": 882,
-          "train_t2i_coco.py": 1098, "nets.py": 1855, "fid.py": 2327, "solvers.py": 200, "bench.py": 961,
-          "claims.py": 615, "README.md": 238}
+          "train_t2i_coco.py": 1098, "nets.py": 1855, "fid.py": 2328, "solvers.py": 200, "bench.py": 961,
+          "claims.py": 615, "README.md": 240}
 FLAGS = {"train_cmt_cifar.py": 35, "train_cmt_imagenet.py": 42, "train_mf_imagenet256.py": 42, "train_t2i_coco.py": 43}
 README = (ROOT / "README.md").read_text()
 DOCS = {p.name: p.read_text() for p in sorted((ROOT / "docs").glob("*.md"))}

@@ -1846,7 +1846,7 @@ def save_chart(path, panels, caption, across="images", marks=(), joined=True):
               for title, curves in panels.items()}
     panels = {title: curves for title, curves in panels.items() if curves}
     colours = colours_of([*dict.fromkeys(name for curves in panels.values() for name in curves)])
-    labels = [[", ".join(STAGES.get(word, word) for word in name.split(", "))
+    labels = [[", ".join(STAGES.get(word, word) for word in name.replace("pretrain,", "teacher,").split(", "))
                + f": {points[-1][1]:.2f}" * (joined and "better" in title)                   # a score
                for name, points in curves.items()] for title, curves in panels.items()]
     left, right = 320, round(max(map(font.getlength, (*sum(labels, []), across)))) + 320
@@ -2113,7 +2113,7 @@ def save_curve(cfg, table=()):
             y, level = float(y.split()[0]), name == "teacher" and int(k) > 2     # its many steps: a line
             points = [(0, y), (max(ends.values()), y)] if level else [(ends[stage], y)]
             panel = panels.setdefault("Frechet distance of the finished nets, lower is better", {})
-            panel[f"{name}, {k} step{'s' * (k != '1')}"] = points
+            panel[f"{stage}, {k} step{'s' * (k != '1')}"] = points
     for m in [m for m in steps if m["stage"] == "vgg"]:      # of no stage's length: an axis of its own
         title = "loss of the VGG, whose features mid-training compares"
         panels.setdefault(title, {}).setdefault("vgg", []).append((m["images"], m["loss"]))

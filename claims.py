@@ -282,16 +282,16 @@ def curves(args, device):
         norms |= {name: [(x, y) for (x, _), y in zip(every, medians)], f"{name}, every step": every}
     scores["teacher, 16 steps"] = [(0, level), (seen, level)]
     norms = dict(sorted(norms.items(), key=lambda item: "every step" in item[0]))     # the medians on top
-    words = (" Mid- and post-training: CMT + ECT; post-training alone: ECT, annealed; all by pseudo-Huber. "
-             "Seed 0. In one step the teacher draws the mean of all images, which scores worse than noise. "
-             "The eye hardly tells the two students apart, the scores do.")
+    words = (" Mid- and post-training: CMT + ECT; post-training alone: ECT, annealed; all by pseudo-Huber, "
+             "seed 0. In one step the teacher draws the mean of all images. The students look alike; the "
+             "scores tell them apart.")
     fid.save_stages(args.out, shown, (), words, rows, cfg.samples)
     caption = ("\nImages (or pairs) that a student saw, seed 0. Blue: mid-training on ends of the teacher's "
                "trajectories (CMT), then post-training on images (ECT). Red: that alone. By pseudo-Huber. ")
     one = [row["1-step FD-digits"] for row in rows]          # teacher, mid, mid and post, post alone
     fid.save_chart(f"{args.out}/scores.png", {"FD-digits, lower is better": scores},
                    f"Does mid-training help? Digits in one step: {one[2]} with it, {one[3]} without{caption}"
-                   "Finished: the last points, and blue's at the line. FD-digits: Frechet distance of "
+                   "Stages end at the last dots, and blue's at the line. FD-digits: Frechet distance of "
                    f"{cfg.samples:,} images, by features of a net; random pixels: 119.5.", marks=marks)
     title = "gradient norm: every step, and the median of 25 steps"
     fid.save_chart(f"{args.out}/norms.png", {title: norms},
@@ -414,9 +414,9 @@ def photos(args, device):
                 shown.append((f"{label}, FD-photos {found[-1]}", sampler(range(12))))
             one += [f"{CALLED.get(row, row)} {found[0]}"] * (row != "teacher")
             print(f"| {row} | {seed} | {' / '.join(found)} | {state['seconds']:.0f} |", flush=True)
-            caption = (f"FD-photos in 1 step: {', '.join(one)}\nEach column is one noise; a second step may "
-                       f"change what the first one drew. FD-photos: Frechet distance of {n:,} images to the "
-                       f"real ones, by features of a small net, lower is better; {features.scale} against "
+            caption = (f"FD-photos in 1 step, lower is better: {', '.join(one)}\nEach column is one noise; a "
+                       "second step may change what the first one drew. FD-photos: Frechet distance of "
+                       f"{n:,} images to the real ones, by features of a small net; {features.scale} against "
                        "the other. Such small nets draw colours and shapes, hardly objects. Mid-training: on "
                        "ends of the teacher's trajectories, by pseudo-Huber; post-training: ECT by |x|, "
                        f"alone annealed. Photos: {os.path.basename(args.data)}. Seed {seed}.")
@@ -425,7 +425,7 @@ def photos(args, device):
 
 
 FM = "--pretrain fm --weak SIZE --init sit"           # SIZE: --size, of student and flow-matching teacher
-CAPTION = ("Mean Flow on photos, best in one step: {}; in two: {} (seconds differ)\n"
+CAPTION = ("Mean Flow on photos, the best in one step: {}; in two: {}\n"
            "FD-photos (Frechet distance to {} at 16x16, by features of a small net; {} against the other) "
            "against CPU seconds; a curve starts after its teacher's; {}. Each net is a Mean Flow. CMT: "
            "mid-training by a small teacher, then post-training on the photos. From scratch, from flow "

@@ -1603,8 +1603,8 @@ def save_images(sampler, seeds, prefix, batch=64):
 # ---- pictures with words -----------------------------------------------------------------------
 NAMES = dict(teacher="teacher", mid="after mid-training", post="after post-training")
 STAGES = dict(mid="mid-training", post="post-training", pretrain="pre-training", vgg="VGG")
-INKS = {"alone|scratch": "#c0392b", "flow": "#8e44ad", "mid|CMT": "#1f5fbf", "teacher|pretrain": "#2e8b57",
-        "post": "#d98a00", "vgg": "#555555"}             # what a name speaks of: its colour in every chart
+INKS = {"alone|scratch": "#c0392b", "flow": "#8e44ad", "mid|CMT": "#1f5fbf", "teacher|pre-": "#2e8b57",
+        "post": "#d98a00", "VGG": "#555555"}             # what a name speaks of: its colour in every chart
 
 
 def signed(caption):
@@ -1723,24 +1723,31 @@ def scores_of(table):
                                              if "-step F" in key and value[:1].isdigit()} for row in table}
 
 
+def worse_in(scores, before, after):
+    """The steps in which a net scores worse than the one before it; scores: of scores_of."""
+    was, mine = scores.get(before, {}), scores.get(after, {})
+    return [k for k in mine if k in was and float(mine[k].split()[0]) > float(was[k].split()[0])]
+
+
 def in_short(table):
     """A table of scores in a line: students in one step, the teacher in its many; "" where no student has."""
-    scores, worse = scores_of(table), " (worse)" * ("than mid-training in 1" in fallen(table))
+    scores = scores_of(table)
+    worse = " (worse)" * ("1" in worse_in(scores, "mid", "post"))
     measure = next((key.partition("-step ")[2] for row in table for key in row if "-step F" in key), "")
     teacher = [f"teacher, {k} steps: {y}" for k, y in scores.pop("teacher", {}).items() if int(k) > 2]
     students = [f"{called(name)} {found['1']}{worse * (name == 'post')}"
                 for name, found in scores.items() if "1" in found]
-    return "; ".join([f"{measure} in 1 step: {', '.join(students)}", *teacher]) if students else ""
+    line = f"{measure} in 1 step, lower is better: {', '.join(students)}"
+    return "; ".join([line, *teacher]) if students else ""
 
 
 def fallen(table):
     """Of a table of scores: a sentence for each stage that scores worse than the one before it."""
     text, scores = "", scores_of(table)
     for before, after in ("teacher", "mid"), ("mid", "post"):
-        was, mine = scores.get(before, {}), scores.get(after, {})
-        worse = [k for k in mine if k in was and float(mine[k].split()[0]) > float(was[k].split()[0])]
-        what = f"{STAGES[after]} scores worse than {STAGES.get(before, 'its teacher')}"
-        text += f" Here {what} in {' and '.join(worse)} step{'s' * (worse != ['1'])}." * bool(worse)
+        if worse := worse_in(scores, before, after):
+            text += (f" Here {STAGES[after]} scores worse than {STAGES.get(before, 'its teacher')} in "
+                     f"{' and '.join(worse)} step{'s' * (worse != ['1'])}.")
     return text
 
 
@@ -1763,13 +1770,12 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
         columns = torch.stack([x.cpu() for *_, x in shown], 1)
         rows, header, line, breaks = [*zip(names, columns)], [what, *labels], "row", ()
     title = in_short(table) or "The same noises, drawn by every net"
-    caption = (f"{title}\nEach {line} is one noise, drawn by every net; a second step may change what the "
-               f"first one drew.{fallen(table)} Mid-training: a student learns the ends of the teacher's "
-               "trajectories; post-training: it learns from images.")
-    caption += (f" Scores: Frechet distance of {samples:,} images to the data by a net's features, lower is "
-                f"better{' (of few images it is high)' * (samples < 1_000)}.") * bool(table)
-    caption += (" The real digits belong to no noise; one half of them scores 0.78 against the other (fewer "
-                "images give higher distances), random pixels 119.5.") * real
+    caption = (f"{title}\nEach {line} is one noise; a second step may change what the first one drew."
+               f"{fallen(table)} Mid-training: a student learns the ends of the teacher's trajectories; "
+               "post-training: it learns from images.")
+    caption += (f" Scores: Frechet distance of {samples:,} images to the data, by features of a net"
+                f"{'; of few images it is high' * (samples < 1_000)}.") * bool(table)
+    caption += " Of the real digits one half scores 0.78 against the other; random pixels: 119.5." * real
     caption += (" Shows its digit: a classifier reads it as the caption's digit."
                 * any("shows its digit" in key for row in table for key in row)) + words
     alone = f"_{shown[0][0]}" * shown[0][0].startswith("init_")         # --init FILE: beside the run's own
@@ -1793,21 +1799,21 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=()):
     # where no noise is left the answer is the state itself: a consistency model would see ln 0
     answers = {name: torch.stack([f(x, level) if level.all() else x for x, level in at])
                for name, f in nets.items()}
-    rows = []
+    rows, errors = [], {net: (x[0] - states[-1]).square().flatten(1).mean(1).sqrt().tolist()
+                        for net, x in answers.items()}
+    means = ", ".join(f"{called(net)} {sum(error) / len(error):.2f}" for net, error in errors.items())
     for j in range(states.shape[1]):
         name = f"noise {j + 1}, {names[j % len(names)]}" if names else f"noise {j + 1}"
         rows.append((f"{name}\nstates of the teacher", show((states / wide)[:, j])))          # at unit scale
         for net, x in answers.items():
-            off = (x[0, j] - states[-1, j]).square().mean().sqrt().item()
-            rows.append((f"{called(net)},\n1-step error {off:.2f}", show(x[:, j])))
-    caption = ("From noise to image: the teacher's states, and what each net makes of them in one call\n"
-               f"The teacher walks in {n - 1} steps, those of mid-training, from the left to its end at the "
-               "right. Mid-training is to make a row's answers alike. 1-step error: of the first answer, a "
-               "sample in one step, against the teacher's end (root of the mean square, pixels from -1 to 1; "
-               f"two such ends differ by {apart:.2f}). Post-training, on real images, does not aim at it."
+            rows.append((f"{called(net)},\n1-step error {errors[net][j]:.2f}", show(x[:, j])))
+    caption = (f"How far from the teacher's end one call from noise lands: {means}\n"
+               f"The teacher walks in {n - 1} steps from noise, left, to its end, right. Below: what a call "
+               "of each net makes of that; mid-training is to make all answers of a row the end. Error: of "
+               f"the first one, root of the mean square, pixels -1 to 1; two ends differ by {apart:.2f}. "
+               "Post-training, on real images, does not aim at it."
                + (" A plain call is one velocity without guidance; the teacher's steps in stages.png have it."
                   * any("plain" in name for name in nets))
-               + " At t = 0 an answer is the state." * (levels[-1].item() == 0)
                + f" Of {n} states {len(some)} are shown, where most changes." * (len(some) < n)
                + " States above sigma 1 are shown divided by sigma." * bool(levels.max() > 1))
     header = ["noise level " + ("sigma" if levels.max() > 1 else "t")]
@@ -1846,8 +1852,7 @@ def save_chart(path, panels, caption, across="images", marks=(), joined=True):
               for title, curves in panels.items()}
     panels = {title: curves for title, curves in panels.items() if curves}
     colours = colours_of([*dict.fromkeys(name for curves in panels.values() for name in curves)])
-    labels = [[", ".join(STAGES.get(word, word) for word in name.replace("pretrain,", "teacher,").split(", "))
-               + f": {points[-1][1]:.2f}" * (joined and "better" in title)                   # a score
+    labels = [[name + f": {points[-1][1]:.2f}" * (joined and "better" in title)              # a score
                for name, points in curves.items()] for title, curves in panels.items()]
     left, right = 320, round(max(map(font.getlength, (*sum(labels, []), across)))) + 320
     heading, _, caption = signed(caption).rpartition("\n")
@@ -1885,9 +1890,6 @@ def save_chart(path, panels, caption, across="images", marks=(), joined=True):
         few = len(xs) < 20 * len(curves)                         # what was measured, as dots
         for row, (name, points) in reversed([*enumerate(curves.items())]):       # the first one on top
             dots, dot = [at(*p) for p in points], 16 if joined else 12
-            if len(points) == 1:                         # beside those that stand at the same place
-                alike = [p for p in [*curves.values()][:row] if len(p) == 1 and p[0][0] == points[0][0]]
-                dots = [(x + 44 * len(alike), y) for x, y in dots]
             level = len(dots) == 2 and dots[0][1] == dots[1][1]              # a line to compare with: dashes
             for x in range(int(dots[0][0]), int(dots[1][0]), 60) if level else ():
                 pen.line((x, dots[0][1], x + 36, dots[0][1]), colours[name], 8)
@@ -2098,32 +2100,24 @@ CURVES = dict(loss="loss", grad="gradient norm", mse_gap1="square error of mean 
 
 
 def save_curve(cfg, table=()):
-    """curve.png in cfg.out: all stages of metrics.jsonl on one axis of images, and the scores of a table."""
-    panels, before, last, ends = {}, 0, {}, {}
+    """curve.png in cfg.out: all stages of metrics.jsonl on one axis of images; title: a table of scores."""
+    panels, before, last = {}, 0, {}
     steps = [m for m in read_metrics(cfg.out) if "images" in m]
     for m in [m for m in steps if m["stage"] != "vgg"]:
         before += last.get("images", 0) * (last.get("stage") not in (None, m["stage"]))
-        last, ends[m["stage"]] = m, before + m["images"]
+        last = m
         for key, title in CURVES.items():
-            points = panels.setdefault(title, {}).setdefault(m["stage"], [])
-            points.append((ends[m["stage"]], m.get(key, 0)))
-    for name, scores in scores_of(table).items():
-        stage = name.replace("teacher", "pretrain")
-        for k, y in scores.items() if stage in ends else ():
-            y, level = float(y.split()[0]), name == "teacher" and int(k) > 2     # its many steps: a line
-            points = [(0, y), (max(ends.values()), y)] if level else [(ends[stage], y)]
-            panel = panels.setdefault("Frechet distance of the finished nets, lower is better", {})
-            panel[f"{stage}, {k} step{'s' * (k != '1')}"] = points
+            points = panels.setdefault(title, {}).setdefault(STAGES[m["stage"]], [])
+            points.append((before + m["images"], m.get(key, 0)))
     for m in [m for m in steps if m["stage"] == "vgg"]:      # of no stage's length: an axis of its own
         title = "loss of the VGG, whose features mid-training compares"
-        panels.setdefault(title, {}).setdefault("vgg", []).append((m["images"], m["loss"]))
+        panels.setdefault(title, {}).setdefault(STAGES["vgg"], []).append((m["images"], m["loss"]))
     about = sys.modules[type(cfg).__module__].ABOUT          # "stage 2 of 4, mid-training (Eq. 7): ..."
     trained = {m["stage"] for m in steps}
     meant = [text.partition(", ")[2] for stage, text in about.items() if stage in trained]
     title = in_short(table) or "The training so far, against images trained on"
     save_chart(f"{cfg.out}/curve.png", panels, f"{title}\nImages trained on; in mid-training these are pairs "
                "of the teacher. Each stage has a loss of its own, so jumps between them are no failure. "
-               "Scores of one net stand side by side. "
                f"{'. '.join(text[0].upper() + text[1:] for text in meant)}.")
 
 

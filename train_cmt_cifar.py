@@ -230,6 +230,81 @@ def make_distance(cfg, channels):
     return nets.pretrained_lpips().to(DEVICE)
 
 
+# ---- train ------------------------------------------------------------------------------------
+def train(cfg):
+    """One stage (pretrain, mid, post) from its last checkpoint to its end: method first, bookkeeping last."""
+    if not (run := set_up(cfg)):
+        return
+    net, opt, tally, B = run.net, run.opt, run.tally, cfg.batch
+    f, loss_sum = forward(cfg, net), run.grad[-2]
+    shape = net.img_channels, net.img_resolution, net.img_resolution
+    pairs, share = math.prod(solve_size(cfg)), B // WORLD
+    # pairs of a solve; B a step, which divides them; of these `share` a process, `micro` a pass
+    mine, micro = slice(RANK * share, (RANK + 1) * share), cfg.batch_gpu or share
+
+    for step in range(start := tally["step"], cfg.steps):
+        opt.param_groups[0]["lr"] = lr = fid.lr_at(cfg, step)
+        if cfg.stage != "pretrain":
+            rectify(opt, lr, step + 1 - tally["skipped"])        # B.2: RAdam is Adam of this rate and eps
+        g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
+        if cfg.stage == "mid":
+            solve, at = divmod(step * B, pairs)                               # which solve, and where in it
+            if at == 0 or step == start:          # a solve feeds several steps; resumed, it is solved again
+                g.manual_seed(fold(cfg.seed, "solve", solve))
+                if cfg.mid == "slow":
+                    states, levels, x_0, owners = slow_pairs(cfg, run.teacher, run.images, g)
+                else:
+                    states, levels, x_0, owners = teacher_pairs(cfg, run.teacher, shape, g)
+                target = run.distance.features(x_0)                           # once per end, not per pair
+            batch = [a[at:at + B][mine] for a in (states, levels, owners)]
+        else:
+            x, eps = draw(run.images, B, g)[mine], randn((B, *shape), g)[mine]
+            t = (cfg.P_mean + cfg.P_std * randn(B, g))[mine].exp()
+            q = cfg.q ** (1 + step // cfg.double) if cfg.double else cfg.q
+            batch = x, t, eps
+
+        part = micro / B * tally["scale"]                 # of the mean over the batch; scale: of fp16, else 1
+        for k, some in enumerate(zip(*(a.split(micro) for a in batch))):
+            seed = fold(cfg.seed, cfg.stage, step, "dropout") + mine.start + k * micro
+            student = partial(f, masks=nets.dropout_masks(net, range(seed, seed + micro)))
+            if cfg.stage == "pretrain":
+                x, t, eps = some
+                loss = loss_dm(student, x, t, eps, net.sigma_data)
+            elif cfg.stage == "mid":
+                x_t, t, owner = some
+                ends = [features[owner] for features in target]
+                loss = loss_cmt(student, x_t, t, ends, run.distance)                    # Eq. 7
+            else:
+                x, t, eps = some
+                r = ect_step(t, q)
+                x_t, x_r = (x + s.view(-1, 1, 1, 1) * eps for s in (t, r))
+                if cfg.post.startswith("ecd"):                                # frozen: no gradient
+                    x_r = solvers.ode_step(run.teacher, x_t, t, r, 1 if cfg.post == "ecd_euler" else 2)
+                loss = loss_ect(student, x_t, x_r, t, r, cfg.huber_c)                   # Eq. 3
+            (loss * part).backward()
+            loss_sum += loss.detach() * part          # total() reads it
+        norm, loss, stop = total(run.grad, tally["scale"])                    # the one wait of a step
+        if math.isfinite(norm + loss):            # else: no step, and no trace of it in weights and moments
+            opt.step()
+        run.grad.zero_()
+        run.flat_ema.lerp_(run.flat, 1 - cfg.ema_beta)
+
+        # bookkeeping from here on
+        done = step + 1
+        count(cfg, tally, loss, norm)                 # a skipped step lowers fp16's scale, ten end the run
+        to_save = stop or done % cfg.save_every == 0 or done == cfg.steps
+        if to_save or done % cfg.log_every == 0 or done == start + 1:
+            report(cfg, done, lr, tally, **nets.peak_memory())
+        if to_save and RANK == 0:
+            nets.save_checkpoint(run.path, net=net, ema=run.ema, opt=opt, **run.saved, **tally)
+            kind = "teacher" if cfg.stage == "pretrain" else 1
+            fid.save_preview(cfg, tally, stop, make_sampler(cfg, run.ema, kind))
+        if to_save:
+            fid.wait_for_first(TIMEOUT)
+        if stop:
+            fail(75, f"stopped by a signal; step {done} is saved, run the same command again to go on")
+
+
 # ---- sample -----------------------------------------------------------------------------------
 def prior(net, seeds):
     """x_T (B, C, H, W) and a generator per seed: image i depends on seed i alone, not on batch or process."""
@@ -537,80 +612,6 @@ def set_up(cfg):
     log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))           # --dry_run ends here
     return SimpleNamespace(images=images, teacher=teacher, distance=distance, net=net, ema=ema, flat=flat,
                            flat_ema=flat_ema, grad=grad, opt=opt, tally=tally, path=path, saved=saved)
-
-
-def train(cfg):
-    """One stage (pretrain, mid, post) from its last checkpoint to its end: method first, bookkeeping last."""
-    if not (run := set_up(cfg)):
-        return
-    net, opt, tally, B = run.net, run.opt, run.tally, cfg.batch
-    f, loss_sum = forward(cfg, net), run.grad[-2]
-    shape = net.img_channels, net.img_resolution, net.img_resolution
-    pairs, share = math.prod(solve_size(cfg)), B // WORLD
-    # pairs of a solve; B a step, which divides them; of these `share` a process, `micro` a pass
-    mine, micro = slice(RANK * share, (RANK + 1) * share), cfg.batch_gpu or share
-
-    for step in range(start := tally["step"], cfg.steps):
-        opt.param_groups[0]["lr"] = lr = fid.lr_at(cfg, step)
-        if cfg.stage != "pretrain":
-            rectify(opt, lr, step + 1 - tally["skipped"])        # B.2: RAdam is Adam of this rate and eps
-        g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
-        if cfg.stage == "mid":
-            solve, at = divmod(step * B, pairs)                               # which solve, and where in it
-            if at == 0 or step == start:          # a solve feeds several steps; resumed, it is solved again
-                g.manual_seed(fold(cfg.seed, "solve", solve))
-                if cfg.mid == "slow":
-                    states, levels, x_0, owners = slow_pairs(cfg, run.teacher, run.images, g)
-                else:
-                    states, levels, x_0, owners = teacher_pairs(cfg, run.teacher, shape, g)
-                target = run.distance.features(x_0)                           # once per end, not per pair
-            batch = [a[at:at + B][mine] for a in (states, levels, owners)]
-        else:
-            x, eps = draw(run.images, B, g)[mine], randn((B, *shape), g)[mine]
-            t = (cfg.P_mean + cfg.P_std * randn(B, g))[mine].exp()
-            q = cfg.q ** (1 + step // cfg.double) if cfg.double else cfg.q
-            batch = x, t, eps
-
-        part = micro / B * tally["scale"]                 # of the mean over the batch; scale: of fp16, else 1
-        for k, some in enumerate(zip(*(a.split(micro) for a in batch))):
-            seed = fold(cfg.seed, cfg.stage, step, "dropout") + mine.start + k * micro
-            student = partial(f, masks=nets.dropout_masks(net, range(seed, seed + micro)))
-            if cfg.stage == "pretrain":
-                x, t, eps = some
-                loss = loss_dm(student, x, t, eps, net.sigma_data)
-            elif cfg.stage == "mid":
-                x_t, t, owner = some
-                ends = [features[owner] for features in target]
-                loss = loss_cmt(student, x_t, t, ends, run.distance)                    # Eq. 7
-            else:
-                x, t, eps = some
-                r = ect_step(t, q)
-                x_t, x_r = (x + s.view(-1, 1, 1, 1) * eps for s in (t, r))
-                if cfg.post.startswith("ecd"):                                # frozen: no gradient
-                    x_r = solvers.ode_step(run.teacher, x_t, t, r, 1 if cfg.post == "ecd_euler" else 2)
-                loss = loss_ect(student, x_t, x_r, t, r, cfg.huber_c)                   # Eq. 3
-            (loss * part).backward()
-            loss_sum += loss.detach() * part          # total() reads it
-        norm, loss, stop = total(run.grad, tally["scale"])                    # the one wait of a step
-        if math.isfinite(norm + loss):            # else: no step, and no trace of it in weights and moments
-            opt.step()
-        run.grad.zero_()
-        run.flat_ema.lerp_(run.flat, 1 - cfg.ema_beta)
-
-        # bookkeeping from here on
-        done = step + 1
-        count(cfg, tally, loss, norm)                 # a skipped step lowers fp16's scale, ten end the run
-        to_save = stop or done % cfg.save_every == 0 or done == cfg.steps
-        if to_save or done % cfg.log_every == 0 or done == start + 1:
-            report(cfg, done, lr, tally, **nets.peak_memory())
-        if to_save and RANK == 0:
-            nets.save_checkpoint(run.path, net=net, ema=run.ema, opt=opt, **run.saved, **tally)
-            kind = "teacher" if cfg.stage == "pretrain" else 1
-            fid.save_preview(cfg, tally, stop, make_sampler(cfg, run.ema, kind))
-        if to_save:
-            fid.wait_for_first(TIMEOUT)
-        if stop:
-            fail(75, f"stopped by a signal; step {done} is saved, run the same command again to go on")
 
 
 def candidates(cfg):

@@ -285,6 +285,89 @@ def loss_vgg(net, x, labels, seed):
     return F.cross_entropy(net.logits(x), labels)
 
 
+# ---- train ------------------------------------------------------------------------------------
+def train(cfg):
+    """One stage (pretrain, vgg, mid, post) from its last checkpoint to its end: method, then bookkeeping."""
+    if not (run := set_up(cfg)):
+        return
+    net, opt, tally, B, loss_sum = run.net, run.opt, run.tally, cfg.batch, run.grad[-2]
+    model = run.saved["model"]
+    shape, classes = (model["img_channels"], *[model["img_resolution"]] * 2), model["label_dim"]
+    order = 1 if cfg.post == "ecd_euler" else 2       # of ECD's step
+    pairs, share = math.prod(solve_size(cfg)), B // WORLD
+    # pairs of a solve; B a step, which divides them; of these `share` a process, `micro` a pass
+    mine, micro = slice(RANK * share, (RANK + 1) * share), cfg.batch_gpu or share
+    reader = ThreadPoolExecutor(1)                    # it reads one step ahead
+    ahead = reader.submit(read_batch, cfg, run.images, tally["step"]) if run.images else None
+
+    for step in range(start := tally["step"], cfg.steps):
+        opt.param_groups[0]["lr"] = lr = learning_rate(cfg, step)
+        g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
+        if cfg.stage == "mid":
+            solve, at = divmod(step * B, pairs)                               # which solve, and where in it
+            if at == 0 or step == start:          # a solve feeds several steps; resumed, it is solved again
+                g.manual_seed(fold(cfg.seed, "solve", solve))
+                states, levels, x_0, owners, y_0 = teacher_pairs(cfg, run.teacher, classes, shape, g)
+                views = {} if cfg.ensemble == "none" else run.distance.draw(states, g)
+                target = None if views else run.distance.features(x_0)        # once per end, not per pair
+            batch = [a[at:at + B][mine] for a in (y_0[owners], states, levels, owners, *views.values())]
+        else:
+            (raw, labels), ahead = ahead.result(), reader.submit(read_batch, cfg, run.images, step + 1)
+            noise, eps = randn((B, *shape), g)[mine], randn((B, *shape), g)[mine]
+            x, labels = to_input(raw, noise), labels.to(DEVICE, non_blocking=True)
+            t, y = (cfg.P_mean + cfg.P_std * randn(B, g))[mine].exp(), one_hot(labels, classes)
+            if cfg.stage == "vgg" and cfg.data == "digits":
+                x = x + vgg_noise(cfg, step, (B, *shape))[mine]
+            batch = y, x, t, labels if cfg.stage == "vgg" else eps
+
+        part = micro / B * tally["scale"]                 # of the mean over the batch; scale: of fp16, else 1
+        with nets.hoist(net, force=True):             # EDM2 Eq. 66: normalised once for all micro-batches
+            for k, (y, *some) in enumerate(zip(*(a.split(micro) for a in batch))):
+                seed = fold(cfg.seed, cfg.stage, step, "dropout") + mine.start + k * micro
+                masks = None if cfg.stage == "vgg" else nets.dropout_masks(net, range(seed, seed + micro))
+                student = partial(net, class_labels=y, masks=masks)
+                if cfg.stage == "mid":
+                    x_t, t, owner, *view = some
+                else:
+                    x, t, eps = some                  # vgg: labels in the place of eps
+                if cfg.stage == "pretrain":
+                    loss = loss_edm2(student, x, t, eps, net.sigma_data)
+                elif cfg.stage == "vgg":
+                    loss = loss_vgg(net, x, eps, seed)
+                elif cfg.stage == "mid" and views:
+                    loss = loss_cmt_views(student, x_t, t, x_0[owner], run.distance, dict(zip(views, view)))
+                elif cfg.stage == "mid":
+                    ends = [features[owner] for features in target]
+                    loss = loss_cmt(student, x_t, t, ends, run.distance)                # Eq. 7
+                else:
+                    r, w = ect_step(t, cfg.q), edm_weight(t, net.sigma_data)
+                    x_t, x_r = (x + s.view(-1, 1, 1, 1) * eps for s in (t, r))
+                    if run.teacher:                   # ECD, see asked_nets; frozen: no gradient
+                        x_r = solvers.ode_step(partial(run.teacher, class_labels=y), x_t, t, r, order)
+                    loss = loss_ect(student, x_t, x_r, t, r, cfg.huber_c, w)            # Eq. 3
+                (loss * part).backward()
+                loss_sum += loss.detach() * part          # total() reads it
+        norm, loss, stop = total(run.grad, tally["scale"])                    # the one wait of a step
+        if math.isfinite(norm + loss):            # else: no step, and no trace of it in weights and moments
+            opt.step()
+        run.grad.zero_()
+        run.flat_ema.lerp_(run.flat, 1 - ema_beta(cfg, step))
+
+        # bookkeeping from here on
+        done = step + 1
+        count(cfg, tally, loss, norm)                 # a skipped step lowers fp16's scale, ten end the run
+        to_save = stop or done % cfg.save_every == 0 or done == cfg.steps
+        if to_save or done % cfg.log_every == 0 or done == start + 1:
+            report(cfg, done, lr, tally, **nets.peak_memory())
+        if to_save and RANK == 0:
+            nets.save_checkpoint(run.path, net=net, ema=run.ema, opt=opt, **run.saved, **tally)
+            fid.save_preview(cfg, tally, stop, previewer(cfg, run.ema), ", the classes in turn")
+        if to_save:
+            fid.wait_for_first(TIMEOUT)
+        if stop:
+            fail(75, f"stopped by a signal; step {done} is saved, run the same command again to go on")
+
+
 # ---- sample -----------------------------------------------------------------------------------
 def prior(net, seeds, labels):
     """x_T (B, C, H, W), one-hot classes, a generator per seed: image i depends on seed i alone."""
@@ -762,88 +845,6 @@ def set_up(cfg):
     log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))           # --dry_run ends here
     return SimpleNamespace(images=images, teacher=teacher, distance=distance, net=net, ema=ema, flat=flat,
                            flat_ema=flat_ema, grad=grad, opt=opt, tally=tally, path=path, saved=saved)
-
-
-def train(cfg):
-    """One stage (pretrain, vgg, mid, post) from its last checkpoint to its end: method, then bookkeeping."""
-    if not (run := set_up(cfg)):
-        return
-    net, opt, tally, B, loss_sum = run.net, run.opt, run.tally, cfg.batch, run.grad[-2]
-    model = run.saved["model"]
-    shape, classes = (model["img_channels"], *[model["img_resolution"]] * 2), model["label_dim"]
-    order = 1 if cfg.post == "ecd_euler" else 2       # of ECD's step
-    pairs, share = math.prod(solve_size(cfg)), B // WORLD
-    # pairs of a solve; B a step, which divides them; of these `share` a process, `micro` a pass
-    mine, micro = slice(RANK * share, (RANK + 1) * share), cfg.batch_gpu or share
-    reader = ThreadPoolExecutor(1)                    # it reads one step ahead
-    ahead = reader.submit(read_batch, cfg, run.images, tally["step"]) if run.images else None
-
-    for step in range(start := tally["step"], cfg.steps):
-        opt.param_groups[0]["lr"] = lr = learning_rate(cfg, step)
-        g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
-        if cfg.stage == "mid":
-            solve, at = divmod(step * B, pairs)                               # which solve, and where in it
-            if at == 0 or step == start:          # a solve feeds several steps; resumed, it is solved again
-                g.manual_seed(fold(cfg.seed, "solve", solve))
-                states, levels, x_0, owners, y_0 = teacher_pairs(cfg, run.teacher, classes, shape, g)
-                views = {} if cfg.ensemble == "none" else run.distance.draw(states, g)
-                target = None if views else run.distance.features(x_0)        # once per end, not per pair
-            batch = [a[at:at + B][mine] for a in (y_0[owners], states, levels, owners, *views.values())]
-        else:
-            (raw, labels), ahead = ahead.result(), reader.submit(read_batch, cfg, run.images, step + 1)
-            noise, eps = randn((B, *shape), g)[mine], randn((B, *shape), g)[mine]
-            x, labels = to_input(raw, noise), labels.to(DEVICE, non_blocking=True)
-            t, y = (cfg.P_mean + cfg.P_std * randn(B, g))[mine].exp(), one_hot(labels, classes)
-            if cfg.stage == "vgg" and cfg.data == "digits":
-                x = x + vgg_noise(cfg, step, (B, *shape))[mine]
-            batch = y, x, t, labels if cfg.stage == "vgg" else eps
-
-        part = micro / B * tally["scale"]                 # of the mean over the batch; scale: of fp16, else 1
-        with nets.hoist(net, force=True):             # EDM2 Eq. 66: normalised once for all micro-batches
-            for k, (y, *some) in enumerate(zip(*(a.split(micro) for a in batch))):
-                seed = fold(cfg.seed, cfg.stage, step, "dropout") + mine.start + k * micro
-                masks = None if cfg.stage == "vgg" else nets.dropout_masks(net, range(seed, seed + micro))
-                student = partial(net, class_labels=y, masks=masks)
-                if cfg.stage == "mid":
-                    x_t, t, owner, *view = some
-                else:
-                    x, t, eps = some                  # vgg: labels in the place of eps
-                if cfg.stage == "pretrain":
-                    loss = loss_edm2(student, x, t, eps, net.sigma_data)
-                elif cfg.stage == "vgg":
-                    loss = loss_vgg(net, x, eps, seed)
-                elif cfg.stage == "mid" and views:
-                    loss = loss_cmt_views(student, x_t, t, x_0[owner], run.distance, dict(zip(views, view)))
-                elif cfg.stage == "mid":
-                    ends = [features[owner] for features in target]
-                    loss = loss_cmt(student, x_t, t, ends, run.distance)                # Eq. 7
-                else:
-                    r, w = ect_step(t, cfg.q), edm_weight(t, net.sigma_data)
-                    x_t, x_r = (x + s.view(-1, 1, 1, 1) * eps for s in (t, r))
-                    if run.teacher:                   # ECD, see asked_nets; frozen: no gradient
-                        x_r = solvers.ode_step(partial(run.teacher, class_labels=y), x_t, t, r, order)
-                    loss = loss_ect(student, x_t, x_r, t, r, cfg.huber_c, w)            # Eq. 3
-                (loss * part).backward()
-                loss_sum += loss.detach() * part          # total() reads it
-        norm, loss, stop = total(run.grad, tally["scale"])                    # the one wait of a step
-        if math.isfinite(norm + loss):            # else: no step, and no trace of it in weights and moments
-            opt.step()
-        run.grad.zero_()
-        run.flat_ema.lerp_(run.flat, 1 - ema_beta(cfg, step))
-
-        # bookkeeping from here on
-        done = step + 1
-        count(cfg, tally, loss, norm)                 # a skipped step lowers fp16's scale, ten end the run
-        to_save = stop or done % cfg.save_every == 0 or done == cfg.steps
-        if to_save or done % cfg.log_every == 0 or done == start + 1:
-            report(cfg, done, lr, tally, **nets.peak_memory())
-        if to_save and RANK == 0:
-            nets.save_checkpoint(run.path, net=net, ema=run.ema, opt=opt, **run.saved, **tally)
-            fid.save_preview(cfg, tally, stop, previewer(cfg, run.ema), ", the classes in turn")
-        if to_save:
-            fid.wait_for_first(TIMEOUT)
-        if stop:
-            fail(75, f"stopped by a signal; step {done} is saved, run the same command again to go on")
 
 
 def candidates(cfg):

@@ -331,6 +331,74 @@ def teacher_pairs(cfg, teacher, shape, g):
     return z, t, r, y.repeat(len(z) // n), target
 
 
+# ---- train ------------------------------------------------------------------------------------
+def train(cfg):
+    """One stage (pretrain, mid, post) from its last checkpoint to its end: method first, bookkeeping last."""
+    if not (run := set_up(cfg)):
+        return
+    net, opt, tally, B, loss_sum = run.net, run.opt, run.tally, cfg.batch, run.grad[-2]
+    flow = flow_of(cfg, net, torch.tensor(run.null, device=DEVICE))
+    errors = torch.zeros(2, 5, device=DEVICE)         # square errors and their number, by t - r: 0, quarters
+    pairs, share = math.prod(solve_size(cfg)), B // WORLD
+    # pairs of a solve; B a step, which divides them; of these `share` a process, `micro` a pass
+    mine, micro = slice(RANK * share, (RANK + 1) * share), cfg.batch_gpu or share
+    reader = ThreadPoolExecutor(1)                    # it reads one step ahead
+    ahead = reader.submit(read_batch, cfg, run.images, tally["step"]) if run.images else None
+
+    for step in range(start := tally["step"], cfg.steps):
+        opt.param_groups[0]["lr"] = lr = fid.lr_at(cfg, step)
+        g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
+        if cfg.stage == "mid":
+            solve, at = divmod(step * B, pairs)                               # which solve, and where in it
+            if at == 0 or step == start:          # a solve feeds several steps; resumed, it is solved again
+                g.manual_seed(fold(cfg.seed, "solve", solve))
+                solved = teacher_pairs(cfg, run.teacher, run.shape, g)
+                order = torch.randperm(pairs, generator=g, device=DEVICE)
+            batch = [a[order[at:at + B][mine]] for a in solved]
+        else:
+            (raw, y, t, r), ahead = ahead.result(), reader.submit(read_batch, cfg, run.images, step + 1)
+            guided = is_guided(cfg, step, t, y, run.null)
+            noise, eps = randn((B, *run.shape), g)[mine], randn((B, *run.shape), g)[mine]
+            x, y = to_input(raw, noise), y.to(DEVICE, non_blocking=True)
+            level = t.to(DEVICE, non_blocking=True).view(-1, 1, 1, 1)
+            batch = (1 - level) * x + level * eps, t, r, y, eps - x, level.view(-1), guided
+
+        part = micro / B * tally["scale"]                 # of the mean over the batch; scale: of fp16, else 1
+        for z, t, r, y, target, *more in zip(*(a.split(micro) for a in batch)):
+            if cfg.stage == "mid":
+                loss, square = loss_cmt_mf(flow.u, z, t, r, y, target)                        # Eq. 8
+            else:
+                level, guided = more                  # t on the device; which samples guidance changes
+                if run.teacher:                       # its answer is guided already
+                    target = teacher_velocity(cfg, run.teacher, z, level, y, guided)
+                    guided = torch.zeros_like(guided)
+                loss, square, _ = loss_mf(flow, z, target, t, r, y, guided, cfg)
+            (loss * part).backward()
+            loss_sum += loss.detach() * part          # total() reads it
+            fid.add_errors(errors, square / z[0].numel(), t - r)
+        norm, loss, stop = total(run.grad, tally["scale"])                    # the one wait of a step
+        if math.isfinite(norm + loss):            # else: no step, and no trace of it in weights and moments
+            opt.step()
+        run.grad.zero_()
+        run.flat_ema.lerp_(run.flat, 1 - cfg.ema_beta)
+
+        # bookkeeping from here on
+        done = step + 1
+        count(cfg, tally, loss, norm)                 # a skipped step lowers fp16's scale, ten end the run
+        to_save = stop or done % cfg.save_every == 0 or done == cfg.steps
+        if to_save or done % cfg.log_every == 0 or done == start + 1:
+            report(cfg, done, lr, tally, **nets.peak_memory(), **fid.mse_by_gap(errors))
+        if to_save and RANK == 0:
+            nets.save_checkpoint(run.path, net=net, ema=run.ema, opt=opt, **run.saved, **tally)
+            steps = cfg.nfe if cfg.stage == "pretrain" else 1
+            preview = make_sampler(replace(cfg, labels="balanced"), run.ema, steps, decode=False)
+            fid.save_preview(cfg, tally, stop, preview, ", the classes in turn")
+        if to_save:
+            fid.wait_for_first(TIMEOUT)
+        if stop:
+            fail(75, f"stopped by a signal; step {done} is saved, run the same command again to go on")
+
+
 # ---- sample -----------------------------------------------------------------------------------
 def prior(net, seeds, labels):
     """z at t = 1 (B, C, H, W) and classes (B,): image i depends on seed i alone, not on batch or process."""
@@ -734,73 +802,6 @@ def set_up(cfg):
     log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))           # --dry_run ends here
     return SimpleNamespace(images=images, null=null, shape=shape, teacher=teacher, net=net, ema=ema, opt=opt,
                            flat=flat, flat_ema=flat_ema, grad=grad, tally=tally, path=path, saved=saved)
-
-
-def train(cfg):
-    """One stage (pretrain, mid, post) from its last checkpoint to its end: method first, bookkeeping last."""
-    if not (run := set_up(cfg)):
-        return
-    net, opt, tally, B, loss_sum = run.net, run.opt, run.tally, cfg.batch, run.grad[-2]
-    flow = flow_of(cfg, net, torch.tensor(run.null, device=DEVICE))
-    errors = torch.zeros(2, 5, device=DEVICE)         # square errors and their number, by t - r: 0, quarters
-    pairs, share = math.prod(solve_size(cfg)), B // WORLD
-    # pairs of a solve; B a step, which divides them; of these `share` a process, `micro` a pass
-    mine, micro = slice(RANK * share, (RANK + 1) * share), cfg.batch_gpu or share
-    reader = ThreadPoolExecutor(1)                    # it reads one step ahead
-    ahead = reader.submit(read_batch, cfg, run.images, tally["step"]) if run.images else None
-
-    for step in range(start := tally["step"], cfg.steps):
-        opt.param_groups[0]["lr"] = lr = fid.lr_at(cfg, step)
-        g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
-        if cfg.stage == "mid":
-            solve, at = divmod(step * B, pairs)                               # which solve, and where in it
-            if at == 0 or step == start:          # a solve feeds several steps; resumed, it is solved again
-                g.manual_seed(fold(cfg.seed, "solve", solve))
-                solved = teacher_pairs(cfg, run.teacher, run.shape, g)
-                order = torch.randperm(pairs, generator=g, device=DEVICE)
-            batch = [a[order[at:at + B][mine]] for a in solved]
-        else:
-            (raw, y, t, r), ahead = ahead.result(), reader.submit(read_batch, cfg, run.images, step + 1)
-            guided = is_guided(cfg, step, t, y, run.null)
-            noise, eps = randn((B, *run.shape), g)[mine], randn((B, *run.shape), g)[mine]
-            x, y = to_input(raw, noise), y.to(DEVICE, non_blocking=True)
-            level = t.to(DEVICE, non_blocking=True).view(-1, 1, 1, 1)
-            batch = (1 - level) * x + level * eps, t, r, y, eps - x, level.view(-1), guided
-
-        part = micro / B * tally["scale"]                 # of the mean over the batch; scale: of fp16, else 1
-        for z, t, r, y, target, *more in zip(*(a.split(micro) for a in batch)):
-            if cfg.stage == "mid":
-                loss, square = loss_cmt_mf(flow.u, z, t, r, y, target)                        # Eq. 8
-            else:
-                level, guided = more                  # t on the device; which samples guidance changes
-                if run.teacher:                       # its answer is guided already
-                    target = teacher_velocity(cfg, run.teacher, z, level, y, guided)
-                    guided = torch.zeros_like(guided)
-                loss, square, _ = loss_mf(flow, z, target, t, r, y, guided, cfg)
-            (loss * part).backward()
-            loss_sum += loss.detach() * part          # total() reads it
-            fid.add_errors(errors, square / z[0].numel(), t - r)
-        norm, loss, stop = total(run.grad, tally["scale"])                    # the one wait of a step
-        if math.isfinite(norm + loss):            # else: no step, and no trace of it in weights and moments
-            opt.step()
-        run.grad.zero_()
-        run.flat_ema.lerp_(run.flat, 1 - cfg.ema_beta)
-
-        # bookkeeping from here on
-        done = step + 1
-        count(cfg, tally, loss, norm)                 # a skipped step lowers fp16's scale, ten end the run
-        to_save = stop or done % cfg.save_every == 0 or done == cfg.steps
-        if to_save or done % cfg.log_every == 0 or done == start + 1:
-            report(cfg, done, lr, tally, **nets.peak_memory(), **fid.mse_by_gap(errors))
-        if to_save and RANK == 0:
-            nets.save_checkpoint(run.path, net=net, ema=run.ema, opt=opt, **run.saved, **tally)
-            steps = cfg.nfe if cfg.stage == "pretrain" else 1
-            preview = make_sampler(replace(cfg, labels="balanced"), run.ema, steps, decode=False)
-            fid.save_preview(cfg, tally, stop, preview, ", the classes in turn")
-        if to_save:
-            fid.wait_for_first(TIMEOUT)
-        if stop:
-            fail(75, f"stopped by a signal; step {done} is saved, run the same command again to go on")
 
 
 def candidates(cfg):

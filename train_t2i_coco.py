@@ -317,6 +317,85 @@ def teacher_pairs(cfg, teacher, text, null, shape, g):
     return z, t, r, torch.arange(n, device=g.device).repeat(len(z) // n), target
 
 
+# ---- train ------------------------------------------------------------------------------------
+def train(cfg):
+    """One stage (pretrain, mid, post) from its last checkpoint to its end: method first, bookkeeping last."""
+    if not (run := set_up(cfg)):
+        return
+    net, opt, tally, B, loss_sum = run.net, run.opt, run.tally, cfg.batch, run.grad[-2]
+    images, shape = run.images, run.images.shape
+    flow = flow_of(cfg, lambda z, t, r, text, repa: net(z, t, text, r, repa), run.null)    # r behind text
+    errors = torch.zeros(2, 6, device=DEVICE)         # square errors and their number, by t - r; REPA's
+    pairs, share = math.prod(solve_size(cfg)), B // WORLD
+    # pairs of a solve; B a step, which divides them; of these `share` a process, `micro` a pass
+    mine, micro = slice(RANK * share, (RANK + 1) * share), cfg.batch_gpu or share
+    reader = ThreadPoolExecutor(1)                    # it reads one step ahead
+    ahead = reader.submit(read_batch, cfg, images, tally["step"]) if cfg.stage != "mid" else None
+
+    def features_of(words, drop):
+        return torch.where(drop.to(DEVICE, non_blocking=True).view(-1, 1, 1), run.null, run.encoder(words))
+
+    for step in range(start := tally["step"], cfg.steps):
+        opt.param_groups[0]["lr"] = lr = fid.lr_at(cfg, step)
+        g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
+        if cfg.stage == "mid":
+            solve, at = divmod(step * B, pairs)                               # which solve, and where in it
+            if at == 0 or step == start:          # a solve feeds several steps; resumed, it is solved again
+                g.manual_seed(fold(cfg.seed, "solve", solve))
+                texts = features_of(*captions_of_solve(cfg, images, solve))
+                solved = teacher_pairs(cfg, run.teacher, texts, run.null, shape, g)
+                order = torch.randperm(pairs, generator=g, device=DEVICE)
+            z, t, r, owner, target = (a[order[at:at + B][mine]] for a in solved)
+            batch = z, t, r, texts[owner], target
+        else:
+            batch, ahead = ahead.result(), reader.submit(read_batch, cfg, images, step + 1)
+            raw, tokens, words, drop, t, r, guided = batch
+            noise, eps = randn((B, *shape), g)[mine], randn((B, *shape), g)[mine]
+            x, text = to_input(raw, noise), features_of(words, drop)
+            level, tokens = (a.to(DEVICE, non_blocking=True) for a in (t.view(-1, 1, 1, 1), tokens))
+            batch = (1 - level) * x + level * eps, t, r, text, eps - x, level.flatten(), guided, tokens
+
+        part = micro / B * tally["scale"]                 # of the mean over the batch; scale: of fp16, else 1
+        for z, t, r, text, target, *more in zip(*(a.split(micro) for a in batch)):
+            level, guided, tokens = more or [None] * 3    # t on the device; which samples guidance changes
+            features = None
+            if cfg.stage == "mid":
+                loss, square = loss_cmt_mf(flow.u, z, t, r, text, target)                     # Eq. 8
+            elif cfg.stage == "pretrain":
+                loss, square, features = loss_sit(flow, z, target, level, text)
+            else:
+                loss, square, features = loss_mf(flow, z, target, t, r, text, guided, cfg)
+            if features is not None:      # trap: REPA acts on the forward pass, never inside du/dt
+                repa = loss_repa(features, tokens)
+                loss = loss + cfg.repa * repa
+                errors[:, 5] += torch.stack([-repa.detach(), torch.ones_like(repa)]).nan_to_num() * micro
+            (loss * part).backward()
+            loss_sum += loss.detach() * part          # total() reads it
+            fid.add_errors(errors, square / z[0].numel(), t - r)
+        norm, loss, stop = total(run.grad, tally["scale"])                    # the one wait of a step
+        if cfg.clip and norm > cfg.clip:
+            run.grad *= cfg.clip / norm
+        if math.isfinite(norm + loss):            # else: no step, and no trace of it in weights and moments
+            opt.step()
+        run.grad.zero_()
+        run.flat_ema.lerp_(run.flat, 1 - cfg.ema_beta)
+
+        # bookkeeping from here on
+        done = step + 1
+        count(cfg, tally, loss, norm)           # a skipped step lowers fp16's scale, ten end the run
+        to_save = stop or done % cfg.save_every == 0 or done == cfg.steps
+        if to_save or done % cfg.log_every == 0 or done == start + 1:
+            report(cfg, done, lr, tally, **nets.peak_memory(), **fid.mse_by_gap(errors))
+        if to_save and RANK == 0:
+            nets.save_checkpoint(run.path, net=net, ema=run.ema, opt=opt, **run.saved, **tally)
+            drawn = "the digit above" if cfg.data == "digits" else "each tenth of the data"
+            fid.save_preview(cfg, tally, stop, run.preview, f", captions of {drawn}")
+        if to_save:
+            fid.wait_for_first(TIMEOUT)
+        if stop:
+            fail(75, f"stopped by a signal; step {done} is saved, run the same command again to go on")
+
+
 # ---- sample -----------------------------------------------------------------------------------
 def prior(net, seeds):
     """z at t = 1 (B, C, H, W): image i depends on seed i alone, not on batch, process or caption."""
@@ -890,84 +969,6 @@ def set_up(cfg):
     return SimpleNamespace(images=images, encoder=encoder, null=null, teacher=teacher, preview=preview,
                            net=net, ema=ema, flat=flat, flat_ema=flat_ema, grad=grad, opt=opt, tally=tally,
                            path=path, saved=saved)
-
-
-def train(cfg):
-    """One stage (pretrain, mid, post) from its last checkpoint to its end: method first, bookkeeping last."""
-    if not (run := set_up(cfg)):
-        return
-    net, opt, tally, B, loss_sum = run.net, run.opt, run.tally, cfg.batch, run.grad[-2]
-    images, shape = run.images, run.images.shape
-    flow = flow_of(cfg, lambda z, t, r, text, repa: net(z, t, text, r, repa), run.null)    # r behind text
-    errors = torch.zeros(2, 6, device=DEVICE)         # square errors and their number, by t - r; REPA's
-    pairs, share = math.prod(solve_size(cfg)), B // WORLD
-    # pairs of a solve; B a step, which divides them; of these `share` a process, `micro` a pass
-    mine, micro = slice(RANK * share, (RANK + 1) * share), cfg.batch_gpu or share
-    reader = ThreadPoolExecutor(1)                    # it reads one step ahead
-    ahead = reader.submit(read_batch, cfg, images, tally["step"]) if cfg.stage != "mid" else None
-
-    def features_of(words, drop):
-        return torch.where(drop.to(DEVICE, non_blocking=True).view(-1, 1, 1), run.null, run.encoder(words))
-
-    for step in range(start := tally["step"], cfg.steps):
-        opt.param_groups[0]["lr"] = lr = fid.lr_at(cfg, step)
-        g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
-        if cfg.stage == "mid":
-            solve, at = divmod(step * B, pairs)                               # which solve, and where in it
-            if at == 0 or step == start:          # a solve feeds several steps; resumed, it is solved again
-                g.manual_seed(fold(cfg.seed, "solve", solve))
-                texts = features_of(*captions_of_solve(cfg, images, solve))
-                solved = teacher_pairs(cfg, run.teacher, texts, run.null, shape, g)
-                order = torch.randperm(pairs, generator=g, device=DEVICE)
-            z, t, r, owner, target = (a[order[at:at + B][mine]] for a in solved)
-            batch = z, t, r, texts[owner], target
-        else:
-            batch, ahead = ahead.result(), reader.submit(read_batch, cfg, images, step + 1)
-            raw, tokens, words, drop, t, r, guided = batch
-            noise, eps = randn((B, *shape), g)[mine], randn((B, *shape), g)[mine]
-            x, text = to_input(raw, noise), features_of(words, drop)
-            level, tokens = (a.to(DEVICE, non_blocking=True) for a in (t.view(-1, 1, 1, 1), tokens))
-            batch = (1 - level) * x + level * eps, t, r, text, eps - x, level.flatten(), guided, tokens
-
-        part = micro / B * tally["scale"]                 # of the mean over the batch; scale: of fp16, else 1
-        for z, t, r, text, target, *more in zip(*(a.split(micro) for a in batch)):
-            level, guided, tokens = more or [None] * 3    # t on the device; which samples guidance changes
-            features = None
-            if cfg.stage == "mid":
-                loss, square = loss_cmt_mf(flow.u, z, t, r, text, target)                     # Eq. 8
-            elif cfg.stage == "pretrain":
-                loss, square, features = loss_sit(flow, z, target, level, text)
-            else:
-                loss, square, features = loss_mf(flow, z, target, t, r, text, guided, cfg)
-            if features is not None:      # trap: REPA acts on the forward pass, never inside du/dt
-                repa = loss_repa(features, tokens)
-                loss = loss + cfg.repa * repa
-                errors[:, 5] += torch.stack([-repa.detach(), torch.ones_like(repa)]).nan_to_num() * micro
-            (loss * part).backward()
-            loss_sum += loss.detach() * part          # total() reads it
-            fid.add_errors(errors, square / z[0].numel(), t - r)
-        norm, loss, stop = total(run.grad, tally["scale"])                    # the one wait of a step
-        if cfg.clip and norm > cfg.clip:
-            run.grad *= cfg.clip / norm
-        if math.isfinite(norm + loss):            # else: no step, and no trace of it in weights and moments
-            opt.step()
-        run.grad.zero_()
-        run.flat_ema.lerp_(run.flat, 1 - cfg.ema_beta)
-
-        # bookkeeping from here on
-        done = step + 1
-        count(cfg, tally, loss, norm)           # a skipped step lowers fp16's scale, ten end the run
-        to_save = stop or done % cfg.save_every == 0 or done == cfg.steps
-        if to_save or done % cfg.log_every == 0 or done == start + 1:
-            report(cfg, done, lr, tally, **nets.peak_memory(), **fid.mse_by_gap(errors))
-        if to_save and RANK == 0:
-            nets.save_checkpoint(run.path, net=net, ema=run.ema, opt=opt, **run.saved, **tally)
-            drawn = "the digit above" if cfg.data == "digits" else "each tenth of the data"
-            fid.save_preview(cfg, tally, stop, run.preview, f", captions of {drawn}")
-        if to_save:
-            fid.wait_for_first(TIMEOUT)
-        if stop:
-            fail(75, f"stopped by a signal; step {done} is saved, run the same command again to go on")
 
 
 def candidates(cfg):

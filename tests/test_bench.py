@@ -127,10 +127,10 @@ refused = [planned(flags)[0] for flags in (
     "train_cmt_mnist", "train_cmt_cifar --gpus 0", "train_cmt_cifar --device tpu",
     "train_cmt_cifar --data digits --gpus 5", "train_cmt_cifar --banana 1")]
 idle = [planned(f"train_cmt_cifar --stage {flags}") for flags in ("mid --mid none", "eval", "pretrain")]
-print(json.dumps(dict(small=small, sizes=sizes, mid=seen("--stage mid"), fit=fit, peak=step.peak, none=none,
+print(json.dumps(dict(small=small, sizes=sizes, mid=seen("--stage mid --nfe 4 --trajectories 8"), fit=fit, peak=step.peak, none=none,
                       refused=refused, idle=idle)))
-bench.main("plan train_mf_imagenet256.py --data digits --gpus 2 --price 3 --device a100".split())
-bench.main("roofline train_mf_imagenet256 --data digits --gpus 2 --stage mid".split())
+bench.main("plan train_mf_imagenet256.py --data digits --size 4x128x1 --gpus 2 --price 3 --device a100".split())
+bench.main("roofline train_mf_imagenet256 --data digits --size 4x128x1 --gpus 2 --stage mid".split())
 """
 
 

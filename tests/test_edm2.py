@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import SHIPPED
 
 import nets
 
@@ -44,7 +45,7 @@ def inputs(golden):
 def net():
     """A small one with attention, labels and gains that are not zero."""
     torch.manual_seed(0)
-    net = nets.EDM2Precond(8, 1, 10, **nets.SIZES["edm2-8"])
+    net = nets.EDM2Precond(8, 1, 10, **SHIPPED["edm2-8"])
     for name, p in net.named_parameters():
         p.data.fill_(0.7) if p.ndim == 0 else p.data.mul_(3)
     return net

@@ -385,7 +385,7 @@ def test_f16_ctrl_c_saves_and_a_second_one_leaves_at_once():
 def test_f16_a_signal_where_nothing_is_saved_is_one_line_and_its_number(road):
     """Samples and scores: no traceback, and no silence."""
     argv = ["--data", "digits", "--stage", "sample", "--seeds", "0-99999", "--out", "drawn"]
-    shutil.copytree(road, "drawn")
+    shutil.copytree(road, "drawn", ignore=shutil.ignore_patterns("samples"))        # of a test before this one
     for number in (signal.SIGINT, signal.SIGTERM):
         pid = fork(argv, "log")
         while not Path("drawn/samples").exists():
@@ -513,9 +513,9 @@ def test_f4_full_disk_is_one_line_and_keeps_what_was_saved():
     assert wait(fork(argv, "log", patch=stop_after(4))) == 75
     before = Path("run/pretrain.pt").read_bytes()
     limit = lambda size: lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))    # noqa: E731
-    assert wait(fork(argv, "log", patch=limit(500_000))) == 3
+    assert wait(fork(argv, "log", patch=limit(200_000))) == 3
     lines = Path("log").read_text()
-    assert "run/pretrain.pt: cannot write 4,8" in lines.splitlines()[-1] and "free some space" in lines
+    assert "run/pretrain.pt: cannot write 1," in lines.splitlines()[-1] and "free some space" in lines
     assert Path("run/pretrain.pt").read_bytes() == before and not list(Path("run").glob("*.tmp"))
     assert wait(fork(argv, "second", patch=limit(Path("run/log.txt").stat().st_size + 100))) == 3    # no room for a line
     assert "free some space for run" in Path("second").read_text().splitlines()[-1]
@@ -762,9 +762,9 @@ def test_f12_malicious_weights_are_refused_and_not_run(road, flag, capsys):
 
 def test_f13_weights_of_another_shape_are_refused_by_name(road, capsys):
     state = torch.load(road / "pretrain.pt", weights_only=True)
-    torch.save({**state, "model": {**state["model"], "model_channels": 16}}, "small.pt")
+    torch.save({**state, "model": {**state["model"], "model_channels": 32}}, "small.pt")
     exit_code, err = code([*TINY, "--stage", "mid", "--teacher", "small.pt", "--out", "x"], capsys)
-    assert exit_code == 3 and "does not fit the network" in err and "model.map_layer0.weight (128, 32)" in err
+    assert exit_code == 3 and "does not fit the network" in err and "model.map_layer0.weight (64, 16)" in err
 
 
 @pytest.mark.parametrize("flag", ["--teacher", "--init"])

@@ -822,21 +822,21 @@ def test_a_caption_names_seed_and_sizes():
 
 def test_a_table_in_a_line_says_where_post_training_made_it_worse():
     rows = [{"stage": "teacher, balanced labels", "1-step FID": "99.0", "8-step FID": "2.0"}, {"stage": "mid", "1-step FID": "5.0"}]
-    assert fid.in_short(rows) == "FID in 1 step: after mid-training 5.0; teacher, 8 steps: 2.0" and not fid.in_short(rows[:1])
+    assert fid.in_short(rows) == "FID in 1 step, lower is better: after mid-training 5.0; teacher, 8 steps: 2.0" and not fid.in_short(rows[:1])
     for score, words in ("4.0", "4.0; teacher"), ("6.0 +- 1.0, min 5.0", "6.0 +- 1.0, min 5.0 (worse); teacher"):
         assert f"after post-training {words}" in fid.in_short([*rows, {"stage": "post", "1-step FID": score}])
 
 
 def test_a_colour_means_one_thing_in_every_chart():
     """Of a run, of two trainings beside each other, of Mean Flow's roads; names without a meaning take what is left."""
-    run = fid.colours_of(["pretrain", "mid", "post", "vgg"])
+    run = fid.colours_of([*fid.STAGES.values()])
     two = fid.colours_of(["mid- and post-training, 1 step", "post-training alone, 1 step", "teacher, 16 steps"])
     roads = fid.colours_of(["from scratch", "from flow matching", "CMT + Mean Flow"])
-    assert [run["pretrain"], run["mid"]] == [two["teacher, 16 steps"], two["mid- and post-training, 1 step"]]
-    assert [two["post-training alone, 1 step"], run["mid"]] == [roads["from scratch"], roads["CMT + Mean Flow"]]
+    assert [run["pre-training"], run["mid-training"]] == [two["teacher, 16 steps"], two["mid- and post-training, 1 step"]]
+    assert [two["post-training alone, 1 step"], run["mid-training"]] == [roads["from scratch"], roads["CMT + Mean Flow"]]
     assert len({*run.values(), *two.values(), *roads.values()}) == 6
     mixed = fid.colours_of([*"abcd", "mid", "flow matching, CMT, v", *"efg"])
-    assert mixed["mid"] == run["mid"] and mixed["flow matching, CMT, v"] == roads["from flow matching"] and len({*mixed.values()}) == 6
+    assert mixed["mid"] == run["mid-training"] and mixed["flow matching, CMT, v"] == roads["from flow matching"] and len({*mixed.values()}) == 6
 
 
 def test_curves_of_one_method_share_a_colour():
@@ -853,11 +853,8 @@ def test_the_vgg_has_an_axis_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(fid, "save_chart", lambda path, panels, *args: drawn.update(panels))
     cfg = importlib.import_module("train_cmt_imagenet").Config(out=str(tmp_path))
     save_curve(cfg)
-    assert drawn["loss of the VGG, whose features mid-training compares"] == {"vgg": [(4500, 1.0), (9000, 1.0)]}
-    assert drawn["loss"] == {"mid": [(450, 1.0), (900, 1.0)], "post": [(1200, 1.0), (1500, 1.0)]} and not [t for t in drawn if "better" in t]
-    scores = {"stage": "teacher, balanced labels", "1-step FID": "9.00"}, {"stage": "mid", "1-step FID": "5.00 +- 1.00, min 4.00"}, {"stage": "post", "1-step FID": "-"}
-    save_curve(cfg, scores)                # of stages that trained here, where each ends
-    assert drawn["Frechet distance of the finished nets, lower is better"] == {"mid, 1 step": [(900, 5.0)]}
+    assert drawn["loss of the VGG, whose features mid-training compares"] == {"VGG": [(4500, 1.0), (9000, 1.0)]}
+    assert drawn["loss"] == {"mid-training": [(450, 1.0), (900, 1.0)], "post-training": [(1200, 1.0), (1500, 1.0)]}
 
 
 def test_slow_samplers_draw_fewer_images():

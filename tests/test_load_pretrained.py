@@ -831,7 +831,7 @@ def test_bare_u_nets_of_the_papers_sizes_say_their_arguments(tmp_path, size, lab
         net = (nets.EDM2Precond if edm2 else nets.EDMPrecond)(**model)
     assert nets.unet_size(net.state_dict()) == model
     if size == "ddpm++-8":
-        torch.save(nets.EDMPrecond(**{**model, "model_channels": 16}).state_dict(), tmp_path / "x.pt")
+        torch.save(nets.EDMPrecond(**{**model, "model_channels": 32}).state_dict(), tmp_path / "x.pt")
         assert nets.load_pretrained(tmp_path / "x.pt")[1] == {}
 
 

@@ -368,10 +368,15 @@ def parser(doc, config, stages):
     return p
 
 
+MEANT = dict(learning_rate="lr", epochs="steps", iterations="steps", max_steps="steps")     # elsewhere: here
+
+
 def refuse(flags, where, message):
     """Exit code 2 for a command line that argparse does not take; of a flag that is none, the one meant."""
     unknown = re.search(r"unrecognized arguments: --([\w.-]+)", message)
-    alike = difflib.get_close_matches(unknown[1], {*flags} - {unknown[1]}, 1) if unknown else ()
+    typed = unknown[1] if unknown else ""
+    meant = re.sub(r"[^.]+$", lambda name: MEANT.get(name[0], name[0]), typed)
+    alike = difflib.get_close_matches(meant, {*flags} - {typed}, 1)
     message = message.replace("invalid int value", "not a whole number")
     fail(2, f"{message}; " + "".join(f"did you mean --{flag}? " for flag in alike) + where)
 

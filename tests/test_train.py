@@ -407,6 +407,7 @@ BAD = [  # (command line, exit code, what the line must say)
     ("--data digits --stage mid", 3, "run --stage pretrain first"),
     ("--data digits --stage mid --teacher none.pt", 3, "none.pt: no such file"),
     ("--data digits --stage eval", 3, "run --stage pretrain, or"),
+    ("--data digits --mid.learning_rate 4", 2, "did you mean --mid.lr?"), ("--epochs=4", 2, "did you mean --steps?"),
     ("--data digits --mid.stesp 4", 2, "unrecognized arguments: --mid.stesp 4; did you mean --mid.steps? --help lists every flag"),
     ("--data digits --steps 99999999999999", 2, "it must be above 0, below 1e12"),
     ("--data digits --P_mean nan", 2, "--P_mean: nan is not possible; it must be finite"),
@@ -669,3 +670,20 @@ def test_every_knob_is_used_and_explained(path):
     presets = {k for row in script.PRESETS.values() for k in row}
     assert presets <= {f.name for f in fields(script.Config)}
     assert set(" ".join(script.MAY_CHANGE.values()).split()) <= {f.name for f in fields(script.Config)}
+
+
+def test_the_network_of_the_forking_guide_trains(here, monkeypatch):
+    """docs/faq.md: its class and its two edits, in a copy of the script, through every stage."""
+    own = re.search(r"```python\n(class Small.*?)```.*?`(net = nets.make.*?)`.*?`(return dict.*?)`", (ROOT / "docs/faq.md").read_text(), re.S)
+    text = (ROOT / "train_cmt_cifar.py").read_text()
+    for old, new in (("def build(", own[1] + "\n\ndef build("), (re.search(r"net = nets.make\(.*?sigma_shift\)", text, re.S)[0], own[2]),
+                     (re.search(r'return \{\*\*nets.SIZES.*', text)[0], own[3])):
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    Path("fork.py").write_text(text)
+    spec = importlib.util.spec_from_file_location("fork", "fork.py")
+    monkeypatch.setitem(sys.modules, "fork", fork := importlib.util.module_from_spec(spec))
+    spec.loader.exec_module(fork)
+    fork.main([*TINY, "--steps", "2", "--dropout", "0.5", "--out", "x"])
+    assert Path("x/results.md").exists() and {*nets.load_checkpoint("x/post.pt")["ema"]} == {
+        f"{layer}.{what}" for layer in ("first", "last") for what in ("weight", "bias")}

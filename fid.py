@@ -1813,10 +1813,10 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=()):
         for net, x in answers.items():
             rows.append((f"{called(net)},\n1-step error {errors[net][j]:.2f}", show(x[:, j])))
     caption = (f"How far from the teacher's end one call from noise lands: {means}\n"
-               f"The teacher walks in {n - 1} steps from noise, left, to its end, right. Below: what a call "
-               "of each net makes of that; mid-training is to make all answers of a row the end. Error: of "
-               f"the first one, root of the mean square, pixels -1 to 1; two ends differ by {apart:.2f}. "
-               "Post-training, on real images, does not aim at it."
+               f"The teacher walks in {n - 1} steps from noise, left, to its end, right. Below: where each "
+               "net gets from there in one call; after mid-training a whole row shall be that end. Error: of "
+               f"the first answer, root of the mean square, pixels -1 to 1; two ends differ by {apart:.2f}. "
+               "Post-training learns from images, not from these ends."
                + (" A plain call is one velocity without guidance; the teacher's steps in stages.png have it."
                   * any("plain" in name for name in nets))
                + f" Of {n} states {len(some)} are shown, where most changes." * (len(some) < n)

@@ -238,9 +238,9 @@ def train(cfg):
     net, opt, tally, B = run.net, run.opt, run.tally, cfg.batch
     f, loss_sum = forward(cfg, net), run.grad[-2]
     shape = net.img_channels, net.img_resolution, net.img_resolution
-    pairs, share = math.prod(solve_size(cfg)), B // WORLD
-    # pairs of a solve; B a step, which divides them; of these `share` a process, `micro` a pass
-    mine, micro = slice(RANK * share, (RANK + 1) * share), cfg.batch_gpu or share
+    share, micro = B // WORLD, cfg.batch_gpu or B // WORLD    # of the batch: a process's, a forward pass's
+    mine = slice(RANK * share, (RANK + 1) * share)
+    pairs = math.prod(solve_size(cfg))                # of a solve; each step takes the next B of them
 
     for step in range(start := tally["step"], cfg.steps):
         opt.param_groups[0]["lr"] = lr = fid.lr_at(cfg, step)

@@ -294,9 +294,9 @@ def train(cfg):
     model = run.saved["model"]
     shape, classes = (model["img_channels"], *[model["img_resolution"]] * 2), model["label_dim"]
     order = 1 if cfg.post == "ecd_euler" else 2       # of ECD's step
-    pairs, share = math.prod(solve_size(cfg)), B // WORLD
-    # pairs of a solve; B a step, which divides them; of these `share` a process, `micro` a pass
-    mine, micro = slice(RANK * share, (RANK + 1) * share), cfg.batch_gpu or share
+    share, micro = B // WORLD, cfg.batch_gpu or B // WORLD    # of the batch: a process's, a forward pass's
+    mine = slice(RANK * share, (RANK + 1) * share)
+    pairs = math.prod(solve_size(cfg))                # of a solve; each step takes the next B of them
     reader = ThreadPoolExecutor(1)                    # it reads one step ahead
     ahead = reader.submit(read_batch, cfg, run.images, tally["step"]) if run.images else None
 

@@ -326,9 +326,9 @@ def train(cfg):
     images, shape = run.images, run.images.shape
     flow = flow_of(cfg, lambda z, t, r, text, repa: net(z, t, text, r, repa), run.null)    # r behind text
     errors = torch.zeros(2, 6, device=DEVICE)         # square errors and their number, by t - r; REPA's
-    pairs, share = math.prod(solve_size(cfg)), B // WORLD
-    # pairs of a solve; B a step, which divides them; of these `share` a process, `micro` a pass
-    mine, micro = slice(RANK * share, (RANK + 1) * share), cfg.batch_gpu or share
+    share, micro = B // WORLD, cfg.batch_gpu or B // WORLD    # of the batch: a process's, a forward pass's
+    mine = slice(RANK * share, (RANK + 1) * share)
+    pairs = math.prod(solve_size(cfg))                # of a solve; each step takes the next B of them
     reader = ThreadPoolExecutor(1)                    # it reads one step ahead
     ahead = reader.submit(read_batch, cfg, images, tally["step"]) if cfg.stage != "mid" else None
 

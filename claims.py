@@ -425,12 +425,11 @@ def photos(args, device):
 
 
 FM = "--pretrain fm --weak SIZE --init sit"           # SIZE: --size, of student and flow-matching teacher
-CAPTION = ("Mean Flow on photos, the best in one step: {}; in two: {}\n"
+CAPTION = ("Does mid-training help Mean Flow on photos? In one step: {}; in two: {}\n"
            "FD-photos (Frechet distance to {} at 16x16, by features of a small net; {} against the other) "
-           "against CPU seconds; a curve starts after its teacher's; {}. Each net is a Mean Flow. CMT: "
-           "mid-training by a small teacher, then post-training on the photos. From scratch, from flow "
-           "matching: on the photos alone, from random weights or from those of the flow matching teacher. "
-           "Finished nets: a curve's last dot, and CMT's at the line; compare these; their seconds differ.")
+           "against CPU seconds, the teacher's included; {}. CMT: mid-training by a small teacher, then "
+           "post-training on the photos. From scratch, from flow matching: on the photos alone, from random "
+           "weights or those of the flow matching teacher. Compare the last dots; their seconds differ.")
 ROADS = {  # road: the road whose teacher it goes on from, its calls, laid over the settings of digits
     "flow matching": ("", ["--stage pretrain --pretrain fm --weak SIZE --steps 320"]),
     "weak Mean Flow": ("", ["--stage pretrain --weak 2x64x3 --steps 800"]),
@@ -489,7 +488,8 @@ def roads(args, device):
                          for name in sorted(panel, key=lambda name: ("flow" in name, name))}
     seeds = f"{'means of the seeds' if ',' in args.seeds else 'seed'} {args.seeds}"
     best = [min(panel, key=lambda name: panel[name][-1][1]) for panel in panels.values()]
-    words = CAPTION.format(*best, os.path.basename(args.data), features.scale, seeds)
+    helps = ["yes" if "CMT" in name else "no" for name in best]
+    words = CAPTION.format(*helps, os.path.basename(args.data), features.scale, seeds)
     marks = {statistics.mean(end.values()): f"{road}: post-training begins" for road, end in mid.items()}
     fid.save_chart(f"{args.out}/roads.png", panels, words, "CPU seconds", marks)
 

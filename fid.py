@@ -1812,11 +1812,11 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=()):
         rows.append((f"{name}\nstates of the teacher", show((states / wide)[:, j])))          # at unit scale
         for net, x in answers.items():
             rows.append((f"{called(net)},\n1-step error {errors[net][j]:.2f}", show(x[:, j])))
-    caption = (f"How far from the teacher's end one call from noise lands: {means}\n"
-               f"The teacher walks in {n - 1} steps from noise, left, to its end, right. Below: where each "
-               "net gets from there in one call; after mid-training a whole row shall be that end. Error: of "
-               f"the first answer, root of the mean square, pixels -1 to 1; two ends differ by {apart:.2f}. "
-               "Post-training learns from images, not from these ends."
+    caption = (f"How far from the teacher's end one call from these noises lands: {means}\n"
+               f"The teacher walks in {n - 1} steps, as for mid-training, from noise, left, to its end, "
+               "right. Below: where each net gets from there in one call; after mid-training a whole row "
+               "shall be that end. Error: of the first answer, root of the mean square, pixels -1 to 1; two "
+               f"ends differ by {apart:.2f}. Post-training learns from images, not from these ends."
                + (" A plain call is one velocity without guidance; the teacher's steps in stages.png have it."
                   * any("plain" in name for name in nets))
                + f" Of {n} states {len(some)} are shown, where most changes." * (len(some) < n)
@@ -2101,11 +2101,11 @@ def dry_run(home, argv, configs):
     return next(iter(codes.values()), 0)
 
 
-CURVES = dict(loss="loss", grad="gradient norm", mse_gap1="square error of mean velocities where t - r < 1/4")
+CURVES = dict(loss="loss", grad="gradient norm", mse_gap1="square error of mean velocities, t - r below 1/4")
 
 
 def save_curve(cfg, table=()):
-    """curve.png in cfg.out: all stages of metrics.jsonl on one axis of images; title: a table of scores."""
+    """curve.png in cfg.out: all stages of metrics.jsonl on one axis of images; below, a table of scores."""
     panels, before, last = {}, 0, {}
     steps = [m for m in read_metrics(cfg.out) if "images" in m]
     for m in [m for m in steps if m["stage"] != "vgg"]:
@@ -2120,10 +2120,10 @@ def save_curve(cfg, table=()):
     about = sys.modules[type(cfg).__module__].ABOUT          # "stage 2 of 4, mid-training (Eq. 7): ..."
     trained = {m["stage"] for m in steps}
     meant = [text.partition(", ")[2] for stage, text in about.items() if stage in trained]
-    title = in_short(table) or "The training so far, against images trained on"
-    save_chart(f"{cfg.out}/curve.png", panels, f"{title}\nImages trained on; in mid-training these are pairs "
-               "of the teacher. Each stage has a loss of its own, so jumps between them are no failure. "
-               f"{'. '.join(text[0].upper() + text[1:] for text in meant)}.")
+    scores = f" {in_short(table)}." * bool(in_short(table))
+    save_chart(f"{cfg.out}/curve.png", panels, "Each stage has its own loss: jumps are no failure\n"
+               "Images trained on; in mid-training these are pairs of the teacher. "
+               f"{'. '.join(text[0].upper() + text[1:] for text in meant)}.{scores}")
 
 
 def save_preview(cfg, tally, stop, sampler, drawn=""):

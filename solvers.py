@@ -112,11 +112,10 @@ def dpmpp_coefficients(sigmas, order):
             phi2 = phi1 / h + 1                     # trap: with the wrong sign of phi2 images still look fine
             phi3 = phi2 / h - 0.5
             r0, r1 = (lambdas[i] - lambdas[i - 1]) / h, (lambdas[i - 1] - lambdas[i - 2]) / h
-            first = phi2 * (1 + r0 / (r0 + r1)) - phi3 / (r0 + r1)       # of u: phi2 + c
-            second = -phi2 * r0 / (r0 + r1) + phi3 / (r0 + r1)           # of v: -c
-            b[0] += first / r0
-            b[1] += second / r1 - first / r0
-            b[2] -= second / r1
+            c = (phi2 * r0 - phi3) / (r0 + r1)
+            b[0] += (phi2 + c) / r0
+            b[1] -= (phi2 + c) / r0 + c / r1
+            b[2] += c / r1
         rows.append((a, *b))
     return rows
 

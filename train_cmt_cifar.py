@@ -236,7 +236,7 @@ def train(cfg):
     if not (run := set_up(cfg)):
         return
     net, opt, tally, B = run.net, run.opt, run.tally, cfg.batch
-    f, loss_sum = forward(cfg, net), run.grad[-2]
+    f, loss_sum = forward(cfg, net), run.loss_sum
     shape = net.img_channels, net.img_resolution, net.img_resolution
     share, micro = B // WORLD, cfg.batch_gpu or B // WORLD    # of the batch: a process's, a forward pass's
     mine = slice(RANK * share, (RANK + 1) * share)
@@ -610,8 +610,9 @@ def set_up(cfg):
     distance = make_distance(cfg, net.img_channels) if cfg.stage == "mid" else None
     saved = dict(data=data, model=model, cfg=asdict(cfg), **fid.made_by(__file__))
     log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))           # --dry_run ends here
-    return SimpleNamespace(images=images, teacher=teacher, distance=distance, net=net, ema=ema, flat=flat,
-                           flat_ema=flat_ema, grad=grad, opt=opt, tally=tally, path=path, saved=saved)
+    return SimpleNamespace(images=images, teacher=teacher, distance=distance, net=net, ema=ema, opt=opt,
+                           flat=flat, flat_ema=flat_ema, grad=grad, loss_sum=grad[-2], tally=tally, path=path,
+                           saved=saved)
 
 
 def candidates(cfg):

@@ -290,7 +290,7 @@ def train(cfg):
     """One stage (pretrain, vgg, mid, post) from its last checkpoint to its end: method, then bookkeeping."""
     if not (run := set_up(cfg)):
         return
-    net, opt, tally, B, loss_sum = run.net, run.opt, run.tally, cfg.batch, run.grad[-2]
+    net, opt, tally, B, loss_sum = run.net, run.opt, run.tally, cfg.batch, run.loss_sum
     model = run.saved["model"]
     shape, classes = (model["img_channels"], *[model["img_resolution"]] * 2), model["label_dim"]
     order = 1 if cfg.post == "ecd_euler" else 2       # of ECD's step
@@ -843,8 +843,9 @@ def set_up(cfg):
     distance = make_distance(cfg) if cfg.stage == "mid" else None
     saved = dict(data=data, model=model, cfg=asdict(cfg), **fid.made_by(__file__))
     log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))           # --dry_run ends here
-    return SimpleNamespace(images=images, teacher=teacher, distance=distance, net=net, ema=ema, flat=flat,
-                           flat_ema=flat_ema, grad=grad, opt=opt, tally=tally, path=path, saved=saved)
+    return SimpleNamespace(images=images, teacher=teacher, distance=distance, net=net, ema=ema, opt=opt,
+                           flat=flat, flat_ema=flat_ema, grad=grad, loss_sum=grad[-2], tally=tally, path=path,
+                           saved=saved)
 
 
 def candidates(cfg):

@@ -336,7 +336,7 @@ def train(cfg):
     """One stage (pretrain, mid, post) from its last checkpoint to its end: method first, bookkeeping last."""
     if not (run := set_up(cfg)):
         return
-    net, opt, tally, B, loss_sum = run.net, run.opt, run.tally, cfg.batch, run.grad[-2]
+    net, opt, tally, B, loss_sum = run.net, run.opt, run.tally, cfg.batch, run.loss_sum
     flow = flow_of(cfg, net, torch.tensor(run.null, device=DEVICE))
     errors = torch.zeros(2, 5, device=DEVICE)         # square errors and their number, by t - r: 0, quarters
     share, micro = B // WORLD, cfg.batch_gpu or B // WORLD    # of the batch: a process's, a forward pass's
@@ -801,7 +801,8 @@ def set_up(cfg):
     saved = dict(data=data, model=model, cfg=asdict(cfg), **fid.made_by(__file__))
     log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))           # --dry_run ends here
     return SimpleNamespace(images=images, null=null, shape=shape, teacher=teacher, net=net, ema=ema, opt=opt,
-                           flat=flat, flat_ema=flat_ema, grad=grad, tally=tally, path=path, saved=saved)
+                           flat=flat, flat_ema=flat_ema, grad=grad, loss_sum=grad[-2], tally=tally, path=path,
+                           saved=saved)
 
 
 def candidates(cfg):

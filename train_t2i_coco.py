@@ -322,7 +322,7 @@ def train(cfg):
     """One stage (pretrain, mid, post) from its last checkpoint to its end: method first, bookkeeping last."""
     if not (run := set_up(cfg)):
         return
-    net, opt, tally, B, loss_sum = run.net, run.opt, run.tally, cfg.batch, run.grad[-2]
+    net, opt, tally, B, loss_sum = run.net, run.opt, run.tally, cfg.batch, run.loss_sum
     images, shape = run.images, run.images.shape
     flow = flow_of(cfg, lambda z, t, r, text, repa: net(z, t, text, r, repa), run.null)    # r behind text
     errors = torch.zeros(2, 6, device=DEVICE)         # square errors and their number, by t - r; REPA's
@@ -967,8 +967,8 @@ def set_up(cfg):
     saved = dict(data=data, model=model, cfg=asdict(cfg), **fid.made_by(__file__))
     log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))           # --dry_run ends here
     return SimpleNamespace(images=images, encoder=encoder, null=null, teacher=teacher, preview=preview,
-                           net=net, ema=ema, flat=flat, flat_ema=flat_ema, grad=grad, opt=opt, tally=tally,
-                           path=path, saved=saved)
+                           net=net, ema=ema, opt=opt, flat=flat, flat_ema=flat_ema, grad=grad,
+                           loss_sum=grad[-2], tally=tally, path=path, saved=saved)
 
 
 def candidates(cfg):

@@ -315,7 +315,8 @@ def stages_of(home, argv):
     configs = [parse(home, [*argv, "--stage", stage]) for stage in stages]
     idle = ["pretrain"] * (cfg.teacher not in ("", "scratch")) + ["mid"] * (cfg.mid == "none")
     for stage, dot, field in (word[2:].partition("=")[0].partition(".") for word in argv if word[:2] == "--"):
-        if dot and (stage in idle or field in home["MAY_CHANGE"].get(stage, "").split()):
+        from_mid = (stage, field) == ("post", "init") and "mid" in stages and cfg.mid != "none"
+        if dot and (from_mid or stage in idle or field in home["MAY_CHANGE"].get(stage, "").split()):
             say(f"warning: --{stage}.{field} has no effect: it is not trained, or does not depend on it")
     for k, c in enumerate(configs):                          # --init FILE starts the first stage, not all
         later = cfg.stage == "all" and (c.stage == "eval" or c.stage == "post" and c.mid != "none")
@@ -450,7 +451,7 @@ def check_solve(cfg, n, used, world):
 def finished_mid(cfg, finished):
     """The checkpoint of mid-training, that post-training starts from; exit code 3 without it."""
     path = f"{cfg.out}/mid.pt"
-    return finished(path) or fail(3, f"{path} is not finished; run --stage mid first, or pass --mid none")
+    return finished(path) or fail(3, f"{path} is not finished; run --stage mid first, or pass --mid none or --init FILE")
 
 
 def seed_range(text):

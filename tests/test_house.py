@@ -49,10 +49,10 @@ OWN = {"Config", "load_data", "data_name", "check", "teacher_pairs", "make_sampl
 # fid +47, claims +5: a heading on every picture, last scores in a legend, the scores of a run in curve.png with what each stage's lines
 #   mean, a Mean Flow teacher named, a warm-up longer than its stage, a method whose branch is not written (BRANCHES), a flag without effect, a q beyond fp32;
 # scripts +1: a banner for `train`, which stands behind its losses, and +1, the loss's place in the gradient has a name; fid -6, scores below
-#   curve.png, not in a panel, and +5, names that flags have elsewhere; solvers -1;
+#   curve.png, not in a panel, and +6, names that flags have elsewhere, --post.init behind mid-training; solvers -1;
 BUDGET = {"train_cmt_cifar.py": 690, "train_cmt_imagenet.py": 929, "train_mf_imagenet256.py": 884,
-          "train_t2i_coco.py": 1099, "nets.py": 1855, "fid.py": 2327, "solvers.py": 199, "bench.py": 961,
-          "claims.py": 615, "README.md": 238}
+          "train_t2i_coco.py": 1099, "nets.py": 1855, "fid.py": 2328, "solvers.py": 199, "bench.py": 961,
+          "claims.py": 615, "README.md": 240}
 FLAGS = {"train_cmt_cifar.py": 35, "train_cmt_imagenet.py": 42, "train_mf_imagenet256.py": 42, "train_t2i_coco.py": 43}
 README = (ROOT / "README.md").read_text()
 DOCS = {p.name: p.read_text() for p in sorted((ROOT / "docs").glob("*.md"))}

@@ -501,9 +501,11 @@ def test_a_flag_of_a_stage_that_is_not_trained_is_named(capsys):
     script.fid.stages_of(vars(script), flags.split())
     said = capsys.readouterr().err
     assert "--pretrain.lr has no effect" in said and "--mid.steps has" in said and said.count("no effect") == 2
-    script.fid.stages_of(vars(script), "--data digits --mid.q 7 --post.nfe=5 --post.q 7".split())       # q is post's
+    script.fid.stages_of(vars(script), "--data digits --mid.q 7 --post.nfe=5 --post.q 7 --post.init random".split())       # q is post's
     said = capsys.readouterr().err
-    assert "--mid.q has no effect" in said and "--post.nfe has" in said and said.count("no effect") == 2
+    assert "--mid.q has no effect" in said and "--post.nfe has" in said and "--post.init has" in said and said.count("no effect") == 3
+    script.fid.stages_of(vars(script), "--data digits --mid none --post.init random".split())            # then it starts the student
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", ["--q 2000000", "--post annealed --double 2 --steps 80"])

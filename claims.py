@@ -287,11 +287,11 @@ def curves(args, device):
              "scores tell them apart.")
     fid.save_stages(args.out, shown, (), words, rows, cfg.samples)
     caption = ("\nImages (or pairs) that a student saw, seed 0. Blue: mid-training on ends of the teacher's "
-               "trajectories (CMT), then post-training on images (ECT). Red: that alone. By pseudo-Huber. ")
+               "trajectories (CMT), then post-training on images (ECT). Red: ECT alone. By pseudo-Huber. ")
     one = [row["1-step FD-digits"] for row in rows]          # teacher, mid, mid and post, post alone
     fid.save_chart(f"{args.out}/scores.png", {"FD-digits, lower is better": scores},
                    f"Does mid-training help? Digits in one step: {one[2]} with it, {one[3]} without{caption}"
-                   "Stages end at the last dots, and blue's at the line. FD-digits: Frechet distance of "
+                   "Compare the last dots: red's gap shrinks until then. FD-digits: Frechet distance of "
                    f"{cfg.samples:,} images, by features of a net; random pixels: 119.5.", marks=marks)
     title = "gradient norm: every step, and the median of 25 steps"
     fid.save_chart(f"{args.out}/norms.png", {title: norms},

@@ -451,7 +451,7 @@ def check_solve(cfg, n, used, world):
 def finished_mid(cfg, finished):
     """The checkpoint of mid-training, that post-training starts from; exit code 3 without it."""
     path = f"{cfg.out}/mid.pt"
-    return finished(path) or fail(3, f"{path} is not finished; run --stage mid, or pass --mid none or --init")
+    return finished(path) or fail(3, f"{path} is not finished; run --stage mid first, or --mid none, --init")
 
 
 def seed_range(text):
@@ -1817,7 +1817,7 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=()):
                f"The teacher walks in {n - 1} steps, as for mid-training, from noise, left, to its end, "
                "right. Below: where each net gets from there in one call; after mid-training a whole row "
                "shall be that end. Error: of the first answer, root of the mean square, pixels -1 to 1; two "
-               f"ends differ by {apart:.2f}. Post-training learns from images, not from these ends."
+               f"ends differ by {apart:.2f}. Post-training learns from images and may leave these ends."
                + (" A plain call is one velocity without guidance; the teacher's steps in stages.png have it."
                   * any("plain" in name for name in nets))
                + f" Of {n} states {len(some)} are shown, where most changes." * (len(some) < n)
@@ -2102,7 +2102,7 @@ def dry_run(home, argv, configs):
     return next(iter(codes.values()), 0)
 
 
-CURVES = dict(loss="loss", grad="gradient norm", mse_gap1="square error of mean velocities, t - r below 1/4")
+CURVES = dict(loss="loss", grad="gradient norm", mse_gap1="square error of mean velocities over short times")
 
 
 def save_curve(cfg, table=()):
@@ -2122,7 +2122,7 @@ def save_curve(cfg, table=()):
     trained = {m["stage"] for m in steps}
     meant = [text.partition(", ")[2] for stage, text in about.items() if stage in trained]
     scores = f" {in_short(table)}." * bool(in_short(table))
-    save_chart(f"{cfg.out}/curve.png", panels, "Each stage has its own loss: jumps are no failure\n"
+    save_chart(f"{cfg.out}/curve.png", panels, "Compare losses within a stage; what counts are scores\n"
                "Images trained on; in mid-training these are pairs of the teacher. "
                f"{'. '.join(text[0].upper() + text[1:] for text in meant)}.{scores}")
 

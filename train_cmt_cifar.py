@@ -130,7 +130,7 @@ MAY_CHANGE = {  # fields that may differ when a stage goes on, or is found finis
     "mid": "post q double P_mean P_std",
     "post": "trajectories loss nfe",
 }
-parse = partial(fid.parse, globals())                 # (argv) -> Config, by the names above, and data_name
+parse = partial(fid.parse, globals())                 # (argv) -> Config; fid knows these tables by name
 
 
 def data_name(cfg):
@@ -240,7 +240,7 @@ def train(cfg):
     shape = net.img_channels, net.img_resolution, net.img_resolution
     share, micro = B // WORLD, cfg.batch_gpu or B // WORLD    # of the batch: a process's, a forward pass's
     mine = slice(RANK * share, (RANK + 1) * share)
-    pairs = math.prod(solve_size(cfg))                # of a solve; each step takes the next B of them
+    pairs = math.prod(solve_size(cfg))                # of a solve; a step takes the next B (all fit: check)
 
     for step in range(start := tally["step"], cfg.steps):
         opt.param_groups[0]["lr"] = lr = fid.lr_at(cfg, step)
@@ -303,6 +303,51 @@ def train(cfg):
             fid.wait_for_first(TIMEOUT)
         if stop:
             fail(75, f"stopped by a signal; step {done} is saved, run the same command again to go on")
+
+
+def set_up(cfg):
+    """What a stage trains with, from its last checkpoint or first weights; None: nothing is to be done."""
+    if cfg.stage == "mid" and cfg.mid == "none":
+        return log("mid: left out by --mid none")
+    if cfg.stage == "pretrain" and has_teacher(cfg):
+        teacher_state(cfg)                            # fetched and checked
+        return log(f"pretrain: not trained, the teacher is {cfg.teacher or 'the official one'}")
+    path = f"{cfg.out}/{cfg.stage}.pt"
+    ckpt, left = resume(cfg)
+    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # by name: neither is read
+        return log(f"{cfg.stage}: {path} is finished, nothing to do")
+    images, data, teacher = None, "none", None
+    if needs_data(cfg):
+        images = load_data(cfg)
+        data, seen = fid.stamp(images), cfg.steps * cfg.batch / len(images)
+        announce(f"{cfg.data}: {data}, each seen {seen:,.3g} times, unconditional")
+        images = images.to(DEVICE)
+    asks_teacher = cfg.stage == "mid" or (cfg.stage == "post" and cfg.post.startswith("ecd"))
+    asked = teacher_state(cfg) if asks_teacher else None                      # (weights, arguments)
+    data += f", teacher {nets.stamp(asked[0])}" if asked else ""
+    same_data(ckpt, path, data)
+    if not left:
+        return log(f"{cfg.stage}: {path} is finished, nothing to do")
+    if asked:
+        # choice: the teacher too in --precision: bf16 moves its ends less than a finer solve would
+        weights, size = asked
+        teacher = forward(cfg, build(cfg, size, weights, cfg.teacher or "the teacher"))
+    state, model, what = (None, ckpt["model"], "") if ckpt else first_weights(cfg, images, asked)
+    net = build(cfg, model, state, what, train=True)
+    ema = deepcopy(net).requires_grad_(False).eval()
+    (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
+    # flat: one vector, whose views are the weights of net; grad, added up and zeroed as one: their
+    # gradients, then grad[-2], the loss, and grad[-1], how many signals ask to stop
+    flat.grad = grad[:-2]
+    opt = torch.optim.Adam([flat], fused=True)
+    tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
+    agree("data and sum of the first weights", (data, flat.sum(dtype=torch.float64).item()))
+    distance = make_distance(cfg, net.img_channels) if cfg.stage == "mid" else None
+    saved = dict(data=data, model=model, cfg=asdict(cfg), **fid.made_by(__file__))
+    log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))           # --dry_run ends here
+    return SimpleNamespace(images=images, teacher=teacher, distance=distance, net=net, ema=ema, opt=opt,
+                           flat=flat, flat_ema=flat_ema, grad=grad, loss_sum=grad[-2], tally=tally, path=path,
+                           saved=saved)
 
 
 # ---- sample -----------------------------------------------------------------------------------
@@ -570,51 +615,6 @@ def model_size(cfg, images):
 
 
 # ---- main -------------------------------------------------------------------------------------
-def set_up(cfg):
-    """What a stage trains with, from its last checkpoint or first weights; None: nothing is to be done."""
-    if cfg.stage == "mid" and cfg.mid == "none":
-        return log("mid: left out by --mid none")
-    if cfg.stage == "pretrain" and has_teacher(cfg):
-        teacher_state(cfg)                            # fetched and checked
-        return log(f"pretrain: not trained, the teacher is {cfg.teacher or 'the official one'}")
-    path = f"{cfg.out}/{cfg.stage}.pt"
-    ckpt, left = resume(cfg)
-    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # by name: neither is read
-        return log(f"{cfg.stage}: {path} is finished, nothing to do")
-    images, data, teacher = None, "none", None
-    if needs_data(cfg):
-        images = load_data(cfg)
-        data, seen = fid.stamp(images), cfg.steps * cfg.batch / len(images)
-        announce(f"{cfg.data}: {data}, each seen {seen:,.3g} times, unconditional")
-        images = images.to(DEVICE)
-    asks_teacher = cfg.stage == "mid" or (cfg.stage == "post" and cfg.post.startswith("ecd"))
-    asked = teacher_state(cfg) if asks_teacher else None                      # (weights, arguments)
-    data += f", teacher {nets.stamp(asked[0])}" if asked else ""
-    same_data(ckpt, path, data)
-    if not left:
-        return log(f"{cfg.stage}: {path} is finished, nothing to do")
-    if asked:
-        # choice: the teacher too in --precision: bf16 moves its ends less than a finer solve would
-        weights, size = asked
-        teacher = forward(cfg, build(cfg, size, weights, cfg.teacher or "the teacher"))
-    state, model, what = (None, ckpt["model"], "") if ckpt else first_weights(cfg, images, asked)
-    net = build(cfg, model, state, what, train=True)
-    ema = deepcopy(net).requires_grad_(False).eval()
-    (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
-    # flat: one vector, whose views are the weights of net; grad, added up and zeroed as one: their
-    # gradients, then grad[-2], the loss, and grad[-1], how many signals ask to stop
-    flat.grad = grad[:-2]
-    opt = torch.optim.Adam([flat], fused=True)
-    tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
-    agree("data and sum of the first weights", (data, flat.sum(dtype=torch.float64).item()))
-    distance = make_distance(cfg, net.img_channels) if cfg.stage == "mid" else None
-    saved = dict(data=data, model=model, cfg=asdict(cfg), **fid.made_by(__file__))
-    log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))           # --dry_run ends here
-    return SimpleNamespace(images=images, teacher=teacher, distance=distance, net=net, ema=ema, opt=opt,
-                           flat=flat, flat_ema=flat_ema, grad=grad, loss_sum=grad[-2], tally=tally, path=path,
-                           saved=saved)
-
-
 def candidates(cfg):
     """What to sample from: (name, net, {steps: kind of sampler}, checkpoint); --init FILE: it alone."""
     found, few = [], {1: 1, 2: 2}                     # its steps: the kind that make_sampler takes

@@ -146,7 +146,7 @@ MAY_CHANGE = {  # fields that may differ when a stage goes on, or is found finis
 }
 HEUN_STEPS = 32                                       # of --sampler heun: 63 calls (EDM2)
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-parse = partial(fid.parse, globals())                 # (argv) -> Config, by the names above, and data_name
+parse = partial(fid.parse, globals())                 # (argv) -> Config; fid knows these tables by name
 
 
 def data_name(cfg):
@@ -296,7 +296,7 @@ def train(cfg):
     order = 1 if cfg.post == "ecd_euler" else 2       # of ECD's step
     share, micro = B // WORLD, cfg.batch_gpu or B // WORLD    # of the batch: a process's, a forward pass's
     mine = slice(RANK * share, (RANK + 1) * share)
-    pairs = math.prod(solve_size(cfg))                # of a solve; each step takes the next B of them
+    pairs = math.prod(solve_size(cfg))                # of a solve; a step takes the next B (all fit: check)
     reader = ThreadPoolExecutor(1)                    # it reads one step ahead
     ahead = reader.submit(read_batch, cfg, run.images, tally["step"]) if run.images else None
 
@@ -366,6 +366,53 @@ def train(cfg):
             fid.wait_for_first(TIMEOUT)
         if stop:
             fail(75, f"stopped by a signal; step {done} is saved, run the same command again to go on")
+
+
+def set_up(cfg):
+    """What a stage trains with, from its last checkpoint or first weights; None: nothing is to be done."""
+    if cfg.stage == "pretrain" and has_teacher(cfg):
+        state, model = teacher_state(cfg)             # fetched and checked
+        log(f"pretrain: not trained, the teacher is {cfg.teacher or 'the official one'}")
+        if cfg.teacher and not os.path.exists(f"{cfg.out}/mid.pt"):
+            build(cfg, model, state, cfg.teacher)     # does it fit? not after hours of training the VGG
+    if cfg.stage == "mid" and cfg.mid == "none":
+        return log("mid: left out by --mid none")
+    if not needs_data(cfg) and cfg.stage != "mid":
+        return
+    path = f"{cfg.out}/{cfg.stage}.pt"
+    ckpt, left = resume(cfg)
+    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # by name: neither is read
+        return log(f"{cfg.stage}: {path} is finished, nothing to do")
+    images = load_data(cfg) if needs_data(cfg) else None
+    data = images.stamp if images else "none"
+    asked = asked_nets(cfg)
+    data += "".join(f", {name} {nets.stamp(state)}" for name, (state, _) in asked.items())
+    same_data(ckpt, path, data)
+    if not left:
+        return log(f"{cfg.stage}: {path} is finished, nothing to do")
+    frozen = {name: build(cfg, size, state, getattr(cfg, name) or "the teacher")
+              for name, (state, size) in asked.items() if name != "guide" or cfg.w != 1}
+    teacher = autoguided(frozen.get("main") or frozen.get("teacher"), frozen.get("guide"), cfg.w)
+    state, model, what = (None, ckpt["model"], "") if ckpt else first_weights(cfg, images, asked)
+    net = build(cfg, model, state, what, train=True)
+    ema = deepcopy(net).requires_grad_(False).eval()
+    (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
+    # flat: one vector, whose views are the weights of net; grad, added up and zeroed as one: their
+    # gradients, then grad[-2], the loss, and grad[-1], how many signals ask to stop
+    flat.grad = grad[:-2]
+    # choice: as ECT (B.3); the authors' 512 script has 0.999 in mid-training
+    beta2 = 0.999 if cfg.stage == "mid" and data_name(cfg) == "imagenet512" else 0.99
+    opt = torch.optim.Adam([flat], betas=(0.9, beta2), fused=True)
+    if cfg.stage == "vgg" and data_name(cfg) == "imagenet512":
+        opt = torch.optim.SGD([flat], momentum=0.9, weight_decay=1e-4, fused=True)            # B.5
+    tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
+    agree("data and sum of the first weights", (data, flat.sum(dtype=torch.float64).item()))
+    distance = make_distance(cfg) if cfg.stage == "mid" else None
+    saved = dict(data=data, model=model, cfg=asdict(cfg), **fid.made_by(__file__))
+    log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))           # --dry_run ends here
+    return SimpleNamespace(images=images, teacher=teacher, distance=distance, net=net, ema=ema, opt=opt,
+                           flat=flat, flat_ema=flat_ema, grad=grad, loss_sum=grad[-2], tally=tally, path=path,
+                           saved=saved)
 
 
 # ---- sample -----------------------------------------------------------------------------------
@@ -801,53 +848,6 @@ def model_size(cfg, images):
 
 
 # ---- main -------------------------------------------------------------------------------------
-def set_up(cfg):
-    """What a stage trains with, from its last checkpoint or first weights; None: nothing is to be done."""
-    if cfg.stage == "pretrain" and has_teacher(cfg):
-        state, model = teacher_state(cfg)             # fetched and checked
-        log(f"pretrain: not trained, the teacher is {cfg.teacher or 'the official one'}")
-        if cfg.teacher and not os.path.exists(f"{cfg.out}/mid.pt"):
-            build(cfg, model, state, cfg.teacher)     # does it fit? not after hours of training the VGG
-    if cfg.stage == "mid" and cfg.mid == "none":
-        return log("mid: left out by --mid none")
-    if not needs_data(cfg) and cfg.stage != "mid":
-        return
-    path = f"{cfg.out}/{cfg.stage}.pt"
-    ckpt, left = resume(cfg)
-    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # by name: neither is read
-        return log(f"{cfg.stage}: {path} is finished, nothing to do")
-    images = load_data(cfg) if needs_data(cfg) else None
-    data = images.stamp if images else "none"
-    asked = asked_nets(cfg)
-    data += "".join(f", {name} {nets.stamp(state)}" for name, (state, _) in asked.items())
-    same_data(ckpt, path, data)
-    if not left:
-        return log(f"{cfg.stage}: {path} is finished, nothing to do")
-    frozen = {name: build(cfg, size, state, getattr(cfg, name) or "the teacher")
-              for name, (state, size) in asked.items() if name != "guide" or cfg.w != 1}
-    teacher = autoguided(frozen.get("main") or frozen.get("teacher"), frozen.get("guide"), cfg.w)
-    state, model, what = (None, ckpt["model"], "") if ckpt else first_weights(cfg, images, asked)
-    net = build(cfg, model, state, what, train=True)
-    ema = deepcopy(net).requires_grad_(False).eval()
-    (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
-    # flat: one vector, whose views are the weights of net; grad, added up and zeroed as one: their
-    # gradients, then grad[-2], the loss, and grad[-1], how many signals ask to stop
-    flat.grad = grad[:-2]
-    # choice: as ECT (B.3); the authors' 512 script has 0.999 in mid-training
-    beta2 = 0.999 if cfg.stage == "mid" and data_name(cfg) == "imagenet512" else 0.99
-    opt = torch.optim.Adam([flat], betas=(0.9, beta2), fused=True)
-    if cfg.stage == "vgg" and data_name(cfg) == "imagenet512":
-        opt = torch.optim.SGD([flat], momentum=0.9, weight_decay=1e-4, fused=True)            # B.5
-    tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
-    agree("data and sum of the first weights", (data, flat.sum(dtype=torch.float64).item()))
-    distance = make_distance(cfg) if cfg.stage == "mid" else None
-    saved = dict(data=data, model=model, cfg=asdict(cfg), **fid.made_by(__file__))
-    log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))           # --dry_run ends here
-    return SimpleNamespace(images=images, teacher=teacher, distance=distance, net=net, ema=ema, opt=opt,
-                           flat=flat, flat_ema=flat_ema, grad=grad, loss_sum=grad[-2], tally=tally, path=path,
-                           saved=saved)
-
-
 def candidates(cfg):
     """What to sample from: (name, net, {steps: kind of sampler}, checkpoint); --init FILE: it alone."""
     few = {1: 1, 2: 2}                                # its steps: the kind that make_sampler takes

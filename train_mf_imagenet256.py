@@ -133,7 +133,7 @@ MAY_CHANGE = {  # fields that may differ when a stage goes on, or is found finis
     "mid": "pretrain post weak ratio P_mean P_std power unguided",
     "post": "pretrain weak nodes trajectories",
 }
-parse = partial(fid.parse, globals())                 # (argv) -> Config, by the names above, and data_name
+parse = partial(fid.parse, globals())                 # (argv) -> Config; fid knows these tables by name
 
 
 def data_name(cfg):
@@ -341,7 +341,7 @@ def train(cfg):
     errors = torch.zeros(2, 5, device=DEVICE)         # square errors and their number, by t - r: 0, quarters
     share, micro = B // WORLD, cfg.batch_gpu or B // WORLD    # of the batch: a process's, a forward pass's
     mine = slice(RANK * share, (RANK + 1) * share)
-    pairs = math.prod(solve_size(cfg))                # of a solve; each step takes the next B of them
+    pairs = math.prod(solve_size(cfg))                # of a solve; a step takes the next B (all fit: check)
     reader = ThreadPoolExecutor(1)                    # it reads one step ahead
     ahead = reader.submit(read_batch, cfg, run.images, tally["step"]) if run.images else None
 
@@ -397,6 +397,47 @@ def train(cfg):
             fid.wait_for_first(TIMEOUT)
         if stop:
             fail(75, f"stopped by a signal; step {done} is saved, run the same command again to go on")
+
+
+def set_up(cfg):
+    """What a stage trains with, from its last checkpoint or first weights; None: nothing is to be done."""
+    if left_out(cfg) or cfg.stage == "pretrain" and cfg.teacher:
+        return log(f"{cfg.stage}: not trained, as --teacher or --mid none says")
+    path = f"{cfg.out}/{cfg.stage}.pt"
+    ckpt, left = resume(cfg)
+    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # by name: neither is read
+        return log(f"{cfg.stage}: {path} is finished, nothing to do")
+    images, data, teacher = None, "none", None
+    if cfg.stage != "mid":                                                    # CMT needs no data
+        images = load_data(cfg)
+        data, shape, null = images.stamp, images.shape, images.classes        # "no class": the one after all
+    if cfg.stage == "mid" or cfg.stage == "post" and cfg.post == "teacher":
+        weights, its = teacher_state(cfg)
+        teacher = build(cfg, its, weights, cfg.teacher or "the teacher")
+        teacher.requires_grad_()                      # else autocast casts its weights anew at each call
+        null, shape = its["num_classes"], (its["in_channels"], its["input_size"], its["input_size"])
+        data += f", teacher {nets.stamp(weights)}"
+    same_data(ckpt, path, data)
+    if not left:
+        return log(f"{cfg.stage}: {path} is finished, nothing to do")
+    model = dict(size_row(cfg, "weak" if cfg.stage == "pretrain" else "size", shape[-1]),
+                 input_size=shape[-1], in_channels=shape[0], num_classes=null,
+                 average_velocity=cfg.stage != "pretrain" or cfg.pretrain == "mf")
+    state, what = (None, "") if ckpt else first_weights(cfg, model)
+    net = build(cfg, model, state, what, train=True)
+    ema = deepcopy(net).requires_grad_(False).eval()
+    (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
+    # flat: one vector, whose views are the weights of net; grad, added up and zeroed as one: their
+    # gradients, then grad[-2], the loss, and grad[-1], how many signals ask to stop
+    flat.grad = grad[:-2]
+    opt = torch.optim.Adam([flat], betas=(0.9, 0.95), fused=True)             # MF
+    tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
+    agree("data and sum of the first weights", (data, flat.sum(dtype=torch.float64).item()))
+    saved = dict(data=data, model=model, cfg=asdict(cfg), **fid.made_by(__file__))
+    log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))           # --dry_run ends here
+    return SimpleNamespace(images=images, null=null, shape=shape, teacher=teacher, net=net, ema=ema, opt=opt,
+                           flat=flat, flat_ema=flat_ema, grad=grad, loss_sum=grad[-2], tally=tally, path=path,
+                           saved=saved)
 
 
 # ---- sample -----------------------------------------------------------------------------------
@@ -764,47 +805,6 @@ def first_weights(cfg, model):
 
 
 # ---- main -------------------------------------------------------------------------------------
-def set_up(cfg):
-    """What a stage trains with, from its last checkpoint or first weights; None: nothing is to be done."""
-    if left_out(cfg) or cfg.stage == "pretrain" and cfg.teacher:
-        return log(f"{cfg.stage}: not trained, as --teacher or --mid none says")
-    path = f"{cfg.out}/{cfg.stage}.pt"
-    ckpt, left = resume(cfg)
-    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # by name: neither is read
-        return log(f"{cfg.stage}: {path} is finished, nothing to do")
-    images, data, teacher = None, "none", None
-    if cfg.stage != "mid":                                                    # CMT needs no data
-        images = load_data(cfg)
-        data, shape, null = images.stamp, images.shape, images.classes        # "no class": the one after all
-    if cfg.stage == "mid" or cfg.stage == "post" and cfg.post == "teacher":
-        weights, its = teacher_state(cfg)
-        teacher = build(cfg, its, weights, cfg.teacher or "the teacher")
-        teacher.requires_grad_()                      # else autocast casts its weights anew at each call
-        null, shape = its["num_classes"], (its["in_channels"], its["input_size"], its["input_size"])
-        data += f", teacher {nets.stamp(weights)}"
-    same_data(ckpt, path, data)
-    if not left:
-        return log(f"{cfg.stage}: {path} is finished, nothing to do")
-    model = dict(size_row(cfg, "weak" if cfg.stage == "pretrain" else "size", shape[-1]),
-                 input_size=shape[-1], in_channels=shape[0], num_classes=null,
-                 average_velocity=cfg.stage != "pretrain" or cfg.pretrain == "mf")
-    state, what = (None, "") if ckpt else first_weights(cfg, model)
-    net = build(cfg, model, state, what, train=True)
-    ema = deepcopy(net).requires_grad_(False).eval()
-    (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
-    # flat: one vector, whose views are the weights of net; grad, added up and zeroed as one: their
-    # gradients, then grad[-2], the loss, and grad[-1], how many signals ask to stop
-    flat.grad = grad[:-2]
-    opt = torch.optim.Adam([flat], betas=(0.9, 0.95), fused=True)             # MF
-    tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
-    agree("data and sum of the first weights", (data, flat.sum(dtype=torch.float64).item()))
-    saved = dict(data=data, model=model, cfg=asdict(cfg), **fid.made_by(__file__))
-    log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))           # --dry_run ends here
-    return SimpleNamespace(images=images, null=null, shape=shape, teacher=teacher, net=net, ema=ema, opt=opt,
-                           flat=flat, flat_ema=flat_ema, grad=grad, loss_sum=grad[-2], tally=tally, path=path,
-                           saved=saved)
-
-
 def candidates(cfg):
     """What to sample from: (name, net, {steps: kind of sampler}, checkpoint); --init FILE: it alone."""
     found, stages = [], ["pretrain", "mid", "post"]

@@ -135,7 +135,7 @@ MAY_CHANGE = {  # fields that may differ when a stage goes on, or is found finis
     "mid": "pretrain post ratio P_mean P_std power",
     "post": "pretrain nodes trajectories",
 }
-parse = partial(fid.parse, globals())                 # (argv) -> Config, by the names above, and data_name
+parse = partial(fid.parse, globals())                 # (argv) -> Config; fid knows these tables by name
 
 
 def data_name(cfg):
@@ -328,7 +328,7 @@ def train(cfg):
     errors = torch.zeros(2, 6, device=DEVICE)         # square errors and their number, by t - r; REPA's
     share, micro = B // WORLD, cfg.batch_gpu or B // WORLD    # of the batch: a process's, a forward pass's
     mine = slice(RANK * share, (RANK + 1) * share)
-    pairs = math.prod(solve_size(cfg))                # of a solve; each step takes the next B of them
+    pairs = math.prod(solve_size(cfg))                # of a solve; a step takes the next B (all fit: check)
     reader = ThreadPoolExecutor(1)                    # it reads one step ahead
     ahead = reader.submit(read_batch, cfg, images, tally["step"]) if cfg.stage != "mid" else None
 
@@ -394,6 +394,48 @@ def train(cfg):
             fid.wait_for_first(TIMEOUT)
         if stop:
             fail(75, f"stopped by a signal; step {done} is saved, run the same command again to go on")
+
+
+def set_up(cfg):
+    """What a stage trains with, from its last checkpoint or first weights; None: nothing is to be done."""
+    if left_out(cfg) or cfg.stage == "pretrain" and cfg.teacher:
+        return log(f"{cfg.stage}: not trained, as --teacher or --mid none says")
+    path, teacher = f"{cfg.out}/{cfg.stage}.pt", None
+    ckpt, left = resume(cfg)
+    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # by name: neither is read
+        return log(f"{cfg.stage}: {path} is finished, nothing to do")
+    images, encoder = load_data(cfg), text_encoder(cfg)                   # mid reads captions, never an image
+    data, null = images.stamp, encoder(images.null[None])
+    if cfg.stage == "mid":
+        weights, model = teacher_state(cfg)
+        teacher = build(cfg, model, weights, cfg.teacher or "the teacher")
+        teacher.requires_grad_()                      # else autocast casts its weights anew at each call
+        data += f", teacher {nets.stamp(weights)}"
+    same_data(ckpt, path, data)
+    if not left:
+        return log(f"{cfg.stage}: {path} is finished, nothing to do")
+    model = model_size(cfg, images, null.shape[-1])
+    state, what = (None, "") if ckpt else first_weights(cfg)
+    net = build(cfg, model, state, what, train=True)
+    ema = deepcopy(net).requires_grad_(False).eval()
+    (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
+    # flat: one vector, whose views are the weights of net; grad, added up and zeroed as one: their
+    # gradients, then grad[-2], the loss, and grad[-1], how many signals ask to stop
+    flat.grad = grad[:-2]
+    betas = (0.9, 0.999 if cfg.stage == "pretrain" else 0.95)                 # REPA; MF
+    opt = torch.optim.Adam([flat], betas=betas, fused=True)
+    tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
+    agree("data and sum of the first weights", (data, flat.sum(dtype=torch.float64).item()))
+    # previews: captions of the data, whose features may be cached (no one needs CLIP), of each tenth in turn
+    k, n = torch.arange(60), images.count
+    shown = encoder(images.texts((k % 10 * n // 10 + n // 20 + k // 10) % n, 0.0 * k))
+    steps = cfg.nfe if cfg.stage == "pretrain" else 1
+    preview = make_sampler(cfg, ema, steps, lambda seeds: shown[list(seeds)], null, decode=False)
+    saved = dict(data=data, model=model, cfg=asdict(cfg), **fid.made_by(__file__))
+    log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))           # --dry_run ends here
+    return SimpleNamespace(images=images, encoder=encoder, null=null, teacher=teacher, preview=preview,
+                           net=net, ema=ema, opt=opt, flat=flat, flat_ema=flat_ema, grad=grad,
+                           loss_sum=grad[-2], tally=tally, path=path, saved=saved)
 
 
 # ---- sample -----------------------------------------------------------------------------------
@@ -929,48 +971,6 @@ def first_weights(cfg):
 
 
 # ---- main -------------------------------------------------------------------------------------
-def set_up(cfg):
-    """What a stage trains with, from its last checkpoint or first weights; None: nothing is to be done."""
-    if left_out(cfg) or cfg.stage == "pretrain" and cfg.teacher:
-        return log(f"{cfg.stage}: not trained, as --teacher or --mid none says")
-    path, teacher = f"{cfg.out}/{cfg.stage}.pt", None
-    ckpt, left = resume(cfg)
-    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # by name: neither is read
-        return log(f"{cfg.stage}: {path} is finished, nothing to do")
-    images, encoder = load_data(cfg), text_encoder(cfg)                   # mid reads captions, never an image
-    data, null = images.stamp, encoder(images.null[None])
-    if cfg.stage == "mid":
-        weights, model = teacher_state(cfg)
-        teacher = build(cfg, model, weights, cfg.teacher or "the teacher")
-        teacher.requires_grad_()                      # else autocast casts its weights anew at each call
-        data += f", teacher {nets.stamp(weights)}"
-    same_data(ckpt, path, data)
-    if not left:
-        return log(f"{cfg.stage}: {path} is finished, nothing to do")
-    model = model_size(cfg, images, null.shape[-1])
-    state, what = (None, "") if ckpt else first_weights(cfg)
-    net = build(cfg, model, state, what, train=True)
-    ema = deepcopy(net).requires_grad_(False).eval()
-    (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
-    # flat: one vector, whose views are the weights of net; grad, added up and zeroed as one: their
-    # gradients, then grad[-2], the loss, and grad[-1], how many signals ask to stop
-    flat.grad = grad[:-2]
-    betas = (0.9, 0.999 if cfg.stage == "pretrain" else 0.95)                 # REPA; MF
-    opt = torch.optim.Adam([flat], betas=betas, fused=True)
-    tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
-    agree("data and sum of the first weights", (data, flat.sum(dtype=torch.float64).item()))
-    # previews: captions of the data, whose features may be cached (no one needs CLIP), of each tenth in turn
-    k, n = torch.arange(60), images.count
-    shown = encoder(images.texts((k % 10 * n // 10 + n // 20 + k // 10) % n, 0.0 * k))
-    steps = cfg.nfe if cfg.stage == "pretrain" else 1
-    preview = make_sampler(cfg, ema, steps, lambda seeds: shown[list(seeds)], null, decode=False)
-    saved = dict(data=data, model=model, cfg=asdict(cfg), **fid.made_by(__file__))
-    log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))           # --dry_run ends here
-    return SimpleNamespace(images=images, encoder=encoder, null=null, teacher=teacher, preview=preview,
-                           net=net, ema=ema, opt=opt, flat=flat, flat_ema=flat_ema, grad=grad,
-                           loss_sum=grad[-2], tally=tally, path=path, saved=saved)
-
-
 def candidates(cfg):
     """What to sample from: (name, net, {steps: kind of sampler}, checkpoint); --init FILE: it alone."""
     found, stages = [], ["pretrain", "mid", "post"]

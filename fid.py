@@ -1807,7 +1807,7 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=()):
                for name, f in nets.items()}
     rows, errors = [], {net: (x[0] - states[-1]).square().flatten(1).mean(1).sqrt().tolist()
                         for net, x in answers.items()}
-    means = ", ".join(f"{called(net)} {sum(error) / len(error):.2f}" for net, error in errors.items())
+    means = ", ".join(f"{called(net)} {sum(e) / len(e):.2f}" for net, e in errors.items() if net != "post")
     for j in range(states.shape[1]):
         name = f"noise {j + 1}, {names[j % len(names)]}" if names else f"noise {j + 1}"
         rows.append((f"{name}\nstates of the teacher", show((states / wide)[:, j])))          # at unit scale
@@ -2102,7 +2102,8 @@ def dry_run(home, argv, configs):
     return next(iter(codes.values()), 0)
 
 
-CURVES = dict(loss="loss", grad="gradient norm", mse_gap1="square error of mean velocities over short times")
+CURVES = dict(loss="loss", grad="gradient norm",
+              mse_gap1="square error of mean velocities from t to r, t - r < 1/4")
 
 
 def save_curve(cfg, table=()):
@@ -2115,14 +2116,13 @@ def save_curve(cfg, table=()):
         for key, title in CURVES.items():
             points = panels.setdefault(title, {}).setdefault(STAGES[m["stage"]], [])
             points.append((before + m["images"], m.get(key, 0)))
-    for m in [m for m in steps if m["stage"] == "vgg"]:      # of no stage's length: an axis of its own
-        title = "loss of the VGG, whose features mid-training compares"
-        panels.setdefault(title, {}).setdefault(STAGES["vgg"], []).append((m["images"], m["loss"]))
+    if vgg := [(m["images"], m["loss"]) for m in steps if m["stage"] == "vgg"]:          # has its own length
+        panels["loss of the VGG, whose features mid-training compares"] = {STAGES["vgg"]: vgg}
     about = sys.modules[type(cfg).__module__].ABOUT          # "stage 2 of 4, mid-training (Eq. 7): ..."
     trained = {m["stage"] for m in steps}
     meant = [text.partition(", ")[2] for stage, text in about.items() if stage in trained]
     scores = f" {in_short(table)}." * bool(in_short(table))
-    save_chart(f"{cfg.out}/curve.png", panels, "Compare losses within a stage; what counts are scores\n"
+    save_chart(f"{cfg.out}/curve.png", panels, "Loss and gradient of each stage: compare within one\n"
                "Images trained on; in mid-training these are pairs of the teacher. "
                f"{'. '.join(text[0].upper() + text[1:] for text in meant)}.{scores}")
 

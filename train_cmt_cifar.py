@@ -282,7 +282,7 @@ def train(cfg):
                     x_r = solvers.ode_step(run.teacher, x_t, t, r, 1 if cfg.post == "ecd_euler" else 2)
                 loss = loss_ect(student, x_t, x_r, t, r, cfg.huber_c)                   # Eq. 3
             (loss * part).backward()
-            loss_sum += loss.detach() * part          # total() reads it
+            loss_sum += loss.detach() * part          # a place in run.grad: see total
         norm, loss, stop = total(run.grad, tally["scale"])                    # the one wait of a step
         if math.isfinite(norm + loss):            # else: no step, and no trace of it in weights and moments
             opt.step()

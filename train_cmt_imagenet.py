@@ -346,7 +346,7 @@ def train(cfg):
                         x_r = solvers.ode_step(partial(run.teacher, class_labels=y), x_t, t, r, order)
                     loss = loss_ect(student, x_t, x_r, t, r, cfg.huber_c, w)            # Eq. 3
                 (loss * part).backward()
-                loss_sum += loss.detach() * part          # total() reads it
+                loss_sum += loss.detach() * part          # a place in run.grad: see total
         norm, loss, stop = total(run.grad, tally["scale"])                    # the one wait of a step
         if math.isfinite(norm + loss):            # else: no step, and no trace of it in weights and moments
             opt.step()

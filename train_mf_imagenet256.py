@@ -374,7 +374,7 @@ def train(cfg):
                     guided = torch.zeros_like(guided)
                 loss, square, _ = loss_mf(flow, z, target, t, r, y, guided, cfg)
             (loss * part).backward()
-            loss_sum += loss.detach() * part          # total() reads it
+            loss_sum += loss.detach() * part          # a place in run.grad: see total
             fid.add_errors(errors, square / z[0].numel(), t - r)
         norm, loss, stop = total(run.grad, tally["scale"])                    # the one wait of a step
         if math.isfinite(norm + loss):            # else: no step, and no trace of it in weights and moments

@@ -370,7 +370,7 @@ def train(cfg):
                 loss = loss + cfg.repa * repa
                 errors[:, 5] += torch.stack([-repa.detach(), torch.ones_like(repa)]).nan_to_num() * micro
             (loss * part).backward()
-            loss_sum += loss.detach() * part          # total() reads it
+            loss_sum += loss.detach() * part          # a place in run.grad: see total
             fid.add_errors(errors, square / z[0].numel(), t - r)
         norm, loss, stop = total(run.grad, tally["scale"])                    # the one wait of a step
         if cfg.clip and norm > cfg.clip:

@@ -850,11 +850,15 @@ def test_the_vgg_has_an_axis_of_its_own(tmp_path, monkeypatch):
     rows = [dict(stage=s, images=k, loss=1.0, grad=1.0) for s, most in (("vgg", 9000), ("mid", 900), ("post", 600)) for k in (most // 2, most)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in rows))
     drawn = {}
-    monkeypatch.setattr(fid, "save_chart", lambda path, panels, *args: drawn.update(panels))
+    monkeypatch.setattr(fid, "save_chart", lambda path, panels, caption: drawn.update({**panels, "caption": caption}))
     cfg = importlib.import_module("train_cmt_imagenet").Config(out=str(tmp_path))
     save_curve(cfg)
     assert drawn["loss of the VGG, whose features mid-training compares"] == {"VGG": [(4500, 1.0), (9000, 1.0)]}
     assert drawn["loss"] == {"mid-training": [(450, 1.0), (900, 1.0)], "post-training": [(1200, 1.0), (1500, 1.0)]}
+    assert "lower is better" not in drawn["caption"]
+    scores = {"stage": "teacher, balanced labels", "8-step FID": "2.00"}, {"stage": "mid", "1-step FID": "5.00 +- 1.00, min 4.00"}, {"stage": "post", "1-step FID": "-"}
+    save_curve(cfg, scores)
+    assert drawn["caption"].endswith(". FID in 1 step, lower is better: after mid-training 5.00 +- 1.00, min 4.00; teacher, 8 steps: 2.00.")
 
 
 def test_slow_samplers_draw_fewer_images():

@@ -2121,10 +2121,10 @@ def save_curve(cfg, table=()):
     about = sys.modules[type(cfg).__module__].ABOUT          # "stage 2 of 4, mid-training (Eq. 7): ..."
     trained = {m["stage"] for m in steps}
     meant = [text.partition(", ")[2] for stage, text in about.items() if stage in trained]
-    scores = f" {in_short(table)}." * bool(in_short(table))
+    scores = in_short(table)
     save_chart(f"{cfg.out}/curve.png", panels, "Loss and gradient of each stage: compare within one\n"
                "Images trained on; in mid-training these are pairs of the teacher. "
-               f"{'. '.join(text[0].upper() + text[1:] for text in meant)}.{scores}")
+               f"{'. '.join(text[0].upper() + text[1:] for text in meant)}." + f" {scores}." * bool(scores))
 
 
 def save_preview(cfg, tally, stop, sampler, drawn=""):

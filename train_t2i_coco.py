@@ -382,7 +382,7 @@ def train(cfg):
 
         # bookkeeping from here on
         done = step + 1
-        count(cfg, tally, loss, norm)           # a skipped step lowers fp16's scale, ten end the run
+        count(cfg, tally, loss, norm)                 # a skipped step lowers fp16's scale, ten end the run
         to_save = stop or done % cfg.save_every == 0 or done == cfg.steps
         if to_save or done % cfg.log_every == 0 or done == start + 1:
             report(cfg, done, lr, tally, **nets.peak_memory(), **fid.mse_by_gap(errors))

@@ -95,8 +95,6 @@ PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 HALVES = "Half of the digits against the other scores 0.78 +- 0.19, uniform noise 119.5 (--train-digits)."
 HIDDEN = re.compile(r"(^|/)(\.[^/]|__MACOSX/)")                          # .DS_Store, ._x.png, .git
 Reference = collections.namedtuple("Reference", "mu cov n features file sha256")    # not stated: n 0, text ""
-
-
 FOREIGN = {"cannot identify image file": "not a picture, or a part of one",
            "Expecting ": "not JSON, or damaged; mend it or move it away",
            "Unterminated string": "JSON that is cut; mend it or move it away",
@@ -1609,6 +1607,7 @@ def save_images(sampler, seeds, prefix, batch=64):
 # ---- pictures with words -----------------------------------------------------------------------
 NAMES = dict(teacher="teacher", mid="after mid-training", post="after post-training")
 STAGES = dict(mid="mid-training", post="post-training", pretrain="pre-training", vgg="VGG")
+WIDE = 1_800                                             # pixels of a sheet
 INKS = {"alone|scratch": "#c0392b", "flow": "#8e44ad", "mid|CMT": "#1f5fbf", "teacher|pre-": "#2e8b57",
         "post": "#d98a00", "VGG": "#555555"}             # what a name speaks of: its colour in every chart
 
@@ -1637,7 +1636,7 @@ def boxed(text, letters, font):
 
 
 def save_sheet(path, rows, caption, header=(), breaks=()):
-    """Rows of images with words around them -> one PNG of at least 1,800 pixels in width.
+    """Rows of images with words around them -> one PNG, WIDE pixels wide or wider.
 
     rows: a list of (label, images (n, C, H, W) in [-1, 1]); the label stands at the left. Small images are
     enlarged, smoothly; of latents (4 channels) three are shown. header: texts above the columns, the first
@@ -1649,17 +1648,17 @@ def save_sheet(path, rows, caption, header=(), breaks=()):
     labels = [boxed(label, 26, font) for label, _ in rows]
     corner, *_ = heads = [boxed(text, 16, font) for text in header] or [("", 0, 0)]
     left = max(width for _, width, _ in (corner, *labels)) + 4 * gap
-    zoom = max(1, min(192 // w, -((left + n * gap - 1800) // (n * w))))
+    zoom = max(1, min(192 // w, -((left + n * gap - WIDE) // (n * w))))
     zoom = max([zoom, *(width // w for _, width, _ in heads[1:])])
     cell = max([w * zoom, *(width + 3 * gap for _, width, _ in heads[1:])]) + gap
     caption += f" Images of {w}x{h} pixels, enlarged and smoothed." * (zoom > 3 and rows[0][1].shape[1] != 4)
-    letters, large = max(1800, left + n * cell) * 2 // em, ImageFont.load_default(em * 3 // 2)
+    letters, large = max(WIDE, left + n * cell) * 2 // em, ImageFont.load_default(em * 3 // 2)
     title, _, caption = signed(caption).rpartition("\n")
     title, words = boxed(title, letters * 2 // 3, large), boxed(caption, letters, font)
     top = title[2] + 4 * gap * bool(title[0]) + max(height for *_, height in heads) + 3 * gap
     heights = [max(h * zoom, height) + gap for *_, height in labels]
     heights = [height + 4 * gap * (k in breaks) for k, height in enumerate(heights, 1)]
-    width = max(1800, left + n * cell + gap, title[1] + 4 * gap, words[1] + 4 * gap)
+    width = max(WIDE, left + n * cell + gap, title[1] + 4 * gap, words[1] + 4 * gap)
     mode = "L" if all(x.shape[1] == 1 for _, x in rows) else "RGB"
     picture = Image.new(mode, (width, top + sum(heights) + words[2] + 5 * gap), "white")
     write, y = functools.partial(ImageDraw.Draw(picture).multiline_text, fill="black", font=font), top

@@ -68,21 +68,19 @@ def ode_step(D, x_t, t, r, order):
     return x_r
 
 
-def euler(D, x, sigmas):
-    """Euler on the probability-flow ODE, one call of D a step. Shapes as dpmpp."""
+def euler(D, x, sigmas, order=1):
+    """Euler on the probability-flow ODE, one call of D a step; order 2: see heun. Shapes as dpmpp."""
     xs, grid = [x], check_decreasing(sigmas)
     for s, s_next in zip(grid, grid[1:]):
-        xs.append(ode_step(D, xs[-1], x.new_full((len(x),), s), x.new_full((len(x),), s_next), order=1))
+        last = s_next == 0                            # there Heun is Euler: no second call
+        t, r = x.new_full((len(x),), s), x.new_full((len(x),), s_next)
+        xs.append(ode_step(D, xs[-1], t, r, 1 if last else order))
     return torch.stack(xs)
 
 
 def heun(D, x, sigmas):
     """Heun on the same ODE, without churn. Two calls of D a step, one where the step ends at sigma 0."""
-    xs, grid = [x], check_decreasing(sigmas)
-    for s, s_next in zip(grid, grid[1:]):
-        order = 2 if s_next > 0 else 1
-        xs.append(ode_step(D, xs[-1], x.new_full((len(x),), s), x.new_full((len(x),), s_next), order))
-    return torch.stack(xs)
+    return euler(D, x, sigmas, order=2)
 
 
 @functools.lru_cache(maxsize=64)
@@ -90,10 +88,16 @@ def dpmpp_coefficients(sigmas, order):
     """Constants of DPM-Solver++ (multistep, data prediction) on a grid given as a tuple of floats.
 
     One row (a, b0, b1, b2) per step: x_next = a x + b0 D_i + b1 D_{i-1} + b2 D_{i-2}. With h the step in
-    lambda: phi1 = e^-h - 1, phi2 = phi1/h + 1, phi3 = phi2/h - 1/2. Order 3: x_next = a x - phi1 D +
-    phi2 D1 - phi3 D2, with slopes u = (D_i - D_{i-1}) / r0 and v = (D_{i-1} - D_{i-2}) / r1, r0 and r1 the
-    steps before in units of h: D2 = (u - v) / (r0 + r1), half of D'' as in the reference, D1 = u + r0 D2: u
-    weighs phi2 + c, v weighs -c, c = (phi2 r0 - phi3) / (r0 + r1). Order 2: a x - phi1 (D + u/2).
+    lambda = -ln sigma, and r0, r1 the two steps before it in units of h:
+
+      phi1 = e^-h - 1               phi2 = phi1 / h + 1              phi3 = phi2 / h - 1/2
+      u = (D_i - D_{i-1}) / r0      v = (D_{i-1} - D_{i-2}) / r1     slopes of D in lambda, times h
+
+      order 1   x_next = a x - phi1 D_i                              a = sigma_next / sigma
+      order 2   x_next = a x - phi1 (D_i + u / 2)
+      order 3   x_next = a x - phi1 D_i + phi2 D1 - phi3 D2          D1 = u + r0 D2
+                                                                     D2 = (u - v) / (r0 + r1), half of D''
+    In order 3 u thus weighs phi2 + c, and v weighs -c, with c = (phi2 r0 - phi3) / (r0 + r1).
     """
     lambdas = [-math.log(s) if s > 0 else math.inf for s in sigmas]
     rows, steps = [], len(sigmas) - 1
@@ -161,12 +165,7 @@ def few_step(f, x_T, sigmas, generator=None):
 # ---- velocity v(x, t), average velocity u(x, t, r) ------------------------------------------------
 def flow_euler(v, x, times):
     """Euler on dx/dt = v(x, t), times (steps+1,) from 1 (noise) to 0 (data) -> (steps+1, B, ...)."""
-    grid = check_decreasing(times)
-    xs = [x]
-    for t, r in zip(grid, grid[1:]):
-        x = x - (t - r) * v(x, x.new_full((len(x),), t))
-        xs.append(x)
-    return torch.stack(xs)
+    return mean_flow(lambda x, t, r: v(x, t), x, times)       # as if v, which holds at t, were the mean
 
 
 def flow_heun(v, x, times):

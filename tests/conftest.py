@@ -26,7 +26,7 @@ torch.set_num_threads(1)
 SHIPPED = {size: dict(nets.SIZES[size]) for size in ("ddpm++-8", "edm2-8")}
 for size in SHIPPED:                                   # narrow nets: what is tested is what scripts do, not what they reach
     nets.SIZES[size]["model_channels"] = 16
-draw, draw_in, save_curve = fid.draw, fid.draw_in, fid.save_curve
+draw, draw_in, save_curve, WIDE = fid.draw, fid.draw_in, fid.save_curve, fid.WIDE
 TINY = "--data digits --samples 16 --trajectories 4 --nfe 4 --batch 16 --log_every 1".split()
 
 
@@ -76,8 +76,10 @@ def environment():
 def no_run(environment, monkeypatch):
     """No run before has left its folder: lines about files go to stderr, and to no log. Previews are of two noises.
 
-    Curves, a fifth of a second each, are drawn by the roads of a few steps alone, which are made before this.
+    Curves, a fifth of a second each, are drawn by the roads of a few steps alone, which are made before this. Sheets are
+    as narrow as their words allow: a wide one takes a twentieth of a second, and there are hundreds.
     """
+    monkeypatch.setattr(fid, "WIDE", 900)
     monkeypatch.setattr(fid, "save_curve", lambda cfg, table=(): None)
     monkeypatch.setattr(fid, "OUT", "")
     monkeypatch.setattr(fid, "KEEP", True)

@@ -23,7 +23,7 @@ import pytest
 import scipy.linalg
 import torch
 import torch.multiprocessing as mp
-from conftest import draw_in, save_curve
+from conftest import WIDE, draw_in, save_curve
 from PIL import Image
 
 import fid
@@ -687,10 +687,11 @@ def test_a_score_is_the_distance_of_its_samples_and_repeats_use_fresh_seeds(monk
 
 
 def sheet_of(path, rows, caption="", **more):
-    """The sheet as saved: uint8 (H, W, 3)."""
+    """The sheet as saved, in full width: uint8 (H, W, 3)."""
+    fid.WIDE = WIDE                                    # until the test ends
     fid.save_sheet(str(path / "sheet.png"), rows, caption, **more)
     image = Image.open(path / "sheet.png")
-    assert image.mode == ("L" if rows[0][1].shape[1] == 1 else "RGB") and image.width >= 1800
+    assert image.mode == ("L" if rows[0][1].shape[1] == 1 else "RGB") and image.width >= WIDE == 1800
     return np.asarray(image.convert("RGB"))
 
 

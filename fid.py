@@ -2044,6 +2044,7 @@ def overview(road, device, cfg):
     text = ", ".join(f"{stage} {steps:,} steps of {batch}" for stage, (steps, batch) in ROAD.items())
     n = processes()[1]
     text = f"{n} process{'es' * (n > 1)} on {device.type}; to train: {text or 'nothing'}"
+    text += ", what is there is drawn and scored (again)" * (not ROAD and cfg.stage in ("all", "eval"))
     small = cfg.data == "digits" or getattr(cfg, "res", 0) == 16 and sum(map(math.prod, ROAD.values())) < 1e6
     if ROAD and device.type == "cpu" and not small:
         text += ("\nwarning: there is no GPU; a CPU trains --data digits in minutes, and in hours, with "

@@ -779,8 +779,8 @@ def teacher_state(cfg):
     """(weights, constructor arguments) of --teacher, else <out>/pretrain.pt, else the official teacher."""
     if cfg.teacher not in ("", "scratch"):
         state, model, stated = nets.read_weights(cfg.teacher)
-        if stated.get("stage") in ("mid", "post"):
-            fail(3, f"--teacher {cfg.teacher} is a student, no denoiser; pass the teacher that it had")
+        if (stage := stated.get("stage", "pretrain")) != "pretrain":
+            fail(3, f"--teacher {cfg.teacher} is of --stage {stage}, no denoiser; pass what pretrain made")
         return state, model
     if ckpt := nets.finished(f"{cfg.out}/pretrain.pt"):
         return ckpt["ema"], ckpt["model"]

@@ -50,9 +50,9 @@ OWN = {"Config", "load_data", "data_name", "check", "teacher_pairs", "make_sampl
 #   mean, a Mean Flow teacher named, a warm-up longer than its stage, a method whose branch is not written (BRANCHES), a flag without effect, a q beyond fp32;
 # scripts +1: a banner for `train`, which stands behind its losses, and +1, the loss's place in the gradient has a name; fid -6, scores below
 #   curve.png, not in a panel, and +6, names that flags have elsewhere, --post.init behind mid-training; solvers -1;
-# bench +7: the GPU without data walks its arguments itself, which took torch's pytree a fifth of its time; solvers -1, fid -1;
+# bench +7: the GPU without data walks its arguments itself, which took torch's pytree a fifth of its time; solvers -1;
 BUDGET = {"train_cmt_cifar.py": 690, "train_cmt_imagenet.py": 929, "train_mf_imagenet256.py": 884,
-          "train_t2i_coco.py": 1099, "nets.py": 1855, "fid.py": 2327, "solvers.py": 198, "bench.py": 968,
+          "train_t2i_coco.py": 1099, "nets.py": 1855, "fid.py": 2328, "solvers.py": 198, "bench.py": 968,
           "claims.py": 615, "README.md": 240}
 FLAGS = {"train_cmt_cifar.py": 35, "train_cmt_imagenet.py": 42, "train_mf_imagenet256.py": 42, "train_t2i_coco.py": 43}
 README = (ROOT / "README.md").read_text()

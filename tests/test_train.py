@@ -76,8 +76,10 @@ def test_a_forgotten_teacher_is_asked_for_and_a_student_is_none(road, tmp_path, 
         exit_code, err = code([*begun, *dry], capsys)
         assert exit_code == 2 and "mid.pt went on from a teacher that is not there; pass its --teacher again" in err
     assert not (tmp_path / "run/pretrain.pt").exists()
-    exit_code, err = code([*begun[:-4], "--out", str(tmp_path / "new"), "--stage", "mid", "--teacher", str(road / "mid.pt")], capsys)
-    assert exit_code == 3 and "mid.pt is a student, no denoiser" in err
+    for stage in ("mid", "vgg"):
+        torch.save({**torch.load(road / "mid.pt"), "cfg": dict(stage=stage)}, tmp_path / f"{stage}.pt")
+        exit_code, err = code([*TINY, "--out", str(tmp_path / "new"), "--stage", "mid", "--teacher", str(tmp_path / f"{stage}.pt")], capsys)
+        assert exit_code == 3 and f"{stage}.pt is of --stage {stage}, no denoiser" in err
 
 
 @pytest.mark.parametrize("flags", ["--mid kd", "--mid slow", "--mid none --post annealed", "--mid none --init random",
@@ -493,7 +495,7 @@ def test_what_is_refused_is_not_announced(road, capsys):
         out = capsys.readouterr().out
         assert "to train" not in out and "stage " not in out.replace("--stage ", "") and not os.path.exists("x")
     script.main([*TINY, "--stage", "eval", "--out", str(road)])
-    assert "to train: nothing\nstage 4 of 4" in capsys.readouterr().out
+    assert "to train: nothing, what is there is drawn and scored (again)\nstage 4 of 4" in capsys.readouterr().out
 
 
 def test_a_flag_of_a_stage_that_is_not_trained_is_named(capsys):

@@ -414,8 +414,8 @@ def photos(args, device):
                 shown.append((f"{label}, FD-photos {found[-1]}", sampler(range(12))))
             one += [f"{CALLED.get(row, row)} {found[0]}"] * (row != "teacher")
             print(f"| {row} | {seed} | {' / '.join(found)} | {state['seconds']:.0f} |", flush=True)
-            caption = (f"FD-photos in 1 step, lower is better: {', '.join(one)}\nEach column is one noise; a "
-                       "second step may change what the first one drew. FD-photos: Frechet distance of "
+            caption = (f"FD-photos in 1 step, lower is better: {', '.join(one)}\nA column: one noise for all "
+                       "nets; a second step may change the first's. FD-photos: Frechet distance of "
                        f"{n:,} images to the real ones, by features of a small net; {features.scale} against "
                        "the other. Such small nets draw colours and shapes, hardly objects. Mid-training: on "
                        "ends of the teacher's trajectories, by pseudo-Huber; post-training: ECT by |x|, "
@@ -425,11 +425,11 @@ def photos(args, device):
 
 
 FM = "--pretrain fm --weak SIZE --init sit"           # SIZE: --size, of student and flow-matching teacher
-CAPTION = ("Does mid-training help Mean Flow on photos? In one step: {}; in two: {}\n"
+CAPTION = ("Does mid-training help Mean Flow on photos ({})? In one step: {}; in two: {}\n"
            "FD-photos (Frechet distance to {} at 16x16, by features of a small net; {} against the other) "
-           "against CPU seconds, the teacher's included; {}. CMT: mid-training by a small teacher, then "
-           "post-training on the photos. From scratch, from flow matching: on the photos alone, from random "
-           "weights or those of the flow matching teacher. Compare the last dots; their seconds differ.")
+           "against CPU seconds, the teacher's included. CMT: mid-training by a small teacher, then training "
+           "on photos. From scratch, from flow matching: on photos alone, from random or its weights. A "
+           "dot each 150 steps and where a stage ends; compare the last ones, whose seconds differ.")
 ROADS = {  # road: the road whose teacher it goes on from, its calls, laid over the settings of digits
     "flow matching": ("", ["--stage pretrain --pretrain fm --weak SIZE --steps 320"]),
     "weak Mean Flow": ("", ["--stage pretrain --weak 2x64x3 --steps 800"]),
@@ -489,7 +489,7 @@ def roads(args, device):
     seeds = f"{'means of the seeds' if ',' in args.seeds else 'seed'} {args.seeds}"
     best = [min(panel, key=lambda name: panel[name][-1][1]) for panel in panels.values()]
     helps = ["yes" if "CMT" in name else "no" for name in best]
-    words = CAPTION.format(*helps, os.path.basename(args.data), features.scale, seeds)
+    words = CAPTION.format(seeds, *helps, os.path.basename(args.data), features.scale)
     marks = {statistics.mean(end.values()): f"{road}: post-training begins" for road, end in mid.items()}
     fid.save_chart(f"{args.out}/roads.png", panels, words, "CPU seconds", marks)
 

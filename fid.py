@@ -1775,7 +1775,7 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
         columns = torch.stack([x.cpu() for *_, x in shown], 1)
         rows, header, line, breaks = [*zip(names, columns)], [what, *labels], "row", ()
     title = in_short(table) or "The same noises, drawn by every net"
-    caption = (f"{title}\nEach {line} is one noise; a second step may change what the first one drew."
+    caption = (f"{title}\nA {line}: one noise for all nets; a second step may change the first's."
                f"{fallen(table)} Mid-training: a student learns the ends of the teacher's trajectories; "
                "post-training: it learns from images.")
     caption += (f" Scores: Frechet distance of {samples:,} images to the data, by features of a net"
@@ -1811,11 +1811,11 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=()):
         name = f"noise {j + 1}, {names[j % len(names)]}" if names else f"noise {j + 1}"
         rows.append((f"{name}\nstates of the teacher", show((states / wide)[:, j])))          # at unit scale
         for net, x in answers.items():
-            rows.append((f"{called(net)},\n1-step error {errors[net][j]:.2f}", show(x[:, j])))
-    caption = (f"How far from the teacher's end one call from these noises lands: {means}\n"
+            rows.append((f"{called(net)},\nerror from noise {errors[net][j]:.2f}", show(x[:, j])))
+    caption = (f"One call from noise misses the teacher's end by: {means}\n"
                f"The teacher walks in {n - 1} steps, as for mid-training, from noise, left, to its end, "
                "right. Below: where each net gets from there in one call; after mid-training a whole row "
-               "shall be that end. Error: of the first answer, root of the mean square, pixels -1 to 1; two "
+               "shall be that end. Error from noise: of the leftmost answer, root mean square of pixels; two "
                f"ends differ by {apart:.2f}. Post-training learns from images and may leave these ends."
                + (" A plain call is one velocity without guidance; the teacher's steps in stages.png have it."
                   * any("plain" in name for name in nets))
@@ -2103,7 +2103,7 @@ def dry_run(home, argv, configs):
 
 
 CURVES = dict(loss="loss", grad="gradient norm",
-              mse_gap1="square error of mean velocities from t to r, t - r < 1/4")
+              mse_gap1="square error of velocities over short times (a quarter of the way at most)")
 
 
 def save_curve(cfg, table=()):
@@ -2122,7 +2122,7 @@ def save_curve(cfg, table=()):
     trained = {m["stage"] for m in steps}
     meant = [text.partition(", ")[2] for stage, text in about.items() if stage in trained]
     scores = in_short(table)
-    save_chart(f"{cfg.out}/curve.png", panels, "Loss and gradient of each stage: compare within one\n"
+    save_chart(f"{cfg.out}/curve.png", panels, "Loss and gradient of each stage; how good it is, scores say\n"
                "Images trained on; in mid-training these are pairs of the teacher. "
                f"{'. '.join(text[0].upper() + text[1:] for text in meant)}." + f" {scores}." * bool(scores))
 

@@ -21,7 +21,7 @@ import sys
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from types import SimpleNamespace
 from typing import Literal
 
@@ -110,9 +110,9 @@ PRESETS = {  # (data, stage, its --mid or --post): of rows that match the lower 
     ("digits", "post", "*"): dict(steps=600, batch=32, lr=3e-4, ema_beta=0.99, q=512, warmup=20),
     ("digits", "post", "annealed"): dict(q=2, double=187, steps=1_500, lr=1e-3, decay="linear"),
 }
-ABOUT = {"pretrain": "stage 1 of 4, pre-training: loss and grad soon stay level, images still improve",
-         "mid": "stage 2 of 4, mid-training (Eq. 7): loss, distance to the teacher's ends, falls; grad level",
-         "post": "stage 3 of 4, post-training (Eq. 3): grad is large, loss stays level",
+ABOUT = {"pretrain": "stage 1 of 4, pre-training: loss and gradient soon stay level, images still improve",
+         "mid": "stage 2 of 4, mid-training (Eq. 7): the loss, distance to the teacher's ends, falls",
+         "post": "stage 3 of 4, post-training (Eq. 3): a large gradient and a level loss are normal",
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "teacher", "random"                        # other values of --init are a FILE
@@ -235,35 +235,38 @@ def train(cfg):
     """One stage (pretrain, mid, post) from its last checkpoint to its end: method first, bookkeeping last."""
     if not (run := set_up(cfg)):
         return
-    net, opt, tally, B = run.net, run.opt, run.tally, cfg.batch
-    f, loss_sum = forward(cfg, net), run.loss_sum
+    net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
+    f = forward(cfg, net)
     shape = net.img_channels, net.img_resolution, net.img_resolution
     share, micro = B // WORLD, cfg.batch_gpu or B // WORLD    # of the batch: a process's, a forward pass's
     mine = slice(RANK * share, (RANK + 1) * share)
-    pairs = math.prod(solve_size(cfg))                # of a solve; a step takes the next B (all fit: check)
+    size = math.prod(solve_size(cfg))                 # pairs of a solve; a step takes the next B of them
 
-    for step in range(start := tally["step"], cfg.steps):
+    @lru_cache(1)                                     # it feeds several steps; resumed, it is solved anew
+    def solve(k):
+        g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", k))
+        if cfg.mid == "slow":
+            states, levels, x_0, owners = slow_pairs(cfg, run.teacher, run.images, g)
+        else:
+            states, levels, x_0, owners = teacher_pairs(cfg, run.teacher, shape, g)
+        return states, levels, owners, run.distance.features(x_0)             # once per end, not per pair
+
+    for step in range(start, cfg.steps):
         opt.param_groups[0]["lr"] = lr = fid.lr_at(cfg, step)
         if cfg.stage != "pretrain":
             rectify(opt, lr, step + 1 - tally["skipped"])        # B.2: RAdam is Adam of this rate and eps
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         if cfg.stage == "mid":
-            solve, at = divmod(step * B, pairs)                               # which solve, and where in it
-            if at == 0 or step == start:          # a solve feeds several steps; resumed, it is solved again
-                g.manual_seed(fold(cfg.seed, "solve", solve))
-                if cfg.mid == "slow":
-                    states, levels, x_0, owners = slow_pairs(cfg, run.teacher, run.images, g)
-                else:
-                    states, levels, x_0, owners = teacher_pairs(cfg, run.teacher, shape, g)
-                target = run.distance.features(x_0)                           # once per end, not per pair
-            batch = [a[at:at + B][mine] for a in (states, levels, owners)]
+            *pairs, target = solve(step * B // size)
+            at = step * B % size
+            batch = [a[at:at + B][mine] for a in pairs]
         else:
             x, eps = draw(run.images, B, g)[mine], randn((B, *shape), g)[mine]
             t = (cfg.P_mean + cfg.P_std * randn(B, g))[mine].exp()
             q = cfg.q ** (1 + step // cfg.double) if cfg.double else cfg.q
             batch = x, t, eps
 
-        part = micro / B * tally["scale"]                 # of the mean over the batch; scale: of fp16, else 1
+        loss_sum, part = 0.0, micro / B * tally["scale"]  # part: of the batch's mean; scale: of fp16, else 1
         for k, some in enumerate(zip(*(a.split(micro) for a in batch))):
             seed = fold(cfg.seed, cfg.stage, step, "dropout") + mine.start + k * micro
             student = partial(f, masks=nets.dropout_masks(net, range(seed, seed + micro)))
@@ -282,8 +285,8 @@ def train(cfg):
                     x_r = solvers.ode_step(run.teacher, x_t, t, r, 1 if cfg.post == "ecd_euler" else 2)
                 loss = loss_ect(student, x_t, x_r, t, r, cfg.huber_c)                   # Eq. 3
             (loss * part).backward()
-            loss_sum += loss.detach() * part          # a place in run.grad: see total
-        norm, loss, stop = total(run.grad, tally["scale"])                    # the one wait of a step
+            loss_sum += loss.detach() * part
+        norm, loss, stop = total(run.grad, loss_sum, tally["scale"])          # the one wait of a step
         if math.isfinite(norm + loss):            # else: no step, and no trace of it in weights and moments
             opt.step()
         run.grad.zero_()
@@ -303,6 +306,23 @@ def train(cfg):
             fid.wait_for_first(TIMEOUT)
         if stop:
             fail(75, f"stopped by a signal; step {done} is saved, run the same command again to go on")
+
+
+def rectify(opt, lr, t):
+    """Make the t-th step of Adam, from 1, one of RAdam (Liu et al. 2020, Algorithm 2), by its rate and eps.
+
+    Up to rho_t = 5 the variance v is not trusted, and the step is lr m: Adam makes it with an eps so large
+    that v does not count, at a rate of lr eps. From then on it is Adam at rate r_t lr. Torch's fused Adam
+    passes over the weights once, its RAdam several times.
+    """
+    beta = opt.param_groups[0]["betas"][1]
+    end = 2 / (1 - beta) - 1                          # of rho_t as t grows
+    rho, eps = end - 2 * t * beta**t / (1 - beta**t), 1e10
+    rate = lr * eps                                   # lr m eps / (sqrt(v) + eps) is lr m
+    if rho > 5:
+        rate = lr * ((rho - 4) * (rho - 2) * end / ((end - 4) * (end - 2) * rho)) ** 0.5
+        eps = 1e-8 / (1 - beta**t) ** 0.5             # torch's RAdam: on sqrt(v) before correction
+    opt.param_groups[0].update(lr=rate, eps=eps)
 
 
 def set_up(cfg):
@@ -339,14 +359,14 @@ def set_up(cfg):
     # flat: one vector, whose views are the weights of net; grad, added up and zeroed as one: their
     # gradients, then grad[-2], the loss, and grad[-1], how many signals ask to stop
     flat.grad = grad[:-2]
-    opt = torch.optim.Adam([flat], fused=True)
+    opt = torch.optim.Adam([flat], fused=True)        # rectify makes it RAdam
     tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
     agree("data and sum of the first weights", (data, flat.sum(dtype=torch.float64).item()))
     distance = make_distance(cfg, net.img_channels) if cfg.stage == "mid" else None
     saved = dict(data=data, model=model, cfg=asdict(cfg), **fid.made_by(__file__))
     log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))           # --dry_run ends here
     return SimpleNamespace(images=images, teacher=teacher, distance=distance, net=net, ema=ema, opt=opt,
-                           flat=flat, flat_ema=flat_ema, grad=grad, loss_sum=grad[-2], tally=tally, path=path,
+                           flat=flat, flat_ema=flat_ema, grad=grad, tally=tally, path=path,
                            saved=saved)
 
 
@@ -458,28 +478,12 @@ def resume(cfg):
     return ckpt, fid.steps_left(cfg, ckpt, path, MAY_CHANGE, STAGES)
 
 
-def rectify(opt, lr, t):
-    """Make the t-th step of Adam, from 1, one of RAdam (Liu et al. 2020, Algorithm 2), by its rate and eps.
-
-    Up to rho_t = 5 the variance v is not trusted, and the step is lr m: Adam makes it with an eps so large
-    that v does not count, at a rate of lr eps. From then on it is Adam at rate r_t lr. Torch's fused Adam
-    passes over the weights once, its RAdam several times.
-    """
-    beta = opt.param_groups[0]["betas"][1]
-    end = 2 / (1 - beta) - 1                          # of rho_t as t grows
-    rho, eps = end - 2 * t * beta**t / (1 - beta**t), 1e10
-    rate = lr * eps                                   # lr m eps / (sqrt(v) + eps) is lr m
-    if rho > 5:
-        rate = lr * ((rho - 4) * (rho - 2) * end / ((end - 4) * (end - 2) * rho)) ** 0.5
-        eps = 1e-8 / (1 - beta**t) ** 0.5             # torch's RAdam: on sqrt(v) before correction
-    opt.param_groups[0].update(lr=rate, eps=eps)
-
-
-def total(grad, scale):
-    """Sum the gradient over the processes, and behind it the loss and the wish to stop; divide by scale.
+def total(grad, loss, scale):
+    """Sum gradient, loss and the wish to stop over the processes, as one vector, run.grad; divide by scale.
 
     Returns gradient norm, loss and stop as numbers: this is where the host waits for the device.
     """
+    grad[-2] = loss
     grad[-1:].fill_(len(STOP) * scale)                # trap: grad[-1] = number waits for the device
     if WORLD > 1:
         # choice: one all-reduce of one vector, no DDP wrapper: any number of processes, one result

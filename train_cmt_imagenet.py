@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from types import SimpleNamespace
 from typing import Literal
 
@@ -124,10 +124,10 @@ PRESETS = {  # (data, stage, its --mid or --post): of rows that match the lower 
     ("digits", "mid", "*"): dict(steps=900, batch=32, lr=3e-3, ema_beta=0.99),
     ("digits", "post", "*"): dict(steps=600, batch=32, lr=3e-4, ema_beta=0.99, q=512, decay="linear"),
 }
-ABOUT = {"pretrain": "stage 1 of 5, pre-training (EDM2): loss falls while the images improve; grad is level",
+ABOUT = {"pretrain": "stage 1 of 5, pre-training (EDM2): the loss falls while the images improve",
          "vgg": "stage 2 of 5, the VGG that measures in mid-training: its loss on labels falls to about 0",
-         "mid": "stage 3 of 5, mid-training (Eq. 7): loss, distance to the teacher's ends, falls; grad too",
-         "post": "stage 4 of 5, post-training (Eq. 3, weight 1 / c_out^2): loss and grad soon stay level",
+         "mid": "stage 3 of 5, mid-training (Eq. 7): the loss, distance to the teacher's ends, falls",
+         "post": "stage 4 of 5, post-training (Eq. 3): loss and gradient soon stay level",
          "eval": "stage 5 of 5, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "teacher", "random"                        # other values of --init are a FILE
@@ -290,27 +290,31 @@ def train(cfg):
     """One stage (pretrain, vgg, mid, post) from its last checkpoint to its end: method, then bookkeeping."""
     if not (run := set_up(cfg)):
         return
-    net, opt, tally, B, loss_sum = run.net, run.opt, run.tally, cfg.batch, run.loss_sum
+    net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
     model = run.saved["model"]
     shape, classes = (model["img_channels"], *[model["img_resolution"]] * 2), model["label_dim"]
     order = 1 if cfg.post == "ecd_euler" else 2       # of ECD's step
     share, micro = B // WORLD, cfg.batch_gpu or B // WORLD    # of the batch: a process's, a forward pass's
     mine = slice(RANK * share, (RANK + 1) * share)
-    pairs = math.prod(solve_size(cfg))                # of a solve; a step takes the next B (all fit: check)
+    size = math.prod(solve_size(cfg))                 # pairs of a solve; a step takes the next B of them
     reader = ThreadPoolExecutor(1)                    # it reads one step ahead
     ahead = reader.submit(read_batch, cfg, run.images, tally["step"]) if run.images else None
 
-    for step in range(start := tally["step"], cfg.steps):
+    @lru_cache(1)                                     # it feeds several steps; resumed, it is solved anew
+    def solve(k):
+        g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", k))
+        states, levels, x_0, owners, y_0 = teacher_pairs(cfg, run.teacher, classes, shape, g)
+        views = {} if cfg.ensemble == "none" else run.distance.draw(states, g)
+        target = None if views else run.distance.features(x_0)                # once per end, not per pair
+        return (y_0[owners], states, levels, owners, *views.values()), views, x_0, target
+
+    for step in range(start, cfg.steps):
         opt.param_groups[0]["lr"] = lr = learning_rate(cfg, step)
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         if cfg.stage == "mid":
-            solve, at = divmod(step * B, pairs)                               # which solve, and where in it
-            if at == 0 or step == start:          # a solve feeds several steps; resumed, it is solved again
-                g.manual_seed(fold(cfg.seed, "solve", solve))
-                states, levels, x_0, owners, y_0 = teacher_pairs(cfg, run.teacher, classes, shape, g)
-                views = {} if cfg.ensemble == "none" else run.distance.draw(states, g)
-                target = None if views else run.distance.features(x_0)        # once per end, not per pair
-            batch = [a[at:at + B][mine] for a in (y_0[owners], states, levels, owners, *views.values())]
+            pairs, views, x_0, target = solve(step * B // size)
+            at = step * B % size
+            batch = [a[at:at + B][mine] for a in pairs]
         else:
             (raw, labels), ahead = ahead.result(), reader.submit(read_batch, cfg, run.images, step + 1)
             noise, eps = randn((B, *shape), g)[mine], randn((B, *shape), g)[mine]
@@ -318,9 +322,9 @@ def train(cfg):
             t, y = (cfg.P_mean + cfg.P_std * randn(B, g))[mine].exp(), one_hot(labels, classes)
             if cfg.stage == "vgg" and cfg.data == "digits":
                 x = x + vgg_noise(cfg, step, (B, *shape))[mine]
-            batch = y, x, t, labels if cfg.stage == "vgg" else eps
+            batch = y, x, t, eps, labels
 
-        part = micro / B * tally["scale"]                 # of the mean over the batch; scale: of fp16, else 1
+        loss_sum, part = 0.0, micro / B * tally["scale"]  # part: of the batch's mean; scale: of fp16, else 1
         with nets.hoist(net, force=True):             # EDM2 Eq. 66: normalised once for all micro-batches
             for k, (y, *some) in enumerate(zip(*(a.split(micro) for a in batch))):
                 seed = fold(cfg.seed, cfg.stage, step, "dropout") + mine.start + k * micro
@@ -329,11 +333,11 @@ def train(cfg):
                 if cfg.stage == "mid":
                     x_t, t, owner, *view = some
                 else:
-                    x, t, eps = some                  # vgg: labels in the place of eps
+                    x, t, eps, labels = some
                 if cfg.stage == "pretrain":
                     loss = loss_edm2(student, x, t, eps, net.sigma_data)
                 elif cfg.stage == "vgg":
-                    loss = loss_vgg(net, x, eps, seed)
+                    loss = loss_vgg(net, x, labels, seed)
                 elif cfg.stage == "mid" and views:
                     loss = loss_cmt_views(student, x_t, t, x_0[owner], run.distance, dict(zip(views, view)))
                 elif cfg.stage == "mid":
@@ -346,8 +350,8 @@ def train(cfg):
                         x_r = solvers.ode_step(partial(run.teacher, class_labels=y), x_t, t, r, order)
                     loss = loss_ect(student, x_t, x_r, t, r, cfg.huber_c, w)            # Eq. 3
                 (loss * part).backward()
-                loss_sum += loss.detach() * part          # a place in run.grad: see total
-        norm, loss, stop = total(run.grad, tally["scale"])                    # the one wait of a step
+                loss_sum += loss.detach() * part
+        norm, loss, stop = total(run.grad, loss_sum, tally["scale"])          # the one wait of a step
         if math.isfinite(norm + loss):            # else: no step, and no trace of it in weights and moments
             opt.step()
         run.grad.zero_()
@@ -411,7 +415,7 @@ def set_up(cfg):
     saved = dict(data=data, model=model, cfg=asdict(cfg), **fid.made_by(__file__))
     log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))           # --dry_run ends here
     return SimpleNamespace(images=images, teacher=teacher, distance=distance, net=net, ema=ema, opt=opt,
-                           flat=flat, flat_ema=flat_ema, grad=grad, loss_sum=grad[-2], tally=tally, path=path,
+                           flat=flat, flat_ema=flat_ema, grad=grad, tally=tally, path=path,
                            saved=saved)
 
 
@@ -679,11 +683,12 @@ def ema_beta(cfg, step):
     return (1 - 1 / (step + 1)) ** (roots[np.isreal(roots)].real.max() + 1)
 
 
-def total(grad, scale):
-    """Sum the gradient over the processes, and behind it the loss and the wish to stop; divide by scale.
+def total(grad, loss, scale):
+    """Sum gradient, loss and the wish to stop over the processes, as one vector, run.grad; divide by scale.
 
     Returns gradient norm, loss and stop as numbers: this is where the host waits for the device.
     """
+    grad[-2] = loss
     grad[-1:].fill_(len(STOP) * scale)                # trap: grad[-1] = number waits for the device
     if WORLD > 1:
         # choice: one all-reduce of one vector, no DDP wrapper: any number of processes, one result

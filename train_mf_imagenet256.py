@@ -26,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from types import SimpleNamespace
 from typing import Literal
 
@@ -114,9 +114,9 @@ PRESETS = {  # (data, stage, its --mid or --post): of rows that match the lower 
     ("digits", "post", "*"): dict(steps=1_000, batch=64, lr=4e-3, ema_beta=0.99, unguided=250),
     ("digits", "post", "vanilla"): dict(steps=1_900),                      # the time of mid and post together
 }
-ABOUT = {"pretrain": "stage 1 of 4, pre-training: its weight keeps the loss near 1; square errors fall",
-         "mid": "stage 2 of 4, mid-training (Eq. 8): loss, square error of mean velocities, falls; grad too",
-         "post": "stage 3 of 4, post-training: its weight keeps the loss near 1; square errors hardly fall",
+ABOUT = {"pretrain": "stage 1 of 4, pre-training: divided by itself the loss stays near 1; errors fall",
+         "mid": "stage 2 of 4, mid-training (Eq. 8): the loss, square error of velocities, falls",
+         "post": "stage 3 of 4, post-training: divided by itself the loss stays near 1; errors hardly fall",
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "sit", "random"                            # other values of --init are a FILE
@@ -336,25 +336,28 @@ def train(cfg):
     """One stage (pretrain, mid, post) from its last checkpoint to its end: method first, bookkeeping last."""
     if not (run := set_up(cfg)):
         return
-    net, opt, tally, B, loss_sum = run.net, run.opt, run.tally, cfg.batch, run.loss_sum
+    net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
     flow = flow_of(cfg, net, torch.tensor(run.null, device=DEVICE))
     errors = torch.zeros(2, 5, device=DEVICE)         # square errors and their number, by t - r: 0, quarters
     share, micro = B // WORLD, cfg.batch_gpu or B // WORLD    # of the batch: a process's, a forward pass's
     mine = slice(RANK * share, (RANK + 1) * share)
-    pairs = math.prod(solve_size(cfg))                # of a solve; a step takes the next B (all fit: check)
+    size = math.prod(solve_size(cfg))                 # pairs of a solve; a step takes the next B of them
     reader = ThreadPoolExecutor(1)                    # it reads one step ahead
     ahead = reader.submit(read_batch, cfg, run.images, tally["step"]) if run.images else None
 
-    for step in range(start := tally["step"], cfg.steps):
+    @lru_cache(1)                                     # it feeds several steps; resumed, it is solved anew
+    def solve(k):
+        g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", k))
+        pairs = teacher_pairs(cfg, run.teacher, run.shape, g)
+        return pairs, torch.randperm(size, generator=g, device=DEVICE)
+
+    for step in range(start, cfg.steps):
         opt.param_groups[0]["lr"] = lr = fid.lr_at(cfg, step)
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         if cfg.stage == "mid":
-            solve, at = divmod(step * B, pairs)                               # which solve, and where in it
-            if at == 0 or step == start:          # a solve feeds several steps; resumed, it is solved again
-                g.manual_seed(fold(cfg.seed, "solve", solve))
-                solved = teacher_pairs(cfg, run.teacher, run.shape, g)
-                order = torch.randperm(pairs, generator=g, device=DEVICE)
-            batch = [a[order[at:at + B][mine]] for a in solved]
+            pairs, order = solve(step * B // size)
+            at = step * B % size
+            batch = [a[order[at:at + B][mine]] for a in pairs]
         else:
             (raw, y, t, r), ahead = ahead.result(), reader.submit(read_batch, cfg, run.images, step + 1)
             guided = is_guided(cfg, step, t, y, run.null)
@@ -363,7 +366,7 @@ def train(cfg):
             level = t.to(DEVICE, non_blocking=True).view(-1, 1, 1, 1)
             batch = (1 - level) * x + level * eps, t, r, y, eps - x, level.view(-1), guided
 
-        part = micro / B * tally["scale"]                 # of the mean over the batch; scale: of fp16, else 1
+        loss_sum, part = 0.0, micro / B * tally["scale"]  # part: of the batch's mean; scale: of fp16, else 1
         for z, t, r, y, target, *more in zip(*(a.split(micro) for a in batch)):
             if cfg.stage == "mid":
                 loss, square = loss_cmt_mf(flow.u, z, t, r, y, target)                        # Eq. 8
@@ -374,9 +377,9 @@ def train(cfg):
                     guided = torch.zeros_like(guided)
                 loss, square, _ = loss_mf(flow, z, target, t, r, y, guided, cfg)
             (loss * part).backward()
-            loss_sum += loss.detach() * part          # a place in run.grad: see total
+            loss_sum += loss.detach() * part
             fid.add_errors(errors, square / z[0].numel(), t - r)
-        norm, loss, stop = total(run.grad, tally["scale"])                    # the one wait of a step
+        norm, loss, stop = total(run.grad, loss_sum, tally["scale"])          # the one wait of a step
         if math.isfinite(norm + loss):            # else: no step, and no trace of it in weights and moments
             opt.step()
         run.grad.zero_()
@@ -436,7 +439,7 @@ def set_up(cfg):
     saved = dict(data=data, model=model, cfg=asdict(cfg), **fid.made_by(__file__))
     log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))           # --dry_run ends here
     return SimpleNamespace(images=images, null=null, shape=shape, teacher=teacher, net=net, ema=ema, opt=opt,
-                           flat=flat, flat_ema=flat_ema, grad=grad, loss_sum=grad[-2], tally=tally, path=path,
+                           flat=flat, flat_ema=flat_ema, grad=grad, tally=tally, path=path,
                            saved=saved)
 
 
@@ -665,11 +668,12 @@ def resume(cfg):
     return ckpt, fid.steps_left(cfg, ckpt, path, MAY_CHANGE, STAGES)
 
 
-def total(grad, scale):
-    """Sum the gradient over the processes, and behind it the loss and the wish to stop; divide by scale.
+def total(grad, loss, scale):
+    """Sum gradient, loss and the wish to stop over the processes, as one vector, run.grad; divide by scale.
 
     Returns gradient norm, loss and stop as numbers: this is where the host waits for the device.
     """
+    grad[-2] = loss
     grad[-1:].fill_(len(STOP) * scale)                # trap: grad[-1] = number waits for the device
     if WORLD > 1:
         # choice: one all-reduce of one vector, no DDP wrapper: any number of processes, one result

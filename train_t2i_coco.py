@@ -28,7 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from types import SimpleNamespace
 from typing import Literal
 
@@ -117,9 +117,9 @@ PRESETS = {  # (data, stage, its --mid or --post): of rows that match the lower 
     ("digits", "mid", "*"): dict(steps=800, lr=1e-3),
     ("digits", "post", "*"): dict(steps=700, lr=5e-4),
 }
-ABOUT = {"pretrain": "stage 1 of 4, pre-training: loss, square error less REPA's gain, falls",
-         "mid": "stage 2 of 4, mid-training (Eq. 8): loss, square error of mean velocities, falls; grad too",
-         "post": "stage 3 of 4, post-training: its weight keeps the loss level; square errors hardly fall",
+ABOUT = {"pretrain": "stage 1 of 4, pre-training: the loss, square error and REPA's of features, falls",
+         "mid": "stage 2 of 4, mid-training (Eq. 8): the loss, square error of velocities, falls",
+         "post": "stage 3 of 4, post-training: divided by itself the loss stays level; errors hardly fall",
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "sit", "random"                            # other values of --init are a FILE
@@ -322,30 +322,33 @@ def train(cfg):
     """One stage (pretrain, mid, post) from its last checkpoint to its end: method first, bookkeeping last."""
     if not (run := set_up(cfg)):
         return
-    net, opt, tally, B, loss_sum = run.net, run.opt, run.tally, cfg.batch, run.loss_sum
+    net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
     images, shape = run.images, run.images.shape
     flow = flow_of(cfg, lambda z, t, r, text, repa: net(z, t, text, r, repa), run.null)    # r behind text
     errors = torch.zeros(2, 6, device=DEVICE)         # square errors and their number, by t - r; REPA's
     share, micro = B // WORLD, cfg.batch_gpu or B // WORLD    # of the batch: a process's, a forward pass's
     mine = slice(RANK * share, (RANK + 1) * share)
-    pairs = math.prod(solve_size(cfg))                # of a solve; a step takes the next B (all fit: check)
+    size = math.prod(solve_size(cfg))                 # pairs of a solve; a step takes the next B of them
     reader = ThreadPoolExecutor(1)                    # it reads one step ahead
     ahead = reader.submit(read_batch, cfg, images, tally["step"]) if cfg.stage != "mid" else None
 
     def features_of(words, drop):
         return torch.where(drop.to(DEVICE, non_blocking=True).view(-1, 1, 1), run.null, run.encoder(words))
 
-    for step in range(start := tally["step"], cfg.steps):
+    @lru_cache(1)                                     # it feeds several steps; resumed, it is solved anew
+    def solve(k):
+        g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", k))
+        texts = features_of(*captions_of_solve(cfg, images, k))
+        pairs = teacher_pairs(cfg, run.teacher, texts, run.null, shape, g)
+        return pairs, texts, torch.randperm(size, generator=g, device=DEVICE)
+
+    for step in range(start, cfg.steps):
         opt.param_groups[0]["lr"] = lr = fid.lr_at(cfg, step)
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         if cfg.stage == "mid":
-            solve, at = divmod(step * B, pairs)                               # which solve, and where in it
-            if at == 0 or step == start:          # a solve feeds several steps; resumed, it is solved again
-                g.manual_seed(fold(cfg.seed, "solve", solve))
-                texts = features_of(*captions_of_solve(cfg, images, solve))
-                solved = teacher_pairs(cfg, run.teacher, texts, run.null, shape, g)
-                order = torch.randperm(pairs, generator=g, device=DEVICE)
-            z, t, r, owner, target = (a[order[at:at + B][mine]] for a in solved)
+            pairs, texts, order = solve(step * B // size)
+            at = step * B % size
+            z, t, r, owner, target = (a[order[at:at + B][mine]] for a in pairs)
             batch = z, t, r, texts[owner], target
         else:
             batch, ahead = ahead.result(), reader.submit(read_batch, cfg, images, step + 1)
@@ -355,7 +358,7 @@ def train(cfg):
             level, tokens = (a.to(DEVICE, non_blocking=True) for a in (t.view(-1, 1, 1, 1), tokens))
             batch = (1 - level) * x + level * eps, t, r, text, eps - x, level.flatten(), guided, tokens
 
-        part = micro / B * tally["scale"]                 # of the mean over the batch; scale: of fp16, else 1
+        loss_sum, part = 0.0, micro / B * tally["scale"]  # part: of the batch's mean; scale: of fp16, else 1
         for z, t, r, text, target, *more in zip(*(a.split(micro) for a in batch)):
             level, guided, tokens = more or [None] * 3    # t on the device; which samples guidance changes
             features = None
@@ -370,9 +373,9 @@ def train(cfg):
                 loss = loss + cfg.repa * repa
                 errors[:, 5] += torch.stack([-repa.detach(), torch.ones_like(repa)]).nan_to_num() * micro
             (loss * part).backward()
-            loss_sum += loss.detach() * part          # a place in run.grad: see total
+            loss_sum += loss.detach() * part
             fid.add_errors(errors, square / z[0].numel(), t - r)
-        norm, loss, stop = total(run.grad, tally["scale"])                    # the one wait of a step
+        norm, loss, stop = total(run.grad, loss_sum, tally["scale"])          # the one wait of a step
         if cfg.clip and norm > cfg.clip:
             run.grad *= cfg.clip / norm
         if math.isfinite(norm + loss):            # else: no step, and no trace of it in weights and moments
@@ -435,7 +438,7 @@ def set_up(cfg):
     log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))           # --dry_run ends here
     return SimpleNamespace(images=images, encoder=encoder, null=null, teacher=teacher, preview=preview,
                            net=net, ema=ema, opt=opt, flat=flat, flat_ema=flat_ema, grad=grad,
-                           loss_sum=grad[-2], tally=tally, path=path, saved=saved)
+                           tally=tally, path=path, saved=saved)
 
 
 # ---- sample -----------------------------------------------------------------------------------
@@ -827,11 +830,12 @@ def resume(cfg):
     return ckpt, fid.steps_left(cfg, ckpt, path, MAY_CHANGE, STAGES)
 
 
-def total(grad, scale):
-    """Sum the gradient over the processes, and behind it the loss and the wish to stop; divide by scale.
+def total(grad, loss, scale):
+    """Sum gradient, loss and the wish to stop over the processes, as one vector, run.grad; divide by scale.
 
     Returns gradient norm, loss and stop as numbers: this is where the host waits for the device.
     """
+    grad[-2] = loss
     grad[-1:].fill_(len(STOP) * scale)                # trap: grad[-1] = number waits for the device
     if WORLD > 1:
         # choice: one all-reduce of one vector, no DDP wrapper: any number of processes, one result

@@ -53,7 +53,7 @@ PLANTS = [  # script, stage, file, what stands there, the fault in its place, wh
     (CIFAR, "pretrain", CIFAR, "loss.detach() * part", "loss.item() * part", "train: item"),
     (CIFAR, "pretrain", CIFAR, "grad[-1:].fill_(len(STOP) * scale)", "grad[-1] = 0.0", "total: number to gpu"),
     (CIFAR, "pretrain", "solvers", "(shape, generator=g, device=g.device)", "(shape)", "'cpu'"),
-    (CIFAR, "pretrain", CIFAR, "torch.Generator(DEVICE)", "torch.Generator()", "'cpu'"),
+    (CIFAR, "pretrain", CIFAR, "(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))", "().manual_seed(0)", "'cpu'"),
     (IMAGENET, "pretrain", IMAGENET, "labels.to(DEVICE, non_blocking=True)", "labels", "'cpu'"),
     (IMAGENET, BF16, "nets", "else self.hoisted).to(x.dtype)", "else self.hoisted)", "bfloat16.*float32"),
     (IMAGENET, BF16, "nets", "self.emb_gain) + 1).to(y.dtype)", "self.emb_gain) + 1)", "bfloat16.*float32"),

@@ -51,8 +51,9 @@ OWN = {"Config", "load_data", "data_name", "check", "teacher_pairs", "make_sampl
 # scripts +1: a banner for `train`, which stands behind its losses, and +1, the loss's place in the gradient has a name; fid -6, scores below
 #   curve.png, not in a panel, and +6, names that flags have elsewhere, --post.init behind mid-training; solvers -1;
 # bench +7: the GPU without data walks its arguments itself, which took torch's pytree a fifth of its time; solvers -1;
-BUDGET = {"train_cmt_cifar.py": 690, "train_cmt_imagenet.py": 929, "train_mf_imagenet256.py": 884,
-          "train_t2i_coco.py": 1099, "nets.py": 1855, "fid.py": 2328, "solvers.py": 198, "bench.py": 968,
+# scripts +4, ImageNet +5: a solve is a function that keeps its last answer, and the loss a variable (train's bound 80 -> 84, its loop's 66 -> 62);
+BUDGET = {"train_cmt_cifar.py": 694, "train_cmt_imagenet.py": 934, "train_mf_imagenet256.py": 888,
+          "train_t2i_coco.py": 1103, "nets.py": 1855, "fid.py": 2328, "solvers.py": 198, "bench.py": 968,
           "claims.py": 615, "README.md": 240}
 FLAGS = {"train_cmt_cifar.py": 35, "train_cmt_imagenet.py": 42, "train_mf_imagenet256.py": 42, "train_t2i_coco.py": 43}
 README = (ROOT / "README.md").read_text()
@@ -103,11 +104,11 @@ def test_functions_are_short_and_take_few_parameters(path):
     assert len(fields(__import__(path.stem).Config)) <= FLAGS[path.name]
     for n in ast.walk(ast.parse(path.read_text())):
         if isinstance(n, ast.FunctionDef):
-            assert n.end_lineno - n.lineno < (80 if n.name == "train" else 45), n.name
+            assert n.end_lineno - n.lineno < (84 if n.name == "train" else 45), n.name
             assert len(n.args.args) <= (8 if n.name.startswith("loss_") else 6), n.name
             if n.name == "train":
                 loop = next(k for k in n.body if isinstance(k, ast.For))
-                assert loop.end_lineno - loop.lineno < 66, "the loop of train"
+                assert loop.end_lineno - loop.lineno < 62, "the loop of train"
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda p: p.name)

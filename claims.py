@@ -410,9 +410,10 @@ def photos(args, device):
             for kind, steps in (1, 1), ("teacher", cfg.nfe) if row == "teacher" else (2, 2):
                 sampler = script.make_sampler(cfg, net, kind)
                 found.append(fid.score(sampler, features, reference, n)[0])
-                label = fid.net_label(CALLED.get(row, row), steps)
-                shown.append((f"{label}, FD-photos {found[-1]}", sampler(range(12))))
-            one += [f"{CALLED.get(row, row)} {found[0]}"] * (row != "teacher")
+                label = f"{fid.net_label(CALLED.get(row, row), steps)}, FD-photos {found[-1]}"
+                shown.append((label, sampler(range(12))))
+            many = f"teacher, {cfg.nfe} steps: {found[1]}"
+            one += [many if row == "teacher" else f"{CALLED.get(row, row)} {found[0]}"]
             print(f"| {row} | {seed} | {' / '.join(found)} | {state['seconds']:.0f} |", flush=True)
             caption = (f"FD-photos in 1 step, lower is better: {', '.join(one)}\nA column: one noise for all "
                        "nets; a second step may change the first's. FD-photos: Frechet distance of "

@@ -121,21 +121,7 @@ FILES = {"cifar10": "data/cifar-10-python.tar.gz",
          "ffhq": "data/ffhq-64x64.zip", "afhqv2": "data/afhqv2-64x64.zip"}
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 CIFAR_MD5 = "c58f30108f718f92721af3b95e74349a"
-BY_CONTENT = "data", "teacher"                        # compared by content, wherever it lies
-MAY_CHANGE = {  # fields that may differ when a stage goes on, or is found finished; by stage and --decay
-    "*": "dry_run data stage out teacher seeds samples repeat mid_sigma sigma_shift compile batch_gpu "
-         "log_every save_every",
-    "constant": "steps",
-    "pretrain": "mid post init nfe trajectories q double huber_c loss",
-    "mid": "post q double P_mean P_std",
-    "post": "trajectories loss nfe",
-}
-parse = partial(fid.parse, globals())                 # (argv) -> Config; fid knows these tables by name
-
-
-def data_name(cfg):
-    """The name of --data in PRESETS and in the default --out."""
-    return cfg.data if cfg.data in (*FILES, "digits") else "own"
+parse = partial(fid.parse, globals())                 # (argv) -> Config; fid reads this file's tables by name
 
 
 # ---- losses -----------------------------------------------------------------------------------
@@ -405,6 +391,11 @@ def draw_sheets(cfg, found):
 
 
 # ---- data -------------------------------------------------------------------------------------
+def data_name(cfg):
+    """The name of --data in PRESETS and in the default --out."""
+    return cfg.data if cfg.data in (*FILES, "digits") else "own"
+
+
 def needs_data(cfg):
     """Whether this stage trains on images: CMT does not, it needs its teacher alone; Slow CMT does."""
     if cfg.stage == "pretrain":
@@ -438,6 +429,15 @@ if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:            # trap: nohup i
     SIGNALS.append(signal.SIGHUP)
 STOP = []                                             # signals received: the loop saves, then ends
 TIMEOUT = timedelta(minutes=10)                       # choice: ten minutes for an answer in a step
+BY_CONTENT = "data", "teacher"                        # compared by content, wherever it lies
+MAY_CHANGE = {  # fields that may differ when a stage goes on, or is found finished; by stage and --decay
+    "*": "dry_run data stage out teacher seeds samples repeat mid_sigma sigma_shift compile batch_gpu "
+         "log_every save_every",
+    "constant": "steps",
+    "pretrain": "mid post init nfe trajectories q double huber_c loss",
+    "mid": "post q double P_mean P_std",
+    "post": "trajectories loss nfe",
+}
 
 
 def launch(cfg):

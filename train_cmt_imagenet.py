@@ -133,27 +133,8 @@ STAGES = list(ABOUT)                                  # what --stage all runs, i
 INITS = "teacher", "random"                        # other values of --init are a FILE
 BRANCHES = {"mid": "cmt none", "post": "ect ecd ecd_euler ecd_code"}   # in train
 FILES = {"imagenet64": "data/imagenet64.zip", "imagenet512": "data/imagenet512-sd.zip"}
-NEED_STAGE = {"vgg": "steps batch lr"}                # flags that need the stage's name: --vgg.steps
-BY_CONTENT = "data", "teacher", "main", "guide"       # compared by content, wherever it lies
-MAY_CHANGE = {  # fields that may differ when a stage goes on, or is found finished; by stage and --decay
-    "*": "dry_run data stage out source teacher main guide vae seeds samples repeat mid_sigma sampler "
-         "labels compile batch_gpu log_every save_every",
-    "constant": "steps", "sqrt": "steps",
-    "pretrain": "mid post init nfe trajectories q huber_c w loss ensemble",
-    "vgg": "mid post init nfe trajectories q huber_c w loss ensemble P_mean P_std dropout",
-    "mid": "post q w P_mean P_std",
-    "post": "trajectories loss ensemble nfe",
-}
-HEUN_STEPS = 32                                       # of --sampler heun: 63 calls (EDM2)
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-parse = partial(fid.parse, globals())                 # (argv) -> Config; fid knows these tables by name
-
-
-def data_name(cfg):
-    """The name of --data in PRESETS and in the default --out."""
-    if cfg.data == "imagenet" and cfg.res not in (64, 512):
-        fail(2, f"--res {cfg.res} is not possible with --data imagenet; it is 64 or 512")
-    return {"imagenet": f"imagenet{cfg.res}", "digits": "digits"}.get(cfg.data, "own")
+parse = partial(fid.parse, globals())                 # (argv) -> Config; fid reads this file's tables by name
 
 
 # ---- losses -----------------------------------------------------------------------------------
@@ -176,6 +157,7 @@ def one_hot(labels, classes):
 
 teacher_solver = solvers.dpmpp                        # of trajectories, and of samples by --sampler dpmpp
 teacher_sigmas = solvers.logsnr_sigmas                # (steps) -> steps + 1 noise levels, from 80
+HEUN_STEPS = 32                                       # of --sampler heun: 63 calls (EDM2)
 
 
 def solve_size(cfg):
@@ -471,6 +453,13 @@ def draw_sheets(cfg, found):
 
 
 # ---- data -------------------------------------------------------------------------------------
+def data_name(cfg):
+    """The name of --data in PRESETS and in the default --out."""
+    if cfg.data == "imagenet" and cfg.res not in (64, 512):
+        fail(2, f"--res {cfg.res} is not possible with --data imagenet; it is 64 or 512")
+    return {"imagenet": f"imagenet{cfg.res}", "digits": "digits"}.get(cfg.data, "own")
+
+
 MEAN, STD = (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)    # of raw latents per channel (EDM2)
 load_vae = cache(nets.sd_vae)                         # loaded once
 
@@ -630,6 +619,17 @@ if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:            # trap: nohup i
     SIGNALS.append(signal.SIGHUP)
 STOP = []                                             # signals received: the loop saves, then ends
 TIMEOUT = timedelta(minutes=10)                       # choice: ten minutes for an answer in a step
+NEED_STAGE = {"vgg": "steps batch lr"}                # flags that need the stage's name: --vgg.steps
+BY_CONTENT = "data", "teacher", "main", "guide"       # compared by content, wherever it lies
+MAY_CHANGE = {  # fields that may differ when a stage goes on, or is found finished; by stage and --decay
+    "*": "dry_run data stage out source teacher main guide vae seeds samples repeat mid_sigma sampler "
+         "labels compile batch_gpu log_every save_every",
+    "constant": "steps", "sqrt": "steps",
+    "pretrain": "mid post init nfe trajectories q huber_c w loss ensemble",
+    "vgg": "mid post init nfe trajectories q huber_c w loss ensemble P_mean P_std dropout",
+    "mid": "post q w P_mean P_std",
+    "post": "trajectories loss ensemble nfe",
+}
 
 
 def launch(cfg):

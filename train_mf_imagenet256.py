@@ -124,21 +124,7 @@ BRANCHES = {"pretrain": "mf fm", "mid": "cmt none", "post": "mf vanilla teacher"
 FILES = {"imagenet": "data/imagenet256-sd"}
 REFERENCE = {"imagenet": "imagenet256"}               # scored by ADM's statistics, others by their own
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-BY_CONTENT = "data", "teacher"                        # compared by content, wherever it lies
-MAY_CHANGE = {  # fields that may differ when a stage goes on, or is found finished; by stage and --decay
-    "*": "dry_run data stage out source teacher vae seeds samples repeat nfe labels compile batch_gpu "
-         "log_every save_every",
-    "constant": "steps",
-    "pretrain": "mid post init size nodes trajectories unguided",
-    "mid": "pretrain post weak ratio P_mean P_std power unguided",
-    "post": "pretrain weak nodes trajectories",
-}
-parse = partial(fid.parse, globals())                 # (argv) -> Config; fid knows these tables by name
-
-
-def data_name(cfg):
-    """The name of --data in PRESETS and in the default --out."""
-    return cfg.data if cfg.data in (*FILES, "digits") else "own"
+parse = partial(fid.parse, globals())                 # (argv) -> Config; fid reads this file's tables by name
 
 
 # ---- losses -----------------------------------------------------------------------------------
@@ -485,6 +471,11 @@ def draw_sheets(cfg, found):
 
 
 # ---- data -------------------------------------------------------------------------------------
+def data_name(cfg):
+    """The name of --data in PRESETS and in the default --out."""
+    return cfg.data if cfg.data in (*FILES, "digits") else "own"
+
+
 KIND = "mean, deviation; plain, flipped"              # what the shards of --stage encode hold
 load_vae = cache(nets.sd_vae)                         # loaded once
 
@@ -634,6 +625,15 @@ if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:            # trap: nohup i
     SIGNALS.append(signal.SIGHUP)
 STOP = []                                             # signals received: the loop saves, then ends
 TIMEOUT = timedelta(minutes=10)                       # choice: ten minutes for an answer in a step
+BY_CONTENT = "data", "teacher"                        # compared by content, wherever it lies
+MAY_CHANGE = {  # fields that may differ when a stage goes on, or is found finished; by stage and --decay
+    "*": "dry_run data stage out source teacher vae seeds samples repeat nfe labels compile batch_gpu "
+         "log_every save_every",
+    "constant": "steps",
+    "pretrain": "mid post init size nodes trajectories unguided",
+    "mid": "pretrain post weak ratio P_mean P_std power unguided",
+    "post": "pretrain weak nodes trajectories",
+}
 
 
 def launch(cfg):

@@ -126,21 +126,7 @@ INITS = "sit", "random"                            # other values of --init are 
 BRANCHES = {"pretrain": "repa plain", "mid": "cmt none", "post": "mf vanilla xl"}   # in train
 FILES = {"coco": "data/coco256-sd"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-BY_CONTENT = "data", "teacher"                        # compared by content, wherever it lies
-MAY_CHANGE = {  # fields that may differ when a stage goes on, or is found finished; by stage and --decay
-    "*": "dry_run data stage out source encoders teacher vae prompts seeds samples repeat nfe compile "
-         "batch_gpu log_every save_every",
-    "constant": "steps",
-    "pretrain": "mid post init omega kappa guide_from guide_to nodes trajectories",
-    "mid": "pretrain post ratio P_mean P_std power",
-    "post": "pretrain nodes trajectories",
-}
-parse = partial(fid.parse, globals())                 # (argv) -> Config; fid knows these tables by name
-
-
-def data_name(cfg):
-    """The name of --data in PRESETS and in the default --out."""
-    return cfg.data if cfg.data in (*FILES, "digits") else "own"
+parse = partial(fid.parse, globals())                 # (argv) -> Config; fid reads this file's tables by name
 
 
 # ---- losses -----------------------------------------------------------------------------------
@@ -506,6 +492,11 @@ def draw_sheets(cfg, found, images, encoder):
 
 
 # ---- data -------------------------------------------------------------------------------------
+def data_name(cfg):
+    """The name of --data in PRESETS and in the default --out."""
+    return cfg.data if cfg.data in (*FILES, "digits") else "own"
+
+
 load_vae = cache(nets.sd_vae)                         # loaded once
 KIND = "coco: moments = mean, deviation; DINOv2 tokens; captions"
 SAYINGS = "the digit {}", "a {}", "the number {}", "{}", "a handwritten {}"      # five captions, as COCO has
@@ -796,6 +787,15 @@ if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:            # trap: nohup i
     SIGNALS.append(signal.SIGHUP)
 STOP = []                                             # signals received: the loop saves, then ends
 TIMEOUT = timedelta(minutes=10)                       # choice: ten minutes for an answer in a step
+BY_CONTENT = "data", "teacher"                        # compared by content, wherever it lies
+MAY_CHANGE = {  # fields that may differ when a stage goes on, or is found finished; by stage and --decay
+    "*": "dry_run data stage out source encoders teacher vae prompts seeds samples repeat nfe compile "
+         "batch_gpu log_every save_every",
+    "constant": "steps",
+    "pretrain": "mid post init omega kappa guide_from guide_to nodes trajectories",
+    "mid": "pretrain post ratio P_mean P_std power",
+    "post": "pretrain nodes trajectories",
+}
 
 
 def launch(cfg):

@@ -295,7 +295,7 @@ def curves(args, device):
                    f"{cfg.samples:,} images, by features of a net; random pixels: 119.5.", marks=marks)
     title = "gradient norm: every step, and the median of 25 steps"
     fid.save_chart(f"{args.out}/norms.png", {title: norms},
-                   f"The smaller the gap of post-training, the larger its gradient{caption}Each stair of red "
+                   f"A small gap makes post-training's gradient large: no fault{caption}Each stair of red "
                    "halves the gap of ECT's two noise levels, from 1/2 to 1/512; blue begins at 1/512. Dark: "
                    "median.", marks=marks)
     for name, points in scores.items():

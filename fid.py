@@ -1,4 +1,4 @@
-"""Frechet distance between two sets of images, with the whole protocol printed beside the number.
+"""Images and their score, FID; and what the scripts' runs share: flags, log, files, pictures with words.
 
   what                             of                                    source
   InceptionV3, load_inception      2048 features: FID                    TF graph of 2015, as in pytorch-fid
@@ -1774,12 +1774,13 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
     if any(len(name) > 16 for name in names):
         columns = torch.stack([x.cpu() for *_, x in shown], 1)
         rows, header, line, breaks = [*zip(names, columns)], [what, *labels], "row", ()
-    title = in_short(table) or "The same noises, drawn by every net"
-    caption = (f"{title}\nA {line}: one noise for all nets; a second step may change the first's."
-               f"{fallen(table)} Mid-training: a student learns the ends of the teacher's trajectories; "
-               "post-training: it learns from images.")
+    caption = (f"{in_short(table) or 'The same noises, drawn by every net'}\n"
+               f"A {line}: one noise for all nets; a second step may change the first's.{fallen(table)} "
+               "Mid-training: a student learns the ends of the teacher's trajectories; post-training: it "
+               "learns from images.")
     caption += (f" Scores: Frechet distance of {samples:,} images to the data, by features of a net"
                 f"{'; of few images it is high' * (samples < 1_000)}.") * bool(table)
+    caption += " Whether mid-training helps, a run with --mid none says." * any(n == "mid" for n, *_ in shown)
     caption += " Of the real digits one half scores 0.78 against the other; random pixels: 119.5." * real
     caption += (" Shows its digit: a classifier reads it as the caption's digit."
                 * any("shows its digit" in key for row in table for key in row)) + words
@@ -2122,7 +2123,7 @@ def save_curve(cfg, table=()):
     trained = {m["stage"] for m in steps}
     meant = [text.partition(", ")[2] for stage, text in about.items() if stage in trained]
     scores = in_short(table)
-    save_chart(f"{cfg.out}/curve.png", panels, "Loss and gradient of each stage; how good it is, scores say\n"
+    save_chart(f"{cfg.out}/curve.png", panels, "Every stage has its own loss: compare within one\n"
                "Images trained on; in mid-training these are pairs of the teacher. "
                f"{'. '.join(text[0].upper() + text[1:] for text in meant)}." + f" {scores}." * bool(scores))
 

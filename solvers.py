@@ -42,7 +42,7 @@ def fold(*key):
 
 
 def randn(shape, g):
-    """Unit Gaussian noise on the generator's device. Every process draws the whole batch, keeps its share."""
+    """Unit Gaussian noise on the generator's device."""
     return torch.randn(shape, generator=g, device=g.device)
 
 
@@ -51,7 +51,7 @@ def noise(shape, generators):
     return torch.stack([torch.randn(shape, generator=g) for g in generators])
 
 
-# ---- denoiser D(x, sigma) ----------------------------------------------------------------------
+# ---- denoiser D(x, sigma), consistency model f(x, sigma) ----------------------------------------
 def ode_step(D, x_t, t, r, order):
     """One step of dx/dsigma = (x - D)/sigma from t to r, both (B,). Order 1: Euler, 2: Heun (EDM Alg. 1).
 
@@ -95,8 +95,8 @@ def dpmpp_coefficients(sigmas, order):
 
       order 1   x_next = a x - phi1 D_i                              a = sigma_next / sigma
       order 2   x_next = a x - phi1 (D_i + u / 2)
-      order 3   x_next = a x - phi1 D_i + phi2 D1 - phi3 D2          D1 = u + r0 D2
-                                                                     D2 = (u - v) / (r0 + r1), half of D''
+      order 3   x_next = a x - phi1 D_i + phi2 D1 - phi3 D2          D2 = (u - v) / (r0 + r1), half of D''
+                                                                     D1 = u + r0 D2
     In order 3 u thus weighs phi2 + c, and v weighs -c, with c = (phi2 r0 - phi3) / (r0 + r1).
     """
     lambdas = [-math.log(s) if s > 0 else math.inf for s in sigmas]

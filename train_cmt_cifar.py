@@ -122,6 +122,7 @@ FILES = {"cifar10": "data/cifar-10-python.tar.gz",
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 CIFAR_MD5 = "c58f30108f718f92721af3b95e74349a"
 parse = partial(fid.parse, globals())                 # (argv) -> Config; fid reads this file's tables by name
+RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 
 
 # ---- losses -----------------------------------------------------------------------------------
@@ -219,14 +220,14 @@ def make_distance(cfg, channels):
 # ---- train ------------------------------------------------------------------------------------
 def train(cfg):
     """One stage (pretrain, mid, post) from its last checkpoint to its end: method first, bookkeeping last."""
-    if not (run := set_up(cfg)):
+    if not (run := set_up(cfg)):                      # run.flat, .grad, .flat_ema: all weights, as a vector
         return
     net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
     f = forward(cfg, net)
     shape = net.img_channels, net.img_resolution, net.img_resolution
     share, micro = B // WORLD, cfg.batch_gpu or B // WORLD    # of the batch: a process's, a forward pass's
     mine = slice(RANK * share, (RANK + 1) * share)
-    size = math.prod(solve_size(cfg))                 # pairs of a solve; a step takes the next B of them
+    size = math.prod(solve_size(cfg))                 # pairs of a solve: those of size / B steps (check)
 
     @lru_cache(1)                                     # it feeds several steps; resumed, it is solved anew
     def solve(k):
@@ -423,7 +424,6 @@ def load_data(cfg):
 
 
 # ---- plumbing ---------------------------------------------------------------------------------
-RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]                      # USR1: Slurm's --signal
 if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:            # trap: nohup ignores it, and so shall we
     SIGNALS.append(signal.SIGHUP)

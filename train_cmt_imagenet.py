@@ -135,6 +135,7 @@ BRANCHES = {"mid": "cmt none", "post": "ect ecd ecd_euler ecd_code"}   # in trai
 FILES = {"imagenet64": "data/imagenet64.zip", "imagenet512": "data/imagenet512-sd.zip"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 parse = partial(fid.parse, globals())                 # (argv) -> Config; fid reads this file's tables by name
+RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 
 
 # ---- losses -----------------------------------------------------------------------------------
@@ -270,7 +271,7 @@ def loss_vgg(net, x, labels, seed):
 # ---- train ------------------------------------------------------------------------------------
 def train(cfg):
     """One stage (pretrain, vgg, mid, post) from its last checkpoint to its end: method, then bookkeeping."""
-    if not (run := set_up(cfg)):
+    if not (run := set_up(cfg)):                      # run.flat, .grad, .flat_ema: all weights, as a vector
         return
     net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
     model = run.saved["model"]
@@ -278,7 +279,7 @@ def train(cfg):
     order = 1 if cfg.post == "ecd_euler" else 2       # of ECD's step
     share, micro = B // WORLD, cfg.batch_gpu or B // WORLD    # of the batch: a process's, a forward pass's
     mine = slice(RANK * share, (RANK + 1) * share)
-    size = math.prod(solve_size(cfg))                 # pairs of a solve; a step takes the next B of them
+    size = math.prod(solve_size(cfg))                 # pairs of a solve: those of size / B steps (check)
     reader = ThreadPoolExecutor(1)                    # it reads one step ahead
     ahead = reader.submit(read_batch, cfg, run.images, tally["step"]) if run.images else None
 
@@ -613,7 +614,6 @@ def encode_data(cfg):
 
 
 # ---- plumbing ---------------------------------------------------------------------------------
-RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]                      # USR1: Slurm's --signal
 if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:            # trap: nohup ignores it, and so shall we
     SIGNALS.append(signal.SIGHUP)

@@ -116,7 +116,7 @@ PRESETS = {  # (data, stage, its --mid or --post): of rows that match the lower 
 }
 ABOUT = {"pretrain": "stage 1 of 4, pre-training: divided by itself the loss stays near 1; errors fall",
          "mid": "stage 2 of 4, mid-training (Eq. 8): the loss, square error of velocities, falls",
-         "post": "stage 3 of 4, post-training: divided by itself the loss stays near 1; errors hardly fall",
+         "post": "stage 3 of 4, post-training: divided by itself the loss stays near 1; errors rise at first",
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "sit", "random"                            # other values of --init are a FILE
@@ -125,6 +125,7 @@ FILES = {"imagenet": "data/imagenet256-sd"}
 REFERENCE = {"imagenet": "imagenet256"}               # scored by ADM's statistics, others by their own
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 parse = partial(fid.parse, globals())                 # (argv) -> Config; fid reads this file's tables by name
+RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 
 
 # ---- losses -----------------------------------------------------------------------------------
@@ -320,14 +321,14 @@ def teacher_pairs(cfg, teacher, shape, g):
 # ---- train ------------------------------------------------------------------------------------
 def train(cfg):
     """One stage (pretrain, mid, post) from its last checkpoint to its end: method first, bookkeeping last."""
-    if not (run := set_up(cfg)):
+    if not (run := set_up(cfg)):                      # run.flat, .grad, .flat_ema: all weights, as a vector
         return
     net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
     flow = flow_of(cfg, net, torch.tensor(run.null, device=DEVICE))
     errors = torch.zeros(2, 5, device=DEVICE)         # square errors and their number, by t - r: 0, quarters
     share, micro = B // WORLD, cfg.batch_gpu or B // WORLD    # of the batch: a process's, a forward pass's
     mine = slice(RANK * share, (RANK + 1) * share)
-    size = math.prod(solve_size(cfg))                 # pairs of a solve; a step takes the next B of them
+    size = math.prod(solve_size(cfg))                 # pairs of a solve: those of size / B steps (check)
     reader = ThreadPoolExecutor(1)                    # it reads one step ahead
     ahead = reader.submit(read_batch, cfg, run.images, tally["step"]) if run.images else None
 
@@ -619,7 +620,6 @@ def encode_data(cfg):
 
 
 # ---- plumbing ---------------------------------------------------------------------------------
-RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]                      # USR1: Slurm's --signal
 if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:            # trap: nohup ignores it, and so shall we
     SIGNALS.append(signal.SIGHUP)

@@ -119,7 +119,7 @@ PRESETS = {  # (data, stage, its --mid or --post): of rows that match the lower 
 }
 ABOUT = {"pretrain": "stage 1 of 4, pre-training: the loss, square error and REPA's of features, falls",
          "mid": "stage 2 of 4, mid-training (Eq. 8): the loss, square error of velocities, falls",
-         "post": "stage 3 of 4, post-training: divided by itself the loss stays level; errors hardly fall",
+         "post": "stage 3 of 4, post-training: divided by itself the loss stays level; errors rise at first",
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "sit", "random"                            # other values of --init are a FILE
@@ -127,6 +127,7 @@ BRANCHES = {"pretrain": "repa plain", "mid": "cmt none", "post": "mf vanilla xl"
 FILES = {"coco": "data/coco256-sd"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 parse = partial(fid.parse, globals())                 # (argv) -> Config; fid reads this file's tables by name
+RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 
 
 # ---- losses -----------------------------------------------------------------------------------
@@ -306,7 +307,7 @@ def teacher_pairs(cfg, teacher, text, null, shape, g):
 # ---- train ------------------------------------------------------------------------------------
 def train(cfg):
     """One stage (pretrain, mid, post) from its last checkpoint to its end: method first, bookkeeping last."""
-    if not (run := set_up(cfg)):
+    if not (run := set_up(cfg)):                      # run.flat, .grad, .flat_ema: all weights, as a vector
         return
     net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
     images, shape = run.images, run.images.shape
@@ -314,7 +315,7 @@ def train(cfg):
     errors = torch.zeros(2, 6, device=DEVICE)         # square errors and their number, by t - r; REPA's
     share, micro = B // WORLD, cfg.batch_gpu or B // WORLD    # of the batch: a process's, a forward pass's
     mine = slice(RANK * share, (RANK + 1) * share)
-    size = math.prod(solve_size(cfg))                 # pairs of a solve; a step takes the next B of them
+    size = math.prod(solve_size(cfg))                 # pairs of a solve: those of size / B steps (check)
     reader = ThreadPoolExecutor(1)                    # it reads one step ahead
     ahead = reader.submit(read_batch, cfg, images, tally["step"]) if cfg.stage != "mid" else None
 
@@ -781,7 +782,6 @@ def encode_data(cfg):
 
 
 # ---- plumbing ---------------------------------------------------------------------------------
-RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]                      # USR1: Slurm's --signal
 if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:            # trap: nohup ignores it, and so shall we
     SIGNALS.append(signal.SIGHUP)

@@ -39,13 +39,13 @@ from solvers import fold, randn
 @dataclass(frozen=True)
 class Config:                   # field default < matching rows of PRESETS < --field < --stage.field
     data: str = "cifar10"       # cifar10 | ffhq | afhqv2 | digits | folder, .zip or .npz of your own images
+    res: int = 0                # own images are cropped and resized (LANCZOS) to this; 0 = they have one size
     stage: Literal["all", "pretrain", "mid", "post", "sample", "eval"] = "all"   # all: those not finished
     out: str = ""               # folder of the run; "" = out/<data>
     teacher: str = ""           # FILE, URL; "" = the official one, else <out>/pretrain.pt; scratch = train it
     mid: Literal["cmt", "kd", "slow", "none"] = "cmt"    # every state | noise alone | own solves | skip it
     post: Literal["ect", "ecd", "ecd_euler", "annealed"] = "ect"   # ECT | ECD, Heun | Euler | ECT, q grows
     init: str = "teacher"       # the first stage's start: teacher | random | FILE; sample, eval: show FILE
-    res: int = 0                # own images are cropped and resized (LANCZOS) to this; 0 = they have one size
 
     steps: int = 300_000        # of mid, others: PRESETS; x batch 128 = 38.4 million pairs (Sec. 4.2)
     batch: int = 128            # images or pairs (x_t, x_0) per step, over all processes (B.2)
@@ -161,23 +161,6 @@ def teacher_pairs(cfg, teacher, shape, g):
     return xs[:used].flatten(0, 1)[order], t[order], xs[-1], owner[order]
 
 
-@torch.no_grad()
-def slow_pairs(cfg, teacher, images, g):
-    """Slow CMT (4.3): n fresh images at each of `used` levels, each solved from there to an end of its own.
-
-    Returns what teacher_pairs returns; a pair takes (nfe + 1) / 2 times as many calls of the teacher.
-    """
-    (n, used), sigmas = solve_size(cfg), teacher_sigmas(cfg.nfe)
-    levels = sigmas[:used].to(g.device, torch.float32, non_blocking=True)
-    mine = slice(RANK * n // WORLD, (RANK + 1) * n // WORLD)
-    x = draw(images, used * n, g).unflatten(0, (used, n))
-    x_t = (x + levels.view(-1, 1, 1, 1, 1) * randn(x.shape, g))[:, mine]
-    x_0 = torch.stack([teacher_solver(teacher, x_t[i], sigmas[i:])[-1] for i in range(used)])
-    x_t, x_0 = gather(x_t).flatten(0, 1), gather(x_0).flatten(0, 1)
-    order = torch.randperm(used * n, generator=g, device=g.device)
-    return x_t[order], levels.repeat_interleave(n)[order], x_0, order
-
-
 def loss_cmt(net, x_t, t, target, distance):
     """Eq. 7: states x_t (B, C, H, W) of teacher trajectories, at noise levels t (B,), onto their ends.
 
@@ -206,6 +189,23 @@ def loss_ect(net, x_t, x_r, t, r, huber_c=0.0, weight=None):
     if huber_c:
         d = (d.square() + huber_c**2).sqrt() - huber_c
     return (d / (t - r) if weight is None else d * weight).mean()
+
+
+@torch.no_grad()
+def slow_pairs(cfg, teacher, images, g):
+    """Slow CMT (4.3): n fresh images at each of `used` levels, each solved from there to an end of its own.
+
+    Returns what teacher_pairs returns; a pair takes (nfe + 1) / 2 times as many calls of the teacher.
+    """
+    (n, used), sigmas = solve_size(cfg), teacher_sigmas(cfg.nfe)
+    levels = sigmas[:used].to(g.device, torch.float32, non_blocking=True)
+    mine = slice(RANK * n // WORLD, (RANK + 1) * n // WORLD)
+    x = draw(images, used * n, g).unflatten(0, (used, n))
+    x_t = (x + levels.view(-1, 1, 1, 1, 1) * randn(x.shape, g))[:, mine]
+    x_0 = torch.stack([teacher_solver(teacher, x_t[i], sigmas[i:])[-1] for i in range(used)])
+    x_t, x_0 = gather(x_t).flatten(0, 1), gather(x_0).flatten(0, 1)
+    order = torch.randperm(used * n, generator=g, device=g.device)
+    return x_t[order], levels.repeat_interleave(n)[order], x_0, order
 
 
 def make_distance(cfg, channels):

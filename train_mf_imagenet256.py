@@ -34,9 +34,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-import fid
-import nets
-import solvers
+import fid                      # the score, and what all runs share: flags, log, files, pictures
+import nets                     # networks, their weights, distances
+import solvers                  # trajectories, few-step samplers, seeds
 from fid import agree, announce, count, fail, log, report, same_data
 from solvers import fold, randn
 

@@ -295,7 +295,7 @@ def curves(args, device):
                    f"{cfg.samples:,} images, by features of a net; random pixels: 119.5.", marks=marks)
     title = "gradient norm: every step, and the median of 25 steps"
     fid.save_chart(f"{args.out}/norms.png", {title: norms},
-                   f"A small gap makes post-training's gradient large: no fault{caption}Each stair of red "
+                   f"Post-training's gradient is large because its gap is small{caption}Each stair of red "
                    "halves the gap of ECT's two noise levels, from 1/2 to 1/512; blue begins at 1/512. Dark: "
                    "median.", marks=marks)
     for name, points in scores.items():
@@ -416,7 +416,7 @@ def photos(args, device):
             one += [many if row == "teacher" else f"{CALLED.get(row, row)} {found[0]}"]
             print(f"| {row} | {seed} | {' / '.join(found)} | {state['seconds']:.0f} |", flush=True)
             caption = (f"FD-photos in 1 step, lower is better: {', '.join(one)}\nA column: one noise for all "
-                       "nets; a second step may change the first's. FD-photos: Frechet distance of "
+                       "nets; a second step may change the image. FD-photos: Frechet distance of "
                        f"{n:,} images to the real ones, by features of a small net; {features.scale} against "
                        "the other. Such small nets draw colours and shapes, hardly objects. Mid-training: on "
                        "ends of the teacher's trajectories, by pseudo-Huber; post-training: ECT by |x|, "
@@ -429,7 +429,7 @@ FM = "--pretrain fm --weak SIZE --init sit"           # SIZE: --size, of student
 CAPTION = ("Does mid-training help Mean Flow on photos ({})? In one step: {}; in two: {}\n"
            "FD-photos (Frechet distance to {} at 16x16, by features of a small net; {} against the other) "
            "against CPU seconds, the teacher's included. CMT: mid-training by a small teacher, then training "
-           "on photos. From scratch, from flow matching: on photos alone, from random or its weights. A "
+           "on photos. From scratch, from flow matching: on photos alone, from random weights or its. A "
            "dot each 150 steps and where a stage ends; compare the last ones, whose seconds differ.")
 ROADS = {  # road: the road whose teacher it goes on from, its calls, laid over the settings of digits
     "flow matching": ("", ["--stage pretrain --pretrain fm --weak SIZE --steps 320"]),

@@ -1775,13 +1775,13 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
         columns = torch.stack([x.cpu() for *_, x in shown], 1)
         rows, header, line, breaks = [*zip(names, columns)], [what, *labels], "row", ()
     caption = (f"{in_short(table) or 'The same noises, drawn by every net'}\n"
-               f"A {line}: one noise for all nets; a second step may change the first's.{fallen(table)} "
+               f"A {line}: one noise for all nets; a second step may change the image.{fallen(table)} "
                "Mid-training: a student learns the ends of the teacher's trajectories; post-training: it "
                "learns from images.")
     caption += (f" Scores: Frechet distance of {samples:,} images to the data, by features of a net"
                 f"{'; of few images it is high' * (samples < 1_000)}.") * bool(table)
     caption += " Whether mid-training helps, a run with --mid none says." * any(n == "mid" for n, *_ in shown)
-    caption += " Of the real digits one half scores 0.78 against the other; random pixels: 119.5." * real
+    caption += " Half of the real digits (900) scores 0.78 against the other, random pixels 119.5." * real
     caption += (" Shows its digit: a classifier reads it as the caption's digit."
                 * any("shows its digit" in key for row in table for key in row)) + words
     alone = f"_{shown[0][0]}" * shown[0][0].startswith("init_")         # --init FILE: beside the run's own
@@ -1957,12 +1957,6 @@ def count(cfg, tally, loss, norm):
                 f"checkpoints {kept}; try a smaller --lr with another --out")
 
 
-def lr_at(cfg, step):
-    """Learning rate of a step: warm-up, and linear to zero unless --decay constant (B.2)."""
-    decay = dict(linear=1 - step / cfg.steps, constant=1.0)[cfg.decay]
-    return cfg.lr * decay * min(1.0, (step + 1) / (cfg.warmup + 1))
-
-
 def report(cfg, done, lr, tally, **more):
     """The line of a step: means over the finite steps since the last line, speed, time left."""
     took, n = time.time() - tally["clock"], done - tally["step"]
@@ -2110,7 +2104,7 @@ CURVES = dict(loss="loss", grad="gradient norm",
 def save_curve(cfg, table=()):
     """curve.png in cfg.out: all stages of metrics.jsonl on one axis of images; below, a table of scores."""
     panels, before, last = {}, 0, {}
-    steps = [m for m in read_metrics(cfg.out) if "images" in m]
+    steps = [m for m in read_metrics(cfg.out) if "images" in m and m.get("step") != 1]     # 1: of one batch
     for m in [m for m in steps if m["stage"] != "vgg"]:
         before += last.get("images", 0) * (last.get("stage") not in (None, m["stage"]))
         last = m

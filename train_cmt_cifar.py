@@ -61,7 +61,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     nfe: int = 16               # teacher steps per trajectory (B.2)
     trajectories: int = 128     # choice: per solve, pairs shuffled over several steps; 0 = batch/nfe (paper)
     q: int = 4096               # post: the step in t is n(t) t / q (B.2: 1/4096)
-    double: int = 0             # post: q to the power 1 + step // double, as ECT anneals; 0 = q (B.2)
+    double: int = 0             # post annealed: q to the power 1 + step // double, as ECT does; else 0
     P_mean: float = -1.1        # ln sigma ~ N(P_mean, P_std^2), not cut off (ECT)
     P_std: float = 2.0
 
@@ -227,7 +227,7 @@ def train(cfg):
     shape = net.img_channels, net.img_resolution, net.img_resolution
     share, micro = B // WORLD, cfg.batch_gpu or B // WORLD    # of the batch: a process's, a forward pass's
     mine = slice(RANK * share, (RANK + 1) * share)
-    size = math.prod(solve_size(cfg))                 # pairs of a solve: those of size / B steps (check)
+    per_solve = math.prod(solve_size(cfg))            # pairs; no batch straddles two solves (check)
 
     @lru_cache(1)                                     # it feeds several steps; resumed, it is solved anew
     def solve(k):
@@ -239,18 +239,17 @@ def train(cfg):
         return states, levels, owners, run.distance.features(x_0)             # once per end, not per pair
 
     for step in range(start, cfg.steps):
-        opt.param_groups[0]["lr"] = lr = fid.lr_at(cfg, step)
+        opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
         if cfg.stage != "pretrain":
             rectify(opt, lr, step + 1 - tally["skipped"])        # B.2: RAdam is Adam of this rate and eps
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         if cfg.stage == "mid":
-            *pairs, target = solve(step * B // size)
-            at = step * B % size
+            *pairs, target = solve(step * B // per_solve)
+            at = step * B % per_solve
             batch = [a[at:at + B][mine] for a in pairs]
         else:
             x, eps = draw(run.images, B, g)[mine], randn((B, *shape), g)[mine]
             t = (cfg.P_mean + cfg.P_std * randn(B, g))[mine].exp()
-            q = cfg.q ** (1 + step // cfg.double) if cfg.double else cfg.q
             batch = x, t, eps
 
         loss_sum, part = 0.0, micro / B * tally["scale"]  # part: of the batch's mean; scale: of fp16, else 1
@@ -266,6 +265,7 @@ def train(cfg):
                 loss = loss_cmt(student, x_t, t, ends, run.distance)                    # Eq. 7
             else:
                 x, t, eps = some
+                q = cfg.q ** (1 + step // cfg.double) if cfg.post == "annealed" else cfg.q
                 r = ect_step(t, q)
                 x_t, x_r = (x + s.view(-1, 1, 1, 1) * eps for s in (t, r))
                 if cfg.post.startswith("ecd"):                                # frozen: no gradient
@@ -293,6 +293,12 @@ def train(cfg):
             fid.wait_for_first(TIMEOUT)
         if stop:
             fail(75, f"stopped by a signal; step {done} is saved, run the same command again to go on")
+
+
+def lr_at(cfg, step):
+    """Learning rate of a step: warm-up, and linear to zero unless --decay constant (B.2)."""
+    decay = dict(linear=1 - step / cfg.steps, constant=1.0)[cfg.decay]
+    return cfg.lr * decay * min(1.0, (step + 1) / (cfg.warmup + 1))
 
 
 def rectify(opt, lr, t):
@@ -521,8 +527,8 @@ def check(cfg):
         fail(2, f"--res {cfg.res}: --data {cfg.data} has {side}x{side} pixels; leave --res out")
     if trains and cfg.stage == "pretrain" and cfg.res and f"ddpm++-{cfg.res}" not in nets.SIZES:
         fail(2, f"--res {cfg.res}: no DDPM++ of nets.SIZES draws that; pass --res 16, 32 or 64")
-    if cfg.stage == "post" and cfg.post == "annealed" and not cfg.double:
-        fail(2, "--double 0: --post annealed raises q, say after how many steps")
+    if cfg.stage == "post" and (cfg.post == "annealed") != (cfg.double > 0):
+        fail(2, f"--double {cfg.double}: the steps after which --post annealed raises q; else 0")
     if cfg.stage == "post" and cfg.double and cfg.q ** (1 + (cfg.steps - 1) // cfg.double) > 2**20:
         fail(2, f"--double {cfg.double}: q passes 2^20 in {cfg.steps} steps, t = r in fp32; raise it")
     if cfg.stage == "mid" and trains:

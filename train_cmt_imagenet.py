@@ -279,7 +279,7 @@ def train(cfg):
     order = 1 if cfg.post == "ecd_euler" else 2       # of ECD's step
     share, micro = B // WORLD, cfg.batch_gpu or B // WORLD    # of the batch: a process's, a forward pass's
     mine = slice(RANK * share, (RANK + 1) * share)
-    size = math.prod(solve_size(cfg))                 # pairs of a solve: those of size / B steps (check)
+    per_solve = math.prod(solve_size(cfg))            # pairs; no batch straddles two solves (check)
     reader = ThreadPoolExecutor(1)                    # it reads one step ahead
     ahead = reader.submit(read_batch, cfg, run.images, tally["step"]) if run.images else None
 
@@ -295,8 +295,8 @@ def train(cfg):
         opt.param_groups[0]["lr"] = lr = learning_rate(cfg, step)
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         if cfg.stage == "mid":
-            pairs, views, x_0, target = solve(step * B // size)
-            at = step * B % size
+            pairs, views, x_0, target = solve(step * B // per_solve)
+            at = step * B % per_solve
             batch = [a[at:at + B][mine] for a in pairs]
         else:
             (raw, labels), ahead = ahead.result(), reader.submit(read_batch, cfg, run.images, step + 1)

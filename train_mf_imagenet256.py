@@ -116,7 +116,7 @@ PRESETS = {  # (data, stage, its --mid or --post): of rows that match the lower 
 }
 ABOUT = {"pretrain": "stage 1 of 4, pre-training: divided by itself the loss stays near 1; errors fall",
          "mid": "stage 2 of 4, mid-training (Eq. 8): the loss, square error of velocities, falls",
-         "post": "stage 3 of 4, post-training: divided by itself the loss stays near 1; errors rise at first",
+         "post": "stage 3 of 4, post-training: to noise - image errors hardly fall; the loss is near 1",
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "sit", "random"                            # other values of --init are a FILE
@@ -328,7 +328,7 @@ def train(cfg):
     errors = torch.zeros(2, 5, device=DEVICE)         # square errors and their number, by t - r: 0, quarters
     share, micro = B // WORLD, cfg.batch_gpu or B // WORLD    # of the batch: a process's, a forward pass's
     mine = slice(RANK * share, (RANK + 1) * share)
-    size = math.prod(solve_size(cfg))                 # pairs of a solve: those of size / B steps (check)
+    per_solve = math.prod(solve_size(cfg))            # pairs; no batch straddles two solves (check)
     reader = ThreadPoolExecutor(1)                    # it reads one step ahead
     ahead = reader.submit(read_batch, cfg, run.images, tally["step"]) if run.images else None
 
@@ -336,14 +336,14 @@ def train(cfg):
     def solve(k):
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", k))
         pairs = teacher_pairs(cfg, run.teacher, run.shape, g)
-        return pairs, torch.randperm(size, generator=g, device=DEVICE)
+        return pairs, torch.randperm(per_solve, generator=g, device=DEVICE)
 
     for step in range(start, cfg.steps):
-        opt.param_groups[0]["lr"] = lr = fid.lr_at(cfg, step)
+        opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         if cfg.stage == "mid":
-            pairs, order = solve(step * B // size)
-            at = step * B % size
+            pairs, order = solve(step * B // per_solve)
+            at = step * B % per_solve
             batch = [a[order[at:at + B][mine]] for a in pairs]
         else:
             (raw, y, t, r), ahead = ahead.result(), reader.submit(read_batch, cfg, run.images, step + 1)
@@ -387,6 +387,12 @@ def train(cfg):
             fid.wait_for_first(TIMEOUT)
         if stop:
             fail(75, f"stopped by a signal; step {done} is saved, run the same command again to go on")
+
+
+def lr_at(cfg, step):
+    """Learning rate of a step: warm-up, and linear to zero unless --decay constant (B.2)."""
+    decay = dict(linear=1 - step / cfg.steps, constant=1.0)[cfg.decay]
+    return cfg.lr * decay * min(1.0, (step + 1) / (cfg.warmup + 1))
 
 
 def set_up(cfg):

@@ -119,7 +119,7 @@ PRESETS = {  # (data, stage, its --mid or --post): of rows that match the lower 
 }
 ABOUT = {"pretrain": "stage 1 of 4, pre-training: the loss, square error and REPA's of features, falls",
          "mid": "stage 2 of 4, mid-training (Eq. 8): the loss, square error of velocities, falls",
-         "post": "stage 3 of 4, post-training: divided by itself the loss stays level; errors rise at first",
+         "post": "stage 3 of 4, post-training: to noise - image errors hardly fall; the loss is level",
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "sit", "random"                            # other values of --init are a FILE
@@ -315,7 +315,7 @@ def train(cfg):
     errors = torch.zeros(2, 6, device=DEVICE)         # square errors and their number, by t - r; REPA's
     share, micro = B // WORLD, cfg.batch_gpu or B // WORLD    # of the batch: a process's, a forward pass's
     mine = slice(RANK * share, (RANK + 1) * share)
-    size = math.prod(solve_size(cfg))                 # pairs of a solve: those of size / B steps (check)
+    per_solve = math.prod(solve_size(cfg))            # pairs; no batch straddles two solves (check)
     reader = ThreadPoolExecutor(1)                    # it reads one step ahead
     ahead = reader.submit(read_batch, cfg, images, tally["step"]) if cfg.stage != "mid" else None
 
@@ -327,14 +327,14 @@ def train(cfg):
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", k))
         texts = features_of(*captions_of_solve(cfg, images, k))
         pairs = teacher_pairs(cfg, run.teacher, texts, run.null, shape, g)
-        return pairs, texts, torch.randperm(size, generator=g, device=DEVICE)
+        return pairs, texts, torch.randperm(per_solve, generator=g, device=DEVICE)
 
     for step in range(start, cfg.steps):
-        opt.param_groups[0]["lr"] = lr = fid.lr_at(cfg, step)
+        opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         if cfg.stage == "mid":
-            pairs, texts, order = solve(step * B // size)
-            at = step * B % size
+            pairs, texts, order = solve(step * B // per_solve)
+            at = step * B % per_solve
             z, t, r, owner, target = (a[order[at:at + B][mine]] for a in pairs)
             batch = z, t, r, texts[owner], target
         else:
@@ -384,6 +384,12 @@ def train(cfg):
             fid.wait_for_first(TIMEOUT)
         if stop:
             fail(75, f"stopped by a signal; step {done} is saved, run the same command again to go on")
+
+
+def lr_at(cfg, step):
+    """Learning rate of a step: warm-up, and linear to zero unless --decay constant (B.2)."""
+    decay = dict(linear=1 - step / cfg.steps, constant=1.0)[cfg.decay]
+    return cfg.lr * decay * min(1.0, (step + 1) / (cfg.warmup + 1))
 
 
 def set_up(cfg):

@@ -849,6 +849,7 @@ def test_curves_of_one_method_share_a_colour():
 def test_the_vgg_has_an_axis_of_its_own(tmp_path, monkeypatch):
     """At full size it sees ten times the images of the other stages, which would be left a tenth of the width."""
     rows = [dict(stage=s, images=k, loss=1.0, grad=1.0) for s, most in (("vgg", 9000), ("mid", 900), ("post", 600)) for k in (most // 2, most)]
+    rows.insert(2, dict(stage="mid", images=32, step=1, loss=9.0, grad=9.0))           # of one batch: left out
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in rows))
     drawn = {}
     monkeypatch.setattr(fid, "save_chart", lambda path, panels, caption: drawn.update({**panels, "caption": caption}))

@@ -414,7 +414,8 @@ BAD = [  # (command line, exit code, what the line must say)
     ("--data digits --steps 99999999999999", 2, "it must be above 0, below 1e12"),
     ("--data digits --P_mean nan", 2, "--P_mean: nan is not possible; it must be finite"),
     ("--data cifar10 --res 16 --loss huber", 2, "--res 16: --data cifar10 has 32x32 pixels; leave --res out"),
-    ("--data digits --post annealed --double 0 --stage post", 2, "--double 0: --post annealed raises q"),
+    ("--data digits --post annealed --double 0 --stage post", 2, "--double 0: the steps after which --post annealed raises q"),
+    ("--data digits --q 2 --double 187 --stage post", 2, "--double 187: the steps after which --post annealed raises q; else 0"),
     ("--data digits --out /proc/x", 2, "/proc may not be written to"),
     ("--data digits --out /sys/x", 2, "/sys may not be written to"),
 ]

@@ -116,7 +116,7 @@ PRESETS = {  # (data, stage, its --mid or --post): of rows that match the lower 
 }
 ABOUT = {"pretrain": "stage 1 of 4, pre-training: divided by itself the loss stays near 1; errors fall",
          "mid": "stage 2 of 4, mid-training (Eq. 8): the loss, square error of velocities, falls",
-         "post": "stage 3 of 4, post-training: to noise - image errors hardly fall; the loss is near 1",
+         "post": "stage 3 of 4, post-training: errors to its target, noise - image, hardly fall; loss near 1",
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "sit", "random"                            # other values of --init are a FILE

@@ -273,7 +273,7 @@ def curves(args, device):
                     scores.setdefault(f"{name}, {words}", []).append((at, level_of))
                     drawn.append((steps, images, f"{level_of:.2f}"))
             label = name if call is calls[-1] else "mid-training alone"
-            shown += [(label, steps, images) for steps, images, _ in drawn]
+            shown.append((label, *drawn[0][:2]))                         # in one step
             rows.append({"stage": label} | {f"{steps}-step FD-digits": text for steps, _, text in drawn})
             steps_of = (m for m in fid.read_metrics(folder) if m["stage"] == state["cfg"]["stage"])
             every += [(seen + m["images"], m["grad"]) for m in steps_of]
@@ -488,8 +488,10 @@ def roads(args, device):
         panels[title] = {name: [tuple(map(statistics.mean, zip(*seen))) for seen in panel[name].values()]
                          for name in sorted(panel, key=lambda name: ("flow" in name, name))}
     seeds = f"{'means of the seeds' if ',' in args.seeds else 'seed'} {args.seeds}"
-    best = [min(panel, key=lambda name: panel[name][-1][1]) for panel in panels.values()]
-    helps = ["yes" if "CMT" in name else "no" for name in best]
+    ends = [{name: points[-1][1] for name, points in panel.items()} for panel in panels.values()]
+    ours = [min((y for name, y in end.items() if "CMT" in name), default=1e9) for end in ends]
+    ratios = [y / min(end.values()) for y, end in zip(ours, ends)]       # to the best: level within a tenth
+    helps = ["yes" if ratio == 1 else "level" if ratio < 1.1 else "no" for ratio in ratios]
     words = CAPTION.format(seeds, *helps, os.path.basename(args.data), features.scale)
     marks = {statistics.mean(end.values()): f"{road}: post-training begins" for road, end in mid.items()}
     fid.save_chart(f"{args.out}/roads.png", panels, words, "CPU seconds", marks)

@@ -1768,6 +1768,7 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
         shown = [*shown, ("real digits", 0, to_float(images[numbers], "cpu"))]
     labels = [net_label(name, steps, table) for name, steps, _ in shown]
     rows, line, real = [*zip(labels, (x for *_, x in shown))], "column", "real digits" in labels
+    again = "; a second step may change the image" * any(steps == 2 for _, steps, _ in shown)
     what = "class" if "".join(names).isdigit() else "caption"
     header = names and [what, *("\n".join(name.rsplit(" ", 1)) for name in names)]    # "the digit\nzero"
     breaks = breaks_between([name for name, *_ in shown])
@@ -1775,7 +1776,7 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
         columns = torch.stack([x.cpu() for *_, x in shown], 1)
         rows, header, line, breaks = [*zip(names, columns)], [what, *labels], "row", ()
     caption = (f"{in_short(table) or 'The same noises, drawn by every net'}\n"
-               f"A {line}: one noise for all nets; a second step may change the image.{fallen(table)} "
+               f"A {line}: one noise for all nets{again}.{fallen(table)} "
                "Mid-training: a student learns the ends of the teacher's trajectories; post-training: it "
                "learns from images.")
     caption += (f" Scores: Frechet distance of {samples:,} images to the data, by features of a net"
@@ -1813,7 +1814,7 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=()):
         rows.append((f"{name}\nstates of the teacher", show((states / wide)[:, j])))          # at unit scale
         for net, x in answers.items():
             rows.append((f"{called(net)},\nerror from noise {errors[net][j]:.2f}", show(x[:, j])))
-    caption = (f"One call from noise misses the teacher's end by: {means}\n"
+    caption = (f"One call from these noises misses the teacher's end, in the mean, by: {means}\n"
                f"The teacher walks in {n - 1} steps, as for mid-training, from noise, left, to its end, "
                "right. Below: where each net gets from there in one call; after mid-training a whole row "
                "shall be that end. Error from noise: of the leftmost answer, root mean square of pixels; two "
@@ -2116,8 +2117,9 @@ def save_curve(cfg, table=()):
     about = sys.modules[type(cfg).__module__].ABOUT          # "stage 2 of 4, mid-training (Eq. 7): ..."
     trained = {m["stage"] for m in steps}
     meant = [text.partition(", ")[2] for stage, text in about.items() if stage in trained]
-    scores = in_short(table)
-    save_chart(f"{cfg.out}/curve.png", panels, "Every stage has its own loss: compare within one\n"
+    scores, mid = in_short(table), panels.get("loss", {}).get(STAGES["mid"], [])
+    fell = f"Mid-training's loss: from {mid[0][1]:.2g} to {mid[-1][1]:.2g}. " if mid else ""
+    save_chart(f"{cfg.out}/curve.png", panels, f"{fell}Every stage has a loss of its own\n"
                "Images trained on; in mid-training these are pairs of the teacher. "
                f"{'. '.join(text[0].upper() + text[1:] for text in meant)}." + f" {scores}." * bool(scores))
 

@@ -240,8 +240,6 @@ def train(cfg):
 
     for step in range(start, cfg.steps):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
-        if cfg.stage != "pretrain":
-            rectify(opt, lr, step + 1 - tally["skipped"])        # B.2: RAdam is Adam of this rate and eps
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         if cfg.stage == "mid":
             *pairs, target = solve(step * B // per_solve)
@@ -275,6 +273,8 @@ def train(cfg):
             loss_sum += loss.detach() * part
         norm, loss, stop = total(run.grad, loss_sum, tally["scale"])          # the one wait of a step
         if math.isfinite(norm + loss):            # else: no step, and no trace of it in weights and moments
+            if cfg.stage != "pretrain":
+                rectify(opt, lr, step + 1 - tally["skipped"])    # B.2: RAdam is Adam of another rate and eps
             opt.step()
         run.grad.zero_()
         run.flat_ema.lerp_(run.flat, 1 - cfg.ema_beta)

@@ -114,9 +114,9 @@ PRESETS = {  # (data, stage, its --mid or --post): of rows that match the lower 
     ("digits", "post", "*"): dict(steps=1_000, batch=64, lr=4e-3, ema_beta=0.99, unguided=250),
     ("digits", "post", "vanilla"): dict(steps=1_900),                      # the time of mid and post together
 }
-ABOUT = {"pretrain": "stage 1 of 4, pre-training: divided by itself the loss stays near 1; errors fall",
+ABOUT = {"pretrain": "stage 1 of 4, pre-training: this loss is near 1 for any net; square errors fall",
          "mid": "stage 2 of 4, mid-training (Eq. 8): the loss, square error of velocities, falls",
-         "post": "stage 3 of 4, post-training: errors to its target, noise - image, hardly fall; loss near 1",
+         "post": "stage 3 of 4, post-training: this loss is near 1 for any net; judge by previews, scores",
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "sit", "random"                            # other values of --init are a FILE

@@ -117,9 +117,9 @@ PRESETS = {  # (data, stage, its --mid or --post): of rows that match the lower 
     ("digits", "mid", "*"): dict(steps=800, lr=1e-3),
     ("digits", "post", "*"): dict(steps=700, lr=5e-4),
 }
-ABOUT = {"pretrain": "stage 1 of 4, pre-training: the loss, square error and REPA's of features, falls",
+ABOUT = {"pretrain": "stage 1 of 4, pre-training: the loss, square error minus likeness of features, falls",
          "mid": "stage 2 of 4, mid-training (Eq. 8): the loss, square error of velocities, falls",
-         "post": "stage 3 of 4, post-training: errors to its target, noise - image, hardly fall; loss level",
+         "post": "stage 3 of 4, post-training: this loss is level for any net; judge by previews, scores",
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "sit", "random"                            # other values of --init are a FILE

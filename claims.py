@@ -429,8 +429,8 @@ FM = "--pretrain fm --weak SIZE --init sit"           # SIZE: --size, of student
 CAPTION = ("Does mid-training help Mean Flow on photos ({})? In one step: {}; in two: {}\n"
            "FD-photos (Frechet distance to {} at 16x16, by features of a small net; {} against the other) "
            "against CPU seconds, the teacher's included. CMT: mid-training by a small teacher, then training "
-           "on photos. From scratch, from flow matching: on photos alone, from random weights or its. A "
-           "dot each 150 steps and where a stage ends; compare the last ones, whose seconds differ.")
+           "on photos. The others train on photos alone: from random weights, from a flow-matching net. A dot "
+           "each 150 steps and where a stage ends; compare the last ones, whose seconds differ.")
 ROADS = {  # road: the road whose teacher it goes on from, its calls, laid over the settings of digits
     "flow matching": ("", ["--stage pretrain --pretrain fm --weak SIZE --steps 320"]),
     "weak Mean Flow": ("", ["--stage pretrain --weak 2x64x3 --steps 800"]),

@@ -429,7 +429,7 @@ FM = "--pretrain fm --weak SIZE --init sit"           # SIZE: --size, of student
 CAPTION = ("Does mid-training help Mean Flow on photos ({})? In one step: {}; in two: {}\n"
            "FD-photos (Frechet distance to {} at 16x16, by features of a small net; {} against the other) "
            "against CPU seconds, the teacher's included. CMT: mid-training by a small teacher, then training "
-           "on photos. The others train on photos alone: from random weights, from a flow-matching net. A dot "
+           "on photos. The others train on photos alone: from random weights or a flow-matching net. A dot "
            "each 150 steps and where a stage ends; compare the last ones, whose seconds differ.")
 ROADS = {  # road: the road whose teacher it goes on from, its calls, laid over the settings of digits
     "flow matching": ("", ["--stage pretrain --pretrain fm --weak SIZE --steps 320"]),

@@ -225,7 +225,7 @@ def open_out(out, script, argv):
     print(f"process {os.getpid()} on {os.uname().nodename}", end="", file=lock, flush=True)
     OUT = out
     folder, name = os.path.split(os.path.abspath(script))
-    git = f"git -C '{folder}' describe --always --dirty --exclude='*' 2>/dev/null || echo none"
+    git = f"git -C '{folder}' describe --always --dirty --exclude='*' 2>/dev/null || echo unknown"
     commit = subprocess.getoutput(git)                      # -dirty: with changes of your own
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     MADE_BY = f"{name} {shlex.join(argv)} | torch {torch.__version__} | {device} | commit {commit}"
@@ -1780,7 +1780,7 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
                "Mid-training: a student learns the ends of the teacher's trajectories; post-training: it "
                "learns from images.")
     caption += (f" Scores: Frechet distance of {samples:,} images to the data, by features of a net"
-                f"{'; of few images it is high' * (samples < 1_000)}.") * bool(table)
+                f"{'; of few it is off, mostly high' * (samples < 1_000)}.") * bool(table)
     caption += " Whether mid-training helps, a run with --mid none says." * any(n == "mid" for n, *_ in shown)
     caption += " Half of the real digits (900) scores 0.78 against the other, random pixels 119.5." * real
     caption += (" Shows its digit: a classifier reads it as the caption's digit."
@@ -1943,6 +1943,8 @@ def new_tally(cfg):
 
 def count(cfg, tally, loss, norm):
     """Count a step as finite or skipped; fp16's scale moves. Exit code 4: 10 skipped, or all after one."""
+    if norm == 0:
+        say(f"warning: {cfg.stage}: a gradient is exactly 0, nothing is learned; what do the flags do?")
     if math.isfinite(norm + loss):
         tally["losses"].append(loss)
         tally["norms"].append(norm)
@@ -2145,10 +2147,11 @@ def save_preview(cfg, tally, stop, sampler, drawn=""):
 
 def say_missing(cfg, names):
     """A line for each checkpoint that is there and not among these nets: it is not finished."""
-    if names[0].startswith("init_"):                         # --init FILE: it alone was asked for
-        return
+    alone = names[0].startswith("init_")
     for stage, name in dict(pretrain="teacher", mid="mid", post="post").items():
-        if os.path.exists(path := f"{cfg.out}/{stage}.pt") and name not in names:
+        if alone and os.path.exists(f"{cfg.out}/{stage}.pt"):
+            say(f"{cfg.init} alone is shown, as --init asks; without it, what {cfg.out} holds")
+        elif os.path.exists(path := f"{cfg.out}/{stage}.pt") and name not in names:
             say(f"warning: {path} is not finished, so neither drawn nor scored; run again without --stage")
 
 

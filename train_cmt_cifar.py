@@ -49,7 +49,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
 
     steps: int = 300_000        # of mid, others: PRESETS; x batch 128 = 38.4 million pairs (Sec. 4.2)
     batch: int = 128            # images or pairs (x_t, x_0) per step, over all processes (B.2)
-    batch_gpu: int = 0          # per process and forward pass, the rest by accumulation; 0 = all at once
+    batch_gpu: int = 0          # at once in a process, to save memory; the rest by accumulation; 0 = all
     lr: float = 2e-4            # of RAdam (B.2); pretrain: of Adam
     decay: Literal["linear", "constant"] = "linear"      # of lr, to zero (B.2)
     warmup: int = 0             # steps of linear warm-up
@@ -509,6 +509,7 @@ LIMITS = {  # (rule, least, below): fields
     ("above 0, below 1e12", 1e-300, 1e12): "batch steps repeat log_every save_every lr P_std",
     ("above 0, below 80", 1e-300, 80): "mid_sigma",
     ("in 1 to 1,000", 1, 1001): "nfe",
+    ("in -10 to 10", -10, 10.001): "P_mean",
     ("0 or more", 0, math.inf): "batch_gpu warmup double huber_c trajectories res sigma_shift",
     ("in [0, 1)", 0, 1): "ema_beta dropout",
     ("2 or more", 2, math.inf): "samples",
@@ -525,8 +526,6 @@ def check(cfg):
     side = dict(cifar10=32, ffhq=64, afhqv2=64).get(cfg.data, cfg.res)
     if cfg.res and cfg.res != side:
         fail(2, f"--res {cfg.res}: --data {cfg.data} has {side}x{side} pixels; leave --res out")
-    if trains and cfg.stage == "pretrain" and cfg.res and f"ddpm++-{cfg.res}" not in nets.SIZES:
-        fail(2, f"--res {cfg.res}: no DDPM++ of nets.SIZES draws that; pass --res 16, 32 or 64")
     if cfg.stage == "post" and (cfg.post == "annealed") != (cfg.double > 0):
         fail(2, f"--double {cfg.double}: the steps after which --post annealed raises q; else 0")
     if cfg.stage == "post" and cfg.double and cfg.q ** (1 + (cfg.steps - 1) // cfg.double) > 2**20:

@@ -54,7 +54,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
 
     steps: int = 50_000         # of mid, others: PRESETS; x batch 128 = 6.4 million pairs (B.3)
     batch: int = 128            # images or pairs (x_t, x_0) per step, over all processes (B.3)
-    batch_gpu: int = 0          # per process and forward pass, the rest by accumulation; 0 = all at once
+    batch_gpu: int = 0          # at once in a process, to save memory; the rest by accumulation; 0 = all
     lr: float = 7e-4            # of Adam (B.3)
     decay: Literal["linear", "constant", "sqrt", "steps"] = "linear"     # of lr; sqrt: EDM2; steps: B.5
     warmup: int = 0             # steps of linear warm-up
@@ -708,6 +708,7 @@ LIMITS = {  # (rule, least, below): fields
     ("above 0, below 1e12", 1e-300, 1e12): "batch steps repeat log_every save_every lr P_std res",
     ("above 0, below 80", 1e-300, 80): "mid_sigma",
     ("in 1 to 1,000", 1, 1001): "nfe",
+    ("in -10 to 10", -10, 10.001): "P_mean",
     ("0 or more", 0, math.inf): "batch_gpu warmup huber_c trajectories ema_std",
     ("in [0, 1)", 0, 1): "ema_beta dropout",
     ("2 or more", 2, math.inf): "samples",

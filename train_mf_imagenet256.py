@@ -58,7 +58,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
 
     steps: int = 400_320        # optimiser steps; 80 epochs of batch 256 (MF, B/4)
     batch: int = 256            # images or pairs per step, over all processes (MF)
-    batch_gpu: int = 0          # per process and forward pass, the rest by accumulation; 0 = all at once
+    batch_gpu: int = 0          # at once in a process, to save memory; the rest by accumulation; 0 = all
     lr: float = 1e-4            # of Adam (MF; B.4)
     decay: Literal["linear", "constant"] = "constant"    # of lr, to zero (B.4: constant)
     warmup: int = 0             # steps of linear warm-up; MF: none
@@ -699,6 +699,7 @@ LIMITS = {  # (rule, least, below): fields
     ("above 0, below 1e12", 1e-300, 1e12):
         "batch steps repeat log_every save_every lr P_std omega trajectories",
     ("in 1 to 1,000", 1, 1001): "nfe",
+    ("in -10 to 10", -10, 10.001): "P_mean",
     ("0 or more", 0, math.inf): "batch_gpu warmup power unguided",
     ("in [0, 1)", 0, 1): "ema_beta dropout kappa",
     ("in [0, 1]", 0, 1 + 1e-9): "ratio guide_from guide_to",

@@ -370,6 +370,16 @@ def test_huber_c_is_the_constant_of_mid_training_too():
         assert distance(a, b).item() == pytest.approx((0.09 + c * c) ** 0.5 - c)
 
 
+def test_a_gradient_of_zero_and_a_file_shown_alone_are_said(road, capsys):
+    """Else a stage that learns nothing ends with 0, and the samples of another net are taken for the run's."""
+    cfg = script.parse([*TINY, "--stage", "post"])
+    for norm in (1.0, 0.0):
+        script.count(cfg, fid.new_tally(cfg), 0.0, norm)
+        assert ("warning: post: a gradient is exactly 0" in capsys.readouterr().err) == (norm == 0)
+    script.main([*TINY, "--stage", "sample", "--seeds", "0", "--init", str(road / "mid.pt"), "--out", str(road)])
+    assert f"mid.pt alone is shown, as --init asks; without it, what {road} holds" in capsys.readouterr().err
+
+
 def test_post_starts_from_init_file_where_it_is_named(road):
     cfg = script.parse([*TINY, "--stage", "post", "--out", str(road), "--init", str(road / "pretrain.pt")])
     state, _, what = script.first_weights(cfg, None)
@@ -415,6 +425,7 @@ BAD = [  # (command line, exit code, what the line must say)
     ("--data digits --P_mean nan", 2, "--P_mean: nan is not possible; it must be finite"),
     ("--data cifar10 --res 16 --loss huber", 2, "--res 16: --data cifar10 has 32x32 pixels; leave --res out"),
     ("--data digits --post annealed --double 0 --stage post", 2, "--double 0: the steps after which --post annealed raises q"),
+    ("--data digits --post.P_mean -40", 2, "--P_mean -40.0 is not possible; it must be in -10 to 10"),
     ("--data digits --q 2 --double 187 --stage post", 2, "--double 187: the steps after which --post annealed raises q; else 0"),
     ("--data digits --out /proc/x", 2, "/proc may not be written to"),
     ("--data digits --out /sys/x", 2, "/sys may not be written to"),
@@ -597,7 +608,7 @@ def test_every_process_names_the_fault_it_meets(monkeypatch, capsys):
 def test_a_machine_without_git_runs_all_the_same(monkeypatch):
     monkeypatch.setenv("PATH", "")
     script.fid.open_out("x", script.__file__, []).close()
-    assert "commit none" in Path("x/log.txt").read_text()
+    assert "commit unknown" in Path("x/log.txt").read_text()
 
 
 def test_the_average_has_no_gradients():

@@ -291,7 +291,7 @@ def curves(args, device):
     one = [row["1-step FD-digits"] for row in rows]          # teacher, mid, mid and post, post alone
     fid.save_chart(f"{args.out}/scores.png", {"FD-digits, lower is better": scores},
                    f"Does mid-training help? Digits in one step: {one[2]} with it, {one[3]} without{caption}"
-                   "Compare the last dots: red's gap shrinks until then. FD-digits: Frechet distance of "
+                   "Compare the last dots: until there red's t - r shrinks. FD-digits: Frechet distance of "
                    f"{cfg.samples:,} images, by features of a net; random pixels: 119.5.", marks=marks)
     title = "gradient norm: every step, and the median of 25 steps"
     fid.save_chart(f"{args.out}/norms.png", {title: norms},

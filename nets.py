@@ -1692,11 +1692,10 @@ def dinov2(name, device):
 
 
 # ---- our own checkpoints -----------------------------------------------------------------------
-def flatten(net, tail=2):
+def flatten(net):
     """Make net's weights views of one vector and its gradients of another; returns both (frozen: None).
 
-    Optimiser, EMA, norm and all-reduce are then one operation each. The gradient is `tail` numbers longer:
-    the loss and whatever else is to be summed over the processes rides along.
+    Optimiser, EMA, norm and all-reduce are then one operation each.
     """
     if any(name.endswith("running_mean") for name, _ in net.named_buffers()):
         raise WeightsError("this net has batch norm, whose averages neither the EMA nor other processes see; "
@@ -1704,7 +1703,7 @@ def flatten(net, tail=2):
     params, offset = list(net.parameters()), 0
     flat = torch.empty(sum(p.numel() for p in params), device=params[0].device)
     frozen = not any(p.requires_grad for p in params)
-    grad = None if frozen else torch.zeros(len(flat) + tail, device=flat.device)
+    grad = None if frozen else torch.zeros(len(flat), device=flat.device)
     for p in params:
         p.data = flat.as_strided(p.shape, p.stride(), offset).copy_(p.detach())
         if not frozen:

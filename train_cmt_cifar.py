@@ -116,7 +116,7 @@ ABOUT = {"pretrain": "stage 1 of 4, pre-training: loss and gradient soon stay le
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "teacher", "random"                        # other values of --init are a FILE
-BRANCHES = {"mid": "cmt kd slow none", "post": "ect ecd ecd_euler annealed"}   # in train
+BRANCHES = {"mid": "cmt kd slow none", "post": "ect ecd ecd_euler annealed"}   # `train` has these
 FILES = {"cifar10": "data/cifar-10-python.tar.gz",
          "ffhq": "data/ffhq-64x64.zip", "afhqv2": "data/afhqv2-64x64.zip"}
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
@@ -349,9 +349,7 @@ def set_up(cfg):
     net = build(cfg, model, state, what, train=True)
     ema = deepcopy(net).requires_grad_(False).eval()
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
-    # flat: one vector, whose views are the weights of net; grad, added up and zeroed as one: their
-    # gradients, then grad[-2], the loss, and grad[-1], how many signals ask to stop
-    flat.grad = grad[:-2]
+    flat.grad = grad                                  # of one vector, whose views are the weights of net
     opt = torch.optim.Adam([flat], fused=True)        # rectify makes it RAdam
     tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
     agree("data and sum of the first weights", (data, flat.sum(dtype=torch.float64).item()))
@@ -436,7 +434,7 @@ if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:            # trap: nohup i
 STOP = []                                             # signals received: the loop saves, then ends
 TIMEOUT = timedelta(minutes=10)                       # choice: ten minutes for an answer in a step
 BY_CONTENT = "data", "teacher"                        # compared by content, wherever it lies
-MAY_CHANGE = {  # fields that may differ when a stage goes on, or is found finished; by stage and --decay
+MAY_CHANGE = {  # for fid.steps_left: may differ when a stage goes on or is finished; by stage and --decay
     "*": "dry_run data stage out teacher seeds samples repeat mid_sigma sigma_shift compile batch_gpu "
          "log_every save_every",
     "constant": "steps",
@@ -485,18 +483,18 @@ def resume(cfg):
 
 
 def total(grad, loss, scale):
-    """Sum gradient, loss and the wish to stop over the processes, as one vector, run.grad; divide by scale.
+    """Sum the gradient, the loss and the wish to stop over the processes; divide by scale.
 
     Returns gradient norm, loss and stop as numbers: this is where the host waits for the device.
     """
-    grad[-2] = loss
-    grad[-1:].fill_(len(STOP) * scale)                # trap: grad[-1] = number waits for the device
+    told = torch.stack([loss, torch.full_like(loss, len(STOP) * scale)])      # trap: torch.tensor would wait
     if WORLD > 1:
-        # choice: one all-reduce of one vector, no DDP wrapper: any number of processes, one result
-        dist.all_reduce(grad)                         # trap: process 0's own loss is not the loss
+        # choice: no DDP wrapper, the gradient is one vector: any number of processes, one result
+        dist.all_reduce(grad)
+        dist.all_reduce(told)                         # trap: process 0's own loss is not the loss
     if scale != 1:
-        grad /= scale
-    return torch.stack([grad[:-2].norm(), grad[-2], grad[-1]]).tolist()
+        grad, told = grad.div_(scale), told / scale
+    return torch.stack([grad.norm(), *told]).tolist()
 
 
 def on_signal(number, frame):
@@ -505,7 +503,7 @@ def on_signal(number, frame):
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-LIMITS = {  # (rule, least, below): fields
+LIMITS = {  # (rule, least, below): fields; for fid.check_values
     ("above 0, below 1e12", 1e-300, 1e12): "batch steps repeat log_every save_every lr P_std",
     ("above 0, below 80", 1e-300, 80): "mid_sigma",
     ("in 1 to 1,000", 1, 1001): "nfe",

@@ -131,7 +131,7 @@ ABOUT = {"pretrain": "stage 1 of 5, pre-training (EDM2): the loss falls while th
          "eval": "stage 5 of 5, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "teacher", "random"                        # other values of --init are a FILE
-BRANCHES = {"mid": "cmt none", "post": "ect ecd ecd_euler ecd_code"}   # in train
+BRANCHES = {"mid": "cmt none", "post": "ect ecd ecd_euler ecd_code"}   # `train` has these
 FILES = {"imagenet64": "data/imagenet64.zip", "imagenet512": "data/imagenet512-sd.zip"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 parse = partial(fid.parse, globals())                 # (argv) -> Config; fid reads this file's tables by name
@@ -384,9 +384,7 @@ def set_up(cfg):
     net = build(cfg, model, state, what, train=True)
     ema = deepcopy(net).requires_grad_(False).eval()
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
-    # flat: one vector, whose views are the weights of net; grad, added up and zeroed as one: their
-    # gradients, then grad[-2], the loss, and grad[-1], how many signals ask to stop
-    flat.grad = grad[:-2]
+    flat.grad = grad                                  # of one vector, whose views are the weights of net
     # choice: as ECT (B.3); the authors' 512 script has 0.999 in mid-training
     beta2 = 0.999 if cfg.stage == "mid" and data_name(cfg) == "imagenet512" else 0.99
     opt = torch.optim.Adam([flat], betas=(0.9, beta2), fused=True)
@@ -621,7 +619,7 @@ STOP = []                                             # signals received: the lo
 TIMEOUT = timedelta(minutes=10)                       # choice: ten minutes for an answer in a step
 NEED_STAGE = {"vgg": "steps batch lr"}                # flags that need the stage's name: --vgg.steps
 BY_CONTENT = "data", "teacher", "main", "guide"       # compared by content, wherever it lies
-MAY_CHANGE = {  # fields that may differ when a stage goes on, or is found finished; by stage and --decay
+MAY_CHANGE = {  # for fid.steps_left: may differ when a stage goes on or is finished; by stage and --decay
     "*": "dry_run data stage out source teacher main guide vae seeds samples repeat mid_sigma sampler "
          "labels compile batch_gpu log_every save_every",
     "constant": "steps", "sqrt": "steps",
@@ -684,18 +682,18 @@ def ema_beta(cfg, step):
 
 
 def total(grad, loss, scale):
-    """Sum gradient, loss and the wish to stop over the processes, as one vector, run.grad; divide by scale.
+    """Sum the gradient, the loss and the wish to stop over the processes; divide by scale.
 
     Returns gradient norm, loss and stop as numbers: this is where the host waits for the device.
     """
-    grad[-2] = loss
-    grad[-1:].fill_(len(STOP) * scale)                # trap: grad[-1] = number waits for the device
+    told = torch.stack([loss, torch.full_like(loss, len(STOP) * scale)])      # trap: torch.tensor would wait
     if WORLD > 1:
-        # choice: one all-reduce of one vector, no DDP wrapper: any number of processes, one result
-        dist.all_reduce(grad)                         # trap: process 0's own loss is not the loss
+        # choice: no DDP wrapper, the gradient is one vector: any number of processes, one result
+        dist.all_reduce(grad)
+        dist.all_reduce(told)                         # trap: process 0's own loss is not the loss
     if scale != 1:
-        grad /= scale
-    return torch.stack([grad[:-2].norm(), grad[-2], grad[-1]]).tolist()
+        grad, told = grad.div_(scale), told / scale
+    return torch.stack([grad.norm(), *told]).tolist()
 
 
 def on_signal(number, frame):
@@ -704,7 +702,7 @@ def on_signal(number, frame):
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-LIMITS = {  # (rule, least, below): fields
+LIMITS = {  # (rule, least, below): fields; for fid.check_values
     ("above 0, below 1e12", 1e-300, 1e12): "batch steps repeat log_every save_every lr P_std res",
     ("above 0, below 80", 1e-300, 80): "mid_sigma",
     ("in 1 to 1,000", 1, 1001): "nfe",

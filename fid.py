@@ -2101,7 +2101,7 @@ def dry_run(home, argv, configs):
 
 
 CURVES = dict(loss="loss", grad="gradient norm",
-              mse_gap1="square error of velocities over short times (a quarter of the way at most)")
+              mse_gap1="square error of velocities (in mid-training to the teacher's, else to noise - image)")
 
 
 def save_curve(cfg, table=()):

@@ -224,6 +224,9 @@ def open_out(out, script, argv):
     lock.truncate(0)
     print(f"process {os.getpid()} on {os.uname().nodename}", end="", file=lock, flush=True)
     OUT = out
+    metrics = pathlib.Path(out, "metrics.jsonl")
+    if metrics.is_file() and metrics.read_bytes()[-1:] not in (b"", b"\n"):
+        write_line(metrics.name, "")                        # trap: else the next line is lost with a cut one
     folder, name = os.path.split(os.path.abspath(script))
     git = f"git -C '{folder}' describe --always --dirty --exclude='*' 2>/dev/null || echo unknown"
     commit = subprocess.getoutput(git)                      # -dirty: with changes of your own
@@ -2120,10 +2123,11 @@ def save_curve(cfg, table=()):
     trained = {m["stage"] for m in steps}
     meant = [text.partition(", ")[2] for stage, text in about.items() if stage in trained]
     scores, mid = in_short(table), panels.get("loss", {}).get(STAGES["mid"], [])
+    scores = f" {scores}; {cfg.samples:,} samples each." * bool(scores)
     fell = f"Mid-training's loss: from {mid[0][1]:.2g} to {mid[-1][1]:.2g}. " if mid else ""
     save_chart(f"{cfg.out}/curve.png", panels, f"{fell}Every stage has a loss of its own\n"
                "Images trained on; in mid-training these are pairs of the teacher. "
-               f"{'. '.join(text[0].upper() + text[1:] for text in meant)}." + f" {scores}." * bool(scores))
+               f"{'. '.join(text[0].upper() + text[1:] for text in meant)}.{scores}")
 
 
 def save_preview(cfg, tally, stop, sampler, drawn=""):

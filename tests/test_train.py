@@ -1,4 +1,5 @@
 """The training script through its own command line: every stage, two processes, own data, bad input. Faults: test_faults.py."""
+import contextlib
 import hashlib
 import importlib
 import json
@@ -378,6 +379,16 @@ def test_a_gradient_of_zero_and_a_file_shown_alone_are_said(road, capsys):
         assert ("warning: post: a gradient is exactly 0" in capsys.readouterr().err) == (norm == 0)
     script.main([*TINY, "--stage", "sample", "--seeds", "0", "--init", str(road / "mid.pt"), "--out", str(road)])
     assert f"mid.pt alone is shown, as --init asks; without it, what {road} holds" in capsys.readouterr().err
+
+
+def test_a_line_behind_one_that_a_kill_has_cut_is_not_lost(road, tmp_path):
+    """Scores are appended to metrics.jsonl by runs that train nothing, and so do not mend it."""
+    cut = tmp_path / "metrics.jsonl"
+    for text in '{"stage": "mid", "st', '{"stage": "mid", "step": 1}\n', "":
+        cut.write_text(text)
+        with contextlib.closing(fid.open_out(str(tmp_path), script.__file__, [])):
+            fid.log("eval", stage="eval")
+        assert fid.read_metrics(str(tmp_path)) == [{"stage": "mid", "step": 1}] * (text[-1:] == "\n") + [{"stage": "eval"}]
 
 
 def test_post_starts_from_init_file_where_it_is_named(road):

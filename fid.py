@@ -2153,10 +2153,9 @@ def say_missing(cfg, names):
     """A line for each checkpoint that is there and not among these nets: it is not finished."""
     alone = names[0].startswith("init_")
     for stage, name in dict(pretrain="teacher", mid="mid", post="post").items():
-        if alone and os.path.exists(f"{cfg.out}/{stage}.pt"):
-            say(f"{cfg.init} alone is shown, as --init asks; without it, what {cfg.out} holds")
-        elif os.path.exists(path := f"{cfg.out}/{stage}.pt") and name not in names:
-            say(f"warning: {path} is not finished, so neither drawn nor scored; run again without --stage")
+        if os.path.exists(path := f"{cfg.out}/{stage}.pt") and name not in names:
+            say(f"{cfg.init} alone is shown, as --init asks; without it, what {cfg.out} holds" if alone else
+                f"warning: {path} is not finished, so neither drawn nor scored; run again without --stage")
 
 
 def save_samples(cfg, found, make_sampler):

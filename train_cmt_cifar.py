@@ -240,12 +240,12 @@ def train(cfg):
 
     for step in range(start, cfg.steps):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
-        g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         if cfg.stage == "mid":
             *pairs, target = solve(step * B // per_solve)
             at = step * B % per_solve
             batch = [a[at:at + B][mine] for a in pairs]
         else:
+            g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
             x, eps = draw(run.images, B, g)[mine], randn((B, *shape), g)[mine]
             t = (cfg.P_mean + cfg.P_std * randn(B, g))[mine].exp()
             batch = x, t, eps
@@ -357,8 +357,7 @@ def set_up(cfg):
     saved = dict(data=data, model=model, cfg=asdict(cfg), **fid.made_by(__file__))
     log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))           # --dry_run ends here
     return SimpleNamespace(images=images, teacher=teacher, distance=distance, net=net, ema=ema, opt=opt,
-                           flat=flat, flat_ema=flat_ema, grad=grad, tally=tally, path=path,
-                           saved=saved)
+                           flat=flat, flat_ema=flat_ema, grad=grad, tally=tally, path=path, saved=saved)
 
 
 # ---- sample -----------------------------------------------------------------------------------

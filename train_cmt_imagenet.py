@@ -293,12 +293,12 @@ def train(cfg):
 
     for step in range(start, cfg.steps):
         opt.param_groups[0]["lr"] = lr = learning_rate(cfg, step)
-        g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         if cfg.stage == "mid":
             pairs, views, x_0, target = solve(step * B // per_solve)
             at = step * B % per_solve
             batch = [a[at:at + B][mine] for a in pairs]
         else:
+            g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
             (raw, labels), ahead = ahead.result(), reader.submit(read_batch, cfg, run.images, step + 1)
             noise, eps = randn((B, *shape), g)[mine], randn((B, *shape), g)[mine]
             x, labels = to_input(raw, noise), labels.to(DEVICE, non_blocking=True)
@@ -396,8 +396,7 @@ def set_up(cfg):
     saved = dict(data=data, model=model, cfg=asdict(cfg), **fid.made_by(__file__))
     log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))           # --dry_run ends here
     return SimpleNamespace(images=images, teacher=teacher, distance=distance, net=net, ema=ema, opt=opt,
-                           flat=flat, flat_ema=flat_ema, grad=grad, tally=tally, path=path,
-                           saved=saved)
+                           flat=flat, flat_ema=flat_ema, grad=grad, tally=tally, path=path, saved=saved)
 
 
 # ---- sample -----------------------------------------------------------------------------------

@@ -340,12 +340,12 @@ def train(cfg):
 
     for step in range(start, cfg.steps):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
-        g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         if cfg.stage == "mid":
             pairs, order = solve(step * B // per_solve)
             at = step * B % per_solve
             batch = [a[order[at:at + B][mine]] for a in pairs]
         else:
+            g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
             (raw, y, t, r), ahead = ahead.result(), reader.submit(read_batch, cfg, run.images, step + 1)
             guided = is_guided(cfg, step, t, y, run.null)
             noise, eps = randn((B, *run.shape), g)[mine], randn((B, *run.shape), g)[mine]
@@ -430,8 +430,7 @@ def set_up(cfg):
     saved = dict(data=data, model=model, cfg=asdict(cfg), **fid.made_by(__file__))
     log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))           # --dry_run ends here
     return SimpleNamespace(images=images, null=null, shape=shape, teacher=teacher, net=net, ema=ema, opt=opt,
-                           flat=flat, flat_ema=flat_ema, grad=grad, tally=tally, path=path,
-                           saved=saved)
+                           flat=flat, flat_ema=flat_ema, grad=grad, tally=tally, path=path, saved=saved)
 
 
 # ---- sample -----------------------------------------------------------------------------------

@@ -331,13 +331,13 @@ def train(cfg):
 
     for step in range(start, cfg.steps):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
-        g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         if cfg.stage == "mid":
             pairs, texts, order = solve(step * B // per_solve)
             at = step * B % per_solve
             z, t, r, owner, target = (a[order[at:at + B][mine]] for a in pairs)
             batch = z, t, r, texts[owner], target
         else:
+            g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
             batch, ahead = ahead.result(), reader.submit(read_batch, cfg, images, step + 1)
             raw, tokens, words, drop, t, r, guided = batch
             noise, eps = randn((B, *shape), g)[mine], randn((B, *shape), g)[mine]

@@ -56,8 +56,8 @@ OWN = {"Config", "load_data", "data_name", "check", "teacher_pairs", "make_sampl
 # scripts +1, fid +3: a range for P_mean, a gradient of zero and an --init FILE shown alone are said; cifar -2, one check of a size;
 # fid +4: a line behind a cut one is not lost, how many samples a score below a curve is of;
 # scripts -2, nets -1: the gradient is a vector of gradients, without a tail for the loss;
-BUDGET = {"train_cmt_cifar.py": 697, "train_cmt_imagenet.py": 933, "train_mf_imagenet256.py": 893,
-          "train_t2i_coco.py": 1108, "nets.py": 1854, "fid.py": 2332, "solvers.py": 198, "bench.py": 968,
+BUDGET = {"train_cmt_cifar.py": 696, "train_cmt_imagenet.py": 932, "train_mf_imagenet256.py": 892,
+          "train_t2i_coco.py": 1108, "nets.py": 1854, "fid.py": 2331, "solvers.py": 198, "bench.py": 968,
           "claims.py": 618, "README.md": 240}
 FLAGS = {"train_cmt_cifar.py": 35, "train_cmt_imagenet.py": 42, "train_mf_imagenet256.py": 42, "train_t2i_coco.py": 43}
 README = (ROOT / "README.md").read_text()

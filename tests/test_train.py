@@ -381,7 +381,7 @@ def test_a_gradient_of_zero_and_a_file_shown_alone_are_said(road, capsys):
     assert f"mid.pt alone is shown, as --init asks; without it, what {road} holds" in capsys.readouterr().err
 
 
-def test_a_line_behind_one_that_a_kill_has_cut_is_not_lost(road, tmp_path):
+def test_a_line_behind_one_that_a_kill_has_cut_is_not_lost(tmp_path):
     """Scores are appended to metrics.jsonl by runs that train nothing, and so do not mend it."""
     cut = tmp_path / "metrics.jsonl"
     for text in '{"stage": "mid", "st', '{"stage": "mid", "step": 1}\n', "":

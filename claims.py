@@ -282,13 +282,15 @@ def curves(args, device):
         norms |= {name: [(x, y) for (x, _), y in zip(every, medians)], f"{name}, every step": every}
     scores["teacher, 16 steps"] = [(0, level), (seen, level)]
     norms = dict(sorted(norms.items(), key=lambda item: "every step" in item[0]))     # the medians on top
-    words = (" Mid- and post-training: CMT + ECT; post-training alone: ECT, annealed; all by pseudo-Huber, "
+    one = [row["1-step FD-digits"] for row in rows]          # teacher, mid, mid and post, post alone
+    words = (f"Does mid-training help? FD-digits in one step, lower is better: {one[2]} with it, {one[3]} "
+             f"without; teacher, {cfg.nfe} steps: {rows[0][f'{cfg.nfe}-step FD-digits']}\n"
+             "Mid- and post-training: CMT + ECT; post-training alone: ECT, annealed; all by pseudo-Huber, "
              "seed 0. In one step the teacher draws the mean of all images. The students look alike; the "
              "scores tell them apart.")
     fid.save_stages(args.out, shown, (), words, rows, cfg.samples)
     caption = ("\nImages (or pairs) that a student saw, seed 0. Blue: mid-training on ends of the teacher's "
                "trajectories (CMT), then post-training on images (ECT). Red: ECT alone. By pseudo-Huber. ")
-    one = [row["1-step FD-digits"] for row in rows]          # teacher, mid, mid and post, post alone
     fid.save_chart(f"{args.out}/scores.png", {"FD-digits, lower is better": scores},
                    f"Does mid-training by pixels help? Digits, one step: {one[2]} with it, {one[3]} without"
                    f"{caption}Compare the last dots: red's t - r shrinks until there. FD-digits: distance of "
@@ -401,7 +403,7 @@ def photos(args, device):
     real = "real photos", fid.to_float(images[:12], "cpu")
     print("| run | seed | FD-photos, 1 / 2 steps (teacher: 1 / 16) | seconds |\n|---|---|---|---|")
     for seed in args.seeds.split(","):
-        shown, one = [], []
+        shown, one = [], {}
         for row in args.methods.split(";") if args.methods else PHOTOS:
             folder, stage = photo_run(row, seed, small, args)
             state = torch.load(f"{folder}/{stage}.pt", weights_only=True)
@@ -412,15 +414,17 @@ def photos(args, device):
                 found.append(fid.score(sampler, features, reference, n)[0])
                 label = f"{fid.net_label(CALLED.get(row, row), steps)}, FD-photos {found[-1]}"
                 shown.append((label, sampler(range(12))))
-            many = f"teacher, {cfg.nfe} steps: {found[1]}"
-            one += [many if row == "teacher" else f"{CALLED.get(row, row)} {found[0]}"]
+            one[row] = found[row == "teacher"]                           # the teacher: in its many steps
             print(f"| {row} | {seed} | {' / '.join(found)} | {state['seconds']:.0f} |", flush=True)
-            caption = (f"FD-photos in 1 step, lower is better: {', '.join(one)}\nA column: one noise for all "
-                       "nets; a second step may change the image. FD-photos: Frechet distance of "
-                       f"{n:,} images to the real ones, by features of a small net; {features.scale} against "
-                       "the other. Such small nets draw colours and shapes, hardly objects. Mid-training: on "
-                       "ends of the teacher's trajectories, by pseudo-Huber; post-training: ECT by |x|, "
-                       f"alone annealed. Photos: {os.path.basename(args.data)}. Seed {seed}.")
+            with_it, without, many = (one.get(k, "-") for k in ("CMT + ECT", "ECT, annealed", "teacher"))
+            caption = (f"Does mid-training help on photos? FD-photos in 1 step, lower is better: {with_it} "
+                       f"with it, {without} without; teacher, {cfg.nfe} steps: {many}\n"
+                       "A column: one noise for all nets; a second step may change the image.\n"
+                       f"FD-photos: Frechet distance of {n:,} images to the real ones, by features of a "
+                       f"small net; {features.scale} against the other. Such small nets draw colours and "
+                       "shapes, hardly objects.\n"
+                       "Mid-training: on ends of the teacher's trajectories, by pseudo-Huber; post-training: "
+                       f"ECT by |x|, alone annealed. Photos: {os.path.basename(args.data)}. Seed {seed}.")
             breaks = fid.breaks_between([label.partition("\n")[0] for label, _ in (*shown, real)])
             fid.save_sheet(f"{args.out}/{seed}/photos.png", [*shown, real], caption, breaks=breaks)
 

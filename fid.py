@@ -1,25 +1,28 @@
 """Images and their score, FID; and what the scripts' runs share: flags, log, files, pictures with words.
 
   what                             of                                    source
+  the score
   InceptionV3, load_inception      2048 features: FID                    TF graph of 2015, as in pytorch-fid
   resize_tf1                       images to 299 x 299                   TF1 resize_bilinear: TTUR, EDM, ECT
   DigitsNet, train_digits          64 features of digits: FD-digits      made here; never call that number FID
   Statistics, measure              mean and covariance, streamed         EDM: float64 sums, N - 1
   frechet_distance, protocol       two means and two covariances         Heusel et al. 2017, Eq. 6
+  draw, score, save_images         what a sampler makes                  one PNG a seed
+  images
   open_picture, list_pictures,     other people's files, read as a       EDM's dataset.json,
   read_labels, check_pictures      person sees them, or refused          torchvision's folders
-  begin_encode, encode_shards,     pictures -> arrays by an encoder      what was encoded stays known
-  made_of
-  crop, square                     photos to train on                    ADM and EDM2, U-ViT
-  draw, score, save_images         what a sampler makes                  one PNG a seed
-  save_sheet, save_stages,         pictures with words, charts           read without the README
-  save_trajectory, save_chart
-  log, fail, one_line, open_out,   a run of a script                     log.txt, its lock, errors of one line
-  parse, check_values              its flags                             PRESETS, Config
-  agree, steps_left, same_data     what processes and stages share       compared, or refused
-  count, report, begin_stage       the steps and folder of a run         config.json, metrics.jsonl, previews
   read_images, digits, to_uint8    folder, .zip, .npz, .npy, .png sheet  EDM zip, ADM samples, digits.png
   load_reference, read_statistics  .npz, .pkl (nothing in it is run)     EDM, EDM2, ADM, and what --save wrote
+  crop, square                     photos to train on                    ADM and EDM2, U-ViT
+  begin_encode, encode_shards      pictures -> arrays by an encoder      what was encoded stays known
+  pictures with words
+  save_sheet, save_chart           images in rows, curves                read without the README
+  save_stages, save_trajectory     what a run made
+  runs
+  log, fail, one_line, open_out    lines of a run, its lock, its errors  log.txt
+  parse, check_values              its flags                             PRESETS, Config of its script
+  agree, steps_left, same_data     what processes and stages share       compared, or refused by name
+  count, report, begin_stage       the steps and folder of a run         config.json, metrics.jsonl, previews
 
   python fid.py A B                              images or statistics as above, or a name such as cifar10
   python fid.py --save stats.npz A               statistics of A, for later
@@ -123,6 +126,1344 @@ def blame(name):
         text = next((ours for theirs, ours in FOREIGN.items() if theirs in text), text)
         text += f" ({type(error).__name__})" * (" " not in text)             # a word alone says too little
         raise DataError(f"{name}: {' '.join(text.split())[:300]}") from error
+
+
+# ---- Inception-v3 ------------------------------------------------------------------------------
+# trap: FID's graph averages over pixels inside the image only; Mixed_7c takes the maximum where 7b averages
+average = functools.partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
+maximum = functools.partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
+halve = functools.partial(F.max_pool2d, kernel_size=3, stride=2)
+
+AT_35 = dict(branch1x1="64 1x1", branch5x5="48 1x1, 64 5x5", branch3x3dbl="64 1x1, 96 3x3, 96 3x3",
+             branch_pool="c 1x1")
+AT_17 = dict(branch1x1="192 1x1", branch7x7="c 1x1, c 1x7, 192 7x1",
+             branch7x7dbl="c 1x1, c 7x1, c 1x7, c 7x1, 192 1x7", branch_pool="192 1x1")
+AT_8 = dict(branch1x1="320 1x1", branch3x3="384 1x1, 384 1x3+3x1",
+            branch3x3dbl="448 1x1, 384 3x3, 384 1x3+3x1", branch_pool="192 1x1")
+TO_17 = dict(branch3x3="384 3x3/2", branch3x3dbl="64 1x1, 96 3x3, 96 3x3/2")
+TO_8 = dict(branch3x3="192 1x1, 320 3x3/2", branch7x7x3="192 1x1, 192 1x7, 192 7x1, 192 3x3/2")
+MIXED = {              # name: pool, branches, c
+    "Mixed_5b": (average, AT_35, 32), "Mixed_5c": (average, AT_35, 64), "Mixed_5d": (average, AT_35, 64),
+    "Mixed_6a": (halve, TO_17, 0), "Mixed_6b": (average, AT_17, 128), "Mixed_6c": (average, AT_17, 160),
+    "Mixed_6d": (average, AT_17, 160), "Mixed_6e": (average, AT_17, 192),
+    "Mixed_7a": (halve, TO_8, 0), "Mixed_7b": (average, AT_8, 0), "Mixed_7c": (maximum, AT_8, 0)}
+
+
+def conv_bn(c_in, c_out, kernel, stride=1, padding=0):
+    """Convolution without bias, batch norm (eps 1e-3); the names are the checkpoint's."""
+    conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
+    bn = nn.BatchNorm2d(c_out, eps=1e-3)
+    return nn.Sequential(collections.OrderedDict(conv=conv, bn=bn, relu=nn.ReLU()))
+
+
+class Mixed(nn.Module):
+    """Branches of convolutions over one input, joined over channels; halving blocks join the pooled input.
+
+    A branch is a text: "48 1x1, 64 5x5" is 48 channels of 1x1, then 64 of 5x5, same padding; "/2" is stride 2
+    without padding; "384 1x3+3x1" joins two convolutions of one input. branch_pool reads the pooled input.
+    """
+
+    def __init__(self, c_in, pool, branches, width):
+        super().__init__()
+        self.pool, self.steps, self.channels = pool, {}, c_in if pool is halve else 0
+        for branch, text in branches.items():
+            c, self.steps[branch], steps = c_in, [], text.replace("c", str(width)).split(", ")
+            for i, step in enumerate(steps, 1):
+                c_out, kernels = step.split()
+                kernels, _, stride = kernels.partition("/")
+                names = []
+                for letter, kernel in zip("ab", kernels.split("+")):
+                    names.append(branch + f"_{i}" * (len(steps) > 1) + letter * ("+" in kernels))
+                    h, w = map(int, kernel.split("x"))
+                    padding = 0 if stride else (h // 2, w // 2)
+                    self.add_module(names[-1], conv_bn(c, int(c_out), (h, w), int(stride or 1), padding))
+                self.steps[branch].append(names)
+                c = int(c_out) * len(names)
+            self.channels += c
+
+    def forward(self, x):
+        joined = []
+        for branch, steps in self.steps.items():
+            h = self.pool(x) if branch == "branch_pool" else x
+            for names in steps:
+                h = torch.cat([getattr(self, name)(h) for name in names], 1)
+            joined.append(h)
+        return torch.cat(joined + [self.pool(x)] * (self.pool is halve), 1)
+
+
+RESIZES = {"tf1": "(x-128)/128", "half_pixel": "x/127.5-1"}                # and the scale that goes with it
+
+
+def resize_tf1(x, size=299):
+    """TF1's resize_bilinear: pixel i reads from i * in/out. x float (B, C, H, W) -> (B, C, size, size)."""
+    for dim in (3, 2):
+        at = torch.arange(size, device=x.device, dtype=torch.float32) * (x.shape[dim] / size)
+        low = at.long()
+        high = (low + 1).clamp(max=x.shape[dim] - 1)     # trap: the last pixels would read beyond the border
+        a, b = x.index_select(dim, low), x.index_select(dim, high)
+        x = a + (b - a) * (at - low).view(-1, *[1] * (3 - dim))
+    return x
+
+
+class InceptionV3(nn.Module):
+    """The 2015 FID network; names of parameters are those of pt_inception-2015-12-05-6726825d.pth.
+
+    state: its state dict, loaded strictly (None: untrained, for shapes). resize: "tf1" or "half_pixel"; the
+    bare class takes the public port's half_pixel, every score of ours comes from load_inception, whose
+    default is tf1. forward: images uint8 (B, 3 or 1, H, W) -> pool3 features (B, 2048) float32, without
+    gradient.
+    """
+    dim = 2048
+
+    @torch.random.fork_rng(devices=[])     # trap: building a net would draw from the numbers of training
+    def __init__(self, state=None, resize="half_pixel", weights="given by the caller"):
+        super().__init__()
+        if resize not in RESIZES:
+            raise ValueError(f"resize {resize}: one of {', '.join(RESIZES)} expected")
+        self.resize, self.weights = resize, weights
+        self.Conv2d_1a_3x3 = conv_bn(3, 32, 3, stride=2)
+        self.Conv2d_2a_3x3 = conv_bn(32, 32, 3)
+        self.Conv2d_2b_3x3 = conv_bn(32, 64, 3, padding=1)
+        self.Conv2d_3b_1x1 = conv_bn(64, 80, 1)
+        self.Conv2d_4a_3x3 = conv_bn(80, 192, 3)
+        channels = 192
+        for name, row in MIXED.items():
+            self.add_module(name, Mixed(channels, *row))
+            channels = getattr(self, name).channels
+        self.fc = nn.Linear(channels, 1008)              # in the file, not in FID
+        if state is not None:
+            with blame(f"Inception weights {weights}"):
+                self.load_state_dict(state)
+        self.eval().requires_grad_(False)
+
+    @property
+    def protocol(self):
+        resize = f"resize {self.resize} to 299, {RESIZES[self.resize]}"
+        return f"FID: inception-v3 2015-12-05, weights {self.weights}, {resize}"
+
+    @torch.no_grad()
+    def forward(self, images):
+        check_images(images, (1, 3))
+        # trap: TF32 or the caller's autocast would move the features, and the FID with them
+        fp32 = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+        with torch.autocast(images.device.type, enabled=False), fp32:
+            x = images.expand(-1, 3, -1, -1).float()
+            if self.resize == "tf1":
+                x = (resize_tf1(x) - 128) / 128
+            else:
+                x = F.interpolate(x, (299, 299), mode="bilinear", align_corners=False) / 127.5 - 1
+            x = halve(self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x))))
+            x = halve(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)))
+            for name in MIXED:
+                x = getattr(self, name)(x)
+            return x.mean((2, 3))
+
+
+def check_images(images, channels, size="H, W"):
+    """DataError unless images are uint8 (B, C, H, W), with such C and, where given, such (H, W)."""
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in channels \
+            or size not in ("H, W", images.shape[2:]):
+        given = f"{images.dtype} {tuple(images.shape)}"
+        wanted = f"{' or '.join(map(str, channels))} channels, {size}"
+        raise DataError(f"images are {given}; expected uint8 of {wanted}; choose other --features")
+
+
+def load_inception(path="", resize="tf1"):
+    """InceptionV3 with the weights of --inception FILE, or the published ones, downloaded once and checked.
+
+    DataError for a missing or damaged file; another than the published file is called so in the protocol.
+    """
+    file = path or fetch(INCEPTION_URLS, INCEPTION_SHA256, "give a copy with --inception FILE")
+    with blame(f"--inception {file}"):
+        found = sha256(file)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    foreign = "" if found == INCEPTION_SHA256 else " (not the published file)"
+    return InceptionV3(state, resize, f"{os.path.basename(file)} sha256 {found[:16]}{foreign}")
+
+
+# ---- digits ------------------------------------------------------------------------------------
+class DigitsNet(nn.Module):
+    """40k-parameter classifier: digits uint8 (B, 1, 8, 8) -> features (B, 64) float32, without gradient.
+
+    The Frechet distance of these features is called FD-digits. weights: an .npz; "" leaves the net untrained.
+    """
+    dim = 64
+
+    @torch.random.fork_rng(devices=[])
+    def __init__(self, weights=os.path.join(ASSETS, "fd_digits.npz")):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2),
+            nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(256, 64))
+        # choice: the features end before this ReLU, behind which some hardly ever leave zero
+        self.head = nn.Sequential(nn.ReLU(), nn.Linear(64, 10))
+        if weights:
+            with blame(weights), np.load(weights) as file:
+                self.load_state_dict({key: torch.from_numpy(file[key]) for key in file})
+            self.protocol = f"FD-digits: {os.path.basename(weights)} sha256 {sha256(weights)[:16]}"
+            self.eval().requires_grad_(False)
+
+    def logits(self, images):
+        """Class scores (B, 10); forward gives what its last layer reads."""
+        check_images(images, (1,), (8, 8))
+        return self.head(self.body(images.float() / 127.5 - 1))
+
+    @torch.no_grad()
+    def forward(self, images):
+        check_images(images, (1,), (8, 8))
+        fp32 = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+        with fp32, torch.autocast(images.device.type, enabled=False):
+            return self.body(images.float() / 127.5 - 1)
+
+
+def digits(path=os.path.join(ASSETS, "digits.png")):
+    """Digits of the sheet: uint8 (1797, 1, 8, 8), labels int64 (1797,); rows 3c to 3c + 2 hold class c."""
+    images, rows = tiles(path)
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(rows) // 3
+
+
+def train_digits(path, steps=800, seed=0):
+    """Makes assets/fd_digits.npz from four digits of five, moved by a pixel at most; prints its worth."""
+    images, labels = digits()
+    held = torch.arange(len(labels)) % 5 == 0            # never trained on: an honest accuracy
+    padded = F.pad(images[~held], (1, 1, 1, 1))
+    moved = torch.stack([padded[..., i:i + 8, j:j + 8] for i, j in ((1, 1), (0, 1), (2, 1), (1, 0), (1, 2))])
+    torch.manual_seed(seed)
+    net = DigitsNet("")
+    optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, steps)
+    for _ in range(steps):
+        move, i = torch.randint(5, (128,)), torch.randint(moved.shape[1], (128,))
+        loss = F.cross_entropy(net.logits(moved[move, i]), labels[~held][i], label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    np.savez(path, **{key: value.numpy() for key, value in net.state_dict().items()})
+    net = DigitsNet(path)
+    right = (net.logits(images[held]).argmax(1) == labels[held]).float().mean()
+    print(f"{path}: {os.path.getsize(path)} bytes, {100 * right:.1f}% of {held.sum()} held-out digits")
+
+    def fd(a, b):
+        return frechet_distance(*measure(net, [a])[:2], *measure(net, [b])[:2])
+    halves = [fd(images[i[::2]], images[i[1::2]]) for i in map(torch.randperm, [len(images)] * 20)]
+    noise, mean = torch.randint(256, images.shape).byte(), images.float().mean(0, keepdim=True).byte()
+    print(f"FD-digits: half against half {np.mean(halves):.2f} +- {np.std(halves):.2f} (20 random halves), "
+          f"mean image {fd(images, mean.expand_as(images)):.1f}, uniform noise {fd(images, noise):.1f}")
+
+
+# ---- statistics and distance -------------------------------------------------------------------
+class Statistics:
+    """Running n, mean and covariance of features (B, dim): float64 sums on the device of the features."""
+
+    def __init__(self, dim):
+        self.dim, self.n, self.reduced = dim, 0, False
+        self.sum, self.outer = torch.zeros(dim).double(), torch.zeros(dim, dim).double()
+
+    def update(self, features):
+        """Adds features (B, dim). Raises ValueError for another shape, NaN and infinity, and after reduce."""
+        if features.ndim != 2 or features.shape[1] != self.dim or self.reduced:
+            raise ValueError(f"features {tuple(features.shape)}; expected (B, {self.dim}), before reduce()")
+        f = features.detach().double()                   # trap: float32 sums spoil the covariance
+        if not f.isfinite().all():
+            raise DataError("features are not finite")
+        self.n, self.sum, self.outer = self.n + len(f), self.sum.to(f) + f.sum(0), self.outer.to(f) + f.T @ f
+        return self
+
+    def reduce(self):
+        """Sums over ranks in one all_reduce, which every rank must join; nothing without a process group."""
+        if dist.is_initialized() and not self.reduced:   # trap: twice would count every image world times
+            flat = torch.cat([torch.tensor([self.n]).to(self.sum), self.sum, self.outer.flatten()])
+            flat = flat.cuda() if dist.get_backend() == "nccl" else flat.cpu()
+            dist.all_reduce(flat)
+            self.n, self.sum = int(flat[0].item()), flat[1:self.dim + 1]
+            self.outer = flat[self.dim + 1:].view(self.dim, self.dim)
+        self.reduced = True
+        return self
+
+    @property
+    def mean(self):
+        return self.sum / self.n
+
+    @property
+    def cov(self):
+        """Unbiased, (dim, dim). Raises ValueError below two samples."""
+        if self.n < 2:
+            raise ValueError(f"{self.n} images, a covariance needs two at least")
+        return (self.outer - self.n * self.mean.outer(self.mean)) / (self.n - 1)
+
+
+def measure(net, batches, device="cpu", file=""):
+    """Reference made of uint8 batches, summed over ranks: every rank must call it, some may have no batch."""
+    stats = Statistics(net.dim)
+    for images in batches:
+        try:
+            stats.update(net(images.to(device)))
+        except DataError as error:                    # of another size or number of channels
+            raise DataError(f"{file or 'samples'}: {error}") from None
+    stats.reduce()
+    with blame(file or "images"):
+        return Reference(stats.mean, stats.cov, stats.n, net.protocol, file, sha256(file))
+
+
+def root(cov):
+    """R (D, rank) with R R^T = cov: Cholesky's, or from the eigenvectors when cov is singular."""
+    R, info = torch.linalg.cholesky_ex(cov)
+    if info.item() == 0:
+        return R
+    w, V = torch.linalg.eigh(cov)
+    # trap: eigenvalues that should be zero come out near 1e-16 of either sign, and their roots add up
+    keep = w > len(w) * torch.finfo(w.dtype).eps * w[-1]
+    return V[:, keep] * w[keep].sqrt()
+
+
+def frechet_distance(mu1, cov1, mu2, cov2):
+    """|mu1 - mu2|^2 + Tr(cov1 + cov2 - 2 (cov1 cov2)^1/2), a float >= 0; (D,) and (D, D), numpy or torch.
+
+    With cov = R R^T, Tr (cov1 cov2)^1/2 is the sum of the singular values of R1^T R2: real, >= 0, symmetric.
+    Raises ValueError for dimensions that differ, for NaN and infinity.
+    """
+    given = [torch.as_tensor(a).to("cpu", torch.float64) for a in (mu1, cov1, mu2, cov2)]
+    (mu1, cov1, mu2, cov2), D = given, given[0].numel()
+    if [a.shape for a in given] != [(D,), (D, D)] * 2:
+        raise ValueError(f"dimensions differ: {[tuple(a.shape) for a in given]}; are the features the same?")
+    if not all(a.isfinite().all() for a in given):
+        raise ValueError("a mean or covariance is not finite")
+    # choice: singular values, not eigenvalues of R1^T cov2 R1, where 1e-16 of a rounded zero becomes 1e-8;
+    # and one thread, 5 s in 2048 dimensions: two take 3 s on idle cores, and took 90 s on busy ones
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        trace = torch.linalg.svdvals(root(cov1).T @ root(cov2)).sum()
+    finally:
+        torch.set_num_threads(threads)
+    distance = (mu1 - mu2).square().sum() + cov1.trace() + cov2.trace() - 2 * trace
+    return max(distance.item(), 0.0)    # choice: equal sets come out at +-1e-12; a distance is not negative
+
+
+def protocol(a, b):
+    """One line that says what the distance of two References means, to print beside it.
+
+    Raises DataError when their features are stated and differ.
+    """
+    if a.features and b.features and a.features != b.features:
+        raise DataError(f"features differ: {a.file} has {a.features}; {b.file} has {b.features}")
+    sides = [f"{r.n or '?'} images {r.file or 'of this run'}" + f" (sha256 {r.sha256})" * bool(r.sha256)
+             + f", too few for {len(r.mu)} features (a distance comes out high)," * (0 < r.n < 16 * len(r.mu))
+             for r in (a, b)]
+    return f"{a.features or b.features or 'features not stated'}, covariance N-1, {' against '.join(sides)}"
+
+
+# ---- images of a sampler -----------------------------------------------------------------------
+# A sampler is a function: seeds (a range) -> images (B, C, H, W) in [-1, 1], image i of seed i alone.
+def draw(sampler, seeds, batch=64):
+    """Images of all seeds, `batch` at a time."""
+    return torch.cat([sampler(seeds[i:i + batch]) for i in range(0, len(seeds), batch)])
+
+
+def draw_in(seconds, sampler, seeds, batch=64):
+    """Images of the seeds, of fewer where the machine is slow: after so many seconds no more are begun."""
+    end, images = time.time() + seconds, sampler(seeds[:2])
+    while len(images) < len(seeds) and time.time() < end:
+        some = seeds[len(images):len(images) + min(len(images), batch)]
+        images = torch.cat([images, sampler(some)])
+    return images
+
+
+def score(sampler, features, reference, samples, repeat=1, batch=250):
+    """Frechet distances of `repeat` sets of `samples` images, fresh seeds each; processes share the work.
+
+    Returns their mean as text (with deviation and minimum of several), the list, and the last Reference.
+    """
+    (rank, world), ours = processes(), reference._replace(features=features.protocol, file="this run")
+    protocol(ours, reference)            # are the features the same? Not after hours of sampling
+    distances, device = [], next(features.parameters()).device
+    for j in range(repeat):
+        seeds = range(j * samples + rank, (j + 1) * samples, world)
+        batches = (to_uint8(sampler(some)) for some in in_batches(seeds, batch, "images drawn"))
+        ours = measure(features, batches, device)
+        distances.append(frechet_distance(ours.mu, ours.cov, reference.mu, reference.cov))
+    text = f"{np.mean(distances):.2f}"
+    if repeat > 1:
+        text += f" +- {np.std(distances, ddof=1):.2f}, min {min(distances):.2f}"
+    return text, distances, ours
+
+
+def score_net(row, samplers, features, reference, cfg, **more):
+    """Scores a net: to its row of the table a column for each of samplers {steps: sampler}, and a line.
+
+    cfg: a Config with samples, repeat, batch_gpu; more: for metrics.jsonl. Returns the last Reference.
+    """
+    distance = features.protocol.partition(":")[0]
+    row |= {f"{steps}-step {distance}": "-" for steps in (1, 2)}
+    for steps, sampler in samplers.items():
+        column = f"{steps}-step {distance}"
+        row[column], values, ours = score(sampler, features, reference, cfg.samples, cfg.repeat,
+                                          cfg.batch_gpu or 250)
+        log(f"eval: {row['stage']} {column} {row[column]}", stage="eval",
+            net=row["stage"].partition(",")[0], metric=column, samples=cfg.samples, values=values, **more)
+    return ours
+
+
+def save_images(sampler, seeds, prefix, batch=64):
+    """One PNG a seed, prefix000007.png; every process draws and writes its share."""
+    rank, world = processes()
+    os.makedirs(os.path.dirname(prefix), exist_ok=True)
+    for some in in_batches(seeds[rank::world], batch, "images drawn"):
+        images = to_uint8(sampler(some)).permute(0, 2, 3, 1).cpu().numpy()
+        for seed, image in zip(some, images):
+            Image.fromarray(image.squeeze()).save(f"{prefix}{seed:06d}.png")
+
+
+# ---- files -------------------------------------------------------------------------------------
+def to_uint8(x):
+    """[-1, 1] -> floor(127.5 x + 128) in 0..255, the rounding of EDM and ECT. DataError for NaN, infinity."""
+    if not x.isfinite().all():
+        raise DataError("samples are not finite; their net has diverged, try a smaller --lr, another --out")
+    return (x.float() * 127.5 + 128).clamp(0, 255).byte()     # trap: without clamp 256 becomes 0
+
+
+def stamp(images):
+    """A text that changes when the images do, a uint8 tensor."""
+    return f"{len(images)} images, crc32 {zlib.crc32(images.numpy()):08x}"
+
+
+def to_float(images, device):
+    """uint8 (B, C, H, W) -> [-1, 1], channels_last, on device."""
+    x = images.to(device, non_blocking=True).float() / 127.5 - 1
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def sha256(file):
+    """Hexadecimal sum of a file; "" for a folder."""
+    if not os.path.isfile(file):
+        return ""
+    with open(file, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def write_whole(path, write):
+    """write(file) under a temporary name, flushed, renamed. DataError if the disk does not take it."""
+    try:
+        with open(path + ".tmp", "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path + ".tmp", path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.remove(path + ".tmp")
+        raise DataError(f"{path}: cannot be written ({error}); free some space and run again") from error
+
+
+def fetch(urls, expected="", remedy=""):
+    """Path of a file in $CMT_CACHE or ~/.cache/cmt; else downloaded to a temporary name, checked, renamed.
+
+    Processes that miss it at the same time wait for the first. DataError names urls, file, sums and remedy.
+    """
+    cache = os.environ.get("CMT_CACHE") or os.path.expanduser("~/.cache/cmt")
+    path, problems = os.path.join(cache, os.path.basename(urls[0])), {}
+    if os.environ.get("CMT_OFFLINE") == DRY and not os.path.exists(path):
+        return say(f"to download: {urls[0]} -> {path}")
+    temporary = f"{path}.{os.getpid()}"
+    with blame(f"{cache}, set $CMT_CACHE to a folder of yours"):
+        os.makedirs(cache, exist_ok=True)
+        folder = os.open(cache, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)                   # trap: eight processes would download eight copies
+    for url in urls if not os.path.exists(path) else ():
+        try:
+            if os.environ.get("CMT_OFFLINE"):
+                raise OSError("CMT_OFFLINE is set")
+            with urllib.request.urlopen(url, timeout=60) as page, open(temporary, "wb") as file:
+                file.write(page.read())                  # trap: in pieces, a connection cut short is no error
+            if expected and sha256(temporary) != expected:
+                raise OSError(f"what came has sha256 {sha256(temporary)}")
+            os.replace(temporary, path)
+            break
+        except (OSError, http.client.HTTPException) as error:
+            problems.setdefault(str(error))              # a cause once
+            with contextlib.suppress(OSError):
+                os.remove(temporary)
+    os.close(folder)
+    if not os.path.exists(path):
+        raise DataError(f"no {path} (sha256 {expected or 'not published'}), no download from "
+                        f"{' or '.join(urls)} ({', '.join(problems)}): {remedy or 'save it there'}")
+    if expected and sha256(path) != expected:
+        raise DataError(f"{path}: sha256 is {sha256(path)}, not {expected}; delete it or {remedy}")
+    return path
+
+
+def open_picture(file, label, exif=True):
+    """A picture, by its path or bytes, as a person sees it: uint8 (H, W, C), C = 1 or 3.
+
+    Transparency lies over white, 16 bits become 8, an animation is its first frame; colour profiles are not
+    applied. exif: turned upright as the camera noted. DataError begins with label.
+    """
+    file = io.BytesIO(file) if isinstance(file, bytes) else file
+    with blame(label), Image.open(file, formats=FORMATS) as image:
+        mode, grey = image.mode, image.mode in ("1", "L", "LA")
+        # trap: Pillow compares such a transparent colour with pixels of 8 bits; in a TIFF, 0 may be white
+        odd = "transparency" in image.info and image.tile[0][3] in ("L;2", "L;4", "I;16B", "RGB;16B") \
+            or mode.startswith("I;16") and getattr(image, "tag_v2", {}).get(262) == 0
+        if exif:
+            ImageOps.exif_transpose(image, in_place=True)
+        if not odd and (mode.startswith("I;16") or mode == "I" and image.format in ("PNG", "PPM")):
+            return ((np.asarray(image).astype(int) + 128) // 257).astype(np.uint8)[..., None]
+        if odd or not grey and mode not in ("P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"):
+            raise DataError(f"{label}: this kind of mode {mode} is not read; save it as an 8-bit RGB PNG")
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return np.array(image.convert("L" if grey else "RGB")).reshape(image.height, image.width, -1)
+
+
+def walk(folder, below="", above=()):
+    """Names of the files in a folder; links are followed, but not in circles, and must lead somewhere."""
+    real = os.path.realpath(folder)
+    for entry in list(os.scandir(folder)) if real not in above else ():
+        if entry.is_symlink() and not entry.name.startswith(".") and not os.path.exists(entry.path):
+            raise DataError(f"{entry.path}: a link that leads nowhere; mend or remove it")
+        if entry.is_dir():
+            yield from walk(entry.path, f"{below}{entry.name}/", (*above, real))
+        else:
+            yield below + entry.name
+
+
+def members(path):
+    """(names, root) of the files in a folder or .zip; root.joinpath(name).read_bytes() reads one."""
+    if os.path.isdir(path):
+        return list(walk(path)), pathlib.Path(path)
+    if os.stat(path) and not path.lower().endswith(".zip"):
+        raise DataError(f"{path}: no images; expected a folder or .zip of pictures, .npz, .npy or .png sheet")
+    root = zipfile.Path(path)
+    names = [name for name in root.root.namelist() if not name.endswith("/")]
+    if odd := [name for name, n in collections.Counter(names).items() if n > 1 or "\\" in name]:
+        raise DataError(f"{path}: {odd[0]!r} is there twice or has a backslash; unpack it, and zip it again")
+    return names, root
+
+
+def list_pictures(path, endings=PICTURES):
+    """(names, read) of the pictures of a folder or .zip, sorted; read(name, exif=True) as open_picture.
+
+    Hidden files and other endings are left out and counted in a line. Of an .npy, read gives its array.
+    """
+    with blame(path):
+        files, root = members(path)
+    names = sorted({n for n in files if n.lower().endswith(endings) and not HIDDEN.search(n)})
+    left = sorted(n for n in set(files) - set(names) if os.path.basename(n) != "dataset.json")
+    kind = "pictures" if endings == PICTURES else ", ".join(endings)
+    text = f"{len(left)} files that are hidden or no {kind}, such as {left[:3]}" if left else ""
+    if not names:
+        mend = "name the folder or .zip that does" if endings == PICTURES else \
+            "of pictures --stage encode --source FOLDER makes latents"
+        raise DataError(f"{path}: holds no {', '.join(endings)}{text and '; '}{text}; {mend}")
+    if left:
+        say(f"{path}: {len(names)} pictures; left out: {text}")
+
+    def read(name, exif=True):
+        with blame(label := os.path.join(path, name)):
+            data = root.joinpath(name).read_bytes()
+            return load_array(io.BytesIO(data)) if name.endswith(".npy") else open_picture(data, label, exif)
+    return names, read
+
+
+PARSING = threading.Lock()
+
+
+def load_array(file):
+    """np.load for threads, of finite numbers."""
+    with PARSING:                     # trap: numpy parses headers by `ast`, which two threads can break
+        array = np.load(file)
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise ValueError("it holds NaN or infinity")
+    return array
+
+
+def read_labels(path, names):
+    """(labels int64 (N,), classes) of these pictures of a folder or .zip, or None; a line says which.
+
+    By EDM's dataset.json, at the root or the only one elsewhere: {"labels": [[name, 0], ...]}, null for none.
+    Else by folders as in torchvision: one level, sorted; those without pictures take no number. DataError
+    unless every picture has one label, and the labels are 0, 1, 2, ... without a gap.
+    """
+    with blame(path):
+        files, root = members(path)
+        lists = [n for n in files if os.path.basename(n) == "dataset.json" and not HIDDEN.search(n)]
+        lists.sort(key=len)                              # one at the root comes first
+        if lists[1:] and lists[0] != "dataset.json":
+            raise DataError(f"{path}: which is meant, {lists[0]} or {lists[1]}? Put it at the root")
+    source = os.path.join(path, lists[0]) if lists else path
+    with blame(source):
+        if lists:
+            listed = json.loads(root.joinpath(lists[0]).read_bytes())["labels"]
+            if listed is None:
+                return say(f"{source}: no labels, it holds null")
+            given = {os.path.join(os.path.dirname(lists[0]), name): label for name, label in listed}
+            if len(given) < len(listed):
+                raise DataError(f"{source}: {len(listed) - len(given)} pictures have a second label")
+            left, kind = sorted(given.keys() - set(names)), "labels of absent pictures"
+        else:
+            classes = {folder: k for k, folder in enumerate(sorted(set(map(os.path.dirname, names))))}
+            last, kind = max(classes), "folders without pictures"
+            top = os.path.dirname(last)
+            if len(classes) == 1:
+                return say(f"{path}: no labels, no dataset.json, and all pictures in one folder")
+            if odd := [folder for folder in classes if folder == top or os.path.dirname(folder) != top]:
+                raise DataError(f"{path}: pictures lie in {odd[0]!r} and in {last!r}; classes are folders "
+                                "side by side; move the pictures, or list them in a dataset.json")
+            given = {name: classes[os.path.dirname(name)] for name in names}
+            inside = [os.path.join(top, d.name) for d in root.joinpath(top).iterdir() if d.is_dir()]
+            left = sorted(d for d in inside if d not in classes and not HIDDEN.search(d + "/"))
+        if wrong := [n for n in names if type(given.get(n)) is not int or given[n] < 0]:
+            raise DataError(f"{source}: no label for {wrong[0]} (found {given.get(wrong[0])!r:.40}), nor for "
+                            f"{len(wrong) - 1} others; labels are 0, 1, 2, ...")
+        labels = [given[n] for n in names]
+        counts = collections.Counter(labels)
+        if set(counts) != set(range(len(counts))):
+            raise DataError(f"{source}: {len(counts)} labels from {min(counts)} to {max(counts)}; renumber "
+                            f"them 0 to {len(counts) - 1}, without a gap")
+        text = f"; left out: {len(left)} {kind}, such as {left[0]!r}" if left else ""
+        least, most = min(counts.values()), max(counts.values())
+        names = "" if lists else f": {', '.join(map(os.path.basename, [*classes][:10]))}"
+        say(f"{source}: {len(counts)} classes of {least} to {most} pictures{names}{text}")
+        return torch.tensor(labels), len(counts)
+
+
+def in_batches(items, batch, what):
+    """Yields the items, `batch` at a time; every ten seconds the first process says how far they are."""
+    start = told = time.time()
+    for i in range(0, len(items), batch):
+        yield items[i:i + batch]
+        done, now = min(i + batch, len(items)), time.time()
+        if processes()[0] == 0 and now > told + 10:
+            told, left = now, duration((now - start) * (len(items) / done - 1))
+            show(f"{done:,}/{len(items):,} {what}, {left} left", sys.stderr)
+
+
+def check_pictures(names, read, label):
+    """Reads every picture once, in threads. Returns "N images, crc32 X", X of shapes and pixels in order.
+
+    DataError names the first three that cannot be read and counts them.
+    """
+    def checksum(name):
+        try:
+            image = np.ascontiguousarray(read(name))
+        except DataError as error:
+            return error
+        return zlib.crc32(image, zlib.crc32(repr(image.shape).encode()))
+    with ThreadPoolExecutor() as pool:
+        parts = in_batches(names, 256, f"pictures of {label} read")
+        sums = [answer for part in parts for answer in pool.map(checksum, part)]
+    if bad := [error for error in sums if isinstance(error, DataError)]:
+        first = "; ".join(map(str, bad[:3]))
+        raise DataError(f"{first}; {len(bad)} of {len(names)} pictures cannot be used: mend or remove them")
+    return f"{len(names)} images, crc32 {zlib.crc32(np.array(sums, '<u4')):08x}"
+
+
+def listing(path, names):
+    """{name: [size, times of its content and its name]} in a folder, {name: [size, CRC]} in a .zip."""
+    if os.path.isfile(path):
+        with zipfile.ZipFile(path) as file:
+            return {name: [file.getinfo(name).file_size, file.getinfo(name).CRC] for name in names}
+    with ThreadPoolExecutor() as pool:
+        stats = pool.map(lambda name: os.stat(os.path.join(path, name)), names)
+        return {name: [s.st_size, s.st_mtime_ns, s.st_ctime_ns] for name, s in zip(names, stats)}
+
+
+def check_once(path, names, read, note):
+    """check_pictures by the first process for all: read(k) of every k, a place in names, the files of path.
+
+    Its answer is kept in the file `note`, as long as names, sizes and times (in a .zip: CRCs) are the same.
+    DataError in a process that sees other names than the first (in a .zip: or other CRCs).
+    """
+    mine = zlib.crc32(repr(listing(path, names) if os.path.isfile(path) else names).encode())
+
+    def check():
+        seen = f"{zlib.crc32(repr(listing(path, names)).encode()):08x} "
+        answer = pathlib.Path(note).read_text() if os.path.exists(note) else ""
+        if not answer.startswith(seen):
+            answer = seen + check_pictures(range(len(names)), read, path)
+            if KEEP:
+                os.makedirs(os.path.dirname(note), exist_ok=True)
+                pathlib.Path(note).write_text(answer)
+        return mine, answer.partition(" ")[2]
+    first, answer = from_first(check)
+    if mine != first:
+        raise DataError(f"{path} holds other files here than in process 0; all nodes must share --data")
+    return answer
+
+
+def tiles(path):
+    """Sheet of grey 8x8 tiles -> those that are not blank, uint8 (n, 8, 8, 1), and the row of each (n,)."""
+    sheet = open_picture(path, path)
+    if sheet.shape[0] % 8 or sheet.shape[1] % 8 or sheet.shape[2] != 1:
+        raise DataError(f"{path}: {sheet.shape} is no sheet of grey 8x8 tiles; for images name a folder")
+    grid = sheet.reshape(sheet.shape[0] // 8, 8, -1, 8, 1).swapaxes(1, 2)
+    rows, columns = grid.any((2, 3, 4)).nonzero()        # trap: the blank tiles that fill a row are no digits
+    return grid[rows, columns], rows
+
+
+def array_images(path):
+    """Images of a .npy, or arr_0 or images of an .npz: uint8 (N, H, W, C) or (N, C, H, W) -> (N, H, W, C)."""
+    array = np.load(path, mmap_mode="r")
+    if path.lower().endswith(".npz"):
+        array = next((array[key] for key in ("arr_0", "images") if key in array), np.zeros(()))
+    if array.ndim == 4 and array.shape[3] not in (1, 3):
+        array = array.transpose(0, 2, 3, 1)
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] not in (1, 3):
+        raise DataError(f"{path}: neither mu and sigma nor uint8 images (N, H, W, C) as arr_0 or images")
+    return array
+
+
+def image_source(path):
+    """(names, read) of a path that holds images: read(name) -> uint8 (H, W, C)."""
+    kind = os.path.splitext(path)[1].lower()
+    if os.path.isdir(path) or kind not in (".npy", ".npz", ".png"):
+        return list_pictures(path)
+    array = tiles(path)[0] if kind == ".png" else array_images(path)
+    return range(len(array)), array.__getitem__
+
+
+def read_images(path, batch=64, rank=0, world=1):
+    """Yields images rank, rank + world, ... of a folder, .zip, .npz, .npy, .png sheet as uint8 (b, C, H, W).
+
+    All must have one size. DataError names the file.
+    """
+    with blame(path):
+        names, read = image_source(path)
+        shape = read(names[0]).shape
+    for some in in_batches(names[rank::world], batch, f"images of {path} read"):
+        images = [read(name) for name in some]
+        for name, image in zip(some, images):
+            if image.shape != shape:
+                raise DataError(f"{path}: {name} is {image.shape}, but {names[0]} is {shape} (H, W, C); "
+                                "make all of one size")
+        yield torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+
+
+class Inert(list):
+    """Stands for a global of a pickle and for what it makes: the arguments and the state, nothing is run."""
+    __slots__ = ()
+
+    def __call__(self, *args):
+        return Inert(args)
+
+    def __setstate__(self, state):
+        self.extend(state)
+
+
+class ArrayUnpickler(pickle.Unpickler):
+    """Reads numbers, text, containers and numpy arrays (as Inert); refuses every other global by its name."""
+    ALLOWED = {("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"),
+               ("numpy", "ndarray"), ("numpy", "dtype")}
+
+    def find_class(self, module, name):
+        if (module, name) not in self.ALLOWED:           # trap: the stock one imports what the file names
+            raise DataError(f"refused {module}.{name}: only numbers and numpy arrays are read from a .pkl")
+        return Inert()
+
+
+def float_array(inert):
+    """What numpy's _reconstruct would have made of it, when its elements are floats: float64 (shape)."""
+    *_, shape, dtype, fortran, data = inert
+    if dtype[4] + dtype[0] not in ("<f4", "<f8"):
+        raise ValueError(f"array of {dtype[4]}{dtype[0]} where floats were expected")
+    return np.frombuffer(data, dtype[0]).reshape(shape, order="CF"[fortran]).astype(np.float64)
+
+
+def read_statistics(path):
+    """Reference of an .npz (mu, sigma, maybe n, protocol: EDM, ADM, ours) or of EDM2's .pkl (its "fid")."""
+    with blame(path):
+        if path.endswith(".pkl"):
+            with open(path, "rb") as file:
+                stats = ArrayUnpickler(file).load()
+            mu, cov = float_array(stats["fid"]["mu"]), float_array(stats["fid"]["sigma"])
+            n, features = stats["num_images"], ""
+        else:
+            with np.load(path) as file:
+                mu, cov = file["mu"].astype(np.float64), file["sigma"].astype(np.float64)
+                n, features = file.get("n", 0), str(file.get("protocol", ""))
+        if mu.ndim != 1 or cov.shape != mu.shape * 2:
+            raise DataError(f"{path}: mu is {mu.shape} and sigma {cov.shape}; expected (D,) and (D, D)")
+        return Reference(torch.from_numpy(mu), torch.from_numpy(cov), int(n), features, path, sha256(path))
+
+
+def save_statistics(path, reference):
+    """Writes a Reference as .npz (mu, sigma, n, protocol)."""
+    mu, cov, n, features, *_ = reference
+    write_whole(path, lambda file: np.savez(file, mu=mu.cpu(), sigma=cov.cpu(), n=n, protocol=features))
+
+
+def load_reference(name):
+    """Reference of a name in REFERENCES, downloaded to the cache once, or of a file of statistics."""
+    if name in REFERENCES and not os.path.exists(name):
+        name = fetch([REFERENCES[name]], remedy="save a copy of it there, or give the path of a copy")
+    return read_statistics(name)
+
+
+def image_shape(path, res=0):
+    """(H, W, C) of the images that load_images reads, by the first of them."""
+    with blame(path):
+        names, read = image_source(path)
+        return (res, res, 3) if res else read(names[0]).shape
+
+
+def load_images(path, res=0):
+    """Images of a folder, .zip or .npz, uint8 (N, C, H, W), whole in memory.
+
+    res > 0: the middle square of each, RGB, LANCZOS to res, none smaller. Else all must have one size.
+    """
+    shape = image_shape(path, res)
+    names, read = image_source(path)
+    images, others = np.empty((len(names), shape[2], *shape[:2]), np.uint8), []
+
+    def keep(k):
+        image = read(names[k])
+        h, w, _ = image.shape
+        if min(h, w) < res:
+            raise DataError(f"{path}: {names[k]} is {w}x{h}, too small for --res {res} (pass a smaller one)")
+        image = np.asarray(square(rgb(image), res)) if res else image
+        if image.shape == shape:
+            images[k] = image.transpose(2, 0, 1)
+        else:
+            others.append((min(h, w), names[k], image.shape))
+        return image
+    check_pictures(range(len(names)), keep, path)
+    if others:
+        side, name, size = min(others)
+        side = min(side, *shape[:2])
+        fits = max((res for res in (16, 32, 64) if res <= side), default=side)
+        raise DataError(f"{path}: {len(others)} of {len(names)} pictures are not {shape} (H, W, C) as "
+                        f"{names[0]}; {name} is {size}; pass --res {fits}, which crops and resizes all")
+    return torch.from_numpy(images)
+
+
+def read_cifar(path, md5):
+    """The 50,000 training images in cifar-10-python.tar.gz, not unpickled: the pixels lie in one piece."""
+    found = hashlib.md5(pathlib.Path(path).read_bytes()).hexdigest()
+    if found != md5:
+        raise DataError(f"{path}: md5 is {found}, expected {md5}; delete it to download it again")
+    marker = b"T" + (10_000 * 3072).to_bytes(4, "little")          # BINSTRING and its length
+    with tarfile.open(path) as tar:
+        raw = [tar.extractfile(f"cifar-10-batches-py/data_batch_{i}").read() for i in range(1, 6)]
+    pixels = b"".join(r[(i := r.index(marker) + 5):i + 10_000 * 3072] for r in raw)
+    return torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(-1, 3, 32, 32)
+
+
+def prefetch(name, must=True):
+    """Downloads what a score of data of this name needs: before hours of training, not after.
+
+    Returns whether something is missing: a DataError, or a warning where must is False.
+    """
+    wanted, problems = [(INCEPTION_URLS, INCEPTION_SHA256)], []
+    wanted += [([REFERENCES[name]], "")] if name in REFERENCES else []
+    for urls, expected in wanted:
+        try:
+            fetch(urls, expected, "save a copy of it there")
+        except DataError as error:
+            problems.append(str(error))
+    if problems and must:
+        raise DataError("; ".join(problems))
+    if problems:
+        say(f"warning: pictures will be drawn, but not scored: {'; '.join(problems)}")
+    return bool(problems)
+
+
+# ---- images to train on ------------------------------------------------------------------------
+def rgb(pixels):
+    """uint8 (H, W, 1 or 3) -> a Pillow image in RGB, as crop and square take it."""
+    return Image.fromarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
+
+
+def crop(image, res):
+    """Centre crop of ADM and EDM2: halve (BOX) while twice too large, BICUBIC to res. RGB in, RGB out."""
+    while min(image.size) >= 2 * res:
+        image = image.resize(tuple(n // 2 for n in image.size), Image.BOX)
+    scale = res / min(image.size)
+    image = image.resize(tuple(round(n * scale) for n in image.size), Image.BICUBIC)
+    left, top = (image.width - res) // 2, (image.height - res) // 2
+    return image.crop((left, top, left + res, top + res))
+
+
+def square(image, res):
+    """The middle square, LANCZOS to res (U-ViT; own images). RGB in, RGB out."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side)).resize((res, res), Image.LANCZOS)
+
+
+def ahead(read, items, threads=1, more=1):
+    """Yields read(item) of each of the items, in order; by then threads have begun to read `more`."""
+    waiting = collections.deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for item in items:
+            waiting.append(pool.submit(read, item))
+            if len(waiting) > more:
+                yield waiting.popleft().result()
+        yield from (one.result() for one in waiting)
+
+
+def read_ahead(read, batches):
+    """Yields uint8 (B, C, H, W) of each batch of names: read(name) by threads, two batches in advance."""
+    threads = max(2, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    names = (name for batch in batches for name in batch)
+    images = ahead(read, names, threads, 2 * max(map(len, batches), default=0))
+    for batch in batches:
+        yield torch.from_numpy(np.stack([next(images) for _ in batch])).permute(0, 3, 1, 2)
+
+
+# ---- encode ------------------------------------------------------------------------------------
+SHARD = 1024                         # pictures in a shard: what a kill can cost each process
+
+
+def write_json(path, content):
+    """A JSON file, whole or not there."""
+    write_whole(path, lambda file: file.write(json.dumps(content).encode()))
+
+
+def last_part(value):
+    """What two records are compared by: of "NAME, crc32 X", an encoder or pictures, the sum alone."""
+    return str(value).rpartition(", ")[2]
+
+
+def difference(old, new):
+    """What has changed between two contents of begun.json, in words; "" if nothing has."""
+    was, now = old["pictures"], new["pictures"]
+    changes = dict(added=now.keys() - was, removed=was.keys() - now,
+                   changed=[name for name in was if now.get(name, was[name])[:2] != was[name][:2]])
+    texts = [f"{len(names)} pictures {how}, such as {min(names)}" for how, names in changes.items() if names]
+    was, now = old["record"], new["record"]
+    texts += [f"{key} was {was.get(key)}, now {now[key]}" for key in now
+              if last_part(was.get(key)) != last_part(now[key])]
+    return "; ".join(texts)
+
+
+def begin_encode(folder, record, source, names, read, size):
+    """Begins to encode pictures into a folder, or goes on, for all processes: their record.
+
+    record: a dict of all that the result depends on, settings and encoders. folder/begun.json keeps it with
+    the size and time of each of the names in source; what was begun with others: exit code 2. First all
+    pictures are read, read(name): a damaged one is met before hours of work, and the record gets their
+    checksum. DataError names such a picture, or a disk without room for `size` bytes.
+    """
+    def begin():
+        begun, there = f"{folder}/begun.json", os.listdir(folder) if os.path.isdir(folder) else []
+        there = set(there) - {"begun.json.tmp"}       # trap: a kill may leave it alone
+        new = dict(record=dict(record, shard=SHARD), pictures=listing(source, names))
+        if is_begun := os.path.exists(begun):
+            with blame(begun), open(begun) as file:
+                old = json.load(file)
+                changes = difference(old, new)
+            if changes:
+                fail(2, f"{folder} was begun with other data: {changes}; delete it, or name another --data")
+            new = old
+        elif there:
+            fail(2, f"{folder} is not ours, it holds {min(there)}; name another --data")
+        os.makedirs(folder, exist_ok=True)
+        missing = size - sum(entry.stat().st_size for entry in os.scandir(folder))
+        if missing > (free := shutil.disk_usage(folder).free):
+            raise DataError(f"{folder}: {missing / 1e9:.3g} GB needed, its disk has {free / 1e9:.3g} left")
+        if not is_begun:
+            new["record"]["pictures"] = check_pictures(names, read, source)
+            write_json(begun, new)
+        return new["record"]
+    return from_first(begin)
+
+
+@torch.no_grad()
+def encode_shards(folder, arrays, names, read, encode, batch):
+    """Pictures -> shards of arrays, in the order of names; processes share them and leave when all are there.
+
+    read(name): uint8 (H, W, C); encode(uint8 (B, C, H, W)) -> a tensor (B, ...) for each of the arrays. Shard
+    k is folder/<array><k>.npy for each, renamed when it is whole: a killed run goes on. batch: how many are
+    encoded at a time, 0 = a shard. A line every ten seconds.
+    """
+    (rank, world), group, batch = processes(), patient_group(), batch or SHARD
+
+    def files(k):
+        return [f"{folder}/{array}{k:05d}.npy" for array in arrays]
+    todo = [k for k in range(-(-len(names) // SHARD)) if not all(map(os.path.exists, files(k)))]
+    if group:
+        dist.barrier(group)              # trap: what a fast process writes would shorten a slow one's list
+    shards = {k: names[k * SHARD:(k + 1) * SHARD] for k in todo[rank::world]}
+    batches = [(k, part[i:i + batch]) for k, part in shards.items() for i in range(0, len(part), batch)]
+    rows, left, done, told = [], sum(map(len, shards.values())), 0, (start := time.time())
+    for (k, part), images in zip(batches, read_ahead(read, [part for _, part in batches])):
+        rows.append([array.cpu().numpy() for array in encode(images)])
+        done, left = done + len(part), left - len(part)
+        if part[-1] == shards[k][-1]:
+            for file, parts in zip(files(k), zip(*rows)):
+                write_whole(file, lambda f: np.save(f, np.concatenate(parts)))
+            rows = []
+        if rank == 0 and (time.time() > told + 10 or not left):
+            told, rate = time.time(), done / (time.time() - start)
+            show(f"{folder}: {done:,}/{done + left:,} pictures{' of process 0' * (world > 1)}, "
+                 f"{rate:,.0f} a second, {left / rate / 60:.1f} min left", sys.stdout)
+    if group:
+        dist.barrier(group)
+
+
+def write_zip(file, parts, record, labels):
+    """EDM2's zip of the shards in the folder `parts`: an .npy or .png for each image, and dataset.json."""
+    names = []
+    with zipfile.ZipFile(file, "w") as z:
+        for part in sorted(name for name in os.listdir(parts) if name.endswith(".npy")):
+            for image in np.load(f"{parts}/{part}", mmap_mode="r"):
+                i, buffer = len(names), io.BytesIO()
+                if image.dtype == np.uint8:
+                    picture = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
+                    picture.save(buffer, format="PNG", compress_level=0)
+                    names.append(f"{i // 1000:05d}/img{i:08d}.png")
+                else:
+                    np.save(buffer, image)
+                    names.append(f"{i // 1000:05d}/img-mean-std-{i:08d}.npy")
+                z.writestr(names[-1], buffer.getvalue())
+        z.writestr("dataset.json", json.dumps({"labels": list(zip(names, labels)), "made_of": record}))
+
+
+def made_of(path):
+    """The record of an encoded folder or .zip: what it was made of, and by which encoders. Else {}."""
+    files = [f"{path}/index.json", f"{path}/dataset.json"] if os.path.isdir(path) else [path]
+    file = next(filter(os.path.isfile, files), "")
+    return read_record(file, os.stat(file).st_mtime_ns) if file.endswith((".json", ".zip")) else {}
+
+
+def encoder_of(path, kind, load, name, device):
+    """load(name, device), without a name of what made the data at path; exit code 2 if another made them."""
+    made, _, stamp = made_of(path).get(kind, "").rpartition(", ")
+    encoder = load(name or made, device)
+    if stamp and not encoder.identity.endswith(stamp):
+        fail(2, f"{path} was made by the {kind} {made}, {stamp}, not by {encoder.identity}; pass that one")
+    return encoder
+
+
+@functools.cache
+def read_record(file, when):
+    """made_of's answer, read once from a file that was written at `when`."""
+    with blame(file):
+        if file.endswith("index.json"):
+            return json.loads(pathlib.Path(file).read_bytes())
+        root = pathlib.Path(file) if file.endswith(".json") else zipfile.Path(file, "dataset.json")
+        return json.loads(root.read_bytes()).get("made_of", {}) if root.exists() else {}
+
+
+# ---- pictures with words -----------------------------------------------------------------------
+NAMES = dict(teacher="teacher", mid="after mid-training", post="after post-training")
+STAGES = dict(mid="mid-training", post="post-training", pretrain="pre-training", vgg="VGG")
+WIDE = 1_800                                             # pixels of a sheet
+INKS = {"alone|scratch": "#c0392b", "flow": "#8e44ad", "mid|CMT": "#1f5fbf", "teacher|pre-": "#2e8b57",
+        "post": "#d98a00", "VGG": "#555555"}             # what a name speaks of: its colour in every chart
+
+
+def headed(caption):
+    """(heading, what stands below): the first line of several, and the rest, signed by the script at work."""
+    heading, _, below = caption.partition("\n") if "\n" in caption else ("", "", caption)
+    return heading, below + f" By {MADE_BY.partition(' ')[0]}." * bool(MADE_BY)
+
+
+def plain(text):
+    """Text as Pillow's bundled font can write it: without accents, and a question mark for other letters."""
+    letters = (c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    return "".join(letters).encode("ascii", "replace").decode()
+
+
+def boxed(text, wide, font):
+    """(text in lines of so many pixels or fewer, its width, its height): nothing is cut."""
+    def lines(letters):
+        wrap = functools.partial(textwrap.wrap, width=letters, break_on_hyphens=False)
+        return [line for part in plain(text).split("\n") for line in wrap(part) or [""]]
+    letters = len(text) + 1
+    while letters > 1 and max(map(font.getlength, lines(letters))) > wide:
+        letters -= 1
+    n = len(lines(letters))
+    while n < 4 and letters > 1 and len(lines(letters - 1)) == n:         # no word alone on the last of few
+        letters -= 1
+    text = "\n".join(lines(letters))
+    return text, *ImageDraw.Draw(Image.new("L", (1, 1))).multiline_textbbox((0, 0), text, font)[2:]
+
+
+def save_sheet(path, rows, caption, header=(), breaks=()):
+    """Rows of images with words around them -> one PNG, WIDE pixels wide or wider.
+
+    rows: a list of (label, images (n, C, H, W) in [-1, 1]); the label stands at the left. Small images are
+    enlarged, smoothly; of latents (4 channels) three are shown. header: texts above the columns, the first
+    one above the labels. caption: a heading, a newline, sentences below. breaks: after so many rows, a gap.
+    """
+    n, (h, w) = max(len(x) for _, x in rows), rows[0][1].shape[-2:]
+    em = max(32, n * w // 60)                            # letters grow with the sheet
+    font, gap = ImageFont.load_default(em), em // 4
+    labels = [boxed(label, 13 * em, font) for label, _ in rows]
+    corner, *_ = heads = [boxed(text, 8 * em, font) for text in header] or [("", 0, 0)]
+    left = max(width for _, width, _ in (corner, *labels)) + 4 * gap
+    zoom = max(1, min(192 // w, -((left + n * gap - WIDE) // (n * w))))
+    zoom = max([zoom, *(width // w for _, width, _ in heads[1:])])
+    cell = max([w * zoom, *(width + 3 * gap for _, width, _ in heads[1:])]) + gap
+    caption += f" Images of {w}x{h} pixels, enlarged and smoothed." * (zoom > 3 and rows[0][1].shape[1] != 4)
+    title, words = headed(caption)
+    wide, large = max(WIDE, left + n * cell) - 4 * gap, ImageFont.load_default(em * 3 // 2)
+    title, words = boxed(title, wide, large), boxed(words, wide, font)
+    top = title[2] + 4 * gap * bool(title[0]) + max(height for *_, height in heads) + 3 * gap
+    heights = [max(h * zoom, height) + gap for *_, height in labels]
+    heights = [height + 4 * gap * (k in breaks) for k, height in enumerate(heights, 1)]
+    width = max(WIDE, left + n * cell + gap, title[1] + 4 * gap, words[1] + 4 * gap)
+    mode = "L" if all(x.shape[1] == 1 for _, x in rows) else "RGB"
+    picture = Image.new(mode, (width, top + sum(heights) + words[2] + 5 * gap), "white")
+    write, y = functools.partial(ImageDraw.Draw(picture).multiline_text, fill="black", font=font), top
+    write((2 * gap, 2 * gap), title[0], font=large)
+    write((2 * gap, top - gap), corner[0], anchor="ld")
+    for k, (text, *_) in enumerate(heads[1:]):
+        write((left + k * cell + w * zoom // 2, top - gap), text, anchor="md", align="center")
+    for (text, _, high), (_, images), height in zip(labels, rows, heights):
+        x = images.float().cpu()
+        x = x[:, :3] / (2 * x.std() + 1e-9) if x.shape[1] == 4 else x.expand(-1, 3, -1, -1)
+        write((2 * gap, y + max(h * zoom, high) // 2), text, anchor="lm")
+        for k, image in enumerate(to_uint8(x).permute(0, 2, 3, 1).numpy()):
+            image = Image.fromarray(image).convert(mode)
+            picture.paste(image.resize((w * zoom, h * zoom), Image.Resampling.BICUBIC), (left + k * cell, y))
+        y += height
+    write((2 * gap, y + gap), words[0])
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    write_whole(path, lambda file: picture.save(file, format="PNG", compress_level=1))   # else slow
+
+
+def save_seeds(path, images, seeds, caption, header=(), columns=16):
+    """A sheet of the images of these seeds, fewer if they are; header: as that of save_sheet."""
+    rows, columns, step = [], len(header[1:]) or columns, getattr(seeds, "step", 1)
+    every = f" by {step}" * (step > 1)
+    for k, row in enumerate(images.split(columns)):
+        mine = seeds[columns * k:columns * k + len(row)]
+        rows.append((f"seeds {mine[0]} to {mine[-1]}{every}", row))
+    save_sheet(path, rows, caption, header)
+
+
+def called(name):
+    """What a net is called in pictures; post-training goes on from mid-training where this run has one."""
+    both = name == "post" and os.path.exists(f"{OUT}/mid.pt")
+    return "mid- and post-training" if both else NAMES.get(name, name)
+
+
+def net_label(name, steps, table=(), sep="\n"):
+    """What a row of a sheet is called: net, steps (0: none), and its score where the table has one."""
+    if not steps:
+        return name
+    rows = (row for row in table if row["stage"].split(",")[0] == name)
+    found = (f", {key.partition(' ')[2]} {value}" for row in rows for key, value in row.items()
+             if key.startswith(f"{steps}-step "))
+    return f"{called(name)}{sep}{steps} step{'s' * (steps > 1)}{''.join(found)}"
+
+
+def breaks_between(nets):
+    """The places in a list of names where another one begins: breaks of save_sheet."""
+    return [k for k in range(1, len(nets)) if nets[k] != nets[k - 1]]
+
+
+def about(cfg, found):
+    """For a caption: by which seed these nets were made, and how large they are; found: (name, net, ...)."""
+    sizes = {"teacher" if name == "teacher" else "students":              # frozen weights are buffers
+             sum(p.numel() for p in (*net.parameters(), *net.buffers())) for name, net, *_ in found}
+    sizes = ", ".join(f"{name} {n / 1e6:.2f}M" for name, n in sizes.items())
+    text = f" Seed {cfg.seed}; parameters: {sizes}."
+    for net in [net for name, net, *_ in found if name == "teacher"]:
+        jumps = getattr(net, "r_embedder", None) is not None
+        text += f" The teacher {'is a Mean Flow, which jumps, too' if jumps else 'needs many steps'}."
+    return text
+
+
+def scores_of(table):
+    """The distances in a table of scores, as text: {net: {steps: score}}; of two rows of a net the later."""
+    return {row["stage"].partition(",")[0]: {key.partition("-")[0]: value for key, value in row.items()
+                                             if "-step F" in key and value[:1].isdigit()} for row in table}
+
+
+def worse_in(scores, before, after):
+    """The steps in which a net scores worse than the one before it; scores: of scores_of."""
+    was, mine = scores.get(before, {}), scores.get(after, {})
+    return [k for k in mine if k in was and float(mine[k].split()[0]) > float(was[k].split()[0])]
+
+
+def in_short(table):
+    """A table of scores in a line: students in one step, the teacher in its many; "" where no student has."""
+    scores = scores_of(table)
+    measure = next((key.partition("-step ")[2] for row in table for key in row if "-step F" in key), "")
+    teacher = [f"teacher, {k} steps: {y}" for k, y in scores.pop("teacher", {}).items() if int(k) > 2]
+    ones = {name: found["1"] for name, found in scores.items() if "1" in found}
+    line = f"{measure} in 1 step: {', '.join(f'{called(name)} {one}' for name, one in ones.items())}"
+    if {"mid", "post"} <= {*ones}:
+        was, now = (float(ones[name].split()[0]) for name in ("mid", "post"))
+        how = "falls" if now < was else "rises" if now > was else "stays"
+        line = (f"{measure} in 1 step {how} from {ones['mid']} after mid-training to {ones['post']} after "
+                "post-training")
+    return "; ".join([line, *teacher]) + " (lower is better)" if ones else ""
+
+
+def fallen(table):
+    """Of a table of scores: a sentence for each stage that scores worse than the one before it."""
+    text, scores = "", scores_of(table)
+    for before, after in ("teacher", "mid"), ("mid", "post"):
+        if worse := worse_in(scores, before, after):
+            text += (f" Here {STAGES[after]} scores worse than {STAGES.get(before, 'its teacher')} in "
+                     f"{' and '.join(worse)} step{'s' * (worse != ['1'])}.")
+    return text
+
+
+def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
+    """<out>/stages.png: the same noises through every net. The scores are in it once the table has them.
+
+    shown: a list of (net, steps, images (n, C, H, W)). names: n texts, what is to be drawn: classes stand
+    above the columns; captions, which are long, at the left, and the nets above. words: end the caption.
+    """
+    if any("1-step FD-digits" in row for row in table):                  # scored: what is it to look like?
+        images, classes = digits()
+        numbers = [classes.tolist().index(k) for k in range(len(names))] or range(0, len(images), 150)
+        shown = [*shown, ("real digits", 0, to_float(images[numbers], "cpu"))]
+    labels = [net_label(name, steps, table) for name, steps, _ in shown]
+    rows, line, real = [*zip(labels, (x for *_, x in shown))], "column", "real digits" in labels
+    again = "; a second step may change the image" * any(steps == 2 for _, steps, _ in shown)
+    what = "class" if "".join(names).isdigit() else "caption"
+    header = names and [what, *("\n".join(name.rsplit(" ", 1)) for name in names)]    # "the digit\nzero"
+    breaks = breaks_between([name for name, *_ in shown])
+    if any(len(name) > 16 for name in names):
+        columns = torch.stack([x.cpu() for *_, x in shown], 1)
+        rows, header, line, breaks = [*zip(names, columns)], [what, *labels], "row", ()
+    title, _, words = words.rpartition("\n")
+    caption = (f"{title or in_short(table) or 'The same noises, drawn by every net'}\n"
+               f"A {line}: one noise for all nets{again}.{fallen(table)}\n"
+               "Mid-training: a student learns the ends of the teacher's trajectories; post-training: it "
+               "learns from images.")
+    caption += " Whether mid-training helps, a run with --mid none says." * any(n == "mid" for n, *_ in shown)
+    caption += (f"\nScores: Frechet distance of {samples:,} images to the data, by features of a net"
+                f"{'; of few it is off, mostly high' * (samples < 1_000)}.") * bool(table)
+    caption += " Half of the real digits is at 0.78 from the other half, random pixels at 119.5." * real
+    caption += (" Shows its digit: a classifier reads it as the caption's digit."
+                * any("shows its digit" in key for row in table for key in row)) + f"\n{words.strip()}"
+    alone = f"_{shown[0][0]}" * shown[0][0].startswith("init_")         # --init FILE: beside the run's own
+    save_sheet(f"{out}/stages{alone}.png", rows, caption, header, breaks)
+
+
+def save_trajectory(out, states, levels, nets, show=lambda x: x, names=()):
+    """<out>/trajectory.png: two trajectories of the teacher, and below each what all nets answer along it.
+
+    states (N+1, n, C, H, W) at levels (N+1,): sigma, or the time t of a flow; errors are means over all n.
+    nets: {name: f(x, levels) -> where it lands in one call}. show: a batch of states or answers -> images.
+    names: what each is to be.
+    """
+    wide = levels.clamp(min=1).to(states).view(-1, 1, 1, 1, 1)
+    moved = (states / wide).diff(dim=0).flatten(1).norm(dim=1).cumsum(0)     # of many states nine are shown
+    evenly = torch.searchsorted(moved, torch.linspace(0, moved[-1].item(), 9).to(moved)[1:-1]) + 1
+    n = len(states)
+    some = sorted({0, *evenly.tolist(), n - 1}) if n > 9 else range(n)
+    states, levels, wide = states[some], levels[some], wide[some]
+    apart = (states[-1] - states[-1].roll(1, 0)).square().mean().sqrt().item()
+    at = [(x, level.expand(len(x))) for x, level in zip(states, levels.to(states))]
+    # where no noise is left the answer is the state itself: a consistency model would see ln 0
+    answers = {name: torch.stack([f(x, level) if level.all() else x for x, level in at])
+               for name, f in nets.items()}
+    rows, errors = [], {net: (x[0] - states[-1]).square().flatten(1).mean(1).sqrt().tolist()
+                        for net, x in answers.items()}
+    means = ", ".join(f"{called(net)} {sum(e) / len(e):.2f}" for net, e in errors.items() if net != "post")
+    for j in range(min(2, states.shape[1])):
+        name = f"noise {j + 1}, {names[j % len(names)]}" if names else f"noise {j + 1}"
+        rows.append((f"{name}\nstates of the teacher", show((states / wide)[:, j])))          # at unit scale
+        for net, x in answers.items():
+            rows.append((f"{called(net)},\nerror from noise {errors[net][j]:.2f}", show(x[:, j])))
+    caption = (f"One call from noise misses the teacher's end, mean of {states.shape[1]} noises, by: {means}"
+               f"\nThe teacher walks in {n - 1} steps, as for mid-training, from noise, left, to its end, "
+               "right. Below: where each net gets from there in one call; after mid-training a whole row "
+               "shall be that end.\nError from noise: of the leftmost answer, root mean square of pixels; "
+               f"two ends differ by {apart:.2f}. Post-training learns from images and may leave these ends."
+               + (" A plain call is one velocity without guidance; the teacher's steps in stages.png have it."
+                  * any("plain" in name for name in nets)) + "\n"
+               + f"Of {n} states {len(some)} are shown, where most changes." * (len(some) < n)
+               + " States above sigma 1 are shown divided by sigma." * bool(levels.max() > 1))
+    header = ["noise level " + ("sigma" if levels.max() > 1 else "t")]
+    first, *middle, end = (f"{level:.2g}" for level in levels.tolist())
+    header += [f"noise\n{first}", *middle, f"the end\n{end}"]
+    save_sheet(f"{out}/trajectory.png", rows, caption, header, range(0, len(rows), 1 + len(answers)))
+
+
+def ticks_of(low, high, firsts=(1, 2, 5)):
+    """Round numbers from the last one below low to the first one above high; firsts: their first digits."""
+    ticks = [m * 10.0**e for e in range(-9, 13) for m in firsts]
+    return [t for below, t, above in zip([0, *ticks], ticks, [*ticks[1:], math.inf])
+            if above >= low and below <= high]
+
+
+def colours_of(names):
+    """{name: (R, G, B)}: names alike up to their last comma share a colour, and the later ones are paler."""
+    kin = [name.rpartition(", ")[0] or name for name in names]
+    own, inks = {one: [ink for words, ink in INKS.items() if re.search(words, one)] for one in kin}, {}
+    for one in sorted(own, key=lambda one: not own[one]):                   # those with a colour of their own
+        free = [ink for ink in (*own[one], *INKS.values()) if ink not in inks.values()]
+        inks[one] = [*free, *INKS.values()][0]
+    pale = [0.7 ** kin[:k].count(one) for k, one in enumerate(kin)]
+    return {name: tuple(int(255 - (255 - c) * p) for c in ImageColor.getrgb(inks[one]))
+            for name, one, p in zip(names, kin, pale)}
+
+
+def save_chart(path, panels, caption, across="images", marks=(), joined=True):
+    """{title: {name: [(x, y)]}} -> a PNG, a panel a title; x counts `across`; y, above 0, is logarithmic.
+
+    marks: {x: what begins there}. joined=False: dots, not a line, for points of several runs.
+    """
+    font, width, height = ImageFont.load_default(64), 4000, 1200         # twice the size of the file: smooth
+    panels = {title: {plain(name): seen for name, points in curves.items()
+                      if (seen := [p for p in points if 0 < p[1] < math.inf])}
+              for title, curves in panels.items()}
+    panels = {title: curves for title, curves in panels.items() if curves}
+    colours = colours_of([*dict.fromkeys(name for curves in panels.values() for name in curves)])
+    labels = [[name + f": {points[-1][1]:.2f}" * (joined and "better" in title)              # a score
+               for name, points in curves.items()] for title, curves in panels.items()]
+    left, right = 320, round(max(map(font.getlength, (*sum(labels, []), across)))) + 320
+    heading, words = headed(caption)
+    wide, large = width - left - 100, ImageFont.load_default(96)
+    heading, words = boxed(heading, wide, large), boxed(words, wide, font)
+    above = heading[2] + 100 * bool(heading[0])
+    picture = Image.new("RGB", (width, above + height * len(panels) + words[2] + 80), "white")
+    pen = ImageDraw.Draw(picture)
+    pen.multiline_text((left, 60), heading[0], "black", large)
+    ends = [max(x for points in curves.values() for x, _ in points) or 1 for curves in panels.values()]
+    for k, (title, curves) in enumerate(panels.items()):
+        xs, ys = zip(*(p for points in curves.values() for p in points))
+        top, bottom = above + k * height + 160, above + (k + 1) * height - 120
+        end = max(ends) if 2 * ends[k] > max(ends) else ends[k]      # panels of like length share their axis
+        step = next(t for t in ticks_of(1e-9, end) if end / t <= 6)
+        end = step * math.ceil(end / step)
+        ticks = ticks_of(min(ys), max(ys))
+        if not 3 < len(ticks) < 9:
+            ticks = ticks_of(min(ys), max(ys), (1, 1.5, 2, 3, 4, 5, 7) if len(ticks) < 4 else (1,))
+        low, high = math.log(ticks[0]), math.log(ticks[-1]) + (len(ticks) == 1)
+
+        def at(x, y):
+            return (left + (width - left - right) * x / end,
+                    bottom - (bottom - top) * (math.log(y) - low) / (high - low))
+        for y in ticks:
+            pen.line([at(0, y), at(end, y)], "#dddddd", 4)
+            pen.text((left - 32, at(0, y)[1]), f"{y:,g}", "black", font, anchor="rm")
+        for x in range(round(end / step) + 1):
+            pen.text((at(x * step, ticks[0])[0], bottom + 24), f"{x * step:,g}", "black", font, anchor="mt")
+        pen.text((left, top - 48), plain(title) + " (log scale)", "black", font, anchor="ls")
+        pen.text((width - right + 160, bottom + 24), across, "black", font, anchor="lt")
+        for row, (x, begins) in enumerate(dict(marks).items()):
+            x, _ = at(x, ticks[0])
+            pen.line([(x, top), (x, bottom)], "#999999", 4)
+            pen.text((x + 20, top + 8 + 88 * row), begins, "#555555", font, anchor="lt")
+        few = len(xs) < 20 * len(curves)                         # what was measured, as dots
+        for row, (name, points) in reversed([*enumerate(curves.items())]):       # the first one on top
+            dots, dot = [at(*p) for p in points], 16 if joined else 12
+            level = len(dots) == 2 and dots[0][1] == dots[1][1]              # a line to compare with: dashes
+            for x in range(int(dots[0][0]), int(dots[1][0]), 60) if level else ():
+                pen.line((x, dots[0][1], x + 36, dots[0][1]), colours[name], 8)
+            if joined and len(dots) > 1 and not level:
+                pen.line(dots, colours[name], 8, joint="curve")
+            for x, y in dots if (few or len(dots) == 1 or not joined) and not level else ():
+                pen.ellipse((x - dot, y - dot, x + dot, y + dot), colours[name])
+            x, y = width - right + 80, top + 88 * row
+            if k == 0 or labels[k] != labels[k - 1]:                         # said once
+                pen.rectangle((x, y + 16, x + 48, y + 40), colours[name])
+                pen.text((x + 80, y), labels[k][row], "black", font, "lt")
+    pen.multiline_text((left, above + height * len(panels) + 20), words[0], "black", font)
+    write_whole(path, lambda file: picture.reduce(2).save(file, format="PNG", compress_level=1))
 
 
 # ---- a run of a script: its lines, errors, lock, flags -------------------------------------------
@@ -463,564 +1804,7 @@ def seed_range(text):
     return range(int(found[1]), int(found[2] or found[1]) + 1, int(found[3] or 1))
 
 
-# ---- Inception-v3 ------------------------------------------------------------------------------
-# trap: FID's graph averages over pixels inside the image only; Mixed_7c takes the maximum where 7b averages
-average = functools.partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
-maximum = functools.partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
-halve = functools.partial(F.max_pool2d, kernel_size=3, stride=2)
-
-AT_35 = dict(branch1x1="64 1x1", branch5x5="48 1x1, 64 5x5", branch3x3dbl="64 1x1, 96 3x3, 96 3x3",
-             branch_pool="c 1x1")
-AT_17 = dict(branch1x1="192 1x1", branch7x7="c 1x1, c 1x7, 192 7x1",
-             branch7x7dbl="c 1x1, c 7x1, c 1x7, c 7x1, 192 1x7", branch_pool="192 1x1")
-AT_8 = dict(branch1x1="320 1x1", branch3x3="384 1x1, 384 1x3+3x1",
-            branch3x3dbl="448 1x1, 384 3x3, 384 1x3+3x1", branch_pool="192 1x1")
-TO_17 = dict(branch3x3="384 3x3/2", branch3x3dbl="64 1x1, 96 3x3, 96 3x3/2")
-TO_8 = dict(branch3x3="192 1x1, 320 3x3/2", branch7x7x3="192 1x1, 192 1x7, 192 7x1, 192 3x3/2")
-MIXED = {              # name: pool, branches, c
-    "Mixed_5b": (average, AT_35, 32), "Mixed_5c": (average, AT_35, 64), "Mixed_5d": (average, AT_35, 64),
-    "Mixed_6a": (halve, TO_17, 0), "Mixed_6b": (average, AT_17, 128), "Mixed_6c": (average, AT_17, 160),
-    "Mixed_6d": (average, AT_17, 160), "Mixed_6e": (average, AT_17, 192),
-    "Mixed_7a": (halve, TO_8, 0), "Mixed_7b": (average, AT_8, 0), "Mixed_7c": (maximum, AT_8, 0)}
-
-
-def conv_bn(c_in, c_out, kernel, stride=1, padding=0):
-    """Convolution without bias, batch norm (eps 1e-3); the names are the checkpoint's."""
-    conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
-    bn = nn.BatchNorm2d(c_out, eps=1e-3)
-    return nn.Sequential(collections.OrderedDict(conv=conv, bn=bn, relu=nn.ReLU()))
-
-
-class Mixed(nn.Module):
-    """Branches of convolutions over one input, joined over channels; halving blocks join the pooled input.
-
-    A branch is a text: "48 1x1, 64 5x5" is 48 channels of 1x1, then 64 of 5x5, same padding; "/2" is stride 2
-    without padding; "384 1x3+3x1" joins two convolutions of one input. branch_pool reads the pooled input.
-    """
-
-    def __init__(self, c_in, pool, branches, width):
-        super().__init__()
-        self.pool, self.steps, self.channels = pool, {}, c_in if pool is halve else 0
-        for branch, text in branches.items():
-            c, self.steps[branch], steps = c_in, [], text.replace("c", str(width)).split(", ")
-            for i, step in enumerate(steps, 1):
-                c_out, kernels = step.split()
-                kernels, _, stride = kernels.partition("/")
-                names = []
-                for letter, kernel in zip("ab", kernels.split("+")):
-                    names.append(branch + f"_{i}" * (len(steps) > 1) + letter * ("+" in kernels))
-                    h, w = map(int, kernel.split("x"))
-                    padding = 0 if stride else (h // 2, w // 2)
-                    self.add_module(names[-1], conv_bn(c, int(c_out), (h, w), int(stride or 1), padding))
-                self.steps[branch].append(names)
-                c = int(c_out) * len(names)
-            self.channels += c
-
-    def forward(self, x):
-        joined = []
-        for branch, steps in self.steps.items():
-            h = self.pool(x) if branch == "branch_pool" else x
-            for names in steps:
-                h = torch.cat([getattr(self, name)(h) for name in names], 1)
-            joined.append(h)
-        return torch.cat(joined + [self.pool(x)] * (self.pool is halve), 1)
-
-
-RESIZES = {"tf1": "(x-128)/128", "half_pixel": "x/127.5-1"}                # and the scale that goes with it
-
-
-def resize_tf1(x, size=299):
-    """TF1's resize_bilinear: pixel i reads from i * in/out. x float (B, C, H, W) -> (B, C, size, size)."""
-    for dim in (3, 2):
-        at = torch.arange(size, device=x.device, dtype=torch.float32) * (x.shape[dim] / size)
-        low = at.long()
-        high = (low + 1).clamp(max=x.shape[dim] - 1)     # trap: the last pixels would read beyond the border
-        a, b = x.index_select(dim, low), x.index_select(dim, high)
-        x = a + (b - a) * (at - low).view(-1, *[1] * (3 - dim))
-    return x
-
-
-class InceptionV3(nn.Module):
-    """The 2015 FID network; names of parameters are those of pt_inception-2015-12-05-6726825d.pth.
-
-    state: its state dict, loaded strictly (None: untrained, for shapes). resize: "tf1" or "half_pixel"; the
-    bare class takes the public port's half_pixel, every score of ours comes from load_inception, whose
-    default is tf1. forward: images uint8 (B, 3 or 1, H, W) -> pool3 features (B, 2048) float32, without
-    gradient.
-    """
-    dim = 2048
-
-    @torch.random.fork_rng(devices=[])     # trap: building a net would draw from the numbers of training
-    def __init__(self, state=None, resize="half_pixel", weights="given by the caller"):
-        super().__init__()
-        if resize not in RESIZES:
-            raise ValueError(f"resize {resize}: one of {', '.join(RESIZES)} expected")
-        self.resize, self.weights = resize, weights
-        self.Conv2d_1a_3x3 = conv_bn(3, 32, 3, stride=2)
-        self.Conv2d_2a_3x3 = conv_bn(32, 32, 3)
-        self.Conv2d_2b_3x3 = conv_bn(32, 64, 3, padding=1)
-        self.Conv2d_3b_1x1 = conv_bn(64, 80, 1)
-        self.Conv2d_4a_3x3 = conv_bn(80, 192, 3)
-        channels = 192
-        for name, row in MIXED.items():
-            self.add_module(name, Mixed(channels, *row))
-            channels = getattr(self, name).channels
-        self.fc = nn.Linear(channels, 1008)              # in the file, not in FID
-        if state is not None:
-            with blame(f"Inception weights {weights}"):
-                self.load_state_dict(state)
-        self.eval().requires_grad_(False)
-
-    @property
-    def protocol(self):
-        resize = f"resize {self.resize} to 299, {RESIZES[self.resize]}"
-        return f"FID: inception-v3 2015-12-05, weights {self.weights}, {resize}"
-
-    @torch.no_grad()
-    def forward(self, images):
-        check_images(images, (1, 3))
-        # trap: TF32 or the caller's autocast would move the features, and the FID with them
-        fp32 = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-        with torch.autocast(images.device.type, enabled=False), fp32:
-            x = images.expand(-1, 3, -1, -1).float()
-            if self.resize == "tf1":
-                x = (resize_tf1(x) - 128) / 128
-            else:
-                x = F.interpolate(x, (299, 299), mode="bilinear", align_corners=False) / 127.5 - 1
-            x = halve(self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x))))
-            x = halve(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)))
-            for name in MIXED:
-                x = getattr(self, name)(x)
-            return x.mean((2, 3))
-
-
-def check_images(images, channels, size="H, W"):
-    """DataError unless images are uint8 (B, C, H, W), with such C and, where given, such (H, W)."""
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in channels \
-            or size not in ("H, W", images.shape[2:]):
-        given = f"{images.dtype} {tuple(images.shape)}"
-        wanted = f"{' or '.join(map(str, channels))} channels, {size}"
-        raise DataError(f"images are {given}; expected uint8 of {wanted}; choose other --features")
-
-
-def load_inception(path="", resize="tf1"):
-    """InceptionV3 with the weights of --inception FILE, or the published ones, downloaded once and checked.
-
-    DataError for a missing or damaged file; another than the published file is called so in the protocol.
-    """
-    file = path or fetch(INCEPTION_URLS, INCEPTION_SHA256, "give a copy with --inception FILE")
-    with blame(f"--inception {file}"):
-        found = sha256(file)
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    foreign = "" if found == INCEPTION_SHA256 else " (not the published file)"
-    return InceptionV3(state, resize, f"{os.path.basename(file)} sha256 {found[:16]}{foreign}")
-
-
-# ---- digits ------------------------------------------------------------------------------------
-class DigitsNet(nn.Module):
-    """40k-parameter classifier: digits uint8 (B, 1, 8, 8) -> features (B, 64) float32, without gradient.
-
-    The Frechet distance of these features is called FD-digits. weights: an .npz; "" leaves the net untrained.
-    """
-    dim = 64
-
-    @torch.random.fork_rng(devices=[])
-    def __init__(self, weights=os.path.join(ASSETS, "fd_digits.npz")):
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(),
-            nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2),
-            nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(256, 64))
-        # choice: the features end before this ReLU, behind which some hardly ever leave zero
-        self.head = nn.Sequential(nn.ReLU(), nn.Linear(64, 10))
-        if weights:
-            with blame(weights), np.load(weights) as file:
-                self.load_state_dict({key: torch.from_numpy(file[key]) for key in file})
-            self.protocol = f"FD-digits: {os.path.basename(weights)} sha256 {sha256(weights)[:16]}"
-            self.eval().requires_grad_(False)
-
-    def logits(self, images):
-        """Class scores (B, 10); forward gives what its last layer reads."""
-        check_images(images, (1,), (8, 8))
-        return self.head(self.body(images.float() / 127.5 - 1))
-
-    @torch.no_grad()
-    def forward(self, images):
-        check_images(images, (1,), (8, 8))
-        fp32 = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-        with fp32, torch.autocast(images.device.type, enabled=False):
-            return self.body(images.float() / 127.5 - 1)
-
-
-def digits(path=os.path.join(ASSETS, "digits.png")):
-    """Digits of the sheet: uint8 (1797, 1, 8, 8), labels int64 (1797,); rows 3c to 3c + 2 hold class c."""
-    images, rows = tiles(path)
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(rows) // 3
-
-
-def train_digits(path, steps=800, seed=0):
-    """Makes assets/fd_digits.npz from four digits of five, moved by a pixel at most; prints its worth."""
-    images, labels = digits()
-    held = torch.arange(len(labels)) % 5 == 0            # never trained on: an honest accuracy
-    padded = F.pad(images[~held], (1, 1, 1, 1))
-    moved = torch.stack([padded[..., i:i + 8, j:j + 8] for i, j in ((1, 1), (0, 1), (2, 1), (1, 0), (1, 2))])
-    torch.manual_seed(seed)
-    net = DigitsNet("")
-    optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, steps)
-    for _ in range(steps):
-        move, i = torch.randint(5, (128,)), torch.randint(moved.shape[1], (128,))
-        loss = F.cross_entropy(net.logits(moved[move, i]), labels[~held][i], label_smoothing=0.1)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    np.savez(path, **{key: value.numpy() for key, value in net.state_dict().items()})
-    net = DigitsNet(path)
-    right = (net.logits(images[held]).argmax(1) == labels[held]).float().mean()
-    print(f"{path}: {os.path.getsize(path)} bytes, {100 * right:.1f}% of {held.sum()} held-out digits")
-
-    def fd(a, b):
-        return frechet_distance(*measure(net, [a])[:2], *measure(net, [b])[:2])
-    halves = [fd(images[i[::2]], images[i[1::2]]) for i in map(torch.randperm, [len(images)] * 20)]
-    noise, mean = torch.randint(256, images.shape).byte(), images.float().mean(0, keepdim=True).byte()
-    print(f"FD-digits: half against half {np.mean(halves):.2f} +- {np.std(halves):.2f} (20 random halves), "
-          f"mean image {fd(images, mean.expand_as(images)):.1f}, uniform noise {fd(images, noise):.1f}")
-
-
-# ---- statistics and distance -------------------------------------------------------------------
-class Statistics:
-    """Running n, mean and covariance of features (B, dim): float64 sums on the device of the features."""
-
-    def __init__(self, dim):
-        self.dim, self.n, self.reduced = dim, 0, False
-        self.sum, self.outer = torch.zeros(dim).double(), torch.zeros(dim, dim).double()
-
-    def update(self, features):
-        """Adds features (B, dim). Raises ValueError for another shape, NaN and infinity, and after reduce."""
-        if features.ndim != 2 or features.shape[1] != self.dim or self.reduced:
-            raise ValueError(f"features {tuple(features.shape)}; expected (B, {self.dim}), before reduce()")
-        f = features.detach().double()                   # trap: float32 sums spoil the covariance
-        if not f.isfinite().all():
-            raise DataError("features are not finite")
-        self.n, self.sum, self.outer = self.n + len(f), self.sum.to(f) + f.sum(0), self.outer.to(f) + f.T @ f
-        return self
-
-    def reduce(self):
-        """Sums over ranks in one all_reduce, which every rank must join; nothing without a process group."""
-        if dist.is_initialized() and not self.reduced:   # trap: twice would count every image world times
-            flat = torch.cat([torch.tensor([self.n]).to(self.sum), self.sum, self.outer.flatten()])
-            flat = flat.cuda() if dist.get_backend() == "nccl" else flat.cpu()
-            dist.all_reduce(flat)
-            self.n, self.sum = int(flat[0].item()), flat[1:self.dim + 1]
-            self.outer = flat[self.dim + 1:].view(self.dim, self.dim)
-        self.reduced = True
-        return self
-
-    @property
-    def mean(self):
-        return self.sum / self.n
-
-    @property
-    def cov(self):
-        """Unbiased, (dim, dim). Raises ValueError below two samples."""
-        if self.n < 2:
-            raise ValueError(f"{self.n} images, a covariance needs two at least")
-        return (self.outer - self.n * self.mean.outer(self.mean)) / (self.n - 1)
-
-
-def measure(net, batches, device="cpu", file=""):
-    """Reference made of uint8 batches, summed over ranks: every rank must call it, some may have no batch."""
-    stats = Statistics(net.dim)
-    for images in batches:
-        try:
-            stats.update(net(images.to(device)))
-        except DataError as error:                    # of another size or number of channels
-            raise DataError(f"{file or 'samples'}: {error}") from None
-    stats.reduce()
-    with blame(file or "images"):
-        return Reference(stats.mean, stats.cov, stats.n, net.protocol, file, sha256(file))
-
-
-def root(cov):
-    """R (D, rank) with R R^T = cov: Cholesky's, or from the eigenvectors when cov is singular."""
-    R, info = torch.linalg.cholesky_ex(cov)
-    if info.item() == 0:
-        return R
-    w, V = torch.linalg.eigh(cov)
-    # trap: eigenvalues that should be zero come out near 1e-16 of either sign, and their roots add up
-    keep = w > len(w) * torch.finfo(w.dtype).eps * w[-1]
-    return V[:, keep] * w[keep].sqrt()
-
-
-def frechet_distance(mu1, cov1, mu2, cov2):
-    """|mu1 - mu2|^2 + Tr(cov1 + cov2 - 2 (cov1 cov2)^1/2), a float >= 0; (D,) and (D, D), numpy or torch.
-
-    With cov = R R^T, Tr (cov1 cov2)^1/2 is the sum of the singular values of R1^T R2: real, >= 0, symmetric.
-    Raises ValueError for dimensions that differ, for NaN and infinity.
-    """
-    given = [torch.as_tensor(a).to("cpu", torch.float64) for a in (mu1, cov1, mu2, cov2)]
-    (mu1, cov1, mu2, cov2), D = given, given[0].numel()
-    if [a.shape for a in given] != [(D,), (D, D)] * 2:
-        raise ValueError(f"dimensions differ: {[tuple(a.shape) for a in given]}; are the features the same?")
-    if not all(a.isfinite().all() for a in given):
-        raise ValueError("a mean or covariance is not finite")
-    # choice: singular values, not eigenvalues of R1^T cov2 R1, where 1e-16 of a rounded zero becomes 1e-8;
-    # and one thread, 5 s in 2048 dimensions: two take 3 s on idle cores, and took 90 s on busy ones
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        trace = torch.linalg.svdvals(root(cov1).T @ root(cov2)).sum()
-    finally:
-        torch.set_num_threads(threads)
-    distance = (mu1 - mu2).square().sum() + cov1.trace() + cov2.trace() - 2 * trace
-    return max(distance.item(), 0.0)    # choice: equal sets come out at +-1e-12; a distance is not negative
-
-
-def protocol(a, b):
-    """One line that says what the distance of two References means, to print beside it.
-
-    Raises DataError when their features are stated and differ.
-    """
-    if a.features and b.features and a.features != b.features:
-        raise DataError(f"features differ: {a.file} has {a.features}; {b.file} has {b.features}")
-    sides = [f"{r.n or '?'} images {r.file or 'of this run'}" + f" (sha256 {r.sha256})" * bool(r.sha256)
-             + f", too few for {len(r.mu)} features (a distance comes out high)," * (0 < r.n < 16 * len(r.mu))
-             for r in (a, b)]
-    return f"{a.features or b.features or 'features not stated'}, covariance N-1, {' against '.join(sides)}"
-
-
-# ---- files -------------------------------------------------------------------------------------
-def to_uint8(x):
-    """[-1, 1] -> floor(127.5 x + 128) in 0..255, the rounding of EDM and ECT. DataError for NaN, infinity."""
-    if not x.isfinite().all():
-        raise DataError("samples are not finite; their net has diverged, try a smaller --lr, another --out")
-    return (x.float() * 127.5 + 128).clamp(0, 255).byte()     # trap: without clamp 256 becomes 0
-
-
-def stamp(images):
-    """A text that changes when the images do, a uint8 tensor."""
-    return f"{len(images)} images, crc32 {zlib.crc32(images.numpy()):08x}"
-
-
-def to_float(images, device):
-    """uint8 (B, C, H, W) -> [-1, 1], channels_last, on device."""
-    x = images.to(device, non_blocking=True).float() / 127.5 - 1
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def sha256(file):
-    """Hexadecimal sum of a file; "" for a folder."""
-    if not os.path.isfile(file):
-        return ""
-    with open(file, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def fetch(urls, expected="", remedy=""):
-    """Path of a file in $CMT_CACHE or ~/.cache/cmt; else downloaded to a temporary name, checked, renamed.
-
-    Processes that miss it at the same time wait for the first. DataError names urls, file, sums and remedy.
-    """
-    cache = os.environ.get("CMT_CACHE") or os.path.expanduser("~/.cache/cmt")
-    path, problems = os.path.join(cache, os.path.basename(urls[0])), {}
-    if os.environ.get("CMT_OFFLINE") == DRY and not os.path.exists(path):
-        return say(f"to download: {urls[0]} -> {path}")
-    temporary = f"{path}.{os.getpid()}"
-    with blame(f"{cache}, set $CMT_CACHE to a folder of yours"):
-        os.makedirs(cache, exist_ok=True)
-        folder = os.open(cache, os.O_RDONLY)
-    fcntl.flock(folder, fcntl.LOCK_EX)                   # trap: eight processes would download eight copies
-    for url in urls if not os.path.exists(path) else ():
-        try:
-            if os.environ.get("CMT_OFFLINE"):
-                raise OSError("CMT_OFFLINE is set")
-            with urllib.request.urlopen(url, timeout=60) as page, open(temporary, "wb") as file:
-                file.write(page.read())                  # trap: in pieces, a connection cut short is no error
-            if expected and sha256(temporary) != expected:
-                raise OSError(f"what came has sha256 {sha256(temporary)}")
-            os.replace(temporary, path)
-            break
-        except (OSError, http.client.HTTPException) as error:
-            problems.setdefault(str(error))              # a cause once
-            with contextlib.suppress(OSError):
-                os.remove(temporary)
-    os.close(folder)
-    if not os.path.exists(path):
-        raise DataError(f"no {path} (sha256 {expected or 'not published'}), no download from "
-                        f"{' or '.join(urls)} ({', '.join(problems)}): {remedy or 'save it there'}")
-    if expected and sha256(path) != expected:
-        raise DataError(f"{path}: sha256 is {sha256(path)}, not {expected}; delete it or {remedy}")
-    return path
-
-
-def open_picture(file, label, exif=True):
-    """A picture, by its path or bytes, as a person sees it: uint8 (H, W, C), C = 1 or 3.
-
-    Transparency lies over white, 16 bits become 8, an animation is its first frame; colour profiles are not
-    applied. exif: turned upright as the camera noted. DataError begins with label.
-    """
-    file = io.BytesIO(file) if isinstance(file, bytes) else file
-    with blame(label), Image.open(file, formats=FORMATS) as image:
-        mode, grey = image.mode, image.mode in ("1", "L", "LA")
-        # trap: Pillow compares such a transparent colour with pixels of 8 bits; in a TIFF, 0 may be white
-        odd = "transparency" in image.info and image.tile[0][3] in ("L;2", "L;4", "I;16B", "RGB;16B") \
-            or mode.startswith("I;16") and getattr(image, "tag_v2", {}).get(262) == 0
-        if exif:
-            ImageOps.exif_transpose(image, in_place=True)
-        if not odd and (mode.startswith("I;16") or mode == "I" and image.format in ("PNG", "PPM")):
-            return ((np.asarray(image).astype(int) + 128) // 257).astype(np.uint8)[..., None]
-        if odd or not grey and mode not in ("P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"):
-            raise DataError(f"{label}: this kind of mode {mode} is not read; save it as an 8-bit RGB PNG")
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return np.array(image.convert("L" if grey else "RGB")).reshape(image.height, image.width, -1)
-
-
-def walk(folder, below="", above=()):
-    """Names of the files in a folder; links are followed, but not in circles, and must lead somewhere."""
-    real = os.path.realpath(folder)
-    for entry in list(os.scandir(folder)) if real not in above else ():
-        if entry.is_symlink() and not entry.name.startswith(".") and not os.path.exists(entry.path):
-            raise DataError(f"{entry.path}: a link that leads nowhere; mend or remove it")
-        if entry.is_dir():
-            yield from walk(entry.path, f"{below}{entry.name}/", (*above, real))
-        else:
-            yield below + entry.name
-
-
-def members(path):
-    """(names, root) of the files in a folder or .zip; root.joinpath(name).read_bytes() reads one."""
-    if os.path.isdir(path):
-        return list(walk(path)), pathlib.Path(path)
-    if os.stat(path) and not path.lower().endswith(".zip"):
-        raise DataError(f"{path}: no images; expected a folder or .zip of pictures, .npz, .npy or .png sheet")
-    root = zipfile.Path(path)
-    names = [name for name in root.root.namelist() if not name.endswith("/")]
-    if odd := [name for name, n in collections.Counter(names).items() if n > 1 or "\\" in name]:
-        raise DataError(f"{path}: {odd[0]!r} is there twice or has a backslash; unpack it, and zip it again")
-    return names, root
-
-
-def list_pictures(path, endings=PICTURES):
-    """(names, read) of the pictures of a folder or .zip, sorted; read(name, exif=True) as open_picture.
-
-    Hidden files and other endings are left out and counted in a line. Of an .npy, read gives its array.
-    """
-    with blame(path):
-        files, root = members(path)
-    names = sorted({n for n in files if n.lower().endswith(endings) and not HIDDEN.search(n)})
-    left = sorted(n for n in set(files) - set(names) if os.path.basename(n) != "dataset.json")
-    kind = "pictures" if endings == PICTURES else ", ".join(endings)
-    text = f"{len(left)} files that are hidden or no {kind}, such as {left[:3]}" if left else ""
-    if not names:
-        mend = "name the folder or .zip that does" if endings == PICTURES else \
-            "of pictures --stage encode --source FOLDER makes latents"
-        raise DataError(f"{path}: holds no {', '.join(endings)}{text and '; '}{text}; {mend}")
-    if left:
-        say(f"{path}: {len(names)} pictures; left out: {text}")
-
-    def read(name, exif=True):
-        with blame(label := os.path.join(path, name)):
-            data = root.joinpath(name).read_bytes()
-            return load_array(io.BytesIO(data)) if name.endswith(".npy") else open_picture(data, label, exif)
-    return names, read
-
-
-PARSING = threading.Lock()
-
-
-def load_array(file):
-    """np.load for threads, of finite numbers."""
-    with PARSING:                     # trap: numpy parses headers by `ast`, which two threads can break
-        array = np.load(file)
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise ValueError("it holds NaN or infinity")
-    return array
-
-
-def read_labels(path, names):
-    """(labels int64 (N,), classes) of these pictures of a folder or .zip, or None; a line says which.
-
-    By EDM's dataset.json, at the root or the only one elsewhere: {"labels": [[name, 0], ...]}, null for none.
-    Else by folders as in torchvision: one level, sorted; those without pictures take no number. DataError
-    unless every picture has one label, and the labels are 0, 1, 2, ... without a gap.
-    """
-    with blame(path):
-        files, root = members(path)
-        lists = [n for n in files if os.path.basename(n) == "dataset.json" and not HIDDEN.search(n)]
-        lists.sort(key=len)                              # one at the root comes first
-        if lists[1:] and lists[0] != "dataset.json":
-            raise DataError(f"{path}: which is meant, {lists[0]} or {lists[1]}? Put it at the root")
-    source = os.path.join(path, lists[0]) if lists else path
-    with blame(source):
-        if lists:
-            listed = json.loads(root.joinpath(lists[0]).read_bytes())["labels"]
-            if listed is None:
-                return say(f"{source}: no labels, it holds null")
-            given = {os.path.join(os.path.dirname(lists[0]), name): label for name, label in listed}
-            if len(given) < len(listed):
-                raise DataError(f"{source}: {len(listed) - len(given)} pictures have a second label")
-            left, kind = sorted(given.keys() - set(names)), "labels of absent pictures"
-        else:
-            classes = {folder: k for k, folder in enumerate(sorted(set(map(os.path.dirname, names))))}
-            last, kind = max(classes), "folders without pictures"
-            top = os.path.dirname(last)
-            if len(classes) == 1:
-                return say(f"{path}: no labels, no dataset.json, and all pictures in one folder")
-            if odd := [folder for folder in classes if folder == top or os.path.dirname(folder) != top]:
-                raise DataError(f"{path}: pictures lie in {odd[0]!r} and in {last!r}; classes are folders "
-                                "side by side; move the pictures, or list them in a dataset.json")
-            given = {name: classes[os.path.dirname(name)] for name in names}
-            inside = [os.path.join(top, d.name) for d in root.joinpath(top).iterdir() if d.is_dir()]
-            left = sorted(d for d in inside if d not in classes and not HIDDEN.search(d + "/"))
-        if wrong := [n for n in names if type(given.get(n)) is not int or given[n] < 0]:
-            raise DataError(f"{source}: no label for {wrong[0]} (found {given.get(wrong[0])!r:.40}), nor for "
-                            f"{len(wrong) - 1} others; labels are 0, 1, 2, ...")
-        labels = [given[n] for n in names]
-        counts = collections.Counter(labels)
-        if set(counts) != set(range(len(counts))):
-            raise DataError(f"{source}: {len(counts)} labels from {min(counts)} to {max(counts)}; renumber "
-                            f"them 0 to {len(counts) - 1}, without a gap")
-        text = f"; left out: {len(left)} {kind}, such as {left[0]!r}" if left else ""
-        least, most = min(counts.values()), max(counts.values())
-        names = "" if lists else f": {', '.join(map(os.path.basename, [*classes][:10]))}"
-        say(f"{source}: {len(counts)} classes of {least} to {most} pictures{names}{text}")
-        return torch.tensor(labels), len(counts)
-
-
-def in_batches(items, batch, what):
-    """Yields the items, `batch` at a time; every ten seconds the first process says how far they are."""
-    start = told = time.time()
-    for i in range(0, len(items), batch):
-        yield items[i:i + batch]
-        done, now = min(i + batch, len(items)), time.time()
-        if processes()[0] == 0 and now > told + 10:
-            told, left = now, duration((now - start) * (len(items) / done - 1))
-            show(f"{done:,}/{len(items):,} {what}, {left} left", sys.stderr)
-
-
-def check_pictures(names, read, label):
-    """Reads every picture once, in threads. Returns "N images, crc32 X", X of shapes and pixels in order.
-
-    DataError names the first three that cannot be read and counts them.
-    """
-    def checksum(name):
-        try:
-            image = np.ascontiguousarray(read(name))
-        except DataError as error:
-            return error
-        return zlib.crc32(image, zlib.crc32(repr(image.shape).encode()))
-    with ThreadPoolExecutor() as pool:
-        parts = in_batches(names, 256, f"pictures of {label} read")
-        sums = [answer for part in parts for answer in pool.map(checksum, part)]
-    if bad := [error for error in sums if isinstance(error, DataError)]:
-        first = "; ".join(map(str, bad[:3]))
-        raise DataError(f"{first}; {len(bad)} of {len(names)} pictures cannot be used: mend or remove them")
-    return f"{len(names)} images, crc32 {zlib.crc32(np.array(sums, '<u4')):08x}"
-
-
+# ---- what processes and stages share ------------------------------------------------------------
 def processes():
     """(rank, number) of torchrun's processes; (0, 1) of one alone."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -1152,767 +1936,6 @@ def from_first(work):
     if isinstance(answer[0], SystemExit):
         raise answer[0]
     return answer[0]
-
-
-def listing(path, names):
-    """{name: [size, times of its content and its name]} in a folder, {name: [size, CRC]} in a .zip."""
-    if os.path.isfile(path):
-        with zipfile.ZipFile(path) as file:
-            return {name: [file.getinfo(name).file_size, file.getinfo(name).CRC] for name in names}
-    with ThreadPoolExecutor() as pool:
-        stats = pool.map(lambda name: os.stat(os.path.join(path, name)), names)
-        return {name: [s.st_size, s.st_mtime_ns, s.st_ctime_ns] for name, s in zip(names, stats)}
-
-
-def check_once(path, names, read, note):
-    """check_pictures by the first process for all: read(k) of every k, a place in names, the files of path.
-
-    Its answer is kept in the file `note`, as long as names, sizes and times (in a .zip: CRCs) are the same.
-    DataError in a process that sees other names than the first (in a .zip: or other CRCs).
-    """
-    mine = zlib.crc32(repr(listing(path, names) if os.path.isfile(path) else names).encode())
-
-    def check():
-        seen = f"{zlib.crc32(repr(listing(path, names)).encode()):08x} "
-        answer = pathlib.Path(note).read_text() if os.path.exists(note) else ""
-        if not answer.startswith(seen):
-            answer = seen + check_pictures(range(len(names)), read, path)
-            if KEEP:
-                os.makedirs(os.path.dirname(note), exist_ok=True)
-                pathlib.Path(note).write_text(answer)
-        return mine, answer.partition(" ")[2]
-    first, answer = from_first(check)
-    if mine != first:
-        raise DataError(f"{path} holds other files here than in process 0; all nodes must share --data")
-    return answer
-
-
-def tiles(path):
-    """Sheet of grey 8x8 tiles -> those that are not blank, uint8 (n, 8, 8, 1), and the row of each (n,)."""
-    sheet = open_picture(path, path)
-    if sheet.shape[0] % 8 or sheet.shape[1] % 8 or sheet.shape[2] != 1:
-        raise DataError(f"{path}: {sheet.shape} is no sheet of grey 8x8 tiles; for images name a folder")
-    grid = sheet.reshape(sheet.shape[0] // 8, 8, -1, 8, 1).swapaxes(1, 2)
-    rows, columns = grid.any((2, 3, 4)).nonzero()        # trap: the blank tiles that fill a row are no digits
-    return grid[rows, columns], rows
-
-
-def array_images(path):
-    """Images of a .npy, or arr_0 or images of an .npz: uint8 (N, H, W, C) or (N, C, H, W) -> (N, H, W, C)."""
-    array = np.load(path, mmap_mode="r")
-    if path.lower().endswith(".npz"):
-        array = next((array[key] for key in ("arr_0", "images") if key in array), np.zeros(()))
-    if array.ndim == 4 and array.shape[3] not in (1, 3):
-        array = array.transpose(0, 2, 3, 1)
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] not in (1, 3):
-        raise DataError(f"{path}: neither mu and sigma nor uint8 images (N, H, W, C) as arr_0 or images")
-    return array
-
-
-def image_source(path):
-    """(names, read) of a path that holds images: read(name) -> uint8 (H, W, C)."""
-    kind = os.path.splitext(path)[1].lower()
-    if os.path.isdir(path) or kind not in (".npy", ".npz", ".png"):
-        return list_pictures(path)
-    array = tiles(path)[0] if kind == ".png" else array_images(path)
-    return range(len(array)), array.__getitem__
-
-
-def read_images(path, batch=64, rank=0, world=1):
-    """Yields images rank, rank + world, ... of a folder, .zip, .npz, .npy, .png sheet as uint8 (b, C, H, W).
-
-    All must have one size. DataError names the file.
-    """
-    with blame(path):
-        names, read = image_source(path)
-        shape = read(names[0]).shape
-    for some in in_batches(names[rank::world], batch, f"images of {path} read"):
-        images = [read(name) for name in some]
-        for name, image in zip(some, images):
-            if image.shape != shape:
-                raise DataError(f"{path}: {name} is {image.shape}, but {names[0]} is {shape} (H, W, C); "
-                                "make all of one size")
-        yield torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-
-
-class Inert(list):
-    """Stands for a global of a pickle and for what it makes: the arguments and the state, nothing is run."""
-    __slots__ = ()
-
-    def __call__(self, *args):
-        return Inert(args)
-
-    def __setstate__(self, state):
-        self.extend(state)
-
-
-class ArrayUnpickler(pickle.Unpickler):
-    """Reads numbers, text, containers and numpy arrays (as Inert); refuses every other global by its name."""
-    ALLOWED = {("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"),
-               ("numpy", "ndarray"), ("numpy", "dtype")}
-
-    def find_class(self, module, name):
-        if (module, name) not in self.ALLOWED:           # trap: the stock one imports what the file names
-            raise DataError(f"refused {module}.{name}: only numbers and numpy arrays are read from a .pkl")
-        return Inert()
-
-
-def float_array(inert):
-    """What numpy's _reconstruct would have made of it, when its elements are floats: float64 (shape)."""
-    *_, shape, dtype, fortran, data = inert
-    if dtype[4] + dtype[0] not in ("<f4", "<f8"):
-        raise ValueError(f"array of {dtype[4]}{dtype[0]} where floats were expected")
-    return np.frombuffer(data, dtype[0]).reshape(shape, order="CF"[fortran]).astype(np.float64)
-
-
-def read_statistics(path):
-    """Reference of an .npz (mu, sigma, maybe n, protocol: EDM, ADM, ours) or of EDM2's .pkl (its "fid")."""
-    with blame(path):
-        if path.endswith(".pkl"):
-            with open(path, "rb") as file:
-                stats = ArrayUnpickler(file).load()
-            mu, cov = float_array(stats["fid"]["mu"]), float_array(stats["fid"]["sigma"])
-            n, features = stats["num_images"], ""
-        else:
-            with np.load(path) as file:
-                mu, cov = file["mu"].astype(np.float64), file["sigma"].astype(np.float64)
-                n, features = file.get("n", 0), str(file.get("protocol", ""))
-        if mu.ndim != 1 or cov.shape != mu.shape * 2:
-            raise DataError(f"{path}: mu is {mu.shape} and sigma {cov.shape}; expected (D,) and (D, D)")
-        return Reference(torch.from_numpy(mu), torch.from_numpy(cov), int(n), features, path, sha256(path))
-
-
-def save_statistics(path, reference):
-    """Writes a Reference as .npz (mu, sigma, n, protocol)."""
-    mu, cov, n, features, *_ = reference
-    write_whole(path, lambda file: np.savez(file, mu=mu.cpu(), sigma=cov.cpu(), n=n, protocol=features))
-
-
-def load_reference(name):
-    """Reference of a name in REFERENCES, downloaded to the cache once, or of a file of statistics."""
-    if name in REFERENCES and not os.path.exists(name):
-        name = fetch([REFERENCES[name]], remedy="save a copy of it there, or give the path of a copy")
-    return read_statistics(name)
-
-
-def image_shape(path, res=0):
-    """(H, W, C) of the images that load_images reads, by the first of them."""
-    with blame(path):
-        names, read = image_source(path)
-        return (res, res, 3) if res else read(names[0]).shape
-
-
-def load_images(path, res=0):
-    """Images of a folder, .zip or .npz, uint8 (N, C, H, W), whole in memory.
-
-    res > 0: the middle square of each, RGB, LANCZOS to res, none smaller. Else all must have one size.
-    """
-    shape = image_shape(path, res)
-    names, read = image_source(path)
-    images, others = np.empty((len(names), shape[2], *shape[:2]), np.uint8), []
-
-    def keep(k):
-        image = read(names[k])
-        h, w, _ = image.shape
-        if min(h, w) < res:
-            raise DataError(f"{path}: {names[k]} is {w}x{h}, too small for --res {res} (pass a smaller one)")
-        image = np.asarray(square(rgb(image), res)) if res else image
-        if image.shape == shape:
-            images[k] = image.transpose(2, 0, 1)
-        else:
-            others.append((min(h, w), names[k], image.shape))
-        return image
-    check_pictures(range(len(names)), keep, path)
-    if others:
-        side, name, size = min(others)
-        side = min(side, *shape[:2])
-        fits = max((res for res in (16, 32, 64) if res <= side), default=side)
-        raise DataError(f"{path}: {len(others)} of {len(names)} pictures are not {shape} (H, W, C) as "
-                        f"{names[0]}; {name} is {size}; pass --res {fits}, which crops and resizes all")
-    return torch.from_numpy(images)
-
-
-def read_cifar(path, md5):
-    """The 50,000 training images in cifar-10-python.tar.gz, not unpickled: the pixels lie in one piece."""
-    found = hashlib.md5(pathlib.Path(path).read_bytes()).hexdigest()
-    if found != md5:
-        raise DataError(f"{path}: md5 is {found}, expected {md5}; delete it to download it again")
-    marker = b"T" + (10_000 * 3072).to_bytes(4, "little")          # BINSTRING and its length
-    with tarfile.open(path) as tar:
-        raw = [tar.extractfile(f"cifar-10-batches-py/data_batch_{i}").read() for i in range(1, 6)]
-    pixels = b"".join(r[(i := r.index(marker) + 5):i + 10_000 * 3072] for r in raw)
-    return torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(-1, 3, 32, 32)
-
-
-def prefetch(name, must=True):
-    """Downloads what a score of data of this name needs: before hours of training, not after.
-
-    Returns whether something is missing: a DataError, or a warning where must is False.
-    """
-    wanted, problems = [(INCEPTION_URLS, INCEPTION_SHA256)], []
-    wanted += [([REFERENCES[name]], "")] if name in REFERENCES else []
-    for urls, expected in wanted:
-        try:
-            fetch(urls, expected, "save a copy of it there")
-        except DataError as error:
-            problems.append(str(error))
-    if problems and must:
-        raise DataError("; ".join(problems))
-    if problems:
-        say(f"warning: pictures will be drawn, but not scored: {'; '.join(problems)}")
-    return bool(problems)
-
-
-# ---- images to train on ------------------------------------------------------------------------
-def rgb(pixels):
-    """uint8 (H, W, 1 or 3) -> a Pillow image in RGB, as crop and square take it."""
-    return Image.fromarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
-
-
-def crop(image, res):
-    """Centre crop of ADM and EDM2: halve (BOX) while twice too large, BICUBIC to res. RGB in, RGB out."""
-    while min(image.size) >= 2 * res:
-        image = image.resize(tuple(n // 2 for n in image.size), Image.BOX)
-    scale = res / min(image.size)
-    image = image.resize(tuple(round(n * scale) for n in image.size), Image.BICUBIC)
-    left, top = (image.width - res) // 2, (image.height - res) // 2
-    return image.crop((left, top, left + res, top + res))
-
-
-def square(image, res):
-    """The middle square, LANCZOS to res (U-ViT; own images). RGB in, RGB out."""
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side)).resize((res, res), Image.LANCZOS)
-
-
-# ---- encode ------------------------------------------------------------------------------------
-SHARD = 1024                         # pictures in a shard: what a kill can cost each process
-
-
-def write_whole(path, write):
-    """write(file) under a temporary name, flushed, renamed. DataError if the disk does not take it."""
-    try:
-        with open(path + ".tmp", "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(path + ".tmp", path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.remove(path + ".tmp")
-        raise DataError(f"{path}: cannot be written ({error}); free some space and run again") from error
-
-
-def write_json(path, content):
-    """A JSON file, whole or not there."""
-    write_whole(path, lambda file: file.write(json.dumps(content).encode()))
-
-
-def last_part(value):
-    """What two records are compared by: of "NAME, crc32 X", an encoder or pictures, the sum alone."""
-    return str(value).rpartition(", ")[2]
-
-
-def difference(old, new):
-    """What has changed between two contents of begun.json, in words; "" if nothing has."""
-    was, now = old["pictures"], new["pictures"]
-    changes = dict(added=now.keys() - was, removed=was.keys() - now,
-                   changed=[name for name in was if now.get(name, was[name])[:2] != was[name][:2]])
-    texts = [f"{len(names)} pictures {how}, such as {min(names)}" for how, names in changes.items() if names]
-    was, now = old["record"], new["record"]
-    texts += [f"{key} was {was.get(key)}, now {now[key]}" for key in now
-              if last_part(was.get(key)) != last_part(now[key])]
-    return "; ".join(texts)
-
-
-def begin_encode(folder, record, source, names, read, size):
-    """Begins to encode pictures into a folder, or goes on, for all processes: their record.
-
-    record: a dict of all that the result depends on, settings and encoders. folder/begun.json keeps it with
-    the size and time of each of the names in source; what was begun with others: exit code 2. First all
-    pictures are read, read(name): a damaged one is met before hours of work, and the record gets their
-    checksum. DataError names such a picture, or a disk without room for `size` bytes.
-    """
-    def begin():
-        begun, there = f"{folder}/begun.json", os.listdir(folder) if os.path.isdir(folder) else []
-        there = set(there) - {"begun.json.tmp"}       # trap: a kill may leave it alone
-        new = dict(record=dict(record, shard=SHARD), pictures=listing(source, names))
-        if is_begun := os.path.exists(begun):
-            with blame(begun), open(begun) as file:
-                old = json.load(file)
-                changes = difference(old, new)
-            if changes:
-                fail(2, f"{folder} was begun with other data: {changes}; delete it, or name another --data")
-            new = old
-        elif there:
-            fail(2, f"{folder} is not ours, it holds {min(there)}; name another --data")
-        os.makedirs(folder, exist_ok=True)
-        missing = size - sum(entry.stat().st_size for entry in os.scandir(folder))
-        if missing > (free := shutil.disk_usage(folder).free):
-            raise DataError(f"{folder}: {missing / 1e9:.3g} GB needed, its disk has {free / 1e9:.3g} left")
-        if not is_begun:
-            new["record"]["pictures"] = check_pictures(names, read, source)
-            write_json(begun, new)
-        return new["record"]
-    return from_first(begin)
-
-
-def read_ahead(read, batches):
-    """Yields uint8 (B, C, H, W) of each batch of names: read(name) by threads, two batches in advance."""
-    ahead = collections.deque()
-    with ThreadPoolExecutor(max(2, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))) as pool:
-        for batch in [*batches, (), ()]:
-            ahead.append([pool.submit(read, name) for name in batch])
-            if len(ahead) > 2:
-                images = [image.result() for image in ahead.popleft()]
-                yield torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-
-
-@torch.no_grad()
-def encode_shards(folder, arrays, names, read, encode, batch):
-    """Pictures -> shards of arrays, in the order of names; processes share them and leave when all are there.
-
-    read(name): uint8 (H, W, C); encode(uint8 (B, C, H, W)) -> a tensor (B, ...) for each of the arrays. Shard
-    k is folder/<array><k>.npy for each, renamed when it is whole: a killed run goes on. batch: how many are
-    encoded at a time, 0 = a shard. A line every ten seconds.
-    """
-    (rank, world), group, batch = processes(), patient_group(), batch or SHARD
-
-    def files(k):
-        return [f"{folder}/{array}{k:05d}.npy" for array in arrays]
-    todo = [k for k in range(-(-len(names) // SHARD)) if not all(map(os.path.exists, files(k)))]
-    if group:
-        dist.barrier(group)              # trap: what a fast process writes would shorten a slow one's list
-    shards = {k: names[k * SHARD:(k + 1) * SHARD] for k in todo[rank::world]}
-    batches = [(k, part[i:i + batch]) for k, part in shards.items() for i in range(0, len(part), batch)]
-    rows, left, done, told = [], sum(map(len, shards.values())), 0, (start := time.time())
-    for (k, part), images in zip(batches, read_ahead(read, [part for _, part in batches])):
-        rows.append([array.cpu().numpy() for array in encode(images)])
-        done, left = done + len(part), left - len(part)
-        if part[-1] == shards[k][-1]:
-            for file, parts in zip(files(k), zip(*rows)):
-                write_whole(file, lambda f: np.save(f, np.concatenate(parts)))
-            rows = []
-        if rank == 0 and (time.time() > told + 10 or not left):
-            told, rate = time.time(), done / (time.time() - start)
-            show(f"{folder}: {done:,}/{done + left:,} pictures{' of process 0' * (world > 1)}, "
-                 f"{rate:,.0f} a second, {left / rate / 60:.1f} min left", sys.stdout)
-    if group:
-        dist.barrier(group)
-
-
-def write_zip(file, parts, record, labels):
-    """EDM2's zip of the shards in the folder `parts`: an .npy or .png for each image, and dataset.json."""
-    names = []
-    with zipfile.ZipFile(file, "w") as z:
-        for part in sorted(name for name in os.listdir(parts) if name.endswith(".npy")):
-            for image in np.load(f"{parts}/{part}", mmap_mode="r"):
-                i, buffer = len(names), io.BytesIO()
-                if image.dtype == np.uint8:
-                    picture = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
-                    picture.save(buffer, format="PNG", compress_level=0)
-                    names.append(f"{i // 1000:05d}/img{i:08d}.png")
-                else:
-                    np.save(buffer, image)
-                    names.append(f"{i // 1000:05d}/img-mean-std-{i:08d}.npy")
-                z.writestr(names[-1], buffer.getvalue())
-        z.writestr("dataset.json", json.dumps({"labels": list(zip(names, labels)), "made_of": record}))
-
-
-def made_of(path):
-    """The record of an encoded folder or .zip: what it was made of, and by which encoders. Else {}."""
-    files = [f"{path}/index.json", f"{path}/dataset.json"] if os.path.isdir(path) else [path]
-    file = next(filter(os.path.isfile, files), "")
-    return read_record(file, os.stat(file).st_mtime_ns) if file.endswith((".json", ".zip")) else {}
-
-
-def encoder_of(path, kind, load, name, device):
-    """load(name, device), without a name of what made the data at path; exit code 2 if another made them."""
-    made, _, stamp = made_of(path).get(kind, "").rpartition(", ")
-    encoder = load(name or made, device)
-    if stamp and not encoder.identity.endswith(stamp):
-        fail(2, f"{path} was made by the {kind} {made}, {stamp}, not by {encoder.identity}; pass that one")
-    return encoder
-
-
-@functools.cache
-def read_record(file, when):
-    """made_of's answer, read once from a file that was written at `when`."""
-    with blame(file):
-        if file.endswith("index.json"):
-            return json.loads(pathlib.Path(file).read_bytes())
-        root = pathlib.Path(file) if file.endswith(".json") else zipfile.Path(file, "dataset.json")
-        return json.loads(root.read_bytes()).get("made_of", {}) if root.exists() else {}
-
-
-# ---- images of a sampler -----------------------------------------------------------------------
-# A sampler is a function: seeds (a range) -> images (B, C, H, W) in [-1, 1], image i of seed i alone.
-def draw(sampler, seeds, batch=64):
-    """Images of all seeds, `batch` at a time."""
-    return torch.cat([sampler(seeds[i:i + batch]) for i in range(0, len(seeds), batch)])
-
-
-def draw_in(seconds, sampler, seeds, batch=64):
-    """Images of the seeds, of fewer where the machine is slow: after so many seconds no more are begun."""
-    end, images = time.time() + seconds, sampler(seeds[:2])
-    while len(images) < len(seeds) and time.time() < end:
-        some = seeds[len(images):len(images) + min(len(images), batch)]
-        images = torch.cat([images, sampler(some)])
-    return images
-
-
-def score(sampler, features, reference, samples, repeat=1, batch=250):
-    """Frechet distances of `repeat` sets of `samples` images, fresh seeds each; processes share the work.
-
-    Returns their mean as text (with deviation and minimum of several), the list, and the last Reference.
-    """
-    (rank, world), ours = processes(), reference._replace(features=features.protocol, file="this run")
-    protocol(ours, reference)            # are the features the same? Not after hours of sampling
-    distances, device = [], next(features.parameters()).device
-    for j in range(repeat):
-        seeds = range(j * samples + rank, (j + 1) * samples, world)
-        batches = (to_uint8(sampler(some)) for some in in_batches(seeds, batch, "images drawn"))
-        ours = measure(features, batches, device)
-        distances.append(frechet_distance(ours.mu, ours.cov, reference.mu, reference.cov))
-    text = f"{np.mean(distances):.2f}"
-    if repeat > 1:
-        text += f" +- {np.std(distances, ddof=1):.2f}, min {min(distances):.2f}"
-    return text, distances, ours
-
-
-def score_net(row, samplers, features, reference, cfg, **more):
-    """Scores a net: to its row of the table a column for each of samplers {steps: sampler}, and a line.
-
-    cfg: a Config with samples, repeat, batch_gpu; more: for metrics.jsonl. Returns the last Reference.
-    """
-    distance = features.protocol.partition(":")[0]
-    row |= {f"{steps}-step {distance}": "-" for steps in (1, 2)}
-    for steps, sampler in samplers.items():
-        column = f"{steps}-step {distance}"
-        row[column], values, ours = score(sampler, features, reference, cfg.samples, cfg.repeat,
-                                          cfg.batch_gpu or 250)
-        log(f"eval: {row['stage']} {column} {row[column]}", stage="eval",
-            net=row["stage"].partition(",")[0], metric=column, samples=cfg.samples, values=values, **more)
-    return ours
-
-
-def save_images(sampler, seeds, prefix, batch=64):
-    """One PNG a seed, prefix000007.png; every process draws and writes its share."""
-    rank, world = processes()
-    os.makedirs(os.path.dirname(prefix), exist_ok=True)
-    for some in in_batches(seeds[rank::world], batch, "images drawn"):
-        images = to_uint8(sampler(some)).permute(0, 2, 3, 1).cpu().numpy()
-        for seed, image in zip(some, images):
-            Image.fromarray(image.squeeze()).save(f"{prefix}{seed:06d}.png")
-
-
-# ---- pictures with words -----------------------------------------------------------------------
-NAMES = dict(teacher="teacher", mid="after mid-training", post="after post-training")
-STAGES = dict(mid="mid-training", post="post-training", pretrain="pre-training", vgg="VGG")
-WIDE = 1_800                                             # pixels of a sheet
-INKS = {"alone|scratch": "#c0392b", "flow": "#8e44ad", "mid|CMT": "#1f5fbf", "teacher|pre-": "#2e8b57",
-        "post": "#d98a00", "VGG": "#555555"}             # what a name speaks of: its colour in every chart
-
-
-def signed(caption):
-    """A caption with the script that is at work, if one is."""
-    return caption + f" By {MADE_BY.partition(' ')[0]}." * bool(MADE_BY)
-
-
-def plain(text):
-    """Text as Pillow's bundled font can write it: without accents, and a question mark for other letters."""
-    letters = (c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
-    return "".join(letters).encode("ascii", "replace").decode()
-
-
-def boxed(text, letters, font):
-    """(text in lines of so many letters or fewer, even ones, its width, its height): nothing is cut."""
-    def filled(width):
-        wrap = functools.partial(textwrap.fill, width=width, break_on_hyphens=False)
-        return "\n".join(map(wrap, plain(text).split("\n")))
-    lines = filled(letters).count("\n")
-    while letters > 1 and filled(letters - 1).count("\n") == lines:       # no word alone on the last line
-        letters -= 1
-    text = filled(letters)
-    return text, *ImageDraw.Draw(Image.new("L", (1, 1))).multiline_textbbox((0, 0), text, font)[2:]
-
-
-def save_sheet(path, rows, caption, header=(), breaks=()):
-    """Rows of images with words around them -> one PNG, WIDE pixels wide or wider.
-
-    rows: a list of (label, images (n, C, H, W) in [-1, 1]); the label stands at the left. Small images are
-    enlarged, smoothly; of latents (4 channels) three are shown. header: texts above the columns, the first
-    one above the labels. caption: a heading, a newline, sentences below. breaks: after so many rows, a gap.
-    """
-    n, (h, w) = max(len(x) for _, x in rows), rows[0][1].shape[-2:]
-    em = max(32, n * w // 60)                            # letters grow with the sheet
-    font, gap = ImageFont.load_default(em), em // 4
-    labels = [boxed(label, 26, font) for label, _ in rows]
-    corner, *_ = heads = [boxed(text, 16, font) for text in header] or [("", 0, 0)]
-    left = max(width for _, width, _ in (corner, *labels)) + 4 * gap
-    zoom = max(1, min(192 // w, -((left + n * gap - WIDE) // (n * w))))
-    zoom = max([zoom, *(width // w for _, width, _ in heads[1:])])
-    cell = max([w * zoom, *(width + 3 * gap for _, width, _ in heads[1:])]) + gap
-    caption += f" Images of {w}x{h} pixels, enlarged and smoothed." * (zoom > 3 and rows[0][1].shape[1] != 4)
-    letters, large = max(WIDE, left + n * cell) * 2 // em, ImageFont.load_default(em * 3 // 2)
-    title, _, caption = signed(caption).rpartition("\n")
-    title, words = boxed(title, letters * 2 // 3, large), boxed(caption, letters, font)
-    top = title[2] + 4 * gap * bool(title[0]) + max(height for *_, height in heads) + 3 * gap
-    heights = [max(h * zoom, height) + gap for *_, height in labels]
-    heights = [height + 4 * gap * (k in breaks) for k, height in enumerate(heights, 1)]
-    width = max(WIDE, left + n * cell + gap, title[1] + 4 * gap, words[1] + 4 * gap)
-    mode = "L" if all(x.shape[1] == 1 for _, x in rows) else "RGB"
-    picture = Image.new(mode, (width, top + sum(heights) + words[2] + 5 * gap), "white")
-    write, y = functools.partial(ImageDraw.Draw(picture).multiline_text, fill="black", font=font), top
-    write((2 * gap, 2 * gap), title[0], font=large)
-    write((2 * gap, top - gap), corner[0], anchor="ld")
-    for k, (text, *_) in enumerate(heads[1:]):
-        write((left + k * cell + w * zoom // 2, top - gap), text, anchor="md", align="center")
-    for (text, _, high), (_, images), height in zip(labels, rows, heights):
-        x = images.float().cpu()
-        x = x[:, :3] / (2 * x.std() + 1e-9) if x.shape[1] == 4 else x.expand(-1, 3, -1, -1)
-        write((2 * gap, y + max(h * zoom, high) // 2), text, anchor="lm")
-        for k, image in enumerate(to_uint8(x).permute(0, 2, 3, 1).numpy()):
-            image = Image.fromarray(image).convert(mode)
-            picture.paste(image.resize((w * zoom, h * zoom), Image.Resampling.BICUBIC), (left + k * cell, y))
-        y += height
-    write((2 * gap, y + gap), words[0])
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    write_whole(path, lambda file: picture.save(file, format="PNG", compress_level=1))   # else slow
-
-
-def save_seeds(path, images, seeds, caption, header=(), columns=16):
-    """A sheet of the images of these seeds, fewer if they are; header: as that of save_sheet."""
-    rows, columns, step = [], len(header[1:]) or columns, getattr(seeds, "step", 1)
-    every = f" by {step}" * (step > 1)
-    for k, row in enumerate(images.split(columns)):
-        mine = seeds[columns * k:columns * k + len(row)]
-        rows.append((f"seeds {mine[0]} to {mine[-1]}{every}", row))
-    save_sheet(path, rows, caption, header)
-
-
-def called(name):
-    """What a net is called in pictures; post-training goes on from mid-training where this run has one."""
-    both = name == "post" and os.path.exists(f"{OUT}/mid.pt")
-    return "mid- and post-training" if both else NAMES.get(name, name)
-
-
-def net_label(name, steps, table=(), sep="\n"):
-    """What a row of a sheet is called: net, steps (0: none), and its score where the table has one."""
-    if not steps:
-        return name
-    rows = (row for row in table if row["stage"].split(",")[0] == name)
-    found = (f", {key.partition(' ')[2]} {value}" for row in rows for key, value in row.items()
-             if key.startswith(f"{steps}-step "))
-    return f"{called(name)}{sep}{steps} step{'s' * (steps > 1)}{''.join(found)}"
-
-
-def breaks_between(nets):
-    """The places in a list of names where another one begins: breaks of save_sheet."""
-    return [k for k in range(1, len(nets)) if nets[k] != nets[k - 1]]
-
-
-def about(cfg, found):
-    """For a caption: by which seed these nets were made, and how large they are; found: (name, net, ...)."""
-    sizes = {"teacher" if name == "teacher" else "students":              # frozen weights are buffers
-             sum(p.numel() for p in (*net.parameters(), *net.buffers())) for name, net, *_ in found}
-    sizes = ", ".join(f"{name} {n / 1e6:.2f}M" for name, n in sizes.items())
-    text = f" Seed {cfg.seed}; parameters: {sizes}."
-    for net in [net for name, net, *_ in found if name == "teacher"]:
-        jumps = getattr(net, "r_embedder", None) is not None
-        text += f" The teacher {'is a Mean Flow, which jumps, too' if jumps else 'needs many steps'}."
-    return text
-
-
-def scores_of(table):
-    """The distances in a table of scores, as text: {net: {steps: score}}; of two rows of a net the later."""
-    return {row["stage"].partition(",")[0]: {key.partition("-")[0]: value for key, value in row.items()
-                                             if "-step F" in key and value[:1].isdigit()} for row in table}
-
-
-def worse_in(scores, before, after):
-    """The steps in which a net scores worse than the one before it; scores: of scores_of."""
-    was, mine = scores.get(before, {}), scores.get(after, {})
-    return [k for k in mine if k in was and float(mine[k].split()[0]) > float(was[k].split()[0])]
-
-
-def in_short(table):
-    """A table of scores in a line: students in one step, the teacher in its many; "" where no student has."""
-    scores = scores_of(table)
-    worse = " (worse)" * ("1" in worse_in(scores, "mid", "post"))
-    measure = next((key.partition("-step ")[2] for row in table for key in row if "-step F" in key), "")
-    teacher = [f"teacher, {k} steps: {y}" for k, y in scores.pop("teacher", {}).items() if int(k) > 2]
-    students = [f"{called(name)} {found['1']}{worse * (name == 'post')}"
-                for name, found in scores.items() if "1" in found]
-    line = f"{measure} in 1 step, lower is better: {', '.join(students)}"
-    return "; ".join([line, *teacher]) if students else ""
-
-
-def fallen(table):
-    """Of a table of scores: a sentence for each stage that scores worse than the one before it."""
-    text, scores = "", scores_of(table)
-    for before, after in ("teacher", "mid"), ("mid", "post"):
-        if worse := worse_in(scores, before, after):
-            text += (f" Here {STAGES[after]} scores worse than {STAGES.get(before, 'its teacher')} in "
-                     f"{' and '.join(worse)} step{'s' * (worse != ['1'])}.")
-    return text
-
-
-def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
-    """<out>/stages.png: the same noises through every net. The scores are in it once the table has them.
-
-    shown: a list of (net, steps, images (n, C, H, W)). names: n texts, what is to be drawn: classes stand
-    above the columns; captions, which are long, at the left, and the nets above. words: end the caption.
-    """
-    if any("1-step FD-digits" in row for row in table):                  # scored: what is it to look like?
-        images, classes = digits()
-        numbers = [classes.tolist().index(k) for k in range(len(names))] or range(0, len(images), 150)
-        shown = [*shown, ("real digits", 0, to_float(images[numbers], "cpu"))]
-    labels = [net_label(name, steps, table) for name, steps, _ in shown]
-    rows, line, real = [*zip(labels, (x for *_, x in shown))], "column", "real digits" in labels
-    again = "; a second step may change the image" * any(steps == 2 for _, steps, _ in shown)
-    what = "class" if "".join(names).isdigit() else "caption"
-    header = names and [what, *("\n".join(name.rsplit(" ", 1)) for name in names)]    # "the digit\nzero"
-    breaks = breaks_between([name for name, *_ in shown])
-    if any(len(name) > 16 for name in names):
-        columns = torch.stack([x.cpu() for *_, x in shown], 1)
-        rows, header, line, breaks = [*zip(names, columns)], [what, *labels], "row", ()
-    caption = (f"{in_short(table) or 'The same noises, drawn by every net'}\n"
-               f"A {line}: one noise for all nets{again}.{fallen(table)} "
-               "Mid-training: a student learns the ends of the teacher's trajectories; post-training: it "
-               "learns from images.")
-    caption += (f" Scores: Frechet distance of {samples:,} images to the data, by features of a net"
-                f"{'; of few it is off, mostly high' * (samples < 1_000)}.") * bool(table)
-    caption += " Whether mid-training helps, a run with --mid none says." * any(n == "mid" for n, *_ in shown)
-    caption += " Half of the real digits (900) scores 0.78 against the other, random pixels 119.5." * real
-    caption += (" Shows its digit: a classifier reads it as the caption's digit."
-                * any("shows its digit" in key for row in table for key in row)) + words
-    alone = f"_{shown[0][0]}" * shown[0][0].startswith("init_")         # --init FILE: beside the run's own
-    save_sheet(f"{out}/stages{alone}.png", rows, caption, header, breaks)
-
-
-def save_trajectory(out, states, levels, nets, show=lambda x: x, names=()):
-    """<out>/trajectory.png: trajectories of the teacher, and below each what all nets answer along it.
-
-    states (N+1, n, C, H, W) at levels (N+1,): sigma, or the time t of a flow. nets: {name: f(x, levels) ->
-    where it lands in one call}. show: a batch of states or answers -> images. names: what each is to be.
-    """
-    wide = levels.clamp(min=1).to(states).view(-1, 1, 1, 1, 1)
-    moved = (states / wide).diff(dim=0).flatten(1).norm(dim=1).cumsum(0)     # of many states nine are shown
-    evenly = torch.searchsorted(moved, torch.linspace(0, moved[-1].item(), 9).to(moved)[1:-1]) + 1
-    n = len(states)
-    some = sorted({0, *evenly.tolist(), n - 1}) if n > 9 else range(n)
-    states, levels, wide = states[some], levels[some], wide[some]
-    apart = (states[-1] - states[-1].roll(1, 0)).square().mean().sqrt().item()
-    at = [(x, level.expand(len(x))) for x, level in zip(states, levels.to(states))]
-    # where no noise is left the answer is the state itself: a consistency model would see ln 0
-    answers = {name: torch.stack([f(x, level) if level.all() else x for x, level in at])
-               for name, f in nets.items()}
-    rows, errors = [], {net: (x[0] - states[-1]).square().flatten(1).mean(1).sqrt().tolist()
-                        for net, x in answers.items()}
-    means = ", ".join(f"{called(net)} {sum(e) / len(e):.2f}" for net, e in errors.items() if net != "post")
-    for j in range(states.shape[1]):
-        name = f"noise {j + 1}, {names[j % len(names)]}" if names else f"noise {j + 1}"
-        rows.append((f"{name}\nstates of the teacher", show((states / wide)[:, j])))          # at unit scale
-        for net, x in answers.items():
-            rows.append((f"{called(net)},\nerror from noise {errors[net][j]:.2f}", show(x[:, j])))
-    caption = (f"One call from these noises misses the teacher's end, in the mean, by: {means}\n"
-               f"The teacher walks in {n - 1} steps, as for mid-training, from noise, left, to its end, "
-               "right. Below: where each net gets from there in one call; after mid-training a whole row "
-               "shall be that end. Error from noise: of the leftmost answer, root mean square of pixels; two "
-               f"ends differ by {apart:.2f}. Post-training learns from images and may leave these ends."
-               + (" A plain call is one velocity without guidance; the teacher's steps in stages.png have it."
-                  * any("plain" in name for name in nets))
-               + f" Of {n} states {len(some)} are shown, where most changes." * (len(some) < n)
-               + " States above sigma 1 are shown divided by sigma." * bool(levels.max() > 1))
-    header = ["noise level " + ("sigma" if levels.max() > 1 else "t")]
-    first, *middle, end = (f"{level:.2g}" for level in levels.tolist())
-    header += [f"noise\n{first}", *middle, f"the end\n{end}"]
-    save_sheet(f"{out}/trajectory.png", rows, caption, header, range(0, len(rows), 1 + len(answers)))
-
-
-def ticks_of(low, high, firsts=(1, 2, 5)):
-    """Round numbers from the last one below low to the first one above high; firsts: their first digits."""
-    ticks = [m * 10.0**e for e in range(-9, 13) for m in firsts]
-    return [t for below, t, above in zip([0, *ticks], ticks, [*ticks[1:], math.inf])
-            if above >= low and below <= high]
-
-
-def colours_of(names):
-    """{name: (R, G, B)}: names alike up to their last comma share a colour, and the later ones are paler."""
-    kin = [name.rpartition(", ")[0] or name for name in names]
-    own, inks = {one: [ink for words, ink in INKS.items() if re.search(words, one)] for one in kin}, {}
-    for one in sorted(own, key=lambda one: not own[one]):                   # those with a colour of their own
-        free = [ink for ink in (*own[one], *INKS.values()) if ink not in inks.values()]
-        inks[one] = [*free, *INKS.values()][0]
-    pale = [0.7 ** kin[:k].count(one) for k, one in enumerate(kin)]
-    return {name: tuple(int(255 - (255 - c) * p) for c in ImageColor.getrgb(inks[one]))
-            for name, one, p in zip(names, kin, pale)}
-
-
-def save_chart(path, panels, caption, across="images", marks=(), joined=True):
-    """{title: {name: [(x, y)]}} -> a PNG, a panel a title; x counts `across`; y, above 0, is logarithmic.
-
-    marks: {x: what begins there}. joined=False: dots, not a line, for points of several runs.
-    """
-    font, width, height = ImageFont.load_default(64), 4000, 1200         # twice the size of the file: smooth
-    panels = {title: {plain(name): seen for name, points in curves.items()
-                      if (seen := [p for p in points if 0 < p[1] < math.inf])}
-              for title, curves in panels.items()}
-    panels = {title: curves for title, curves in panels.items() if curves}
-    colours = colours_of([*dict.fromkeys(name for curves in panels.values() for name in curves)])
-    labels = [[name + f": {points[-1][1]:.2f}" * (joined and "better" in title)              # a score
-               for name, points in curves.items()] for title, curves in panels.items()]
-    left, right = 320, round(max(map(font.getlength, (*sum(labels, []), across)))) + 320
-    heading, _, caption = signed(caption).rpartition("\n")
-    heading, words = boxed(heading, 80, large := ImageFont.load_default(96)), boxed(caption, 115, font)
-    above = heading[2] + 100 * bool(heading[0])
-    picture = Image.new("RGB", (width, above + height * len(panels) + words[2] + 80), "white")
-    pen = ImageDraw.Draw(picture)
-    pen.multiline_text((left, 60), heading[0], "black", large)
-    ends = [max(x for points in curves.values() for x, _ in points) or 1 for curves in panels.values()]
-    for k, (title, curves) in enumerate(panels.items()):
-        xs, ys = zip(*(p for points in curves.values() for p in points))
-        top, bottom = above + k * height + 160, above + (k + 1) * height - 120
-        end = max(ends) if 2 * ends[k] > max(ends) else ends[k]      # panels of like length share their axis
-        step = next(t for t in ticks_of(1e-9, end) if end / t <= 6)
-        end = step * math.ceil(end / step)
-        ticks = ticks_of(min(ys), max(ys))
-        if not 3 < len(ticks) < 9:
-            ticks = ticks_of(min(ys), max(ys), (1, 1.5, 2, 3, 4, 5, 7) if len(ticks) < 4 else (1,))
-        low, high = math.log(ticks[0]), math.log(ticks[-1]) + (len(ticks) == 1)
-
-        def at(x, y):
-            return (left + (width - left - right) * x / end,
-                    bottom - (bottom - top) * (math.log(y) - low) / (high - low))
-        for y in ticks:
-            pen.line([at(0, y), at(end, y)], "#dddddd", 4)
-            pen.text((left - 32, at(0, y)[1]), f"{y:,g}", "black", font, anchor="rm")
-        for x in range(round(end / step) + 1):
-            pen.text((at(x * step, ticks[0])[0], bottom + 24), f"{x * step:,g}", "black", font, anchor="mt")
-        pen.text((left, top - 48), plain(title) + " (log scale)", "black", font, anchor="ls")
-        pen.text((width - right + 160, bottom + 24), across, "black", font, anchor="lt")
-        for row, (x, begins) in enumerate(dict(marks).items()):
-            x, _ = at(x, ticks[0])
-            pen.line([(x, top), (x, bottom)], "#999999", 4)
-            pen.text((x + 20, top + 8 + 88 * row), begins, "#555555", font, anchor="lt")
-        few = len(xs) < 20 * len(curves)                         # what was measured, as dots
-        for row, (name, points) in reversed([*enumerate(curves.items())]):       # the first one on top
-            dots, dot = [at(*p) for p in points], 16 if joined else 12
-            level = len(dots) == 2 and dots[0][1] == dots[1][1]              # a line to compare with: dashes
-            for x in range(int(dots[0][0]), int(dots[1][0]), 60) if level else ():
-                pen.line((x, dots[0][1], x + 36, dots[0][1]), colours[name], 8)
-            if joined and len(dots) > 1 and not level:
-                pen.line(dots, colours[name], 8, joint="curve")
-            for x, y in dots if (few or len(dots) == 1 or not joined) and not level else ():
-                pen.ellipse((x - dot, y - dot, x + dot, y + dot), colours[name])
-            x, y = width - right + 80, top + 88 * row
-            if k == 0 or labels[k] != labels[k - 1]:                         # said once
-                pen.rectangle((x, y + 16, x + 48, y + 40), colours[name])
-                pen.text((x + 80, y), labels[k][row], "black", font, "lt")
-    pen.multiline_text((left, above + height * len(panels) + 20), words[0], "black", font)
-    write_whole(path, lambda file: picture.reduce(2).save(file, format="PNG", compress_level=1))
 
 
 # ---- the folder of a run -----------------------------------------------------------------------
@@ -2123,11 +2146,11 @@ def save_curve(cfg, table=()):
     trained = {m["stage"] for m in steps}
     meant = [text.partition(", ")[2] for stage, text in about.items() if stage in trained]
     scores, mid = in_short(table), panels.get("loss", {}).get(STAGES["mid"], [])
-    scores = f" {scores}; {cfg.samples:,} samples each." * bool(scores)
+    scores = f"{scores}; {cfg.samples:,} samples each." * bool(scores)
     fell = f"Mid-training's loss: from {mid[0][1]:.2g} to {mid[-1][1]:.2g}. " if mid else ""
     save_chart(f"{cfg.out}/curve.png", panels, f"{fell}Every stage has a loss of its own\n"
-               "Images trained on; in mid-training these are pairs of the teacher. "
-               f"{'. '.join(text[0].upper() + text[1:] for text in meant)}.{scores}")
+               "Images trained on; in mid-training these are pairs of the teacher.\n"
+               + "".join(f"{text[0].upper()}{text[1:]}.\n" for text in meant) + scores)
 
 
 def save_preview(cfg, tally, stop, sampler, drawn=""):

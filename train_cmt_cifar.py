@@ -238,39 +238,39 @@ def train(cfg):
             states, levels, x_0, owners = teacher_pairs(cfg, run.teacher, shape, g)
         return states, levels, owners, run.distance.features(x_0)             # once per end, not per pair
 
+    def batch_of(step):                               # this process's share of it, a row an image or pair
+        if cfg.stage == "mid":
+            *pairs, _ = solve(step * B // per_solve)
+            at = step * B % per_solve
+            return [a[at:at + B][mine] for a in pairs]
+        g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
+        x, eps = draw(run.images, B, g)[mine], randn((B, *shape), g)[mine]
+        t = (cfg.P_mean + cfg.P_std * randn(B, g))[mine].exp()
+        return x, t, eps
+
+    def loss_of(step, seed, *rows):                   # seed: of the first row's dropout
+        student = partial(f, masks=nets.dropout_masks(net, range(seed, seed + micro)))
+        if cfg.stage == "mid":
+            (x_t, t, owner), target = rows, solve(step * B // per_solve)[-1]
+            return loss_cmt(student, x_t, t, [ends[owner] for ends in target], run.distance)    # Eq. 7
+        x, t, eps = rows
+        if cfg.stage == "pretrain":
+            return loss_dm(student, x, t, eps, net.sigma_data)
+        r = ect_step(t, cfg.q ** (1 + step // cfg.double) if cfg.post == "annealed" else cfg.q)
+        x_t, x_r = (x + s.view(-1, 1, 1, 1) * eps for s in (t, r))
+        if cfg.post.startswith("ecd"):                                        # frozen: no gradient
+            x_r = solvers.ode_step(run.teacher, x_t, t, r, 1 if cfg.post == "ecd_euler" else 2)
+        return loss_ect(student, x_t, x_r, t, r, cfg.huber_c)                                   # Eq. 3
+
     for step in range(start, cfg.steps):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
-        if cfg.stage == "mid":
-            *pairs, target = solve(step * B // per_solve)
-            at = step * B % per_solve
-            batch = [a[at:at + B][mine] for a in pairs]
-        else:
-            g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
-            x, eps = draw(run.images, B, g)[mine], randn((B, *shape), g)[mine]
-            t = (cfg.P_mean + cfg.P_std * randn(B, g))[mine].exp()
-            batch = x, t, eps
-
-        loss_sum, part = 0.0, micro / B * tally["scale"]  # part: of the batch's mean; scale: of fp16, else 1
-        for k, some in enumerate(zip(*(a.split(micro) for a in batch))):
+        batch, loss_sum = batch_of(step), 0.0
+        part = micro / B * tally["scale"]             # of the batch's mean; scale: of fp16, else 1
+        for k, rows in enumerate(zip(*(a.split(micro) for a in batch))):
             seed = fold(cfg.seed, cfg.stage, step, "dropout") + mine.start + k * micro
-            student = partial(f, masks=nets.dropout_masks(net, range(seed, seed + micro)))
-            if cfg.stage == "pretrain":
-                x, t, eps = some
-                loss = loss_dm(student, x, t, eps, net.sigma_data)
-            elif cfg.stage == "mid":
-                x_t, t, owner = some
-                ends = [features[owner] for features in target]
-                loss = loss_cmt(student, x_t, t, ends, run.distance)                    # Eq. 7
-            else:
-                x, t, eps = some
-                q = cfg.q ** (1 + step // cfg.double) if cfg.post == "annealed" else cfg.q
-                r = ect_step(t, q)
-                x_t, x_r = (x + s.view(-1, 1, 1, 1) * eps for s in (t, r))
-                if cfg.post.startswith("ecd"):                                # frozen: no gradient
-                    x_r = solvers.ode_step(run.teacher, x_t, t, r, 1 if cfg.post == "ecd_euler" else 2)
-                loss = loss_ect(student, x_t, x_r, t, r, cfg.huber_c)                   # Eq. 3
-            (loss * part).backward()
-            loss_sum += loss.detach() * part
+            loss = loss_of(step, seed, *rows) * part
+            loss.backward()
+            loss_sum += loss.detach()
         norm, loss, stop = total(run.grad, loss_sum, tally["scale"])          # the one wait of a step
         if math.isfinite(norm + loss):            # else: no step, and no trace of it in weights and moments
             if cfg.stage != "pretrain":
@@ -389,7 +389,7 @@ def draw_sheets(cfg, found):
     fid.save_stages(cfg.out, shown, (), words := fid.about(cfg, found))
     if found[0][0] == "teacher":
         teacher, sigmas = found[0][1], teacher_sigmas(cfg.nfe)
-        xs = teacher_solver(teacher, prior(teacher, range(2))[0], sigmas)            # (nfe+1, 2, C, H, W)
+        xs = teacher_solver(teacher, prior(teacher, range(12))[0], sigmas)           # (nfe+1, 12, C, H, W)
         fid.save_trajectory(cfg.out, xs, sigmas, {name: net for name, net, *_ in found})
     return shown, (), words
 

@@ -276,12 +276,10 @@ def train(cfg):
     net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
     model = run.saved["model"]
     shape, classes = (model["img_channels"], *[model["img_resolution"]] * 2), model["label_dim"]
-    order = 1 if cfg.post == "ecd_euler" else 2       # of ECD's step
     share, micro = B // WORLD, cfg.batch_gpu or B // WORLD    # of the batch: a process's, a forward pass's
     mine = slice(RANK * share, (RANK + 1) * share)
     per_solve = math.prod(solve_size(cfg))            # pairs; no batch straddles two solves (check)
-    reader = ThreadPoolExecutor(1)                    # it reads one step ahead
-    ahead = reader.submit(read_batch, cfg, run.images, tally["step"]) if run.images else None
+    batches = fid.ahead(partial(read_batch, cfg, run.images), range(start, cfg.steps))
 
     @lru_cache(1)                                     # it feeds several steps; resumed, it is solved anew
     def solve(k):
@@ -291,49 +289,49 @@ def train(cfg):
         target = None if views else run.distance.features(x_0)                # once per end, not per pair
         return (y_0[owners], states, levels, owners, *views.values()), views, x_0, target
 
+    def batch_of(step):                               # this process's share of it, a row an image or pair
+        if cfg.stage == "mid":
+            pairs, at = solve(step * B // per_solve)[0], step * B % per_solve
+            return [a[at:at + B][mine] for a in pairs]
+        g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
+        raw, labels = next(batches)
+        noise, eps = randn((B, *shape), g)[mine], randn((B, *shape), g)[mine]
+        x, labels = to_input(raw, noise), labels.to(DEVICE, non_blocking=True)
+        t, y = (cfg.P_mean + cfg.P_std * randn(B, g))[mine].exp(), one_hot(labels, classes)
+        if cfg.stage == "vgg" and cfg.data == "digits":
+            x = x + vgg_noise(cfg, step, (B, *shape))[mine]
+        return y, x, t, eps, labels
+
+    def loss_of(step, seed, y, *rows):                # seed: of the first row's dropout
+        masks = None if cfg.stage == "vgg" else nets.dropout_masks(net, range(seed, seed + micro))
+        student = partial(net, class_labels=y, masks=masks)
+        if cfg.stage == "mid":
+            (x_t, t, owner, *view), (_, views, x_0, target) = rows, solve(step * B // per_solve)
+            if views:
+                return loss_cmt_views(student, x_t, t, x_0[owner], run.distance, dict(zip(views, view)))
+            return loss_cmt(student, x_t, t, [ends[owner] for ends in target], run.distance)    # Eq. 7
+        x, t, eps, labels = rows
+        if cfg.stage == "vgg":
+            return loss_vgg(net, x, labels, seed)
+        if cfg.stage == "pretrain":
+            return loss_edm2(student, x, t, eps, net.sigma_data)
+        r, w = ect_step(t, cfg.q), edm_weight(t, net.sigma_data)
+        x_t, x_r = (x + s.view(-1, 1, 1, 1) * eps for s in (t, r))
+        if run.teacher:                               # ECD, see asked_nets; frozen: no gradient
+            teacher, order = partial(run.teacher, class_labels=y), 1 if cfg.post == "ecd_euler" else 2
+            x_r = solvers.ode_step(teacher, x_t, t, r, order)
+        return loss_ect(student, x_t, x_r, t, r, cfg.huber_c, w)                                # Eq. 3
+
     for step in range(start, cfg.steps):
         opt.param_groups[0]["lr"] = lr = learning_rate(cfg, step)
-        if cfg.stage == "mid":
-            pairs, views, x_0, target = solve(step * B // per_solve)
-            at = step * B % per_solve
-            batch = [a[at:at + B][mine] for a in pairs]
-        else:
-            g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
-            (raw, labels), ahead = ahead.result(), reader.submit(read_batch, cfg, run.images, step + 1)
-            noise, eps = randn((B, *shape), g)[mine], randn((B, *shape), g)[mine]
-            x, labels = to_input(raw, noise), labels.to(DEVICE, non_blocking=True)
-            t, y = (cfg.P_mean + cfg.P_std * randn(B, g))[mine].exp(), one_hot(labels, classes)
-            if cfg.stage == "vgg" and cfg.data == "digits":
-                x = x + vgg_noise(cfg, step, (B, *shape))[mine]
-            batch = y, x, t, eps, labels
-
-        loss_sum, part = 0.0, micro / B * tally["scale"]  # part: of the batch's mean; scale: of fp16, else 1
+        batch, loss_sum = batch_of(step), 0.0
+        part = micro / B * tally["scale"]             # of the batch's mean; scale: of fp16, else 1
         with nets.hoist(net, force=True):             # EDM2 Eq. 66: normalised once for all micro-batches
-            for k, (y, *some) in enumerate(zip(*(a.split(micro) for a in batch))):
+            for k, rows in enumerate(zip(*(a.split(micro) for a in batch))):
                 seed = fold(cfg.seed, cfg.stage, step, "dropout") + mine.start + k * micro
-                masks = None if cfg.stage == "vgg" else nets.dropout_masks(net, range(seed, seed + micro))
-                student = partial(net, class_labels=y, masks=masks)
-                if cfg.stage == "mid":
-                    x_t, t, owner, *view = some
-                else:
-                    x, t, eps, labels = some
-                if cfg.stage == "pretrain":
-                    loss = loss_edm2(student, x, t, eps, net.sigma_data)
-                elif cfg.stage == "vgg":
-                    loss = loss_vgg(net, x, labels, seed)
-                elif cfg.stage == "mid" and views:
-                    loss = loss_cmt_views(student, x_t, t, x_0[owner], run.distance, dict(zip(views, view)))
-                elif cfg.stage == "mid":
-                    ends = [features[owner] for features in target]
-                    loss = loss_cmt(student, x_t, t, ends, run.distance)                # Eq. 7
-                else:
-                    r, w = ect_step(t, cfg.q), edm_weight(t, net.sigma_data)
-                    x_t, x_r = (x + s.view(-1, 1, 1, 1) * eps for s in (t, r))
-                    if run.teacher:                   # ECD, see asked_nets; frozen: no gradient
-                        x_r = solvers.ode_step(partial(run.teacher, class_labels=y), x_t, t, r, order)
-                    loss = loss_ect(student, x_t, x_r, t, r, cfg.huber_c, w)            # Eq. 3
-                (loss * part).backward()
-                loss_sum += loss.detach() * part
+                loss = loss_of(step, seed, *rows) * part
+                loss.backward()
+                loss_sum += loss.detach()
         norm, loss, stop = total(run.grad, loss_sum, tally["scale"])          # the one wait of a step
         if math.isfinite(norm + loss):            # else: no step, and no trace of it in weights and moments
             opt.step()
@@ -442,8 +440,8 @@ def draw_sheets(cfg, found):
     shown = fid.save_classes(cfg, found, samplers, found[0][1].label_dim)
     if found[0][0] == "teacher":
         teacher, sigmas = found[0][1], teacher_sigmas(cfg.nfe)
-        x_T, y, _ = prior(teacher, range(2), "balanced")
-        xs = teacher_solver(lambda x, sigma: teacher(x, sigma, y), x_T, sigmas)      # (nfe+1, 2, C, H, W)
+        x_T, y, _ = prior(teacher, range(12), "balanced")
+        xs = teacher_solver(lambda x, sigma: teacher(x, sigma, y), x_T, sigmas)      # (nfe+1, 12, C, H, W)
         asked = {name: partial(net, class_labels=y) for name, net, *_ in found}
         fid.save_trajectory(cfg.out, xs, sigmas, asked, partial(to_images, cfg),
                             [f"class {k}" for k in shown[1]])

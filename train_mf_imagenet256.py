@@ -329,8 +329,7 @@ def train(cfg):
     share, micro = B // WORLD, cfg.batch_gpu or B // WORLD    # of the batch: a process's, a forward pass's
     mine = slice(RANK * share, (RANK + 1) * share)
     per_solve = math.prod(solve_size(cfg))            # pairs; no batch straddles two solves (check)
-    reader = ThreadPoolExecutor(1)                    # it reads one step ahead
-    ahead = reader.submit(read_batch, cfg, run.images, tally["step"]) if run.images else None
+    batches = fid.ahead(partial(read_batch, cfg, run.images), range(start, cfg.steps))
 
     @lru_cache(1)                                     # it feeds several steps; resumed, it is solved anew
     def solve(k):
@@ -338,31 +337,33 @@ def train(cfg):
         pairs = teacher_pairs(cfg, run.teacher, run.shape, g)
         return pairs, torch.randperm(per_solve, generator=g, device=DEVICE)
 
+    def batch_of(step):                               # this process's share of it, a row an image or pair
+        if cfg.stage == "mid":
+            (pairs, order), at = solve(step * B // per_solve), step * B % per_solve
+            return [a[order[at:at + B][mine]] for a in pairs]
+        g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
+        raw, y, t, r = next(batches)
+        guided = is_guided(cfg, step, t, y, run.null)
+        noise, eps = randn((B, *run.shape), g)[mine], randn((B, *run.shape), g)[mine]
+        x, y = to_input(raw, noise), y.to(DEVICE, non_blocking=True)
+        level = t.to(DEVICE, non_blocking=True).view(-1, 1, 1, 1)
+        return (1 - level) * x + level * eps, t, r, y, eps - x, level.view(-1), guided
+
+    def loss_of(z, t, r, y, target, *more):           # and the square errors (rows,)
+        if cfg.stage == "mid":
+            return loss_cmt_mf(flow.u, z, t, r, y, target)                                    # Eq. 8
+        level, guided = more                          # t on the device; which samples guidance changes
+        if run.teacher:                               # its answer is guided already
+            target = teacher_velocity(cfg, run.teacher, z, level, y, guided)
+            guided = torch.zeros_like(guided)
+        return loss_mf(flow, z, target, t, r, y, guided, cfg)[:2]
+
     for step in range(start, cfg.steps):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
-        if cfg.stage == "mid":
-            pairs, order = solve(step * B // per_solve)
-            at = step * B % per_solve
-            batch = [a[order[at:at + B][mine]] for a in pairs]
-        else:
-            g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
-            (raw, y, t, r), ahead = ahead.result(), reader.submit(read_batch, cfg, run.images, step + 1)
-            guided = is_guided(cfg, step, t, y, run.null)
-            noise, eps = randn((B, *run.shape), g)[mine], randn((B, *run.shape), g)[mine]
-            x, y = to_input(raw, noise), y.to(DEVICE, non_blocking=True)
-            level = t.to(DEVICE, non_blocking=True).view(-1, 1, 1, 1)
-            batch = (1 - level) * x + level * eps, t, r, y, eps - x, level.view(-1), guided
-
-        loss_sum, part = 0.0, micro / B * tally["scale"]  # part: of the batch's mean; scale: of fp16, else 1
-        for z, t, r, y, target, *more in zip(*(a.split(micro) for a in batch)):
-            if cfg.stage == "mid":
-                loss, square = loss_cmt_mf(flow.u, z, t, r, y, target)                        # Eq. 8
-            else:
-                level, guided = more                  # t on the device; which samples guidance changes
-                if run.teacher:                       # its answer is guided already
-                    target = teacher_velocity(cfg, run.teacher, z, level, y, guided)
-                    guided = torch.zeros_like(guided)
-                loss, square, _ = loss_mf(flow, z, target, t, r, y, guided, cfg)
+        batch, loss_sum = batch_of(step), 0.0
+        part = micro / B * tally["scale"]             # of the batch's mean; scale: of fp16, else 1
+        for z, t, r, *rows in zip(*(a.split(micro) for a in batch)):
+            loss, square = loss_of(z, t, r, *rows)
             (loss * part).backward()
             loss_sum += loss.detach() * part
             fid.add_errors(errors, square / z[0].numel(), t - r)
@@ -464,8 +465,8 @@ def draw_sheets(cfg, found):
     shown = fid.save_classes(cfg, found, samplers, found[0][1].num_classes)
     if found[0][0] == "teacher":
         teacher, times = found[0][1], torch.linspace(1, 0, cfg.nodes, dtype=torch.float64)
-        z, y = prior(teacher, range(2), "balanced")
-        states = rollout(cfg, teacher, z, y, times)[0]                               # (nodes, 2, C, H, W)
+        z, y = prior(teacher, range(12), "balanced")
+        states = rollout(cfg, teacher, z, y, times)[0]                               # (nodes, 12, C, H, W)
         kind = ", one plain call" if teacher.r_embedder is None else ", a Mean Flow"     # it is not guided
         jumps = {name + kind * (name == "teacher"):
                  lambda x, t, net=net: x - t[0] * net(x, t, t * 0, y) for name, net, *_ in found}

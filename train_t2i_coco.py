@@ -316,8 +316,7 @@ def train(cfg):
     share, micro = B // WORLD, cfg.batch_gpu or B // WORLD    # of the batch: a process's, a forward pass's
     mine = slice(RANK * share, (RANK + 1) * share)
     per_solve = math.prod(solve_size(cfg))            # pairs; no batch straddles two solves (check)
-    reader = ThreadPoolExecutor(1)                    # it reads one step ahead
-    ahead = reader.submit(read_batch, cfg, images, tally["step"]) if cfg.stage != "mid" else None
+    batches = fid.ahead(partial(read_batch, cfg, images), range(start, cfg.steps))
 
     def features_of(words, drop):
         return torch.where(drop.to(DEVICE, non_blocking=True).view(-1, 1, 1), run.null, run.encoder(words))
@@ -329,36 +328,38 @@ def train(cfg):
         pairs = teacher_pairs(cfg, run.teacher, texts, run.null, shape, g)
         return pairs, texts, torch.randperm(per_solve, generator=g, device=DEVICE)
 
+    def batch_of(step):                               # this process's share of it, a row an image or pair
+        if cfg.stage == "mid":
+            (pairs, texts, order), at = solve(step * B // per_solve), step * B % per_solve
+            z, t, r, owner, target = (a[order[at:at + B][mine]] for a in pairs)
+            return z, t, r, texts[owner], target
+        g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
+        raw, tokens, words, drop, t, r, guided = next(batches)
+        noise, eps = randn((B, *shape), g)[mine], randn((B, *shape), g)[mine]
+        x, text = to_input(raw, noise), features_of(words, drop)
+        level, tokens = (a.to(DEVICE, non_blocking=True) for a in (t.view(-1, 1, 1, 1), tokens))
+        return (1 - level) * x + level * eps, t, r, text, eps - x, level.flatten(), guided, tokens
+
+    def loss_of(z, t, r, text, target, *more):        # and the square errors (rows,)
+        if cfg.stage == "mid":
+            return loss_cmt_mf(flow.u, z, t, r, text, target)                                 # Eq. 8
+        level, guided, tokens = more                  # t on the device; which samples guidance changes
+        if cfg.stage == "pretrain":
+            loss, square, features = loss_sit(flow, z, target, level, text)
+        else:
+            loss, square, features = loss_mf(flow, z, target, t, r, text, guided, cfg)
+        if features is not None:          # trap: REPA acts on the forward pass, never inside du/dt
+            repa = loss_repa(features, tokens)
+            loss = loss + cfg.repa * repa
+            errors[:, 5] += torch.stack([-repa.detach(), torch.ones_like(repa)]).nan_to_num() * micro
+        return loss, square
+
     for step in range(start, cfg.steps):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
-        if cfg.stage == "mid":
-            pairs, texts, order = solve(step * B // per_solve)
-            at = step * B % per_solve
-            z, t, r, owner, target = (a[order[at:at + B][mine]] for a in pairs)
-            batch = z, t, r, texts[owner], target
-        else:
-            g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
-            batch, ahead = ahead.result(), reader.submit(read_batch, cfg, images, step + 1)
-            raw, tokens, words, drop, t, r, guided = batch
-            noise, eps = randn((B, *shape), g)[mine], randn((B, *shape), g)[mine]
-            x, text = to_input(raw, noise), features_of(words, drop)
-            level, tokens = (a.to(DEVICE, non_blocking=True) for a in (t.view(-1, 1, 1, 1), tokens))
-            batch = (1 - level) * x + level * eps, t, r, text, eps - x, level.flatten(), guided, tokens
-
-        loss_sum, part = 0.0, micro / B * tally["scale"]  # part: of the batch's mean; scale: of fp16, else 1
-        for z, t, r, text, target, *more in zip(*(a.split(micro) for a in batch)):
-            level, guided, tokens = more or [None] * 3    # t on the device; which samples guidance changes
-            features = None
-            if cfg.stage == "mid":
-                loss, square = loss_cmt_mf(flow.u, z, t, r, text, target)                     # Eq. 8
-            elif cfg.stage == "pretrain":
-                loss, square, features = loss_sit(flow, z, target, level, text)
-            else:
-                loss, square, features = loss_mf(flow, z, target, t, r, text, guided, cfg)
-            if features is not None:      # trap: REPA acts on the forward pass, never inside du/dt
-                repa = loss_repa(features, tokens)
-                loss = loss + cfg.repa * repa
-                errors[:, 5] += torch.stack([-repa.detach(), torch.ones_like(repa)]).nan_to_num() * micro
+        batch, loss_sum = batch_of(step), 0.0
+        part = micro / B * tally["scale"]             # of the batch's mean; scale: of fp16, else 1
+        for z, t, r, *rows in zip(*(a.split(micro) for a in batch)):
+            loss, square = loss_of(z, t, r, *rows)
             (loss * part).backward()
             loss_sum += loss.detach() * part
             fid.add_errors(errors, square / z[0].numel(), t - r)
@@ -488,9 +489,9 @@ def draw_sheets(cfg, found, images, encoder):
     fid.save_stages(cfg.out, shown, captions, words)
     if found[0][0] == "teacher":
         teacher, times = found[0][1], torch.linspace(1, 0, cfg.nodes, dtype=torch.float64)
-        states = rollout(cfg, teacher, prior(teacher, range(2)), text[:2], null, times)[0]
+        states = rollout(cfg, teacher, prior(teacher, range(len(text))), text, null, times)[0]
         jumps = {name + ", one plain call" * (net.r_embedder is None):         # without guidance
-                 lambda x, t, net=net: x - t[0] * net(x, t, text[:2], t * 0, repa=False)
+                 lambda x, t, net=net: x - t[0] * net(x, t, text, t * 0, repa=False)
                  for name, net, *_ in found}
         fid.save_trajectory(cfg.out, states, times, jumps, partial(to_images, cfg), captions)
     return shown, captions, words

@@ -56,9 +56,11 @@ OWN = {"Config", "load_data", "data_name", "check", "teacher_pairs", "make_sampl
 # scripts +1, fid +3: a range for P_mean, a gradient of zero and an --init FILE shown alone are said; cifar -2, one check of a size;
 # fid +4: a line behind a cut one is not lost, how many samples a score below a curve is of;
 # scripts -2, nets -1: the gradient is a vector of gradients, without a tail for the loss;
-BUDGET = {"train_cmt_cifar.py": 696, "train_cmt_imagenet.py": 932, "train_mf_imagenet256.py": 892,
-          "train_t2i_coco.py": 1108, "nets.py": 1854, "fid.py": 2331, "solvers.py": 198, "bench.py": 968,
-          "claims.py": 618, "README.md": 240}
+# 2026-11-28: ImageNet -2, Mean Flow +1, COCO +1: batch and loss are functions in front of the loop (its bound 62 -> 34); README -23, the
+#   claims one by one are in results.md; fid +23, claims +4: captions in lines as wide as the picture, a verdict in the heading, parts in the table of contents;
+BUDGET = {"train_cmt_cifar.py": 696, "train_cmt_imagenet.py": 930, "train_mf_imagenet256.py": 893,
+          "train_t2i_coco.py": 1109, "nets.py": 1854, "fid.py": 2354, "solvers.py": 198, "bench.py": 968,
+          "claims.py": 622, "README.md": 217}
 FLAGS = {"train_cmt_cifar.py": 35, "train_cmt_imagenet.py": 42, "train_mf_imagenet256.py": 42, "train_t2i_coco.py": 43}
 README = (ROOT / "README.md").read_text()
 DOCS = {p.name: p.read_text() for p in sorted((ROOT / "docs").glob("*.md"))}
@@ -108,11 +110,11 @@ def test_functions_are_short_and_take_few_parameters(path):
     assert len(fields(__import__(path.stem).Config)) <= FLAGS[path.name]
     for n in ast.walk(ast.parse(path.read_text())):
         if isinstance(n, ast.FunctionDef):
-            assert n.end_lineno - n.lineno < (84 if n.name == "train" else 45), n.name
+            assert n.end_lineno - n.lineno < (82 if n.name == "train" else 45), n.name
             assert len(n.args.args) <= (8 if n.name.startswith("loss_") else 6), n.name
             if n.name == "train":
                 loop = next(k for k in n.body if isinstance(k, ast.For))
-                assert loop.end_lineno - loop.lineno < 62, "the loop of train"
+                assert loop.end_lineno - loop.lineno < 34, "the loop of train"
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda p: p.name)
@@ -271,11 +273,12 @@ def test_scores_of_readme_are_those_of_docs_and_means_are_means():
             assert not stated or stated[0] == pytest.approx(middles[:len(stated[0])], abs=0.0101), row    # cell and mean are rounded, 0.005 each
             known |= {f"{value:.2f}" for value in sum(stated, []) + middles + [v for values in seeds for v in values]}
             compared += len(sum(stated, []))
-    for name, columns, text in (("README.md", ["ours"], README),
-                                ("results.md", ["CMT + ECT, mean of 3 seeds", "beside it"], DOCS["results.md"])):
+    for name, columns, text, least in (("README.md", ["with mid-training", "without: the best found"], README, 10),
+                                       ("results.md", ["ours"], DOCS["results.md"], 25),
+                                       ("results.md", ["CMT + ECT, mean of 3 seeds", "beside it"], DOCS["results.md"], 25)):
         rows = next(rows for rows in tables(text) if {"verdict", *columns} <= {*rows[0]})
         found = {f"{value:.2f}" for row in rows for column in columns for value in scores(row[column])}
-        assert len(found) >= 25 and found <= known, f"{name}: {found - known} are in no table of seeds"
+        assert len(found) >= least and found <= known, f"{name}: {found - known} are in no table of seeds"
     assert compared >= 80
 
 

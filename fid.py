@@ -1170,16 +1170,16 @@ def plain(text):
 
 def boxed(text, wide, font):
     """(text in lines of so many pixels or fewer, its width, its height): nothing is cut."""
-    def lines(letters):
-        wrap = functools.partial(textwrap.wrap, width=letters, break_on_hyphens=False)
-        return [line for part in plain(text).split("\n") for line in wrap(part) or [""]]
-    letters = len(text) + 1
-    while letters > 1 and max(map(font.getlength, lines(letters))) > wide:
-        letters -= 1
-    n = len(lines(letters))
-    while n < 4 and letters > 1 and len(lines(letters - 1)) == n:         # no word alone on the last of few
-        letters -= 1
-    text = "\n".join(lines(letters))
+    lines = []
+    for part in plain(text).split("\n"):
+        fit = int(1.1 * wide * len(part) / (font.getlength(part) or 1)) + 9
+        for letters in range(min(len(part) + 1, fit), 0, -1):
+            some = textwrap.wrap(part.strip(), letters, break_on_hyphens=False) or [""]
+            alone = len(some) > 1 and 4 * len(some[-1]) < letters             # a word on the last line
+            if max(map(font.getlength, some)) <= wide and not alone:
+                break
+        lines += some
+    text = "\n".join(lines)
     return text, *ImageDraw.Draw(Image.new("L", (1, 1))).multiline_textbbox((0, 0), text, font)[2:]
 
 
@@ -1291,7 +1291,7 @@ def in_short(table):
     line = f"{measure} in 1 step: {', '.join(f'{called(name)} {one}' for name, one in ones.items())}"
     if {"mid", "post"} <= {*ones}:
         was, now = (float(ones[name].split()[0]) for name in ("mid", "post"))
-        how = "falls" if now < was else "rises" if now > was else "stays"
+        how = "hardly moves," if abs(now - was) < 0.1 * was else "falls" if now < was else "rises"
         line = (f"{measure} in 1 step {how} from {ones['mid']} after mid-training to {ones['post']} after "
                 "post-training")
     return "; ".join([line, *teacher]) + " (lower is better)" if ones else ""
@@ -2139,7 +2139,7 @@ def save_curve(cfg, table=()):
         last = m
         for key, title in CURVES.items():
             points = panels.setdefault(title, {}).setdefault(STAGES[m["stage"]], [])
-            points.append((before + m["images"], m.get(key, 0)))
+            points.append((before + m["images"], m.get(key, m.get("mse_same", 0) if "mse" in key else 0)))
     if vgg := [(m["images"], m["loss"]) for m in steps if m["stage"] == "vgg"]:          # has its own length
         panels["loss of the VGG, whose features mid-training compares"] = {STAGES["vgg"]: vgg}
     about = sys.modules[type(cfg).__module__].ABOUT          # "stage 2 of 4, mid-training (Eq. 7): ..."

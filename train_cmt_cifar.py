@@ -268,9 +268,9 @@ def train(cfg):
         part = micro / B * tally["scale"]             # of the batch's mean; scale: of fp16, else 1
         for k, rows in enumerate(zip(*(a.split(micro) for a in batch))):
             seed = fold(cfg.seed, cfg.stage, step, "dropout") + mine.start + k * micro
-            loss = loss_of(step, seed, *rows) * part
-            loss.backward()
-            loss_sum += loss.detach()
+            loss = loss_of(step, seed, *rows)
+            (loss * part).backward()
+            loss_sum += loss.detach() * part
         norm, loss, stop = total(run.grad, loss_sum, tally["scale"])          # the one wait of a step
         if math.isfinite(norm + loss):            # else: no step, and no trace of it in weights and moments
             if cfg.stage != "pretrain":

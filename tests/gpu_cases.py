@@ -12,12 +12,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bench import FakeGPU, FakeTensor
+from conftest import nets
 from PIL import Image
 from torch.utils._pytree import tree_map
 
 pytestmark = [pytest.mark.usefixtures("here"),
               pytest.mark.filterwarnings("ignore:Accessing the data pointer", "ignore:.torch.jit.script")]
 ROOT = Path(__file__).parent.parent
+nets.SIZES["ddpm++-8"]["channel_mult"] = (1, 1)        # both resolutions: the filters, too, must be on the device
 TINY = "--data digits --steps 2 --samples 2 --batch 8 --nfe 2 --trajectories 4"
 CIFAR, IMAGENET = "train_cmt_cifar", "train_cmt_imagenet"
 MF = "train_mf_imagenet256"

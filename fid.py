@@ -7,7 +7,8 @@
   DigitsNet, train_digits          64 features of digits: FD-digits      made here; never call that number FID
   Statistics, measure              mean and covariance, streamed         EDM: float64 sums, N - 1
   frechet_distance, protocol       two means and two covariances         Heusel et al. 2017, Eq. 6
-  draw, score, save_images         what a sampler makes                  one PNG a seed
+  draw, score, score_net,          what a sampler makes                  one PNG a seed
+  save_images
   images
   open_picture, list_pictures,     other people's files, read as a       EDM's dataset.json,
   read_labels, check_pictures      person sees them, or refused          torchvision's folders
@@ -20,9 +21,12 @@
   save_stages, save_trajectory     what a run made
   runs
   log, fail, one_line, open_out    lines of a run, its lock, its errors  log.txt
-  parse, check_values              its flags                             PRESETS, Config of its script
-  agree, steps_left, same_data     what processes and stages share       compared, or refused by name
-  count, report, begin_stage       the steps and folder of a run         config.json, metrics.jsonl, previews
+  parse, stages_of, check_values   its flags                             PRESETS, Config of its script
+  agree, steps_left, same_data,    what processes and stages share       compared, or refused by name
+  wait_for_first
+  begin_run, begin_stage, count,   the steps and folder of a run         config.json, metrics.jsonl, previews,
+  report, save_preview,                                                  results.md
+  save_results, dry_run
 
   python fid.py A B                              images or statistics as above, or a name such as cifar10
   python fid.py --save stats.npz A               statistics of A, for later
@@ -1331,10 +1335,12 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
                f"A {line}: one noise for all nets{again}.{fallen(table)}\n"
                "Mid-training: a student learns the ends of the teacher's trajectories; post-training: it "
                "learns from images.")
-    caption += " Whether mid-training helps, a run with --mid none says." * any(n == "mid" for n, *_ in shown)
+    caption += (" Whether mid-training helps, README's table of digits says, or a run with --mid none."
+                * any(name == "mid" for name, *_ in shown))
     caption += (f"\nScores: Frechet distance of {samples:,} images to the data, by features of a net"
                 f"{'; of few it is off, mostly high' * (samples < 1_000)}.") * bool(table)
-    caption += " Half of the real digits is at 0.78 from the other half, random pixels at 119.5." * real
+    caption += (" Half of the real digits is at 0.78 from the other half, random pixels at 119.5, images "
+                "that are all alike are farther still.") * real
     caption += (" Shows its digit: a classifier reads it as the caption's digit."
                 * any("shows its digit" in key for row in table for key in row)) + f"\n{words.strip()}"
     alone = f"_{shown[0][0]}" * shown[0][0].startswith("init_")         # --init FILE: beside the run's own
@@ -1367,10 +1373,12 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=()):
         rows.append((f"{name}\nstates of the teacher", show((states / wide)[:, j])))          # at unit scale
         for net, x in answers.items():
             rows.append((f"{called(net)},\nerror from noise {errors[net][j]:.2f}", show(x[:, j])))
-    caption = (f"One call from noise misses the teacher's end, mean of {states.shape[1]} noises, by: {means}"
-               f"\nThe teacher walks in {n - 1} steps, as for mid-training, from noise, left, to its end, "
-               "right. Below: where each net gets from there in one call; after mid-training a whole row "
-               "shall be that end.\nError from noise: of the leftmost answer, root mean square of pixels; "
+    caption = (f"How far from the teacher's end does one call from noise land? {means} "
+               f"(mean of {states.shape[1]} noises)\n"
+               f"The teacher walks in {n - 1} steps, as for mid-training, from noise, left, to its end, "
+               "right. Below: where each net gets from there in one call; mid-training trains every image of "
+               "its row to be that end.\n"
+               "Error from noise: of the leftmost answer, root mean square of pixels; "
                f"two ends differ by {apart:.2f}. Post-training learns from images and may leave these ends."
                + (" A plain call is one velocity without guidance; the teacher's steps in stages.png have it."
                   * any("plain" in name for name in nets)) + "\n"
@@ -2127,7 +2135,8 @@ def dry_run(home, argv, configs):
 
 
 CURVES = dict(loss="loss", grad="gradient norm",
-              mse_gap1="square error of velocities (in mid-training to the teacher's, else to noise - image)")
+              mse_gap1="square error of velocities, t - r up to 1/4 (mid-training: to the teacher's, else to "
+                       "noise - image)")
 
 
 def save_curve(cfg, table=()):

@@ -15,10 +15,11 @@
   load_pretrained, load_weights other people's checkpoints    read without running what the file holds
   fetch                         downloads                     checked, then renamed into the cache
   sd_vae, CLIPText, dinov2      encoders of images, captions  diffusers and transformers, imported when called
-  save_checkpoint,              our own files, .safetensors   whole after a kill at any moment
-  load_checkpoint, flatten
+  save_checkpoint, restore,     our own files, .safetensors   whole after a kill at any moment
+  load_checkpoint, finished,
+  flatten, stamp, cost
   dropout_masks                 masks by place in the batch   one result for any number of processes
-  SIZES                         constructor arguments         one row per model of the paper, and the digits
+  SIZES, make, fitting          constructor arguments         one row per model of the paper, and the digits
 
 Parameter names are the official ones, so that official checkpoints load by name. D_x is what EDM calls the
 denoised image; sigma is a noise level per sample, (B,); images are (B, C, H, W) in [-1, 1].

@@ -35,22 +35,6 @@ def edm_sigmas(steps, sigma_max=80.0, sigma_min=0.002, rho=7):
     return torch.cat([sigmas, torch.zeros(1, dtype=torch.float64)])
 
 
-# ---- seeds and noise ---------------------------------------------------------------------------
-def fold(*key):
-    """A 63-bit seed from anything: randomness follows from (seed, purpose, number), so none is saved."""
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
-
-
-def randn(shape, g):
-    """Unit Gaussian noise on the generator's device."""
-    return torch.randn(shape, generator=g, device=g.device)
-
-
-def noise(shape, generators):
-    """Unit Gaussian noise (len(generators), *shape) on the CPU; row i comes from generators[i] alone."""
-    return torch.stack([torch.randn(shape, generator=g) for g in generators])
-
-
 # ---- denoiser D(x, sigma), consistency model f(x, sigma) ----------------------------------------
 def ode_step(D, x_t, t, r, order):
     """One step of dx/dsigma = (x - D)/sigma from t to r, both (B,). Order 1: Euler, 2: Heun (EDM Alg. 1).
@@ -196,3 +180,19 @@ def check_decreasing(grid):
     if len(grid) < 2 or any(b >= a for a, b in zip(grid, grid[1:])) or grid[-1] < 0:
         raise ValueError(f"grid {grid}: it must have two or more values, fall strictly and end at 0 or above")
     return grid
+
+
+# ---- seeds and noise ---------------------------------------------------------------------------
+def fold(*key):
+    """A 63-bit seed from anything: randomness follows from (seed, purpose, number), so none is saved."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
+
+
+def randn(shape, g):
+    """Unit Gaussian noise on the generator's device."""
+    return torch.randn(shape, generator=g, device=g.device)
+
+
+def noise(shape, generators):
+    """Unit Gaussian noise (len(generators), *shape) on the CPU; row i comes from generators[i] alone."""
+    return torch.stack([torch.randn(shape, generator=g) for g in generators])

@@ -121,7 +121,8 @@ FILES = {"cifar10": "data/cifar-10-python.tar.gz",
          "ffhq": "data/ffhq-64x64.zip", "afhqv2": "data/afhqv2-64x64.zip"}
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 CIFAR_MD5 = "c58f30108f718f92721af3b95e74349a"
-parse = partial(fid.parse, globals())                 # (argv) -> Config; fid reads this file's tables by name
+# (argv) -> Config. fid reads by name Config, PRESETS, ABOUT, STAGES, INITS, BRANCHES, MAY_CHANGE, data_name
+parse = partial(fid.parse, globals())
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 
 
@@ -158,7 +159,7 @@ def teacher_pairs(cfg, teacher, shape, g):
     xs = gather(teacher_solver(teacher, x_T, sigmas))                                # (nfe+1, n, C, H, W)
     order = torch.randperm(used * n, generator=g, device=g.device)
     t, owner = levels[:used].repeat_interleave(n), torch.arange(n, device=g.device).repeat(used)
-    return xs[:used].flatten(0, 1)[order], t[order], xs[-1], owner[order]
+    return xs[:used].flatten(0, 1)[order], t[order], owner[order], xs[-1]
 
 
 def loss_cmt(net, x_t, t, target, distance):
@@ -205,7 +206,7 @@ def slow_pairs(cfg, teacher, images, g):
     x_0 = torch.stack([teacher_solver(teacher, x_t[i], sigmas[i:])[-1] for i in range(used)])
     x_t, x_0 = gather(x_t).flatten(0, 1), gather(x_0).flatten(0, 1)
     order = torch.randperm(used * n, generator=g, device=g.device)
-    return x_t[order], levels.repeat_interleave(n)[order], x_0, order
+    return x_t[order], levels.repeat_interleave(n)[order], order, x_0
 
 
 def make_distance(cfg, channels):
@@ -229,20 +230,19 @@ def train(cfg):
     mine = slice(RANK * share, (RANK + 1) * share)
     per_solve = math.prod(solve_size(cfg))            # pairs; no batch straddles two solves (check)
 
-    @lru_cache(1)                                     # it feeds several steps; resumed, it is solved anew
+    @lru_cache(1)                                     # kept: it feeds several steps; resumed, solved anew
     def solve(k):
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", k))
         if cfg.mid == "slow":
-            states, levels, x_0, owners = slow_pairs(cfg, run.teacher, run.images, g)
+            *pairs, x_0 = slow_pairs(cfg, run.teacher, run.images, g)
         else:
-            states, levels, x_0, owners = teacher_pairs(cfg, run.teacher, shape, g)
-        return states, levels, owners, run.distance.features(x_0)             # once per end, not per pair
+            *pairs, x_0 = teacher_pairs(cfg, run.teacher, shape, g)
+        return pairs, run.distance.features(x_0)                              # once per end, not per pair
 
     def batch_of(step):                               # this process's share of it, a row an image or pair
         if cfg.stage == "mid":
-            *pairs, _ = solve(step * B // per_solve)
-            at = step * B % per_solve
-            return [a[at:at + B][mine] for a in pairs]
+            pairs, at = solve(step * B // per_solve)[0], step * B % per_solve
+            return [a[at:at + B][mine] for a in pairs]                        # of x_t, t, owner
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         x, eps = draw(run.images, B, g)[mine], randn((B, *shape), g)[mine]
         t = (cfg.P_mean + cfg.P_std * randn(B, g))[mine].exp()
@@ -251,7 +251,7 @@ def train(cfg):
     def loss_of(step, seed, *rows):                   # seed: of the first row's dropout
         student = partial(f, masks=nets.dropout_masks(net, range(seed, seed + micro)))
         if cfg.stage == "mid":
-            (x_t, t, owner), target = rows, solve(step * B // per_solve)[-1]
+            (x_t, t, owner), target = rows, solve(step * B // per_solve)[1]
             return loss_cmt(student, x_t, t, [ends[owner] for ends in target], run.distance)    # Eq. 7
         x, t, eps = rows
         if cfg.stage == "pretrain":
@@ -273,8 +273,6 @@ def train(cfg):
             loss_sum += loss.detach() * part
         norm, loss, stop = total(run.grad, loss_sum, tally["scale"])          # the one wait of a step
         if math.isfinite(norm + loss):            # else: no step, and no trace of it in weights and moments
-            if cfg.stage != "pretrain":
-                rectify(opt, lr, step + 1 - tally["skipped"])    # B.2: RAdam is Adam of another rate and eps
             opt.step()
         run.grad.zero_()
         run.flat_ema.lerp_(run.flat, 1 - cfg.ema_beta)
@@ -299,23 +297,6 @@ def lr_at(cfg, step):
     """Learning rate of a step: warm-up, and linear to zero unless --decay constant (B.2)."""
     decay = dict(linear=1 - step / cfg.steps, constant=1.0)[cfg.decay]
     return cfg.lr * decay * min(1.0, (step + 1) / (cfg.warmup + 1))
-
-
-def rectify(opt, lr, t):
-    """Make the t-th step of Adam, from 1, one of RAdam (Liu et al. 2020, Algorithm 2), by its rate and eps.
-
-    Up to rho_t = 5 the variance v is not trusted, and the step is lr m: Adam makes it with an eps so large
-    that v does not count, at a rate of lr eps. From then on it is Adam at rate r_t lr. Torch's fused Adam
-    passes over the weights once, its RAdam several times.
-    """
-    beta = opt.param_groups[0]["betas"][1]
-    end = 2 / (1 - beta) - 1                          # of rho_t as t grows
-    rho, eps = end - 2 * t * beta**t / (1 - beta**t), 1e10
-    rate = lr * eps                                   # lr m eps / (sqrt(v) + eps) is lr m
-    if rho > 5:
-        rate = lr * ((rho - 4) * (rho - 2) * end / ((end - 4) * (end - 2) * rho)) ** 0.5
-        eps = 1e-8 / (1 - beta**t) ** 0.5             # torch's RAdam: on sqrt(v) before correction
-    opt.param_groups[0].update(lr=rate, eps=eps)
 
 
 def set_up(cfg):
@@ -350,7 +331,8 @@ def set_up(cfg):
     ema = deepcopy(net).requires_grad_(False).eval()
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
     flat.grad = grad                                  # of one vector, whose views are the weights of net
-    opt = torch.optim.Adam([flat], fused=True)        # rectify makes it RAdam
+    pretrains = cfg.stage == "pretrain"               # by Adam, as EDM; what follows by RAdam (B.2)
+    opt = torch.optim.Adam([flat], fused=True) if pretrains else torch.optim.RAdam([flat], foreach=False)
     tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
     agree("data and sum of the first weights", (data, flat.sum(dtype=torch.float64).item()))
     distance = make_distance(cfg, net.img_channels) if cfg.stage == "mid" else None

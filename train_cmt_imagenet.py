@@ -134,7 +134,8 @@ INITS = "teacher", "random"                        # other values of --init are 
 BRANCHES = {"mid": "cmt none", "post": "ect ecd ecd_euler ecd_code"}   # `train` has these
 FILES = {"imagenet64": "data/imagenet64.zip", "imagenet512": "data/imagenet512-sd.zip"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-parse = partial(fid.parse, globals())                 # (argv) -> Config; fid reads this file's tables by name
+# (argv) -> Config. fid reads by name Config, PRESETS, ABOUT, STAGES, INITS, BRANCHES, MAY_CHANGE, data_name
+parse = partial(fid.parse, globals())
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 
 
@@ -170,8 +171,8 @@ def solve_size(cfg):
 def teacher_pairs(cfg, teacher, classes, shape, g):
     """Eq. 7: n trajectories of the frozen teacher; the first `used` states of each are paired with its end.
 
-    shape: of one input. Every process solves its share, gets all. Returns, shuffled, x_t (P, C, H, W), t and
-    owner (P,), and the ends x_0 (n, C, H, W), classes y: pair p is regressed onto x_0[owner[p]], given its y.
+    shape: of one input. Every process solves its share, gets all. Returns, shuffled, the classes y and x_t
+    (P, C, H, W), t, owner (P,), and the ends x_0 (n, C, H, W): pair p is regressed onto x_0[owner[p]].
     """
     (n, used), sigmas = solve_size(cfg), teacher_sigmas(cfg.nfe)              # (nfe+1,), from 80 to 0.002
     levels = sigmas.to(g.device, torch.float32, non_blocking=True)
@@ -182,7 +183,7 @@ def teacher_pairs(cfg, teacher, classes, shape, g):
     xs = gather(teacher_solver(lambda x, sigma: teacher(x, sigma, y[mine]), x_T, sigmas))
     order = torch.randperm(used * n, generator=g, device=g.device)
     t, owner = levels[:used].repeat_interleave(n), torch.arange(n, device=g.device).repeat(used)
-    return xs[:used].flatten(0, 1)[order], t[order], xs[-1], owner[order], y
+    return y[owner[order]], xs[:used].flatten(0, 1)[order], t[order], owner[order], xs[-1]
 
 
 def loss_cmt(net, x_t, t, target, distance):
@@ -281,18 +282,18 @@ def train(cfg):
     per_solve = math.prod(solve_size(cfg))            # pairs; no batch straddles two solves (check)
     batches = fid.ahead(partial(read_batch, cfg, run.images), range(start, cfg.steps))
 
-    @lru_cache(1)                                     # it feeds several steps; resumed, it is solved anew
+    @lru_cache(1)                                     # kept: it feeds several steps; resumed, solved anew
     def solve(k):
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", k))
-        states, levels, x_0, owners, y_0 = teacher_pairs(cfg, run.teacher, classes, shape, g)
-        views = {} if cfg.ensemble == "none" else run.distance.draw(states, g)
+        *pairs, x_0 = teacher_pairs(cfg, run.teacher, classes, shape, g)
+        views = {} if cfg.ensemble == "none" else run.distance.draw(pairs[1], g)
         target = None if views else run.distance.features(x_0)                # once per end, not per pair
-        return (y_0[owners], states, levels, owners, *views.values()), views, x_0, target
+        return (*pairs, *views.values()), views, x_0, target
 
     def batch_of(step):                               # this process's share of it, a row an image or pair
         if cfg.stage == "mid":
             pairs, at = solve(step * B // per_solve)[0], step * B % per_solve
-            return [a[at:at + B][mine] for a in pairs]
+            return [a[at:at + B][mine] for a in pairs]                        # of y, x_t, t, owner, views
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         raw, labels = next(batches)
         noise, eps = randn((B, *shape), g)[mine], randn((B, *shape), g)[mine]
@@ -317,7 +318,7 @@ def train(cfg):
             return loss_edm2(student, x, t, eps, net.sigma_data)
         r, w = ect_step(t, cfg.q), edm_weight(t, net.sigma_data)
         x_t, x_r = (x + s.view(-1, 1, 1, 1) * eps for s in (t, r))
-        if run.teacher:                               # ECD, see asked_nets; frozen: no gradient
+        if cfg.post.startswith("ecd"):                                        # frozen: no gradient
             teacher, order = partial(run.teacher, class_labels=y), 1 if cfg.post == "ecd_euler" else 2
             x_r = solvers.ode_step(teacher, x_t, t, r, order)
         return loss_ect(student, x_t, x_r, t, r, cfg.huber_c, w)                                # Eq. 3
@@ -353,15 +354,34 @@ def train(cfg):
             fail(75, f"stopped by a signal; step {done} is saved, run the same command again to go on")
 
 
+SQRT_FROM = dict(imagenet64=35_000, imagenet512=70_000, own=5_000, digits=500)    # of --decay sqrt (EDM2)
+
+
+def learning_rate(cfg, step):
+    """Warm-up, then linear to 0, constant, 1/sqrt (EDM2 Eq. 67), or a tenth at 30, 60 and 90 % (B.5)."""
+    at = step / cfg.steps
+    decay = dict(linear=1 - at, constant=1.0, steps=0.1 ** (10 * at // 3),
+                 sqrt=max(step / SQRT_FROM[data_name(cfg)], 1) ** -0.5)[cfg.decay]
+    return cfg.lr * decay * min(1.0, (step + 1) / (cfg.warmup + 1))
+
+
+def ema_beta(cfg, step):
+    """--ema_beta, or that of a power-function EMA of relative width --ema_std (EDM2 Eq. 123-127)."""
+    if not cfg.ema_std:
+        return cfg.ema_beta
+    roots = np.roots([1, 7, 16 - cfg.ema_std**-2, 12 - cfg.ema_std**-2])
+    return (1 - 1 / (step + 1)) ** (roots[np.isreal(roots)].real.max() + 1)
+
+
 def set_up(cfg):
     """What a stage trains with, from its last checkpoint or first weights; None: nothing is to be done."""
-    if cfg.stage == "pretrain" and has_teacher(cfg):
-        state, model = teacher_state(cfg)             # fetched and checked
-        log(f"pretrain: not trained, the teacher is {cfg.teacher or 'the official one'}")
-        if cfg.teacher and not os.path.exists(f"{cfg.out}/mid.pt"):
-            build(cfg, model, state, cfg.teacher)     # does it fit? not after hours of training the VGG
     if cfg.stage == "mid" and cfg.mid == "none":
         return log("mid: left out by --mid none")
+    if cfg.stage == "pretrain" and has_teacher(cfg):
+        state, model = teacher_state(cfg)             # fetched and checked
+        if cfg.teacher and not os.path.exists(f"{cfg.out}/mid.pt"):
+            build(cfg, model, state, cfg.teacher)     # does it fit? not after hours of training the VGG
+        return log(f"pretrain: not trained, the teacher is {cfg.teacher or 'the official one'}")
     if not needs_data(cfg) and cfg.stage != "mid":
         return
     path = f"{cfg.out}/{cfg.stage}.pt"
@@ -657,25 +677,6 @@ def resume(cfg):
     path = f"{cfg.out}/{cfg.stage}.pt"
     ckpt = nets.load_checkpoint(path, whole=True)
     return ckpt, fid.steps_left(cfg, ckpt, path, MAY_CHANGE, STAGES)
-
-
-SQRT_FROM = dict(imagenet64=35_000, imagenet512=70_000, own=5_000, digits=500)    # of --decay sqrt (EDM2)
-
-
-def learning_rate(cfg, step):
-    """Warm-up, then linear to 0, constant, 1/sqrt (EDM2 Eq. 67), or a tenth at 30, 60 and 90 % (B.5)."""
-    at = step / cfg.steps
-    decay = dict(linear=1 - at, constant=1.0, steps=0.1 ** (10 * at // 3),
-                 sqrt=max(step / SQRT_FROM[data_name(cfg)], 1) ** -0.5)[cfg.decay]
-    return cfg.lr * decay * min(1.0, (step + 1) / (cfg.warmup + 1))
-
-
-def ema_beta(cfg, step):
-    """--ema_beta, or that of a power-function EMA of relative width --ema_std (EDM2 Eq. 123-127)."""
-    if not cfg.ema_std:
-        return cfg.ema_beta
-    roots = np.roots([1, 7, 16 - cfg.ema_std**-2, 12 - cfg.ema_std**-2])
-    return (1 - 1 / (step + 1)) ** (roots[np.isreal(roots)].real.max() + 1)
 
 
 def total(grad, loss, scale):

@@ -124,7 +124,8 @@ BRANCHES = {"pretrain": "mf fm", "mid": "cmt none", "post": "mf vanilla teacher"
 FILES = {"imagenet": "data/imagenet256-sd"}
 REFERENCE = {"imagenet": "imagenet256"}               # scored by ADM's statistics, others by their own
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-parse = partial(fid.parse, globals())                 # (argv) -> Config; fid reads this file's tables by name
+# (argv) -> Config. fid reads by name Config, PRESETS, ABOUT, STAGES, INITS, BRANCHES, MAY_CHANGE, data_name
+parse = partial(fid.parse, globals())
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 
 
@@ -331,7 +332,7 @@ def train(cfg):
     per_solve = math.prod(solve_size(cfg))            # pairs; no batch straddles two solves (check)
     batches = fid.ahead(partial(read_batch, cfg, run.images), range(start, cfg.steps))
 
-    @lru_cache(1)                                     # it feeds several steps; resumed, it is solved anew
+    @lru_cache(1)                                     # kept: it feeds several steps; resumed, solved anew
     def solve(k):
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", k))
         pairs = teacher_pairs(cfg, run.teacher, run.shape, g)

@@ -126,7 +126,8 @@ INITS = "sit", "random"                            # other values of --init are 
 BRANCHES = {"pretrain": "repa plain", "mid": "cmt none", "post": "mf vanilla xl"}   # `train` has these
 FILES = {"coco": "data/coco256-sd"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-parse = partial(fid.parse, globals())                 # (argv) -> Config; fid reads this file's tables by name
+# (argv) -> Config. fid reads by name Config, PRESETS, ABOUT, STAGES, INITS, BRANCHES, MAY_CHANGE, data_name
+parse = partial(fid.parse, globals())
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 
 
@@ -321,7 +322,7 @@ def train(cfg):
     def features_of(words, drop):
         return torch.where(drop.to(DEVICE, non_blocking=True).view(-1, 1, 1), run.null, run.encoder(words))
 
-    @lru_cache(1)                                     # it feeds several steps; resumed, it is solved anew
+    @lru_cache(1)                                     # kept: it feeds several steps; resumed, solved anew
     def solve(k):
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", k))
         texts = features_of(*captions_of_solve(cfg, images, k))

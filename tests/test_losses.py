@@ -1,5 +1,7 @@
 """The losses by hand, the pairs of a trajectory, one update, one checkpoint."""
 
+import shutil
+
 import pytest
 import torch
 from PIL import Image
@@ -38,7 +40,7 @@ def pairs(*argv):
 
 # ---- Eq. 7 ---------------------------------------------------------------------------------------
 def test_every_cmt_pair_lies_on_the_trajectory_that_ends_in_its_target():
-    sigmas, (x_t, t, x_0, owner) = pairs()
+    sigmas, (x_t, t, owner, x_0) = pairs()
     assert x_t.shape == (32, 1, 8, 8) and x_0.shape == (4, 1, 8, 8) and t.shape == owner.shape == (32,)
     first = t == t.max()
     xs = script.teacher_solver(gaussian, x_t[first][owner[first].argsort()], sigmas)
@@ -50,7 +52,7 @@ def test_every_cmt_pair_lies_on_the_trajectory_that_ends_in_its_target():
 
 def test_cmt_loss_is_zero_for_the_oracle_flow_map_and_grows_with_the_error():
     """A fine solve is the exact flow map, so the exact student has nothing left to learn."""
-    _, (x_t, t, x_0, owner) = pairs("--nfe", "512", "--trajectories", "1")
+    _, (x_t, t, owner, x_0) = pairs("--nfe", "512", "--trajectories", "1")
     distance = nets.PixelDistance()
     zero = script.loss_cmt(flow_map, x_t, t, [x_0[owner]], distance)
     assert zero < 1e-6
@@ -58,11 +60,11 @@ def test_cmt_loss_is_zero_for_the_oracle_flow_map_and_grows_with_the_error():
 
 
 def test_distillation_uses_only_the_prior_and_slow_cmt_forward_perturbed_data():
-    sigmas, (x_t, t, x_0, owner) = pairs("--mid", "kd")
+    sigmas, (x_t, t, owner, x_0) = pairs("--mid", "kd")
     assert len(x_t) == len(x_0) == 16 and (t == 80).all() and x_t.std() == pytest.approx(80, rel=0.1)
     assert torch.equal(owner.sort()[0], torch.arange(16))
     assert torch.allclose(x_0[owner], script.teacher_solver(gaussian, x_t, sigmas)[-1])
-    sigmas, (x_t, t, x_0, owner) = pairs("--mid", "slow")
+    sigmas, (x_t, t, owner, x_0) = pairs("--mid", "slow")
     assert len(x_t) == len(x_0) == 32 and torch.equal(owner.sort()[0], torch.arange(32))
     assert sorted(t.tolist()) == pytest.approx(sorted(sigmas[:-1].tolist() * 4))
     quiet = t < 0.01
@@ -208,23 +210,12 @@ def test_flat_vectors_are_the_weights_and_gradients_of_the_net():
     assert net.weight.abs().sum() == 0
 
 
-@pytest.mark.parametrize("beta, dtype", [(0.999, torch.float32), (0.999, torch.float64), (0.9, torch.float32)])
-def test_adam_rectified_over_one_flat_vector_is_radam(beta, dtype):
-    """Rate and eps of each step, through the first ones without a variance and a skipped one; torch's RAdam per parameter."""
-    torch.manual_seed(0)
-    net, twin = (torch.nn.Linear(5, 3).to(dtype) for _ in range(2))
-    twin.load_state_dict(net.state_dict())
-    flat = torch.cat([net.weight.flatten(), net.bias]).detach()
-    one = torch.optim.Adam([flat], betas=(0.9, beta), fused=True)
-    each = torch.optim.RAdam(twin.parameters(), lr=0.1, betas=(0.9, beta))
-    for k in range(40):
-        flat.grad = torch.randn(18, generator=torch.Generator().manual_seed(k)).to(dtype) * 10.0 ** (k % 7 - 4)
-        twin.weight.grad, twin.bias.grad = flat.grad[:15].view(3, 5).clone(), flat.grad[15:].clone()
-        script.rectify(one, 0.1, k + 1)
-        one.step()
-        each.step()
-        expected = torch.cat([twin.weight.flatten(), twin.bias])
-        assert (flat - expected).abs().max() < (1e-5 if dtype == torch.float32 else 1e-8), k
+def test_pre_training_is_by_adam_and_what_follows_by_radam(road, tmp_path):
+    """B.2; after it Adam's first steps would be adapted, by a variance of few gradients."""
+    for stage, optimiser in ("pretrain", torch.optim.Adam), ("mid", torch.optim.RAdam), ("post", torch.optim.RAdam):
+        cfg = config("--stage", stage, "--out", str(tmp_path), "--batch", "16", "--trajectories", "4")
+        assert type(script.set_up(cfg).opt) is optimiser
+        shutil.copy(road / f"{stage}.pt", tmp_path)
 
 
 def test_seeds_are_a_fixed_function_of_their_key():

@@ -283,8 +283,8 @@ def curves(args, device):
     scores["teacher, 16 steps"] = [(0, level), (seen, level)]
     norms = dict(sorted(norms.items(), key=lambda item: "every step" in item[0]))     # the medians on top
     one = [row["1-step FD-digits"] for row in rows]          # teacher, mid, mid and post, post alone
-    words = (f"Does mid-training help? FD-digits in one step, lower is better: {one[2]} with it, {one[3]} "
-             f"without; teacher, {cfg.nfe} steps: {rows[0][f'{cfg.nfe}-step FD-digits']}\n"
+    words = (f"Does mid-training by pixels help? FD-digits in one step, lower is better: {one[2]} with it, "
+             f"{one[3]} without; teacher, {cfg.nfe} steps: {rows[0][f'{cfg.nfe}-step FD-digits']}\n"
              "Mid- and post-training: CMT + ECT; post-training alone: ECT, annealed; all by pseudo-Huber, "
              "seed 0. In one step the teacher draws the mean of all images. The students look alike; the "
              "scores tell them apart.")

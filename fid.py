@@ -99,7 +99,8 @@ REFERENCES = {         # nobody publishes their checksums, so the one found is p
 }
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")         # inside, whatever the name ends in
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-HALVES = "Half of the digits against the other scores 0.78 +- 0.19, uniform noise 119.5 (--train-digits)."
+HALVES = ("Half of the digits (900) against the other scores 0.78 +- 0.19, and 2,000 samples can score less; "
+          "uniform noise 119.5, their mean image 197.6 (--train-digits).")
 HIDDEN = re.compile(r"(^|/)(\.[^/]|__MACOSX/)")                          # .DS_Store, ._x.png, .git
 Reference = collections.namedtuple("Reference", "mu cov n features file sha256")    # not stated: n 0, text ""
 FOREIGN = {"cannot identify image file": "not a picture, or a part of one",
@@ -1335,12 +1336,11 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
                f"A {line}: one noise for all nets{again}.{fallen(table)}\n"
                "Mid-training: a student learns the ends of the teacher's trajectories; post-training: it "
                "learns from images.")
-    caption += (" Whether mid-training helps, README's table of digits says, or a run with --mid none."
+    caption += (" Does it help? A table of README says it of digits, a run with --mid none of your data."
                 * any(name == "mid" for name, *_ in shown))
     caption += (f"\nScores: Frechet distance of {samples:,} images to the data, by features of a net"
                 f"{'; of few it is off, mostly high' * (samples < 1_000)}.") * bool(table)
-    caption += (" Half of the real digits is at 0.78 from the other half, random pixels at 119.5, images "
-                "that are all alike are farther still.") * real
+    caption += f" {HALVES}" * real
     caption += (" Shows its digit: a classifier reads it as the caption's digit."
                 * any("shows its digit" in key for row in table for key in row)) + f"\n{words.strip()}"
     alone = f"_{shown[0][0]}" * shown[0][0].startswith("init_")         # --init FILE: beside the run's own
@@ -1367,7 +1367,7 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=()):
                for name, f in nets.items()}
     rows, errors = [], {net: (x[0] - states[-1]).square().flatten(1).mean(1).sqrt().tolist()
                         for net, x in answers.items()}
-    means = ", ".join(f"{called(net)} {sum(e) / len(e):.2f}" for net, e in errors.items() if net != "post")
+    means = ", ".join(f"{called(net)}: {sum(e) / len(e):.2f}" for net, e in errors.items() if net != "post")
     for j in range(min(2, states.shape[1])):
         name = f"noise {j + 1}, {names[j % len(names)]}" if names else f"noise {j + 1}"
         rows.append((f"{name}\nstates of the teacher", show((states / wide)[:, j])))          # at unit scale
@@ -1376,8 +1376,10 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=()):
     caption = (f"How far from the teacher's end does one call from noise land? {means} "
                f"(mean of {states.shape[1]} noises)\n"
                f"The teacher walks in {n - 1} steps, as for mid-training, from noise, left, to its end, "
-               "right. Below: where each net gets from there in one call; mid-training trains every image of "
-               "its row to be that end.\n"
+               "right. Below: where each net gets from there in one call"
+               + ("; mid-training trains every image of its row to be that end" if levels.max() > 1 else
+                  "; mid-training is on the mean velocity between any two states, so to the end, too; at t = "
+                  "0 the answer is the state itself") + ".\n"
                "Error from noise: of the leftmost answer, root mean square of pixels; "
                f"two ends differ by {apart:.2f}. Post-training learns from images and may leave these ends."
                + (" A plain call is one velocity without guidance; the teacher's steps in stages.png have it."
@@ -1414,11 +1416,12 @@ def save_chart(path, panels, caption, across="images", marks=(), joined=True):
 
     marks: {x: what begins there}. joined=False: dots, not a line, for points of several runs.
     """
-    font, width, height = ImageFont.load_default(64), 4000, 1200         # twice the size of the file: smooth
+    font, width = ImageFont.load_default(64), 4000                       # twice the size of the file: smooth
     panels = {title: {plain(name): seen for name, points in curves.items()
                       if (seen := [p for p in points if 0 < p[1] < math.inf])}
               for title, curves in panels.items()}
     panels = {title: curves for title, curves in panels.items() if curves}
+    height = 1200 if len(panels) < 4 else 850
     colours = colours_of([*dict.fromkeys(name for curves in panels.values() for name in curves)])
     labels = [[name + f": {points[-1][1]:.2f}" * (joined and "better" in title)              # a score
                for name, points in curves.items()] for title, curves in panels.items()]
@@ -1434,7 +1437,7 @@ def save_chart(path, panels, caption, across="images", marks=(), joined=True):
     for k, (title, curves) in enumerate(panels.items()):
         xs, ys = zip(*(p for points in curves.values() for p in points))
         top, bottom = above + k * height + 160, above + (k + 1) * height - 120
-        end = max(ends) if 2 * ends[k] > max(ends) else ends[k]      # panels of like length share their axis
+        end = max(ends) if 3 * ends[k] > max(ends) else ends[k]      # panels of like length share their axis
         step = next(t for t in ticks_of(1e-9, end) if end / t <= 6)
         end = step * math.ceil(end / step)
         ticks = ticks_of(min(ys), max(ys))
@@ -1467,7 +1470,7 @@ def save_chart(path, panels, caption, across="images", marks=(), joined=True):
             for x, y in dots if (few or len(dots) == 1 or not joined) and not level else ():
                 pen.ellipse((x - dot, y - dot, x + dot, y + dot), colours[name])
             x, y = width - right + 80, top + 88 * row
-            if k == 0 or labels[k] != labels[k - 1]:                         # said once
+            if (k == 0 or labels[k] != labels[k - 1]) and f"{name}:" not in title:       # said once
                 pen.rectangle((x, y + 16, x + 48, y + 40), colours[name])
                 pen.text((x + 80, y), labels[k][row], "black", font, "lt")
     pen.multiline_text((left, above + height * len(panels) + 20), words[0], "black", font)
@@ -1638,6 +1641,7 @@ def begin_run(cfg, script, argv):
 def parse(home, argv):
     """argv (list of str) -> Config. Unknown flag, bad choice: exit code 2. home: the script's globals().
 
+    It reads Config, PRESETS, STAGES, data_name, NEED_STAGE; others INITS, MAY_CHANGE, BRANCHES, ABOUT.
     Weakest first: a field's default, the matching rows of PRESETS from top to bottom, --field, --stage.field.
     """
     config, presets = home["Config"], home["PRESETS"]
@@ -2140,26 +2144,33 @@ CURVES = dict(loss="loss", grad="gradient norm",
 
 
 def save_curve(cfg, table=()):
-    """curve.png in cfg.out: all stages of metrics.jsonl on one axis of images; below, a table of scores."""
-    panels, before, last = {}, 0, {}
+    """curve.png in cfg.out: all stages of metrics.jsonl on one axis of images; above, a table of scores.
+
+    A panel for each stage, since their losses do not compare. The loss of a Mean Flow is near 1 for any net,
+    so its square error is drawn.
+    """
+    panels, norms, before, last = {}, {}, 0, {}
     steps = [m for m in read_metrics(cfg.out) if "images" in m and m.get("step") != 1]     # 1: of one batch
     for m in [m for m in steps if m["stage"] != "vgg"]:
         before += last.get("images", 0) * (last.get("stage") not in (None, m["stage"]))
-        last = m
-        for key, title in CURVES.items():
-            points = panels.setdefault(title, {}).setdefault(STAGES[m["stage"]], [])
-            points.append((before + m["images"], m.get(key, m.get("mse_same", 0) if "mse" in key else 0)))
+        last, stage, at = m, STAGES[m["stage"]], before + m["images"]
+        error = m.get("mse_gap1", m.get("mse_same"))                         # same: t = r, of a flow alone
+        to = "the teacher's velocities" if m["stage"] == "mid" else "noise - image"
+        title = f"{stage}: " + ("loss" if error is None else f"square error to {to}, t - r up to 1/4")
+        points = panels.setdefault(title, {}).setdefault(stage, [])
+        points.append((at, m["loss"] if error is None else error))
+        norms.setdefault(stage, []).append((at, m["grad"]))
+    panels["gradient norm"] = norms
     if vgg := [(m["images"], m["loss"]) for m in steps if m["stage"] == "vgg"]:          # has its own length
         panels["loss of the VGG, whose features mid-training compares"] = {STAGES["vgg"]: vgg}
     about = sys.modules[type(cfg).__module__].ABOUT          # "stage 2 of 4, mid-training (Eq. 7): ..."
     trained = {m["stage"] for m in steps}
     meant = [text.partition(", ")[2] for stage, text in about.items() if stage in trained]
-    scores, mid = in_short(table), panels.get("loss", {}).get(STAGES["mid"], [])
-    scores = f"{scores}; {cfg.samples:,} samples each." * bool(scores)
-    fell = f"Mid-training's loss: from {mid[0][1]:.2g} to {mid[-1][1]:.2g}. " if mid else ""
-    save_chart(f"{cfg.out}/curve.png", panels, f"{fell}Every stage has a loss of its own\n"
+    heading = in_short(table) or "What each stage learns: its loss, and its gradient norm"
+    save_chart(f"{cfg.out}/curve.png", panels, f"{heading}\n"
                "Images trained on; in mid-training these are pairs of the teacher.\n"
-               + "".join(f"{text[0].upper()}{text[1:]}.\n" for text in meant) + scores)
+               + "\n".join(f"{text[0].upper()}{text[1:]}." for text in meant)
+               + f"\nScores: {cfg.samples:,} samples each." * bool(in_short(table)))
 
 
 def save_preview(cfg, tally, stop, sampler, drawn=""):

@@ -42,7 +42,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     res: int = 0                # own images are cropped and resized (LANCZOS) to this; 0 = they have one size
     stage: Literal["all", "pretrain", "mid", "post", "sample", "eval"] = "all"   # all: those not finished
     out: str = ""               # folder of the run; "" = out/<data>
-    teacher: str = ""           # FILE, URL; "" = the official one, else <out>/pretrain.pt; scratch = train it
+    teacher: str = ""           # FILE, URL; "" = <out>/pretrain.pt, else the official one; scratch = train it
     mid: Literal["cmt", "kd", "slow", "none"] = "cmt"    # every state | noise alone | own solves | skip it
     post: Literal["ect", "ecd", "ecd_euler", "annealed"] = "ect"   # ECT | ECD, Heun | Euler | ECT, q grows
     init: str = "teacher"       # the first stage's start: teacher | random | FILE; sample, eval: show FILE
@@ -119,10 +119,10 @@ INITS = "teacher", "random"                        # other values of --init are 
 BRANCHES = {"mid": "cmt kd slow none", "post": "ect ecd ecd_euler annealed"}   # `train` has these
 FILES = {"cifar10": "data/cifar-10-python.tar.gz",
          "ffhq": "data/ffhq-64x64.zip", "afhqv2": "data/afhqv2-64x64.zip"}
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 CIFAR_MD5 = "c58f30108f718f92721af3b95e74349a"
-# (argv) -> Config. fid reads by name Config, PRESETS, ABOUT, STAGES, INITS, BRANCHES, MAY_CHANGE, data_name
-parse = partial(fid.parse, globals())
+parse = partial(fid.parse, globals())                 # (argv) -> Config; it says which names it reads
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 
 
@@ -149,7 +149,8 @@ def teacher_pairs(cfg, teacher, shape, g):
     """Eq. 7: n trajectories of the frozen teacher; the first `used` states of each are paired with its end.
 
     shape: of one image. Every process solves its share, gets all. Returns, shuffled, x_t (P, C, H, W), t and
-    owner (P,), and the ends x_0 (n, C, H, W): pair p is regressed onto x_0[owner[p]].
+    owner (P,), and the ends x_0 (n, C, H, W): pair p is regressed onto x_0[owner[p]]. x_i of Eq. 7
+    is xs[nfe - i].
     """
     (n, used), sigmas = solve_size(cfg), teacher_sigmas(cfg.nfe)              # (nfe+1,), from 80 to 0.002
     levels = sigmas.to(g.device, torch.float32, non_blocking=True)
@@ -239,19 +240,19 @@ def train(cfg):
             *pairs, x_0 = teacher_pairs(cfg, run.teacher, shape, g)
         return pairs, run.distance.features(x_0)                              # once per end, not per pair
 
-    def batch_of(step):                               # this process's share of it, a row an image or pair
+    def batch_of(step):                               # this process's rows, and what pairs among them share
         if cfg.stage == "mid":
-            pairs, at = solve(step * B // per_solve)[0], step * B % per_solve
-            return [a[at:at + B][mine] for a in pairs]                        # of x_t, t, owner
+            (pairs, target), at = solve(step * B // per_solve), step * B % per_solve
+            return [a[at:at + B][mine] for a in pairs], target
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         x, eps = draw(run.images, B, g)[mine], randn((B, *shape), g)[mine]
         t = (cfg.P_mean + cfg.P_std * randn(B, g))[mine].exp()
-        return x, t, eps
+        return (x, t, eps), None
 
-    def loss_of(step, seed, *rows):                   # seed: of the first row's dropout
+    def loss_of(step, seed, target, *rows):           # seed: of the first row's dropout
         student = partial(f, masks=nets.dropout_masks(net, range(seed, seed + micro)))
         if cfg.stage == "mid":
-            (x_t, t, owner), target = rows, solve(step * B // per_solve)[1]
+            x_t, t, owner = rows
             return loss_cmt(student, x_t, t, [ends[owner] for ends in target], run.distance)    # Eq. 7
         x, t, eps = rows
         if cfg.stage == "pretrain":
@@ -264,11 +265,11 @@ def train(cfg):
 
     for step in range(start, cfg.steps):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
-        batch, loss_sum = batch_of(step), 0.0
+        (batch, target), loss_sum = batch_of(step), 0.0
         part = micro / B * tally["scale"]             # of the batch's mean; scale: of fp16, else 1
         for k, rows in enumerate(zip(*(a.split(micro) for a in batch))):
             seed = fold(cfg.seed, cfg.stage, step, "dropout") + mine.start + k * micro
-            loss = loss_of(step, seed, *rows)
+            loss = loss_of(step, seed, target, *rows)
             (loss * part).backward()
             loss_sum += loss.detach() * part
         norm, loss, stop = total(run.grad, loss_sum, tally["scale"])          # the one wait of a step
@@ -305,7 +306,8 @@ def set_up(cfg):
         return log("mid: left out by --mid none")
     if cfg.stage == "pretrain" and has_teacher(cfg):
         teacher_state(cfg)                            # fetched and checked
-        return log(f"pretrain: not trained, the teacher is {cfg.teacher or 'the official one'}")
+        own = nets.finished(f"{cfg.out}/pretrain.pt") and f"{cfg.out}/pretrain.pt"
+        return log(f"pretrain: not trained, the teacher is {cfg.teacher or own or 'the official one'}")
     path = f"{cfg.out}/{cfg.stage}.pt"
     ckpt, left = resume(cfg)
     if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # by name: neither is read
@@ -586,7 +588,7 @@ def first_weights(cfg, images, teacher=None):
 def forward(cfg, net):
     """net as the losses call it: compiled by --compile, inside in --precision; the losses stay in fp32."""
     net = torch.compile(net, dynamic=False) if cfg.compile else net
-    cast = dict(bf16=torch.bfloat16, fp16=torch.float16).get(cfg.precision)
+    cast = HALF.get(cfg.precision)
 
     def f(x, sigma, masks=None):
         with torch.autocast(DEVICE.type, cast, enabled=cast is not None):

@@ -47,7 +47,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     stage: Literal["all", "encode", "pretrain", "vgg", "mid", "post", "sample", "eval"] = "all"
     out: str = ""               # folder of the run; "" = out/<data><res>, out/digits-imagenet
     source: str = ""            # encode: folder of ImageNet's class folders
-    teacher: str = ""           # FILE, URL, EDM2 snapshot by name; "" = the official one; scratch = train it
+    teacher: str = ""           # FILE, URL, EDM2 snapshot; "" = pretrain.pt or official; scratch = train it
     mid: Literal["cmt", "none"] = "cmt"                  # Eq. 7
     post: Literal["ect", "ecd", "ecd_euler", "ecd_code"] = "ect"     # Eq. 3; ecd_code: as their 512 script
     init: str = "teacher"       # the first stage's start: teacher | random | FILE; sample, eval: show FILE
@@ -134,8 +134,7 @@ INITS = "teacher", "random"                        # other values of --init are 
 BRANCHES = {"mid": "cmt none", "post": "ect ecd ecd_euler ecd_code"}   # `train` has these
 FILES = {"imagenet64": "data/imagenet64.zip", "imagenet512": "data/imagenet512-sd.zip"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# (argv) -> Config. fid reads by name Config, PRESETS, ABOUT, STAGES, INITS, BRANCHES, MAY_CHANGE, data_name
-parse = partial(fid.parse, globals())
+parse = partial(fid.parse, globals())                 # (argv) -> Config; it says which names it reads
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 
 
@@ -286,51 +285,53 @@ def train(cfg):
     def solve(k):
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", k))
         *pairs, x_0 = teacher_pairs(cfg, run.teacher, classes, shape, g)
-        views = {} if cfg.ensemble == "none" else run.distance.draw(pairs[1], g)
-        target = None if views else run.distance.features(x_0)                # once per end, not per pair
-        return (*pairs, *views.values()), views, x_0, target
+        if cfg.ensemble != "none":                    # seen under a random view of each pair
+            views = run.distance.draw(pairs[1], g)
+            return (*pairs, *views.values()), ([x_0], [*views])
+        return pairs, (run.distance.features(x_0), [])                        # once per end, not per pair
 
-    def batch_of(step):                               # this process's share of it, a row an image or pair
+    def batch_of(step):                               # this process's rows, and what pairs among them share
         if cfg.stage == "mid":
-            pairs, at = solve(step * B // per_solve)[0], step * B % per_solve
-            return [a[at:at + B][mine] for a in pairs]                        # of y, x_t, t, owner, views
+            (pairs, target), at = solve(step * B // per_solve), step * B % per_solve
+            return [a[at:at + B][mine] for a in pairs], target
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         raw, labels = next(batches)
-        noise, eps = randn((B, *shape), g)[mine], randn((B, *shape), g)[mine]
+        noise, eps = randn((B, *shape), g)[mine], randn((B, *shape), g)[mine]    # noise: of a latent
         x, labels = to_input(raw, noise), labels.to(DEVICE, non_blocking=True)
         t, y = (cfg.P_mean + cfg.P_std * randn(B, g))[mine].exp(), one_hot(labels, classes)
         if cfg.stage == "vgg" and cfg.data == "digits":
             x = x + vgg_noise(cfg, step, (B, *shape))[mine]
-        return y, x, t, eps, labels
+        return (y, x, t, eps, labels), None
 
-    def loss_of(step, seed, y, *rows):                # seed: of the first row's dropout
+    def loss_of(step, seed, target, y, *rows):        # seed: of the first row's dropout
         masks = None if cfg.stage == "vgg" else nets.dropout_masks(net, range(seed, seed + micro))
         student = partial(net, class_labels=y, masks=masks)
         if cfg.stage == "mid":
-            (x_t, t, owner, *view), (_, views, x_0, target) = rows, solve(step * B // per_solve)
+            (x_t, t, owner, *views), (target, names) = rows, target
+            ends = [a[owner] for a in target]
             if views:
-                return loss_cmt_views(student, x_t, t, x_0[owner], run.distance, dict(zip(views, view)))
-            return loss_cmt(student, x_t, t, [ends[owner] for ends in target], run.distance)    # Eq. 7
+                return loss_cmt_views(student, x_t, t, *ends, run.distance, dict(zip(names, views)))
+            return loss_cmt(student, x_t, t, ends, run.distance)                                # Eq. 7
         x, t, eps, labels = rows
         if cfg.stage == "vgg":
             return loss_vgg(net, x, labels, seed)
         if cfg.stage == "pretrain":
             return loss_edm2(student, x, t, eps, net.sigma_data)
-        r, w = ect_step(t, cfg.q), edm_weight(t, net.sigma_data)
+        r, weight = ect_step(t, cfg.q), edm_weight(t, net.sigma_data)
         x_t, x_r = (x + s.view(-1, 1, 1, 1) * eps for s in (t, r))
         if cfg.post.startswith("ecd"):                                        # frozen: no gradient
             teacher, order = partial(run.teacher, class_labels=y), 1 if cfg.post == "ecd_euler" else 2
             x_r = solvers.ode_step(teacher, x_t, t, r, order)
-        return loss_ect(student, x_t, x_r, t, r, cfg.huber_c, w)                                # Eq. 3
+        return loss_ect(student, x_t, x_r, t, r, cfg.huber_c, weight)                           # Eq. 3
 
     for step in range(start, cfg.steps):
         opt.param_groups[0]["lr"] = lr = learning_rate(cfg, step)
-        batch, loss_sum = batch_of(step), 0.0
+        (batch, target), loss_sum = batch_of(step), 0.0
         part = micro / B * tally["scale"]             # of the batch's mean; scale: of fp16, else 1
         with nets.hoist(net, force=True):             # EDM2 Eq. 66: normalised once for all micro-batches
             for k, rows in enumerate(zip(*(a.split(micro) for a in batch))):
                 seed = fold(cfg.seed, cfg.stage, step, "dropout") + mine.start + k * micro
-                loss = loss_of(step, seed, *rows)
+                loss = loss_of(step, seed, target, *rows)
                 (loss * part).backward()
                 loss_sum += loss.detach() * part
         norm, loss, stop = total(run.grad, loss_sum, tally["scale"])          # the one wait of a step
@@ -381,7 +382,8 @@ def set_up(cfg):
         state, model = teacher_state(cfg)             # fetched and checked
         if cfg.teacher and not os.path.exists(f"{cfg.out}/mid.pt"):
             build(cfg, model, state, cfg.teacher)     # does it fit? not after hours of training the VGG
-        return log(f"pretrain: not trained, the teacher is {cfg.teacher or 'the official one'}")
+        own = nets.finished(f"{cfg.out}/pretrain.pt") and f"{cfg.out}/pretrain.pt"
+        return log(f"pretrain: not trained, the teacher is {cfg.teacher or own or 'the official one'}")
     if not needs_data(cfg) and cfg.stage != "mid":
         return
     path = f"{cfg.out}/{cfg.stage}.pt"

@@ -124,8 +124,7 @@ BRANCHES = {"pretrain": "mf fm", "mid": "cmt none", "post": "mf vanilla teacher"
 FILES = {"imagenet": "data/imagenet256-sd"}
 REFERENCE = {"imagenet": "imagenet256"}               # scored by ADM's statistics, others by their own
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# (argv) -> Config. fid reads by name Config, PRESETS, ABOUT, STAGES, INITS, BRANCHES, MAY_CHANGE, data_name
-parse = partial(fid.parse, globals())
+parse = partial(fid.parse, globals())                 # (argv) -> Config; it says which names it reads
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 
 

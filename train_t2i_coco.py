@@ -126,8 +126,7 @@ INITS = "sit", "random"                            # other values of --init are 
 BRANCHES = {"pretrain": "repa plain", "mid": "cmt none", "post": "mf vanilla xl"}   # `train` has these
 FILES = {"coco": "data/coco256-sd"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# (argv) -> Config. fid reads by name Config, PRESETS, ABOUT, STAGES, INITS, BRANCHES, MAY_CHANGE, data_name
-parse = partial(fid.parse, globals())
+parse = partial(fid.parse, globals())                 # (argv) -> Config; it says which names it reads
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 
 

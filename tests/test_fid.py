@@ -857,11 +857,13 @@ def test_the_vgg_has_an_axis_of_its_own(tmp_path, monkeypatch):
     cfg = importlib.import_module("train_cmt_imagenet").Config(out=str(tmp_path))
     save_curve(cfg)
     assert drawn["loss of the VGG, whose features mid-training compares"] == {"VGG": [(4500, 1.0), (9000, 1.0)]}
-    assert drawn["loss"] == {"mid-training": [(450, 1.0), (900, 1.0)], "post-training": [(1200, 1.0), (1500, 1.0)]}
+    assert drawn["mid-training: loss"] == {"mid-training": [(450, 1.0), (900, 1.0)]}
+    assert drawn["gradient norm"] == {"mid-training": [(450, 1.0), (900, 1.0)], "post-training": [(1200, 1.0), (1500, 1.0)]}
     assert "lower is better" not in drawn["caption"]
     scores = {"stage": "teacher, balanced labels", "8-step FID": "2.00"}, {"stage": "mid", "1-step FID": "5.00 +- 1.00, min 4.00"}, {"stage": "post", "1-step FID": "-"}
     save_curve(cfg, scores)
-    assert drawn["caption"].endswith("\nFID in 1 step: after mid-training 5.00 +- 1.00, min 4.00; teacher, 8 steps: 2.00 (lower is better); 50,000 samples each.")
+    assert drawn["caption"].startswith("FID in 1 step: after mid-training 5.00 +- 1.00, min 4.00; teacher, 8 steps: 2.00 (lower is better)\n")
+    assert drawn["caption"].endswith("\nScores: 50,000 samples each.")
 
 
 def test_slow_samplers_draw_fewer_images():

@@ -1281,12 +1281,6 @@ def scores_of(table):
                                              if "-step F" in key and value[:1].isdigit()} for row in table}
 
 
-def worse_in(scores, before, after):
-    """The steps in which a net scores worse than the one before it; scores: of scores_of."""
-    was, mine = scores.get(before, {}), scores.get(after, {})
-    return [k for k in mine if k in was and float(mine[k].split()[0]) > float(was[k].split()[0])]
-
-
 def in_short(table):
     """A table of scores in a line: students in one step, the teacher in its many; "" where no student has."""
     scores = scores_of(table)
@@ -1306,7 +1300,8 @@ def fallen(table):
     """Of a table of scores: a sentence for each stage that scores worse than the one before it."""
     text, scores = "", scores_of(table)
     for before, after in ("teacher", "mid"), ("mid", "post"):
-        if worse := worse_in(scores, before, after):
+        was, now = scores.get(before, {}), scores.get(after, {})
+        if worse := [k for k in now if k in was and float(now[k].split()[0]) > float(was[k].split()[0])]:
             text += (f" Here {STAGES[after]} scores worse than {STAGES.get(before, 'its teacher')} in "
                      f"{' and '.join(worse)} step{'s' * (worse != ['1'])}.")
     return text

@@ -310,7 +310,7 @@ def set_up(cfg):
         return log(f"pretrain: not trained, the teacher is {cfg.teacher or own or 'the official one'}")
     path = f"{cfg.out}/{cfg.stage}.pt"
     ckpt, left = resume(cfg)
-    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # same names: not read again
+    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # same names: none is read
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
     images, data, teacher = None, "none", None
     if needs_data(cfg):

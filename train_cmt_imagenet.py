@@ -388,7 +388,7 @@ def set_up(cfg):
         return
     path = f"{cfg.out}/{cfg.stage}.pt"
     ckpt, left = resume(cfg)
-    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # same names: not read again
+    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # same names: none is read
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
     images = load_data(cfg) if needs_data(cfg) else None
     data = images.stamp if images else "none"

@@ -399,7 +399,7 @@ def set_up(cfg):
         return log(f"{cfg.stage}: not trained, as --teacher or --mid none says")
     path, teacher = f"{cfg.out}/{cfg.stage}.pt", None
     ckpt, left = resume(cfg)
-    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # same names: not read again
+    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # same names: none is read
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
     images, encoder = load_data(cfg), text_encoder(cfg)                   # mid reads captions, never an image
     data, null = images.stamp, encoder(images.null[None])

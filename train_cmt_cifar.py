@@ -502,7 +502,6 @@ def check(cfg):
     """Everything that would stop this stage, before any stage starts: values (exit code 2), files (3)."""
     skipped = has_teacher(cfg) if cfg.stage == "pretrain" else cfg.stage == "mid" and cfg.mid == "none"
     trains = cfg.stage not in RUN and not skipped
-    begins = not os.path.exists(f"{cfg.out}/{cfg.stage}.pt")
     fid.check_values(cfg, LIMITS, WORLD if trains else 0)
     side = dict(cifar10=32, ffhq=64, afhqv2=64).get(cfg.data, cfg.res)
     if cfg.res and cfg.res != side:
@@ -515,30 +514,35 @@ def check(cfg):
         fid.check_solve(cfg, *solve_size(cfg), WORLD)
         if cfg.loss == "huber" and not cfg.huber_c:
             fail(2, f"--loss huber --huber_c {cfg.huber_c}: huber needs a c above 0")
-        digits = cfg.data == "digits"
-        if digits or (data_name(cfg) == "own" and os.path.exists(cfg.data)):
-            side, _, channels = (8, 8, 1) if digits else fid.image_shape(cfg.data, cfg.res)
-            if has_teacher(cfg) and begins:
-                shape = dict(img_channels=channels, img_resolution=side)
-                fid.check_teacher(cfg, nets.finished, teacher_state, None, shape)
-            if cfg.loss == "lpips" and (channels != 3 or side < 16):
-                fail(2, f"--loss lpips needs 3x16x16 at least, not {channels}x{side}x{side}; or --loss huber")
-        if cfg.loss == "lpips" and begins:
-            nets.pretrained_lpips()                   # downloaded now
-    if begins and trains and cfg.stage != "pretrain" and cfg.init not in INITS:
-        candidates(cfg)                               # --init FILE: is it a net?
-    if begins and needs_data(cfg):
-        images = load_data(cfg)                       # not after days of mid-training, which needs no data
-        if cfg.stage == "pretrain":
-            model_size(cfg, images)                   # is there a net for this size?
-        shape = dict(img_channels=images.shape[1], img_resolution=images.shape[2], label_dim=0)
-        given = teacher_state if has_teacher(cfg) else None
-        fid.check_teacher(cfg, nets.finished, given, fid.stamp(images), shape)
+    if trains and not os.path.exists(f"{cfg.out}/{cfg.stage}.pt"):
+        check_files(cfg)                              # one that has begun compares its data in train
     if cfg.stage == "post" and cfg.precision != "fp32":
         fid.say(f"warning: {cfg.precision} is too coarse for post-training (docs/faq.md); pass fp32")
     if cfg.stage == "eval" and cfg.data != "digits":
         fid.prefetch(cfg.data, must=cfg.data in FILES)
     return trains
+
+
+def check_files(cfg):
+    """Whether a stage can begin with --data, --teacher, --init, its VGG: not after days of others."""
+    given, digits = teacher_state if has_teacher(cfg) else None, cfg.data == "digits"
+    if cfg.stage == "mid" and (digits or (data_name(cfg) == "own" and os.path.exists(cfg.data))):
+        side, _, channels = (8, 8, 1) if digits else fid.image_shape(cfg.data, cfg.res)
+        if given:
+            shape = dict(img_channels=channels, img_resolution=side)
+            fid.check_teacher(cfg, nets.finished, given, None, shape)
+        if cfg.loss == "lpips" and (channels != 3 or side < 16):
+            fail(2, f"--loss lpips needs 3x16x16 at least, not {channels}x{side}x{side}; or --loss huber")
+    if cfg.stage == "mid" and cfg.loss == "lpips":
+        nets.pretrained_lpips()                       # downloaded now
+    if cfg.stage != "pretrain" and cfg.init not in INITS:
+        candidates(cfg)                               # --init FILE: is it a net?
+    if needs_data(cfg):
+        images = load_data(cfg)
+        if cfg.stage == "pretrain":
+            model_size(cfg, images)                   # is there a net for this size?
+        shape = dict(img_channels=images.shape[1], img_resolution=images.shape[2], label_dim=0)
+        fid.check_teacher(cfg, nets.finished, given, fid.stamp(images), shape)
 
 
 # ---- nets -------------------------------------------------------------------------------------

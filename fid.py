@@ -99,8 +99,8 @@ REFERENCES = {         # nobody publishes their checksums, so the one found is p
 }
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")         # inside, whatever the name ends in
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-HALVES = ("Half of the digits (900) against the other scores 0.78 +- 0.19, and 2,000 samples can score less; "
-          "uniform noise 119.5, their mean image 197.6 (--train-digits).")
+HALVES = ("Half of the digits (900) against the other scores 0.78 +- 0.19, 2,000 samples may score less; "
+          "random pixels 119.5, the mean of all digits each time 197.6.")                 # --train-digits
 HIDDEN = re.compile(r"(^|/)(\.[^/]|__MACOSX/)")                          # .DS_Store, ._x.png, .git
 Reference = collections.namedtuple("Reference", "mu cov n features file sha256")    # not stated: n 0, text ""
 FOREIGN = {"cannot identify image file": "not a picture, or a part of one",
@@ -1331,7 +1331,7 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
                f"A {line}: one noise for all nets{again}.{fallen(table)}\n"
                "Mid-training: a student learns the ends of the teacher's trajectories; post-training: it "
                "learns from images.")
-    caption += (" Does it help? A table of README says it of digits, a run with --mid none of your data."
+    caption += (" Whether mid-training helps is not seen here: compare --mid none (digits: in README)."
                 * any(name == "mid" for name, *_ in shown))
     caption += (f"\nScores: Frechet distance of {samples:,} images to the data, by features of a net"
                 f"{'; of few it is off, mostly high' * (samples < 1_000)}.") * bool(table)
@@ -1362,7 +1362,9 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=()):
                for name, f in nets.items()}
     rows, errors = [], {net: (x[0] - states[-1]).square().flatten(1).mean(1).sqrt().tolist()
                         for net, x in answers.items()}
-    means = ", ".join(f"{called(net)}: {sum(e) / len(e):.2f}" for net, e in errors.items() if net != "post")
+    means = {net: sum(e) / len(e) for net, e in errors.items() if net != "post"}
+    nearer = ", no nearer" * ("mid" in means and means["mid"] > 0.9 * max(means.values()))
+    means = ", ".join(f"{called(net)}: {mean:.2f}" for net, mean in means.items()) + nearer
     for j in range(min(2, states.shape[1])):
         name = f"noise {j + 1}, {names[j % len(names)]}" if names else f"noise {j + 1}"
         rows.append((f"{name}\nstates of the teacher", show((states / wide)[:, j])))          # at unit scale
@@ -1435,6 +1437,8 @@ def save_chart(path, panels, caption, across="images", marks=(), joined=True):
         end = max(ends) if 3 * ends[k] > max(ends) else ends[k]      # panels of like length share their axis
         step = next(t for t in ticks_of(1e-9, end) if end / t <= 6)
         end = step * math.ceil(end / step)
+        middle = (min(ys) * max(ys)) ** 0.5                                  # a level line is to look level
+        ys = [*ys, middle / 2, middle * 2]
         ticks = ticks_of(min(ys), max(ys))
         if not 3 < len(ticks) < 9:
             ticks = ticks_of(min(ys), max(ys), (1, 1.5, 2, 3, 4, 5, 7) if len(ticks) < 4 else (1,))
@@ -1636,7 +1640,6 @@ def begin_run(cfg, script, argv):
 def parse(home, argv):
     """argv (list of str) -> Config. Unknown flag, bad choice: exit code 2. home: the script's globals().
 
-    It reads Config, PRESETS, STAGES, data_name, NEED_STAGE; others INITS, MAY_CHANGE, BRANCHES, ABOUT.
     Weakest first: a field's default, the matching rows of PRESETS from top to bottom, --field, --stage.field.
     """
     config, presets = home["Config"], home["PRESETS"]
@@ -2151,7 +2154,8 @@ def save_curve(cfg, table=()):
         last, stage, at = m, STAGES[m["stage"]], before + m["images"]
         error = m.get("mse_gap1", m.get("mse_same"))                         # same: t = r, of a flow alone
         to = "the teacher's velocities" if m["stage"] == "mid" else "noise - image"
-        title = f"{stage}: " + ("loss" if error is None else f"square error to {to}, t - r up to 1/4")
+        gap = "t - r up to 1/4" if "mse_gap1" in m else "t = r"
+        title = f"{stage}: " + ("loss" if error is None else f"square error to {to}, {gap}")
         points = panels.setdefault(title, {}).setdefault(stage, [])
         points.append((at, m["loss"] if error is None else error))
         norms.setdefault(stage, []).append((at, m["grad"]))
@@ -2161,7 +2165,8 @@ def save_curve(cfg, table=()):
     about = sys.modules[type(cfg).__module__].ABOUT          # "stage 2 of 4, mid-training (Eq. 7): ..."
     trained = {m["stage"] for m in steps}
     meant = [text.partition(", ")[2] for stage, text in about.items() if stage in trained]
-    heading = in_short(table) or "What each stage learns: its loss, and its gradient norm"
+    drawn = "loss" if all(title.endswith("loss") for title in [*panels][:1]) else "square error"
+    heading = ". ".join(filter(None, [f"The {drawn} of each stage, and gradient norms", in_short(table)]))
     save_chart(f"{cfg.out}/curve.png", panels, f"{heading}\n"
                "Images trained on; in mid-training these are pairs of the teacher.\n"
                + "\n".join(f"{text[0].upper()}{text[1:]}." for text in meant)

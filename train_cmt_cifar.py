@@ -79,7 +79,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     dry_run: bool = False       # say what would be skipped and trained and what is missing, and end
 
 
-PRESETS = {  # (data, stage, its --mid or --post): of rows that match the lower one wins; "own" = a path
+PRESETS = {  # (data, stage, its --mid or --post): the lower of two rows wins, --help adds up; "own" = a path
     ("*", "pretrain", "*"): dict(steps=390_625, batch=512, lr=1e-3, warmup=19_531, dropout=0.13,
                                  ema_beta=0.99929, decay="constant", P_mean=-1.2, P_std=1.2),   # EDM Table 7
     ("cifar10", "*", "*"): dict(compile=True),          # choice: twice as fast on an H200 (docs/costs.md)
@@ -122,7 +122,8 @@ FILES = {"cifar10": "data/cifar-10-python.tar.gz",
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 CIFAR_MD5 = "c58f30108f718f92721af3b95e74349a"
-parse = partial(fid.parse, globals())                 # (argv) -> Config; it says which names it reads
+# fid reads by name Config, PRESETS, ABOUT, STAGES, INITS, BRANCHES, MAY_CHANGE, data_name
+parse = partial(fid.parse, globals())                 # (argv) -> Config
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 
 
@@ -193,6 +194,15 @@ def loss_ect(net, x_t, x_r, t, r, huber_c=0.0, weight=None):
     return (d / (t - r) if weight is None else d * weight).mean()
 
 
+def make_distance(cfg, channels):
+    """d of Eq. 7: LPIPS on the images as they are (B.2), or of pixels: pseudo-Huber, squared (App. D)."""
+    if cfg.loss in ("huber", "l2"):
+        return nets.PixelDistance(cfg.huber_c if cfg.loss == "huber" else 0.0)
+    if cfg.loss != "lpips" or channels != 3:
+        fail(2, f"--loss {cfg.loss} of {channels} channels is not made here; lpips needs 3, or --loss huber")
+    return nets.pretrained_lpips().to(DEVICE)
+
+
 @torch.no_grad()
 def slow_pairs(cfg, teacher, images, g):
     """Slow CMT (4.3): n fresh images at each of `used` levels, each solved from there to an end of its own.
@@ -208,15 +218,6 @@ def slow_pairs(cfg, teacher, images, g):
     x_t, x_0 = gather(x_t).flatten(0, 1), gather(x_0).flatten(0, 1)
     order = torch.randperm(used * n, generator=g, device=g.device)
     return x_t[order], levels.repeat_interleave(n)[order], order, x_0
-
-
-def make_distance(cfg, channels):
-    """d of Eq. 7: LPIPS on the images as they are (B.2), or of pixels: pseudo-Huber, squared (App. D)."""
-    if cfg.loss in ("huber", "l2"):
-        return nets.PixelDistance(cfg.huber_c if cfg.loss == "huber" else 0.0)
-    if cfg.loss != "lpips" or channels != 3:
-        fail(2, f"--loss {cfg.loss} of {channels} channels is not made here; lpips needs 3, or --loss huber")
-    return nets.pretrained_lpips().to(DEVICE)
 
 
 # ---- train ------------------------------------------------------------------------------------
@@ -242,7 +243,8 @@ def train(cfg):
 
     def batch_of(step):                               # this process's rows, and what pairs among them share
         if cfg.stage == "mid":
-            (pairs, target), at = solve(step * B // per_solve), step * B % per_solve
+            k, at = divmod(step * B, per_solve)
+            pairs, target = solve(k)
             return [a[at:at + B][mine] for a in pairs], target
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         x, eps = draw(run.images, B, g)[mine], randn((B, *shape), g)[mine]
@@ -253,7 +255,7 @@ def train(cfg):
         student = partial(f, masks=nets.dropout_masks(net, range(seed, seed + micro)))
         if cfg.stage == "mid":
             x_t, t, owner = rows
-            return loss_cmt(student, x_t, t, [ends[owner] for ends in target], run.distance)    # Eq. 7
+            return loss_cmt(student, x_t, t, [a[owner] for a in target], run.distance)          # Eq. 7
         x, t, eps = rows
         if cfg.stage == "pretrain":
             return loss_dm(student, x, t, eps, net.sigma_data)
@@ -310,7 +312,7 @@ def set_up(cfg):
         return log(f"pretrain: not trained, the teacher is {cfg.teacher or own or 'the official one'}")
     path = f"{cfg.out}/{cfg.stage}.pt"
     ckpt, left = resume(cfg)
-    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # same names: none is read
+    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # same names: not read
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
     images, data, teacher = None, "none", None
     if needs_data(cfg):
@@ -431,7 +433,7 @@ def launch(cfg):
     """Join the other processes of torchrun, if any: gloo on CPUs, NCCL on GPUs. Plain python: one process."""
     global RANK, WORLD, DEVICE
     fid.SAID.clear()
-    fid.OUT, RANK, WORLD = "", int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    RANK, WORLD, fid.OUT = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), ""
     if torch.cuda.is_available():
         DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(DEVICE)

@@ -93,7 +93,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
 ECD = dict(steps=100_000, decay="constant", q=256)                                          # B.3
 # choice: the nets of 64's ECD teacher are not named; XL by its cost, the guide of EDM2's own preset
 GUIDED = dict(guide="edm2-img64-xs-0134217-0.110", w=1.7)
-PRESETS = {  # (data, stage, its --mid or --post): of rows that match the lower one wins; "own" = a path
+PRESETS = {  # (data, stage, its --mid or --post): the lower of two rows wins, --help adds up; "own" = a path
     ("*", "encode", "*"): dict(batch_gpu=8),              # pictures at a time: 0.63 GB each at 512 (EDM2: 8)
     ("imagenet512", "*", "*"): dict(loss="elatent", dropout=0.0, post="ecd", ensemble="bgcfnc"),
     ("*", "pretrain", "*"): dict(steps=327_680, batch=2048, lr=7e-3, decay="sqrt", warmup=4_883,
@@ -134,7 +134,8 @@ INITS = "teacher", "random"                        # other values of --init are 
 BRANCHES = {"mid": "cmt none", "post": "ect ecd ecd_euler ecd_code"}   # `train` has these
 FILES = {"imagenet64": "data/imagenet64.zip", "imagenet512": "data/imagenet512-sd.zip"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-parse = partial(fid.parse, globals())                 # (argv) -> Config; it says which names it reads
+# fid reads by name Config, PRESETS, ABOUT, STAGES, INITS, BRANCHES, MAY_CHANGE, data_name
+parse = partial(fid.parse, globals())                 # (argv) -> Config
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 
 
@@ -274,8 +275,7 @@ def train(cfg):
     if not (run := set_up(cfg)):                      # run.flat, .grad, .flat_ema: all weights, as a vector
         return
     net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
-    model = run.saved["model"]
-    shape, classes = (model["img_channels"], *[model["img_resolution"]] * 2), model["label_dim"]
+    shape, classes = run.shape, run.saved["model"]["label_dim"]
     share, micro = B // WORLD, cfg.batch_gpu or B // WORLD    # of the batch: a process's, a forward pass's
     mine = slice(RANK * share, (RANK + 1) * share)
     per_solve = math.prod(solve_size(cfg))            # pairs; no batch straddles two solves (check)
@@ -285,15 +285,16 @@ def train(cfg):
     def solve(k):
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", k))
         *pairs, x_0 = teacher_pairs(cfg, run.teacher, classes, shape, g)
-        if cfg.ensemble != "none":                    # seen under a random view of each pair
-            views = run.distance.draw(pairs[1], g)
-            return (*pairs, *views.values()), ([x_0], [*views])
-        return pairs, (run.distance.features(x_0), [])                        # once per end, not per pair
+        if cfg.ensemble == "none":
+            return pairs, run.distance.features(x_0), ()                      # once per end, not per pair
+        views = run.distance.draw(pairs[1], g)                                # a random one of each pair
+        return (*pairs, *views.values()), [x_0], (*views,)
 
     def batch_of(step):                               # this process's rows, and what pairs among them share
         if cfg.stage == "mid":
-            (pairs, target), at = solve(step * B // per_solve), step * B % per_solve
-            return [a[at:at + B][mine] for a in pairs], target
+            k, at = divmod(step * B, per_solve)
+            pairs, *shared = solve(k)
+            return [a[at:at + B][mine] for a in pairs], shared
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         raw, labels = next(batches)
         noise, eps = randn((B, *shape), g)[mine], randn((B, *shape), g)[mine]    # noise: of a latent
@@ -303,15 +304,15 @@ def train(cfg):
             x = x + vgg_noise(cfg, step, (B, *shape))[mine]
         return (y, x, t, eps, labels), None
 
-    def loss_of(step, seed, target, y, *rows):        # seed: of the first row's dropout
+    def loss_of(step, seed, shared, y, *rows):        # seed: of the first row's dropout
         masks = None if cfg.stage == "vgg" else nets.dropout_masks(net, range(seed, seed + micro))
         student = partial(net, class_labels=y, masks=masks)
         if cfg.stage == "mid":
-            (x_t, t, owner, *views), (target, names) = rows, target
-            ends = [a[owner] for a in target]
+            (x_t, t, owner, *views), (target, names) = rows, shared
+            target = [a[owner] for a in target]
             if views:
-                return loss_cmt_views(student, x_t, t, *ends, run.distance, dict(zip(names, views)))
-            return loss_cmt(student, x_t, t, ends, run.distance)                                # Eq. 7
+                return loss_cmt_views(student, x_t, t, *target, run.distance, dict(zip(names, views)))
+            return loss_cmt(student, x_t, t, target, run.distance)                              # Eq. 7
         x, t, eps, labels = rows
         if cfg.stage == "vgg":
             return loss_vgg(net, x, labels, seed)
@@ -326,12 +327,12 @@ def train(cfg):
 
     for step in range(start, cfg.steps):
         opt.param_groups[0]["lr"] = lr = learning_rate(cfg, step)
-        (batch, target), loss_sum = batch_of(step), 0.0
+        (batch, shared), loss_sum = batch_of(step), 0.0
         part = micro / B * tally["scale"]             # of the batch's mean; scale: of fp16, else 1
         with nets.hoist(net, force=True):             # EDM2 Eq. 66: normalised once for all micro-batches
             for k, rows in enumerate(zip(*(a.split(micro) for a in batch))):
                 seed = fold(cfg.seed, cfg.stage, step, "dropout") + mine.start + k * micro
-                loss = loss_of(step, seed, target, *rows)
+                loss = loss_of(step, seed, shared, *rows)
                 (loss * part).backward()
                 loss_sum += loss.detach() * part
         norm, loss, stop = total(run.grad, loss_sum, tally["scale"])          # the one wait of a step
@@ -388,7 +389,7 @@ def set_up(cfg):
         return
     path = f"{cfg.out}/{cfg.stage}.pt"
     ckpt, left = resume(cfg)
-    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # same names: none is read
+    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # same names: not read
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
     images = load_data(cfg) if needs_data(cfg) else None
     data = images.stamp if images else "none"
@@ -415,8 +416,10 @@ def set_up(cfg):
     distance = make_distance(cfg) if cfg.stage == "mid" else None
     saved = dict(data=data, model=model, cfg=asdict(cfg), **fid.made_by(__file__))
     log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))           # --dry_run ends here
+    shape = model["img_channels"], model["img_resolution"], model["img_resolution"]
     return SimpleNamespace(images=images, teacher=teacher, distance=distance, net=net, ema=ema, opt=opt,
-                           flat=flat, flat_ema=flat_ema, grad=grad, tally=tally, path=path, saved=saved)
+                           flat=flat, flat_ema=flat_ema, grad=grad, tally=tally, path=path, saved=saved,
+                           shape=shape)
 
 
 # ---- sample -----------------------------------------------------------------------------------
@@ -535,7 +538,7 @@ opened = cache(Images)                                # once for all checks, onc
 
 
 def load_data(cfg):
-    """Images of --data. Not of --res: exit code 3 with the remedy."""
+    """Images of --data; exit code 3, with the remedy, if their size is not --res."""
     if cfg.data == "digits":
         return Digits()
     images = opened(FILES.get(data_name(cfg), cfg.data), cfg.out)
@@ -653,7 +656,7 @@ def launch(cfg):
     """Join the other processes of torchrun, if any: gloo on CPUs, NCCL on GPUs. Plain python: one process."""
     global RANK, WORLD, DEVICE
     fid.SAID.clear()
-    fid.OUT, RANK, WORLD = "", int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    RANK, WORLD, fid.OUT = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), ""
     if torch.cuda.is_available():
         DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(DEVICE)

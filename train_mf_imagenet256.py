@@ -94,7 +94,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     dry_run: bool = False       # say what would be skipped and trained and what is missing, and end
 
 
-PRESETS = {  # (data, stage, its --mid or --post): of rows that match the lower one wins; "own" = a path
+PRESETS = {  # (data, stage, its --mid or --post): the lower of two rows wins, --help adds up; "own" = a path
     ("*", "encode", "*"): dict(batch_gpu=32),                            # pictures at a time, twice: mirrored
     ("imagenet", "*", "*"): dict(compile=True),         # choice: twice as fast on an H200 (docs/costs.md)
     ("*", "pretrain", "fm"): dict(power=0.0),                                            # SiT: squared error
@@ -114,9 +114,9 @@ PRESETS = {  # (data, stage, its --mid or --post): of rows that match the lower 
     ("digits", "post", "*"): dict(steps=1_000, batch=64, lr=4e-3, ema_beta=0.99, unguided=250),
     ("digits", "post", "vanilla"): dict(steps=1_900),                      # the time of mid and post together
 }
-ABOUT = {"pretrain": "stage 1 of 4, pre-training: this loss is near 1 for any net; square errors fall",
+ABOUT = {"pretrain": "stage 1 of 4, pre-training: the loss stays near 1 for any net, square errors fall",
          "mid": "stage 2 of 4, mid-training (Eq. 8): the loss, square error of velocities, falls",
-         "post": "stage 3 of 4, post-training: this loss is near 1 for any net; judge by previews, scores",
+         "post": "stage 3 of 4, post-training: the loss stays near 1; judge by previews, scores",
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "sit", "random"                            # other values of --init are a FILE
@@ -124,7 +124,8 @@ BRANCHES = {"pretrain": "mf fm", "mid": "cmt none", "post": "mf vanilla teacher"
 FILES = {"imagenet": "data/imagenet256-sd"}
 REFERENCE = {"imagenet": "imagenet256"}               # scored by ADM's statistics, others by their own
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-parse = partial(fid.parse, globals())                 # (argv) -> Config; it says which names it reads
+# fid reads by name Config, PRESETS, ABOUT, STAGES, INITS, BRANCHES, MAY_CHANGE, data_name
+parse = partial(fid.parse, globals())                 # (argv) -> Config
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 
 
@@ -339,7 +340,8 @@ def train(cfg):
 
     def batch_of(step):                               # this process's share of it, a row an image or pair
         if cfg.stage == "mid":
-            (pairs, order), at = solve(step * B // per_solve), step * B % per_solve
+            k, at = divmod(step * B, per_solve)
+            pairs, order = solve(k)
             return [a[order[at:at + B][mine]] for a in pairs]
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         raw, y, t, r = next(batches)
@@ -402,7 +404,7 @@ def set_up(cfg):
         return log(f"{cfg.stage}: not trained, as --teacher or --mid none says")
     path = f"{cfg.out}/{cfg.stage}.pt"
     ckpt, left = resume(cfg)
-    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # same names: none is read
+    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # same names: not read
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
     images, data, teacher = None, "none", None
     if cfg.stage != "mid":                                                    # CMT needs no data
@@ -644,7 +646,7 @@ def launch(cfg):
     """Join the other processes of torchrun, if any: gloo on CPUs, NCCL on GPUs. Plain python: one process."""
     global RANK, WORLD, DEVICE
     fid.SAID.clear()
-    fid.OUT, RANK, WORLD = "", int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    RANK, WORLD, fid.OUT = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), ""
     if torch.cuda.is_available():
         DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(DEVICE)

@@ -98,7 +98,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     dry_run: bool = False       # say what would be skipped and trained and what is missing, and end
 
 
-PRESETS = {  # (data, stage, its --mid or --post): of rows that match the lower one wins; "own" = a path
+PRESETS = {  # (data, stage, its --mid or --post): the lower of two rows wins, --help adds up; "own" = a path
     ("*", "encode", "*"): dict(batch_gpu=32),                                # pictures at a time
     ("*", "pretrain", "*"): dict(clip=1.0),                                                # REPA
     ("*", "pretrain", "plain"): dict(repa=0.0),
@@ -119,14 +119,15 @@ PRESETS = {  # (data, stage, its --mid or --post): of rows that match the lower 
 }
 ABOUT = {"pretrain": "stage 1 of 4, pre-training: the loss, square error minus likeness of features, falls",
          "mid": "stage 2 of 4, mid-training (Eq. 8): the loss, square error of velocities, falls",
-         "post": "stage 3 of 4, post-training: this loss is level for any net; judge by previews, scores",
+         "post": "stage 3 of 4, post-training: the loss is level for any net; judge by previews, scores",
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "sit", "random"                            # other values of --init are a FILE
 BRANCHES = {"pretrain": "repa plain", "mid": "cmt none", "post": "mf vanilla xl"}   # `train` has these
 FILES = {"coco": "data/coco256-sd"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-parse = partial(fid.parse, globals())                 # (argv) -> Config; it says which names it reads
+# fid reads by name Config, PRESETS, ABOUT, STAGES, INITS, BRANCHES, MAY_CHANGE, data_name
+parse = partial(fid.parse, globals())                 # (argv) -> Config
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 
 
@@ -330,7 +331,8 @@ def train(cfg):
 
     def batch_of(step):                               # this process's share of it, a row an image or pair
         if cfg.stage == "mid":
-            (pairs, texts, order), at = solve(step * B // per_solve), step * B % per_solve
+            k, at = divmod(step * B, per_solve)
+            pairs, texts, order = solve(k)
             z, t, r, owner, target = (a[order[at:at + B][mine]] for a in pairs)
             return z, t, r, texts[owner], target
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
@@ -399,7 +401,7 @@ def set_up(cfg):
         return log(f"{cfg.stage}: not trained, as --teacher or --mid none says")
     path, teacher = f"{cfg.out}/{cfg.stage}.pt", None
     ckpt, left = resume(cfg)
-    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # same names: none is read
+    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # same names: not read
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
     images, encoder = load_data(cfg), text_encoder(cfg)                   # mid reads captions, never an image
     data, null = images.stamp, encoder(images.null[None])
@@ -807,7 +809,7 @@ def launch(cfg):
     """Join the other processes of torchrun, if any: gloo on CPUs, NCCL on GPUs. Plain python: one process."""
     global RANK, WORLD, DEVICE
     fid.SAID.clear()
-    fid.OUT, RANK, WORLD = "", int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    RANK, WORLD, fid.OUT = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), ""
     if torch.cuda.is_available():
         DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(DEVICE)

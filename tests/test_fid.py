@@ -862,7 +862,7 @@ def test_the_vgg_has_an_axis_of_its_own(tmp_path, monkeypatch):
     assert "lower is better" not in drawn["caption"]
     scores = {"stage": "teacher, balanced labels", "8-step FID": "2.00"}, {"stage": "mid", "1-step FID": "5.00 +- 1.00, min 4.00"}, {"stage": "post", "1-step FID": "-"}
     save_curve(cfg, scores)
-    assert drawn["caption"].startswith("FID in 1 step: after mid-training 5.00 +- 1.00, min 4.00; teacher, 8 steps: 2.00 (lower is better)\n")
+    assert drawn["caption"].startswith("The loss of each stage, and gradient norms. FID in 1 step: after mid-training 5.00 +- 1.00, min 4.00; teacher, 8 steps: 2.00 (lower is better)\n")
     assert drawn["caption"].endswith("\nScores: 50,000 samples each.")
 
 

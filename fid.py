@@ -1766,8 +1766,14 @@ def check_values(cfg, limits, world):
             fail(2, f"--{name} {getattr(cfg, name)}: write its branch in `train`, then its name in BRANCHES")
     if world and cfg.batch % world:
         fail(2, f"--batch {cfg.batch}: {world} processes need a multiple: {-(-cfg.batch // world) * world}")
-    if world and cfg.batch_gpu and cfg.batch // world % cfg.batch_gpu:
-        fail(2, f"--batch_gpu {cfg.batch_gpu} must divide the {cfg.batch // world} of --batch in a process")
+    share = cfg.batch // max(world, 1)
+    if world and cfg.batch_gpu and share % cfg.batch_gpu:
+        fits = max(k for k in range(1, min(cfg.batch_gpu, share) + 1) if share % k == 0)
+        fail(2, f"--batch_gpu {cfg.batch_gpu} must divide the {share} of --batch in a process; pass {fits}")
+    named = cfg.init.startswith("edm2-") or "://" in cfg.init or os.path.exists(cfg.init)
+    starts = sys.modules[type(cfg).__module__].INITS
+    if cfg.stage in ("sample", "eval") and cfg.init not in starts and not named:
+        fail(3, f"--init {cfg.init}: no such file; name weights, or leave --init out")
     check_out(cfg.out)
     if cfg.data == "digits" and getattr(cfg, "res", 8) not in (8, getattr(type(cfg), "res", 8)):
         fail(2, f"--res {cfg.res}: --data digits has 8x8 pixels; leave --res out")
@@ -2009,7 +2015,7 @@ def report(cfg, done, lr, tally, **more):
     time_left = ""
     if PACE:                                                 # of this process, without its first step
         pace = (done - PACE[1]) * cfg.batch / (tally["seconds"] - PACE[0])
-        rest = f", {duration((left + later) / pace)} with the next stages" * bool(later)
+        rest = f", at least {duration((left + later) / pace)} with the next stages" * bool(later)
         time_left = f" | {duration(left / pace)} of training left{rest}"
     PACE[:] = PACE or [tally["seconds"], done]
     log(f"{cfg.stage} {done:6d}/{cfg.steps} {done / cfg.steps:4.0%} | loss {loss:.5f} | {given}"
@@ -2052,6 +2058,7 @@ def begin_stage(cfg, tally, memory):
     file, configs, done = f"{cfg.out}/config.json", {}, tally["step"]
     begins = f"{cfg.stage}: goes on from step {done}" if done else f"{cfg.stage}: begins"
     begins += f", {cfg.steps} steps, {memory}" + "; compiles for minutes, --no-compile does not" * cfg.compile
+    begins += "; first the teacher draws trajectories" * (cfg.stage == "mid")
     PACE.clear()
     tally["clock"] = time.time()
     if cfg.dry_run:

@@ -235,6 +235,8 @@ def make_distance(cfg):
         return nets.PixelDistance(cfg.huber_c if cfg.loss == "huber" else 0.0)
     if cfg.loss == "lpips" and cfg.data != "digits":
         return nets.pretrained_lpips().to(DEVICE)
+    if cfg.loss not in ("lpips", "elatent"):
+        fail(2, f"--loss {cfg.loss} is not made here")
     path = f"{cfg.out}/vgg.pt"
     if not (ckpt := nets.finished(path)):
         fail(3, f"{path} is not finished; run --stage vgg first, or pass --loss l2")

@@ -426,7 +426,8 @@ BAD = [  # (command line, exit code, what the line must say)
     ("--data digits --batch_gpu -4", 2, "--batch_gpu -4"),
     ("--data digits --warmup -1", 2, "--warmup -1"),
     ("--data digits --stage mid --batch 30", 2, "--batch 30"),
-    ("--data digits --stage post --batch_gpu 5", 2, "--batch_gpu 5 must divide"),
+    ("--data digits --stage post --batch_gpu 5", 2, "--batch_gpu 5 must divide the 32 of --batch in a process; pass 4"),
+    ("--stage eval --init nothere.pkl", 3, "--init nothere.pkl: no such file"),
     ("--data digits --stage mid", 3, "run --stage pretrain first"),
     ("--data digits --stage mid --teacher none.pt", 3, "none.pt: no such file"),
     ("--data digits --stage eval", 3, "run --stage pretrain, or"),
@@ -476,7 +477,7 @@ def test_the_time_left_is_that_of_the_whole_stage_without_its_first_step(monkeyp
         clock[0] = now
         script.fid.report(cfg, done, 1e-3, tally)
     first, *_, last = capsys.readouterr().out.splitlines()
-    assert " left" not in first and last.endswith("| 44 s of training left, 82 s with the next stages")
+    assert " left" not in first and last.endswith("| 44 s of training left, at least 82 s with the next stages")
 
 
 @pytest.mark.parametrize("mode, side, res", [("L", 32, 0), ("RGB", 8, 0), ("RGB", 32, 8), ("LA", 16, 0)])

@@ -713,7 +713,7 @@ def random_weights(home, cfg, gpus, device, sent, more):
         mine = replace(cfg, batch_gpu=cfg.batch_gpu or cfg.batch // gpus)
         stack.enter_context(fid.one_line(mine, nets.WeightsError))
         stack.enter_context(contextlib.suppress(StopIteration))           # enough is seen
-        given = cfg.stage == "pretrain" and hasattr(home, "has_teacher") and home.has_teacher(cfg)
+        given = cfg.stage == "pretrain" and hasattr(home, "given_teacher") and home.given_teacher(cfg)
         fid.check_values(cfg, home.LIMITS, 0 if given else gpus)
         if cfg.stage == "mid":
             fid.check_solve(cfg, *home.solve_size(cfg), gpus)

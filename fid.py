@@ -1363,21 +1363,23 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=()):
     rows, errors = [], {net: (x[0] - states[-1]).square().flatten(1).mean(1).sqrt().tolist()
                         for net, x in answers.items()}
     means = {net: sum(e) / len(e) for net, e in errors.items() if net != "post"}
-    nearer = ", no nearer" * ("mid" in means and means["mid"] > 0.9 * max(means.values()))
-    means = ", ".join(f"{called(net)}: {mean:.2f}" for net, mean in means.items()) + nearer
+    means = ", ".join(f"{called(net)}: {mean:.2f}" for net, mean in means.items())
+    if "mid" in errors:                                      # beside the teacher, the first
+        near = [after < before for before, after in zip([*errors.values()][0], errors["mid"])]
+        means += f", nearer in {sum(near)} of {len(near)}"
     for j in range(min(2, states.shape[1])):
         name = f"noise {j + 1}, {names[j % len(names)]}" if names else f"noise {j + 1}"
         rows.append((f"{name}\nstates of the teacher", show((states / wide)[:, j])))          # at unit scale
         for net, x in answers.items():
             rows.append((f"{called(net)},\nerror from noise {errors[net][j]:.2f}", show(x[:, j])))
-    caption = (f"How far from the teacher's end does one call from noise land? {means} "
-               f"(mean of {states.shape[1]} noises)\n"
+    caption = (f"How far from the teacher's end does one call from noise land? {means}\n"
                f"The teacher walks in {n - 1} steps, as for mid-training, from noise, left, to its end, "
                "right. Below: where each net gets from there in one call"
                + ("; mid-training trains every image of its row to be that end" if levels.max() > 1 else
                   "; mid-training is on the mean velocity between any two states, so to the end, too; at t = "
                   "0 the answer is the state itself") + ".\n"
-               "Error from noise: of the leftmost answer, root mean square of pixels; "
+               f"Error from noise: of the leftmost answer, root mean square of pixels, above the mean of "
+               f"{states.shape[1]} noises; "
                f"two ends differ by {apart:.2f}. Post-training learns from images and may leave these ends."
                + (" A plain call is one velocity without guidance; the teacher's steps in stages.png have it."
                   * any("plain" in name for name in nets)) + "\n"
@@ -1434,7 +1436,7 @@ def save_chart(path, panels, caption, across="images", marks=(), joined=True):
     for k, (title, curves) in enumerate(panels.items()):
         xs, ys = zip(*(p for points in curves.values() for p in points))
         top, bottom = above + k * height + 160, above + (k + 1) * height - 120
-        end = max(ends) if 3 * ends[k] > max(ends) else ends[k]      # panels of like length share their axis
+        end = max(ends) if 5 * ends[k] > 2 * max(ends) else ends[k]  # panels of like length share their axis
         step = next(t for t in ticks_of(1e-9, end) if end / t <= 6)
         end = step * math.ceil(end / step)
         middle = (min(ys) * max(ys)) ** 0.5                                  # a level line is to look level
@@ -2168,14 +2170,15 @@ def save_curve(cfg, table=()):
         norms.setdefault(stage, []).append((at, m["grad"]))
     panels["gradient norm"] = norms
     if vgg := [(m["images"], m["loss"]) for m in steps if m["stage"] == "vgg"]:          # has its own length
-        panels["loss of the VGG, whose features mid-training compares"] = {STAGES["vgg"]: vgg}
+        panels["VGG: loss, on images of its own; mid-training compares its features"] = {STAGES["vgg"]: vgg}
     about = sys.modules[type(cfg).__module__].ABOUT          # "stage 2 of 4, mid-training (Eq. 7): ..."
     trained = {m["stage"] for m in steps}
     meant = [text.partition(", ")[2] for stage, text in about.items() if stage in trained]
     drawn = "loss" if all(title.endswith("loss") for title in [*panels][:1]) else "square error"
     heading = ". ".join(filter(None, [f"The {drawn} of each stage, and gradient norms", in_short(table)]))
     save_chart(f"{cfg.out}/curve.png", panels, f"{heading}\n"
-               "Images trained on; in mid-training these are pairs of the teacher.\n"
+               "Images trained on; in mid-training these are pairs of the teacher."
+               + " Drawn is not the loss; t - r: the time that is jumped over." * (drawn != "loss") + "\n"
                + "\n".join(f"{text[0].upper()}{text[1:]}." for text in meant)
                + f"\nScores: {cfg.samples:,} samples each." * bool(in_short(table)))
 

@@ -116,7 +116,7 @@ ABOUT = {"pretrain": "stage 1 of 4, pre-training: loss and gradient soon stay le
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "teacher", "random"                        # other values of --init are a FILE
-BRANCHES = {"mid": "cmt kd slow none", "post": "ect ecd ecd_euler annealed"}   # `train` has these
+BRANCHES = {"mid": "cmt kd slow none", "post": "ect ecd ecd_euler annealed"}   # no branch: refused
 FILES = {"cifar10": "data/cifar-10-python.tar.gz",
          "ffhq": "data/ffhq-64x64.zip", "afhqv2": "data/afhqv2-64x64.zip"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -296,17 +296,19 @@ def train(cfg):
             fail(75, f"stopped by a signal; step {done} is saved, run the same command again to go on")
 
 
+DECAYS = {"linear": lambda cfg, step: 1 - step / cfg.steps, "constant": lambda cfg, step: 1.0}        # B.2
+
+
 def lr_at(cfg, step):
-    """Learning rate of a step: warm-up, and linear to zero unless --decay constant (B.2)."""
-    decay = dict(linear=1 - step / cfg.steps, constant=1.0)[cfg.decay]
-    return cfg.lr * decay * min(1.0, (step + 1) / (cfg.warmup + 1))
+    """Learning rate of a step: --warmup steps of warm-up, times --decay."""
+    return cfg.lr * DECAYS[cfg.decay](cfg, step) * min(1.0, (step + 1) / (cfg.warmup + 1))
 
 
 def set_up(cfg):
     """What a stage trains with, from its last checkpoint or first weights; None: nothing is to be done."""
     if cfg.stage == "mid" and cfg.mid == "none":
         return log("mid: left out by --mid none")
-    if cfg.stage == "pretrain" and has_teacher(cfg):
+    if cfg.stage == "pretrain" and given_teacher(cfg):
         teacher_state(cfg)                            # fetched and checked
         own = nets.finished(f"{cfg.out}/pretrain.pt") and f"{cfg.out}/pretrain.pt"
         return log(f"pretrain: not trained, the teacher is {cfg.teacher or own or 'the official one'}")
@@ -389,7 +391,7 @@ def data_name(cfg):
 def needs_data(cfg):
     """Whether this stage trains on images: CMT does not, it needs its teacher alone; Slow CMT does."""
     if cfg.stage == "pretrain":
-        return not has_teacher(cfg)
+        return not given_teacher(cfg)
     return cfg.stage == "post" or (cfg.stage == "mid" and cfg.mid == "slow")
 
 
@@ -502,7 +504,7 @@ LIMITS = {  # (rule, least, below): fields; for fid.check_values
 
 def check(cfg):
     """Everything that would stop this stage, before any stage starts: values (exit code 2), files (3)."""
-    skipped = has_teacher(cfg) if cfg.stage == "pretrain" else cfg.stage == "mid" and cfg.mid == "none"
+    skipped = given_teacher(cfg) if cfg.stage == "pretrain" else cfg.stage == "mid" and cfg.mid == "none"
     trains = cfg.stage not in RUN and not skipped
     fid.check_values(cfg, LIMITS, WORLD if trains else 0)
     side = dict(cifar10=32, ffhq=64, afhqv2=64).get(cfg.data, cfg.res)
@@ -527,7 +529,7 @@ def check(cfg):
 
 def check_files(cfg):
     """Whether a stage can begin with --data, --teacher, --init, its VGG: not after days of others."""
-    given, digits = teacher_state if has_teacher(cfg) else None, cfg.data == "digits"
+    given, digits = teacher_state if given_teacher(cfg) else None, cfg.data == "digits"
     if cfg.stage == "mid" and (digits or (data_name(cfg) == "own" and os.path.exists(cfg.data))):
         side, _, channels = (8, 8, 1) if digits else fid.image_shape(cfg.data, cfg.res)
         if given:
@@ -548,7 +550,7 @@ def check_files(cfg):
 
 
 # ---- nets -------------------------------------------------------------------------------------
-def has_teacher(cfg):
+def given_teacher(cfg):
     """Whether pre-training means reading or fetching a teacher, not training it."""
     return cfg.teacher != "scratch" and bool(cfg.teacher or data_name(cfg) in nets.PRETRAINED)
 
@@ -619,7 +621,7 @@ def candidates(cfg):
         name = "init_" + os.path.basename(cfg.init).split(".")[0]
         return [(name, build(cfg, model, state, cfg.init), few, None)]
     own = nets.finished(f"{cfg.out}/pretrain.pt") if cfg.teacher in ("", "scratch") else None
-    if own or has_teacher(cfg):
+    if own or given_teacher(cfg):
         state, model = teacher_state(cfg)
         teacher = build(cfg, model, state, cfg.teacher or "the teacher")
         found = [("teacher", teacher, {1: 1, cfg.nfe: "teacher"}, own)]

@@ -131,7 +131,7 @@ ABOUT = {"pretrain": "stage 1 of 5, pre-training (EDM2): the loss falls while th
          "eval": "stage 5 of 5, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "teacher", "random"                        # other values of --init are a FILE
-BRANCHES = {"mid": "cmt none", "post": "ect ecd ecd_euler ecd_code"}   # `train` has these
+BRANCHES = {"mid": "cmt none", "post": "ect ecd ecd_euler ecd_code"}   # no branch: refused
 FILES = {"imagenet64": "data/imagenet64.zip", "imagenet512": "data/imagenet512-sd.zip"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # fid reads by name Config, PRESETS, ABOUT, STAGES, INITS, BRANCHES, MAY_CHANGE, data_name
@@ -290,7 +290,7 @@ def train(cfg):
         if cfg.ensemble == "none":
             return pairs, run.distance.features(x_0), ()                      # once per end, not per pair
         views = run.distance.draw(pairs[1], g)                                # a random one of each pair
-        return (*pairs, *views.values()), [x_0], (*views,)
+        return (*pairs, *views.values()), [x_0], (*views,)                    # (rows, target, names of views)
 
     def batch_of(step):                               # this process's rows, and what pairs among them share
         if cfg.stage == "mid":
@@ -328,7 +328,7 @@ def train(cfg):
         return loss_ect(student, x_t, x_r, t, r, cfg.huber_c, weight)                           # Eq. 3
 
     for step in range(start, cfg.steps):
-        opt.param_groups[0]["lr"] = lr = learning_rate(cfg, step)
+        opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
         (batch, shared), loss_sum = batch_of(step), 0.0
         part = micro / B * tally["scale"]             # of the batch's mean; scale: of fp16, else 1
         with nets.hoist(net, force=True):             # EDM2 Eq. 66: normalised once for all micro-batches
@@ -359,14 +359,14 @@ def train(cfg):
 
 
 SQRT_FROM = dict(imagenet64=35_000, imagenet512=70_000, own=5_000, digits=500)    # of --decay sqrt (EDM2)
+DECAYS = {"linear": lambda cfg, step: 1 - step / cfg.steps, "constant": lambda cfg, step: 1.0,
+          "sqrt": lambda cfg, step: max(step / SQRT_FROM[data_name(cfg)], 1) ** -0.5,          # EDM2 Eq. 67
+          "steps": lambda cfg, step: 0.1 ** (10 * (step / cfg.steps) // 3)}       # at 30, 60 and 90 % (B.5)
 
 
-def learning_rate(cfg, step):
-    """Warm-up, then linear to 0, constant, 1/sqrt (EDM2 Eq. 67), or a tenth at 30, 60 and 90 % (B.5)."""
-    at = step / cfg.steps
-    decay = dict(linear=1 - at, constant=1.0, steps=0.1 ** (10 * at // 3),
-                 sqrt=max(step / SQRT_FROM[data_name(cfg)], 1) ** -0.5)[cfg.decay]
-    return cfg.lr * decay * min(1.0, (step + 1) / (cfg.warmup + 1))
+def lr_at(cfg, step):
+    """Learning rate of a step: --warmup steps of warm-up, times --decay."""
+    return cfg.lr * DECAYS[cfg.decay](cfg, step) * min(1.0, (step + 1) / (cfg.warmup + 1))
 
 
 def ema_beta(cfg, step):
@@ -381,7 +381,7 @@ def set_up(cfg):
     """What a stage trains with, from its last checkpoint or first weights; None: nothing is to be done."""
     if cfg.stage == "mid" and cfg.mid == "none":
         return log("mid: left out by --mid none")
-    if cfg.stage == "pretrain" and has_teacher(cfg):
+    if cfg.stage == "pretrain" and given_teacher(cfg):
         state, model = teacher_state(cfg)             # fetched and checked
         if cfg.teacher and not os.path.exists(f"{cfg.out}/mid.pt"):
             build(cfg, model, state, cfg.teacher)     # does it fit? not after hours of training the VGG
@@ -532,7 +532,7 @@ class Digits:
 
 def needs_data(cfg):
     """Whether this stage reads images: CMT does not, it needs its teacher alone."""
-    return dict(pretrain=not has_teacher(cfg), vgg=wants_vgg(cfg), post=True,
+    return dict(pretrain=not given_teacher(cfg), vgg=wants_vgg(cfg), post=True,
                 eval=data_name(cfg) not in fid.REFERENCES).get(cfg.stage, False)
 
 
@@ -770,7 +770,7 @@ def check_data(cfg):
         return                                        # it has begun with data that are compared in train
     images = load_data(cfg)
     size, (channels, side, _) = model_size(cfg, images), images.shape
-    given, wanted = teacher_state if has_teacher(cfg) else None, {k: size[k] for k in nets.INTERFACE}
+    given, wanted = teacher_state if given_teacher(cfg) else None, {k: size[k] for k in nets.INTERFACE}
     fid.check_teacher(cfg, nets.finished, given, images.stamp, wanted)
     if cfg.init not in INITS:
         candidates(cfg)                               # --init FILE: is it a net?
@@ -779,7 +779,7 @@ def check_data(cfg):
 
 
 # ---- nets -------------------------------------------------------------------------------------
-def has_teacher(cfg):
+def given_teacher(cfg):
     """Whether pre-training means reading or fetching a teacher, not training it."""
     return cfg.teacher != "scratch" and bool(cfg.teacher or data_name(cfg) in nets.PRETRAINED)
 
@@ -867,7 +867,7 @@ def candidates(cfg):
     own, found = None, []
     if cfg.teacher in ("", "scratch"):
         own = nets.finished(f"{cfg.out}/pretrain.pt")
-    if own or has_teacher(cfg):
+    if own or given_teacher(cfg):
         state, model = teacher_state(cfg)
         steps = HEUN_STEPS if cfg.sampler == "heun" else cfg.nfe
         teacher = build(cfg, model, state, cfg.teacher or "the teacher")

@@ -120,7 +120,7 @@ ABOUT = {"pretrain": "stage 1 of 4, pre-training: the loss stays near 1 for any 
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "sit", "random"                            # other values of --init are a FILE
-BRANCHES = {"pretrain": "mf fm", "mid": "cmt none", "post": "mf vanilla teacher"}   # `train` has these
+BRANCHES = {"pretrain": "mf fm", "mid": "cmt none", "post": "mf vanilla teacher"}   # no branch: refused
 FILES = {"imagenet": "data/imagenet256-sd"}
 REFERENCE = {"imagenet": "imagenet256"}               # scored by ADM's statistics, others by their own
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -392,10 +392,12 @@ def train(cfg):
             fail(75, f"stopped by a signal; step {done} is saved, run the same command again to go on")
 
 
+DECAYS = {"linear": lambda cfg, step: 1 - step / cfg.steps, "constant": lambda cfg, step: 1.0}        # B.2
+
+
 def lr_at(cfg, step):
-    """Learning rate of a step: warm-up, and linear to zero unless --decay constant (B.2)."""
-    decay = dict(linear=1 - step / cfg.steps, constant=1.0)[cfg.decay]
-    return cfg.lr * decay * min(1.0, (step + 1) / (cfg.warmup + 1))
+    """Learning rate of a step: --warmup steps of warm-up, times --decay."""
+    return cfg.lr * DECAYS[cfg.decay](cfg, step) * min(1.0, (step + 1) / (cfg.warmup + 1))
 
 
 def set_up(cfg):

@@ -856,7 +856,7 @@ def test_the_vgg_has_an_axis_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(fid, "save_chart", lambda path, panels, caption: drawn.update({**panels, "caption": caption}))
     cfg = importlib.import_module("train_cmt_imagenet").Config(out=str(tmp_path))
     save_curve(cfg)
-    assert drawn["loss of the VGG, whose features mid-training compares"] == {"VGG": [(4500, 1.0), (9000, 1.0)]}
+    assert drawn["VGG: loss, on images of its own; mid-training compares its features"] == {"VGG": [(4500, 1.0), (9000, 1.0)]}
     assert drawn["mid-training: loss"] == {"mid-training": [(450, 1.0), (900, 1.0)]}
     assert drawn["gradient norm"] == {"mid-training": [(450, 1.0), (900, 1.0)], "post-training": [(1200, 1.0), (1500, 1.0)]}
     assert "lower is better" not in drawn["caption"]

@@ -209,11 +209,11 @@ def test_power_function_ema_has_the_published_exponents(std, gamma):
 
 def test_learning_rates():
     c = cfg("--stage", "pretrain")
-    assert script.learning_rate(c, 0) == pytest.approx(7e-3 / 4884) and script.learning_rate(c, 35_000 * 4) == pytest.approx(3.5e-3)
+    assert script.lr_at(c, 0) == pytest.approx(7e-3 / 4884) and script.lr_at(c, 35_000 * 4) == pytest.approx(3.5e-3)
     c = cfg("--res", "512", "--stage", "vgg")
-    assert [round(script.learning_rate(c, int(p * c.steps)), 5) for p in (0.29, 0.31, 0.61, 0.91)] == [0.1, 0.01, 0.001, 0.0001]
+    assert [round(script.lr_at(c, int(p * c.steps)), 5) for p in (0.29, 0.31, 0.61, 0.91)] == [0.1, 0.01, 0.001, 0.0001]
     c = cfg("--stage", "mid")
-    assert script.learning_rate(c, 0) == 7e-4 and script.learning_rate(c, 25_000) == pytest.approx(3.5e-4)
+    assert script.lr_at(c, 0) == 7e-4 and script.lr_at(c, 25_000) == pytest.approx(3.5e-4)
 
 
 def test_presets_are_those_of_the_paper():

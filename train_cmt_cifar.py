@@ -79,7 +79,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     dry_run: bool = False       # say what would be skipped and trained and what is missing, and end
 
 
-PRESETS = {  # (data, stage, its --mid or --post): the lower of two rows wins, --help adds up; "own" = a path
+PRESETS = {  # (data, stage, its --mid or --post): the lower row wins, --help shows the sum; "own" = a path
     ("*", "pretrain", "*"): dict(steps=390_625, batch=512, lr=1e-3, warmup=19_531, dropout=0.13,
                                  ema_beta=0.99929, decay="constant", P_mean=-1.2, P_std=1.2),   # EDM Table 7
     ("cifar10", "*", "*"): dict(compile=True),          # choice: twice as fast on an H200 (docs/costs.md)

@@ -93,7 +93,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
 ECD = dict(steps=100_000, decay="constant", q=256)                                          # B.3
 # choice: the nets of 64's ECD teacher are not named; XL by its cost, the guide of EDM2's own preset
 GUIDED = dict(guide="edm2-img64-xs-0134217-0.110", w=1.7)
-PRESETS = {  # (data, stage, its --mid or --post): the lower of two rows wins, --help adds up; "own" = a path
+PRESETS = {  # (data, stage, its --mid or --post): the lower row wins, --help shows the sum; "own" = a path
     ("*", "encode", "*"): dict(batch_gpu=8),              # pictures at a time: 0.63 GB each at 512 (EDM2: 8)
     ("imagenet512", "*", "*"): dict(loss="elatent", dropout=0.0, post="ecd", ensemble="bgcfnc"),
     ("*", "pretrain", "*"): dict(steps=327_680, batch=2048, lr=7e-3, decay="sqrt", warmup=4_883,

@@ -94,7 +94,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     dry_run: bool = False       # say what would be skipped and trained and what is missing, and end
 
 
-PRESETS = {  # (data, stage, its --mid or --post): the lower of two rows wins, --help adds up; "own" = a path
+PRESETS = {  # (data, stage, its --mid or --post): the lower row wins, --help shows the sum; "own" = a path
     ("*", "encode", "*"): dict(batch_gpu=32),                            # pictures at a time, twice: mirrored
     ("imagenet", "*", "*"): dict(compile=True),         # choice: twice as fast on an H200 (docs/costs.md)
     ("*", "pretrain", "fm"): dict(power=0.0),                                            # SiT: squared error

@@ -98,7 +98,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     dry_run: bool = False       # say what would be skipped and trained and what is missing, and end
 
 
-PRESETS = {  # (data, stage, its --mid or --post): the lower of two rows wins, --help adds up; "own" = a path
+PRESETS = {  # (data, stage, its --mid or --post): the lower row wins, --help shows the sum; "own" = a path
     ("*", "encode", "*"): dict(batch_gpu=32),                                # pictures at a time
     ("*", "pretrain", "*"): dict(clip=1.0),                                                # REPA
     ("*", "pretrain", "plain"): dict(repa=0.0),

@@ -299,8 +299,8 @@ def curves(args, device):
     title = "gradient norm: every step, and the median of 25 steps"
     fid.save_chart(f"{args.out}/norms.png", {title: norms},
                    f"Post-training's gradient is large because its gap is small{caption}Each stair of red "
-                   "halves the gap of ECT's two noise levels, from 1/2 to 1/512; blue begins at 1/512. Dark: "
-                   "median.", marks=marks)
+                   "doubles q of ECT's gap n/q, from 2 to 256 (512 in the last four steps); blue has 512. "
+                   "Dark: median.", marks=marks)
     for name, points in scores.items():
         print(f"{name}: " + ", ".join(f"{x:,} {y:.2f}" for x, y in points))
 

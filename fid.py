@@ -1362,11 +1362,11 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=()):
                for name, f in nets.items()}
     rows, errors = [], {net: (x[0] - states[-1]).square().flatten(1).mean(1).sqrt().tolist()
                         for net, x in answers.items()}
-    means = {net: sum(e) / len(e) for net, e in errors.items() if net != "post"}
+    means = {net: sum(e) / len(e) for net, e in errors.items()}
     means = ", ".join(f"{called(net)}: {mean:.2f}" for net, mean in means.items())
     if "mid" in errors:                                      # beside the teacher, the first
         near = [after < before for before, after in zip([*errors.values()][0], errors["mid"])]
-        means += f", nearer in {sum(near)} of {len(near)}"
+        means += f". After mid-training nearer in {sum(near)} of {len(near)}"
     for j in range(min(2, states.shape[1])):
         name = f"noise {j + 1}, {names[j % len(names)]}" if names else f"noise {j + 1}"
         rows.append((f"{name}\nstates of the teacher", show((states / wide)[:, j])))          # at unit scale
@@ -2175,12 +2175,14 @@ def save_curve(cfg, table=()):
     trained = {m["stage"] for m in steps}
     meant = [text.partition(", ")[2] for stage, text in about.items() if stage in trained]
     drawn = "loss" if all(title.endswith("loss") for title in [*panels][:1]) else "square error"
-    heading = ". ".join(filter(None, [f"The {drawn} of each stage, and gradient norms", in_short(table)]))
+    mid = next((curves[STAGES["mid"]] for curves in panels.values() if [*curves] == [STAGES["mid"]]), [])
+    heading = f"Mid-training's {drawn}: from {mid[0][1]:.2g} to {mid[-1][1]:.2g}" if mid else f"The {drawn}"
     save_chart(f"{cfg.out}/curve.png", panels, f"{heading}\n"
                "Images trained on; in mid-training these are pairs of the teacher."
-               + " Drawn is not the loss; t - r: the time that is jumped over." * (drawn != "loss") + "\n"
+               + (" Drawn is the square error of velocities, not the loss (mid-training's: a part of it); "
+                  "t - r is the time jumped over.") * (drawn != "loss") + "\n"
                + "\n".join(f"{text[0].upper()}{text[1:]}." for text in meant)
-               + f"\nScores: {cfg.samples:,} samples each." * bool(in_short(table)))
+               + f"\n{in_short(table)}; {cfg.samples:,} samples each." * bool(in_short(table)))
 
 
 def save_preview(cfg, tally, stop, sampler, drawn=""):

@@ -122,7 +122,7 @@ FILES = {"cifar10": "data/cifar-10-python.tar.gz",
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 CIFAR_MD5 = "c58f30108f718f92721af3b95e74349a"
-# fid reads by name Config, PRESETS, ABOUT, STAGES, INITS, BRANCHES, MAY_CHANGE, data_name
+# fid reads by name Config, the tables above, MAY_CHANGE, data_name, and for --dry_run what main calls
 parse = partial(fid.parse, globals())                 # (argv) -> Config
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 
@@ -285,7 +285,7 @@ def train(cfg):
         count(cfg, tally, loss, norm)                 # a skipped step lowers fp16's scale, ten end the run
         to_save = stop or done % cfg.save_every == 0 or done == cfg.steps
         if to_save or done % cfg.log_every == 0 or done == start + 1:
-            report(cfg, done, lr, tally, **nets.peak_memory())
+            report(cfg, done, lr, tally, **nets.peak_memory())  # sets what is saved
         if to_save and RANK == 0:
             nets.save_checkpoint(run.path, net=net, ema=run.ema, opt=opt, **run.saved, **tally)
             kind = "teacher" if cfg.stage == "pretrain" else 1

@@ -134,7 +134,7 @@ INITS = "teacher", "random"                        # other values of --init are 
 BRANCHES = {"mid": "cmt none", "post": "ect ecd ecd_euler ecd_code"}   # no branch: refused
 FILES = {"imagenet64": "data/imagenet64.zip", "imagenet512": "data/imagenet512-sd.zip"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# fid reads by name Config, PRESETS, ABOUT, STAGES, INITS, BRANCHES, MAY_CHANGE, data_name
+# fid reads by name Config, the tables above, MAY_CHANGE, data_name, and for --dry_run what main calls
 parse = partial(fid.parse, globals())                 # (argv) -> Config
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 
@@ -348,7 +348,7 @@ def train(cfg):
         count(cfg, tally, loss, norm)                 # a skipped step lowers fp16's scale, ten end the run
         to_save = stop or done % cfg.save_every == 0 or done == cfg.steps
         if to_save or done % cfg.log_every == 0 or done == start + 1:
-            report(cfg, done, lr, tally, **nets.peak_memory())
+            report(cfg, done, lr, tally, **nets.peak_memory())  # sets what is saved
         if to_save and RANK == 0:
             nets.save_checkpoint(run.path, net=net, ema=run.ema, opt=opt, **run.saved, **tally)
             fid.save_preview(cfg, tally, stop, previewer(cfg, run.ema), ", the classes in turn")

@@ -124,7 +124,7 @@ BRANCHES = {"pretrain": "mf fm", "mid": "cmt none", "post": "mf vanilla teacher"
 FILES = {"imagenet": "data/imagenet256-sd"}
 REFERENCE = {"imagenet": "imagenet256"}               # scored by ADM's statistics, others by their own
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# fid reads by name Config, PRESETS, ABOUT, STAGES, INITS, BRANCHES, MAY_CHANGE, data_name
+# fid reads by name Config, the tables above, MAY_CHANGE, data_name, and for --dry_run what main calls
 parse = partial(fid.parse, globals())                 # (argv) -> Config
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 
@@ -380,7 +380,7 @@ def train(cfg):
         count(cfg, tally, loss, norm)                 # a skipped step lowers fp16's scale, ten end the run
         to_save = stop or done % cfg.save_every == 0 or done == cfg.steps
         if to_save or done % cfg.log_every == 0 or done == start + 1:
-            report(cfg, done, lr, tally, **nets.peak_memory(), **fid.mse_by_gap(errors))
+            report(cfg, done, lr, tally, **nets.peak_memory(), **fid.mse_by_gap(errors))  # sets what is saved
         if to_save and RANK == 0:
             nets.save_checkpoint(run.path, net=net, ema=run.ema, opt=opt, **run.saved, **tally)
             steps = cfg.nfe if cfg.stage == "pretrain" else 1

@@ -862,8 +862,8 @@ def test_the_vgg_has_an_axis_of_its_own(tmp_path, monkeypatch):
     assert "lower is better" not in drawn["caption"]
     scores = {"stage": "teacher, balanced labels", "8-step FID": "2.00"}, {"stage": "mid", "1-step FID": "5.00 +- 1.00, min 4.00"}, {"stage": "post", "1-step FID": "-"}
     save_curve(cfg, scores)
-    assert drawn["caption"].startswith("The loss of each stage, and gradient norms. FID in 1 step: after mid-training 5.00 +- 1.00, min 4.00; teacher, 8 steps: 2.00 (lower is better)\n")
-    assert drawn["caption"].endswith("\nScores: 50,000 samples each.")
+    assert drawn["caption"].startswith("Mid-training's loss: from 1 to 1\n")
+    assert drawn["caption"].endswith("\nFID in 1 step: after mid-training 5.00 +- 1.00, min 4.00; teacher, 8 steps: 2.00 (lower is better); 50,000 samples each.")
 
 
 def test_slow_samplers_draw_fewer_images():

@@ -1793,7 +1793,8 @@ def restore(ckpt, path, net, ema, opt, numbers):
         return numbers
     load_weights(net, ckpt["net"], path)
     load_weights(ema, ckpt["ema"], path)
-    opt.load_state_dict(ckpt["opt"])
+    # trap: the file's settings may be those of an older optimiser, whose eps of 1e10 would train nothing
+    opt.load_state_dict(dict(ckpt["opt"], param_groups=opt.state_dict()["param_groups"]))
     return {name: ckpt.get(name, new) for name, new in numbers.items()}
 
 

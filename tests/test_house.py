@@ -57,10 +57,10 @@ OWN = {"Config", "load_data", "data_name", "check", "teacher_pairs", "make_sampl
 # fid +4: a line behind a cut one is not lost, how many samples a score below a curve is of;
 # scripts -2, nets -1: the gradient is a vector of gradients, without a tail for the loss;
 # 2026-11-28: cifar -8 (check in two, values and files), ImageNet +6 (a loss that is not made), Mean Flow +5, COCO +5, decays as a table, the names that fid reads, a solve by divmod; batch and loss are functions in front of the loop (its bound 62 -> 34), RAdam is
-#   torch's own, the teacher that is read is the one that is named; README -11, the claims one by one are in results.md; fid +55, claims +5, nets +1:
+#   torch's own, the teacher that is read is the one that is named; README -11, the claims one by one are in results.md; fid +55, claims +5, nets +2 (settings of an older file):
 #   captions in lines as wide as the picture, a verdict in the heading, a panel for each stage in curve.png, reading ahead, contents in parts;
 BUDGET = {"train_cmt_cifar.py": 688, "train_cmt_imagenet.py": 938, "train_mf_imagenet256.py": 897,
-          "train_t2i_coco.py": 1113, "nets.py": 1855, "fid.py": 2386, "solvers.py": 198, "bench.py": 968,
+          "train_t2i_coco.py": 1113, "nets.py": 1856, "fid.py": 2386, "solvers.py": 198, "bench.py": 968,
           "claims.py": 623, "README.md": 229}
 FLAGS = {"train_cmt_cifar.py": 35, "train_cmt_imagenet.py": 42, "train_mf_imagenet256.py": 42, "train_t2i_coco.py": 43}
 README = (ROOT / "README.md").read_text()

@@ -218,6 +218,18 @@ def test_pre_training_is_by_adam_and_what_follows_by_radam(road, tmp_path):
         shutil.copy(road / f"{stage}.pt", tmp_path)
 
 
+def test_moments_come_back_and_the_settings_are_those_of_the_code(road):
+    """A file of 2026-11-27 has Adam's eps, which made a step of RAdam of it: 1e10 in the first five."""
+    ckpt = nets.load_checkpoint(f"{road}/mid.pt")
+    ckpt["opt"]["param_groups"][0].update(eps=1e10, fused=True)
+    net, ema = (script.build(config(), ckpt["model"]) for _ in range(2))
+    opt = torch.optim.RAdam([torch.zeros_like(ckpt["opt"]["state"][0]["exp_avg"])])
+    nets.restore(ckpt, "mid.pt", net, ema, opt, {})
+    assert opt.param_groups[0]["eps"] == 1e-8 and not opt.param_groups[0].get("fused")
+    (state,) = opt.state.values()
+    assert torch.equal(state["exp_avg"], ckpt["opt"]["state"][0]["exp_avg"]) and state["step"] == 3
+
+
 def test_seeds_are_a_fixed_function_of_their_key():
     assert script.fold(0, "mid", 1) == script.fold(0, "mid", 1) != script.fold(0, "mid", 2)
     assert script.fold(0, "mid", 1) == 5910107087388579277

@@ -1346,8 +1346,8 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=()):
     """<out>/trajectory.png: two trajectories of the teacher, and below each what all nets answer along it.
 
     states (N+1, n, C, H, W) at levels (N+1,): sigma, or the time t of a flow; errors are means over all n.
-    nets: {name: f(x, levels) -> where it lands in one call}. show: a batch of states or answers -> images.
-    names: what each is to be.
+    nets: {name: f(x, levels) -> where the first len(x) of them land in one call}. show: a batch of states or
+    answers -> images. names: what each is to be.
     """
     wide = levels.clamp(min=1).to(states).view(-1, 1, 1, 1, 1)
     moved = (states / wide).diff(dim=0).flatten(1).norm(dim=1).cumsum(0)     # of many states nine are shown
@@ -1356,16 +1356,16 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=()):
     some = sorted({0, *evenly.tolist(), n - 1}) if n > 9 else range(n)
     states, levels, wide = states[some], levels[some], wide[some]
     apart = (states[-1] - states[-1].roll(1, 0)).square().mean().sqrt().item()
-    at = [(x, level.expand(len(x))) for x, level in zip(states, levels.to(states))]
+    first, *later = [(x, level.expand(len(x))) for x, level in zip(states, levels.to(states))]
+    firsts = {name: f(*first) for name, f in nets.items()}       # of all noises; later, of those shown
     # where no noise is left the answer is the state itself: a consistency model would see ln 0
-    answers = {name: torch.stack([f(x, level) if level.all() else x for x, level in at])
-               for name, f in nets.items()}
-    rows, errors = [], {net: (x[0] - states[-1]).square().flatten(1).mean(1).sqrt().tolist()
-                        for net, x in answers.items()}
-    means = {net: sum(e) / len(e) for net, e in errors.items()}
-    means = ", ".join(f"{called(net)}: {mean:.2f}" for net, mean in means.items())
+    answers = {name: torch.stack([firsts[name][:2], *(f(x[:2], level[:2]) if level.all() else x[:2]
+                                                      for x, level in later)]) for name, f in nets.items()}
+    rows, errors = [], {net: (x - states[-1]).square().flatten(1).mean(1).sqrt().tolist()
+                        for net, x in firsts.items()}
+    means = ", ".join(f"{called(net)}: {sum(e) / len(e):.2f}" for net, e in errors.items())
     if "mid" in errors:                                      # beside the teacher, the first
-        near = [after < before for before, after in zip([*errors.values()][0], errors["mid"])]
+        near = [after < before for before, after in zip(next(iter(errors.values())), errors["mid"])]
         means += f". After mid-training nearer in {sum(near)} of {len(near)}"
     for j in range(min(2, states.shape[1])):
         name = f"noise {j + 1}, {names[j % len(names)]}" if names else f"noise {j + 1}"
@@ -1378,7 +1378,7 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=()):
                + ("; mid-training trains every image of its row to be that end" if levels.max() > 1 else
                   "; mid-training is on the mean velocity between any two states, so to the end, too; at t = "
                   "0 the answer is the state itself") + ".\n"
-               f"Error from noise: of the leftmost answer, root mean square of pixels, above the mean of "
+               "Error from noise: of the leftmost answer, root mean square of pixels, above the mean of "
                f"{states.shape[1]} noises; "
                f"two ends differ by {apart:.2f}. Post-training learns from images and may leave these ends."
                + (" A plain call is one velocity without guidance; the teacher's steps in stages.png have it."
@@ -1763,7 +1763,8 @@ def check_values(cfg, limits, world):
         for name in names.split():
             if not least <= getattr(cfg, name) < below:
                 fail(2, f"--{name} {getattr(cfg, name)} is not possible; it must be {rule}")
-    for name, known in sys.modules[type(cfg).__module__].BRANCHES.items():       # else one trains as another
+    home = sys.modules[type(cfg).__module__]
+    for name, known in home.BRANCHES.items():                                    # else one trains as another
         if getattr(cfg, name) not in known.split():
             fail(2, f"--{name} {getattr(cfg, name)}: write its branch in `train`, then its name in BRANCHES")
     if world and cfg.batch % world:
@@ -1773,8 +1774,7 @@ def check_values(cfg, limits, world):
         fits = max(k for k in range(1, min(cfg.batch_gpu, share) + 1) if share % k == 0)
         fail(2, f"--batch_gpu {cfg.batch_gpu} must divide the {share} of --batch in a process; pass {fits}")
     named = cfg.init.startswith("edm2-") or "://" in cfg.init or os.path.exists(cfg.init)
-    starts = sys.modules[type(cfg).__module__].INITS
-    if cfg.stage in ("sample", "eval") and cfg.init not in starts and not named:
+    if cfg.stage in ("sample", "eval") and cfg.init not in home.INITS and not named:
         fail(3, f"--init {cfg.init}: no such file; name weights, or leave --init out")
     check_out(cfg.out)
     if cfg.data == "digits" and getattr(cfg, "res", 8) not in (8, getattr(type(cfg), "res", 8)):
@@ -2151,22 +2151,22 @@ CURVES = dict(loss="loss", grad="gradient norm",
 
 
 def save_curve(cfg, table=()):
-    """curve.png in cfg.out: all stages of metrics.jsonl on one axis of images; above, a table of scores.
+    """curve.png in cfg.out: all stages of metrics.jsonl on one axis of images; below, a table of scores.
 
-    A panel for each stage, since their losses do not compare. The loss of a Mean Flow is near 1 for any net,
-    so its square error is drawn.
+    Each stage has a panel; that of a Mean Flow, whose loss is near 1 for any net, has its square error.
     """
-    panels, norms, before, last = {}, {}, 0, {}
+    panels, norms, before, last, drawn = {}, {}, 0, {}, "loss"
     steps = [m for m in read_metrics(cfg.out) if "images" in m and m.get("step") != 1]     # 1: of one batch
     for m in [m for m in steps if m["stage"] != "vgg"]:
         before += last.get("images", 0) * (last.get("stage") not in (None, m["stage"]))
         last, stage, at = m, STAGES[m["stage"]], before + m["images"]
         error = m.get("mse_gap1", m.get("mse_same"))                         # same: t = r, of a flow alone
-        to = "the teacher's velocities" if m["stage"] == "mid" else "noise - image"
-        gap = "t - r up to 1/4" if "mse_gap1" in m else "t = r"
-        title = f"{stage}: " + ("loss" if error is None else f"square error to {to}, {gap}")
-        points = panels.setdefault(title, {}).setdefault(stage, [])
-        points.append((at, m["loss"] if error is None else error))
+        drawn, y, title = "loss", m["loss"], f"{stage}: loss"
+        if error is not None:
+            to = "the teacher's velocities" if m["stage"] == "mid" else "noise - image"
+            gap = "t - r up to 1/4" if "mse_gap1" in m else "t = r"
+            drawn, y, title = "square error", error, f"{stage}: square error to {to}, {gap}"
+        panels.setdefault(title, {}).setdefault(stage, []).append((at, y))
         norms.setdefault(stage, []).append((at, m["grad"]))
     panels["gradient norm"] = norms
     if vgg := [(m["images"], m["loss"]) for m in steps if m["stage"] == "vgg"]:          # has its own length
@@ -2174,7 +2174,7 @@ def save_curve(cfg, table=()):
     about = sys.modules[type(cfg).__module__].ABOUT          # "stage 2 of 4, mid-training (Eq. 7): ..."
     trained = {m["stage"] for m in steps}
     meant = [text.partition(", ")[2] for stage, text in about.items() if stage in trained]
-    drawn = "loss" if all(title.endswith("loss") for title in [*panels][:1]) else "square error"
+    scores = in_short(table)
     mid = next((curves[STAGES["mid"]] for curves in panels.values() if [*curves] == [STAGES["mid"]]), [])
     heading = f"Mid-training's {drawn}: from {mid[0][1]:.2g} to {mid[-1][1]:.2g}" if mid else f"The {drawn}"
     save_chart(f"{cfg.out}/curve.png", panels, f"{heading}\n"
@@ -2182,7 +2182,7 @@ def save_curve(cfg, table=()):
                + (" Drawn is the square error of velocities, not the loss (mid-training's: a part of it); "
                   "t - r is the time jumped over.") * (drawn != "loss") + "\n"
                + "\n".join(f"{text[0].upper()}{text[1:]}." for text in meant)
-               + f"\n{in_short(table)}; {cfg.samples:,} samples each." * bool(in_short(table)))
+               + f"\n{scores}; {cfg.samples:,} samples each." * bool(scores))
 
 
 def save_preview(cfg, tally, stop, sampler, drawn=""):

@@ -473,7 +473,7 @@ def draw_sheets(cfg, found):
         states = rollout(cfg, teacher, z, y, times)[0]                               # (nodes, 12, C, H, W)
         kind = ", one plain call" if teacher.r_embedder is None else ", a Mean Flow"     # it is not guided
         jumps = {name + kind * (name == "teacher"):
-                 lambda x, t, net=net: x - t[0] * net(x, t, t * 0, y) for name, net, *_ in found}
+                 lambda x, t, net=net: x - t[0] * net(x, t, t * 0, y[:len(x)]) for name, net, *_ in found}
         fid.save_trajectory(cfg.out, states, times, jumps, partial(to_images, cfg),
                             [f"class {k}" for k in shown[1]])
     return shown

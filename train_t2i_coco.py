@@ -495,7 +495,7 @@ def draw_sheets(cfg, found, images, encoder):
         teacher, times = found[0][1], torch.linspace(1, 0, cfg.nodes, dtype=torch.float64)
         states = rollout(cfg, teacher, prior(teacher, range(len(text))), text, null, times)[0]
         jumps = {name + ", one plain call" * (net.r_embedder is None):         # without guidance
-                 lambda x, t, net=net: x - t[0] * net(x, t, text, t * 0, repa=False)
+                 lambda x, t, net=net: x - t[0] * net(x, t, text[:len(x)], t * 0, repa=False)
                  for name, net, *_ in found}
         fid.save_trajectory(cfg.out, states, times, jumps, partial(to_images, cfg), captions)
     return shown, captions, words

@@ -418,8 +418,8 @@ def photos(args, device):
             one[row] = found[row == "teacher"]                           # the teacher: in its many steps
             print(f"| {row} | {seed} | {' / '.join(found)} | {state['seconds']:.0f} |", flush=True)
             with_it, without, many = (one.get(k, "-") for k in ("CMT + ECT", "ECT, annealed", "teacher"))
-            caption = (f"Does mid-training help on photos? FD-photos in 1 step, lower is better: {with_it} "
-                       f"with it, {without} without; teacher, {cfg.nfe} steps: {many}\n"
+            caption = ("Does mid-training by pixels help on photos? FD-photos in 1 step, lower is better: "
+                       f"{with_it} with it, {without} without; teacher, {cfg.nfe} steps: {many}\n"
                        "A column: one noise for all nets; a second step may change the image.\n"
                        f"FD-photos: Frechet distance of {n:,} images to the real ones, by features of a "
                        f"small net; {features.scale} against the other. Such small nets draw colours and "
@@ -496,8 +496,10 @@ def roads(args, device):
     ends = [{name: points[-1][1] for name, points in panel.items()} for panel in panels.values()]
     ours = [min((y for name, y in end.items() if "CMT" in name), default=1e9) for end in ends]
     ratios = [y / min(end.values()) for y, end in zip(ours, ends)]       # to the best: level within a tenth
-    helps = ["yes" if ratio == 1 else "level" if ratio < 1.1 else "no" for ratio in ratios]
+    helps = ["yes" if ratio == 1 else f"level, {100 * ratio - 100:.0f} % behind" if ratio < 1.1 else "no"
+             for ratio in ratios]
     words = CAPTION.format(seeds, *helps, os.path.basename(args.data), features.scale)
+    words += " One seed; of three: docs/results.md." * ("," not in args.seeds)
     marks = {statistics.mean(end.values()): f"{road}: post-training begins" for road, end in mid.items()}
     fid.save_chart(f"{args.out}/roads.png", panels, words, "CPU seconds", marks)
 

@@ -99,7 +99,7 @@ REFERENCES = {         # nobody publishes their checksums, so the one found is p
 }
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")         # inside, whatever the name ends in
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-HALVES = ("Half of the digits (900) against the other scores 0.78 +- 0.19, 2,000 samples may score less; "
+HALVES = ("Half of the digits (900) against the other scores 0.78 +- 0.19, so 2,000 samples may be below it; "
           "random pixels 119.5, the mean of all digits each time 197.6.")                 # --train-digits
 HIDDEN = re.compile(r"(^|/)(\.[^/]|__MACOSX/)")                          # .DS_Store, ._x.png, .git
 Reference = collections.namedtuple("Reference", "mu cov n features file sha256")    # not stated: n 0, text ""
@@ -1281,6 +1281,11 @@ def scores_of(table):
                                              if "-step F" in key and value[:1].isdigit()} for row in table}
 
 
+def moves(was, now):
+    """How a number moves, for a sentence."""
+    return "hardly moves," if abs(now - was) < 0.1 * was else "falls" if now < was else "rises"
+
+
 def in_short(table):
     """A table of scores in a line: students in one step, the teacher in its many; "" where no student has."""
     scores = scores_of(table)
@@ -1289,8 +1294,7 @@ def in_short(table):
     ones = {name: found["1"] for name, found in scores.items() if "1" in found}
     line = f"{measure} in 1 step: {', '.join(f'{called(name)} {one}' for name, one in ones.items())}"
     if {"mid", "post"} <= {*ones}:
-        was, now = (float(ones[name].split()[0]) for name in ("mid", "post"))
-        how = "hardly moves," if abs(now - was) < 0.1 * was else "falls" if now < was else "rises"
+        how = moves(*(float(ones[name].split()[0]) for name in ("mid", "post")))
         line = (f"{measure} in 1 step {how} from {ones['mid']} after mid-training to {ones['post']} after "
                 "post-training")
     return "; ".join([line, *teacher]) + " (lower is better)" if ones else ""
@@ -1366,7 +1370,7 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=()):
     means = ", ".join(f"{called(net)}: {sum(e) / len(e):.2f}" for net, e in errors.items())
     if "mid" in errors:                                      # beside the teacher, the first
         near = [after < before for before, after in zip(next(iter(errors.values())), errors["mid"])]
-        means += f". After mid-training nearer in {sum(near)} of {len(near)}"
+        means += f". After mid-training nearer for {sum(near)} of {len(near)} noises"
     for j in range(min(2, states.shape[1])):
         name = f"noise {j + 1}, {names[j % len(names)]}" if names else f"noise {j + 1}"
         rows.append((f"{name}\nstates of the teacher", show((states / wide)[:, j])))          # at unit scale
@@ -1410,35 +1414,42 @@ def colours_of(names):
             for name, one, p in zip(names, kin, pale)}
 
 
-def save_chart(path, panels, caption, across="images", marks=(), joined=True):
+def save_chart(path, panels, caption, across="images", marks=(), joined=True, columns=1):
     """{title: {name: [(x, y)]}} -> a PNG, a panel a title; x counts `across`; y, above 0, is logarithmic.
 
-    marks: {x: what begins there}. joined=False: dots, not a line, for points of several runs.
+    marks: {x: what begins there}. joined=False: dots, not a line, for points of several runs. columns: so
+    many panels stand side by side, with axes of their own and without legends.
     """
     font, width = ImageFont.load_default(64), 4000                       # twice the size of the file: smooth
     panels = {title: {plain(name): seen for name, points in curves.items()
                       if (seen := [p for p in points if 0 < p[1] < math.inf])}
               for title, curves in panels.items()}
     panels = {title: curves for title, curves in panels.items() if curves}
-    height = 1200 if len(panels) < 4 else 850
     colours = colours_of([*dict.fromkeys(name for curves in panels.values() for name in curves)])
     labels = [[name + f": {points[-1][1]:.2f}" * (joined and "better" in title)              # a score
                for name, points in curves.items()] for title, curves in panels.items()]
-    left, right = 320, round(max(map(font.getlength, (*sum(labels, []), across)))) + 320
+    legend = round(max(map(font.getlength, (*sum(labels, []), across)))) + 220 if columns == 1 else 0
+    cell, rows = (width - legend) // columns, -(-len(panels) // columns)
+    titles = [boxed(title + " (log scale)" * (columns == 1), cell - 400, font)[0] for title in panels]
+    over = 160 + 76 * max([0, *(title.count("\n") for title in titles)])                    # for the title
+    height = over + (920 if rows < 4 else 570) + 120
     heading, words = headed(caption)
-    wide, large = width - left - 100, ImageFont.load_default(96)
+    wide, large = width - 420, ImageFont.load_default(96)
     heading, words = boxed(heading, wide, large), boxed(words, wide, font)
     above = heading[2] + 100 * bool(heading[0])
-    picture = Image.new("RGB", (width, above + height * len(panels) + words[2] + 80), "white")
+    picture = Image.new("RGB", (width, above + height * rows + words[2] + 80), "white")
     pen = ImageDraw.Draw(picture)
-    pen.multiline_text((left, 60), heading[0], "black", large)
+    pen.multiline_text((320, 60), heading[0], "black", large)
     ends = [max(x for points in curves.values() for x, _ in points) or 1 for curves in panels.values()]
     for k, (title, curves) in enumerate(panels.items()):
+        left, top = 320 + k % columns * cell, above + k // columns * height + over
+        right, bottom = left + cell - 420 + 20 * (columns > 1), top - over + height - 120
         xs, ys = zip(*(p for points in curves.values() for p in points))
-        top, bottom = above + k * height + 160, above + (k + 1) * height - 120
-        end = max(ends) if 5 * ends[k] > 2 * max(ends) else ends[k]  # panels of like length share their axis
-        step = next(t for t in ticks_of(1e-9, end) if end / t <= 6)
+        shared = columns == 1 and 5 * ends[k] > 2 * max(ends)        # panels of like length share their axis
+        end = max(ends) if shared else ends[k]
+        step = next(t for t in ticks_of(1e-9, end) if end / t <= (6 if columns == 1 else 4))
         end = step * math.ceil(end / step)
+        unit, letter = next((u, s) for u, s in ((1e6, "M"), (1e3, "k"), (1, "")) if step >= u or u == 1)
         middle = (min(ys) * max(ys)) ** 0.5                                  # a level line is to look level
         ys = [*ys, middle / 2, middle * 2]
         ticks = ticks_of(min(ys), max(ys))
@@ -1447,15 +1458,17 @@ def save_chart(path, panels, caption, across="images", marks=(), joined=True):
         low, high = math.log(ticks[0]), math.log(ticks[-1]) + (len(ticks) == 1)
 
         def at(x, y):
-            return (left + (width - left - right) * x / end,
+            return (left + (right - left) * x / end,
                     bottom - (bottom - top) * (math.log(y) - low) / (high - low))
         for y in ticks:
             pen.line([at(0, y), at(end, y)], "#dddddd", 4)
             pen.text((left - 32, at(0, y)[1]), f"{y:,g}", "black", font, anchor="rm")
         for x in range(round(end / step) + 1):
-            pen.text((at(x * step, ticks[0])[0], bottom + 24), f"{x * step:,g}", "black", font, anchor="mt")
-        pen.text((left, top - 48), plain(title) + " (log scale)", "black", font, anchor="ls")
-        pen.text((width - right + 160, bottom + 24), across, "black", font, anchor="lt")
+            text = f"{x * step / unit:,g}{letter * (x > 0)}"
+            pen.text((at(x * step, ticks[0])[0], bottom + 24), text, "black", font, anchor="mt")
+        pen.multiline_text((left, top - 32), titles[k], "black", font, anchor="ld")
+        if columns == 1:
+            pen.text((right + 160, bottom + 24), across, "black", font, anchor="lt")
         for row, (x, begins) in enumerate(dict(marks).items()):
             x, _ = at(x, ticks[0])
             pen.line([(x, top), (x, bottom)], "#999999", 4)
@@ -1470,11 +1483,11 @@ def save_chart(path, panels, caption, across="images", marks=(), joined=True):
                 pen.line(dots, colours[name], 8, joint="curve")
             for x, y in dots if (few or len(dots) == 1 or not joined) and not level else ():
                 pen.ellipse((x - dot, y - dot, x + dot, y + dot), colours[name])
-            x, y = width - right + 80, top + 88 * row
-            if (k == 0 or labels[k] != labels[k - 1]) and f"{name}:" not in title:       # said once
+            x, y = right + 80, top + 88 * row
+            if columns == 1 and (k == 0 or labels[k] != labels[k - 1]):                  # said once
                 pen.rectangle((x, y + 16, x + 48, y + 40), colours[name])
                 pen.text((x + 80, y), labels[k][row], "black", font, "lt")
-    pen.multiline_text((left, above + height * len(panels) + 20), words[0], "black", font)
+    pen.multiline_text((320, above + height * rows + 20), words[0], "black", font)
     write_whole(path, lambda file: picture.reduce(2).save(file, format="PNG", compress_level=1))
 
 
@@ -1695,6 +1708,7 @@ def number(text):
 def given(home, argv):
     """For --help: the values that these flags give to every stage, and those that differ between stages."""
     configs = {c.stage: vars(c) for c in stages_of(home, argv)}
+    configs = {stage: c for stage, c in configs.items() if stage not in home["RUN"]} or configs   # that train
     first, *others = configs.values()
     same = {name: value for name, value in first.items() if all(c[name] == value for c in others)}
     lines = {"With these flags": same}
@@ -2151,38 +2165,35 @@ CURVES = dict(loss="loss", grad="gradient norm",
 
 
 def save_curve(cfg, table=()):
-    """curve.png in cfg.out: all stages of metrics.jsonl on one axis of images; below, a table of scores.
+    """curve.png in cfg.out: the stages of metrics.jsonl side by side; below, a table of scores.
 
-    Each stage has a panel; that of a Mean Flow, whose loss is near 1 for any net, has its square error.
+    Of a Mean Flow, whose loss is near 1 for any net, the square error is drawn.
     """
-    panels, norms, before, last, drawn = {}, {}, 0, {}, "loss"
-    steps = [m for m in read_metrics(cfg.out) if "images" in m and m.get("step") != 1]     # 1: of one batch
-    for m in [m for m in steps if m["stage"] != "vgg"]:
-        before += last.get("images", 0) * (last.get("stage") not in (None, m["stage"]))
-        last, stage, at = m, STAGES[m["stage"]], before + m["images"]
-        error = m.get("mse_gap1", m.get("mse_same"))                         # same: t = r, of a flow alone
-        drawn, y, title = "loss", m["loss"], f"{stage}: loss"
+    losses, norms, drawn = {}, {}, "loss"
+    for m in [m for m in read_metrics(cfg.out) if "images" in m and m.get("step") != 1]:   # 1: of one batch
+        stage, error = STAGES[m["stage"]], m.get("mse_gap1", m.get("mse_same"))    # same: t = r, a flow's
+        y, title = m["loss"], f"{stage}: loss"
         if error is not None:
             to = "the teacher's velocities" if m["stage"] == "mid" else "noise - image"
             gap = "t - r up to 1/4" if "mse_gap1" in m else "t = r"
             drawn, y, title = "square error", error, f"{stage}: square error to {to}, {gap}"
-        panels.setdefault(title, {}).setdefault(stage, []).append((at, y))
-        norms.setdefault(stage, []).append((at, m["grad"]))
-    panels["gradient norm"] = norms
-    if vgg := [(m["images"], m["loss"]) for m in steps if m["stage"] == "vgg"]:          # has its own length
-        panels["VGG: loss, on images of its own; mid-training compares its features"] = {STAGES["vgg"]: vgg}
+        losses.setdefault(title, {}).setdefault(stage, []).append((m["images"], y))
+        norms.setdefault(f"{stage}: gradient norm", {}).setdefault(stage, []).append((m["images"], m["grad"]))
     about = sys.modules[type(cfg).__module__].ABOUT          # "stage 2 of 4, mid-training (Eq. 7): ..."
-    trained = {m["stage"] for m in steps}
-    meant = [text.partition(", ")[2] for stage, text in about.items() if stage in trained]
+    trained = " ".join(norms)
+    meant = [text.partition(", ")[2] for stage, text in about.items() if STAGES.get(stage, " -") in trained]
     scores = in_short(table)
-    mid = next((curves[STAGES["mid"]] for curves in panels.values() if [*curves] == [STAGES["mid"]]), [])
-    heading = f"Mid-training's {drawn}: from {mid[0][1]:.2g} to {mid[-1][1]:.2g}" if mid else f"The {drawn}"
-    save_chart(f"{cfg.out}/curve.png", panels, f"{heading}\n"
-               "Images trained on; in mid-training these are pairs of the teacher."
-               + (" Drawn is the square error of velocities, not the loss (mid-training's: a part of it); "
-                  "t - r is the time jumped over.") * (drawn != "loss") + "\n"
+    mid = next((curves[STAGES["mid"]] for curves in losses.values() if STAGES["mid"] in curves), [])
+    heading = f"The {drawn} and the gradient of each stage"
+    if mid:
+        was, now = mid[0][1], mid[-1][1]
+        heading = f"Mid-training's {drawn} {moves(was, now)} from {was:.2g} to {now:.2g}"
+    save_chart(f"{cfg.out}/curve.png", losses | norms, f"{heading}\n"
+               "Log scales, against the images a stage trained on; in mid-training these are pairs of the "
+               "teacher."
+               + " Square errors are of velocities; t - r is the time jumped over." * (drawn != "loss") + "\n"
                + "\n".join(f"{text[0].upper()}{text[1:]}." for text in meant)
-               + f"\n{scores}; {cfg.samples:,} samples each." * bool(scores))
+               + f"\n{scores}; {cfg.samples:,} samples each." * bool(scores), columns=max(1, len(losses)))
 
 
 def save_preview(cfg, tally, stop, sampler, drawn=""):

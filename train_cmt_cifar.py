@@ -61,7 +61,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     nfe: int = 16               # teacher steps per trajectory (B.2)
     trajectories: int = 128     # choice: per solve, pairs shuffled over several steps; 0 = batch/nfe (paper)
     q: int = 4096               # post: the step in t is n(t) t / q (B.2: 1/4096)
-    double: int = 0             # post annealed: q to the power 1 + step // double, as ECT does; else 0
+    double: int = 0             # post annealed: q to the power 1 + step // double (ECT: 2, 4, 8, ...); else 0
     P_mean: float = -1.1        # ln sigma ~ N(P_mean, P_std^2), not cut off (ECT)
     P_std: float = 2.0
 
@@ -108,6 +108,7 @@ PRESETS = {  # (data, stage, its --mid or --post): the lower row wins, --help sh
     ("digits", "mid", "*"): dict(steps=900, batch=32, lr=2e-3, ema_beta=0.99),
     # choice: warm-up: RAdam's first 5 steps are lr |gradient|, not adapted, and the gradient grows with q
     ("digits", "post", "*"): dict(steps=600, batch=32, lr=3e-4, ema_beta=0.99, q=512, warmup=20),
+    # q = 2, 4, ..., 256, and 512 in the last four steps
     ("digits", "post", "annealed"): dict(q=2, double=187, steps=1_500, lr=1e-3, decay="linear"),
 }
 ABOUT = {"pretrain": "stage 1 of 4, pre-training: loss and gradient soon stay level, images still improve",
@@ -128,6 +129,7 @@ RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch(
 
 
 # ---- losses -----------------------------------------------------------------------------------
+# sigma, t, r and levels: strengths of noise, from 80 to 0.002; D_x and f: answers of a net, clean images
 def loss_dm(net, x, sigma, eps, sigma_data=0.5):
     """EDM Eq. 8: denoising, weight (sigma^2 + sd^2) / (sigma sd)^2, mean over pixels. sigma: (B,)."""
     s = sigma.view(-1, 1, 1, 1)
@@ -233,18 +235,18 @@ def train(cfg):
     per_solve = math.prod(solve_size(cfg))            # pairs; no batch straddles two solves (check)
 
     @lru_cache(1)                                     # kept: it feeds several steps; resumed, solved anew
-    def solve(k):
-        g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", k))
+    def solve(number):
+        g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", number))
         if cfg.mid == "slow":
             *pairs, x_0 = slow_pairs(cfg, run.teacher, run.images, g)
         else:
             *pairs, x_0 = teacher_pairs(cfg, run.teacher, shape, g)
         return pairs, run.distance.features(x_0)                              # once per end, not per pair
 
-    def batch_of(step):                               # this process's rows, and what pairs among them share
+    def batch_of(step):                               # mid: (x_t, t, owner), target; else (x, t, eps), None
         if cfg.stage == "mid":
-            k, at = divmod(step * B, per_solve)
-            pairs, target = solve(k)
+            number, at = divmod(step * B, per_solve)
+            pairs, target = solve(number)
             return [a[at:at + B][mine] for a in pairs], target
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         x, eps = draw(run.images, B, g)[mine], randn((B, *shape), g)[mine]
@@ -274,15 +276,15 @@ def train(cfg):
             loss = loss_of(step, seed, target, *rows)
             (loss * part).backward()
             loss_sum += loss.detach() * part
-        norm, loss, stop = total(run.grad, loss_sum, tally["scale"])          # the one wait of a step
-        if math.isfinite(norm + loss):            # else: no step, and no trace of it in weights and moments
+        norm, mean, stop = total(run.grad, loss_sum, tally["scale"])          # the one wait of a step
+        if math.isfinite(norm + mean):            # else: no step, and no trace of it in weights and moments
             opt.step()
         run.grad.zero_()
         run.flat_ema.lerp_(run.flat, 1 - cfg.ema_beta)
 
         # bookkeeping from here on
         done = step + 1
-        count(cfg, tally, loss, norm)                 # a skipped step lowers fp16's scale, ten end the run
+        count(cfg, tally, mean, norm)                 # a skipped step lowers fp16's scale, ten end the run
         to_save = stop or done % cfg.save_every == 0 or done == cfg.steps
         if to_save or done % cfg.log_every == 0 or done == start + 1:
             report(cfg, done, lr, tally, **nets.peak_memory())  # sets what is saved
@@ -305,7 +307,7 @@ def lr_at(cfg, step):
 
 
 def set_up(cfg):
-    """What a stage trains with, from its last checkpoint or first weights; None: nothing is to be done."""
+    """What a stage learns from and asks, and its net; None: nothing is to be done."""
     if cfg.stage == "mid" and cfg.mid == "none":
         return log("mid: left out by --mid none")
     if cfg.stage == "pretrain" and given_teacher(cfg):
@@ -316,16 +318,16 @@ def set_up(cfg):
     ckpt, left = resume(cfg)
     if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # same names: not read
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
-    images, data, teacher = None, "none", None
+    images, stamp, teacher = None, "none", None
     if needs_data(cfg):
         images = load_data(cfg)
-        data, seen = fid.stamp(images), cfg.steps * cfg.batch / len(images)
-        announce(f"{cfg.data}: {data}, each seen {seen:,.3g} times, unconditional")
+        stamp, seen = fid.stamp(images), cfg.steps * cfg.batch / len(images)
+        announce(f"{cfg.data}: {stamp}, each seen {seen:,.3g} times, unconditional")
         images = images.to(DEVICE)
     asks_teacher = cfg.stage == "mid" or (cfg.stage == "post" and cfg.post.startswith("ecd"))
     asked = teacher_state(cfg) if asks_teacher else None                      # (weights, arguments)
-    data += f", teacher {nets.stamp(asked[0])}" if asked else ""
-    same_data(ckpt, path, data)
+    stamp += f", teacher {nets.stamp(asked[0])}" if asked else ""
+    same_data(ckpt, path, stamp)
     if not left:
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
     if asked:
@@ -334,18 +336,10 @@ def set_up(cfg):
         teacher = forward(cfg, build(cfg, size, weights, cfg.teacher or "the teacher"))
     state, model, what = (None, ckpt["model"], "") if ckpt else first_weights(cfg, images, asked)
     net = build(cfg, model, state, what, train=True)
-    ema = deepcopy(net).requires_grad_(False).eval()
-    (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
-    flat.grad = grad                                  # of one vector, whose views are the weights of net
-    pretrains = cfg.stage == "pretrain"               # by Adam, as EDM; what follows by RAdam (B.2)
-    opt = torch.optim.Adam([flat], fused=True) if pretrains else torch.optim.RAdam([flat], foreach=False)
-    tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
-    agree("data and sum of the first weights", (data, flat.sum(dtype=torch.float64).item()))
     distance = make_distance(cfg, net.img_channels) if cfg.stage == "mid" else None
-    saved = dict(data=data, model=model, cfg=asdict(cfg), **fid.made_by(__file__))
-    log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))           # --dry_run ends here
-    return SimpleNamespace(images=images, teacher=teacher, distance=distance, net=net, ema=ema, opt=opt,
-                           flat=flat, flat_ema=flat_ema, grad=grad, tally=tally, path=path, saved=saved)
+    adam, radam = partial(torch.optim.Adam, fused=True), partial(torch.optim.RAdam, foreach=False)
+    opt = adam if cfg.stage == "pretrain" else radam                          # as EDM; B.2
+    return resumed(cfg, ckpt, net, opt, stamp, model, images=images, teacher=teacher, distance=distance)
 
 
 # ---- sample -----------------------------------------------------------------------------------
@@ -467,6 +461,20 @@ def resume(cfg):
     path = f"{cfg.out}/{cfg.stage}.pt"
     ckpt = nets.load_checkpoint(path, whole=True)
     return ckpt, fid.steps_left(cfg, ckpt, path, MAY_CHANGE, STAGES)
+
+
+def resumed(cfg, ckpt, net, optimizer, stamp, model, **asked):
+    """The net with its average, optimizer, counts, as the checkpoint has them or new; and what it asks."""
+    ema = deepcopy(net).requires_grad_(False).eval()
+    (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
+    flat.grad = grad                                  # one vector, whose views are all weights (flatten)
+    opt, path = optimizer([flat]), f"{cfg.out}/{cfg.stage}.pt"
+    tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
+    agree("data and sum of the first weights", (stamp, flat.sum(dtype=torch.float64).item()))
+    saved = dict(data=stamp, model=model, cfg=asdict(cfg), **fid.made_by(__file__))
+    log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))           # --dry_run ends here
+    return SimpleNamespace(net=net, ema=ema, opt=opt, flat=flat, flat_ema=flat_ema, grad=grad, tally=tally,
+                           path=path, saved=saved, **asked)
 
 
 def total(grad, loss, scale):

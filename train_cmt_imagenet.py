@@ -140,6 +140,7 @@ RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch(
 
 
 # ---- losses -----------------------------------------------------------------------------------
+# sigma, t, r and levels: strengths of noise, from 80 to 0.002; D_x and f: answers of a net, clean images
 def loss_edm2(net, x, sigma, eps, sigma_data=0.5):
     """EDM2 Eq. 21: denoising under a learned log variance u(sigma); sum over pixels, mean over images."""
     D_x, u = net(x + sigma.view(-1, 1, 1, 1) * eps, sigma, return_logvar=True)
@@ -197,6 +198,7 @@ def loss_cmt(net, x_t, t, target, distance):
 
 def loss_cmt_views(net, x_t, t, x_0, distance, views):
     """loss_cmt, each pair compared under a random view of its own: both images are treated alike (B.5)."""
+    views = dict(zip(distance.views, views))
     seen, end = (distance.features(distance.augment(x, views)) for x in (net(x_t, t), x_0))
     return distance.distance(seen, end).mean()
 
@@ -277,26 +279,26 @@ def train(cfg):
     if not (run := set_up(cfg)):                      # run.flat, .grad, .flat_ema: all weights, as a vector
         return
     net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
-    shape, classes = run.shape, run.saved["model"]["label_dim"]
+    model = run.saved["model"]                        # the VGG's, too, has the size of the data
+    shape, classes = (model["img_channels"], *[model["img_resolution"]] * 2), model["label_dim"]
     share, micro = B // WORLD, cfg.batch_gpu or B // WORLD    # of the batch: a process's, a forward pass's
     mine = slice(RANK * share, (RANK + 1) * share)
     per_solve = math.prod(solve_size(cfg))            # pairs; no batch straddles two solves (check)
     batches = fid.ahead(partial(read_batch, cfg, run.images), range(start, cfg.steps))
 
     @lru_cache(1)                                     # kept: it feeds several steps; resumed, solved anew
-    def solve(k):
-        g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", k))
+    def solve(number):
+        g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", number))
         *pairs, x_0 = teacher_pairs(cfg, run.teacher, classes, shape, g)
         if cfg.ensemble == "none":
-            return pairs, run.distance.features(x_0), ()                      # once per end, not per pair
-        views = run.distance.draw(pairs[1], g)                                # a random one of each pair
-        return (*pairs, *views.values()), [x_0], (*views,)                    # (rows, target, names of views)
+            return pairs, run.distance.features(x_0)                          # once per end, not per pair
+        return (*pairs, *run.distance.draw(pairs[1], g).values()), [x_0]      # a random view of each pair
 
-    def batch_of(step):                               # this process's rows, and what pairs among them share
+    def batch_of(step):                               # mid: (y, x_t, t, owner, *views), target; else as below
         if cfg.stage == "mid":
-            k, at = divmod(step * B, per_solve)
-            pairs, *shared = solve(k)
-            return [a[at:at + B][mine] for a in pairs], shared
+            number, at = divmod(step * B, per_solve)
+            pairs, target = solve(number)
+            return [a[at:at + B][mine] for a in pairs], target
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         raw, labels = next(batches)
         noise, eps = randn((B, *shape), g)[mine], randn((B, *shape), g)[mine]    # noise: of a latent
@@ -306,14 +308,14 @@ def train(cfg):
             x = x + vgg_noise(cfg, step, (B, *shape))[mine]
         return (y, x, t, eps, labels), None
 
-    def loss_of(step, seed, shared, y, *rows):        # seed: of the first row's dropout
+    def loss_of(step, seed, target, y, *rows):        # seed: of the first row's dropout
         masks = None if cfg.stage == "vgg" else nets.dropout_masks(net, range(seed, seed + micro))
         student = partial(net, class_labels=y, masks=masks)
         if cfg.stage == "mid":
-            (x_t, t, owner, *views), (target, names) = rows, shared
+            x_t, t, owner, *views = rows
             target = [a[owner] for a in target]
             if views:
-                return loss_cmt_views(student, x_t, t, *target, run.distance, dict(zip(names, views)))
+                return loss_cmt_views(student, x_t, t, *target, run.distance, views)
             return loss_cmt(student, x_t, t, target, run.distance)                              # Eq. 7
         x, t, eps, labels = rows
         if cfg.stage == "vgg":
@@ -329,23 +331,23 @@ def train(cfg):
 
     for step in range(start, cfg.steps):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
-        (batch, shared), loss_sum = batch_of(step), 0.0
+        (batch, target), loss_sum = batch_of(step), 0.0
         part = micro / B * tally["scale"]             # of the batch's mean; scale: of fp16, else 1
         with nets.hoist(net, force=True):             # EDM2 Eq. 66: normalised once for all micro-batches
             for k, rows in enumerate(zip(*(a.split(micro) for a in batch))):
                 seed = fold(cfg.seed, cfg.stage, step, "dropout") + mine.start + k * micro
-                loss = loss_of(step, seed, shared, *rows)
+                loss = loss_of(step, seed, target, *rows)
                 (loss * part).backward()
                 loss_sum += loss.detach() * part
-        norm, loss, stop = total(run.grad, loss_sum, tally["scale"])          # the one wait of a step
-        if math.isfinite(norm + loss):            # else: no step, and no trace of it in weights and moments
+        norm, mean, stop = total(run.grad, loss_sum, tally["scale"])          # the one wait of a step
+        if math.isfinite(norm + mean):            # else: no step, and no trace of it in weights and moments
             opt.step()
         run.grad.zero_()
         run.flat_ema.lerp_(run.flat, 1 - ema_beta(cfg, step))
 
         # bookkeeping from here on
         done = step + 1
-        count(cfg, tally, loss, norm)                 # a skipped step lowers fp16's scale, ten end the run
+        count(cfg, tally, mean, norm)                 # a skipped step lowers fp16's scale, ten end the run
         to_save = stop or done % cfg.save_every == 0 or done == cfg.steps
         if to_save or done % cfg.log_every == 0 or done == start + 1:
             report(cfg, done, lr, tally, **nets.peak_memory())  # sets what is saved
@@ -378,7 +380,7 @@ def ema_beta(cfg, step):
 
 
 def set_up(cfg):
-    """What a stage trains with, from its last checkpoint or first weights; None: nothing is to be done."""
+    """What a stage learns from and asks, and its net; None: nothing is to be done."""
     if cfg.stage == "mid" and cfg.mid == "none":
         return log("mid: left out by --mid none")
     if cfg.stage == "pretrain" and given_teacher(cfg):
@@ -387,17 +389,17 @@ def set_up(cfg):
             build(cfg, model, state, cfg.teacher)     # does it fit? not after hours of training the VGG
         own = nets.finished(f"{cfg.out}/pretrain.pt") and f"{cfg.out}/pretrain.pt"
         return log(f"pretrain: not trained, the teacher is {cfg.teacher or own or 'the official one'}")
-    if not needs_data(cfg) and cfg.stage != "mid":
+    if cfg.stage == "vgg" and not wants_vgg(cfg):
         return
     path = f"{cfg.out}/{cfg.stage}.pt"
     ckpt, left = resume(cfg)
     if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # same names: not read
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
     images = load_data(cfg) if needs_data(cfg) else None
-    data = images.stamp if images else "none"
+    stamp = images.stamp if images else "none"
     asked = asked_nets(cfg)
-    data += "".join(f", {name} {nets.stamp(state)}" for name, (state, _) in asked.items())
-    same_data(ckpt, path, data)
+    stamp += "".join(f", {name} {nets.stamp(state)}" for name, (state, _) in asked.items())
+    same_data(ckpt, path, stamp)
     if not left:
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
     frozen = {name: build(cfg, size, state, getattr(cfg, name) or "the teacher")
@@ -405,23 +407,13 @@ def set_up(cfg):
     teacher = autoguided(frozen.get("main") or frozen.get("teacher"), frozen.get("guide"), cfg.w)
     state, model, what = (None, ckpt["model"], "") if ckpt else first_weights(cfg, images, asked)
     net = build(cfg, model, state, what, train=True)
-    ema = deepcopy(net).requires_grad_(False).eval()
-    (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
-    flat.grad = grad                                  # of one vector, whose views are the weights of net
+    distance = make_distance(cfg) if cfg.stage == "mid" else None
     # choice: as ECT (B.3); the authors' 512 script has 0.999 in mid-training
     beta2 = 0.999 if cfg.stage == "mid" and data_name(cfg) == "imagenet512" else 0.99
-    opt = torch.optim.Adam([flat], betas=(0.9, beta2), fused=True)
+    opt = partial(torch.optim.Adam, betas=(0.9, beta2), fused=True)
     if cfg.stage == "vgg" and data_name(cfg) == "imagenet512":
-        opt = torch.optim.SGD([flat], momentum=0.9, weight_decay=1e-4, fused=True)            # B.5
-    tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
-    agree("data and sum of the first weights", (data, flat.sum(dtype=torch.float64).item()))
-    distance = make_distance(cfg) if cfg.stage == "mid" else None
-    saved = dict(data=data, model=model, cfg=asdict(cfg), **fid.made_by(__file__))
-    log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))           # --dry_run ends here
-    shape = model["img_channels"], model["img_resolution"], model["img_resolution"]
-    return SimpleNamespace(images=images, teacher=teacher, distance=distance, net=net, ema=ema, opt=opt,
-                           flat=flat, flat_ema=flat_ema, grad=grad, tally=tally, path=path, saved=saved,
-                           shape=shape)
+        opt = partial(torch.optim.SGD, momentum=0.9, weight_decay=1e-4, fused=True)           # B.5
+    return resumed(cfg, ckpt, net, opt, stamp, model, images=images, teacher=teacher, distance=distance)
 
 
 # ---- sample -----------------------------------------------------------------------------------
@@ -686,6 +678,20 @@ def resume(cfg):
     return ckpt, fid.steps_left(cfg, ckpt, path, MAY_CHANGE, STAGES)
 
 
+def resumed(cfg, ckpt, net, optimizer, stamp, model, **asked):
+    """The net with its average, optimizer, counts, as the checkpoint has them or new; and what it asks."""
+    ema = deepcopy(net).requires_grad_(False).eval()
+    (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
+    flat.grad = grad                                  # one vector, whose views are all weights (flatten)
+    opt, path = optimizer([flat]), f"{cfg.out}/{cfg.stage}.pt"
+    tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
+    agree("data and sum of the first weights", (stamp, flat.sum(dtype=torch.float64).item()))
+    saved = dict(data=stamp, model=model, cfg=asdict(cfg), **fid.made_by(__file__))
+    log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))           # --dry_run ends here
+    return SimpleNamespace(net=net, ema=ema, opt=opt, flat=flat, flat_ema=flat_ema, grad=grad, tally=tally,
+                           path=path, saved=saved, **asked)
+
+
 def total(grad, loss, scale):
     """Sum the gradient, the loss and the wish to stop over the processes; divide by scale.
 
@@ -736,9 +742,9 @@ def check(cfg):
             fail(2, f"--loss {cfg.loss} does not measure --res {cfg.res}; lpips is for 64, elatent for 512")
         if cfg.loss == "huber" and not cfg.huber_c:
             fail(2, f"--loss huber --huber_c {cfg.huber_c}: huber needs a c above 0")
-    path = __file__ if cfg.data == "digits" else FILES.get(name, cfg.data)       # of digits: one that exists
-    missing = []
-    if needs_data(cfg) and not os.path.exists(path):
+    path, missing = FILES.get(name, cfg.data), []
+    there = cfg.data == "digits" or os.path.exists(path)
+    if needs_data(cfg) and not there:
         missing.append(f"{path} is not there; pass --data PATH or digits, or make it from ImageNet: python "
                        f"train_cmt_imagenet.py --res {cfg.res} --stage encode --source FOLDER")
     for file in (cfg.teacher, cfg.main, cfg.guide):
@@ -747,10 +753,10 @@ def check(cfg):
             missing.append(f"{file}: no such file; pass weights, a URL, or a name as {GUIDED['guide']}")
     if missing and not os.path.exists(f"{cfg.out}/{cfg.stage}.pt"):
         fail(3, "; ".join(missing))
-    if trains and cfg.stage in ("mid", "post") and os.path.exists(path):
+    if trains and cfg.stage in ("mid", "post") and there:
         check_data(cfg)
     by_vgg16 = cfg.stage == "mid" and trains and cfg.loss == "lpips" and not wants_vgg(cfg)
-    if by_vgg16 and not os.path.exists(f"{cfg.out}/mid.pt") and (cfg.dry_run or os.path.exists(path)):
+    if by_vgg16 and not os.path.exists(f"{cfg.out}/mid.pt") and (cfg.dry_run or there):
         nets.pretrained_lpips()                       # downloaded now
     if cfg.res == 512 and cfg.data != "digits" and cfg.stage in ("encode", "sample", "eval"):
         vae_of(cfg)        # are diffusers and the VAE there?

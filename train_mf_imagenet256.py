@@ -114,9 +114,9 @@ PRESETS = {  # (data, stage, its --mid or --post): the lower row wins, --help sh
     ("digits", "post", "*"): dict(steps=1_000, batch=64, lr=4e-3, ema_beta=0.99, unguided=250),
     ("digits", "post", "vanilla"): dict(steps=1_900),                      # the time of mid and post together
 }
-ABOUT = {"pretrain": "stage 1 of 4, pre-training: the loss stays near 1 for any net, square errors fall",
-         "mid": "stage 2 of 4, mid-training (Eq. 8): the loss, square error of velocities, falls",
-         "post": "stage 3 of 4, post-training: the loss stays near 1; judge by previews, scores",
+ABOUT = {"pretrain": "stage 1 of 4, pre-training: square errors fall; the loss stays near 1 for any net",
+         "mid": "stage 2 of 4, mid-training (Eq. 8): square errors fall, and so their mean, the loss",
+         "post": "stage 3 of 4, post-training: square errors stay level, the loss near 1; judge by scores",
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "sit", "random"                            # other values of --init are a FILE
@@ -333,15 +333,15 @@ def train(cfg):
     batches = fid.ahead(partial(read_batch, cfg, run.images), range(start, cfg.steps))
 
     @lru_cache(1)                                     # kept: it feeds several steps; resumed, solved anew
-    def solve(k):
-        g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", k))
+    def solve(number):
+        g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", number))
         pairs = teacher_pairs(cfg, run.teacher, run.shape, g)
         return pairs, torch.randperm(per_solve, generator=g, device=DEVICE)
 
     def batch_of(step):                               # this process's share of it, a row an image or pair
         if cfg.stage == "mid":
-            k, at = divmod(step * B, per_solve)
-            pairs, order = solve(k)
+            number, at = divmod(step * B, per_solve)
+            pairs, order = solve(number)
             return [a[order[at:at + B][mine]] for a in pairs]
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         raw, y, t, r = next(batches)
@@ -369,15 +369,15 @@ def train(cfg):
             (loss * part).backward()
             loss_sum += loss.detach() * part
             fid.add_errors(errors, square / z[0].numel(), t - r)
-        norm, loss, stop = total(run.grad, loss_sum, tally["scale"])          # the one wait of a step
-        if math.isfinite(norm + loss):            # else: no step, and no trace of it in weights and moments
+        norm, mean, stop = total(run.grad, loss_sum, tally["scale"])          # the one wait of a step
+        if math.isfinite(norm + mean):            # else: no step, and no trace of it in weights and moments
             opt.step()
         run.grad.zero_()
         run.flat_ema.lerp_(run.flat, 1 - cfg.ema_beta)
 
         # bookkeeping from here on
         done = step + 1
-        count(cfg, tally, loss, norm)                 # a skipped step lowers fp16's scale, ten end the run
+        count(cfg, tally, mean, norm)                 # a skipped step lowers fp16's scale, ten end the run
         to_save = stop or done % cfg.save_every == 0 or done == cfg.steps
         if to_save or done % cfg.log_every == 0 or done == start + 1:
             report(cfg, done, lr, tally, **nets.peak_memory(), **fid.mse_by_gap(errors))  # sets what is saved
@@ -401,24 +401,24 @@ def lr_at(cfg, step):
 
 
 def set_up(cfg):
-    """What a stage trains with, from its last checkpoint or first weights; None: nothing is to be done."""
+    """What a stage learns from and asks, and its net; None: nothing is to be done."""
     if left_out(cfg) or cfg.stage == "pretrain" and cfg.teacher:
         return log(f"{cfg.stage}: not trained, as --teacher or --mid none says")
     path = f"{cfg.out}/{cfg.stage}.pt"
     ckpt, left = resume(cfg)
     if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # same names: not read
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
-    images, data, teacher = None, "none", None
+    images, stamp, teacher = None, "none", None
     if cfg.stage != "mid":                                                    # CMT needs no data
         images = load_data(cfg)
-        data, shape, null = images.stamp, images.shape, images.classes        # "no class": the one after all
+        stamp, shape, null = images.stamp, images.shape, images.classes        # "no class": the one after all
     if cfg.stage == "mid" or cfg.stage == "post" and cfg.post == "teacher":
         weights, its = teacher_state(cfg)
         teacher = build(cfg, its, weights, cfg.teacher or "the teacher")
         teacher.requires_grad_()                      # else autocast casts its weights anew at each call
         null, shape = its["num_classes"], (its["in_channels"], its["input_size"], its["input_size"])
-        data += f", teacher {nets.stamp(weights)}"
-    same_data(ckpt, path, data)
+        stamp += f", teacher {nets.stamp(weights)}"
+    same_data(ckpt, path, stamp)
     if not left:
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
     model = dict(size_row(cfg, "weak" if cfg.stage == "pretrain" else "size", shape[-1]),
@@ -426,16 +426,8 @@ def set_up(cfg):
                  average_velocity=cfg.stage != "pretrain" or cfg.pretrain == "mf")
     state, what = (None, "") if ckpt else first_weights(cfg, model)
     net = build(cfg, model, state, what, train=True)
-    ema = deepcopy(net).requires_grad_(False).eval()
-    (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
-    flat.grad = grad                                  # of one vector, whose views are the weights of net
-    opt = torch.optim.Adam([flat], betas=(0.9, 0.95), fused=True)             # MF
-    tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
-    agree("data and sum of the first weights", (data, flat.sum(dtype=torch.float64).item()))
-    saved = dict(data=data, model=model, cfg=asdict(cfg), **fid.made_by(__file__))
-    log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))           # --dry_run ends here
-    return SimpleNamespace(images=images, null=null, shape=shape, teacher=teacher, net=net, ema=ema, opt=opt,
-                           flat=flat, flat_ema=flat_ema, grad=grad, tally=tally, path=path, saved=saved)
+    opt = partial(torch.optim.Adam, betas=(0.9, 0.95), fused=True)            # MF
+    return resumed(cfg, ckpt, net, opt, stamp, model, images=images, null=null, shape=shape, teacher=teacher)
 
 
 # ---- sample -----------------------------------------------------------------------------------
@@ -674,6 +666,20 @@ def resume(cfg):
     path = f"{cfg.out}/{cfg.stage}.pt"
     ckpt = nets.load_checkpoint(path, whole=True)
     return ckpt, fid.steps_left(cfg, ckpt, path, MAY_CHANGE, STAGES)
+
+
+def resumed(cfg, ckpt, net, optimizer, stamp, model, **asked):
+    """The net with its average, optimizer, counts, as the checkpoint has them or new; and what it asks."""
+    ema = deepcopy(net).requires_grad_(False).eval()
+    (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
+    flat.grad = grad                                  # one vector, whose views are all weights (flatten)
+    opt, path = optimizer([flat]), f"{cfg.out}/{cfg.stage}.pt"
+    tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
+    agree("data and sum of the first weights", (stamp, flat.sum(dtype=torch.float64).item()))
+    saved = dict(data=stamp, model=model, cfg=asdict(cfg), **fid.made_by(__file__))
+    log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))           # --dry_run ends here
+    return SimpleNamespace(net=net, ema=ema, opt=opt, flat=flat, flat_ema=flat_ema, grad=grad, tally=tally,
+                           path=path, saved=saved, **asked)
 
 
 def total(grad, loss, scale):

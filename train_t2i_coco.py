@@ -117,9 +117,9 @@ PRESETS = {  # (data, stage, its --mid or --post): the lower row wins, --help sh
     ("digits", "mid", "*"): dict(steps=800, lr=1e-3),
     ("digits", "post", "*"): dict(steps=700, lr=5e-4),
 }
-ABOUT = {"pretrain": "stage 1 of 4, pre-training: the loss, square error minus likeness of features, falls",
-         "mid": "stage 2 of 4, mid-training (Eq. 8): the loss, square error of velocities, falls",
-         "post": "stage 3 of 4, post-training: the loss is level for any net; judge by previews, scores",
+ABOUT = {"pretrain": "stage 1 of 4, pre-training: square errors fall, and the loss, these minus REPA's",
+         "mid": "stage 2 of 4, mid-training (Eq. 8): square errors fall, and so their mean, the loss",
+         "post": "stage 3 of 4, post-training: square errors and loss stay level; judge by scores",
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "sit", "random"                            # other values of --init are a FILE
@@ -323,16 +323,16 @@ def train(cfg):
         return torch.where(drop.to(DEVICE, non_blocking=True).view(-1, 1, 1), run.null, run.encoder(words))
 
     @lru_cache(1)                                     # kept: it feeds several steps; resumed, solved anew
-    def solve(k):
-        g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", k))
-        texts = features_of(*captions_of_solve(cfg, images, k))
+    def solve(number):
+        g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", number))
+        texts = features_of(*captions_of_solve(cfg, images, number))
         pairs = teacher_pairs(cfg, run.teacher, texts, run.null, shape, g)
         return pairs, texts, torch.randperm(per_solve, generator=g, device=DEVICE)
 
     def batch_of(step):                               # this process's share of it, a row an image or pair
         if cfg.stage == "mid":
-            k, at = divmod(step * B, per_solve)
-            pairs, texts, order = solve(k)
+            number, at = divmod(step * B, per_solve)
+            pairs, texts, order = solve(number)
             z, t, r, owner, target = (a[order[at:at + B][mine]] for a in pairs)
             return z, t, r, texts[owner], target
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
@@ -365,24 +365,24 @@ def train(cfg):
             (loss * part).backward()
             loss_sum += loss.detach() * part
             fid.add_errors(errors, square / z[0].numel(), t - r)
-        norm, loss, stop = total(run.grad, loss_sum, tally["scale"])          # the one wait of a step
+        norm, mean, stop = total(run.grad, loss_sum, tally["scale"])          # the one wait of a step
         if cfg.clip and norm > cfg.clip:
             run.grad *= cfg.clip / norm
-        if math.isfinite(norm + loss):            # else: no step, and no trace of it in weights and moments
+        if math.isfinite(norm + mean):            # else: no step, and no trace of it in weights and moments
             opt.step()
         run.grad.zero_()
         run.flat_ema.lerp_(run.flat, 1 - cfg.ema_beta)
 
         # bookkeeping from here on
         done = step + 1
-        count(cfg, tally, loss, norm)                 # a skipped step lowers fp16's scale, ten end the run
+        count(cfg, tally, mean, norm)                 # a skipped step lowers fp16's scale, ten end the run
         to_save = stop or done % cfg.save_every == 0 or done == cfg.steps
         if to_save or done % cfg.log_every == 0 or done == start + 1:
             report(cfg, done, lr, tally, **nets.peak_memory(), **fid.mse_by_gap(errors))  # sets what is saved
         if to_save and RANK == 0:
             nets.save_checkpoint(run.path, net=net, ema=run.ema, opt=opt, **run.saved, **tally)
             drawn = "the digit above" if cfg.data == "digits" else "each tenth of the data"
-            fid.save_preview(cfg, tally, stop, run.preview, f", captions of {drawn}")
+            fid.save_preview(cfg, tally, stop, run.preview(run.ema), f", captions of {drawn}")
         if to_save:
             fid.wait_for_first(TIMEOUT)
         if stop:
@@ -398,7 +398,7 @@ def lr_at(cfg, step):
 
 
 def set_up(cfg):
-    """What a stage trains with, from its last checkpoint or first weights; None: nothing is to be done."""
+    """What a stage learns from and asks, and its net; None: nothing is to be done."""
     if left_out(cfg) or cfg.stage == "pretrain" and cfg.teacher:
         return log(f"{cfg.stage}: not trained, as --teacher or --mid none says")
     path, teacher = f"{cfg.out}/{cfg.stage}.pt", None
@@ -406,35 +406,27 @@ def set_up(cfg):
     if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # same names: not read
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
     images, encoder = load_data(cfg), text_encoder(cfg)                   # mid reads captions, never an image
-    data, null = images.stamp, encoder(images.null[None])
+    stamp, null = images.stamp, encoder(images.null[None])
     if cfg.stage == "mid":
         weights, model = teacher_state(cfg)
         teacher = build(cfg, model, weights, cfg.teacher or "the teacher")
         teacher.requires_grad_()                      # else autocast casts its weights anew at each call
-        data += f", teacher {nets.stamp(weights)}"
-    same_data(ckpt, path, data)
+        stamp += f", teacher {nets.stamp(weights)}"
+    same_data(ckpt, path, stamp)
     if not left:
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
     model = model_size(cfg, images, null.shape[-1])
     state, what = (None, "") if ckpt else first_weights(cfg)
     net = build(cfg, model, state, what, train=True)
-    ema = deepcopy(net).requires_grad_(False).eval()
-    (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
-    flat.grad = grad                                  # of one vector, whose views are the weights of net
-    betas = (0.9, 0.999 if cfg.stage == "pretrain" else 0.95)                 # REPA; MF
-    opt = torch.optim.Adam([flat], betas=betas, fused=True)
-    tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
-    agree("data and sum of the first weights", (data, flat.sum(dtype=torch.float64).item()))
+    beta2 = 0.999 if cfg.stage == "pretrain" else 0.95                        # REPA; MF
+    opt = partial(torch.optim.Adam, betas=(0.9, beta2), fused=True)
     # previews: captions of the data, whose features may be cached (no one needs CLIP), of each tenth in turn
     k, n = torch.arange(60), images.count
     shown = encoder(images.texts((k % 10 * n // 10 + n // 20 + k // 10) % n, 0.0 * k))
-    steps = cfg.nfe if cfg.stage == "pretrain" else 1
-    preview = make_sampler(cfg, ema, steps, lambda seeds: shown[list(seeds)], null, decode=False)
-    saved = dict(data=data, model=model, cfg=asdict(cfg), **fid.made_by(__file__))
-    log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))           # --dry_run ends here
-    return SimpleNamespace(images=images, encoder=encoder, null=null, teacher=teacher, preview=preview,
-                           net=net, ema=ema, opt=opt, flat=flat, flat_ema=flat_ema, grad=grad,
-                           tally=tally, path=path, saved=saved)
+    steps, text = cfg.nfe if cfg.stage == "pretrain" else 1, lambda seeds: shown[list(seeds)]
+    preview = partial(make_sampler, cfg, steps=steps, text=text, null=null, decode=False)
+    return resumed(cfg, ckpt, net, opt, stamp, model, images=images, encoder=encoder, null=null,
+                   teacher=teacher, preview=preview)
 
 
 # ---- sample -----------------------------------------------------------------------------------
@@ -837,6 +829,20 @@ def resume(cfg):
     path = f"{cfg.out}/{cfg.stage}.pt"
     ckpt = nets.load_checkpoint(path, whole=True)
     return ckpt, fid.steps_left(cfg, ckpt, path, MAY_CHANGE, STAGES)
+
+
+def resumed(cfg, ckpt, net, optimizer, stamp, model, **asked):
+    """The net with its average, optimizer, counts, as the checkpoint has them or new; and what it asks."""
+    ema = deepcopy(net).requires_grad_(False).eval()
+    (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
+    flat.grad = grad                                  # one vector, whose views are all weights (flatten)
+    opt, path = optimizer([flat]), f"{cfg.out}/{cfg.stage}.pt"
+    tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
+    agree("data and sum of the first weights", (stamp, flat.sum(dtype=torch.float64).item()))
+    saved = dict(data=stamp, model=model, cfg=asdict(cfg), **fid.made_by(__file__))
+    log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))           # --dry_run ends here
+    return SimpleNamespace(net=net, ema=ema, opt=opt, flat=flat, flat_ema=flat_ema, grad=grad, tally=tally,
+                           path=path, saved=saved, **asked)
 
 
 def total(grad, loss, scale):

@@ -219,7 +219,7 @@ def plot(args, device):
     fid.save_chart(f"{args.out}/plot.png", panels,
                    "The stages of each run against the images (or pairs) that the stage has been trained on. "
                    "Compare losses within one script and stage.")
-    print(f"open {args.out}/plot.png")
+    print(f"open {args.out}/plot.png; the next plot replaces it, unless it has another --out")
 
 
 @contextlib.contextmanager

@@ -1604,6 +1604,9 @@ def open_out(out, script, argv):
     return lock
 
 
+SAMPLED = " init nfe nodes precision prompts w omega kappa guide_from guide_to"       # knobs of sampling, too
+
+
 def same_folder(cfg, script, argv):
     """Exit code 2 where what is to be drawn or scored was made by another script, of other data, or by knobs
     that this command names otherwise; a teacher that lies elsewhere is missed in a line.
@@ -1613,8 +1616,7 @@ def same_folder(cfg, script, argv):
         return
     with blame(path):
         made = [*json.loads(path.read_bytes()).values()]
-    free = sys.modules[type(cfg).__module__].MAY_CHANGE["*"]
-    free += " init nfe nodes precision prompts w omega kappa guide_from guide_to"    # of the sampling, too
+    free = sys.modules[type(cfg).__module__].MAY_CHANGE["*"] + SAMPLED
     typed = {word[2:].partition("=")[0] for word in argv if word.startswith("--")}
     trained = typed & {*vars(cfg)} - {*free.split()}
     now = {**vars(cfg), "script": os.path.basename(script), "data": os.path.basename(cfg.data)}
@@ -1683,8 +1685,11 @@ def stages_of(home, argv):
     idle = ["pretrain"] * (cfg.teacher not in ("", "scratch")) + ["mid"] * (cfg.mid == "none")
     for stage, dot, field in (word[2:].partition("=")[0].partition(".") for word in argv if word[:2] == "--"):
         from_mid = (stage, field) == ("post", "init") and "mid" in stages and cfg.mid != "none"
-        if dot and (from_mid or stage in idle or field in home["MAY_CHANGE"].get(stage, "").split()):
-            say(f"warning: --{stage}.{field} has no effect: it is not trained, or does not depend on it")
+        unread = field in f"{home['MAY_CHANGE'].get(stage, '')} seeds samples repeat mid_sigma".split()
+        if stage in home["RUN"]:
+            unread = field not in (home["MAY_CHANGE"]["*"] + SAMPLED).split()
+        if dot and (from_mid or stage in idle or unread):
+            say(f"warning: --{stage}.{field} has no effect: {stage} does not depend on it, or is not run")
     for k, c in enumerate(configs):                          # --init FILE starts the first stage, not all
         later = cfg.stage == "all" and (c.stage == "eval" or c.stage == "post" and c.mid != "none")
         if later and c.init not in home["INITS"]:
@@ -1737,7 +1742,8 @@ def parser(doc, config, stages):
     return p
 
 
-MEANT = dict(learning_rate="lr", epochs="steps", iterations="steps", max_steps="steps")     # elsewhere: here
+MEANT = {"learning_rate": "lr", "epochs": "steps", "iterations": "steps", "max_steps": "steps",
+         "class": "labels"}                              # elsewhere: here
 
 
 def refuse(flags, where, message):
@@ -1745,7 +1751,7 @@ def refuse(flags, where, message):
     unknown = re.search(r"unrecognized arguments: --([\w.-]+)", message)
     typed = unknown[1] if unknown else ""
     meant = re.sub(r"[^.]+$", lambda name: MEANT.get(name[0], name[0]), typed)
-    alike = difflib.get_close_matches(meant, {*flags} - {typed}, 1)
+    alike = difflib.get_close_matches(meant, {*flags} - {typed}, 1, 0.7)
     message = message.replace("invalid int value", "not a whole number")
     fail(2, f"{message}; " + "".join(f"did you mean --{flag}? " for flag in alike) + where)
 
@@ -1778,9 +1784,19 @@ def check_values(cfg, limits, world):
             if not least <= getattr(cfg, name) < below:
                 fail(2, f"--{name} {getattr(cfg, name)} is not possible; it must be {rule}")
     home = sys.modules[type(cfg).__module__]
-    for name, known in home.BRANCHES.items():                                    # else one trains as another
-        if getattr(cfg, name) not in known.split():
-            fail(2, f"--{name} {getattr(cfg, name)}: write its branch in `train`, then its name in BRANCHES")
+    text = pathlib.Path(home.__file__).read_text()
+    code = text[text.index("\ndef "):]                                           # behind Config and PRESETS
+    for name in {"pretrain", "mid", "post", "loss"} & {*vars(cfg)}:              # else one trains as another
+        value, default = getattr(cfg, name), getattr(type(cfg), name)
+        words = f'"{value}"', f'startswith("{value.partition("_")[0]}")'
+        if value not in (default, *home.AS_DEFAULT.split()) and not any(word in code for word in words):
+            fail(2, f"--{name} {value}: no function of {os.path.basename(home.__file__)} has a branch for "
+                    f'"{value}"; write it (README, Fork it)')
+    path = os.sep in cfg.data or "." in cfg.data or os.path.exists(cfg.data)
+    if home.data_name(cfg) == "own" and cfg.stage != "encode" and not path:
+        names = [type(cfg).data, *(home.FILES if type(cfg).data in home.FILES else ()), "digits"]
+        meant = difflib.get_close_matches(cfg.data, names, 1) or names
+        fail(2, f"--data {cfg.data}: no file or folder, nor a name, as {meant[0]}")
     if world and cfg.batch % world:
         fail(2, f"--batch {cfg.batch}: {world} processes need a multiple: {-(-cfg.batch // world) * world}")
     share = cfg.batch // max(world, 1)
@@ -1893,24 +1909,36 @@ def steps_left(cfg, ckpt, path, free, stages):
     if ckpt and made.startswith("train_") and made != here["script"]:
         fail(2, f"{path} was made by {made}; use another --out")
     if ckpt and ckpt.get("code", here["code"]) != here["code"]:
-        say(f"warning: {made}, nets.py or solvers.py was changed since {path} was begun; to train that anew, "
-            "use another --out")
+        say(f"warning: {made}, nets.py or solvers.py was changed since {cfg.out} was begun; to train that "
+            "anew, use another --out")                       # once for all stages
     free = " ".join(free.get(key, "") for key in ("*", cfg.stage, cfg.decay)).split()
     for f in dataclasses.fields(cfg) if ckpt else ():
         was, now = ckpt["cfg"].get(f.name, f.default), getattr(cfg, f.name)
         steps = f.name == "steps"
         if was != now and (f.name not in free or steps and (later or now < ckpt["step"])):
-            teacher, how = cfg.teacher if cfg.teacher not in ("", "scratch") else f"{cfg.out}/pretrain.pt", ""
-            if steps and now > was and cfg.stage != "pretrain" and cfg.data == ckpt["cfg"]["data"]:
-                how = (f"; to train it on there: --stage {cfg.stage} --init {path} --teacher {teacher} "
-                       f"--steps {now - was}")
-            flag = f.name if f.name == "data" else f"{cfg.stage}.{f.name}"
-            made += f" --data {ckpt['cfg']['data']} with --{flag} {was}, now {now}"
-            fail(2, f"{path} was made by {made}; repeat its flags, see log.txt, or use another --out{how}")
+            data, how = ckpt["cfg"]["data"], ""
+            if cfg.data != data:
+                fail(2, f"{path} was made by {made} --data {data}, now {cfg.data}; use another --out")
+            if steps and now > was and cfg.stage != "pretrain":
+                how = f"; to train it on, in a folder of its own: {longer(cfg, path, now - was, made)}"
+            fail(2, f"{path} was made by {made} --data {data} with --{cfg.stage}.{f.name} {was}, now {now}; "
+                    f"repeat its flags, see log.txt, or use another --out{how}")
     if cfg.stage == "post" and cfg.mid == "none" and not ckpt and os.path.exists(f"{cfg.out}/mid.pt"):
         fail(2, f"{cfg.out}/mid.pt is there, this road has --mid none; use another --out")
     agree(f"step of {path}", ckpt and ckpt["step"])
     return cfg.steps - (ckpt["step"] if ckpt else 0)
+
+
+def longer(cfg, path, steps, script):
+    """The command that trains a finished stage on from its file, with every flag that is not its default."""
+    argv = ["--data", cfg.data, "--stage", cfg.stage]
+    plain = vars(sys.modules[type(cfg).__module__].parse(argv))
+    teacher = cfg.teacher if cfg.teacher not in ("", "scratch") else f"{cfg.out}/pretrain.pt"
+    new = dict(init=path, teacher=teacher, steps=steps, out=f"{cfg.out}-longer")
+    for name, value in {**vars(cfg), **new}.items():
+        if name in new or name not in ("data", "stage", "dry_run") and value != plain[name]:
+            argv += [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", value]
+    return shlex.join(["python", script, *map(str, argv)])
 
 
 def check_teacher(cfg, finished, given, data, wanted):
@@ -2034,7 +2062,8 @@ def report(cfg, done, lr, tally, **more):
         rest = f", at least {duration((left + later) / pace)} with the next stages" * bool(later)
         time_left = f" | {duration(left / pace)} of training left{rest}"
     PACE[:] = PACE or [tally["seconds"], done]
-    log(f"{cfg.stage} {done:6d}/{cfg.steps} {done / cfg.steps:4.0%} | loss {loss:.5f} | {given}"
+    loss_of = f"loss {loss:.5f}" + " of one batch" * (n == 1)
+    log(f"{cfg.stage} {done:6d}/{cfg.steps} {done / cfg.steps:4.0%} | {loss_of} | {given}"
         f"grad {norm:.3g} | lr {lr:.2e} | {rate:.0f} images/s{time_left}",
         stage=cfg.stage, step=done, images=images, loss=loss, grad=norm, skipped=tally["skipped"], lr=lr,
         images_per_second=rate, seconds=tally["seconds"], **more)
@@ -2107,6 +2136,8 @@ def overview(road, device, cfg):
         text += ("\nwarning: there is no GPU; a CPU trains --data digits in minutes, and in hours, with "
                  "OMP_NUM_THREADS=1, nets as small as those of --res 16")
     for c in [c for left, c in road if left]:
+        text += (f"\nwarning: {c.stage}: {c.precision} is slow on most CPUs, up to eight times; pass "
+                 f"--{c.stage}.precision fp32") * (device.type == "cpu" and c.precision in ("bf16", "fp16"))
         kept = c.ema_beta**c.steps * (not getattr(c, "ema_std", 0))
         text += (f"\nwarning: {c.stage}: the average, which is shown and scored, keeps {kept:.0%} of the "
                  f"first weights; pass a lower --{c.stage}.ema_beta") * (kept > 0.1)
@@ -2153,7 +2184,9 @@ def dry_run(home, argv, configs):
         asked = dict(sample="\nto draw: seeds {seeds}", encode="\nto encode: {source}",
                      eval="\nto score: {samples:,} samples of a net").get(c.stage, "").format(**vars(c))
         show(f"{text}{asked}\nfinished or not needed: {idle}\nfolder of the run, --out: {c.out}{cause}"
-             + f"\nmemory and hours on GPUs: python bench.py plan {plan}" * bool(ROAD), sys.stdout)
+             + f"\nmemory and hours on GPUs: python bench.py plan {plan}" * bool(ROAD)
+             + "\non one CPU core: 3 to 7 minutes for all stages and their scores, if no flag says more"
+             * bool(ROAD and c.data == "digits"), sys.stdout)
     if dist.is_initialized():
         dist.destroy_process_group()
     return next(iter(codes.values()), 0)

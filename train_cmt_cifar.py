@@ -117,7 +117,7 @@ ABOUT = {"pretrain": "stage 1 of 4, pre-training: loss and gradient soon stay le
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "teacher", "random"                        # other values of --init are a FILE
-BRANCHES = {"mid": "cmt kd slow none", "post": "ect ecd ecd_euler annealed"}   # no branch: refused
+AS_DEFAULT = ""                                       # methods that are PRESETS of another, without a branch
 FILES = {"cifar10": "data/cifar-10-python.tar.gz",
          "ffhq": "data/ffhq-64x64.zip", "afhqv2": "data/afhqv2-64x64.zip"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -200,8 +200,8 @@ def make_distance(cfg, channels):
     """d of Eq. 7: LPIPS on the images as they are (B.2), or of pixels: pseudo-Huber, squared (App. D)."""
     if cfg.loss in ("huber", "l2"):
         return nets.PixelDistance(cfg.huber_c if cfg.loss == "huber" else 0.0)
-    if cfg.loss != "lpips" or channels != 3:
-        fail(2, f"--loss {cfg.loss} of {channels} channels is not made here; lpips needs 3, or --loss huber")
+    if channels != 3:
+        fail(2, f"--loss {cfg.loss} needs 3 channels, not {channels}; or --loss huber")
     return nets.pretrained_lpips().to(DEVICE)
 
 
@@ -324,7 +324,7 @@ def set_up(cfg):
         stamp, seen = fid.stamp(images), cfg.steps * cfg.batch / len(images)
         announce(f"{cfg.data}: {stamp}, each seen {seen:,.3g} times, unconditional")
         images = images.to(DEVICE)
-    asks_teacher = cfg.stage == "mid" or (cfg.stage == "post" and cfg.post.startswith("ecd"))
+    asks_teacher = cfg.stage == "mid" or cfg.stage == "post" and cfg.post not in ("ect", "annealed")
     asked = teacher_state(cfg) if asks_teacher else None                      # (weights, arguments)
     stamp += f", teacher {nets.stamp(asked[0])}" if asked else ""
     same_data(ckpt, path, stamp)
@@ -545,7 +545,7 @@ def check_files(cfg):
             fid.check_teacher(cfg, nets.finished, given, None, shape)
         if cfg.loss == "lpips" and (channels != 3 or side < 16):
             fail(2, f"--loss lpips needs 3x16x16 at least, not {channels}x{side}x{side}; or --loss huber")
-    if cfg.stage == "mid" and cfg.loss == "lpips":
+    if cfg.stage == "mid" and cfg.loss == "lpips" and (cfg.data in FILES or os.path.exists(cfg.data)):
         nets.pretrained_lpips()                       # downloaded now
     if cfg.stage != "pretrain" and cfg.init not in INITS:
         candidates(cfg)                               # --init FILE: is it a net?

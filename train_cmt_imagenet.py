@@ -131,7 +131,7 @@ ABOUT = {"pretrain": "stage 1 of 5, pre-training (EDM2): the loss falls while th
          "eval": "stage 5 of 5, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "teacher", "random"                        # other values of --init are a FILE
-BRANCHES = {"mid": "cmt none", "post": "ect ecd ecd_euler ecd_code"}   # no branch: refused
+AS_DEFAULT = ""                                       # methods that are PRESETS of another, without a branch
 FILES = {"imagenet64": "data/imagenet64.zip", "imagenet512": "data/imagenet512-sd.zip"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # fid reads by name Config, the tables above, MAY_CHANGE, data_name, and for --dry_run what main calls
@@ -237,8 +237,6 @@ def make_distance(cfg):
         return nets.PixelDistance(cfg.huber_c if cfg.loss == "huber" else 0.0)
     if cfg.loss == "lpips" and cfg.data != "digits":
         return nets.pretrained_lpips().to(DEVICE)
-    if cfg.loss not in ("lpips", "elatent"):
-        fail(2, f"--loss {cfg.loss} is not made here")
     path = f"{cfg.out}/vgg.pt"
     if not (ckpt := nets.finished(path)):
         fail(3, f"{path} is not finished; run --stage vgg first, or pass --loss l2")
@@ -730,8 +728,6 @@ def check(cfg):
     trains = cfg.stage not in RUN and (needs_data(cfg) or cfg.stage == "mid" and cfg.mid != "none")
     fid.check_values(cfg, LIMITS, WORLD if trains else 0)
     name = data_name(cfg)
-    if name == "own" and not (os.sep in cfg.data or "." in cfg.data or os.path.exists(cfg.data)):
-        fail(2, f"--data {cfg.data}: not one of imagenet, digits, and no such file or folder")
     if cfg.stage == "encode":
         encode_target(cfg)
     if cfg.stage == "mid" and trains:
@@ -834,7 +830,7 @@ def weak_model(cfg):
 
 def asked_nets(cfg):
     """{name: (weights, arguments)} of nets that a stage asks: the teacher; ECD: or --main, and --guide."""
-    names = ("main", "guide") if cfg.stage == "post" and cfg.post.startswith("ecd") else ()
+    names = ("main", "guide") if cfg.stage == "post" and cfg.post != "ect" else ()
     asked = {name: nets.load_pretrained(getattr(cfg, name)) for name in names if getattr(cfg, name)}
     if cfg.stage == "mid" or names and not cfg.main:
         asked["teacher"] = teacher_state(cfg)

@@ -293,7 +293,7 @@ def curves(args, device):
                "trajectories (CMT), then post-training on images (ECT). Red: ECT alone. By pseudo-Huber. ")
     fid.save_chart(f"{args.out}/scores.png", {"FD-digits, lower is better": scores},
                    f"Does mid-training by pixels help? Digits, one step: {one[2]} with it, {one[3]} without"
-                   f"{caption}Compare the last dots: before them red's gap t - r is larger. FD-digits: "
+                   f"{caption}Compare the last dots: both are tuned for their end. FD-digits: "
                    f"distance of {cfg.samples:,} images, by features of a net; random pixels: 119.5.",
                    marks=marks)
     title = "gradient norm: every step, and the median of 25 steps"

@@ -1,32 +1,33 @@
 """Images and their score, FID; and what the scripts' runs share: flags, log, files, pictures with words.
 
-  what                             of                                    source
+  what                                       of                                 source
   the score
-  InceptionV3, load_inception      2048 features: FID                    TF graph of 2015, as in pytorch-fid
-  resize_tf1                       images to 299 x 299                   TF1 resize_bilinear: TTUR, EDM, ECT
-  DigitsNet, train_digits          64 features of digits: FD-digits      made here; never call that number FID
-  Statistics, measure              mean and covariance, streamed         EDM: float64 sums, N - 1
-  frechet_distance, protocol       two means and two covariances         Heusel et al. 2017, Eq. 6
-  draw, score, score_net,          what a sampler makes                  one PNG a seed
-  save_images
+  InceptionV3, load_inception, DigitsNet     2048 features: FID; 64: FD-digits  TF graph of 2015; made here
+  resize_tf1                                 images to 299 x 299                TF1: TTUR, EDM, ECT
+  Statistics, measure                        mean and covariance, streamed      EDM: float64 sums, N - 1
+  frechet_distance, protocol                 two means and two covariances      Heusel et al. 2017, Eq. 6
+  draw, score, score_net, save_images        what a sampler makes               one PNG a seed
   images
-  open_picture, list_pictures,     other people's files, read as a       EDM's dataset.json,
-  read_labels, check_pictures      person sees them, or refused          torchvision's folders
-  read_images, digits, to_uint8    folder, .zip, .npz, .npy, .png sheet  EDM zip, ADM samples, digits.png
-  load_reference, read_statistics  .npz, .pkl (nothing in it is run)     EDM, EDM2, ADM, and what --save wrote
-  crop, square                     photos to train on                    ADM and EDM2, U-ViT
-  begin_encode, encode_shards      pictures -> arrays by an encoder      what was encoded stays known
+  list_pictures, read_labels, load_images,   other people's files, read as a    EDM's dataset.json, torchvision's
+  read_cifar, image_shape, digits            person sees them, or refused       folders, .zip, .npz, .png sheet
+  load_reference, prefetch                   .npz, .pkl (nothing in it is run)  EDM, EDM2, ADM; downloaded before
+  to_float, to_uint8, stamp                  images as numbers; their checksum  [-1, 1]; 0 to 255
+  rgb, crop, square, ahead                   photos to train on                 ADM and EDM2, U-ViT
+  check_once, begin_encode, encode_shards,   pictures -> arrays by an encoder   what was encoded stays known
+  encoder_of
   pictures with words
-  save_sheet, save_chart           images in rows, curves                read without the README
-  save_stages, save_trajectory     what a run made
+  save_stages, save_trajectory,              what a run made                    save_sheet, save_chart: read without
+  save_classes, save_captions, save_samples                                     the README
   runs
-  log, fail, one_line, open_out    lines of a run, its lock, its errors  log.txt
-  parse, stages_of, check_values   its flags                             PRESETS, Config of its script
-  agree, steps_left, same_data,    what processes and stages share       compared, or refused by name
-  wait_for_first
-  begin_run, begin_stage, count,   the steps and folder of a run         config.json, metrics.jsonl, previews,
-  report, save_preview,                                                  results.md
-  save_results, dry_run
+  log, announce, say, fail, blame, one_line  its lines, its errors, its exit    log.txt
+  parse, stages_of, check_values             its flags                          PRESETS, Config of its script
+  check_solve, check_teacher, finished_mid   whether a stage can begin          refused by name
+  agree, from_first, wait_for_first,         what processes share               compared
+  patient_group
+  same_folder, steps_left, same_data, made_by what stages share                 compared by content
+  begin_run, overview, begin_stage, dry_run  folder, lock, plan                 config.json
+  new_tally, count, report, save_preview,    steps, previews, scores            metrics.jsonl, results.md
+  save_results
 
   python fid.py A B                              images or statistics as above, or a name such as cifar10
   python fid.py --save stats.npz A               statistics of A, for later
@@ -2255,6 +2256,13 @@ def say_missing(cfg, names):
         if os.path.exists(path := f"{cfg.out}/{stage}.pt") and name not in names:
             say(f"{cfg.init} alone is shown, as --init asks; without it, what {cfg.out} holds" if alone else
                 f"warning: {path} is not finished, so neither drawn nor scored; run again without --stage")
+
+
+def say_changed(found, stamp):
+    """A line for each net that was trained on other images than those it is scored against, of this stamp."""
+    for name, *_, ckpt in found:
+        if ckpt and not ckpt["data"].startswith((stamp, "none")):
+            say(f"warning: --data has changed since {name} was trained; its score is against what is there now")
 
 
 def save_samples(cfg, found, make_sampler):

@@ -315,10 +315,10 @@ def set_up(cfg):
         own = nets.finished(f"{cfg.out}/pretrain.pt") and f"{cfg.out}/pretrain.pt"
         return log(f"pretrain: not trained, the teacher is {cfg.teacher or own or 'the official one'}")
     path = f"{cfg.out}/{cfg.stage}.pt"
-    ckpt, left = resume(cfg)
+    ckpt, left = resume(cfg)                          # left: steps to go
     if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # same names: not read
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
-    images, stamp, teacher = None, "none", None
+    images, stamp, teacher = None, "none", None       # stamp: what identifies data and teacher
     if needs_data(cfg):
         images = load_data(cfg)
         stamp, seen = fid.stamp(images), cfg.steps * cfg.batch / len(images)
@@ -338,8 +338,8 @@ def set_up(cfg):
     net = build(cfg, model, state, what, train=True)
     distance = make_distance(cfg, net.img_channels) if cfg.stage == "mid" else None
     adam, radam = partial(torch.optim.Adam, fused=True), partial(torch.optim.RAdam, foreach=False)
-    opt = adam if cfg.stage == "pretrain" else radam                          # as EDM; B.2
-    return resumed(cfg, ckpt, net, opt, stamp, model, images=images, teacher=teacher, distance=distance)
+    optimizer = adam if cfg.stage == "pretrain" else radam                    # as EDM; B.2
+    return resumed(cfg, ckpt, net, optimizer, stamp, model, images=images, teacher=teacher, distance=distance)
 
 
 # ---- sample -----------------------------------------------------------------------------------
@@ -650,8 +650,9 @@ def evaluate(cfg):
     if cfg.data in FILES:
         reference = fid.load_reference(cfg.data)
     else:
-        images = load_data(cfg)[RANK::WORLD]
-        reference = fid.measure(features, images.split(250), DEVICE, f"of --data {cfg.data}")
+        images = load_data(cfg)
+        fid.say_changed(found, fid.stamp(images))
+        reference = fid.measure(features, images[RANK::WORLD].split(250), DEVICE, f"of --data {cfg.data}")
     for name, net, kinds, ckpt in found:
         rows.append(dict(stage=name, **nets.cost(ckpt)))
         samplers = {steps: make_sampler(cfg, net, kind) for steps, kind in kinds.items()}

@@ -390,7 +390,7 @@ def set_up(cfg):
     if cfg.stage == "vgg" and not wants_vgg(cfg):
         return
     path = f"{cfg.out}/{cfg.stage}.pt"
-    ckpt, left = resume(cfg)
+    ckpt, left = resume(cfg)                          # left: steps to go
     if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # same names: not read
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
     images = load_data(cfg) if needs_data(cfg) else None
@@ -408,10 +408,10 @@ def set_up(cfg):
     distance = make_distance(cfg) if cfg.stage == "mid" else None
     # choice: as ECT (B.3); the authors' 512 script has 0.999 in mid-training
     beta2 = 0.999 if cfg.stage == "mid" and data_name(cfg) == "imagenet512" else 0.99
-    opt = partial(torch.optim.Adam, betas=(0.9, beta2), fused=True)
+    optimizer = partial(torch.optim.Adam, betas=(0.9, beta2), fused=True)
     if cfg.stage == "vgg" and data_name(cfg) == "imagenet512":
-        opt = partial(torch.optim.SGD, momentum=0.9, weight_decay=1e-4, fused=True)           # B.5
-    return resumed(cfg, ckpt, net, opt, stamp, model, images=images, teacher=teacher, distance=distance)
+        optimizer = partial(torch.optim.SGD, momentum=0.9, weight_decay=1e-4, fused=True)     # B.5
+    return resumed(cfg, ckpt, net, optimizer, stamp, model, images=images, teacher=teacher, distance=distance)
 
 
 # ---- sample -----------------------------------------------------------------------------------
@@ -892,6 +892,7 @@ def evaluate(cfg):
         reference = fid.load_reference(data_name(cfg))
     else:
         images = load_data(cfg)
+        fid.say_changed(found, images.stamp)
         raws = map(images.read, torch.arange(RANK, len(images.labels), WORLD).split(250))
         drawn = (fid.to_uint8(to_images(cfg, to_input(raw, 0.0))) for raw in raws)  # latents at their means
         reference = fid.measure(features, drawn, DEVICE, f"of --data {cfg.data}")

@@ -405,10 +405,10 @@ def set_up(cfg):
     if left_out(cfg) or cfg.stage == "pretrain" and cfg.teacher:
         return log(f"{cfg.stage}: not trained, as --teacher or --mid none says")
     path = f"{cfg.out}/{cfg.stage}.pt"
-    ckpt, left = resume(cfg)
+    ckpt, left = resume(cfg)                          # left: steps to go
     if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # same names: not read
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
-    images, stamp, teacher = None, "none", None
+    images, stamp, teacher = None, "none", None       # stamp: what identifies data and teacher
     if cfg.stage != "mid":                                                    # CMT needs no data
         images = load_data(cfg)
         stamp, shape, null = images.stamp, images.shape, images.classes        # "no class": the one after all
@@ -426,8 +426,8 @@ def set_up(cfg):
                  average_velocity=cfg.stage != "pretrain" or cfg.pretrain == "mf")
     state, what = (None, "") if ckpt else first_weights(cfg, model)
     net = build(cfg, model, state, what, train=True)
-    opt = partial(torch.optim.Adam, betas=(0.9, 0.95), fused=True)            # MF
-    return resumed(cfg, ckpt, net, opt, stamp, model, images=images, null=null, shape=shape, teacher=teacher)
+    adam = partial(torch.optim.Adam, betas=(0.9, 0.95), fused=True)           # MF
+    return resumed(cfg, ckpt, net, adam, stamp, model, images=images, null=null, shape=shape, teacher=teacher)
 
 
 # ---- sample -----------------------------------------------------------------------------------
@@ -854,6 +854,7 @@ def evaluate(cfg):
         reference = fid.load_reference(REFERENCE[cfg.data])
     else:                                             # latents by their means: a perfect model reaches this
         images = load_data(cfg)
+        fid.say_changed(found, images.stamp)
         mine = torch.arange(RANK, len(images.labels), WORLD).split(250)
         raws = (images.read(i, torch.zeros_like(i)) for i in mine)                   # not flipped
         drawn = (fid.to_uint8(to_images(cfg, to_input(raw, 0.0))) for raw in raws)

@@ -402,7 +402,7 @@ def set_up(cfg):
     if left_out(cfg) or cfg.stage == "pretrain" and cfg.teacher:
         return log(f"{cfg.stage}: not trained, as --teacher or --mid none says")
     path, teacher = f"{cfg.out}/{cfg.stage}.pt", None
-    ckpt, left = resume(cfg)
+    ckpt, left = resume(cfg)                          # left: steps to go
     if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # same names: not read
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
     images, encoder = load_data(cfg), text_encoder(cfg)                   # mid reads captions, never an image
@@ -419,13 +419,13 @@ def set_up(cfg):
     state, what = (None, "") if ckpt else first_weights(cfg)
     net = build(cfg, model, state, what, train=True)
     beta2 = 0.999 if cfg.stage == "pretrain" else 0.95                        # REPA; MF
-    opt = partial(torch.optim.Adam, betas=(0.9, beta2), fused=True)
+    adam = partial(torch.optim.Adam, betas=(0.9, beta2), fused=True)
     # previews: captions of the data, whose features may be cached (no one needs CLIP), of each tenth in turn
     k, n = torch.arange(60), images.count
     shown = encoder(images.texts((k % 10 * n // 10 + n // 20 + k // 10) % n, 0.0 * k))
     steps, text = cfg.nfe if cfg.stage == "pretrain" else 1, lambda seeds: shown[list(seeds)]
     preview = partial(make_sampler, cfg, steps=steps, text=text, null=null, decode=False)
-    return resumed(cfg, ckpt, net, opt, stamp, model, images=images, encoder=encoder, null=null,
+    return resumed(cfg, ckpt, net, adam, stamp, model, images=images, encoder=encoder, null=null,
                    teacher=teacher, preview=preview)
 
 

@@ -465,6 +465,17 @@ def test_a_stage_that_is_not_finished_is_missed_in_a_line(road, capsys):
     assert "not finished, so" not in capsys.readouterr().err
 
 
+def test_a_score_against_other_images_than_those_of_the_training_says_so(road, capsys, monkeypatch):
+    """Of mid-training, which saw none, nothing is said."""
+    seen = fid.digits()[0]
+    shutil.copytree(road, "scored")
+    for images, changed in (seen, 0), (seen[1:], 2):
+        fid.SAID.clear()
+        monkeypatch.setattr(script, "load_data", lambda cfg: images)
+        script.main([*TINY, "--out", "scored", "--stage", "eval", "--samples", "16"])
+        assert capsys.readouterr().err.count("--data has changed since") == changed
+
+
 def test_a_short_stage_that_diverged_is_not_finished():
     """After one good step all others are skipped: fewer than ten, and yet no net to go on from."""
     cfg = script.parse([*PRETRAIN, "--steps", "5"])

@@ -1,32 +1,33 @@
 """Images and their score, FID; and what the scripts' runs share: flags, log, files, pictures with words.
 
-  what                                       of                                 source
+  what                                      of                                source
   the score
-  InceptionV3, load_inception, DigitsNet     2048 features: FID; 64: FD-digits  TF graph of 2015; made here
-  resize_tf1                                 images to 299 x 299                TF1: TTUR, EDM, ECT
-  Statistics, measure                        mean and covariance, streamed      EDM: float64 sums, N - 1
-  frechet_distance, protocol                 two means and two covariances      Heusel et al. 2017, Eq. 6
-  draw, score, score_net, save_images        what a sampler makes               one PNG a seed
+  InceptionV3, load_inception, DigitsNet    2048 features: FID; 64: FD-digits TF graph of 2015; made here
+  resize_tf1                                images to 299 x 299               TF1: TTUR, EDM, ECT
+  Statistics, measure                       mean and covariance, streamed     EDM: float64 sums, N - 1
+  frechet_distance, protocol                two means and two covariances     Heusel et al. 2017, Eq. 6
+  draw, score, score_net, save_images       what a sampler makes              one PNG a seed
   images
-  list_pictures, read_labels, load_images,   other people's files, read as a    EDM's dataset.json, torchvision's
-  read_cifar, image_shape, digits            person sees them, or refused       folders, .zip, .npz, .png sheet
-  load_reference, prefetch                   .npz, .pkl (nothing in it is run)  EDM, EDM2, ADM; downloaded before
-  to_float, to_uint8, stamp                  images as numbers; their checksum  [-1, 1]; 0 to 255
-  rgb, crop, square, ahead                   photos to train on                 ADM and EDM2, U-ViT
-  check_once, begin_encode, encode_shards,   pictures -> arrays by an encoder   what was encoded stays known
+  list_pictures, read_labels, load_images,  other people's files, read as a   EDM's zip, torchvision's
+  read_cifar, image_shape, digits           person sees them, or refused      folders, .zip, .npz, .png sheet
+  load_reference, prefetch                  .npz, .pkl (nothing in it is run) EDM, EDM2, ADM; fetched before
+  to_float, to_uint8, stamp                 images as numbers; their checksum [-1, 1]; 0 to 255
+  rgb, crop, square, ahead                  photos to train on                ADM and EDM2, U-ViT
+  check_once, begin_encode, encode_shards,  pictures -> arrays by an encoder  what was encoded stays known
   encoder_of
   pictures with words
-  save_stages, save_trajectory,              what a run made                    save_sheet, save_chart: read without
-  save_classes, save_captions, save_samples                                     the README
+  save_stages, save_trajectory,             what a run made                   save_sheet, save_chart; read
+  save_classes, save_captions, save_samples                                   without the README
   runs
-  log, announce, say, fail, blame, one_line  its lines, its errors, its exit    log.txt
-  parse, stages_of, check_values             its flags                          PRESETS, Config of its script
-  check_solve, check_teacher, finished_mid   whether a stage can begin          refused by name
-  agree, from_first, wait_for_first,         what processes share               compared
+  log, announce, say, fail, blame, one_line its lines, its errors, its exit   log.txt
+  parse, stages_of, check_values            its flags                         PRESETS, Config of its script
+  check_solve, check_teacher, finished_mid  whether a stage can begin         refused by name
+  agree, from_first, wait_for_first,        what processes share              compared
   patient_group
-  same_folder, steps_left, same_data, made_by what stages share                 compared by content
-  begin_run, overview, begin_stage, dry_run  folder, lock, plan                 config.json
-  new_tally, count, report, save_preview,    steps, previews, scores            metrics.jsonl, results.md
+  same_folder, steps_left, same_data,       what stages share                 compared by content
+  made_by, say_changed
+  begin_run, overview, begin_stage, dry_run folder, lock, plan                config.json
+  new_tally, count, report, save_preview,   steps, previews, scores           metrics.jsonl, results.md
   save_results
 
   python fid.py A B                              images or statistics as above, or a name such as cifar10
@@ -2262,7 +2263,7 @@ def say_changed(found, stamp):
     """A line for each net that was trained on other images than those it is scored against, of this stamp."""
     for name, *_, ckpt in found:
         if ckpt and not ckpt["data"].startswith((stamp, "none")):
-            say(f"warning: --data has changed since {name} was trained; its score is against what is there now")
+            say(f"warning: --data has changed since {name} was trained; it is scored against what is there")
 
 
 def save_samples(cfg, found, make_sampler):

@@ -2064,7 +2064,7 @@ def report(cfg, done, lr, tally, **more):
         rest = f", at least {duration((left + later) / pace)} with the next stages" * bool(later)
         time_left = f" | {duration(left / pace)} of training left{rest}"
     PACE[:] = PACE or [tally["seconds"], done]
-    loss_of = f"loss {loss:.5f}" + " of one batch" * (n == 1)
+    loss_of = f"loss {loss:.5f}" + " of one batch" * (n == 1 < cfg.log_every)
     log(f"{cfg.stage} {done:6d}/{cfg.steps} {done / cfg.steps:4.0%} | {loss_of} | {given}"
         f"grad {norm:.3g} | lr {lr:.2e} | {rate:.0f} images/s{time_left}",
         stage=cfg.stage, step=done, images=images, loss=loss, grad=norm, skipped=tally["skipped"], lr=lr,

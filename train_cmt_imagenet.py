@@ -727,7 +727,6 @@ def check(cfg):
     """Everything that would stop this stage, before any stage starts: values (exit code 2), files (3)."""
     trains = cfg.stage not in RUN and (needs_data(cfg) or cfg.stage == "mid" and cfg.mid != "none")
     fid.check_values(cfg, LIMITS, WORLD if trains else 0)
-    name = data_name(cfg)
     if cfg.stage == "encode":
         encode_target(cfg)
     if cfg.stage == "mid" and trains:
@@ -738,6 +737,15 @@ def check(cfg):
             fail(2, f"--loss {cfg.loss} does not measure --res {cfg.res}; lpips is for 64, elatent for 512")
         if cfg.loss == "huber" and not cfg.huber_c:
             fail(2, f"--loss huber --huber_c {cfg.huber_c}: huber needs a c above 0")
+    if cfg.stage == "post" and cfg.precision in ("bf16", "fp16"):
+        fid.say(f"warning: {cfg.precision} is too coarse for post-training (docs/faq.md); pass tf32")
+    check_files(cfg, trains)
+    return trains
+
+
+def check_files(cfg, trains):
+    """Whether a stage can begin with --data, --teacher, its VGG, VAE, guide: not after days of others."""
+    name, begun = data_name(cfg), os.path.exists(f"{cfg.out}/{cfg.stage}.pt")
     path, missing = FILES.get(name, cfg.data), []
     there = cfg.data == "digits" or os.path.exists(path)
     if needs_data(cfg) and not there:
@@ -747,29 +755,24 @@ def check(cfg):
         named = file in ("", "scratch") or file.startswith("edm2-") or "://" in file
         if not named and not os.path.exists(file):
             missing.append(f"{file}: no such file; pass weights, a URL, or a name as {GUIDED['guide']}")
-    if missing and not os.path.exists(f"{cfg.out}/{cfg.stage}.pt"):
+    if missing and not begun:
         fail(3, "; ".join(missing))
-    if trains and cfg.stage in ("mid", "post") and there:
-        check_data(cfg)
+    if trains and cfg.stage in ("mid", "post") and there and not begun:
+        check_nets(cfg)                               # one that has begun compares its data in train
     by_vgg16 = cfg.stage == "mid" and trains and cfg.loss == "lpips" and not wants_vgg(cfg)
-    if by_vgg16 and not os.path.exists(f"{cfg.out}/mid.pt") and (cfg.dry_run or there):
+    if by_vgg16 and not begun and (cfg.dry_run or there):
         nets.pretrained_lpips()                       # downloaded now
     if cfg.res == 512 and cfg.data != "digits" and cfg.stage in ("encode", "sample", "eval"):
-        vae_of(cfg)        # are diffusers and the VAE there?
+        vae_of(cfg)                                   # are diffusers and the VAE there?
     for file in (cfg.main, cfg.guide) if cfg.stage == "post" and cfg.post != "ect" else ():
         if file.startswith("edm2-") and not os.path.exists(file):
             nets.fetch(nets.EDM2_URL % file)          # not after days of mid-training
-    if cfg.stage == "post" and cfg.precision in ("bf16", "fp16"):
-        fid.say(f"warning: {cfg.precision} is too coarse for post-training (docs/faq.md); pass tf32")
     if cfg.stage == "eval" and cfg.data != "digits":
         fid.prefetch(name, must=name != "own")
-    return trains
 
 
-def check_data(cfg):
-    """Whether mid- and post-training can use --data and --init: not after days of the stages before."""
-    if os.path.exists(f"{cfg.out}/{cfg.stage}.pt"):
-        return                                        # it has begun with data that are compared in train
+def check_nets(cfg):
+    """Whether mid- and post-training can use --data with --teacher and --init."""
     images = load_data(cfg)
     size, (channels, side, _) = model_size(cfg, images), images.shape
     given, wanted = teacher_state if given_teacher(cfg) else None, {k: size[k] for k in nets.INTERFACE}

@@ -1178,7 +1178,7 @@ def plain(text):
 def boxed(text, wide, font):
     """(text in lines of so many pixels or fewer, its width, its height): nothing is cut."""
     lines = []
-    for part in plain(text).split("\n"):
+    for part in plain(text).replace(" %", "\0%").replace("+- ", "+-\0").split("\n"):      # \0: not a break
         fit = int(1.1 * wide * len(part) / (font.getlength(part) or 1)) + 9
         for letters in range(min(len(part) + 1, fit), 0, -1):
             some = textwrap.wrap(part.strip(), letters, break_on_hyphens=False) or [""]
@@ -1186,7 +1186,7 @@ def boxed(text, wide, font):
             if max(map(font.getlength, some)) <= wide and not alone:
                 break
         lines += some
-    text = "\n".join(lines)
+    text = "\n".join(lines).replace("\0", " ")
     return text, *ImageDraw.Draw(Image.new("L", (1, 1))).multiline_textbbox((0, 0), text, font)[2:]
 
 
@@ -1297,8 +1297,9 @@ def in_short(table):
     line = f"{measure} in 1 step: {', '.join(f'{called(name)} {one}' for name, one in ones.items())}"
     if {"mid", "post"} <= {*ones}:
         how = moves(*(float(ones[name].split()[0]) for name in ("mid", "post")))
+        two = scores["post"].get("2")
         line = (f"{measure} in 1 step {how} from {ones['mid']} after mid-training to {ones['post']} after "
-                "post-training")
+                "post-training" + f"; in 2 steps {two}" * bool(two))
     return "; ".join([line, *teacher]) + " (lower is better)" if ones else ""
 
 
@@ -1337,8 +1338,8 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
                f"A {line}: one noise for all nets{again}.{fallen(table)}\n"
                "Mid-training: a student learns the ends of the teacher's trajectories; post-training: it "
                "learns from images.")
-    caption += (" Whether mid-training helps is not seen here: compare --mid none (digits: in README)."
-                * any(name == "mid" for name, *_ in shown))
+    caption += (f" Whether mid-training helps is not seen here: compare the same with --mid none --teacher "
+                f"{out}/pretrain.pt --out NEW (README: digits)." * any(name == "mid" for name, *_ in shown))
     caption += (f"\nScores: Frechet distance of {samples:,} images to the data, by features of a net"
                 f"{'; of few it is off, mostly high' * (samples < 1_000)}.") * bool(table)
     caption += f" {HALVES}" * real
@@ -1369,16 +1370,16 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=()):
                                                       for x, level in later)]) for name, f in nets.items()}
     rows, errors = [], {net: (x - states[-1]).square().flatten(1).mean(1).sqrt().tolist()
                         for net, x in firsts.items()}
-    means = ", ".join(f"{called(net)}: {sum(e) / len(e):.2f}" for net, e in errors.items())
+    means = {net: f"{called(net)} {sum(e) / len(e):.2f}" for net, e in errors.items()}
     if "mid" in errors:                                      # beside the teacher, the first
         near = [after < before for before, after in zip(next(iter(errors.values())), errors["mid"])]
-        means += f". After mid-training nearer for {sum(near)} of {len(near)} noises"
+        means["mid"] += f" (nearer for {sum(near)} of {len(near)} noises)"
     for j in range(min(2, states.shape[1])):
         name = f"noise {j + 1}, {names[j % len(names)]}" if names else f"noise {j + 1}"
         rows.append((f"{name}\nstates of the teacher", show((states / wide)[:, j])))          # at unit scale
         for net, x in answers.items():
             rows.append((f"{called(net)},\nerror from noise {errors[net][j]:.2f}", show(x[:, j])))
-    caption = (f"How far from the teacher's end does one call from noise land? {means}\n"
+    caption = (f"One call from noise lands so far from the teacher's end: {', '.join(means.values())}\n"
                f"The teacher walks in {n - 1} steps, as for mid-training, from noise, left, to its end, "
                "right. Below: where each net gets from there in one call"
                + ("; mid-training trains every image of its row to be that end" if levels.max() > 1 else
@@ -1428,13 +1429,14 @@ def save_chart(path, panels, caption, across="images", marks=(), joined=True, co
               for title, curves in panels.items()}
     panels = {title: curves for title, curves in panels.items() if curves}
     colours = colours_of([*dict.fromkeys(name for curves in panels.values() for name in curves)])
-    labels = [[name + f": {points[-1][1]:.2f}" * (joined and "better" in title)              # a score
-               for name, points in curves.items()] for title, curves in panels.items()]
+    labels = [[name + f": {points[-1][1] if joined else sum(y for _, y in points) / len(points):.2f}"
+               * ("better" in title) for name, points in curves.items()] for title, curves in panels.items()]
     legend = round(max(map(font.getlength, (*sum(labels, []), across)))) + 220 if columns == 1 else 0
     cell, rows = (width - legend) // columns, -(-len(panels) // columns)
     titles = [boxed(title + " (log scale)" * (columns == 1), cell - 400, font)[0] for title in panels]
     over = 160 + 76 * max([0, *(title.count("\n") for title in titles)])                    # for the title
-    height = over + (920 if rows < 4 else 570) + 120
+    under = 120 if columns == 1 else 200
+    height = over + (920 if rows < 4 else 570) + under
     heading, words = headed(caption)
     wide, large = width - 420, ImageFont.load_default(96)
     heading, words = boxed(heading, wide, large), boxed(words, wide, font)
@@ -1445,7 +1447,7 @@ def save_chart(path, panels, caption, across="images", marks=(), joined=True, co
     ends = [max(x for points in curves.values() for x, _ in points) or 1 for curves in panels.values()]
     for k, (title, curves) in enumerate(panels.items()):
         left, top = 320 + k % columns * cell, above + k // columns * height + over
-        right, bottom = left + cell - 420 + 20 * (columns > 1), top - over + height - 120
+        right, bottom = left + cell - 420 + 20 * (columns > 1), top - over + height - under
         xs, ys = zip(*(p for points in curves.values() for p in points))
         shared = columns == 1 and 5 * ends[k] > 2 * max(ends)        # panels of like length share their axis
         end = max(ends) if shared else ends[k]
@@ -1469,8 +1471,8 @@ def save_chart(path, panels, caption, across="images", marks=(), joined=True, co
             text = f"{x * step / unit:,g}{letter * (x > 0)}"
             pen.text((at(x * step, ticks[0])[0], bottom + 24), text, "black", font, anchor="mt")
         pen.multiline_text((left, top - 32), titles[k], "black", font, anchor="ld")
-        if columns == 1:
-            pen.text((right + 160, bottom + 24), across, "black", font, anchor="lt")
+        beside = (right + 160, bottom + 24) if columns == 1 else (left, bottom + 100)
+        pen.text(beside, across, "black", font, anchor="lt")
         for row, (x, begins) in enumerate(dict(marks).items()):
             x, _ = at(x, ticks[0])
             pen.line([(x, top), (x, bottom)], "#999999", 4)
@@ -1790,8 +1792,7 @@ def check_values(cfg, limits, world):
     code = text[text.index("\ndef "):]                                           # behind Config and PRESETS
     for name in {"pretrain", "mid", "post", "loss"} & {*vars(cfg)}:              # else one trains as another
         value, default = getattr(cfg, name), getattr(type(cfg), name)
-        words = f'"{value}"', f'startswith("{value.partition("_")[0]}")'
-        if value not in (default, *home.AS_DEFAULT.split()) and not any(word in code for word in words):
+        if value not in (default, *home.AS_DEFAULT.split()) and f'"{value}"' not in code:
             fail(2, f"--{name} {value}: no function of {os.path.basename(home.__file__)} has a branch for "
                     f'"{value}"; write it (README, Fork it)')
     path = os.sep in cfg.data or "." in cfg.data or os.path.exists(cfg.data)
@@ -2204,31 +2205,34 @@ def save_curve(cfg, table=()):
 
     Of a Mean Flow, whose loss is near 1 for any net, the square error is drawn.
     """
-    losses, norms, drawn = {}, {}, "loss"
+    stages, drawn = {}, "loss"
     for m in [m for m in read_metrics(cfg.out) if "images" in m and m.get("step") != 1]:   # 1: of one batch
         stage, error = STAGES[m["stage"]], m.get("mse_gap1", m.get("mse_same"))    # same: t = r, a flow's
-        y, title = m["loss"], f"{stage}: loss"
+        y, title = m["loss"], "loss"
         if error is not None:
             to = "the teacher's velocities" if m["stage"] == "mid" else "noise - image"
             gap = "t - r up to 1/4" if "mse_gap1" in m else "t = r"
-            drawn, y, title = "square error", error, f"{stage}: square error to {to}, {gap}"
-        losses.setdefault(title, {}).setdefault(stage, []).append((m["images"], y))
-        norms.setdefault(f"{stage}: gradient norm", {}).setdefault(stage, []).append((m["images"], m["grad"]))
-    about = sys.modules[type(cfg).__module__].ABOUT          # "stage 2 of 4, mid-training (Eq. 7): ..."
-    trained = " ".join(norms)
-    meant = [text.partition(", ")[2] for stage, text in about.items() if STAGES.get(stage, " -") in trained]
-    scores = in_short(table)
-    mid = next((curves[STAGES["mid"]] for curves in losses.values() if STAGES["mid"] in curves), [])
-    heading = f"The {drawn} and the gradient of each stage"
-    if mid:
-        was, now = mid[0][1], mid[-1][1]
-        heading = f"Mid-training's {drawn} {moves(was, now)} from {was:.2g} to {now:.2g}"
-    save_chart(f"{cfg.out}/curve.png", losses | norms, f"{heading}\n"
+            drawn, y, title = "square error", error, f"square error to {to}, {gap}"
+        _, losses, norms = stages.setdefault(stage, (title, [], []))
+        losses.append((m["images"], y))
+        norms.append((m["images"], m["grad"]))
+    panels = {f"{stage}: {title}": {stage: losses} for stage, (title, losses, _) in stages.items()}
+    panels |= {f"{stage}: gradient norm": {stage: norms} for stage, (_, _, norms) in stages.items()}
+
+    def told(points):
+        was, now = points[0][1], points[-1][1]
+        return f"{moves(was, now)} from {was:.3g} to {now:.3g}"
+    lines = [f"{stage[0].upper()}{stage[1:]}: {drawn} {told(losses)}, gradient norm {told(norms)}."
+             for stage, (_, losses, norms) in stages.items()]
+    mid, scores = stages.get(STAGES["mid"]), in_short(table)
+    heading = f"Mid-training's {drawn} {told(mid[1])}" if mid else f"The {drawn} and gradient of each stage"
+    save_chart(f"{cfg.out}/curve.png", panels, f"{heading}\n"
                "Log scales, against the images a stage trained on; in mid-training these are pairs of the "
                "teacher."
                + " Square errors are of velocities; t - r is the time jumped over." * (drawn != "loss") + "\n"
-               + "\n".join(f"{text[0].upper()}{text[1:]}." for text in meant)
-               + f"\n{scores}; {cfg.samples:,} samples each." * bool(scores), columns=max(1, len(losses)))
+               + "\n".join([*lines, "Images may improve though a loss does not fall: judge by scores."])
+               + f"\n{scores}; {cfg.samples:,} samples each." * bool(scores), "images or pairs",
+               columns=max(1, len(stages)))
 
 
 def save_preview(cfg, tally, stop, sampler, drawn=""):
@@ -2240,12 +2244,12 @@ def save_preview(cfg, tally, stop, sampler, drawn=""):
     save_curve(cfg)
     if sampler and not stop:
         images = draw_in(30, sampler, range(60), cfg.batch_gpu or 64)
-        how = f"by its solver in {cfg.nfe} steps" if cfg.stage == "pretrain" else "in one step"
+        how = f"solved in {cfg.nfe} steps" if cfg.stage == "pretrain" else "in one step"
         header = ["class" if "class" in drawn else "digit", *map(str, range(10))]
         header = header if drawn and cfg.data == "digits" else ()
         save_seeds(f"{cfg.out}/previews/{cfg.stage}_{done:07d}.png", images, range(60),
                    f"{STAGES[cfg.stage].capitalize()}, after {done:,} of {cfg.steps:,} steps of training\n"
-                   f"Drawn {how} by the averaged weights, from the same noises in every preview{drawn}.",
+                   f"By the averaged weights, {how}, from the same noises in every preview{drawn}.",
                    header, 10 if drawn else 12)
     tally["clock"] = time.time()                             # saving is no training
 
@@ -2278,7 +2282,7 @@ def save_samples(cfg, found, make_sampler):
             sampler, folder = make_sampler(cfg, net, kind), f"{cfg.out}/samples/{name}_{steps}/"
             save_images(sampler, seeds, folder, batch)
             label = net_label(name, steps, sep=", ")
-            caption = f"{label}\nOne image a seed; every net starts from the same noises."
+            caption = f"{label[0].upper()}{label[1:]}\nOne image a seed; every net has the same noises."
             caption += f" The first 64 of {len(seeds):,}." * (len(seeds) > 64)
             sheet = f"{cfg.out}/samples_{name}_{steps}step_seeds.png"
             if processes()[0] == 0:
@@ -2307,7 +2311,8 @@ def save_classes(cfg, found, samplers, n):
     seeds, classes = [k + (n or 10) * j for j in range(10) for k in columns], [str(k) for k in columns if n]
     for (name, steps), sampler in samplers.items():
         images = draw(sampler, seeds, cfg.batch_gpu or 64).cpu()
-        caption = net_label(name, steps, sep=", ") + "\nOne image a seed; scores: results.md in this folder."
+        label = net_label(name, steps, sep=", ")
+        caption = f"{label[0].upper()}{label[1:]}\nOne image a seed; its score is in stages.png, results.md."
         header = classes and ["class", *classes]
         save_seeds(f"{cfg.out}/samples_{name}_{steps}step.png", images, seeds, caption, header, 10)
         shown.append((name, steps, images[:len(columns)]))

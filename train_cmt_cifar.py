@@ -111,13 +111,13 @@ PRESETS = {  # (data, stage, its --mid or --post): the lower row wins, --help sh
     # q = 2, 4, ..., 256, and 512 in the last four steps
     ("digits", "post", "annealed"): dict(q=2, double=187, steps=1_500, lr=1e-3, decay="linear"),
 }
-ABOUT = {"pretrain": "stage 1 of 4, pre-training: loss and gradient soon stay level, images still improve",
+ABOUT = {"pretrain": "stage 1 of 4, pre-training: the loss soon falls slowly, images still improve",
          "mid": "stage 2 of 4, mid-training (Eq. 7): the loss, distance to the teacher's ends, falls",
          "post": "stage 3 of 4, post-training (Eq. 3): a large gradient and a level loss are normal",
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "teacher", "random"                        # other values of --init are a FILE
-AS_DEFAULT = ""                                       # methods that are PRESETS of another, without a branch
+AS_DEFAULT = ""                                       # methods without a branch; others need one
 FILES = {"cifar10": "data/cifar-10-python.tar.gz",
          "ffhq": "data/ffhq-64x64.zip", "afhqv2": "data/afhqv2-64x64.zip"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -131,10 +131,14 @@ RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch(
 # ---- losses -----------------------------------------------------------------------------------
 # sigma, t, r and levels: strengths of noise, from 80 to 0.002; D_x and f: answers of a net, clean images
 def loss_dm(net, x, sigma, eps, sigma_data=0.5):
-    """EDM Eq. 8: denoising, weight (sigma^2 + sd^2) / (sigma sd)^2, mean over pixels. sigma: (B,)."""
-    s = sigma.view(-1, 1, 1, 1)
-    weight = (s**2 + sigma_data**2) / (s * sigma_data) ** 2
-    return (weight * (net(x + s * eps, sigma) - x) ** 2).mean()
+    """EDM Eq. 8: denoising, mean over pixels. sigma: (B,)."""
+    D_x, weight = net(x + sigma.view(-1, 1, 1, 1) * eps, sigma), edm_weight(sigma, sigma_data)
+    return (weight.view(-1, 1, 1, 1) * (D_x - x) ** 2).mean()
+
+
+def edm_weight(sigma, sigma_data=0.5):
+    """(sigma^2 + sd^2) / (sigma sd)^2 = 1 / c_out^2, (B,): EDM's weight, and ECT's on ImageNet."""
+    return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
 
 
 teacher_solver = solvers.dpmpp                        # of every trajectory and sample of the teacher
@@ -263,13 +267,13 @@ def train(cfg):
             return loss_dm(student, x, t, eps, net.sigma_data)
         r = ect_step(t, cfg.q ** (1 + step // cfg.double) if cfg.post == "annealed" else cfg.q)
         x_t, x_r = (x + s.view(-1, 1, 1, 1) * eps for s in (t, r))
-        if cfg.post.startswith("ecd"):                                        # frozen: no gradient
+        if cfg.post in ("ecd", "ecd_euler"):                                  # frozen: no gradient
             x_r = solvers.ode_step(run.teacher, x_t, t, r, 1 if cfg.post == "ecd_euler" else 2)
         return loss_ect(student, x_t, x_r, t, r, cfg.huber_c)                                   # Eq. 3
 
     for step in range(start, cfg.steps):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
-        (batch, target), loss_sum = batch_of(step), 0.0
+        loss_sum, (batch, target) = 0.0, batch_of(step)
         part = micro / B * tally["scale"]             # of the batch's mean; scale: of fp16, else 1
         for k, rows in enumerate(zip(*(a.split(micro) for a in batch))):
             seed = fold(cfg.seed, cfg.stage, step, "dropout") + mine.start + k * micro
@@ -463,8 +467,8 @@ def resume(cfg):
     return ckpt, fid.steps_left(cfg, ckpt, path, MAY_CHANGE, STAGES)
 
 
-def resumed(cfg, ckpt, net, optimizer, stamp, model, **asked):
-    """The net with its average, optimizer, counts, as the checkpoint has them or new; and what it asks."""
+def resumed(cfg, ckpt, net, optimizer, stamp, model, **parts):
+    """The net with its average, optimizer, counts, as the checkpoint has them or new; and more parts."""
     ema = deepcopy(net).requires_grad_(False).eval()
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
     flat.grad = grad                                  # one vector, whose views are all weights (flatten)
@@ -474,7 +478,7 @@ def resumed(cfg, ckpt, net, optimizer, stamp, model, **asked):
     saved = dict(data=stamp, model=model, cfg=asdict(cfg), **fid.made_by(__file__))
     log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))           # --dry_run ends here
     return SimpleNamespace(net=net, ema=ema, opt=opt, flat=flat, flat_ema=flat_ema, grad=grad, tally=tally,
-                           path=path, saved=saved, **asked)
+                           path=path, saved=saved, **parts)
 
 
 def total(grad, loss, scale):
@@ -511,7 +515,7 @@ LIMITS = {  # (rule, least, below): fields; for fid.check_values
 
 
 def check(cfg):
-    """Everything that would stop this stage, before any stage starts: values (exit code 2), files (3)."""
+    """Whether this stage trains; before any does, what would stop it: values (exit code 2), files (3)."""
     skipped = given_teacher(cfg) if cfg.stage == "pretrain" else cfg.stage == "mid" and cfg.mid == "none"
     trains = cfg.stage not in RUN and not skipped
     fid.check_values(cfg, LIMITS, WORLD if trains else 0)

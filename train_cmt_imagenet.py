@@ -127,11 +127,11 @@ PRESETS = {  # (data, stage, its --mid or --post): the lower row wins, --help sh
 ABOUT = {"pretrain": "stage 1 of 5, pre-training (EDM2): the loss falls while the images improve",
          "vgg": "stage 2 of 5, the VGG that measures in mid-training: its loss on labels falls to about 0",
          "mid": "stage 3 of 5, mid-training (Eq. 7): the loss, distance to the teacher's ends, falls",
-         "post": "stage 4 of 5, post-training (Eq. 3): loss and gradient soon stay level",
+         "post": "stage 4 of 5, post-training (Eq. 3): the loss falls little; judge by scores",
          "eval": "stage 5 of 5, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "teacher", "random"                        # other values of --init are a FILE
-AS_DEFAULT = ""                                       # methods that are PRESETS of another, without a branch
+AS_DEFAULT = ""                                       # methods without a branch; others need one
 FILES = {"imagenet64": "data/imagenet64.zip", "imagenet512": "data/imagenet512-sd.zip"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # fid reads by name Config, the tables above, MAY_CHANGE, data_name, and for --dry_run what main calls
@@ -282,7 +282,7 @@ def train(cfg):
     share, micro = B // WORLD, cfg.batch_gpu or B // WORLD    # of the batch: a process's, a forward pass's
     mine = slice(RANK * share, (RANK + 1) * share)
     per_solve = math.prod(solve_size(cfg))            # pairs; no batch straddles two solves (check)
-    batches = fid.ahead(partial(read_batch, cfg, run.images), range(start, cfg.steps))
+    batches = fid.ahead(partial(read_batch, cfg, run.images), range(start, cfg.steps))     # when asked for
 
     @lru_cache(1)                                     # kept: it feeds several steps; resumed, solved anew
     def solve(number):
@@ -322,14 +322,14 @@ def train(cfg):
             return loss_edm2(student, x, t, eps, net.sigma_data)
         r, weight = ect_step(t, cfg.q), edm_weight(t, net.sigma_data)
         x_t, x_r = (x + s.view(-1, 1, 1, 1) * eps for s in (t, r))
-        if cfg.post.startswith("ecd"):                                        # frozen: no gradient
+        if cfg.post in ("ecd", "ecd_euler", "ecd_code"):                      # frozen: no gradient
             teacher, order = partial(run.teacher, class_labels=y), 1 if cfg.post == "ecd_euler" else 2
             x_r = solvers.ode_step(teacher, x_t, t, r, order)
         return loss_ect(student, x_t, x_r, t, r, cfg.huber_c, weight)                           # Eq. 3
 
     for step in range(start, cfg.steps):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
-        (batch, target), loss_sum = batch_of(step), 0.0
+        loss_sum, (batch, target) = 0.0, batch_of(step)
         part = micro / B * tally["scale"]             # of the batch's mean; scale: of fp16, else 1
         with nets.hoist(net, force=True):             # EDM2 Eq. 66: normalised once for all micro-batches
             for k, rows in enumerate(zip(*(a.split(micro) for a in batch))):
@@ -459,8 +459,8 @@ def draw_sheets(cfg, found):
         teacher, sigmas = found[0][1], teacher_sigmas(cfg.nfe)
         x_T, y, _ = prior(teacher, range(12), "balanced")
         xs = teacher_solver(lambda x, sigma: teacher(x, sigma, y), x_T, sigmas)      # (nfe+1, 12, C, H, W)
-        asked = {name: lambda x, sigma, net=net: net(x, sigma, y[:len(x)]) for name, net, *_ in found}
-        fid.save_trajectory(cfg.out, xs, sigmas, asked, partial(to_images, cfg),
+        answers = {name: lambda x, sigma, net=net: net(x, sigma, y[:len(x)]) for name, net, *_ in found}
+        fid.save_trajectory(cfg.out, xs, sigmas, answers, partial(to_images, cfg),
                             [f"class {k}" for k in shown[1]])
     return shown
 
@@ -676,8 +676,8 @@ def resume(cfg):
     return ckpt, fid.steps_left(cfg, ckpt, path, MAY_CHANGE, STAGES)
 
 
-def resumed(cfg, ckpt, net, optimizer, stamp, model, **asked):
-    """The net with its average, optimizer, counts, as the checkpoint has them or new; and what it asks."""
+def resumed(cfg, ckpt, net, optimizer, stamp, model, **parts):
+    """The net with its average, optimizer, counts, as the checkpoint has them or new; and more parts."""
     ema = deepcopy(net).requires_grad_(False).eval()
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
     flat.grad = grad                                  # one vector, whose views are all weights (flatten)
@@ -687,7 +687,7 @@ def resumed(cfg, ckpt, net, optimizer, stamp, model, **asked):
     saved = dict(data=stamp, model=model, cfg=asdict(cfg), **fid.made_by(__file__))
     log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))           # --dry_run ends here
     return SimpleNamespace(net=net, ema=ema, opt=opt, flat=flat, flat_ema=flat_ema, grad=grad, tally=tally,
-                           path=path, saved=saved, **asked)
+                           path=path, saved=saved, **parts)
 
 
 def total(grad, loss, scale):
@@ -724,11 +724,13 @@ LIMITS = {  # (rule, least, below): fields; for fid.check_values
 
 
 def check(cfg):
-    """Everything that would stop this stage, before any stage starts: values (exit code 2), files (3)."""
+    """Whether this stage trains; before any does, what would stop it: values (exit code 2), files (3)."""
     trains = cfg.stage not in RUN and (needs_data(cfg) or cfg.stage == "mid" and cfg.mid != "none")
     fid.check_values(cfg, LIMITS, WORLD if trains else 0)
     if cfg.stage == "encode":
         encode_target(cfg)
+    if cfg.post == "ecd_code" and data_name(cfg) in ("imagenet64", "own"):
+        fail(2, "--post ecd_code: the numbers of the authors' script for --res 512 alone; pass --post ecd")
     if cfg.stage == "mid" and trains:
         fid.check_solve(cfg, *solve_size(cfg), WORLD)
         if cfg.ensemble != "none" and cfg.loss != "elatent":
@@ -817,7 +819,7 @@ def build(cfg, model, state=None, what="", train=False):
     if state is not None:
         nets.load_weights(net, {k: v for k, v in state.items() if not k.startswith("logvar_")}, what)
     net = net.to(DEVICE, memory_format=torch.channels_last)
-    net.compute_dtype = HALF.get(cfg.precision)
+    net.compute_dtype = HALF.get(cfg.precision)      # EDM2 casts inside: no forward() as in the CIFAR script
     if cfg.compile and cfg.stage not in RUN:
         net.compile(dynamic=False)
     return net.train() if train else nets.freeze(net)
@@ -864,14 +866,12 @@ def model_size(cfg, images):
 # ---- main -------------------------------------------------------------------------------------
 def candidates(cfg):
     """What to sample from: (name, net, {steps: kind of sampler}, checkpoint); --init FILE: it alone."""
-    few = {1: 1, 2: 2}                                # its steps: the kind that make_sampler takes
+    found, few = [], {1: 1, 2: 2}                     # its steps: the kind that make_sampler takes
     if cfg.init not in INITS:
         state, model = nets.load_pretrained(cfg.init)
         name = "init_" + os.path.basename(cfg.init).split(".")[0]
         return [(name, build(cfg, model, state, cfg.init), few, None)]
-    own, found = None, []
-    if cfg.teacher in ("", "scratch"):
-        own = nets.finished(f"{cfg.out}/pretrain.pt")
+    own = nets.finished(f"{cfg.out}/pretrain.pt") if cfg.teacher in ("", "scratch") else None
     if own or given_teacher(cfg):
         state, model = teacher_state(cfg)
         steps = HEUN_STEPS if cfg.sampler == "heun" else cfg.nfe

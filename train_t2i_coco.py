@@ -119,11 +119,11 @@ PRESETS = {  # (data, stage, its --mid or --post): the lower row wins, --help sh
 }
 ABOUT = {"pretrain": "stage 1 of 4, pre-training: square errors fall, and the loss, these minus REPA's",
          "mid": "stage 2 of 4, mid-training (Eq. 8): square errors fall, and so their mean, the loss",
-         "post": "stage 3 of 4, post-training: square errors and loss stay level; judge by scores",
+         "post": "stage 3 of 4, post-training: the loss hardly falls; judge by scores",
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "sit", "random"                            # other values of --init are a FILE
-AS_DEFAULT = "plain vanilla xl"                       # methods that are PRESETS of another, without a branch
+AS_DEFAULT = "plain vanilla xl"                       # methods without a branch; others need one
 FILES = {"coco": "data/coco256-sd"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # fid reads by name Config, the tables above, MAY_CHANGE, data_name, and for --dry_run what main calls
@@ -831,8 +831,8 @@ def resume(cfg):
     return ckpt, fid.steps_left(cfg, ckpt, path, MAY_CHANGE, STAGES)
 
 
-def resumed(cfg, ckpt, net, optimizer, stamp, model, **asked):
-    """The net with its average, optimizer, counts, as the checkpoint has them or new; and what it asks."""
+def resumed(cfg, ckpt, net, optimizer, stamp, model, **parts):
+    """The net with its average, optimizer, counts, as the checkpoint has them or new; and more parts."""
     ema = deepcopy(net).requires_grad_(False).eval()
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
     flat.grad = grad                                  # one vector, whose views are all weights (flatten)
@@ -842,7 +842,7 @@ def resumed(cfg, ckpt, net, optimizer, stamp, model, **asked):
     saved = dict(data=stamp, model=model, cfg=asdict(cfg), **fid.made_by(__file__))
     log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))           # --dry_run ends here
     return SimpleNamespace(net=net, ema=ema, opt=opt, flat=flat, flat_ema=flat_ema, grad=grad, tally=tally,
-                           path=path, saved=saved, **asked)
+                           path=path, saved=saved, **parts)
 
 
 def total(grad, loss, scale):
@@ -884,7 +884,7 @@ def left_out(cfg):
 
 
 def check(cfg):
-    """Everything that would stop this stage, before any stage starts: values (exit code 2), files (3)."""
+    """Whether this stage trains; before any does, what would stop it: values (exit code 2), files (3)."""
     given = cfg.stage in RUN or cfg.stage == "pretrain" and cfg.teacher
     trains = not given and not left_out(cfg)
     fid.check_values(cfg, LIMITS, WORLD if trains else 0)

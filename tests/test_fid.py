@@ -853,7 +853,7 @@ def test_every_stage_has_an_axis_of_its_own(tmp_path, monkeypatch):
     rows.insert(2, dict(stage="mid", images=32, step=1, loss=9.0, grad=9.0))           # of one batch: left out
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in rows))
     drawn = {}
-    monkeypatch.setattr(fid, "save_chart", lambda path, panels, caption, columns:
+    monkeypatch.setattr(fid, "save_chart", lambda path, panels, caption, across, columns:
                         drawn.update({**panels, "caption": caption, "columns": columns}))
     cfg = importlib.import_module("train_cmt_imagenet").Config(out=str(tmp_path))
     save_curve(cfg)

@@ -1178,7 +1178,7 @@ def plain(text):
 def boxed(text, wide, font):
     """(text in lines of so many pixels or fewer, its width, its height): nothing is cut."""
     lines = []
-    for part in plain(text).replace(" %", "\0%").replace("+- ", "+-\0").split("\n"):      # \0: not a break
+    for part in plain(text).replace(" %", "\0%").replace(" +- ", "\0+-\0").split("\n"):   # \0: no break
         fit = int(1.1 * wide * len(part) / (font.getlength(part) or 1)) + 9
         for letters in range(min(len(part) + 1, fit), 0, -1):
             some = textwrap.wrap(part.strip(), letters, break_on_hyphens=False) or [""]
@@ -1379,7 +1379,7 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=()):
         rows.append((f"{name}\nstates of the teacher", show((states / wide)[:, j])))          # at unit scale
         for net, x in answers.items():
             rows.append((f"{called(net)},\nerror from noise {errors[net][j]:.2f}", show(x[:, j])))
-    caption = (f"One call from noise lands so far from the teacher's end: {', '.join(means.values())}\n"
+    caption = (f"Distance to the teacher's end after one call from noise: {', '.join(means.values())}\n"
                f"The teacher walks in {n - 1} steps, as for mid-training, from noise, left, to its end, "
                "right. Below: where each net gets from there in one call"
                + ("; mid-training trains every image of its row to be that end" if levels.max() > 1 else

@@ -211,14 +211,17 @@ def plot(args, device):
         if not (steps := [m for m in fid.read_metrics(run) if "images" in m]):
             what = "has no step of a training" if os.path.exists(f"{run}/metrics.jsonl") else "is not there"
             script.fail(3, f"plot: {run}/metrics.jsonl {what}; name the folder of a run")
+        ones = [m for m in fid.read_metrics(run) if m["stage"] == "eval" and m["metric"].startswith("1-step")]
+        name = run + "".join(f", {m['metric']} {m['values'][0]:.2f}" for m in ones[-1:])    # its last net
         for m in steps:
             for key in fid.CURVES:
                 panel = panels.setdefault(f"{fid.STAGES[m['stage']]}: {fid.CURVES[key]}", {})
-                panel.setdefault(run, []).append((m["images"], m.get(key, 0)))
+                panel.setdefault(name, []).append((m["images"], m.get(key, 0)))
     os.makedirs(args.out, exist_ok=True)
     fid.save_chart(f"{args.out}/plot.png", panels,
+                   "Losses do not rank runs: compare their scores\n"
                    "The stages of each run against the images (or pairs) that the stage has been trained on. "
-                   "Compare losses within one script and stage.")
+                   "Beside a run the score of its last net, where it is scored; lower is better.")
     print(f"open {args.out}/plot.png; the next plot replaces it, unless it has another --out")
 
 

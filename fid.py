@@ -1297,9 +1297,9 @@ def in_short(table):
     line = f"{measure} in 1 step: {', '.join(f'{called(name)} {one}' for name, one in ones.items())}"
     if {"mid", "post"} <= {*ones}:
         how = moves(*(float(ones[name].split()[0]) for name in ("mid", "post")))
-        two = scores["post"].get("2")
+        twos = [scores[name]["2"] for name in ("mid", "post") if "2" in scores[name]]
         line = (f"{measure} in 1 step {how} from {ones['mid']} after mid-training to {ones['post']} after "
-                "post-training" + f"; in 2 steps {two}" * bool(two))
+                "post-training" + f"; in 2 steps from {' to '.join(twos)}" * (len(twos) > 1))
     return "; ".join([line, *teacher]) + " (lower is better)" if ones else ""
 
 
@@ -1323,9 +1323,10 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
     if any("1-step FD-digits" in row for row in table):                  # scored: what is it to look like?
         images, classes = digits()
         numbers = [classes.tolist().index(k) for k in range(len(names))] or range(0, len(images), 150)
-        shown = [*shown, ("real digits", 0, to_float(images[numbers], "cpu"))]
+        real = "real digits" if names else "real digits, any"
+        shown = [*shown, (real, 0, to_float(images[numbers], "cpu"))]
     labels = [net_label(name, steps, table) for name, steps, _ in shown]
-    rows, line, real = [*zip(labels, (x for *_, x in shown))], "column", "real digits" in labels
+    rows, line, real = [*zip(labels, (x for *_, x in shown))], "column", labels[-1].startswith("real digits")
     again = "; a second step may change the image" * any(steps == 2 for _, steps, _ in shown)
     what = "class" if "".join(names).isdigit() else "caption"
     header = names and [what, *("\n".join(name.rsplit(" ", 1)) for name in names)]    # "the digit\nzero"
@@ -1338,8 +1339,8 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
                f"A {line}: one noise for all nets{again}.{fallen(table)}\n"
                "Mid-training: a student learns the ends of the teacher's trajectories; post-training: it "
                "learns from images.")
-    caption += (f" Whether mid-training helps is not seen here: compare the same with --mid none --teacher "
-                f"{out}/pretrain.pt --out NEW (README: digits)." * any(name == "mid" for name, *_ in shown))
+    caption += (" Whether mid-training helps is not seen here; README (Does mid-training help?) compares."
+                * any(name == "mid" for name, *_ in shown))
     caption += (f"\nScores: Frechet distance of {samples:,} images to the data, by features of a net"
                 f"{'; of few it is off, mostly high' * (samples < 1_000)}.") * bool(table)
     caption += f" {HALVES}" * real
@@ -1472,6 +1473,7 @@ def save_chart(path, panels, caption, across="images", marks=(), joined=True, co
             pen.text((at(x * step, ticks[0])[0], bottom + 24), text, "black", font, anchor="mt")
         pen.multiline_text((left, top - 32), titles[k], "black", font, anchor="ld")
         beside = (right + 160, bottom + 24) if columns == 1 else (left, bottom + 100)
+        across = "pairs" if columns > 1 and title.startswith("mid") else "images" if columns > 1 else across
         pen.text(beside, across, "black", font, anchor="lt")
         for row, (x, begins) in enumerate(dict(marks).items()):
             x, _ = at(x, ticks[0])
@@ -2226,13 +2228,13 @@ def save_curve(cfg, table=()):
              for stage, (_, losses, norms) in stages.items()]
     mid, scores = stages.get(STAGES["mid"]), in_short(table)
     heading = f"Mid-training's {drawn} {told(mid[1])}" if mid else f"The {drawn} and gradient of each stage"
+    heading += f". {scores}" * bool(scores)
     save_chart(f"{cfg.out}/curve.png", panels, f"{heading}\n"
                "Log scales, against the images a stage trained on; in mid-training these are pairs of the "
                "teacher."
                + " Square errors are of velocities; t - r is the time jumped over." * (drawn != "loss") + "\n"
                + "\n".join([*lines, "Images may improve though a loss does not fall: judge by scores."])
-               + f"\n{scores}; {cfg.samples:,} samples each." * bool(scores), "images or pairs",
-               columns=max(1, len(stages)))
+               + f"\nScores are of {cfg.samples:,} samples each." * bool(scores), columns=max(1, len(stages)))
 
 
 def save_preview(cfg, tally, stop, sampler, drawn=""):

@@ -116,7 +116,7 @@ ABOUT = {"pretrain": "stage 1 of 4, pre-training: the loss soon falls slowly, im
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "teacher", "random"                        # other values of --init are a FILE
-AS_DEFAULT = ""                                       # methods without a branch; others need one
+AS_DEFAULT = ""                                       # values of --mid, --post ... that no function names
 FILES = {"cifar10": "data/cifar-10-python.tar.gz",
          "ffhq": "data/ffhq-64x64.zip", "afhqv2": "data/afhqv2-64x64.zip"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -172,7 +172,7 @@ def teacher_pairs(cfg, teacher, shape, g):
 def loss_cmt(net, x_t, t, target, distance):
     """Eq. 7: states x_t (B, C, H, W) of teacher trajectories, at noise levels t (B,), onto their ends.
 
-    target: distance.features of the ends, computed once per trajectory. Unit weight, mean over pairs (B.2).
+    target: distance.features of the ends, computed once per trajectory. Unit weight, a mean (B.2, B.3).
     The target is fixed data: no stop-gradient is needed (Sec. 3.2).
     """
     return distance.distance(distance.features(net(x_t, t)), target).mean()
@@ -290,7 +290,7 @@ def train(cfg):
         count(cfg, tally, mean, norm)                 # a skipped step lowers fp16's scale, ten end the run
         to_save = stop or done % cfg.save_every == 0 or done == cfg.steps
         if to_save or done % cfg.log_every == 0 or done == start + 1:
-            report(cfg, done, lr, tally, **nets.peak_memory())  # sets what is saved
+            report(cfg, done, lr, tally, **nets.peak_memory())  # and sets tally
         if to_save and RANK == 0:
             nets.save_checkpoint(run.path, net=net, ema=run.ema, opt=opt, **run.saved, **tally)
             kind = "teacher" if cfg.stage == "pretrain" else 1
@@ -319,7 +319,7 @@ def set_up(cfg):
         return log(f"pretrain: not trained, the teacher is {cfg.teacher or own or 'the official one'}")
     path = f"{cfg.out}/{cfg.stage}.pt"
     ckpt, left = resume(cfg)                          # left: steps to go
-    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # same names: not read
+    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # else compared first
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
     images, stamp, teacher = None, "none", None       # stamp: what identifies data and teacher
     if needs_data(cfg):
@@ -342,7 +342,7 @@ def set_up(cfg):
     distance = make_distance(cfg, net.img_channels) if cfg.stage == "mid" else None
     adam, radam = partial(torch.optim.Adam, fused=True), partial(torch.optim.RAdam, foreach=False)
     optimizer = adam if cfg.stage == "pretrain" else radam                    # as EDM; B.2
-    return resumed(cfg, ckpt, net, optimizer, stamp, model, images=images, teacher=teacher, distance=distance)
+    return begin(cfg, ckpt, net, optimizer, stamp, model, images=images, teacher=teacher, distance=distance)
 
 
 # ---- sample -----------------------------------------------------------------------------------
@@ -466,7 +466,7 @@ def resume(cfg):
     return ckpt, fid.steps_left(cfg, ckpt, path, MAY_CHANGE, STAGES)
 
 
-def resumed(cfg, ckpt, net, optimizer, stamp, model, **parts):
+def begin(cfg, ckpt, net, optimizer, stamp, model, **parts):
     """The net with its average, optimizer, counts, as the checkpoint has them or new; and more parts."""
     ema = deepcopy(net).requires_grad_(False).eval()
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]

@@ -131,7 +131,7 @@ ABOUT = {"pretrain": "stage 1 of 5, pre-training (EDM2): the loss falls while th
          "eval": "stage 5 of 5, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "teacher", "random"                        # other values of --init are a FILE
-AS_DEFAULT = ""                                       # methods without a branch; others need one
+AS_DEFAULT = ""                                       # values of --mid, --post ... that no function names
 FILES = {"imagenet64": "data/imagenet64.zip", "imagenet512": "data/imagenet512-sd.zip"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # fid reads by name Config, the tables above, MAY_CHANGE, data_name, and for --dry_run what main calls
@@ -190,7 +190,7 @@ def teacher_pairs(cfg, teacher, classes, shape, g):
 def loss_cmt(net, x_t, t, target, distance):
     """Eq. 7: states x_t (B, C, H, W) of teacher trajectories, at noise levels t (B,), onto their ends.
 
-    target: distance.features of the ends, computed once per trajectory. Unit weight, mean over pairs (B.2).
+    target: distance.features of the ends, computed once per trajectory. Unit weight, a mean (B.2, B.3).
     The target is fixed data: no stop-gradient is needed (Sec. 3.2).
     """
     return distance.distance(distance.features(net(x_t, t)), target).mean()
@@ -261,7 +261,7 @@ def new_vgg(cfg, classes):
 
 def vgg_noise(cfg, step, shape):
     """What is added to a batch of digits, so that their VGG knows noisy ones too; one strength a batch."""
-    g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step, "dropout", 0))
+    g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step, "dropout", 0))   # its old key
     return 0.2 * torch.rand((), generator=g, device=DEVICE) * randn(shape, g)
 
 
@@ -282,7 +282,7 @@ def train(cfg):
     share, micro = B // WORLD, cfg.batch_gpu or B // WORLD    # of the batch: a process's, a forward pass's
     mine = slice(RANK * share, (RANK + 1) * share)
     per_solve = math.prod(solve_size(cfg))            # pairs; no batch straddles two solves (check)
-    batches = fid.ahead(partial(read_batch, cfg, run.images), range(start, cfg.steps))     # when asked for
+    batches = fid.ahead(partial(read_batch, cfg, run.images), range(start, cfg.steps))     # step by step
 
     @lru_cache(1)                                     # kept: it feeds several steps; resumed, solved anew
     def solve(number):
@@ -348,7 +348,7 @@ def train(cfg):
         count(cfg, tally, mean, norm)                 # a skipped step lowers fp16's scale, ten end the run
         to_save = stop or done % cfg.save_every == 0 or done == cfg.steps
         if to_save or done % cfg.log_every == 0 or done == start + 1:
-            report(cfg, done, lr, tally, **nets.peak_memory())  # sets what is saved
+            report(cfg, done, lr, tally, **nets.peak_memory())  # and sets tally
         if to_save and RANK == 0:
             nets.save_checkpoint(run.path, net=net, ema=run.ema, opt=opt, **run.saved, **tally)
             fid.save_preview(cfg, tally, stop, previewer(cfg, run.ema), ", the classes in turn")
@@ -391,7 +391,7 @@ def set_up(cfg):
         return
     path = f"{cfg.out}/{cfg.stage}.pt"
     ckpt, left = resume(cfg)                          # left: steps to go
-    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # same names: not read
+    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # else compared first
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
     images = load_data(cfg) if needs_data(cfg) else None
     stamp = images.stamp if images else "none"
@@ -411,7 +411,7 @@ def set_up(cfg):
     optimizer = partial(torch.optim.Adam, betas=(0.9, beta2), fused=True)
     if cfg.stage == "vgg" and data_name(cfg) == "imagenet512":
         optimizer = partial(torch.optim.SGD, momentum=0.9, weight_decay=1e-4, fused=True)     # B.5
-    return resumed(cfg, ckpt, net, optimizer, stamp, model, images=images, teacher=teacher, distance=distance)
+    return begin(cfg, ckpt, net, optimizer, stamp, model, images=images, teacher=teacher, distance=distance)
 
 
 # ---- sample -----------------------------------------------------------------------------------
@@ -676,7 +676,7 @@ def resume(cfg):
     return ckpt, fid.steps_left(cfg, ckpt, path, MAY_CHANGE, STAGES)
 
 
-def resumed(cfg, ckpt, net, optimizer, stamp, model, **parts):
+def begin(cfg, ckpt, net, optimizer, stamp, model, **parts):
     """The net with its average, optimizer, counts, as the checkpoint has them or new; and more parts."""
     ema = deepcopy(net).requires_grad_(False).eval()
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]

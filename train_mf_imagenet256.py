@@ -120,7 +120,7 @@ ABOUT = {"pretrain": "stage 1 of 4, pre-training: square errors fall; the loss s
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "sit", "random"                            # other values of --init are a FILE
-AS_DEFAULT = "vanilla"                                # methods without a branch; others need one
+AS_DEFAULT = "vanilla"                                # values of --mid, --post ... that no function names
 FILES = {"imagenet": "data/imagenet256-sd"}
 REFERENCE = {"imagenet": "imagenet256"}               # scored by ADM's statistics, others by their own
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -380,7 +380,7 @@ def train(cfg):
         count(cfg, tally, mean, norm)                 # a skipped step lowers fp16's scale, ten end the run
         to_save = stop or done % cfg.save_every == 0 or done == cfg.steps
         if to_save or done % cfg.log_every == 0 or done == start + 1:
-            report(cfg, done, lr, tally, **nets.peak_memory(), **fid.mse_by_gap(errors))  # sets what is saved
+            report(cfg, done, lr, tally, **nets.peak_memory(), **fid.mse_by_gap(errors))  # and sets tally
         if to_save and RANK == 0:
             nets.save_checkpoint(run.path, net=net, ema=run.ema, opt=opt, **run.saved, **tally)
             steps = cfg.nfe if cfg.stage == "pretrain" else 1
@@ -406,7 +406,7 @@ def set_up(cfg):
         return log(f"{cfg.stage}: not trained, as --teacher or --mid none says")
     path = f"{cfg.out}/{cfg.stage}.pt"
     ckpt, left = resume(cfg)                          # left: steps to go
-    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # same names: not read
+    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # else compared first
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
     images, stamp, teacher = None, "none", None       # stamp: what identifies data and teacher
     if cfg.stage != "mid":                                                    # CMT needs no data
@@ -427,7 +427,7 @@ def set_up(cfg):
     state, what = (None, "") if ckpt else first_weights(cfg, model)
     net = build(cfg, model, state, what, train=True)
     adam = partial(torch.optim.Adam, betas=(0.9, 0.95), fused=True)           # MF
-    return resumed(cfg, ckpt, net, adam, stamp, model, images=images, null=null, shape=shape, teacher=teacher)
+    return begin(cfg, ckpt, net, adam, stamp, model, images=images, null=null, shape=shape, teacher=teacher)
 
 
 # ---- sample -----------------------------------------------------------------------------------
@@ -668,7 +668,7 @@ def resume(cfg):
     return ckpt, fid.steps_left(cfg, ckpt, path, MAY_CHANGE, STAGES)
 
 
-def resumed(cfg, ckpt, net, optimizer, stamp, model, **parts):
+def begin(cfg, ckpt, net, optimizer, stamp, model, **parts):
     """The net with its average, optimizer, counts, as the checkpoint has them or new; and more parts."""
     ema = deepcopy(net).requires_grad_(False).eval()
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]

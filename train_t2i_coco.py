@@ -123,7 +123,7 @@ ABOUT = {"pretrain": "stage 1 of 4, pre-training: square errors fall, and the lo
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "sit", "random"                            # other values of --init are a FILE
-AS_DEFAULT = "plain vanilla xl"                       # methods without a branch; others need one
+AS_DEFAULT = "plain vanilla xl"                       # values of --mid, --post ... that no function names
 FILES = {"coco": "data/coco256-sd"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # fid reads by name Config, the tables above, MAY_CHANGE, data_name, and for --dry_run what main calls
@@ -378,7 +378,7 @@ def train(cfg):
         count(cfg, tally, mean, norm)                 # a skipped step lowers fp16's scale, ten end the run
         to_save = stop or done % cfg.save_every == 0 or done == cfg.steps
         if to_save or done % cfg.log_every == 0 or done == start + 1:
-            report(cfg, done, lr, tally, **nets.peak_memory(), **fid.mse_by_gap(errors))  # sets what is saved
+            report(cfg, done, lr, tally, **nets.peak_memory(), **fid.mse_by_gap(errors))  # and sets tally
         if to_save and RANK == 0:
             nets.save_checkpoint(run.path, net=net, ema=run.ema, opt=opt, **run.saved, **tally)
             drawn = "the digit above" if cfg.data == "digits" else "each tenth of the data"
@@ -403,7 +403,7 @@ def set_up(cfg):
         return log(f"{cfg.stage}: not trained, as --teacher or --mid none says")
     path, teacher = f"{cfg.out}/{cfg.stage}.pt", None
     ckpt, left = resume(cfg)                          # left: steps to go
-    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # same names: not read
+    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # else compared first
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
     images, encoder = load_data(cfg), text_encoder(cfg)                   # mid reads captions, never an image
     stamp, null = images.stamp, encoder(images.null[None])
@@ -425,8 +425,8 @@ def set_up(cfg):
     shown = encoder(images.texts((k % 10 * n // 10 + n // 20 + k // 10) % n, 0.0 * k))
     steps, text = cfg.nfe if cfg.stage == "pretrain" else 1, lambda seeds: shown[list(seeds)]
     preview = partial(make_sampler, cfg, steps=steps, text=text, null=null, decode=False)
-    return resumed(cfg, ckpt, net, adam, stamp, model, images=images, encoder=encoder, null=null,
-                   teacher=teacher, preview=preview)
+    return begin(cfg, ckpt, net, adam, stamp, model, images=images, encoder=encoder, null=null,
+                 teacher=teacher, preview=preview)
 
 
 # ---- sample -----------------------------------------------------------------------------------
@@ -831,7 +831,7 @@ def resume(cfg):
     return ckpt, fid.steps_left(cfg, ckpt, path, MAY_CHANGE, STAGES)
 
 
-def resumed(cfg, ckpt, net, optimizer, stamp, model, **parts):
+def begin(cfg, ckpt, net, optimizer, stamp, model, **parts):
     """The net with its average, optimizer, counts, as the checkpoint has them or new; and more parts."""
     ema = deepcopy(net).requires_grad_(False).eval()
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]

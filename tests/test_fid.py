@@ -853,7 +853,7 @@ def test_every_stage_has_an_axis_of_its_own(tmp_path, monkeypatch):
     rows.insert(2, dict(stage="mid", images=32, step=1, loss=9.0, grad=9.0))           # of one batch: left out
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in rows))
     drawn = {}
-    monkeypatch.setattr(fid, "save_chart", lambda path, panels, caption, across, columns:
+    monkeypatch.setattr(fid, "save_chart", lambda path, panels, caption, columns:
                         drawn.update({**panels, "caption": caption, "columns": columns}))
     cfg = importlib.import_module("train_cmt_imagenet").Config(out=str(tmp_path))
     save_curve(cfg)
@@ -864,8 +864,9 @@ def test_every_stage_has_an_axis_of_its_own(tmp_path, monkeypatch):
     assert "lower is better" not in drawn["caption"]
     scores = {"stage": "teacher, balanced labels", "8-step FID": "2.00"}, {"stage": "mid", "1-step FID": "5.00 +- 1.00, min 4.00"}, {"stage": "post", "1-step FID": "-"}
     save_curve(cfg, scores)
-    assert drawn["caption"].startswith("Mid-training's loss hardly moves, from 1 to 1\n")
-    assert drawn["caption"].endswith("\nFID in 1 step: after mid-training 5.00 +- 1.00, min 4.00; teacher, 8 steps: 2.00 (lower is better); 50,000 samples each.")
+    scored = "FID in 1 step: after mid-training 5.00 +- 1.00, min 4.00; teacher, 8 steps: 2.00 (lower is better)"
+    assert drawn["caption"].startswith(f"Mid-training's loss hardly moves, from 1 to 1. {scored}\n")
+    assert drawn["caption"].endswith("\nScores are of 50,000 samples each.")
 
 
 def test_slow_samplers_draw_fewer_images():

@@ -208,7 +208,7 @@ def plot(args, device):
     """The curves of any runs beside each other, a panel for each stage and quantity: <out>/plot.png."""
     panels = {}
     for run in dict.fromkeys(args.runs):
-        if not (steps := [m for m in fid.read_metrics(run) if "images" in m]):
+        if not (steps := fid.read_steps(run)):
             what = "has no step of a training" if os.path.exists(f"{run}/metrics.jsonl") else "is not there"
             script.fail(3, f"plot: {run}/metrics.jsonl {what}; name the folder of a run")
         ones = [m for m in fid.read_metrics(run) if m["stage"] == "eval" and m["metric"].startswith("1-step")]

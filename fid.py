@@ -21,7 +21,8 @@
   runs
   log, announce, say, fail, blame, one_line its lines, its errors, its exit   log.txt
   parse, stages_of, check_values            its flags                         PRESETS, Config of its script
-  check_solve, check_teacher, finished_mid  whether a stage can begin         refused by name
+  check_solve, check_pairs, check_teacher,  whether a stage can begin         refused by name
+  finished_mid
   agree, from_first, wait_for_first,        what processes share              compared
   patient_group
   same_folder, steps_left, same_data,       what stages share                 compared by content
@@ -1372,7 +1373,7 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=()):
     rows, errors = [], {net: (x - states[-1]).square().flatten(1).mean(1).sqrt().tolist()
                         for net, x in firsts.items()}
     means = {net: f"{called(net)} {sum(e) / len(e):.2f}" for net, e in errors.items()}
-    if "mid" in errors:                                      # beside the teacher, the first
+    if "mid" in errors and means["mid"][-4:] != means[next(iter(means))][-4:]:      # beside the teacher
         near = [after < before for before, after in zip(next(iter(errors.values())), errors["mid"])]
         means["mid"] += f" (nearer for {sum(near)} of {len(near)} noises)"
     for j in range(min(2, states.shape[1])):
@@ -1749,7 +1750,7 @@ def parser(doc, config, stages):
 
 
 MEANT = {"learning_rate": "lr", "epochs": "steps", "iterations": "steps", "max_steps": "steps",
-         "class": "labels"}                              # elsewhere: here
+         "class": "labels", "ema": "ema_beta"}           # elsewhere: here
 
 
 def refuse(flags, where, message):
@@ -1841,6 +1842,13 @@ def check_solve(cfg, n, used, world):
                 f"batches of --batch {cfg.batch}; pass --trajectories {least} or a multiple")
     if n % world:
         fail(2, f"the {n} --trajectories of a solve must be a multiple of the {world} processes")
+
+
+def check_pairs(pairs, expected):
+    """pairs, what a solve returned; exit code 2 unless they are as many as solve_size says (forks)."""
+    if len(pairs[0]) != expected:
+        fail(2, f"a solve returned {len(pairs[0])} pairs, solve_size says {expected}; make them agree")
+    return pairs
 
 
 def finished_mid(cfg, finished):
@@ -2024,6 +2032,12 @@ def read_metrics(out):
 ROAD = {}                                                # stage: (steps, batch), of those still to come
 
 
+def read_steps(out):
+    """What metrics.jsonl says of training, without the line of one batch that follows a start or resume."""
+    steps = [m for m in read_metrics(out) if "images" in m]
+    return [m for m in steps if m.get("mean_of", m.get("step")) != 1] or steps
+
+
 def new_tally(cfg):
     """What a stage counts: steps and seconds up to the last line, and since then losses and gradient norms;
     steps skipped, and those in a row; fp16's scale of the loss. `clock`: when the next line begins.
@@ -2071,7 +2085,7 @@ def report(cfg, done, lr, tally, **more):
     log(f"{cfg.stage} {done:6d}/{cfg.steps} {done / cfg.steps:4.0%} | {loss_of} | {given}"
         f"grad {norm:.3g} | lr {lr:.2e} | {rate:.0f} images/s{time_left}",
         stage=cfg.stage, step=done, images=images, loss=loss, grad=norm, skipped=tally["skipped"], lr=lr,
-        images_per_second=rate, seconds=tally["seconds"], **more)
+        images_per_second=rate, seconds=tally["seconds"], mean_of=n, **more)
 
 
 def add_errors(errors, square, gap):
@@ -2190,8 +2204,8 @@ def dry_run(home, argv, configs):
                      eval="\nto score: {samples:,} samples of a net").get(c.stage, "").format(**vars(c))
         show(f"{text}{asked}\nfinished or not needed: {idle}\nfolder of the run, --out: {c.out}{cause}"
              + f"\nmemory and hours on GPUs: python bench.py plan {plan}" * bool(ROAD)
-             + "\non one CPU core: 3 to 7 minutes for all stages and their scores, if no flag says more"
-             * bool(ROAD and c.data == "digits"), sys.stdout)
+             + "\non one CPU core: 3 to 7 minutes for all stages and their scores"
+             * bool(ROAD and c.data == "digits" and "steps" not in plan), sys.stdout)
     if dist.is_initialized():
         dist.destroy_process_group()
     return next(iter(codes.values()), 0)
@@ -2208,7 +2222,7 @@ def save_curve(cfg, table=()):
     Of a Mean Flow, whose loss is near 1 for any net, the square error is drawn.
     """
     stages, drawn = {}, "loss"
-    for m in [m for m in read_metrics(cfg.out) if "images" in m and m.get("step") != 1]:   # 1: of one batch
+    for m in read_steps(cfg.out):
         stage, error = STAGES[m["stage"]], m.get("mse_gap1", m.get("mse_same"))    # same: t = r, a flow's
         y, title = m["loss"], "loss"
         if error is not None:
@@ -2223,7 +2237,7 @@ def save_curve(cfg, table=()):
 
     def told(points):
         was, now = points[0][1], points[-1][1]
-        return f"{moves(was, now)} from {was:.3g} to {now:.3g}"
+        return f"is {now:.3g}" if len(points) < 3 else f"{moves(was, now)} from {was:.3g} to {now:.3g}"
     lines = [f"{stage[0].upper()}{stage[1:]}: {drawn} {told(losses)}, gradient norm {told(norms)}."
              for stage, (_, losses, norms) in stages.items()]
     mid, scores = stages.get(STAGES["mid"]), in_short(table)
@@ -2286,6 +2300,7 @@ def save_samples(cfg, found, make_sampler):
             label = net_label(name, steps, sep=", ")
             caption = f"{label[0].upper()}{label[1:]}\nOne image a seed; every net has the same noises."
             caption += f" The first 64 of {len(seeds):,}." * (len(seeds) > 64)
+            caption += f" Second noise level {getattr(cfg, 'mid_sigma', 0)}." * (kind == 2)
             sheet = f"{cfg.out}/samples_{name}_{steps}step_seeds.png"
             if processes()[0] == 0:
                 save_seeds(sheet, draw(sampler, seeds[:64], batch), seeds, caption)

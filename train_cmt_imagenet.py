@@ -287,7 +287,7 @@ def train(cfg):
     @lru_cache(1)                                     # kept: it feeds several steps; resumed, solved anew
     def solve(number):
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", number))
-        *pairs, x_0 = teacher_pairs(cfg, run.teacher, classes, shape, g)
+        *pairs, x_0 = fid.check_pairs(teacher_pairs(cfg, run.teacher, classes, shape, g), per_solve)
         if cfg.ensemble == "none":
             return pairs, run.distance.features(x_0)                          # once per end, not per pair
         return (*pairs, *run.distance.draw(pairs[1], g).values()), [x_0]      # a random view of each pair

@@ -76,7 +76,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     P_std: float = 1.0
     power: float = 1.0          # p of the adaptive weight 1 / (|error|^2 + c)^p (MF)
 
-    nodes: int = 8              # mid: states of a trajectory, noise and end included: 28 pairs (B.4); 9: 36
+    nodes: int = 8              # mid: states of a trajectory, the teacher's steps + 1: 28 pairs (B.4); 9: 36
     trajectories: int = 256     # choice: per solve, for 64 steps of 4 x 28 pairs (B.4), shuffled
 
     nfe: int = 8                # steps of the third score; 1 and 2 are the others
@@ -335,7 +335,7 @@ def train(cfg):
     @lru_cache(1)                                     # kept: it feeds several steps; resumed, solved anew
     def solve(number):
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", number))
-        pairs = teacher_pairs(cfg, run.teacher, run.shape, g)
+        pairs = fid.check_pairs(teacher_pairs(cfg, run.teacher, run.shape, g), per_solve)
         return pairs, torch.randperm(per_solve, generator=g, device=DEVICE)
 
     def batch_of(step):                               # this process's share of it, a row an image or pair
@@ -355,6 +355,8 @@ def train(cfg):
         if cfg.stage == "mid":
             return loss_cmt_mf(flow.u, z, t, r, y, target)                                    # Eq. 8
         level, guided = more                          # t on the device; which samples guidance changes
+        if cfg.stage == "pretrain":
+            return loss_mf(flow, z, target, t, r, y, guided, cfg)[:2]
         if run.teacher:                               # its answer is guided already
             target = teacher_velocity(cfg, run.teacher, z, level, y, guided)
             guided = torch.zeros_like(guided)

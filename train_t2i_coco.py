@@ -80,7 +80,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     P_std: float = 1.0
     power: float = 1.0          # p of the adaptive weight 1 / (|error|^2 + c)^p (MF)
 
-    nodes: int = 8              # mid: states of a trajectory, noise and end included: 28 pairs (B.6); 9: 36
+    nodes: int = 8              # mid: states of a trajectory, the teacher's steps + 1: 28 pairs (B.6); 9: 36
     trajectories: int = 256     # choice: per solve, for 64 steps of 4 x 28 pairs (B.6), shuffled
 
     nfe: int = 50               # steps of the teacher's samples (B.6); the students have 1 and 2
@@ -326,7 +326,7 @@ def train(cfg):
     def solve(number):
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", number))
         texts = features_of(*captions_of_solve(cfg, images, number))
-        pairs = teacher_pairs(cfg, run.teacher, texts, run.null, shape, g)
+        pairs = fid.check_pairs(teacher_pairs(cfg, run.teacher, texts, run.null, shape, g), per_solve)
         return pairs, texts, torch.randperm(per_solve, generator=g, device=DEVICE)
 
     def batch_of(step):                               # this process's share of it, a row an image or pair

@@ -849,17 +849,18 @@ def test_curves_of_one_method_share_a_colour():
 
 def test_every_stage_has_an_axis_of_its_own(tmp_path, monkeypatch):
     """At full size the VGG sees ten times the images of the other stages, which would be left a tenth of the width."""
-    rows = [dict(stage=s, images=k, loss=1.0, grad=1.0) for s, most in (("vgg", 9000), ("mid", 900), ("post", 600)) for k in (most // 2, most)]
-    rows.insert(2, dict(stage="mid", images=32, step=1, loss=9.0, grad=9.0))           # of one batch: left out
+    rows = [dict(stage=s, images=k, loss=1.0, grad=1.0) for s, most in (("vgg", 9000), ("mid", 900), ("post", 600)) for k in (most // 4, most // 2, most)]
+    rows.insert(3, dict(stage="mid", images=32, step=1, loss=9.0, grad=9.0))           # of one batch: left out,
+    rows.insert(5, dict(stage="mid", images=300, step=9, mean_of=1, loss=9.0, grad=9.0))      # after a resume, too
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in rows))
     drawn = {}
     monkeypatch.setattr(fid, "save_chart", lambda path, panels, caption, columns:
                         drawn.update({**panels, "caption": caption, "columns": columns}))
     cfg = importlib.import_module("train_cmt_imagenet").Config(out=str(tmp_path))
     save_curve(cfg)
-    assert drawn["VGG: loss"] == {"VGG": [(4500, 1.0), (9000, 1.0)]}
-    assert drawn["mid-training: loss"] == drawn["mid-training: gradient norm"] == {"mid-training": [(450, 1.0), (900, 1.0)]}
-    assert drawn["post-training: gradient norm"] == {"post-training": [(300, 1.0), (600, 1.0)]}
+    assert drawn["VGG: loss"] == {"VGG": [(2250, 1.0), (4500, 1.0), (9000, 1.0)]}
+    assert drawn["mid-training: loss"] == drawn["mid-training: gradient norm"] == {"mid-training": [(225, 1.0), (450, 1.0), (900, 1.0)]}
+    assert drawn["post-training: gradient norm"] == {"post-training": [(150, 1.0), (300, 1.0), (600, 1.0)]}
     assert [*drawn][:6] == [f"{s}: {y}" for y in ("loss", "gradient norm") for s in ("VGG", "mid-training", "post-training")] and drawn["columns"] == 3
     assert "lower is better" not in drawn["caption"]
     scores = {"stage": "teacher, balanced labels", "8-step FID": "2.00"}, {"stage": "mid", "1-step FID": "5.00 +- 1.00, min 4.00"}, {"stage": "post", "1-step FID": "-"}

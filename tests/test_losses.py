@@ -241,3 +241,12 @@ def test_trained_vgg_sees_a_change_of_digit_as_larger_than_noise():
     vgg = nets.VGG()
     x = fid.to_float(images[:64], "cpu")
     assert vgg(x, x.flip(0)).mean() > vgg(x, x + 0.02 * torch.randn(x.shape)).mean()
+
+
+def test_a_solve_of_another_size_than_stated_is_refused(capsys):
+    """Its batches would be empty, and their loss not a number."""
+    pairs = torch.zeros(8, 1), torch.zeros(8)
+    assert fid.check_pairs(pairs, 8) is pairs
+    with pytest.raises(SystemExit):
+        fid.check_pairs(pairs, 16)
+    assert "a solve returned 8 pairs, solve_size says 16" in capsys.readouterr().err

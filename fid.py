@@ -1293,7 +1293,8 @@ def in_short(table):
     """A table of scores in a line: students in one step, the teacher in its many; "" where no student has."""
     scores = scores_of(table)
     measure = next((key.partition("-step ")[2] for row in table for key in row if "-step F" in key), "")
-    teacher = [f"teacher, {k} steps: {y}" for k, y in scores.pop("teacher", {}).items() if int(k) > 2]
+    found = {k: y for k, y in scores.pop("teacher", {}).items() if k != "2"}
+    teacher = [f"teacher, {k} step{'s' * (k != '1')}: {y}" for k, y in found.items()]
     ones = {name: found["1"] for name, found in scores.items() if "1" in found}
     line = f"{measure} in 1 step: {', '.join(f'{called(name)} {one}' for name, one in ones.items())}"
     if {"mid", "post"} <= {*ones}:
@@ -1324,7 +1325,7 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
     if any("1-step FD-digits" in row for row in table):                  # scored: what is it to look like?
         images, classes = digits()
         numbers = [classes.tolist().index(k) for k in range(len(names))] or range(0, len(images), 150)
-        real = "real digits" if names else "real digits, any"
+        real = "real digits" if names else "real digits (not matched)"
         shown = [*shown, (real, 0, to_float(images[numbers], "cpu"))]
     labels = [net_label(name, steps, table) for name, steps, _ in shown]
     rows, line, real = [*zip(labels, (x for *_, x in shown))], "column", labels[-1].startswith("real digits")
@@ -1387,9 +1388,9 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=()):
                + ("; mid-training trains every image of its row to be that end" if levels.max() > 1 else
                   "; mid-training is on the mean velocity between any two states, so to the end, too; at t = "
                   "0 the answer is the state itself") + ".\n"
-               "Error from noise: of the leftmost answer, root mean square of pixels, above the mean of "
-               f"{states.shape[1]} noises; "
-               f"two ends differ by {apart:.2f}. Post-training learns from images and may leave these ends."
+               "Error from noise: of the leftmost answer, root mean square of pixels; in the heading their "
+               f"mean of {states.shape[1]}. 0 is the end itself, two ends differ by {apart:.2f}. "
+               "Post-training learns from images and may leave these ends."
                + (" A plain call is one velocity without guidance; the teacher's steps in stages.png have it."
                   * any("plain" in name for name in nets)) + "\n"
                + f"Of {n} states {len(some)} are shown, where most changes." * (len(some) < n)
@@ -2242,13 +2243,13 @@ def save_curve(cfg, table=()):
              for stage, (_, losses, norms) in stages.items()]
     mid, scores = stages.get(STAGES["mid"]), in_short(table)
     heading = f"Mid-training's {drawn} {told(mid[1])}" if mid else f"The {drawn} and gradient of each stage"
-    heading += f". {scores}" * bool(scores)
+    heading += f". {scores.partition(';')[0]}" * bool(scores)
     save_chart(f"{cfg.out}/curve.png", panels, f"{heading}\n"
                "Log scales, against the images a stage trained on; in mid-training these are pairs of the "
                "teacher."
                + " Square errors are of velocities; t - r is the time jumped over." * (drawn != "loss") + "\n"
                + "\n".join([*lines, "Images may improve though a loss does not fall: judge by scores."])
-               + f"\nScores are of {cfg.samples:,} samples each." * bool(scores), columns=max(1, len(stages)))
+               + f"\n{scores}; {cfg.samples:,} samples each." * bool(scores), columns=max(1, len(stages)))
 
 
 def save_preview(cfg, tally, stop, sampler, drawn=""):

@@ -131,7 +131,7 @@ ABOUT = {"pretrain": "stage 1 of 5, pre-training (EDM2): the loss falls while th
          "eval": "stage 5 of 5, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "teacher", "random"                        # other values of --init are a FILE
-AS_DEFAULT = ""                                       # values of --mid, --post ... that no function names
+AS_DEFAULT = ""                                       # values of mid, post ... that need no "value" in code
 FILES = {"imagenet64": "data/imagenet64.zip", "imagenet512": "data/imagenet512-sd.zip"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # fid reads by name Config, the tables above, MAY_CHANGE, data_name, and for --dry_run what main calls
@@ -298,7 +298,7 @@ def train(cfg):
             pairs, target = solve(number)
             return [a[at:at + B][mine] for a in pairs], target
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
-        raw, labels = next(batches)
+        raw, labels = next(batches)                   # in the order of steps: one call a step
         noise, eps = randn((B, *shape), g)[mine], randn((B, *shape), g)[mine]    # noise: of a latent
         x, labels = to_input(raw, noise), labels.to(DEVICE, non_blocking=True)
         t, y = (cfg.P_mean + cfg.P_std * randn(B, g))[mine].exp(), one_hot(labels, classes)

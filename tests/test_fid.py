@@ -823,9 +823,9 @@ def test_a_caption_names_seed_and_sizes():
 
 def test_a_table_in_a_line_says_where_post_training_made_it_worse():
     rows = [{"stage": "teacher, balanced labels", "1-step FID": "99.0", "8-step FID": "2.0"}, {"stage": "mid", "1-step FID": "5.0"}]
-    assert fid.in_short(rows) == "FID in 1 step: after mid-training 5.0; teacher, 8 steps: 2.0 (lower is better)" and not fid.in_short(rows[:1])
+    assert fid.in_short(rows) == "FID in 1 step: after mid-training 5.0; teacher, 1 step: 99.0; teacher, 8 steps: 2.0 (lower is better)" and not fid.in_short(rows[:1])
     for score, how in ("4.0", "falls"), ("5.1", "hardly moves,"), ("6.0 +- 1.0, min 5.0", "rises"):
-        words = f"FID in 1 step {how} from 5.0 after mid-training to {score} after post-training; teacher, 8 steps: 2.0 "
+        words = f"FID in 1 step {how} from 5.0 after mid-training to {score} after post-training; teacher, 1 step: 99.0; teacher, 8 steps: 2.0 "
         assert fid.in_short([*rows, {"stage": "post", "1-step FID": score}]).startswith(words)
 
 
@@ -865,9 +865,9 @@ def test_every_stage_has_an_axis_of_its_own(tmp_path, monkeypatch):
     assert "lower is better" not in drawn["caption"]
     scores = {"stage": "teacher, balanced labels", "8-step FID": "2.00"}, {"stage": "mid", "1-step FID": "5.00 +- 1.00, min 4.00"}, {"stage": "post", "1-step FID": "-"}
     save_curve(cfg, scores)
-    scored = "FID in 1 step: after mid-training 5.00 +- 1.00, min 4.00; teacher, 8 steps: 2.00 (lower is better)"
+    scored = "FID in 1 step: after mid-training 5.00 +- 1.00, min 4.00"
     assert drawn["caption"].startswith(f"Mid-training's loss hardly moves, from 1 to 1. {scored}\n")
-    assert drawn["caption"].endswith("\nScores are of 50,000 samples each.")
+    assert drawn["caption"].endswith(f"\n{scored}; teacher, 8 steps: 2.00 (lower is better); 50,000 samples each.")
 
 
 def test_slow_samplers_draw_fewer_images():

@@ -211,7 +211,7 @@ def plot(args, device):
         if not (steps := fid.read_steps(run)):
             what = "has no step of a training" if os.path.exists(f"{run}/metrics.jsonl") else "is not there"
             script.fail(3, f"plot: {run}/metrics.jsonl {what}; name the folder of a run")
-        ones = [m for m in fid.read_metrics(run) if m["stage"] == "eval" and m["metric"].startswith("1-step")]
+        ones = [m for m in fid.read_metrics(run) if m.get("metric", "").startswith("1-step")]
         name = run + "".join(f", {m['metric']} {m['values'][0]:.2f}" for m in ones[-1:])    # its last net
         for m in steps:
             for key in fid.CURVES:

@@ -1694,7 +1694,7 @@ def stages_of(home, argv):
     for stage, dot, field in (word[2:].partition("=")[0].partition(".") for word in argv if word[:2] == "--"):
         from_mid = (stage, field) == ("post", "init") and "mid" in stages and cfg.mid != "none"
         unread = field in f"{home['MAY_CHANGE'].get(stage, '')} seeds samples repeat mid_sigma".split()
-        if stage in home["RUN"]:
+        if stage in ("eval", "sample"):
             unread = field not in (home["MAY_CHANGE"]["*"] + SAMPLED).split()
         if dot and (from_mid or stage in idle or unread):
             say(f"warning: --{stage}.{field} has no effect: {stage} does not depend on it, or is not run")
@@ -2036,7 +2036,8 @@ ROAD = {}                                                # stage: (steps, batch)
 def read_steps(out):
     """What metrics.jsonl says of training, without the line of one batch that follows a start or resume."""
     steps = [m for m in read_metrics(out) if "images" in m]
-    return [m for m in steps if m.get("mean_of", m.get("step")) != 1] or steps
+    many = {m["stage"] for m in steps if m.get("mean_of", m.get("step")) != 1}       # logged every few steps
+    return [m for m in steps if m.get("mean_of", m.get("step")) != 1 or m["stage"] not in many]
 
 
 def new_tally(cfg):

@@ -1325,8 +1325,8 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
     if any("1-step FD-digits" in row for row in table):                  # scored: what is it to look like?
         images, classes = digits()
         numbers = [classes.tolist().index(k) for k in range(len(names))] or range(0, len(images), 150)
-        real = "real digits" if names else "real digits (not matched)"
-        shown = [*shown, (real, 0, to_float(images[numbers], "cpu"))]
+        label = "real digits" + " (not matched)" * (not names)
+        shown = [*shown, (label, 0, to_float(images[numbers], "cpu"))]
     labels = [net_label(name, steps, table) for name, steps, _ in shown]
     rows, line, real = [*zip(labels, (x for *_, x in shown))], "column", labels[-1].startswith("real digits")
     again = "; a second step may change the image" * any(steps == 2 for _, steps, _ in shown)
@@ -1474,9 +1474,9 @@ def save_chart(path, panels, caption, across="images", marks=(), joined=True, co
             text = f"{x * step / unit:,g}{letter * (x > 0)}"
             pen.text((at(x * step, ticks[0])[0], bottom + 24), text, "black", font, anchor="mt")
         pen.multiline_text((left, top - 32), titles[k], "black", font, anchor="ld")
-        beside = (right + 160, bottom + 24) if columns == 1 else (left, bottom + 100)
-        across = "pairs" if columns > 1 and title.startswith("mid") else "images" if columns > 1 else across
-        pen.text(beside, across, "black", font, anchor="lt")
+        place = (right + 160, bottom + 24) if columns == 1 else (left, bottom + 100)
+        counted = "pairs" if columns > 1 and title.startswith("mid") else across
+        pen.text(place, counted, "black", font, anchor="lt")
         for row, (x, begins) in enumerate(dict(marks).items()):
             x, _ = at(x, ticks[0])
             pen.line([(x, top), (x, bottom)], "#999999", 4)

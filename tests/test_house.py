@@ -59,7 +59,7 @@ OWN = {"Config", "load_data", "data_name", "check", "teacher_pairs", "make_sampl
 # 2026-11-28: cifar -8 (check in two, values and files), ImageNet +6 (a loss that is not made), Mean Flow +5, COCO +5, decays as a table, the names that fid reads, a solve by divmod; batch and loss are functions in front of the loop (its bound 62 -> 34), RAdam is
 #   torch's own, the teacher that is read is the one that is named; README -11, the claims one by one are in results.md; fid +55, claims +5, nets +2 (settings of an older file):
 #   captions in lines as wide as the picture, a verdict in the heading, a panel for each stage in curve.png, reading ahead, contents in parts;
-# scripts +7 to +13: `set_up` in two, pairs that are counted, of which `begin` is one text in all four; what a batch holds, what q does; claims +5: a share behind, a run's score; fid +78: the
+# scripts +7 to +13: `set_up` in two, of which `begin` is one text in all four; pairs that are counted, what a batch holds, what q does; claims +5: a share behind, a run's score; fid +78: the
 #   stages of curve.png side by side, each on an axis of its own, how a loss moves in its heading; a method without a branch is found in the code, so no table of branches; the whole
 #   command of a longer training, knobs that a stage never reads, bf16 on a CPU, a score against changed data, lines of one batch left out, contents that name what scripts take; nets +2: the views of a distance have an order;
 BUDGET = {"train_cmt_cifar.py": 700, "train_cmt_imagenet.py": 944, "train_mf_imagenet256.py": 906,

@@ -464,7 +464,7 @@ def test_a_script_that_was_changed_says_so_when_it_goes_on(road, monkeypatch, ca
         script.fid.SAID.clear()
         ckpt = {k: v for k, v in nets.load_checkpoint(str(road / "pretrain.pt")).items() if k not in ("script", "code")}
         script.fid.steps_left(script.parse(argv), ckpt | made, "x/pretrain.pt", script.MAY_CHANGE, script.STAGES)
-        assert ("train_cmt_cifar.py, nets.py or solvers.py was changed since" in capsys.readouterr().err) == ("code" in made)
+        assert (f"train_cmt_cifar.py, nets.py or solvers.py was changed since {road} was begun" in capsys.readouterr().err) == ("code" in made)
 
 
 def test_the_time_left_is_that_of_the_whole_stage_without_its_first_step(monkeypatch, capsys):

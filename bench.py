@@ -327,7 +327,7 @@ def precision(args, device):
         cfg = home.parse([*flags, "--precision", name])
         net = home.build(cfg, model, state, args.net).to(memory_format=layout)
         if home is script:
-            return script.forward(cfg, net)
+            return script.in_precision(cfg, net)
         y = imagenet.one_hot(torch.arange(64, device=device) % net.label_dim, net.label_dim)
         return lambda x, sigma: net(x, sigma, y)
     forms = net_in("fp32", torch.contiguous_format), net_in("bf16"), net_in("fp16")

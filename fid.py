@@ -1,35 +1,26 @@
 """Images and their score, FID; and what the scripts' runs share: flags, log, files, pictures with words.
 
-  what                                      of                                source
-  the score
-  InceptionV3, load_inception, DigitsNet    2048 features: FID; 64: FD-digits TF graph of 2015; made here
-  resize_tf1                                images to 299 x 299               TF1: TTUR, EDM, ECT
-  Statistics, measure                       mean and covariance, streamed     EDM: float64 sums, N - 1
-  frechet_distance, protocol                two means and two covariances     Heusel et al. 2017, Eq. 6
-  draw, score, score_net, save_images       what a sampler makes              one PNG a seed
-  images
-  list_pictures, read_labels, load_images,  other people's files, read as a   EDM's zip, torchvision's
-  read_cifar, image_shape, digits           person sees them, or refused      folders, .zip, .npz, .png sheet
-  load_reference, prefetch                  .npz, .pkl (nothing in it is run) EDM, EDM2, ADM; fetched before
-  to_float, to_uint8, stamp                 images as numbers; their checksum [-1, 1]; 0 to 255
-  rgb, crop, square, ahead                  photos to train on                ADM and EDM2, U-ViT
-  check_once, begin_encode, encode_shards,  pictures -> arrays by an encoder  what was encoded stays known
-  encoder_of
-  pictures with words
-  save_stages, save_trajectory,             what a run made                   save_sheet, save_chart; read
-  save_classes, save_captions, save_samples                                   without the README
-  runs
-  log, announce, say, fail, blame, one_line its lines, its errors, its exit   log.txt
-  parse, stages_of, check_values            its flags                         PRESETS, Config of its script
-  check_solve, check_pairs, check_teacher,  whether a stage can begin         refused by name
-  finished_mid
-  agree, from_first, wait_for_first,        what processes share              compared
-  patient_group
-  same_folder, steps_left, same_data,       what stages share                 compared by content
-  made_by, say_changed
-  begin_run, overview, begin_stage, dry_run folder, lock, plan                config.json
-  new_tally, count, report, save_preview,   steps, previews, scores           metrics.jsonl, results.md
-  save_results
+  part (its banner)         what scripts take from it                             what it is
+  Inception-v3              InceptionV3, load_inception, resize_tf1               FID's net: TF graph of 2015
+  digits                    DigitsNet, digits                                     FD-digits' net, made here
+  statistics and distance   Statistics, measure, frechet_distance, protocol       Heusel et al. 2017, Eq. 6
+  images of a sampler       draw_seeds, score, score_net, save_images             seeds -> images, score, PNGs
+  files                     list_pictures, read_labels, load_images, read_cifar,  pictures of other people, as
+                            image_shape, check_once, prefetch, load_reference,    seen by a person, or refused
+                            to_float, to_uint8, stamp
+  images to train on        rgb, crop, square, ahead                              crops of ADM, EDM2, U-ViT
+  encode                    begin_encode, encode_shards, encoder_of               pictures -> arrays, resumed
+  pictures with words       save_stages, save_trajectory, about                   read without the README
+  a run of a script         log, announce, say, fail, blame, one_line, begin_run, its lines, errors, lock and
+                            same_folder, parse, stages_of, check_values,          flags: what may not begin is
+                            check_solve, check_pairs, finished_mid, seed_range    refused in one line
+  processes and stages      agree, from_first, wait_for_first, patient_group,     what they share, compared by
+                            same_data, made_by, steps_left, check_teacher,        content
+                            same_guidance, guidance_note
+  the folder of a run       new_tally, count, report, begin_stage, overview,      log.txt, metrics.jsonl,
+                            dry_run, save_preview, say_changed, save_samples,     config.json, previews,
+                            save_captions, save_classes, save_results             results.md
+  command line              this:
 
   python fid.py A B                              images or statistics as above, or a name such as cifar10
   python fid.py --save stats.npz A               statistics of A, for later
@@ -465,7 +456,7 @@ def protocol(a, b):
 
 # ---- images of a sampler -----------------------------------------------------------------------
 # A sampler is a function: seeds (a range) -> images (B, C, H, W) in [-1, 1], image i of seed i alone.
-def draw(sampler, seeds, batch=64):
+def draw_seeds(sampler, seeds, batch=64):
     """Images of all seeds, `batch` at a time."""
     return torch.cat([sampler(seeds[i:i + batch]) for i in range(0, len(seeds), batch)])
 
@@ -1157,7 +1148,7 @@ def read_record(file, when):
 
 
 # ---- pictures with words -----------------------------------------------------------------------
-NAMES = dict(teacher="teacher", mid="after mid-training", post="after post-training")
+NAMES = dict(teacher="teacher", mid="mid-training alone", post="after post-training")
 STAGES = dict(mid="mid-training", post="post-training", pretrain="pre-training", vgg="VGG")
 WIDE = 1_800                                             # pixels of a sheet
 INKS = {"alone|scratch": "#c0392b", "flow": "#8e44ad", "mid|CMT": "#1f5fbf", "teacher|pre-": "#2e8b57",
@@ -1290,19 +1281,13 @@ def moves(was, now):
 
 
 def in_short(table):
-    """A table of scores in a line: students in one step, the teacher in its many; "" where no student has."""
+    """A table of scores in a line: of every number of steps each net; "" without scores."""
     scores = scores_of(table)
     measure = next((key.partition("-step ")[2] for row in table for key in row if "-step F" in key), "")
-    found = {k: y for k, y in scores.pop("teacher", {}).items() if k != "2"}
-    teacher = [f"teacher, {k} step{'s' * (k != '1')}: {y}" for k, y in found.items()]
-    ones = {name: found["1"] for name, found in scores.items() if "1" in found}
-    line = f"{measure} in 1 step: {', '.join(f'{called(name)} {one}' for name, one in ones.items())}"
-    if {"mid", "post"} <= {*ones}:
-        how = moves(*(float(ones[name].split()[0]) for name in ("mid", "post")))
-        twos = [scores[name]["2"] for name in ("mid", "post") if "2" in scores[name]]
-        line = (f"{measure} in 1 step {how} from {ones['mid']} after mid-training to {ones['post']} after "
-                "post-training" + f"; in 2 steps from {' to '.join(twos)}" * (len(twos) > 1))
-    return "; ".join([line, *teacher]) + " (lower is better)" if ones else ""
+    parts = [f"in {k} step{'s' * (k != '1')}: "
+             + ", ".join(f"{called(name)} {found[k]}" for name, found in scores.items() if k in found)
+             for k in sorted({k for found in scores.values() for k in found}, key=int)]
+    return f"{measure}, lower is better, {'; '.join(parts)}" if parts else ""
 
 
 def fallen(table):
@@ -1374,7 +1359,7 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=()):
     rows, errors = [], {net: (x - states[-1]).square().flatten(1).mean(1).sqrt().tolist()
                         for net, x in firsts.items()}
     means = {net: f"{called(net)} {sum(e) / len(e):.2f}" for net, e in errors.items()}
-    if "mid" in errors and means["mid"][-4:] != means[next(iter(means))][-4:]:      # beside the teacher
+    if "mid" in errors:                                          # beside the teacher, which comes first
         near = [after < before for before, after in zip(next(iter(errors.values())), errors["mid"])]
         means["mid"] += f" (nearer for {sum(near)} of {len(near)} noises)"
     for j in range(min(2, states.shape[1])):
@@ -1392,7 +1377,9 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=()):
                f"mean of {states.shape[1]}. 0 is the end itself, two ends differ by {apart:.2f}. "
                "Post-training learns from images and may leave these ends."
                + (" A plain call is one velocity without guidance; the teacher's steps in stages.png have it."
-                  * any("plain" in name for name in nets)) + "\n"
+                  * any("plain" in name for name in nets))
+               + " This teacher jumps, too: its student is hardly nearer." * any("Flow" in k for k in nets)
+               + "\n"
                + f"Of {n} states {len(some)} are shown, where most changes." * (len(some) < n)
                + " States above sigma 1 are shown divided by sigma." * bool(levels.max() > 1))
     header = ["noise level " + ("sigma" if levels.max() > 1 else "t")]
@@ -1499,7 +1486,7 @@ def save_chart(path, panels, caption, across="images", marks=(), joined=True, co
     write_whole(path, lambda file: picture.reduce(2).save(file, format="PNG", compress_level=1))
 
 
-# ---- a run of a script: its lines, errors, lock, flags -------------------------------------------
+# ---- a run of a script --------------------------------------------------------------------------
 OUT = ""                                                 # folder of the first process's run, with its log.txt
 MADE_BY = ""                                             # its command, torch, device and commit
 SAID = []                                                # lines about files: also before there is a folder
@@ -1743,6 +1730,7 @@ def parser(doc, config, stages):
         kind = dict(type={int: int, float: number}.get(f.type, str), choices=typing.get_args(f.type) or None)
         if f.type is bool:
             kind = dict(action=argparse.BooleanOptionalAction)
+            flags.append(f"no-{f.name}")
         own = () if f.name in ("data", "stage", "out", "dry_run") else stages
         for stage in ("", *(f"{name}." for name in own)):
             flags.append(f"{stage}{f.name}")
@@ -1757,7 +1745,7 @@ MEANT = {"learning_rate": "lr", "epochs": "steps", "iterations": "steps", "max_s
 def refuse(flags, where, message):
     """Exit code 2 for a command line that argparse does not take; of a flag that is none, the one meant."""
     unknown = re.search(r"unrecognized arguments: --([\w.-]+)", message)
-    typed = unknown[1] if unknown else ""
+    typed = unknown[1].replace("no_", "no-") if unknown else ""
     meant = re.sub(r"[^.]+$", lambda name: MEANT.get(name[0], name[0]), typed)
     alike = difflib.get_close_matches(meant, {*flags} - {typed}, 1, 0.7)
     message = message.replace("invalid int value", "not a whole number")
@@ -1796,9 +1784,10 @@ def check_values(cfg, limits, world):
     code = text[text.index("\ndef "):]                                           # behind Config and PRESETS
     for name in {"pretrain", "mid", "post", "loss"} & {*vars(cfg)}:              # else one trains as another
         value, default = getattr(cfg, name), getattr(type(cfg), name)
-        if value not in (default, *home.AS_DEFAULT.split()) and f'"{value}"' not in code:
-            fail(2, f"--{name} {value}: no function of {os.path.basename(home.__file__)} has a branch for "
-                    f'"{value}"; write it (README, Fork it)')
+        written = re.search(rf"""["']{re.escape(value)}["']""", code)
+        if value not in (default, *home.AS_DEFAULT.split()) and not written:
+            fail(2, f"--{name} {value}: no function of {os.path.basename(home.__file__)} holds the word, in "
+                    "quotes; write its branch (README, Fork it)")
     path = os.sep in cfg.data or "." in cfg.data or os.path.exists(cfg.data)
     if home.data_name(cfg) == "own" and cfg.stage != "encode" and not path:
         names = [type(cfg).data, *(home.FILES if type(cfg).data in home.FILES else ()), "digits"]
@@ -1866,7 +1855,7 @@ def seed_range(text):
     return range(int(found[1]), int(found[2] or found[1]) + 1, int(found[3] or 1))
 
 
-# ---- what processes and stages share ------------------------------------------------------------
+# ---- processes and stages -----------------------------------------------------------------------
 def processes():
     """(rank, number) of torchrun's processes; (0, 1) of one alone."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -2078,7 +2067,7 @@ def report(cfg, done, lr, tally, **more):
     given = "".join(f"{name} {value:.3g} | " for name, value in more.items() if "mse_gap" not in name)
     given += f"skipped {tally['skipped']} | " * bool(tally["skipped"])
     time_left = ""
-    if PACE:                                                 # of this process, without its first step
+    if PACE and left:                                        # of this process, without its first step
         pace = (done - PACE[1]) * cfg.batch / (tally["seconds"] - PACE[0])
         rest = f", at least {duration((left + later) / pace)} with the next stages" * bool(later)
         time_left = f" | {duration(left / pace)} of training left{rest}"
@@ -2246,10 +2235,11 @@ def save_curve(cfg, table=()):
     heading = f"Mid-training's {drawn} {told(mid[1])}" if mid else f"The {drawn} and gradient of each stage"
     heading += f". {scores.partition(';')[0]}" * bool(scores)
     save_chart(f"{cfg.out}/curve.png", panels, f"{heading}\n"
-               "Log scales, against the images a stage trained on; in mid-training these are pairs of the "
-               "teacher."
+               "A stage has a loss and scales of its own, log scales, against the images it trained on; in "
+               "mid-training these are pairs of the teacher."
                + " Square errors are of velocities; t - r is the time jumped over." * (drawn != "loss") + "\n"
-               + "\n".join([*lines, "Images may improve though a loss does not fall: judge by scores."])
+               + "\n".join([*lines, "Images may improve though a loss does not fall and a gradient is large: "
+                              "judge by scores."])
                + f"\n{scores}; {cfg.samples:,} samples each." * bool(scores), columns=max(1, len(stages)))
 
 
@@ -2305,7 +2295,7 @@ def save_samples(cfg, found, make_sampler):
             caption += f" Second noise level {getattr(cfg, 'mid_sigma', 0)}." * (kind == 2)
             sheet = f"{cfg.out}/samples_{name}_{steps}step_seeds.png"
             if processes()[0] == 0:
-                save_seeds(sheet, draw(sampler, seeds[:64], batch), seeds, caption)
+                save_seeds(sheet, draw_seeds(sampler, seeds[:64], batch), seeds, caption)
             log(f"sample: {len(seeds)} images in {folder}; open {sheet}")
 
 
@@ -2329,7 +2319,7 @@ def save_classes(cfg, found, samplers, n):
     columns, shown = range(min(n or 10, 10)), []
     seeds, classes = [k + (n or 10) * j for j in range(10) for k in columns], [str(k) for k in columns if n]
     for (name, steps), sampler in samplers.items():
-        images = draw(sampler, seeds, cfg.batch_gpu or 64).cpu()
+        images = draw_seeds(sampler, seeds, cfg.batch_gpu or 64).cpu()
         label = net_label(name, steps, sep=", ")
         caption = f"{label[0].upper()}{label[1:]}\nOne image a seed; its score is in stages.png, results.md."
         header = classes and ["class", *classes]

@@ -116,7 +116,7 @@ ABOUT = {"pretrain": "stage 1 of 4, pre-training: the loss soon falls slowly, im
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "teacher", "random"                        # other values of --init are a FILE
-AS_DEFAULT = ""                                       # values of mid, post ... that need no "value" in code
+AS_DEFAULT = ""                                       # values of mid, post, loss that need no branch
 FILES = {"cifar10": "data/cifar-10-python.tar.gz",
          "ffhq": "data/ffhq-64x64.zip", "afhqv2": "data/afhqv2-64x64.zip"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -231,7 +231,7 @@ def train(cfg):
     if not (run := set_up(cfg)):                      # run.flat, .grad, .flat_ema: all weights, as a vector
         return
     net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
-    f = forward(cfg, net)
+    f = in_precision(cfg, net)
     shape = net.img_channels, net.img_resolution, net.img_resolution
     share, micro = B // WORLD, cfg.batch_gpu or B // WORLD    # of the batch: a process's, a forward pass's
     mine = slice(RANK * share, (RANK + 1) * share)
@@ -290,7 +290,7 @@ def train(cfg):
         count(cfg, tally, mean, norm)                 # a skipped step lowers fp16's scale, ten end the run
         to_save = stop or done % cfg.save_every == 0 or done == cfg.steps
         if to_save or done % cfg.log_every == 0 or done == start + 1:
-            report(cfg, done, lr, tally, **nets.peak_memory())  # and sets tally
+            report(cfg, done, lr, tally, **nets.peak_memory())  # sets tally's step
         if to_save and RANK == 0:
             nets.save_checkpoint(run.path, net=net, ema=run.ema, opt=opt, **run.saved, **tally)
             kind = "teacher" if cfg.stage == "pretrain" else 1
@@ -328,15 +328,15 @@ def set_up(cfg):
         announce(f"{cfg.data}: {stamp}, each seen {seen:,.3g} times, unconditional")
         images = images.to(DEVICE)
     asks_teacher = cfg.stage == "mid" or cfg.stage == "post" and cfg.post not in ("ect", "annealed")
-    asked = teacher_state(cfg) if asks_teacher else None                      # (weights, arguments)
-    stamp += f", teacher {nets.stamp(asked[0])}" if asked else ""
+    asked = dict(teacher=teacher_state(cfg)) if asks_teacher else {}          # (weights, arguments)
+    stamp += "".join(f", {name} {nets.stamp(state)}" for name, (state, _) in asked.items())
     same_data(ckpt, path, stamp)
     if not left:
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
     if asked:
         # choice: the teacher too in --precision: bf16 moves its ends less than a finer solve would
-        weights, size = asked
-        teacher = forward(cfg, build(cfg, size, weights, cfg.teacher or "the teacher"))
+        weights, size = asked["teacher"]
+        teacher = in_precision(cfg, build(cfg, size, weights, cfg.teacher or "the teacher"))
     state, model, what = (None, ckpt["model"], "") if ckpt else first_weights(cfg, images, asked)
     net = build(cfg, model, state, what, train=True)
     distance = make_distance(cfg, net.img_channels) if cfg.stage == "mid" else None
@@ -515,8 +515,7 @@ LIMITS = {  # (rule, least, below): fields; for fid.check_values
 
 def check(cfg):
     """Whether this stage trains; before any does, what would stop it: values (exit code 2), files (3)."""
-    skipped = given_teacher(cfg) if cfg.stage == "pretrain" else cfg.stage == "mid" and cfg.mid == "none"
-    trains = cfg.stage not in RUN and not skipped
+    trains = cfg.stage not in RUN and (needs_data(cfg) or cfg.stage == "mid" and cfg.mid != "none")
     fid.check_values(cfg, LIMITS, WORLD if trains else 0)
     side = dict(cifar10=32, ffhq=64, afhqv2=64).get(cfg.data, cfg.res)
     if cfg.res and cfg.res != side:
@@ -591,20 +590,20 @@ def build(cfg, model, state=None, what="", train=False):
     return net.train() if train else net.requires_grad_(False).eval()
 
 
-def first_weights(cfg, images, teacher=None):
-    """(weights, constructor arguments, their name) a net starts from; teacher: what teacher_state said."""
+def first_weights(cfg, images, asked):
+    """(weights, constructor arguments, their name) a net starts from; asked: nets that the stage asks."""
     if cfg.stage == "pretrain":
         return None, model_size(cfg, images), ""
     if cfg.stage == "post" and cfg.mid != "none" and cfg.init in INITS:
         ckpt = fid.finished_mid(cfg, nets.finished)
         return ckpt["ema"], ckpt["model"], f"{cfg.out}/mid.pt"
-    state, model = teacher or teacher_state(cfg)      # the student has the teacher's size
+    state, model = asked.get("teacher") or teacher_state(cfg)        # the student has the teacher's size
     if cfg.init not in INITS:
         return nets.fitting(*nets.load_pretrained(cfg.init), model, cfg.init), model, cfg.init
     return (state, model, "the teacher") if cfg.init == "teacher" else (None, model, "")
 
 
-def forward(cfg, net):
+def in_precision(cfg, net):
     """net as the losses call it: compiled by --compile, inside in --precision; the losses stay in fp32."""
     net = torch.compile(net, dynamic=False) if cfg.compile else net
     cast = HALF.get(cfg.precision)

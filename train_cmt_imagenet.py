@@ -131,7 +131,7 @@ ABOUT = {"pretrain": "stage 1 of 5, pre-training (EDM2): the loss falls while th
          "eval": "stage 5 of 5, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "teacher", "random"                        # other values of --init are a FILE
-AS_DEFAULT = ""                                       # values of mid, post ... that need no "value" in code
+AS_DEFAULT = ""                                       # values of mid, post, loss that need no branch
 FILES = {"imagenet64": "data/imagenet64.zip", "imagenet512": "data/imagenet512-sd.zip"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # fid reads by name Config, the tables above, MAY_CHANGE, data_name, and for --dry_run what main calls
@@ -197,9 +197,9 @@ def loss_cmt(net, x_t, t, target, distance):
 
 
 def loss_cmt_views(net, x_t, t, x_0, distance, views):
-    """loss_cmt, each pair compared under a random view of its own: both images are treated alike (B.5)."""
-    views = dict(zip(distance.views, views))
-    seen, end = (distance.features(distance.augment(x, views)) for x in (net(x_t, t), x_0))
+    """loss_cmt, each pair seen through a random view of its own (B.5); views: values of distance.draw."""
+    view = dict(zip(distance.views, views))
+    seen, end = (distance.features(distance.augment(x, view)) for x in (net(x_t, t), x_0))
     return distance.distance(seen, end).mean()
 
 
@@ -261,7 +261,7 @@ def new_vgg(cfg, classes):
 
 def vgg_noise(cfg, step, shape):
     """What is added to a batch of digits, so that their VGG knows noisy ones too; one strength a batch."""
-    g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step, "dropout", 0))   # its old key
+    g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step, "dropout", 0))
     return 0.2 * torch.rand((), generator=g, device=DEVICE) * randn(shape, g)
 
 
@@ -287,10 +287,10 @@ def train(cfg):
     @lru_cache(1)                                     # kept: it feeds several steps; resumed, solved anew
     def solve(number):
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", number))
-        *pairs, x_0 = fid.check_pairs(teacher_pairs(cfg, run.teacher, classes, shape, g), per_solve)
+        *pairs, x_0 = teacher_pairs(cfg, run.teacher, classes, shape, g)
         if cfg.ensemble == "none":
-            return pairs, run.distance.features(x_0)                          # once per end, not per pair
-        return (*pairs, *run.distance.draw(pairs[1], g).values()), [x_0]      # a random view of each pair
+            return fid.check_pairs(pairs, per_solve), run.distance.features(x_0)  # once per end, not per pair
+        return (*fid.check_pairs(pairs, per_solve), *run.distance.draw(pairs[1], g).values()), [x_0]   # views
 
     def batch_of(step):                               # mid: (y, x_t, t, owner, *views), target; else as below
         if cfg.stage == "mid":
@@ -311,9 +311,9 @@ def train(cfg):
         student = partial(net, class_labels=y, masks=masks)
         if cfg.stage == "mid":
             x_t, t, owner, *views = rows
-            target = [a[owner] for a in target]
+            target = [a[owner] for a in target]       # features of the end, with views the end itself
             if views:
-                return loss_cmt_views(student, x_t, t, *target, run.distance, views)
+                return loss_cmt_views(student, x_t, t, target[0], run.distance, views)
             return loss_cmt(student, x_t, t, target, run.distance)                              # Eq. 7
         x, t, eps, labels = rows
         if cfg.stage == "vgg":
@@ -348,7 +348,7 @@ def train(cfg):
         count(cfg, tally, mean, norm)                 # a skipped step lowers fp16's scale, ten end the run
         to_save = stop or done % cfg.save_every == 0 or done == cfg.steps
         if to_save or done % cfg.log_every == 0 or done == start + 1:
-            report(cfg, done, lr, tally, **nets.peak_memory())  # and sets tally
+            report(cfg, done, lr, tally, **nets.peak_memory())  # sets tally's step
         if to_save and RANK == 0:
             nets.save_checkpoint(run.path, net=net, ema=run.ema, opt=opt, **run.saved, **tally)
             fid.save_preview(cfg, tally, stop, previewer(cfg, run.ema), ", the classes in turn")
@@ -577,8 +577,7 @@ def to_images(cfg, x):
     if x.shape[1] != 4:
         return x
     mu, sd = latent_scale(x.device)
-    vae = vae_of(cfg)
-    pixels = nets.decode_latents(vae, x * (sd / 0.5) + mu)
+    pixels = nets.decode_latents(vae_of(cfg), x * (sd / 0.5) + mu)
     # trap: EDM2's VAE is in [0, 1], and its pixels are floor(255 v), half a level darker than to_uint8's
     return (pixels.clamp(0, 1) * 255).floor() / 127.5 - 1
 
@@ -819,7 +818,7 @@ def build(cfg, model, state=None, what="", train=False):
     if state is not None:
         nets.load_weights(net, {k: v for k, v in state.items() if not k.startswith("logvar_")}, what)
     net = net.to(DEVICE, memory_format=torch.channels_last)
-    net.compute_dtype = HALF.get(cfg.precision)      # EDM2 casts inside: no forward() as in the CIFAR script
+    net.compute_dtype = HALF.get(cfg.precision)      # EDM2 casts inside: no in_precision() as for CIFAR
     if cfg.compile and cfg.stage not in RUN:
         net.compile(dynamic=False)
     return net.train() if train else nets.freeze(net)
@@ -843,7 +842,7 @@ def asked_nets(cfg):
 
 
 def first_weights(cfg, images, asked):
-    """(weights, constructor arguments, their name) that a net starts from; asked: what asked_nets said."""
+    """(weights, constructor arguments, their name) a net starts from; asked: nets that the stage asks."""
     if cfg.stage in ("pretrain", "vgg"):
         return None, model_size(cfg, images), ""
     if cfg.stage == "post" and cfg.mid != "none" and cfg.init in INITS:

@@ -120,7 +120,7 @@ ABOUT = {"pretrain": "stage 1 of 4, pre-training: square errors fall; the loss s
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "sit", "random"                            # other values of --init are a FILE
-AS_DEFAULT = "vanilla"                                # values of mid, post ... that need no "value" in code
+AS_DEFAULT = "vanilla"                                # values of mid, post, loss that need no branch
 FILES = {"imagenet": "data/imagenet256-sd"}
 REFERENCE = {"imagenet": "imagenet256"}               # scored by ADM's statistics, others by their own
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -382,7 +382,7 @@ def train(cfg):
         count(cfg, tally, mean, norm)                 # a skipped step lowers fp16's scale, ten end the run
         to_save = stop or done % cfg.save_every == 0 or done == cfg.steps
         if to_save or done % cfg.log_every == 0 or done == start + 1:
-            report(cfg, done, lr, tally, **nets.peak_memory(), **fid.mse_by_gap(errors))  # and sets tally
+            report(cfg, done, lr, tally, **nets.peak_memory(), **fid.mse_by_gap(errors))  # sets tally's step
         if to_save and RANK == 0:
             nets.save_checkpoint(run.path, net=net, ema=run.ema, opt=opt, **run.saved, **tally)
             steps = cfg.nfe if cfg.stage == "pretrain" else 1

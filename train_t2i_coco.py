@@ -123,7 +123,7 @@ ABOUT = {"pretrain": "stage 1 of 4, pre-training: square errors fall, and the lo
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "sit", "random"                            # other values of --init are a FILE
-AS_DEFAULT = "plain vanilla xl"                       # values of mid, post ... that need no "value" in code
+AS_DEFAULT = "plain vanilla xl"                       # values of mid, post, loss that need no branch
 FILES = {"coco": "data/coco256-sd"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # fid reads by name Config, the tables above, MAY_CHANGE, data_name, and for --dry_run what main calls
@@ -378,7 +378,7 @@ def train(cfg):
         count(cfg, tally, mean, norm)                 # a skipped step lowers fp16's scale, ten end the run
         to_save = stop or done % cfg.save_every == 0 or done == cfg.steps
         if to_save or done % cfg.log_every == 0 or done == start + 1:
-            report(cfg, done, lr, tally, **nets.peak_memory(), **fid.mse_by_gap(errors))  # and sets tally
+            report(cfg, done, lr, tally, **nets.peak_memory(), **fid.mse_by_gap(errors))  # sets tally's step
         if to_save and RANK == 0:
             nets.save_checkpoint(run.path, net=net, ema=run.ema, opt=opt, **run.saved, **tally)
             drawn = "the digit above" if cfg.data == "digits" else "each tenth of the data"
@@ -477,7 +477,7 @@ def draw_sheets(cfg, found, images, encoder):
     for name, net, kinds, _ in found:
         for steps in kinds:
             sampler = make_sampler(cfg, net, steps, lambda some: text[[s % 10 for s in some]], null)
-            rows = [*zip(labels, fid.draw(sampler, seeds, cfg.batch_gpu or 64).cpu().split(8))]
+            rows = [*zip(labels, fid.draw_seeds(sampler, seeds, cfg.batch_gpu or 64).cpu().split(8))]
             path = f"{cfg.out}/samples_{name}_{steps}step.png"
             fid.save_captions(path, name, steps, rows, scores="; scores: results.md in this folder")
             shown.append((name, steps, torch.stack([row[0] for _, row in rows])))
@@ -1047,7 +1047,7 @@ def sample_captions(cfg):
                 sampler = make_sampler(cfg, net, steps, lambda part: text.expand(len(part), -1, -1), null)
                 fid.save_images(sampler, seeds, f"{folder}/{fid.slug(prompt)}_", batch)
                 if RANK == 0 and len(shown) < 64:
-                    shown.append((prompt, fid.draw(sampler, seeds[:8], batch)))
+                    shown.append((prompt, fid.draw_seeds(sampler, seeds[:8], batch)))
             sheet = f"{cfg.out}/samples_{name}_{steps}step_prompts.png"
             if RANK == 0:
                 fid.save_captions(sheet, name, steps, shown, [f"seed {k}" for k in seeds[:8]])

@@ -27,7 +27,7 @@ SHIPPED = {size: dict(nets.SIZES[size]) for size in ("ddpm++-8", "edm2-8")}
 for size in SHIPPED:                                   # narrow nets: what is tested is what scripts do, not what they reach
     nets.SIZES[size]["model_channels"] = 16
 nets.SIZES["ddpm++-8"]["channel_mult"] = (1,)
-draw, draw_in, save_curve, WIDE = fid.draw, fid.draw_in, fid.save_curve, fid.WIDE
+draw, draw_in, save_curve, WIDE = fid.draw_seeds, fid.draw_in, fid.save_curve, fid.WIDE
 TINY = "--data digits --samples 16 --trajectories 4 --nfe 4 --batch 16 --log_every 1".split()
 
 

@@ -739,7 +739,7 @@ def test_a_label_higher_than_its_images_makes_room(tmp_path):
 def test_stages_have_the_scores_once_the_table_has_them(tmp_path, monkeypatch):
     shown = [("teacher", 16, seeded(range(4))), ("mid", 1, seeded(range(4)))]
     row = {"stage": "mid, balanced labels", "1-step FID": "3.50 +- 0.1", "2-step FID": "-"}
-    assert fid.net_label("mid", 1, [row]) == "after mid-training\n1 step, FID 3.50 +- 0.1"
+    assert fid.net_label("mid", 1, [row]) == "mid-training alone\n1 step, FID 3.50 +- 0.1"
     assert fid.net_label("post", 2, [row]) == "after post-training\n2 steps"
     (tmp_path / "mid.pt").touch()
     monkeypatch.setattr(fid, "OUT", str(tmp_path))
@@ -796,7 +796,7 @@ def test_of_a_long_trajectory_nine_states_are_drawn_where_most_changes(tmp_path,
     assert [len(images) for _, images in rows] == [9] * 4 and header[1:] == ["noise\n1", *"0.88 0.75 0.62 0.5 0.38 0.25 0.12".split(), "the end\n0"]
     assert late[0][1][:, 0, 0, 0].tolist() == [*range(9)] and len(short[0][1]) == 8
     assert [label.split("\n")[0] for label, _ in (*late, *short)] == ["noise 1", "noise 2", "noise 1, class 7", "noise 2, class 7"]
-    assert rows[1][0] == "after mid-training,\nerror from noise 16.00"
+    assert rows[1][0] == "mid-training alone,\nerror from noise 16.00"
 
 
 def test_a_caption_says_where_post_training_made_a_score_worse(tmp_path, monkeypatch):
@@ -821,12 +821,11 @@ def test_a_caption_names_seed_and_sizes():
     assert fid.about(train_cmt_cifar.Config(seed=7), found) == words + "is a Mean Flow, which jumps, too."
 
 
-def test_a_table_in_a_line_says_where_post_training_made_it_worse():
-    rows = [{"stage": "teacher, balanced labels", "1-step FID": "99.0", "8-step FID": "2.0"}, {"stage": "mid", "1-step FID": "5.0"}]
-    assert fid.in_short(rows) == "FID in 1 step: after mid-training 5.0; teacher, 1 step: 99.0; teacher, 8 steps: 2.0 (lower is better)" and not fid.in_short(rows[:1])
-    for score, how in ("4.0", "falls"), ("5.1", "hardly moves,"), ("6.0 +- 1.0, min 5.0", "rises"):
-        words = f"FID in 1 step {how} from 5.0 after mid-training to {score} after post-training; teacher, 1 step: 99.0; teacher, 8 steps: 2.0 "
-        assert fid.in_short([*rows, {"stage": "post", "1-step FID": score}]).startswith(words)
+def test_a_table_in_a_line_has_every_net_by_its_steps():
+    rows = [{"stage": "teacher, balanced labels", "1-step FID": "99.0", "8-step FID": "2.0"}, {"stage": "mid", "1-step FID": "5.0", "2-step FID": "-"},
+            {"stage": "post", "1-step FID": "6.0 +- 1.0, min 5.0", "2-step FID": "3.0"}]
+    line = "FID, lower is better, in 1 step: teacher 99.0, mid-training alone 5.0, after post-training 6.0 +- 1.0, min 5.0; "
+    assert fid.in_short(rows) == line + "in 2 steps: after post-training 3.0; in 8 steps: teacher 2.0" and not fid.in_short([{"stage": "mid"}])
 
 
 def test_a_colour_means_one_thing_in_every_chart():
@@ -865,9 +864,9 @@ def test_every_stage_has_an_axis_of_its_own(tmp_path, monkeypatch):
     assert "lower is better" not in drawn["caption"]
     scores = {"stage": "teacher, balanced labels", "8-step FID": "2.00"}, {"stage": "mid", "1-step FID": "5.00 +- 1.00, min 4.00"}, {"stage": "post", "1-step FID": "-"}
     save_curve(cfg, scores)
-    scored = "FID in 1 step: after mid-training 5.00 +- 1.00, min 4.00"
+    scored = "FID, lower is better, in 1 step: mid-training alone 5.00 +- 1.00, min 4.00"
     assert drawn["caption"].startswith(f"Mid-training's loss hardly moves, from 1 to 1. {scored}\n")
-    assert drawn["caption"].endswith(f"\n{scored}; teacher, 8 steps: 2.00 (lower is better); 50,000 samples each.")
+    assert drawn["caption"].endswith(f"\n{scored}; in 8 steps: teacher 2.00; 50,000 samples each.")
 
 
 def test_slow_samplers_draw_fewer_images():
@@ -905,7 +904,7 @@ def test_tables_are_markdown():
 
 def test_images_are_drawn_in_batches():
     sizes = []
-    x = fid.draw(lambda seeds: sizes.append(len(seeds)) or seeded(seeds), range(10), batch=4)
+    x = fid.draw_seeds(lambda seeds: sizes.append(len(seeds)) or seeded(seeds), range(10), batch=4)
     assert sizes == [4, 4, 2] and torch.equal(x, seeded(range(10)))
 
 

@@ -107,7 +107,7 @@ def test_the_teacher_runs_in_the_precision_of_the_student(road, monkeypatch):
 def test_student_of_post_starts_from_the_ema_of_mid(road, tmp_path):
     cfg = script.parse([*TINY, "--stage", "post", "--out", str(road), "--steps", "3"])
     ema = torch.load(road / "mid.pt", weights_only=True)["ema"]
-    state, _, what = script.first_weights(cfg, None)
+    state, _, what = script.first_weights(cfg, None, {})
     assert all(torch.equal(v, ema[k]) for k, v in state.items()) and what.endswith("mid.pt")
 
 
@@ -393,7 +393,7 @@ def test_a_line_behind_one_that_a_kill_has_cut_is_not_lost(tmp_path):
 
 def test_post_starts_from_init_file_where_it_is_named(road):
     cfg = script.parse([*TINY, "--stage", "post", "--out", str(road), "--init", str(road / "pretrain.pt")])
-    state, _, what = script.first_weights(cfg, None)
+    state, _, what = script.first_weights(cfg, None, {})
     ema = nets.load_checkpoint(str(road / "pretrain.pt"))["ema"]
     assert what.endswith("pretrain.pt") and state.keys() == ema.keys() and all(torch.equal(state[k], ema[k]) for k in ema)
 

@@ -1281,13 +1281,12 @@ def moves(was, now):
 
 
 def in_short(table):
-    """A table of scores in a line: of every number of steps each net; "" without scores."""
+    """A table of scores in a line: every net in one step, the teacher in its many; "" without scores."""
     scores = scores_of(table)
     measure = next((key.partition("-step ")[2] for row in table for key in row if "-step F" in key), "")
-    parts = [f"in {k} step{'s' * (k != '1')}: "
-             + ", ".join(f"{called(name)} {found[k]}" for name, found in scores.items() if k in found)
-             for k in sorted({k for found in scores.values() for k in found}, key=int)]
-    return f"{measure}, lower is better, {'; '.join(parts)}" if parts else ""
+    ones = ", ".join(f"{called(name)} {found['1']}" for name, found in scores.items() if "1" in found)
+    many = [f"; teacher in {k} steps: {y}" for k, y in scores.get("teacher", {}).items() if k not in "12"]
+    return f"{measure}, lower is better, in one step: {ones}{''.join(many)}" if ones else ""
 
 
 def fallen(table):

@@ -821,11 +821,11 @@ def test_a_caption_names_seed_and_sizes():
     assert fid.about(train_cmt_cifar.Config(seed=7), found) == words + "is a Mean Flow, which jumps, too."
 
 
-def test_a_table_in_a_line_has_every_net_by_its_steps():
+def test_a_table_in_a_line_has_every_net_in_one_step():
     rows = [{"stage": "teacher, balanced labels", "1-step FID": "99.0", "8-step FID": "2.0"}, {"stage": "mid", "1-step FID": "5.0", "2-step FID": "-"},
             {"stage": "post", "1-step FID": "6.0 +- 1.0, min 5.0", "2-step FID": "3.0"}]
-    line = "FID, lower is better, in 1 step: teacher 99.0, mid-training alone 5.0, after post-training 6.0 +- 1.0, min 5.0; "
-    assert fid.in_short(rows) == line + "in 2 steps: after post-training 3.0; in 8 steps: teacher 2.0" and not fid.in_short([{"stage": "mid"}])
+    line = "FID, lower is better, in one step: teacher 99.0, mid-training alone 5.0, after post-training 6.0 +- 1.0, min 5.0; teacher in 8 steps: 2.0"
+    assert fid.in_short(rows) == line and not fid.in_short([{"stage": "mid"}])
 
 
 def test_a_colour_means_one_thing_in_every_chart():
@@ -864,9 +864,9 @@ def test_every_stage_has_an_axis_of_its_own(tmp_path, monkeypatch):
     assert "lower is better" not in drawn["caption"]
     scores = {"stage": "teacher, balanced labels", "8-step FID": "2.00"}, {"stage": "mid", "1-step FID": "5.00 +- 1.00, min 4.00"}, {"stage": "post", "1-step FID": "-"}
     save_curve(cfg, scores)
-    scored = "FID, lower is better, in 1 step: mid-training alone 5.00 +- 1.00, min 4.00"
+    scored = "FID, lower is better, in one step: mid-training alone 5.00 +- 1.00, min 4.00"
     assert drawn["caption"].startswith(f"Mid-training's loss hardly moves, from 1 to 1. {scored}\n")
-    assert drawn["caption"].endswith(f"\n{scored}; in 8 steps: teacher 2.00; 50,000 samples each.")
+    assert drawn["caption"].endswith(f"\n{scored}; teacher in 8 steps: 2.00; 50,000 samples each.")
 
 
 def test_slow_samplers_draw_fewer_images():

@@ -2073,7 +2073,7 @@ def report(cfg, done, lr, tally, **more):
     PACE[:] = PACE or [tally["seconds"], done]
     loss_of = f"loss {loss:.5f}" + " of one batch" * (n == 1 < cfg.log_every)
     log(f"{cfg.stage} {done:6d}/{cfg.steps} {done / cfg.steps:4.0%} | {loss_of} | {given}"
-        f"grad {norm:.3g} | lr {lr:.2e} | {rate:.0f} images/s{time_left}",
+        f"grad {norm:.3g} | lr {lr:.2e} | {rate:.{0 if rate > 9 else 2}f} images/s{time_left}",
         stage=cfg.stage, step=done, images=images, loss=loss, grad=norm, skipped=tally["skipped"], lr=lr,
         images_per_second=rate, seconds=tally["seconds"], mean_of=n, **more)
 
@@ -2274,7 +2274,7 @@ def say_changed(found, stamp):
     """A line for each net that was trained on other images than those it is scored against, of this stamp."""
     for name, *_, ckpt in found:
         if ckpt and not ckpt["data"].startswith((stamp, "none")):
-            say(f"warning: --data has changed since {name} was trained; it is scored against what is there")
+            say(f"warning: --data has changed since {name} was trained; it is compared with what is there")
 
 
 def save_samples(cfg, found, make_sampler):

@@ -646,14 +646,15 @@ def evaluate(cfg):
     found, rows = candidates(cfg), []
     log(ABOUT["eval"])
     stages = draw_sheets(cfg, found) if RANK == 0 else ()
+    if cfg.data not in FILES:
+        images = load_data(cfg)
+        fid.say_changed(found, fid.stamp(images))
     if data_name(cfg) == "own" and fid.from_first(partial(fid.prefetch, cfg.data, False)):
         return log(f"eval: not scored; open stages.png, trajectory.png, curve.png in {cfg.out}")
     features = (fid.DigitsNet() if cfg.data == "digits" else fid.load_inception()).to(DEVICE)
     if cfg.data in FILES:
         reference = fid.load_reference(cfg.data)
     else:
-        images = load_data(cfg)
-        fid.say_changed(found, fid.stamp(images))
         reference = fid.measure(features, images[RANK::WORLD].split(250), DEVICE, f"of --data {cfg.data}")
     for name, net, kinds, ckpt in found:
         rows.append(dict(stage=name, **nets.cost(ckpt)))

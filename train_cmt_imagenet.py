@@ -77,7 +77,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     mid_sigma: float = 1.526    # second noise level of 2-step sampling (ECT)
     sampler: Literal["dpmpp", "heun"] = "dpmpp"          # of the teacher: nfe steps; heun: 32 steps, 63 calls
     labels: Literal["random", "balanced"] = "random"     # of samples: drawn by seed, or seed % classes
-    seeds: str = "0-63"         # sample: one image per seed, FIRST-LAST or FIRST-LAST:STEP
+    seeds: str = "0-63"         # sample: FIRST-LAST[:STEP]; 7-997:10 of balanced labels: class 7
     samples: int = 50_000       # eval: images per score
     repeat: int = 1             # eval: scores with fresh seeds, reported as mean, deviation and minimum
     vae: str = ""               # 512: encode, decode: NAME, FOLDER; "" = the data's, else ft-mse (EDM2)

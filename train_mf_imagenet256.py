@@ -81,7 +81,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
 
     nfe: int = 8                # steps of the third score; 1 and 2 are the others
     labels: Literal["both", "random", "balanced"] = "both"    # of samples: drawn by seed, or seed % classes
-    seeds: str = "0-63"         # sample: one image per seed, FIRST-LAST or FIRST-LAST:STEP
+    seeds: str = "0-63"         # sample: FIRST-LAST[:STEP]; 7-997:10 of balanced labels: class 7
     samples: int = 50_000       # eval: images per score
     repeat: int = 1             # eval: scores with fresh seeds, reported as mean, deviation and minimum
     vae: str = ""               # encode, decode: NAME, FOLDER; "" = the data's, else sd-vae-ft-mse (MF)
@@ -357,7 +357,7 @@ def train(cfg):
         level, guided = more                          # t on the device; which samples guidance changes
         if cfg.stage == "pretrain":
             return loss_mf(flow, z, target, t, r, y, guided, cfg)[:2]
-        if run.teacher:                               # its answer is guided already
+        if cfg.post == "teacher":                     # whose answer is guided already
             target = teacher_velocity(cfg, run.teacher, z, level, y, guided)
             guided = torch.zeros_like(guided)
         return loss_mf(flow, z, target, t, r, y, guided, cfg)[:2]

@@ -422,7 +422,7 @@ def photos(args, device):
             one[row] = found[row == "teacher"]                           # the teacher: in its many steps
             print(f"| {row} | {seed} | {' / '.join(found)} | {state['seconds']:.0f} |", flush=True)
             with_it, without, many = (one.get(k, "-") for k in ("CMT + ECT", "ECT, annealed", "teacher"))
-            caption = ("Does mid-training by pixels help on photos? FD-photos in 1 step, lower is better: "
+            caption = ("Does mid-training by pixels help on photos? FD-photos in one step, lower is better: "
                        f"{with_it} with it, {without} without; teacher, {cfg.nfe} steps: {many}\n"
                        "A column: one noise for all nets; a second step may change the image.\n"
                        f"FD-photos: Frechet distance of {n:,} images to the real ones, by features of a "
@@ -436,11 +436,11 @@ def photos(args, device):
 
 FM = "--pretrain fm --weak SIZE --init sit"           # SIZE: --size, of student and flow-matching teacher
 CAPTION = ("Does mid-training help Mean Flow on photos ({})? In one step: {:.2f} with it, {:.2f} the best "
-           "without; in two: {:.2f}, {:.2f}\n"
+           "without; in two: {:.2f} with it, {:.2f} without\n"
            "FD-photos (Frechet distance to {} at 16x16, by features of a small net; {} against the other) "
-           "against CPU seconds, the teacher's included. CMT: mid-training by a small teacher, then training "
-           "on photos. The others train on photos alone: from random weights or a flow-matching net. A dot "
-           "each 150 steps and where a stage ends; compare the last ones, whose seconds differ.")
+           "against CPU seconds, those of the net that a road begins from included. CMT: mid-training by a "
+           "small teacher, then training on photos. The others train on photos alone: from random weights or "
+           "a flow-matching net. A dot each 150 steps and where a stage ends; compare the last ones.")
 ROADS = {  # road: the road whose teacher it goes on from, its calls, laid over the settings of digits
     "flow matching": ("", ["--stage pretrain --pretrain fm --weak SIZE --steps 320"]),
     "weak Mean Flow": ("", ["--stage pretrain --weak 2x64x3 --steps 800"]),

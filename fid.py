@@ -22,7 +22,8 @@
                             save_captions, save_classes, save_results             results.md
   command line              this:
 
-  python fid.py A B                              images or statistics as above, or a name such as cifar10
+  python fid.py A B                              folders, .zip, .npz or .png of images, .npz
+                                                 of statistics, or a name such as cifar10
   python fid.py --save stats.npz A               statistics of A, for later
   python fid.py --features digits A B            FD-digits; the default when A or B is a .png sheet of digits
   torchrun --nproc_per_node=8 fid.py A B         each process takes every 8th image; same number
@@ -1170,7 +1171,8 @@ def plain(text):
 def boxed(text, wide, font):
     """(text in lines of so many pixels or fewer, its width, its height): nothing is cut."""
     lines = []
-    for part in plain(text).replace(" %", "\0%").replace(" +- ", "\0+-\0").split("\n"):   # \0: no break
+    text = plain(text).replace(" %", "\0%").replace(" +- ", "\0+-\0").replace("mid- and ", "mid-\0and\0")
+    for part in text.split("\n"):
         fit = int(1.1 * wide * len(part) / (font.getlength(part) or 1)) + 9
         for letters in range(min(len(part) + 1, fit), 0, -1):
             some = textwrap.wrap(part.strip(), letters, break_on_hyphens=False) or [""]
@@ -1290,11 +1292,12 @@ def in_short(table):
 
 
 def fallen(table):
-    """Of a table of scores: a sentence for each stage that scores worse than the one before it."""
+    """Of a table of scores: a sentence for each stage that scores worse, by a tenth, than the one before."""
     text, scores = "", scores_of(table)
     for before, after in ("teacher", "mid"), ("mid", "post"):
         was, now = scores.get(before, {}), scores.get(after, {})
-        if worse := [k for k in now if k in was and float(now[k].split()[0]) > float(was[k].split()[0])]:
+        pairs = {k: [float(net[k].split()[0]) for net in (was, now)] for k in now if k in was}
+        if worse := [k for k, pair in pairs.items() if moves(*pair) == "rises"]:
             text += (f" Here {STAGES[after]} scores worse than {STAGES.get(before, 'its teacher')} in "
                      f"{' and '.join(worse)} step{'s' * (worse != ['1'])}.")
     return text
@@ -1321,8 +1324,8 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
         columns = torch.stack([x.cpu() for *_, x in shown], 1)
         rows, header, line, breaks = [*zip(names, columns)], [what, *labels], "row", ()
     title, _, words = words.rpartition("\n")
-    caption = (f"{title or in_short(table) or 'The same noises, drawn by every net'}\n"
-               f"A {line}: one noise for all nets{again}.{fallen(table)}\n"
+    title = title or f"{in_short(table)}.{fallen(table)}".strip(". ") or "The same noises, drawn by every net"
+    caption = (f"{title}\nA {line}: one noise for all nets{again}.\n"
                "Mid-training: a student learns the ends of the teacher's trajectories; post-training: it "
                "learns from images.")
     caption += (" Whether mid-training helps is not seen here; README (Does mid-training help?) compares."
@@ -1366,7 +1369,8 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=()):
         rows.append((f"{name}\nstates of the teacher", show((states / wide)[:, j])))          # at unit scale
         for net, x in answers.items():
             rows.append((f"{called(net)},\nerror from noise {errors[net][j]:.2f}", show(x[:, j])))
-    caption = (f"Distance to the teacher's end after one call from noise: {', '.join(means.values())}\n"
+    caption = (f"Distance to the teacher's end after one call from noise (another end: {apart:.2f}): "
+               f"{', '.join(means.values())}\n"
                f"The teacher walks in {n - 1} steps, as for mid-training, from noise, left, to its end, "
                "right. Below: where each net gets from there in one call"
                + ("; mid-training trains every image of its row to be that end" if levels.max() > 1 else
@@ -2216,7 +2220,7 @@ def save_curve(cfg, table=()):
         stage, error = STAGES[m["stage"]], m.get("mse_gap1", m.get("mse_same"))    # same: t = r, a flow's
         y, title = m["loss"], "loss"
         if error is not None:
-            to = "the teacher's velocities" if m["stage"] == "mid" else "noise - image"
+            to = "the teacher's velocities" if m["stage"] == "mid" else "(noise minus image)"
             gap = "t - r up to 1/4" if "mse_gap1" in m else "t = r"
             drawn, y, title = "square error", error, f"square error to {to}, {gap}"
         _, losses, norms = stages.setdefault(stage, (title, [], []))
@@ -2231,8 +2235,8 @@ def save_curve(cfg, table=()):
     lines = [f"{stage[0].upper()}{stage[1:]}: {drawn} {told(losses)}, gradient norm {told(norms)}."
              for stage, (_, losses, norms) in stages.items()]
     mid, scores = stages.get(STAGES["mid"]), in_short(table)
-    heading = f"Mid-training's {drawn} {told(mid[1])}" if mid else f"The {drawn} and gradient of each stage"
-    heading += f". {scores.partition(';')[0]}" * bool(scores)
+    heading = f"{scores.partition(';')[0]}. " * bool(scores)
+    heading += f"Mid-training's {drawn} {told(mid[1])}" if mid else f"The {drawn} and gradient of each stage"
     save_chart(f"{cfg.out}/curve.png", panels, f"{heading}\n"
                "A stage has a loss and scales of its own, log scales, against the images it trained on; in "
                "mid-training these are pairs of the teacher."

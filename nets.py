@@ -1,25 +1,25 @@
 """Networks: what the scripts train, learn from and measure distance with. No losses, no loops.
 
   what                          of                            source
+  SIZES, make, fitting          constructor arguments         one row per model of the paper, and the digits
   EDMPrecond, SongUNet          D(x, sigma)                   DDPM++ of Score-SDE, preconditioned as in EDM
+  dropout_masks                 masks by place in the batch   one result for any number of processes
   EDM2Precond, EDM2UNet         D(x, sigma, y)                EDM2, normalised weights
   hoist, freeze                 its weights normalised once   EDM2 Eq. 47, 66: per step, for good
+  PixelDistance                 squared, pseudo-Huber         ECT
+  VGG                           distance of latents, digits   CMT App. B.5: trained on the data's own labels
+  LPIPS                         distance of images in [-1, 1] VGG-16 and the linear heads of the lpips package
+  ELatentLPIPS                  distance of latents           CMT App. B.5: VGG-16 with GroupNorm
+  load_pretrained, load_weights other people's checkpoints    read without running what the file holds
+  fetch                         downloads                     checked, then renamed into the cache
   DiT                           v or u(x, t, r, y)            DiT, SiT with REPA's projector, Mean Flow
   MMDiT                         v or u(x, t, text, r)         MM-DiT of SD3 in the size of REPA
   derivative                    du/dt of Mean Flow            two products a linear layer
   load_flow, dit_shape          their official checkpoints    SiT, REPA, Mean Flow: turned to one clock
-  LPIPS                         distance of images in [-1, 1] VGG-16 and the linear heads of the lpips package
-  VGG                           distance of latents, digits   CMT App. B.5: trained on the data's own labels
-  ELatentLPIPS                  distance of latents           CMT App. B.5: VGG-16 with GroupNorm
-  PixelDistance                 squared, pseudo-Huber         ECT
-  load_pretrained, load_weights other people's checkpoints    read without running what the file holds
-  fetch                         downloads                     checked, then renamed into the cache
   sd_vae, CLIPText, dinov2      encoders of images, captions  diffusers and transformers, imported when called
   save_checkpoint, restore,     our own files, .safetensors   whole after a kill at any moment
   load_checkpoint, finished,
   flatten, stamp, cost
-  dropout_masks                 masks by place in the batch   one result for any number of processes
-  SIZES, make, fitting          constructor arguments         one row per model of the paper, and the digits
 
 Parameter names are the official ones, so that official checkpoints load by name. D_x is what EDM calls the
 denoised image; sigma is a noise level per sample, (B,); images are (B, C, H, W) in [-1, 1].

@@ -31,7 +31,7 @@ import torch.distributed as dist
 import fid                      # the score, and what all runs share: flags, log, files, pictures
 import nets                     # networks, their weights, distances
 import solvers                  # trajectories, few-step samplers, seeds
-from fid import agree, announce, count, fail, log, report, same_data
+from fid import agree, announce, count, fail, log, report, same_data      # announce: a log with the next log
 from solvers import fold, randn
 
 
@@ -116,7 +116,7 @@ ABOUT = {"pretrain": "stage 1 of 4, pre-training: the loss soon falls slowly, im
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "teacher", "random"                        # other values of --init are a FILE
-AS_DEFAULT = ""                                       # values of mid, post, loss that need no branch
+AS_DEFAULT = ""                                       # for fid: values of mid, post, loss without a branch
 FILES = {"cifar10": "data/cifar-10-python.tar.gz",
          "ffhq": "data/ffhq-64x64.zip", "afhqv2": "data/afhqv2-64x64.zip"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -222,7 +222,7 @@ def slow_pairs(cfg, teacher, images, g):
     x_0 = torch.stack([teacher_solver(teacher, x_t[i], sigmas[i:])[-1] for i in range(used)])
     x_t, x_0 = gather(x_t).flatten(0, 1), gather(x_0).flatten(0, 1)
     order = torch.randperm(used * n, generator=g, device=g.device)
-    return x_t[order], levels.repeat_interleave(n)[order], order, x_0
+    return x_t[order], levels.repeat_interleave(n)[order], order, x_0          # each has its own end
 
 
 # ---- train ------------------------------------------------------------------------------------
@@ -625,7 +625,7 @@ def model_size(cfg, images):
 # ---- main -------------------------------------------------------------------------------------
 def candidates(cfg):
     """What to sample from: (name, net, {steps: kind of sampler}, checkpoint); --init FILE: it alone."""
-    found, few = [], {1: 1, 2: 2}                     # its steps: the kind that make_sampler takes
+    found, few = [], {1: 1, 2: 2}                     # steps of a row: how make_sampler draws it
     if cfg.init not in INITS:
         state, model = nets.load_pretrained(cfg.init)
         name = "init_" + os.path.basename(cfg.init).split(".")[0]

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 import fid                      # the score, and what all runs share: flags, log, files, pictures
 import nets                     # networks, their weights, distances
 import solvers                  # trajectories, few-step samplers, seeds
-from fid import agree, announce, count, fail, log, report, same_data
+from fid import agree, announce, count, fail, log, report, same_data      # announce: a log with the next log
 from solvers import fold, randn
 
 
@@ -131,7 +131,7 @@ ABOUT = {"pretrain": "stage 1 of 5, pre-training (EDM2): the loss falls while th
          "eval": "stage 5 of 5, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "teacher", "random"                        # other values of --init are a FILE
-AS_DEFAULT = ""                                       # values of mid, post, loss that need no branch
+AS_DEFAULT = ""                                       # for fid: values of mid, post, loss without a branch
 FILES = {"imagenet64": "data/imagenet64.zip", "imagenet512": "data/imagenet512-sd.zip"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # fid reads by name Config, the tables above, MAY_CHANGE, data_name, and for --dry_run what main calls
@@ -287,10 +287,10 @@ def train(cfg):
     @lru_cache(1)                                     # kept: it feeds several steps; resumed, solved anew
     def solve(number):
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", number))
-        *pairs, x_0 = teacher_pairs(cfg, run.teacher, classes, shape, g)
+        y, x_t, t, owner, x_0 = teacher_pairs(cfg, run.teacher, classes, shape, g)
         if cfg.ensemble == "none":
-            return fid.check_pairs(pairs, per_solve), run.distance.features(x_0)  # once per end, not per pair
-        return (*fid.check_pairs(pairs, per_solve), *run.distance.draw(pairs[1], g).values()), [x_0]   # views
+            return fid.check_pairs((y, x_t, t, owner), per_solve), run.distance.features(x_0)  # once per end
+        return (*fid.check_pairs((y, x_t, t, owner), per_solve), *run.distance.draw(x_t, g).values()), [x_0]
 
     def batch_of(step):                               # mid: (y, x_t, t, owner, *views), target; else as below
         if cfg.stage == "mid":
@@ -865,7 +865,7 @@ def model_size(cfg, images):
 # ---- main -------------------------------------------------------------------------------------
 def candidates(cfg):
     """What to sample from: (name, net, {steps: kind of sampler}, checkpoint); --init FILE: it alone."""
-    found, few = [], {1: 1, 2: 2}                     # its steps: the kind that make_sampler takes
+    found, few = [], {1: 1, 2: 2}                     # steps of a row: how make_sampler draws it
     if cfg.init not in INITS:
         state, model = nets.load_pretrained(cfg.init)
         name = "init_" + os.path.basename(cfg.init).split(".")[0]

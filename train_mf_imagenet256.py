@@ -37,7 +37,7 @@ import torch.distributed as dist
 import fid                      # the score, and what all runs share: flags, log, files, pictures
 import nets                     # networks, their weights, distances
 import solvers                  # trajectories, few-step samplers, seeds
-from fid import agree, announce, count, fail, log, report, same_data
+from fid import agree, announce, count, fail, log, report, same_data      # announce: a log with the next log
 from solvers import fold, randn
 
 
@@ -120,7 +120,7 @@ ABOUT = {"pretrain": "stage 1 of 4, pre-training: square errors fall; the loss s
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "sit", "random"                            # other values of --init are a FILE
-AS_DEFAULT = "vanilla"                                # values of mid, post, loss that need no branch
+AS_DEFAULT = "vanilla"                                # for fid: values of mid, post, loss without a branch
 FILES = {"imagenet": "data/imagenet256-sd"}
 REFERENCE = {"imagenet": "imagenet256"}               # scored by ADM's statistics, others by their own
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}

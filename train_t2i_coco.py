@@ -40,7 +40,7 @@ import torch.nn.functional as F
 import fid                      # the score, and what all runs share: flags, log, files, pictures
 import nets                     # networks, their weights, distances
 import solvers                  # trajectories, few-step samplers, seeds
-from fid import agree, announce, count, fail, log, report, same_data
+from fid import agree, announce, count, fail, log, report, same_data      # announce: a log with the next log
 from solvers import fold, randn
 
 
@@ -123,7 +123,7 @@ ABOUT = {"pretrain": "stage 1 of 4, pre-training: square errors fall, and the lo
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "sit", "random"                            # other values of --init are a FILE
-AS_DEFAULT = "plain vanilla xl"                       # values of mid, post, loss that need no branch
+AS_DEFAULT = "plain vanilla xl"                       # for fid: values of mid, post, loss without a branch
 FILES = {"coco": "data/coco256-sd"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # fid reads by name Config, the tables above, MAY_CHANGE, data_name, and for --dry_run what main calls

@@ -804,12 +804,12 @@ def test_a_caption_says_where_post_training_made_a_score_worse(tmp_path, monkeyp
     monkeypatch.setattr(fid, "save_sheet", lambda path, rows, caption, *more: said.append(caption))
     shown = [(name, steps, seeded(range(12))) for name in ("mid", "post") for steps in (1, 2)]
     rows = [{"stage": "mid", "1-step FD-digits": "1.50 +- 0.1", "2-step FD-digits": "0.90"}]
-    for first, second in (("1.60", "0.80"), ("1.40", "0.80"), ("1.60", "0.95")):
+    for first, second in (("1.80", "0.80"), ("1.60", "0.80"), ("1.80", "1.05")):
         fid.save_stages(str(tmp_path), shown, (), "", [*rows, {"stage": "post", "1-step FD-digits": first, "2-step FD-digits": second}])
-    assert ["than mid-training in 1 step." in said[0], "worse" in said[1], "in 1 and 2 steps." in said[2]] == [True, False, True]
+    assert ["than mid-training in 1 step\n" in said[0], "worse" in said[1], "in 1 and 2 steps\n" in said[2]] == [True, False, True]
     rows = [{"stage": f"{name}, balanced labels", "8-step FD-digits": score} for name, score in (("teacher", "2.32"), ("mid", "3.46"), ("post", "0.95"))]
     fid.save_stages(str(tmp_path), shown, (), "", rows)
-    assert "Here mid-training scores worse than its teacher in 8 steps." in said[3] and "than mid-training" not in said[3]
+    assert said[3].startswith("Here mid-training scores worse than its teacher in 8 steps\n") and "than mid-training" not in said[3]
 
 
 def test_a_caption_names_seed_and_sizes():
@@ -865,7 +865,7 @@ def test_every_stage_has_an_axis_of_its_own(tmp_path, monkeypatch):
     scores = {"stage": "teacher, balanced labels", "8-step FID": "2.00"}, {"stage": "mid", "1-step FID": "5.00 +- 1.00, min 4.00"}, {"stage": "post", "1-step FID": "-"}
     save_curve(cfg, scores)
     scored = "FID, lower is better, in one step: mid-training alone 5.00 +- 1.00, min 4.00"
-    assert drawn["caption"].startswith(f"Mid-training's loss hardly moves, from 1 to 1. {scored}\n")
+    assert drawn["caption"].startswith(f"{scored}. Mid-training's loss hardly moves, from 1 to 1\n")
     assert drawn["caption"].endswith(f"\n{scored}; teacher in 8 steps: 2.00; 50,000 samples each.")
 
 

@@ -1170,8 +1170,9 @@ def plain(text):
 
 def boxed(text, wide, font):
     """(text in lines of so many pixels or fewer, its width, its height): nothing is cut."""
-    lines = []
-    text = plain(text).replace(" %", "\0%").replace(" +- ", "\0+-\0").replace("mid- and ", "mid-\0and\0")
+    lines, text = [], plain(text)
+    for whole in (" %", " +- ", " - ", "mid- and "):                                        # no break inside
+        text = text.replace(whole, whole.replace(" ", "\0"))
     for part in text.split("\n"):
         fit = int(1.1 * wide * len(part) / (font.getlength(part) or 1)) + 9
         for letters in range(min(len(part) + 1, fit), 0, -1):

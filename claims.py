@@ -215,7 +215,7 @@ def plot(args, device):
         name = run + "".join(f", {m['metric']} {m['values'][0]:.2f}" for m in ones[-1:])    # its last net
         for m in steps:
             for key in fid.CURVES:
-                panel = panels.setdefault(f"{fid.STAGES[m['stage']]}: {fid.CURVES[key]}", {})
+                panel = panels.setdefault(f"{fid.SPOKEN[m['stage']]}: {fid.CURVES[key]}", {})
                 panel.setdefault(name, []).append((m["images"], m.get(key, 0)))
     os.makedirs(args.out, exist_ok=True)
     fid.save_chart(f"{args.out}/plot.png", panels,

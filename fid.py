@@ -1150,7 +1150,7 @@ def read_record(file, when):
 
 # ---- pictures with words -----------------------------------------------------------------------
 NAMES = dict(teacher="teacher", mid="mid-training alone", post="after post-training")
-STAGES = dict(mid="mid-training", post="post-training", pretrain="pre-training", vgg="VGG")
+SPOKEN = dict(mid="mid-training", post="post-training", pretrain="pre-training", vgg="VGG")
 WIDE = 1_800                                             # pixels of a sheet
 INKS = {"alone|scratch": "#c0392b", "flow": "#8e44ad", "mid|CMT": "#1f5fbf", "teacher|pre-": "#2e8b57",
         "post": "#d98a00", "VGG": "#555555"}             # what a name speaks of: its colour in every chart
@@ -1299,7 +1299,7 @@ def fallen(table):
         was, now = scores.get(before, {}), scores.get(after, {})
         pairs = {k: [float(net[k].split()[0]) for net in (was, now)] for k in now if k in was}
         if worse := [k for k, pair in pairs.items() if moves(*pair) == "rises"]:
-            text += (f" Here {STAGES[after]} scores worse than {STAGES.get(before, 'its teacher')} in "
+            text += (f" Here {SPOKEN[after]} scores worse than {SPOKEN.get(before, 'its teacher')} in "
                      f"{' and '.join(worse)} step{'s' * (worse != ['1'])}.")
     return text
 
@@ -1364,7 +1364,7 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=()):
     means = {net: f"{called(net)} {sum(e) / len(e):.2f}" for net, e in errors.items()}
     if "mid" in errors:                                          # beside the teacher, which comes first
         near = [after < before for before, after in zip(next(iter(errors.values())), errors["mid"])]
-        means["mid"] += f" (nearer for {sum(near)} of {len(near)} noises)"
+        means["mid"] += f" (nearer than the teacher for {sum(near)} of {len(near)})"
     for j in range(min(2, states.shape[1])):
         name = f"noise {j + 1}, {names[j % len(names)]}" if names else f"noise {j + 1}"
         rows.append((f"{name}\nstates of the teacher", show((states / wide)[:, j])))          # at unit scale
@@ -2218,7 +2218,7 @@ def save_curve(cfg, table=()):
     """
     stages, drawn = {}, "loss"
     for m in read_steps(cfg.out):
-        stage, error = STAGES[m["stage"]], m.get("mse_gap1", m.get("mse_same"))    # same: t = r, a flow's
+        stage, error = SPOKEN[m["stage"]], m.get("mse_gap1", m.get("mse_same"))    # same: t = r, a flow's
         y, title = m["loss"], "loss"
         if error is not None:
             to = "the teacher's velocities" if m["stage"] == "mid" else "(noise minus image)"
@@ -2235,7 +2235,7 @@ def save_curve(cfg, table=()):
         return f"is {now:.3g}" if len(points) < 3 else f"{moves(was, now)} from {was:.3g} to {now:.3g}"
     lines = [f"{stage[0].upper()}{stage[1:]}: {drawn} {told(losses)}, gradient norm {told(norms)}."
              for stage, (_, losses, norms) in stages.items()]
-    mid, scores = stages.get(STAGES["mid"]), in_short(table)
+    mid, scores = stages.get(SPOKEN["mid"]), in_short(table)
     heading = f"{scores.partition(';')[0]}. " * bool(scores)
     heading += f"Mid-training's {drawn} {told(mid[1])}" if mid else f"The {drawn} and gradient of each stage"
     save_chart(f"{cfg.out}/curve.png", panels, f"{heading}\n"
@@ -2260,7 +2260,7 @@ def save_preview(cfg, tally, stop, sampler, drawn=""):
         header = ["class" if "class" in drawn else "digit", *map(str, range(10))]
         header = header if drawn and cfg.data == "digits" else ()
         save_seeds(f"{cfg.out}/previews/{cfg.stage}_{done:07d}.png", images, range(60),
-                   f"{STAGES[cfg.stage].capitalize()}, after {done:,} of {cfg.steps:,} steps of training\n"
+                   f"{SPOKEN[cfg.stage].capitalize()}, after {done:,} of {cfg.steps:,} steps of training\n"
                    f"By the averaged weights, {how}, from the same noises in every preview{drawn}.",
                    header, 10 if drawn else 12)
     tally["clock"] = time.time()                             # saving is no training

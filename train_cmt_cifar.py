@@ -116,7 +116,7 @@ ABOUT = {"pretrain": "stage 1 of 4, pre-training: the loss soon falls slowly, im
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "teacher", "random"                        # other values of --init are a FILE
-AS_DEFAULT = ""                                       # for fid: values of mid, post, loss without a branch
+AS_DEFAULT = ""                                       # fid.check_values looks in functions for all others
 FILES = {"cifar10": "data/cifar-10-python.tar.gz",
          "ffhq": "data/ffhq-64x64.zip", "afhqv2": "data/afhqv2-64x64.zip"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -233,7 +233,7 @@ def train(cfg):
     net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
     f = in_precision(cfg, net)
     shape = net.img_channels, net.img_resolution, net.img_resolution
-    share, micro = B // WORLD, cfg.batch_gpu or B // WORLD    # of the batch: a process's, a forward pass's
+    share, micro = B // WORLD, cfg.batch_gpu or B // WORLD    # rows of a process, of a forward pass
     mine = slice(RANK * share, (RANK + 1) * share)
     per_solve = math.prod(solve_size(cfg))            # pairs; no batch straddles two solves (check)
 
@@ -354,7 +354,7 @@ def prior(net, seeds):
 
 
 def make_sampler(cfg, net, kind):
-    """f(seeds) -> (B, C, H, W). kind: steps of a student, 1 or 2, or "teacher": by its solver."""
+    """f(seeds) -> (B, C, H, W). kind: 1 or 2 steps of a consistency model, or "teacher": its solver."""
     @torch.no_grad()
     def sampler(seeds):
         x_T, generators = prior(net, seeds)

@@ -131,7 +131,7 @@ ABOUT = {"pretrain": "stage 1 of 5, pre-training (EDM2): the loss falls while th
          "eval": "stage 5 of 5, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "teacher", "random"                        # other values of --init are a FILE
-AS_DEFAULT = ""                                       # for fid: values of mid, post, loss without a branch
+AS_DEFAULT = ""                                       # fid.check_values looks in functions for all others
 FILES = {"imagenet64": "data/imagenet64.zip", "imagenet512": "data/imagenet512-sd.zip"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # fid reads by name Config, the tables above, MAY_CHANGE, data_name, and for --dry_run what main calls
@@ -279,7 +279,7 @@ def train(cfg):
     net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
     model = run.saved["model"]                        # the VGG's, too, has the size of the data
     shape, classes = (model["img_channels"], *[model["img_resolution"]] * 2), model["label_dim"]
-    share, micro = B // WORLD, cfg.batch_gpu or B // WORLD    # of the batch: a process's, a forward pass's
+    share, micro = B // WORLD, cfg.batch_gpu or B // WORLD    # rows of a process, of a forward pass
     mine = slice(RANK * share, (RANK + 1) * share)
     per_solve = math.prod(solve_size(cfg))            # pairs; no batch straddles two solves (check)
     batches = fid.ahead(partial(read_batch, cfg, run.images), range(start, cfg.steps))     # step by step
@@ -426,7 +426,7 @@ def prior(net, seeds, labels):
 
 
 def make_sampler(cfg, net, kind):
-    """f(seeds) -> images (B, C, H, W). kind: steps of a student, 1 or 2, or "teacher": by solver, guided."""
+    """f(seeds) -> (B, C, H, W). kind: 1 or 2 steps of a consistency model, or "teacher": solved, guided."""
     D = autoguided(net, weak_model(cfg), cfg.w) if kind == "teacher" else net
 
     @torch.no_grad()

@@ -123,7 +123,7 @@ ABOUT = {"pretrain": "stage 1 of 4, pre-training: square errors fall, and the lo
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "sit", "random"                            # other values of --init are a FILE
-AS_DEFAULT = "plain vanilla xl"                       # for fid: values of mid, post, loss without a branch
+AS_DEFAULT = "plain vanilla xl"                       # fid.check_values looks in functions for all others
 FILES = {"coco": "data/coco256-sd"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # fid reads by name Config, the tables above, MAY_CHANGE, data_name, and for --dry_run what main calls
@@ -314,7 +314,7 @@ def train(cfg):
     images, shape = run.images, run.images.shape
     flow = flow_of(cfg, lambda z, t, r, text, repa: net(z, t, text, r, repa), run.null)    # r behind text
     errors = torch.zeros(2, 6, device=DEVICE)         # square errors and their number, by t - r; REPA's
-    share, micro = B // WORLD, cfg.batch_gpu or B // WORLD    # of the batch: a process's, a forward pass's
+    share, micro = B // WORLD, cfg.batch_gpu or B // WORLD    # rows of a process, of a forward pass
     mine = slice(RANK * share, (RANK + 1) * share)
     per_solve = math.prod(solve_size(cfg))            # pairs; no batch straddles two solves (check)
     batches = fid.ahead(partial(read_batch, cfg, images), range(start, cfg.steps))

@@ -830,7 +830,7 @@ def test_a_table_in_a_line_has_every_net_in_one_step():
 
 def test_a_colour_means_one_thing_in_every_chart():
     """Of a run, of two trainings beside each other, of Mean Flow's roads; names without a meaning take what is left."""
-    run = fid.colours_of([*fid.STAGES.values()])
+    run = fid.colours_of([*fid.SPOKEN.values()])
     two = fid.colours_of(["mid- and post-training, 1 step", "post-training alone, 1 step", "teacher, 16 steps"])
     roads = fid.colours_of(["from scratch", "from flow matching", "CMT + Mean Flow"])
     assert [run["pre-training"], run["mid-training"]] == [two["teacher, 16 steps"], two["mid- and post-training, 1 step"]]

@@ -1288,7 +1288,7 @@ def in_short(table):
     scores = scores_of(table)
     measure = next((key.partition("-step ")[2] for row in table for key in row if "-step F" in key), "")
     ones = ", ".join(f"{called(name)} {found['1']}" for name, found in scores.items() if "1" in found)
-    many = [f"; teacher in {k} steps: {y}" for k, y in scores.get("teacher", {}).items() if k not in ("1", "2")]
+    many = [f"; teacher in {k} steps: {y}" for k, y in scores.get("teacher", {}).items() if int(k) > 2]
     return f"{measure}, lower is better, in one step: {ones}{''.join(many)}" if ones else ""
 
 

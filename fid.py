@@ -1751,7 +1751,7 @@ def refuse(flags, where, message):
     unknown = re.search(r"unrecognized arguments: --([\w.-]+)", message)
     typed = unknown[1].replace("no_", "no-") if unknown else ""
     meant = re.sub(r"[^.]+$", lambda name: MEANT.get(name[0], name[0]), typed)
-    alike = difflib.get_close_matches(meant, {*flags} - {typed}, 1, 0.7)
+    alike = difflib.get_close_matches(meant, {*flags} - {unknown and unknown[1]}, 1, 0.7)
     message = message.replace("invalid int value", "not a whole number")
     fail(2, f"{message}; " + "".join(f"did you mean --{flag}? " for flag in alike) + where)
 
@@ -2276,7 +2276,7 @@ def say_missing(cfg, names):
 
 
 def say_changed(found, stamp):
-    """A line for each net that was trained on other images than those it is scored against, of this stamp."""
+    """A line for each net that was trained on other images than those of this stamp ("": of any)."""
     for name, *_, ckpt in found:
         if ckpt and not ckpt["data"].startswith((stamp, "none")):
             say(f"warning: --data has changed since {name} was trained; it is compared with what is there")

@@ -646,13 +646,12 @@ def evaluate(cfg):
     found, rows = candidates(cfg), []
     log(ABOUT["eval"])
     stages = draw_sheets(cfg, found) if RANK == 0 else ()
-    if cfg.data not in FILES:
-        images = load_data(cfg)
-        fid.say_changed(found, fid.stamp(images))
+    images = None if cfg.data in FILES else load_data(cfg)
+    fid.say_changed(found, "" if images is None else fid.stamp(images))
     if data_name(cfg) == "own" and fid.from_first(partial(fid.prefetch, cfg.data, False)):
         return log(f"eval: not scored; open stages.png, trajectory.png, curve.png in {cfg.out}")
     features = (fid.DigitsNet() if cfg.data == "digits" else fid.load_inception()).to(DEVICE)
-    if cfg.data in FILES:
+    if images is None:
         reference = fid.load_reference(cfg.data)
     else:
         reference = fid.measure(features, images[RANK::WORLD].split(250), DEVICE, f"of --data {cfg.data}")

@@ -288,9 +288,9 @@ def train(cfg):
     def solve(number):
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", number))
         y, x_t, t, owner, x_0 = teacher_pairs(cfg, run.teacher, classes, shape, g)
-        if cfg.ensemble == "none":
-            return fid.check_pairs((y, x_t, t, owner), per_solve), run.distance.features(x_0)  # once per end
-        return (*fid.check_pairs((y, x_t, t, owner), per_solve), *run.distance.draw(x_t, g).values()), [x_0]
+        views = {} if cfg.ensemble == "none" else run.distance.draw(x_t, g)   # random, of each pair
+        target = [x_0] if views else run.distance.features(x_0)               # once per end, not per pair
+        return (*fid.check_pairs((y, x_t, t, owner), per_solve), *views.values()), target
 
     def batch_of(step):                               # mid: (y, x_t, t, owner, *views), target; else as below
         if cfg.stage == "mid":
@@ -887,14 +887,14 @@ def evaluate(cfg):
     found, rows = candidates(cfg), []
     log(ABOUT["eval"])
     stages = draw_sheets(cfg, found) if RANK == 0 else ()
+    images = None if data_name(cfg) in fid.REFERENCES else load_data(cfg)
+    fid.say_changed(found, images.stamp if images else "")
     if data_name(cfg) == "own" and fid.from_first(partial(fid.prefetch, cfg.data, False)):
         return log(f"eval: not scored; open stages.png, trajectory.png, curve.png in {cfg.out}")
     features = (fid.DigitsNet() if cfg.data == "digits" else fid.load_inception()).to(DEVICE)
-    if data_name(cfg) in fid.REFERENCES:
+    if not images:
         reference = fid.load_reference(data_name(cfg))
     else:
-        images = load_data(cfg)
-        fid.say_changed(found, images.stamp)
         raws = map(images.read, torch.arange(RANK, len(images.labels), WORLD).split(250))
         drawn = (fid.to_uint8(to_images(cfg, to_input(raw, 0.0))) for raw in raws)  # latents at their means
         reference = fid.measure(features, drawn, DEVICE, f"of --data {cfg.data}")

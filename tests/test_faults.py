@@ -471,6 +471,8 @@ def test_a_score_against_other_images_than_those_of_the_training_says_so(road, c
     for images, names in (seen, []), (seen[1:], ["teacher", "post"]):
         fid.say_changed(found, fid.stamp(images))
         assert re.findall("--data has changed since (.*) was trained", capsys.readouterr().err) == names
+    fid.say_changed(found, "")
+    assert not capsys.readouterr().err                # against statistics alone
 
 
 def test_a_short_stage_that_diverged_is_not_finished():

@@ -246,7 +246,7 @@ def test_trained_vgg_sees_a_change_of_digit_as_larger_than_noise():
 def test_a_solve_of_another_size_than_stated_is_refused(capsys):
     """Its batches would be empty, and their loss not a number."""
     pairs = torch.zeros(8, 1), torch.zeros(8)
-    fid.check_pairs(pairs, 8)
+    assert fid.check_pairs(pairs, 8) is pairs
     with pytest.raises(SystemExit):
         fid.check_pairs(pairs, 16)
     assert "a solve returned 8 pairs, solve_size says 16" in capsys.readouterr().err

@@ -1344,7 +1344,7 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=()):
     """<out>/trajectory.png: two trajectories of the teacher, and below each what all nets answer along it.
 
     states (N+1, n, C, H, W) at levels (N+1,): sigma, or the time t of a flow; errors are means over all n.
-    nets: {name: f(x, levels) -> where the first len(x) of them land in one call}. show: a batch of states or
+    nets: {name: f(x, levels) -> where the first len(x) of them land in one step}. show: a batch of states or
     answers -> images. names: what each is to be.
     """
     wide = levels.clamp(min=1).to(states).view(-1, 1, 1, 1, 1)
@@ -1370,18 +1370,15 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=()):
         rows.append((f"{name}\nstates of the teacher", show((states / wide)[:, j])))          # at unit scale
         for net, x in answers.items():
             rows.append((f"{called(net)},\nerror from noise {errors[net][j]:.2f}", show(x[:, j])))
-    caption = (f"Distance to the teacher's end after one call from noise (another end: {apart:.2f}): "
-               f"{', '.join(means.values())}\n"
+    caption = (f"One step from noise lands this far from the teacher's end: {', '.join(means.values())}; two "
+               f"ends differ by {apart:.2f}\n"
                f"The teacher walks in {n - 1} steps, as for mid-training, from noise, left, to its end, "
-               "right. Below: where each net gets from there in one call"
+               "right. Below: where each net gets from there in one step"
                + ("; mid-training trains every image of its row to be that end" if levels.max() > 1 else
                   "; mid-training is on the mean velocity between any two states, so to the end, too; at t = "
                   "0 the answer is the state itself") + ".\n"
                "Error from noise: of the leftmost answer, root mean square of pixels; in the heading their "
-               f"mean of {states.shape[1]}. 0 is the end itself, two ends differ by {apart:.2f}. "
-               "Post-training learns from images and may leave these ends."
-               + (" A plain call is one velocity without guidance; the teacher's steps in stages.png have it."
-                  * any("plain" in name for name in nets))
+               f"mean of {states.shape[1]}. Post-training learns from images and may leave these ends."
                + " This teacher jumps, too: its student is hardly nearer." * any("Flow" in k for k in nets)
                + "\n"
                + f"Of {n} states {len(some)} are shown, where most changes." * (len(some) < n)

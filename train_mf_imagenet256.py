@@ -465,9 +465,9 @@ def draw_sheets(cfg, found):
         teacher, times = found[0][1], torch.linspace(1, 0, cfg.nodes, dtype=torch.float64)
         z, y = prior(teacher, range(12), "balanced")
         states = rollout(cfg, teacher, z, y, times)[0]                               # (nodes, 12, C, H, W)
-        kind = ", one plain call" if teacher.r_embedder is None else ", a Mean Flow"     # it is not guided
-        jumps = {name + kind * (name == "teacher"):
-                 lambda x, t, net=net: x - t[0] * net(x, t, t * 0, y[:len(x)]) for name, net, *_ in found}
+        jumps = {name + ", a Mean Flow" * (name == "teacher" and net.r_embedder is not None):
+                 lambda x, t, net=net: rollout(cfg, net, x, y[:len(x)], torch.stack([t[0], 0 * t[0]]))[0][-1]
+                 for name, net, *_ in found}                                          # to 0 in one step
         fid.save_trajectory(cfg.out, states, times, jumps, partial(to_images, cfg),
                             [f"class {k}" for k in shown[1]])
     return shown

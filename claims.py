@@ -405,7 +405,7 @@ def photos(args, device):
     """
     small, n = f"{args.out}/photos.npz", args.samples or 5_000
     images, _, features, reference = judged_photos(args, small)
-    real = "real photos", fid.to_float(images[:12], "cpu")
+    real = "real photos (not matched)", fid.to_float(images[:12], "cpu")
     print("| run | seed | FD-photos, 1 / 2 steps (teacher: 1 / 16) | seconds |\n|---|---|---|---|")
     for seed in args.seeds.split(","):
         shown, one = [], {}
@@ -429,7 +429,7 @@ def photos(args, device):
                        f"small net; {features.scale} against the other. Such small nets draw colours and "
                        "shapes, hardly objects.\n"
                        "Mid-training: on ends of the teacher's trajectories, by pseudo-Huber; post-training: "
-                       f"ECT by |x|, alone annealed. Photos: {os.path.basename(args.data)}. Seed {seed}.")
+                       f"ECT by the plain norm, alone annealed. {os.path.basename(args.data)}, seed {seed}.")
             breaks = fid.breaks_between([label.partition("\n")[0] for label, _ in (*shown, real)])
             fid.save_sheet(f"{args.out}/{seed}/photos.png", [*shown, real], caption, breaks=breaks)
 

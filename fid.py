@@ -94,8 +94,8 @@ REFERENCES = {         # nobody publishes their checksums, so the one found is p
 }
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")         # inside, whatever the name ends in
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-HALVES = ("Half of the digits (900) against the other scores 0.78 +- 0.19, so 2,000 samples may be below it; "
-          "random pixels 119.5, the mean of all digits each time 197.6.")                 # --train-digits
+HALVES = ("Real against real, 900 digits each, scores 0.78 +- 0.19 (2,000 samples: less is possible), random "
+          "pixels 119.5, the mean of all digits each time 197.6.")                        # --train-digits
 HIDDEN = re.compile(r"(^|/)(\.[^/]|__MACOSX/)")                          # .DS_Store, ._x.png, .git
 Reference = collections.namedtuple("Reference", "mu cov n features file sha256")    # not stated: n 0, text ""
 FOREIGN = {"cannot identify image file": "not a picture, or a part of one",
@@ -1361,26 +1361,22 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=()):
                                                       for x, level in later)]) for name, f in nets.items()}
     rows, errors = [], {net: (x - states[-1]).square().flatten(1).mean(1).sqrt().tolist()
                         for net, x in firsts.items()}
-    means = {net: f"{called(net)} {sum(e) / len(e):.2f}" for net, e in errors.items()}
-    if "mid" in errors:                                          # beside the teacher, which comes first
-        near = [after < before for before, after in zip(next(iter(errors.values())), errors["mid"])]
-        means["mid"] += f" (nearer than the teacher for {sum(near)} of {len(near)})"
+    missed = [f"{called(net)} by {sum(e) / len(e):.2f}" for net, e in errors.items()]     # the teacher first
     for j in range(min(2, states.shape[1])):
         name = f"noise {j + 1}, {names[j % len(names)]}" if names else f"noise {j + 1}"
         rows.append((f"{name}\nstates of the teacher", show((states / wide)[:, j])))          # at unit scale
         for net, x in answers.items():
             rows.append((f"{called(net)},\nerror from noise {errors[net][j]:.2f}", show(x[:, j])))
-    caption = (f"One step from noise lands this far from the teacher's end: {', '.join(means.values())}; two "
-               f"ends differ by {apart:.2f}\n"
+    heading = f"In one step from noise the {', '.join(missed)}"
+    caption = (heading.replace(" by ", " misses its own end by ", 1) + "\n"
                f"The teacher walks in {n - 1} steps, as for mid-training, from noise, left, to its end, "
                "right. Below: where each net gets from there in one step"
                + ("; mid-training trains every image of its row to be that end" if levels.max() > 1 else
                   "; mid-training is on the mean velocity between any two states, so to the end, too; at t = "
                   "0 the answer is the state itself") + ".\n"
-               "Error from noise: of the leftmost answer, root mean square of pixels; in the heading their "
-               f"mean of {states.shape[1]}. Post-training learns from images and may leave these ends."
-               + " This teacher jumps, too: its student is hardly nearer." * any("Flow" in k for k in nets)
-               + "\n"
+               "Error from noise: of the leftmost answer, root mean square of pixels; in the heading means "
+               f"of {states.shape[1]} noises. Two ends differ by {apart:.2f}. Post-training learns from "
+               "images and may leave these ends.\n"
                + f"Of {n} states {len(some)} are shown, where most changes." * (len(some) < n)
                + " States above sigma 1 are shown divided by sigma." * bool(levels.max() > 1))
     header = ["noise level " + ("sigma" if levels.max() > 1 else "t")]
@@ -2233,8 +2229,8 @@ def save_curve(cfg, table=()):
     lines = [f"{stage[0].upper()}{stage[1:]}: {drawn} {told(losses)}, gradient norm {told(norms)}."
              for stage, (_, losses, norms) in stages.items()]
     mid, scores = stages.get(SPOKEN["mid"]), in_short(table)
-    heading = f"{scores.partition(';')[0]}. " * bool(scores)
-    heading += f"Mid-training's {drawn} {told(mid[1])}" if mid else f"The {drawn} and gradient of each stage"
+    heading = f"Mid-training's {drawn} {told(mid[1])}" if mid else f"The {drawn} and gradient of each stage"
+    heading += f".{fallen(table) or ' No stage scores worse than the one before'}".rstrip(".") * bool(scores)
     save_chart(f"{cfg.out}/curve.png", panels, f"{heading}\n"
                "A stage has a loss and scales of its own, log scales, against the images it trained on; in "
                "mid-training these are pairs of the teacher."
@@ -2353,7 +2349,7 @@ def save_results(cfg, rows, note, stages):
     below = " (earlier tables stay below)" * file.exists()
     if processes()[0] == 0:
         new, old = text.encode(errors="backslashreplace"), file.read_bytes() if file.exists() else b""
-        if not old.startswith(new):
+        if not old.startswith(new + b"\n"):                   # else drawn again, with the same scores
             new += f"\n{time.strftime('%Y-%m-%d')}, {MADE_BY}\n".encode(errors="backslashreplace")
             write_whole(str(file), lambda f: f.write(new + b"\n" * bool(old) + old))
         save_stages(out, *stages, table=rows, samples=cfg.samples)

@@ -43,8 +43,8 @@ class Config:                   # field default < matching rows of PRESETS < --f
     stage: Literal["all", "pretrain", "mid", "post", "sample", "eval"] = "all"   # all: those not finished
     out: str = ""               # folder of the run; "" = out/<data>
     teacher: str = ""           # FILE, URL; "" = <out>/pretrain.pt, else the official one; scratch = train it
-    mid: Literal["cmt", "kd", "slow", "none"] = "cmt"    # every state | noise alone | own solves | skip it
-    post: Literal["ect", "ecd", "ecd_euler", "annealed"] = "ect"   # ECT | ECD, Heun | Euler | ECT, q grows
+    mid: Literal["cmt", "kd", "slow", "none"] = "cmt"    # how: every state | noise alone | own solves | skip
+    post: Literal["ect", "ecd", "ecd_euler", "annealed"] = "ect"   # how: ECT | ECD: Heun | Euler | q grows
     init: str = "teacher"       # the first stage's start: teacher | random | FILE; sample, eval: show FILE
 
     steps: int = 300_000        # of mid, others: PRESETS; x batch 128 = 38.4 million pairs (Sec. 4.2)
@@ -116,7 +116,7 @@ ABOUT = {"pretrain": "stage 1 of 4, pre-training: the loss soon falls slowly, im
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "teacher", "random"                        # other values of --init are a FILE
-AS_DEFAULT = ""                                       # values that fid.check_values seeks in no function
+AS_DEFAULT = ""                                       # values that need no branch, else sought (check_values)
 FILES = {"cifar10": "data/cifar-10-python.tar.gz",
          "ffhq": "data/ffhq-64x64.zip", "afhqv2": "data/afhqv2-64x64.zip"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -237,7 +237,7 @@ def train(cfg):
     mine = slice(RANK * share, (RANK + 1) * share)
     per_solve = math.prod(solve_size(cfg))            # pairs; no batch straddles two solves (check)
 
-    @lru_cache(1)                                     # kept: it feeds several steps; resumed, solved anew
+    @lru_cache(1)                                     # kept for the steps that share it; resumed: solved anew
     def solve(number):
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", number))
         if cfg.mid == "slow":

@@ -131,7 +131,7 @@ ABOUT = {"pretrain": "stage 1 of 5, pre-training (EDM2): the loss falls while th
          "eval": "stage 5 of 5, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "teacher", "random"                        # other values of --init are a FILE
-AS_DEFAULT = ""                                       # values that fid.check_values seeks in no function
+AS_DEFAULT = ""                                       # values that need no branch, else sought (check_values)
 FILES = {"imagenet64": "data/imagenet64.zip", "imagenet512": "data/imagenet512-sd.zip"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # fid reads by name Config, the tables above, MAY_CHANGE, data_name, and for --dry_run what main calls
@@ -284,7 +284,7 @@ def train(cfg):
     per_solve = math.prod(solve_size(cfg))            # pairs; no batch straddles two solves (check)
     batches = fid.ahead(partial(read_batch, cfg, run.images), range(start, cfg.steps))     # step by step
 
-    @lru_cache(1)                                     # kept: it feeds several steps; resumed, solved anew
+    @lru_cache(1)                                     # kept for the steps that share it; resumed: solved anew
     def solve(number):
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", number))
         y, x_t, t, owner, x_0 = teacher_pairs(cfg, run.teacher, classes, shape, g)
@@ -292,7 +292,7 @@ def train(cfg):
         target = [x_0] if views else run.distance.features(x_0)               # once per end, not per pair
         return (*fid.check_pairs((y, x_t, t, owner), per_solve), *views.values()), target
 
-    def batch_of(step):                               # mid: (y, x_t, t, owner, *views), target; else as below
+    def batch_of(step):  # mid: (y, x_t, t, owner, *views), target; else (y, x, t, eps, labels), None
         if cfg.stage == "mid":
             number, at = divmod(step * B, per_solve)
             pairs, target = solve(number)

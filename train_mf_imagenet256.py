@@ -120,7 +120,7 @@ ABOUT = {"pretrain": "stage 1 of 4, pre-training: square errors fall; the loss s
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "sit", "random"                            # other values of --init are a FILE
-AS_DEFAULT = "vanilla"                                # values that fid.check_values seeks in no function
+AS_DEFAULT = "vanilla"                                # values that need no branch, else sought (check_values)
 FILES = {"imagenet": "data/imagenet256-sd"}
 REFERENCE = {"imagenet": "imagenet256"}               # scored by ADM's statistics, others by their own
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -332,7 +332,7 @@ def train(cfg):
     per_solve = math.prod(solve_size(cfg))            # pairs; no batch straddles two solves (check)
     batches = fid.ahead(partial(read_batch, cfg, run.images), range(start, cfg.steps))
 
-    @lru_cache(1)                                     # kept: it feeds several steps; resumed, solved anew
+    @lru_cache(1)                                     # kept for the steps that share it; resumed: solved anew
     def solve(number):
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", number))
         pairs = fid.check_pairs(teacher_pairs(cfg, run.teacher, run.shape, g), per_solve)
@@ -465,7 +465,7 @@ def draw_sheets(cfg, found):
         teacher, times = found[0][1], torch.linspace(1, 0, cfg.nodes, dtype=torch.float64)
         z, y = prior(teacher, range(12), "balanced")
         states = rollout(cfg, teacher, z, y, times)[0]                               # (nodes, 12, C, H, W)
-        jumps = {name + ", a Mean Flow" * (name == "teacher" and net.r_embedder is not None):
+        jumps = {name + " (a Mean Flow)" * (name == "teacher" and net.r_embedder is not None):
                  lambda x, t, net=net: rollout(cfg, net, x, y[:len(x)], torch.stack([t[0], 0 * t[0]]))[0][-1]
                  for name, net, *_ in found}                                          # to 0 in one step
         fid.save_trajectory(cfg.out, states, times, jumps, partial(to_images, cfg),

@@ -123,7 +123,7 @@ ABOUT = {"pretrain": "stage 1 of 4, pre-training: square errors fall, and the lo
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "sit", "random"                            # other values of --init are a FILE
-AS_DEFAULT = "plain vanilla xl"                       # values that fid.check_values seeks in no function
+AS_DEFAULT = "plain vanilla xl"                       # values that need no branch, else sought (check_values)
 FILES = {"coco": "data/coco256-sd"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # fid reads by name Config, the tables above, MAY_CHANGE, data_name, and for --dry_run what main calls
@@ -322,7 +322,7 @@ def train(cfg):
     def features_of(words, drop):
         return torch.where(drop.to(DEVICE, non_blocking=True).view(-1, 1, 1), run.null, run.encoder(words))
 
-    @lru_cache(1)                                     # kept: it feeds several steps; resumed, solved anew
+    @lru_cache(1)                                     # kept for the steps that share it; resumed: solved anew
     def solve(number):
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", number))
         texts = features_of(*captions_of_solve(cfg, images, number))

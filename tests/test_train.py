@@ -305,6 +305,10 @@ def test_students_are_shown_and_scored_where_their_teacher_lies_elsewhere(road, 
     first = Path("x/results.md").read_text()
     script.main([*TINY, "--out", "x", "--stage", "eval"])                    # the same once more: no second table
     assert Path("x/results.md").read_text() == first
+    Path("x/results.md").write_text(worse := first.replace("\n20", " Here it scores worse.\n20", 1))
+    script.main([*TINY, "--out", "x", "--stage", "eval"])                    # a sentence less is another table
+    assert Path("x/results.md").read_text().endswith(f"\n\n{worse}") and worse.count("worse") == 1
+    Path("x/results.md").write_text(first)
     script.main([*TINY, "--out", "x", "--stage", "eval", "--samples", "12"])
     assert Path("x/results.md").read_text().endswith("\n\n" + first) and "12 samples a score" in Path("x/results.md").read_text()
     assert {m["samples"] for m in script.fid.read_metrics("x") if m["stage"] == "eval"} >= {12}

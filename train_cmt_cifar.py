@@ -228,7 +228,7 @@ def slow_pairs(cfg, teacher, images, g):
 # ---- train ------------------------------------------------------------------------------------
 def train(cfg):
     """One stage (pretrain, mid, post) from its last checkpoint to its end: method first, bookkeeping last."""
-    if not (run := set_up(cfg)):                      # run.flat, .grad, .flat_ema: all weights, as a vector
+    if not (run := set_up(cfg)) or cfg.dry_run:       # run.flat, .grad, .flat_ema: all weights, as a vector
         return
     net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
     f = in_precision(cfg, net)
@@ -319,7 +319,7 @@ def set_up(cfg):
         return log(f"pretrain: not trained, the teacher is {cfg.teacher or own or 'the official one'}")
     path = f"{cfg.out}/{cfg.stage}.pt"
     ckpt, left = resume(cfg)                          # left: steps to go
-    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # else compared first
+    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # else compared below
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
     images, stamp, teacher = None, "none", None       # stamp: what identifies data and teacher
     if needs_data(cfg):
@@ -331,8 +331,6 @@ def set_up(cfg):
     asked = dict(teacher=teacher_state(cfg)) if asks_teacher else {}          # (weights, arguments)
     stamp += "".join(f", {name} {nets.stamp(state)}" for name, (state, _) in asked.items())
     same_data(ckpt, path, stamp)
-    if not left:
-        return log(f"{cfg.stage}: {path} is finished, nothing to do")
     if asked:
         # choice: the teacher too in --precision: bf16 moves its ends less than a finer solve would
         weights, size = asked["teacher"]
@@ -475,7 +473,7 @@ def begin(cfg, ckpt, net, optimizer, stamp, model, **parts):
     tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
     agree("data and sum of the first weights", (stamp, flat.sum(dtype=torch.float64).item()))
     saved = dict(data=stamp, model=model, cfg=asdict(cfg), **fid.made_by(__file__))
-    log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))           # --dry_run ends here
+    log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))
     return SimpleNamespace(net=net, ema=ema, opt=opt, flat=flat, flat_ema=flat_ema, grad=grad, tally=tally,
                            path=path, saved=saved, **parts)
 

@@ -274,7 +274,7 @@ def loss_vgg(net, x, labels, seed):
 # ---- train ------------------------------------------------------------------------------------
 def train(cfg):
     """One stage (pretrain, vgg, mid, post) from its last checkpoint to its end: method, then bookkeeping."""
-    if not (run := set_up(cfg)):                      # run.flat, .grad, .flat_ema: all weights, as a vector
+    if not (run := set_up(cfg)) or cfg.dry_run:       # run.flat, .grad, .flat_ema: all weights, as a vector
         return
     net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
     model = run.saved["model"]                        # the VGG's, too, has the size of the data
@@ -391,15 +391,13 @@ def set_up(cfg):
         return
     path = f"{cfg.out}/{cfg.stage}.pt"
     ckpt, left = resume(cfg)                          # left: steps to go
-    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # else compared first
+    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # else compared below
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
     images = load_data(cfg) if needs_data(cfg) else None
     stamp = images.stamp if images else "none"
     asked = asked_nets(cfg)
     stamp += "".join(f", {name} {nets.stamp(state)}" for name, (state, _) in asked.items())
     same_data(ckpt, path, stamp)
-    if not left:
-        return log(f"{cfg.stage}: {path} is finished, nothing to do")
     frozen = {name: build(cfg, size, state, getattr(cfg, name) or "the teacher")
               for name, (state, size) in asked.items() if name != "guide" or cfg.w != 1}
     teacher = autoguided(frozen.get("main") or frozen.get("teacher"), frozen.get("guide"), cfg.w)
@@ -684,7 +682,7 @@ def begin(cfg, ckpt, net, optimizer, stamp, model, **parts):
     tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
     agree("data and sum of the first weights", (stamp, flat.sum(dtype=torch.float64).item()))
     saved = dict(data=stamp, model=model, cfg=asdict(cfg), **fid.made_by(__file__))
-    log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))           # --dry_run ends here
+    log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))
     return SimpleNamespace(net=net, ema=ema, opt=opt, flat=flat, flat_ema=flat_ema, grad=grad, tally=tally,
                            path=path, saved=saved, **parts)
 

@@ -322,7 +322,7 @@ def teacher_pairs(cfg, teacher, shape, g):
 # ---- train ------------------------------------------------------------------------------------
 def train(cfg):
     """One stage (pretrain, mid, post) from its last checkpoint to its end: method first, bookkeeping last."""
-    if not (run := set_up(cfg)):                      # run.flat, .grad, .flat_ema: all weights, as a vector
+    if not (run := set_up(cfg)) or cfg.dry_run:       # run.flat, .grad, .flat_ema: all weights, as a vector
         return
     net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
     flow = flow_of(cfg, net, torch.tensor(run.null, device=DEVICE))
@@ -408,7 +408,7 @@ def set_up(cfg):
         return log(f"{cfg.stage}: not trained, as --teacher or --mid none says")
     path = f"{cfg.out}/{cfg.stage}.pt"
     ckpt, left = resume(cfg)                          # left: steps to go
-    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # else compared first
+    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # else compared below
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
     images, stamp, teacher = None, "none", None       # stamp: what identifies data and teacher
     if cfg.stage != "mid":                                                    # CMT needs no data
@@ -421,8 +421,6 @@ def set_up(cfg):
         null, shape = its["num_classes"], (its["in_channels"], its["input_size"], its["input_size"])
         stamp += f", teacher {nets.stamp(weights)}"
     same_data(ckpt, path, stamp)
-    if not left:
-        return log(f"{cfg.stage}: {path} is finished, nothing to do")
     model = dict(size_row(cfg, "weak" if cfg.stage == "pretrain" else "size", shape[-1]),
                  input_size=shape[-1], in_channels=shape[0], num_classes=null,
                  average_velocity=cfg.stage != "pretrain" or cfg.pretrain == "mf")
@@ -679,7 +677,7 @@ def begin(cfg, ckpt, net, optimizer, stamp, model, **parts):
     tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
     agree("data and sum of the first weights", (stamp, flat.sum(dtype=torch.float64).item()))
     saved = dict(data=stamp, model=model, cfg=asdict(cfg), **fid.made_by(__file__))
-    log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))           # --dry_run ends here
+    log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))
     return SimpleNamespace(net=net, ema=ema, opt=opt, flat=flat, flat_ema=flat_ema, grad=grad, tally=tally,
                            path=path, saved=saved, **parts)
 

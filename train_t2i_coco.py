@@ -308,7 +308,7 @@ def teacher_pairs(cfg, teacher, text, null, shape, g):
 # ---- train ------------------------------------------------------------------------------------
 def train(cfg):
     """One stage (pretrain, mid, post) from its last checkpoint to its end: method first, bookkeeping last."""
-    if not (run := set_up(cfg)):                      # run.flat, .grad, .flat_ema: all weights, as a vector
+    if not (run := set_up(cfg)) or cfg.dry_run:       # run.flat, .grad, .flat_ema: all weights, as a vector
         return
     net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
     images, shape = run.images, run.images.shape
@@ -403,7 +403,7 @@ def set_up(cfg):
         return log(f"{cfg.stage}: not trained, as --teacher or --mid none says")
     path, teacher = f"{cfg.out}/{cfg.stage}.pt", None
     ckpt, left = resume(cfg)                          # left: steps to go
-    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # else compared first
+    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # else compared below
         return log(f"{cfg.stage}: {path} is finished, nothing to do")
     images, encoder = load_data(cfg), text_encoder(cfg)                   # mid reads captions, never an image
     stamp, null = images.stamp, encoder(images.null[None])
@@ -413,8 +413,6 @@ def set_up(cfg):
         teacher.requires_grad_()                      # else autocast casts its weights anew at each call
         stamp += f", teacher {nets.stamp(weights)}"
     same_data(ckpt, path, stamp)
-    if not left:
-        return log(f"{cfg.stage}: {path} is finished, nothing to do")
     model = model_size(cfg, images, null.shape[-1])
     state, what = (None, "") if ckpt else first_weights(cfg)
     net = build(cfg, model, state, what, train=True)
@@ -840,7 +838,7 @@ def begin(cfg, ckpt, net, optimizer, stamp, model, **parts):
     tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
     agree("data and sum of the first weights", (stamp, flat.sum(dtype=torch.float64).item()))
     saved = dict(data=stamp, model=model, cfg=asdict(cfg), **fid.made_by(__file__))
-    log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))           # --dry_run ends here
+    log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))
     return SimpleNamespace(net=net, ema=ema, opt=opt, flat=flat, flat_ema=flat_ema, grad=grad, tally=tally,
                            path=path, saved=saved, **parts)
 

@@ -1344,8 +1344,8 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=()):
     """<out>/trajectory.png: two trajectories of the teacher, and below each what all nets answer along it.
 
     states (N+1, n, C, H, W) at levels (N+1,): sigma, or the time t of a flow; errors are means over all n.
-    nets: {name: f(x, levels) -> where the first len(x) of them land in one step}. show: a batch of states or
-    answers -> images. names: what each is to be.
+    nets: {name: f(x, levels on the CPU) -> where the first len(x) of them land in one step}. show: a batch of
+    states or answers -> images. names: what each is to be.
     """
     wide = levels.clamp(min=1).to(states).view(-1, 1, 1, 1, 1)
     moved = (states / wide).diff(dim=0).flatten(1).norm(dim=1).cumsum(0)     # of many states nine are shown
@@ -1354,7 +1354,7 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=()):
     some = sorted({0, *evenly.tolist(), n - 1}) if n > 9 else range(n)
     states, levels, wide = states[some], levels[some], wide[some]
     apart = (states[-1] - states[-1].roll(1, 0)).square().mean().sqrt().item()
-    first, *later = [(x, level.expand(len(x))) for x, level in zip(states, levels.to(states))]
+    first, *later = [(x, level.expand(len(x))) for x, level in zip(states, levels.float())]
     firsts = {name: f(*first) for name, f in nets.items()}       # of all noises; later, of those shown
     # where no noise is left the answer is the state itself: a consistency model would see ln 0
     answers = {name: torch.stack([firsts[name][:2], *(f(x[:2], level[:2]) if level.all() else x[:2]

@@ -373,7 +373,8 @@ def draw_sheets(cfg, found):
     if found[0][0] == "teacher":
         teacher, sigmas = found[0][1], teacher_sigmas(cfg.nfe)
         xs = teacher_solver(teacher, prior(teacher, range(12))[0], sigmas)           # (nfe+1, 12, C, H, W)
-        fid.save_trajectory(cfg.out, xs, sigmas, {name: net for name, net, *_ in found})
+        answers = {name: lambda x, sigma, net=net: net(x, sigma.to(x)) for name, net, *_ in found}
+        fid.save_trajectory(cfg.out, xs, sigmas, answers)
     return shown, (), words
 
 

@@ -457,7 +457,7 @@ def draw_sheets(cfg, found):
         teacher, sigmas = found[0][1], teacher_sigmas(cfg.nfe)
         x_T, y, _ = prior(teacher, range(12), "balanced")
         xs = teacher_solver(lambda x, sigma: teacher(x, sigma, y), x_T, sigmas)      # (nfe+1, 12, C, H, W)
-        answers = {name: lambda x, sigma, net=net: net(x, sigma, y[:len(x)]) for name, net, *_ in found}
+        answers = {name: lambda x, sigma, net=net: net(x, sigma.to(x), y[:len(x)]) for name, net, *_ in found}
         fid.save_trajectory(cfg.out, xs, sigmas, answers, partial(to_images, cfg),
                             [f"class {k}" for k in shown[1]])
     return shown

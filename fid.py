@@ -756,8 +756,9 @@ def check_pictures(names, read, label):
         parts = in_batches(names, 256, f"pictures of {label} read")
         sums = [answer for part in parts for answer in pool.map(checksum, part)]
     if bad := [error for error in sums if isinstance(error, DataError)]:
-        first = "; ".join(map(str, bad[:3]))
-        raise DataError(f"{first}; {len(bad)} of {len(names)} pictures cannot be used: mend or remove them")
+        first, _, remedies = zip(*(str(error).partition("; ") for error in bad[:3]))
+        raise DataError(f"{'; '.join(first)}; {len(bad)} of {len(names)} pictures cannot be used: "
+                        f"{remedies[0] or 'mend or remove them'}")
     return f"{len(names)} images, crc32 {zlib.crc32(np.array(sums, '<u4')):08x}"
 
 
@@ -1674,6 +1675,9 @@ def stages_of(home, argv):
     cfg = parse(home, argv)
     stages = home["STAGES"] if cfg.stage == "all" else [cfg.stage]
     configs = [parse(home, [*argv, "--stage", stage]) for stage in stages]
+    for name in {"pretrain", "mid", "post"} & {*vars(cfg)}:
+        if odd := [c.stage for c in configs if getattr(c, name) != getattr(cfg, name)]:
+            fail(2, f"--{odd[0]}.{name}: the method belongs to the folder, not to a stage; write --{name}")
     idle = ["pretrain"] * (cfg.teacher not in ("", "scratch")) + ["mid"] * (cfg.mid == "none")
     for stage, dot, field in (word[2:].partition("=")[0].partition(".") for word in argv if word[:2] == "--"):
         from_mid = (stage, field) == ("post", "init") and "mid" in stages and cfg.mid != "none"
@@ -1814,9 +1818,10 @@ def check_values(cfg, limits, world):
 
 def check_out(out):
     """Exit code 2 unless --out is a folder that may be written to, or can become one."""
-    there = next(p for p in (pathlib.Path(out), *pathlib.Path(out).absolute().parents) if p.exists())
+    above = (pathlib.Path(out), *pathlib.Path(out).absolute().parents)
+    there = next(p for p in above if p.exists() or p.is_symlink())
     if not there.is_dir() or not os.access(there, os.W_OK) or there.parts[1:2] in (("proc",), ("sys",)):
-        why = "may not be written to" if there.is_dir() else "is a file"
+        why = "may not be written to" if there.is_dir() else "is a file, or leads nowhere"
         fail(2, f"--out {out}: {there} {why}; name another folder")
 
 
@@ -2067,6 +2072,7 @@ def report(cfg, done, lr, tally, **more):
     if PACE and left:                                        # of this process, without its first step
         pace = (done - PACE[1]) * cfg.batch / (tally["seconds"] - PACE[0])
         rest = f", at least {duration((left + later) / pace)} with the next stages" * bool(later)
+        rest += ", without the next stages" * (cfg.stage == "vgg")
         time_left = f" | {duration(left / pace)} of training left{rest}"
     PACE[:] = PACE or [tally["seconds"], done]
     loss_of = f"loss {loss:.5f}" + " of one batch" * (n == 1 < cfg.log_every)
@@ -2188,12 +2194,13 @@ def dry_run(home, argv, configs):
         idle = ", ".join(c.stage for c in configs if c.stage not in (*ROAD, *codes, *home.RUN)) or "none"
         plan = shlex.join([os.path.basename(home.__file__), *(a for a in argv if a != "--dry_run")])
         plan += f" --gpus {processes()[1]}"
+        quick = c.data == "digits" and "steps" not in plan
+        times = "3 to 7 minutes for all stages and scores" if quick else "see the second line of its training"
         asked = dict(sample="\nto draw: seeds {seeds}", encode="\nto encode: {source}",
                      eval="\nto score: {samples:,} samples of a net").get(c.stage, "").format(**vars(c))
         show(f"{text}{asked}\nfinished or not needed: {idle}\nfolder of the run, --out: {c.out}{cause}"
              + f"\nmemory and hours on GPUs: python bench.py plan {plan}" * bool(ROAD)
-             + "\non one CPU core: 3 to 7 minutes for all stages and their scores"
-             * bool(ROAD and c.data == "digits" and "steps" not in plan), sys.stdout)
+             + f"\non one CPU core: {times}" * bool(ROAD and home.DEVICE.type == "cpu"), sys.stdout)
     if dist.is_initialized():
         dist.destroy_process_group()
     return next(iter(codes.values()), 0)

@@ -487,7 +487,7 @@ class Images:
         self.names, self.open = fid.list_pictures(path, (*fid.PICTURES, ".npy"))
         unlabelled = torch.zeros(len(self.names), dtype=torch.long), 0
         self.labels, self.classes = fid.read_labels(path, self.names) or unlabelled
-        self.shape = self.image(0).shape
+        self.shape = tuple(self.image(0).shape)
         self.stamp = fid.check_once(path, self.names, self.image, f"{out}/checked.txt")
         self.stamp += f", labels {zlib.crc32(self.labels.numpy()):08x}"
 

@@ -79,7 +79,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     nodes: int = 8              # mid: states of a trajectory, the teacher's steps + 1: 28 pairs (B.4); 9: 36
     trajectories: int = 256     # choice: per solve, for 64 steps of 4 x 28 pairs (B.4), shuffled
 
-    nfe: int = 8                # steps of the third score; 1 and 2 are the others
+    nfe: int = 8                # steps of the third score; 1 and 2 are the others; trajectories: --nodes
     labels: Literal["both", "random", "balanced"] = "both"    # of samples: drawn by seed, or seed % classes
     seeds: str = "0-63"         # sample: FIRST-LAST[:STEP]; 7-997:10 of balanced labels: class 7
     samples: int = 50_000       # eval: images per score

@@ -83,7 +83,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     nodes: int = 8              # mid: states of a trajectory, the teacher's steps + 1: 28 pairs (B.6); 9: 36
     trajectories: int = 256     # choice: per solve, for 64 steps of 4 x 28 pairs (B.6), shuffled
 
-    nfe: int = 50               # steps of the teacher's samples (B.6); the students have 1 and 2
+    nfe: int = 50               # the teacher's samples (B.6); students: 1 and 2; trajectories: --nodes
     prompts: str = ""           # sample: captions between bars | FILE.txt, one a line; "" = validation's
     seeds: str = "0-7"          # sample: one image per seed and caption, FIRST-LAST or FIRST-LAST:STEP
     samples: int = 30_000       # eval: images per score (U-ViT)

@@ -801,6 +801,9 @@ def test_f14_an_out_that_is_a_file_is_refused(capsys, monkeypatch):
     for flags in [], ["--dry_run"]:
         exit_code, err = code([*PRETRAIN, *flags, "--out", "taken"], capsys)
         assert exit_code == 2 and "--out taken: taken is a file" in err and Path("taken").read_bytes() == b"mine"
+    os.symlink("gone", "dangling")
+    exit_code, err = code([*PRETRAIN, "--out", "dangling/x"], capsys)
+    assert exit_code == 2 and "/dangling is a file, or leads nowhere; name another folder" in err
 
 
 def test_f14_a_folder_of_another_configuration_is_refused_and_left_alone(road, capsys):

@@ -343,6 +343,14 @@ def test_own_zip_trains_and_a_bad_picture_is_named(capsys):
     argv[1] = "bad.zip"
     exit_code, err = code([*argv, "--teacher", "teacher.pt"], capsys, script.main)
     assert exit_code == 3 and "no label for 00000/img00000000.png" in err
+    os.makedirs("mixed")
+    for k, size in enumerate([(16, 16), (15, 16), (16, 14)]):
+        Image.new("RGB", size).save(f"mixed/{k}.png")
+    argv[1] = "mixed"                                                        # the remedy of several is said once
+    exit_code, err = code([*argv, "--teacher", "teacher.pt"], capsys, script.main)
+    assert exit_code == 3 and err.splitlines()[-1].endswith(
+        "mixed: 1.png is uint8 (3, 16, 15), not (3, 16, 16); mixed: 2.png is uint8 (3, 14, 16), not (3, 16, 16); "
+        "2 of 3 pictures cannot be used: make them alike by --stage encode --source FOLDER")
 
 
 def test_pictures_are_read_once_and_known_by_their_contents(capsys, monkeypatch):

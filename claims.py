@@ -298,8 +298,7 @@ def curves(args, device):
                    f"Does mid-training by pixels help? Digits, one step: {one[2]} with it, {one[3]} without"
                    f"{caption}Of six settings (README) this one gains. Compare the last dots: both are tuned "
                    f"for their end. FD-digits: distance of {cfg.samples:,} images, by features of a net; "
-                   "random pixels: 119.5.",
-                   marks=marks)
+                   "random pixels: 119.5.", marks=marks)
     title = "gradient norm: every step, and the median of 25 steps"
     fid.save_chart(f"{args.out}/norms.png", {title: norms},
                    f"Post-training's gradient is large because its gap is small{caption}Each stair of red "
@@ -435,12 +434,11 @@ def photos(args, device):
 
 
 FM = "--pretrain fm --weak SIZE --init sit"           # SIZE: --size, of student and flow-matching teacher
-CAPTION = ("Does mid-training help Mean Flow on photos ({})? In one step: {:.2f} with it, {:.2f} the best "
-           "without; in two: {:.2f} with it, {:.2f} without\n"
+CAPTION = ("Does mid-training help Mean Flow on photos ({})? In one step {}; in two {}\n"
            "FD-photos (Frechet distance to {} at 16x16, by features of a small net; {} against the other) "
-           "against CPU seconds, those of the net that a road begins from included. CMT: mid-training by a "
-           "small teacher, then training on photos. The others train on photos alone: from random weights or "
-           "a flow-matching net. A dot each 150 steps and where a stage ends; compare the last ones.")
+           "against CPU seconds, a road's first net included. CMT: mid-training by a small teacher, then "
+           "training on photos. The others train on photos alone, from random weights or a flow-matching "
+           "net. A dot each 150 steps; compare the last ones. Of three seeds: docs/results.md.")
 ROADS = {  # road: the road whose teacher it goes on from, its calls, laid over the settings of digits
     "flow matching": ("", ["--stage pretrain --pretrain fm --weak SIZE --steps 320"]),
     "weak Mean Flow": ("", ["--stage pretrain --weak 2x64x3 --steps 800"]),
@@ -499,10 +497,12 @@ def roads(args, device):
                          for name in sorted(panel, key=lambda name: ("flow" in name, name))}
     seeds = f"{'means of the seeds' if ',' in args.seeds else 'seed'} {args.seeds}"
     ends = [{name: points[-1][1] for name, points in panel.items()} for panel in panels.values()]
-    best = [min((y for name, y in end.items() if ("CMT" in name) is ours), default=float("nan"))
-            for end in ends for ours in (True, False)]
-    words = CAPTION.format(seeds, *best, os.path.basename(args.data), features.scale)
-    words += " One seed; of three: docs/results.md." * ("," not in args.seeds)
+    best = [[min((y for name, y in end.items() if ("CMT" in name) is ours), default=math.nan)
+             for ours in (False, True)] for end in ends]
+    verdict = dict(falls="ahead: ", rises="behind: ")
+    said = [verdict.get(fid.moves(*pair), "level: ") * (sum(pair) > 0)         # a sum with nan is not above 0
+            + f"{pair[1]:.2f} with it, {pair[0]:.2f} the best without" for pair in best]
+    words = CAPTION.format(seeds, *said, os.path.basename(args.data), features.scale)
     marks = {statistics.mean(end.values()): f"{road}: post-training begins" for road, end in mid.items()}
     fid.save_chart(f"{args.out}/roads.png", panels, words, "CPU seconds", marks)
 

@@ -1,6 +1,6 @@
 """Images and their score, FID; and what the scripts' runs share: flags, log, files, pictures with words.
 
-  part (its banner)         what scripts take from it                             what it is
+  part (its banner)         main names                                            what it is
   Inception-v3              InceptionV3, load_inception, resize_tf1               FID's net: TF graph of 2015
   digits                    DigitsNet, digits                                     FD-digits' net, made here
   statistics and distance   Statistics, measure, frechet_distance, protocol       Heusel et al. 2017, Eq. 6
@@ -1377,7 +1377,8 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=()):
                   "0 the answer is the state itself") + ".\n"
                "Error from noise: of the leftmost answer, root mean square of pixels; in the heading means "
                f"of {states.shape[1]} noises. Two ends differ by {apart:.2f}. Post-training learns from "
-               "images and may leave these ends.\n"
+               "images and may leave these ends."
+               + " This teacher jumps, too." * any("Flow" in net for net in nets) + "\n"
                + f"Of {n} states {len(some)} are shown, where most changes." * (len(some) < n)
                + " States above sigma 1 are shown divided by sigma." * bool(levels.max() > 1))
     header = ["noise level " + ("sigma" if levels.max() > 1 else "t")]
@@ -2237,8 +2238,7 @@ def save_curve(cfg, table=()):
              for stage, (_, losses, norms) in stages.items()]
     mid, scores = stages.get(SPOKEN["mid"]), in_short(table)
     heading = f"Mid-training's {drawn} {told(mid[1])}" if mid else f"The {drawn} and gradient of each stage"
-    heading += f".{fallen(table) or ' No stage scores worse than the one before'}".rstrip(".") * bool(scores)
-    save_chart(f"{cfg.out}/curve.png", panels, f"{heading}\n"
+    save_chart(f"{cfg.out}/curve.png", panels, f"{heading}.{fallen(table)}".rstrip(".") + "\n"
                "A stage has a loss and scales of its own, log scales, against the images it trained on; in "
                "mid-training these are pairs of the teacher."
                + " Square errors are of velocities; t - r is the time jumped over." * (drawn != "loss") + "\n"

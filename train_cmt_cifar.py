@@ -61,7 +61,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     nfe: int = 16               # teacher steps per trajectory (B.2)
     trajectories: int = 128     # choice: per solve, pairs shuffled over several steps; 0 = batch/nfe (paper)
     q: int = 4096               # post: the step in t is n(t) t / q (B.2: 1/4096)
-    double: int = 0             # post annealed: q to the power 1 + step // double (ECT: 2, 4, 8, ...); else 0
+    double: int = 0             # post annealed: q to the power 1 + step // double (q 2: 2, 4, 8, ...); else 0
     P_mean: float = -1.1        # ln sigma ~ N(P_mean, P_std^2), not cut off (ECT)
     P_std: float = 2.0
 
@@ -116,7 +116,7 @@ ABOUT = {"pretrain": "stage 1 of 4, pre-training: the loss soon falls slowly, im
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "teacher", "random"                        # other values of --init are a FILE
-AS_DEFAULT = ""                                       # values that need no branch, else sought (check_values)
+AS_DEFAULT = ""                                       # values without a branch; others stand in quotes below
 FILES = {"cifar10": "data/cifar-10-python.tar.gz",
          "ffhq": "data/ffhq-64x64.zip", "afhqv2": "data/afhqv2-64x64.zip"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -228,7 +228,7 @@ def slow_pairs(cfg, teacher, images, g):
 # ---- train ------------------------------------------------------------------------------------
 def train(cfg):
     """One stage (pretrain, mid, post) from its last checkpoint to its end: method first, bookkeeping last."""
-    if not (run := set_up(cfg)) or cfg.dry_run:       # run.flat, .grad, .flat_ema: all weights, as a vector
+    if not (run := set_up(cfg)) or cfg.dry_run:       # .flat, .flat_ema, .grad: of all weights, as a vector
         return
     net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
     f = in_precision(cfg, net)
@@ -258,7 +258,7 @@ def train(cfg):
 
     def loss_of(step, seed, target, *rows):           # seed: of the first row's dropout
         student = partial(f, masks=nets.dropout_masks(net, range(seed, seed + micro)))
-        if cfg.stage == "mid":
+        if cfg.stage == "mid":                        # target: features, a row an end; owner: its row
             x_t, t, owner = rows
             return loss_cmt(student, x_t, t, [a[owner] for a in target], run.distance)          # Eq. 7
         x, t, eps = rows

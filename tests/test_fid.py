@@ -865,7 +865,7 @@ def test_every_stage_has_an_axis_of_its_own(tmp_path, monkeypatch):
     scores = {"stage": "teacher, balanced labels", "8-step FID": "2.00"}, {"stage": "mid", "1-step FID": "5.00 +- 1.00, min 4.00"}, {"stage": "post", "1-step FID": "-"}
     save_curve(cfg, scores)
     scored = "FID, lower is better, in one step: mid-training alone 5.00 +- 1.00, min 4.00"
-    assert drawn["caption"].startswith("Mid-training's loss hardly moves, from 1 to 1. No stage scores worse than the one before\n")
+    assert drawn["caption"].startswith("Mid-training's loss hardly moves, from 1 to 1\n")
     assert drawn["caption"].endswith(f"\n{scored}; teacher in 8 steps: 2.00; 50,000 samples each.")
 
 

@@ -497,7 +497,7 @@ def roads(args, device):
                          for name in sorted(panel, key=lambda name: ("flow" in name, name))}
     seeds = f"{'means of the seeds' if ',' in args.seeds else 'seed'} {args.seeds}"
     ends = [{name: points[-1][1] for name, points in panel.items()} for panel in panels.values()]
-    best = [[min((y for name, y in end.items() if ("CMT" in name) is ours), default=math.nan)
+    best = [[min((y for name, y in end.items() if ("CMT" in name) is ours), default=float("nan"))
              for ours in (False, True)] for end in ends]
     verdict = dict(falls="ahead: ", rises="behind: ")
     said = [verdict.get(fid.moves(*pair), "level: ") * (sum(pair) > 0)         # a sum with nan is not above 0

@@ -94,8 +94,8 @@ REFERENCES = {         # nobody publishes their checksums, so the one found is p
 }
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")         # inside, whatever the name ends in
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-HALVES = ("Real against real, 900 digits each, scores 0.78 +- 0.19 (2,000 samples: less is possible), random "
-          "pixels 119.5, the mean of all digits each time 197.6.")                        # --train-digits
+HALVES = ("Half of the real digits, 900, scores 0.78 +- 0.19 against the other (2,000 against all may "
+          "score less), random pixels 119.5, the mean of all digits each time 197.6.")    # --train-digits
 HIDDEN = re.compile(r"(^|/)(\.[^/]|__MACOSX/)")                          # .DS_Store, ._x.png, .git
 Reference = collections.namedtuple("Reference", "mu cov n features file sha256")    # not stated: n 0, text ""
 FOREIGN = {"cannot identify image file": "not a picture, or a part of one",
@@ -1341,12 +1341,12 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
     save_sheet(f"{out}/stages{alone}.png", rows, caption, header, breaks)
 
 
-def save_trajectory(out, states, levels, nets, show=lambda x: x, names=()):
+def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words=""):
     """<out>/trajectory.png: two trajectories of the teacher, and below each what all nets answer along it.
 
     states (N+1, n, C, H, W) at levels (N+1,): sigma, or the time t of a flow; errors are means over all n.
     nets: {name: f(x, levels on the CPU) -> where the first len(x) of them land in one step}. show: a batch of
-    states or answers -> images. names: what each is to be.
+    states or answers -> images. names: what each is to be. words: of the teacher, for the caption.
     """
     wide = levels.clamp(min=1).to(states).view(-1, 1, 1, 1, 1)
     moved = (states / wide).diff(dim=0).flatten(1).norm(dim=1).cumsum(0)     # of many states nine are shown
@@ -1377,8 +1377,7 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=()):
                   "0 the answer is the state itself") + ".\n"
                "Error from noise: of the leftmost answer, root mean square of pixels; in the heading means "
                f"of {states.shape[1]} noises. Two ends differ by {apart:.2f}. Post-training learns from "
-               "images and may leave these ends."
-               + " This teacher jumps, too." * any("Flow" in net for net in nets) + "\n"
+               f"images and may leave these ends.{words}\n"
                + f"Of {n} states {len(some)} are shown, where most changes." * (len(some) < n)
                + " States above sigma 1 are shown divided by sigma." * bool(levels.max() > 1))
     header = ["noise level " + ("sigma" if levels.max() > 1 else "t")]
@@ -1420,12 +1419,11 @@ def save_chart(path, panels, caption, across="images", marks=(), joined=True, co
     colours = colours_of([*dict.fromkeys(name for curves in panels.values() for name in curves)])
     labels = [[name + f": {points[-1][1] if joined else sum(y for _, y in points) / len(points):.2f}"
                * ("better" in title) for name, points in curves.items()] for title, curves in panels.items()]
-    legend = round(max(map(font.getlength, (*sum(labels, []), across)))) + 220 if columns == 1 else 0
+    legend = round(max([0, *map(font.getlength, sum(labels, []))])) + 220 if columns == 1 else 0
     cell, rows = (width - legend) // columns, -(-len(panels) // columns)
     titles = [boxed(title + " (log scale)" * (columns == 1), cell - 400, font)[0] for title in panels]
     over = 160 + 76 * max([0, *(title.count("\n") for title in titles)])                    # for the title
-    under = 120 if columns == 1 else 200
-    height = over + (920 if rows < 4 else 570) + under
+    height = over + (920 if rows < 4 else 570) + 200
     heading, words = headed(caption)
     wide, large = width - 420, ImageFont.load_default(96)
     heading, words = boxed(heading, wide, large), boxed(words, wide, font)
@@ -1436,7 +1434,7 @@ def save_chart(path, panels, caption, across="images", marks=(), joined=True, co
     ends = [max(x for points in curves.values() for x, _ in points) or 1 for curves in panels.values()]
     for k, (title, curves) in enumerate(panels.items()):
         left, top = 320 + k % columns * cell, above + k // columns * height + over
-        right, bottom = left + cell - 420 + 20 * (columns > 1), top - over + height - under
+        right, bottom = left + cell - 420 + 20 * (columns > 1), top - over + height - 200
         xs, ys = zip(*(p for points in curves.values() for p in points))
         shared = columns == 1 and 5 * ends[k] > 2 * max(ends)        # panels of like length share their axis
         end = max(ends) if shared else ends[k]
@@ -1460,9 +1458,8 @@ def save_chart(path, panels, caption, across="images", marks=(), joined=True, co
             text = f"{x * step / unit:,g}{letter * (x > 0)}"
             pen.text((at(x * step, ticks[0])[0], bottom + 24), text, "black", font, anchor="mt")
         pen.multiline_text((left, top - 32), titles[k], "black", font, anchor="ld")
-        place = (right + 160, bottom + 24) if columns == 1 else (left, bottom + 100)
         counted = "pairs" if columns > 1 and title.startswith("mid") else across
-        pen.text(place, counted, "black", font, anchor="lt")
+        pen.text((left, bottom + 100), counted, "black", font, anchor="lt")
         for row, (x, begins) in enumerate(dict(marks).items()):
             x, _ = at(x, ticks[0])
             pen.line([(x, top), (x, bottom)], "#999999", 4)

@@ -116,13 +116,14 @@ ABOUT = {"pretrain": "stage 1 of 4, pre-training: the loss soon falls slowly, im
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "teacher", "random"                        # other values of --init are a FILE
-AS_DEFAULT = ""                                       # values without a branch; others stand in quotes below
+# a --mid, --post or --loss that no function below names in quotes is refused, as a branch that a fork forgot
+AS_DEFAULT = ""                                       # but these
 FILES = {"cifar10": "data/cifar-10-python.tar.gz",
          "ffhq": "data/ffhq-64x64.zip", "afhqv2": "data/afhqv2-64x64.zip"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 CIFAR_MD5 = "c58f30108f718f92721af3b95e74349a"
-# fid reads by name Config, the tables above, MAY_CHANGE, data_name, and for --dry_run what main calls
+# fid reads Config, PRESETS, STAGES, INITS, FILES, AS_DEFAULT, MAY_CHANGE, RUN, data_name and what main calls
 parse = partial(fid.parse, globals())                 # (argv) -> Config
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 
@@ -228,7 +229,7 @@ def slow_pairs(cfg, teacher, images, g):
 # ---- train ------------------------------------------------------------------------------------
 def train(cfg):
     """One stage (pretrain, mid, post) from its last checkpoint to its end: method first, bookkeeping last."""
-    if not (run := set_up(cfg)) or cfg.dry_run:       # .flat, .flat_ema, .grad: of all weights, as a vector
+    if not (run := set_up(cfg)) or cfg.dry_run:       # a dry run, by fid.dry_run, ends here
         return
     net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
     f = in_precision(cfg, net)
@@ -538,12 +539,12 @@ def check(cfg):
 
 def check_files(cfg):
     """Whether a stage can begin with --data, --teacher, --init, its VGG: not after days of others."""
-    given, digits = teacher_state if given_teacher(cfg) else None, cfg.data == "digits"
-    if cfg.stage == "mid" and (digits or (data_name(cfg) == "own" and os.path.exists(cfg.data))):
-        side, _, channels = (8, 8, 1) if digits else fid.image_shape(cfg.data, cfg.res)
-        if given:
+    read_teacher = teacher_state if given_teacher(cfg) else None
+    if cfg.stage == "mid" and (cfg.data == "digits" or data_name(cfg) == "own" and os.path.exists(cfg.data)):
+        side, _, channels = (8, 8, 1) if cfg.data == "digits" else fid.image_shape(cfg.data, cfg.res)
+        if read_teacher:
             shape = dict(img_channels=channels, img_resolution=side)
-            fid.check_teacher(cfg, nets.finished, given, None, shape)
+            fid.check_teacher(cfg, nets.finished, read_teacher, None, shape)
         if cfg.loss == "lpips" and (channels != 3 or side < 16):
             fail(2, f"--loss lpips needs 3x16x16 at least, not {channels}x{side}x{side}; or --loss huber")
     if cfg.stage == "mid" and cfg.loss == "lpips" and (cfg.data in FILES or os.path.exists(cfg.data)):
@@ -555,7 +556,7 @@ def check_files(cfg):
         if cfg.stage == "pretrain":
             model_size(cfg, images)                   # is there a net for this size?
         shape = dict(img_channels=images.shape[1], img_resolution=images.shape[2], label_dim=0)
-        fid.check_teacher(cfg, nets.finished, given, fid.stamp(images), shape)
+        fid.check_teacher(cfg, nets.finished, read_teacher, fid.stamp(images), shape)
 
 
 # ---- nets -------------------------------------------------------------------------------------

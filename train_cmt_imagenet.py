@@ -131,10 +131,11 @@ ABOUT = {"pretrain": "stage 1 of 5, pre-training (EDM2): the loss falls while th
          "eval": "stage 5 of 5, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "teacher", "random"                        # other values of --init are a FILE
-AS_DEFAULT = ""                                       # values without a branch; others stand in quotes below
+# a --mid, --post or --loss that no function below names in quotes is refused, as a branch that a fork forgot
+AS_DEFAULT = ""                                       # but these
 FILES = {"imagenet64": "data/imagenet64.zip", "imagenet512": "data/imagenet512-sd.zip"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# fid reads by name Config, the tables above, MAY_CHANGE, data_name, and for --dry_run what main calls
+# fid reads Config, PRESETS, STAGES, INITS, FILES, AS_DEFAULT, MAY_CHANGE, RUN, data_name and what main calls
 parse = partial(fid.parse, globals())                 # (argv) -> Config
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 
@@ -274,7 +275,7 @@ def loss_vgg(net, x, labels, seed):
 # ---- train ------------------------------------------------------------------------------------
 def train(cfg):
     """One stage (pretrain, vgg, mid, post) from its last checkpoint to its end: method, then bookkeeping."""
-    if not (run := set_up(cfg)) or cfg.dry_run:       # .flat, .flat_ema, .grad: of all weights, as a vector
+    if not (run := set_up(cfg)) or cfg.dry_run:       # a dry run, by fid.dry_run, ends here
         return
     net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
     model = run.saved["model"]                        # the VGG's, too, has the size of the data
@@ -774,8 +775,8 @@ def check_nets(cfg):
     """Whether mid- and post-training can use --data with --teacher and --init."""
     images = load_data(cfg)
     size, (channels, side, _) = model_size(cfg, images), images.shape
-    given, wanted = teacher_state if given_teacher(cfg) else None, {k: size[k] for k in nets.INTERFACE}
-    fid.check_teacher(cfg, nets.finished, given, images.stamp, wanted)
+    read_teacher, wanted = teacher_state if given_teacher(cfg) else None, {k: size[k] for k in nets.INTERFACE}
+    fid.check_teacher(cfg, nets.finished, read_teacher, images.stamp, wanted)
     if cfg.init not in INITS:
         candidates(cfg)                               # --init FILE: is it a net?
     if cfg.data != "digits" and cfg.stage == "mid" and cfg.loss == "lpips" and (channels != 3 or side < 16):

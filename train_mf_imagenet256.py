@@ -120,11 +120,12 @@ ABOUT = {"pretrain": "stage 1 of 4, pre-training: square errors fall; the loss s
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "sit", "random"                            # other values of --init are a FILE
-AS_DEFAULT = "vanilla"                                # values without a branch; others stand in quotes below
+# a --mid, --post or --loss that no function below names in quotes is refused, as a branch that a fork forgot
+AS_DEFAULT = "vanilla"                                # but these
 FILES = {"imagenet": "data/imagenet256-sd"}
 REFERENCE = {"imagenet": "imagenet256"}               # scored by ADM's statistics, others by their own
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# fid reads by name Config, the tables above, MAY_CHANGE, data_name, and for --dry_run what main calls
+# fid reads Config, PRESETS, STAGES, INITS, FILES, AS_DEFAULT, MAY_CHANGE, RUN, data_name and what main calls
 parse = partial(fid.parse, globals())                 # (argv) -> Config
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 
@@ -322,7 +323,7 @@ def teacher_pairs(cfg, teacher, shape, g):
 # ---- train ------------------------------------------------------------------------------------
 def train(cfg):
     """One stage (pretrain, mid, post) from its last checkpoint to its end: method first, bookkeeping last."""
-    if not (run := set_up(cfg)) or cfg.dry_run:       # .flat, .flat_ema, .grad: of all weights, as a vector
+    if not (run := set_up(cfg)) or cfg.dry_run:       # a dry run, by fid.dry_run, ends here
         return
     net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
     flow = flow_of(cfg, net, torch.tensor(run.null, device=DEVICE))
@@ -463,11 +464,11 @@ def draw_sheets(cfg, found):
         teacher, times = found[0][1], torch.linspace(1, 0, cfg.nodes, dtype=torch.float64)
         z, y = prior(teacher, range(12), "balanced")
         states = rollout(cfg, teacher, z, y, times)[0]                               # (nodes, 12, C, H, W)
-        jumps = {name + " (a Mean Flow)" * (name == "teacher" and net.r_embedder is not None):
-                 lambda x, t, net=net: rollout(cfg, net, x, y[:len(x)], torch.stack([t[0], 0 * t[0]]))[0][-1]
-                 for name, net, *_ in found}                                          # to 0 in one step
+        jumps = {name: lambda x, t, net=net:                                          # to 0 in one step
+                 rollout(cfg, net, x, y[:len(x)], torch.stack([t[0], 0 * t[0]]))[0][-1]
+                 for name, net, *_ in found}
         fid.save_trajectory(cfg.out, states, times, jumps, partial(to_images, cfg),
-                            [f"class {k}" for k in shown[1]])
+                            [f"class {k}" for k in shown[1]], shown[2])
     return shown
 
 

@@ -756,9 +756,10 @@ def check_pictures(names, read, label):
         parts = in_batches(names, 256, f"pictures of {label} read")
         sums = [answer for part in parts for answer in pool.map(checksum, part)]
     if bad := [error for error in sums if isinstance(error, DataError)]:
-        first, _, remedies = zip(*(str(error).partition("; ") for error in bad[:3]))
-        raise DataError(f"{'; '.join(first)}; {len(bad)} of {len(names)} pictures cannot be used: "
-                        f"{remedies[0] or 'mend or remove them'}")
+        first, remedy = [*map(str, bad[:3])], "mend or remove them"
+        if len(remedies := {text.partition("; ")[2] for text in first}) == 1 != len(first):       # said once
+            first, remedy = [text.partition("; ")[0] for text in first], remedies.pop() or remedy
+        raise DataError(f"{'; '.join(first)}; {len(bad)} of {len(names)} pictures cannot be used: {remedy}")
     return f"{len(names)} images, crc32 {zlib.crc32(np.array(sums, '<u4')):08x}"
 
 

@@ -320,8 +320,8 @@ def set_up(cfg):
         return log(f"pretrain: not trained, the teacher is {cfg.teacher or own or 'the official one'}")
     path = f"{cfg.out}/{cfg.stage}.pt"
     ckpt, left = resume(cfg)                          # left: steps to go
-    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # else compared below
-        return log(f"{cfg.stage}: {path} is finished, nothing to do")
+    if not (left or os.path.exists(cfg.teacher)) and all(ckpt["cfg"][k] == vars(cfg)[k] for k in BY_CONTENT):
+        return log(f"{cfg.stage}: {path} is finished, nothing to do")         # else it is compared below
     images, stamp, teacher = None, "none", None       # stamp: what identifies data and teacher
     if needs_data(cfg):
         images = load_data(cfg)

@@ -409,8 +409,8 @@ def set_up(cfg):
         return log(f"{cfg.stage}: not trained, as --teacher or --mid none says")
     path = f"{cfg.out}/{cfg.stage}.pt"
     ckpt, left = resume(cfg)                          # left: steps to go
-    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # else compared below
-        return log(f"{cfg.stage}: {path} is finished, nothing to do")
+    if not (left or os.path.exists(cfg.teacher)) and all(ckpt["cfg"][k] == vars(cfg)[k] for k in BY_CONTENT):
+        return log(f"{cfg.stage}: {path} is finished, nothing to do")         # else it is compared below
     images, stamp, teacher = None, "none", None       # stamp: what identifies data and teacher
     if cfg.stage != "mid":                                                    # CMT needs no data
         images = load_data(cfg)

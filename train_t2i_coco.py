@@ -404,8 +404,8 @@ def set_up(cfg):
         return log(f"{cfg.stage}: not trained, as --teacher or --mid none says")
     path, teacher = f"{cfg.out}/{cfg.stage}.pt", None
     ckpt, left = resume(cfg)                          # left: steps to go
-    if not left and all(ckpt["cfg"][k] == getattr(cfg, k) for k in BY_CONTENT):     # else compared below
-        return log(f"{cfg.stage}: {path} is finished, nothing to do")
+    if not (left or os.path.exists(cfg.teacher)) and all(ckpt["cfg"][k] == vars(cfg)[k] for k in BY_CONTENT):
+        return log(f"{cfg.stage}: {path} is finished, nothing to do")         # else it is compared below
     images, encoder = load_data(cfg), text_encoder(cfg)                   # mid reads captions, never an image
     stamp, null = images.stamp, encoder(images.null[None])
     if cfg.stage == "mid":

@@ -234,13 +234,13 @@ def test_a_stage_says_what_it_holds(road, monkeypatch):
     for room, warns in ((30e9, False), (28e9, True)):
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: argparse.Namespace(total_memory=room))
         monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 18e9)
-        text = nets.memory(Weights(), argparse.Namespace(state={}), "out")
+        text = nets.memory(Weights(), argparse.Namespace(state={}), str(road / "none.pt"))
         assert f"frozen nets and data 6: 26 of {room / 1e9:.0f}" in text and ("above 90 %" in text) == warns
-        begun = nets.memory(Weights(), argparse.Namespace(state={0: "moments"}), "out")                   # allocated by now
+        begun = nets.memory(Weights(), argparse.Namespace(state={0: "moments"}), str(road / "none.pt"))                   # allocated by now
         assert "frozen nets and data -2: 18 of" in begun
     monkeypatch.setattr(nets.shutil, "disk_usage", lambda out: argparse.Namespace(free=31e9))
-    with pytest.raises(OSError, match="out: two checkpoints take 32 GB, 31 are free"):                 # before the first step
-        nets.memory(Weights(), argparse.Namespace(state={}), "out")
+    with pytest.raises(OSError, match="none.pt: two checkpoints take 32 GB, 31 are free"):                 # before the first step
+        nets.memory(Weights(), argparse.Namespace(state={}), str(road / "none.pt"))
     assert nets.memory(Weights(), argparse.Namespace(state={}), road / "mid.pt")        # going on asks for one
 
 

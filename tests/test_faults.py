@@ -668,6 +668,11 @@ def test_a_finished_stage_of_another_teacher_is_refused(road, capsys):
     torch.save(other, "other.pt")
     exit_code, err = code([*argv, "other.pt"], capsys)
     assert exit_code == 2 and "--data or --teacher has changed" in err
+    shutil.copy("copy.pt", "same name.pt")
+    script.main([*map(str, argv), "same name.pt", "--out", "y"])
+    torch.save(other, "same name.pt")                                        # a teacher trained anew, in its old place
+    exit_code, err = code([*argv, "same name.pt", "--out", "y"], capsys)
+    assert exit_code == 2 and "--data or --teacher has changed" in err
 
 
 def test_a_finished_stage_of_constant_rate_goes_on_with_more_steps(road, capsys):

@@ -867,6 +867,8 @@ def test_every_stage_has_an_axis_of_its_own(tmp_path, monkeypatch):
     scored = "FID, lower is better, in one step: mid-training alone 5.00 +- 1.00, min 4.00"
     assert drawn["caption"].startswith("Mid-training's loss hardly moves, from 1 to 1\n")
     assert drawn["caption"].endswith(f"\n{scored}; teacher in 8 steps: 2.00; 50,000 samples each.")
+    save_curve(cfg, ({"stage": "mid", "1-step FID": "2.00"}, {"stage": "post", "1-step FID": "5.00"}))
+    assert drawn["caption"].startswith("Mid-training's loss hardly moves, from 1 to 1. Here post-training scores worse than mid-training in 1 step\n")
 
 
 def test_slow_samplers_draw_fewer_images():

@@ -487,6 +487,18 @@ def test_the_first_damaged_picture_is_named_with_the_count():
             one_line(error, f"{path}/{names[99]}", "3 of 600 pictures")
 
 
+def test_a_remedy_that_several_pictures_share_is_said_once_and_others_are_kept():
+    odd = saved(Image.new("LAB", (5, 6)), "TIFF")
+    for path in as_folder_and_zip({"a.tif": odd, "b.tif": odd, "c.png": saved(RGB)}):
+        with pytest.raises(fid.DataError) as error:
+            stamp(path)
+        assert str(error.value).count("save it as an 8-bit RGB PNG") == 1 and "2 of 3 pictures cannot be used: save it" in str(error.value)
+    for path in as_folder_and_zip({"a.tif": odd, "b.tif": saved(RGB)[:50], "c.png": saved(RGB)}):
+        with pytest.raises(fid.DataError) as error:
+            stamp(path)
+        assert "save it as an 8-bit RGB PNG" in str(error.value) and "2 of 3 pictures cannot be used: mend or remove them" in str(error.value)
+
+
 def test_progress_is_a_line_every_ten_seconds(monkeypatch, capsys):
     path, _ = as_folder_and_zip(many(1024))
     clock = iter(range(0, 600, 6))

@@ -301,9 +301,9 @@ def curves(args, device):
                    "random pixels: 119.5.", marks=marks)
     title = "gradient norm: every step, and the median of 25 steps"
     fid.save_chart(f"{args.out}/norms.png", {title: norms},
-                   f"Post-training's gradient is large because its gap is small{caption}Each stair of red "
-                   "doubles q of ECT's gap n/q, from 2 to 256 (512 in the last four steps); blue has 512. "
-                   "Dark: median.", marks=marks)
+                   f"Post-training's gradient is large: its loss is divided by a small gap{caption}Each "
+                   "stair of red doubles q of ECT's gap n/q, from 2 to 256 (512 in the last four steps); blue has "
+                   "512. Dark: median.", marks=marks)
     for name, points in scores.items():
         print(f"{name}: " + ", ".join(f"{x:,} {y:.2f}" for x, y in points))
 
@@ -499,8 +499,8 @@ def roads(args, device):
     ends = [{name: points[-1][1] for name, points in panel.items()} for panel in panels.values()]
     best = [[min((y for name, y in end.items() if ("CMT" in name) is ours), default=float("nan"))
              for ours in (False, True)] for end in ends]
-    verdict = dict(falls="ahead: ", rises="behind: ")
-    said = [verdict.get(fid.moves(*pair), "level: ") * (sum(pair) > 0)         # a sum with nan is not above 0
+    verdict = dict(falls="ahead: ", rises="behind: ")                          # of means alone, without nan
+    said = [verdict.get(fid.moves(*pair), "level: ") * ("," in args.seeds and sum(pair) > 0)
             + f"{pair[1]:.2f} with it, {pair[0]:.2f} the best without" for pair in best]
     words = CAPTION.format(seeds, *said, os.path.basename(args.data), features.scale)
     marks = {statistics.mean(end.values()): f"{road}: post-training begins" for road, end in mid.items()}

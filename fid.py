@@ -1377,8 +1377,8 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
                   "; mid-training is on the mean velocity between any two states, so to the end, too; at t = "
                   "0 the answer is the state itself") + ".\n"
                "Error from noise: of the leftmost answer, root mean square of pixels; in the heading means "
-               f"of {states.shape[1]} noises. Two ends differ by {apart:.2f}. Post-training learns from "
-               f"images and may leave these ends.{words}\n"
+               f"of {states.shape[1]} noises. Two noises' ends differ by {apart:.2f}. Post-training learns "
+               f"from images and may leave these ends.{words}\n"
                + f"Of {n} states {len(some)} are shown, where most changes." * (len(some) < n)
                + " States above sigma 1 are shown divided by sigma." * bool(levels.max() > 1))
     header = ["noise level " + ("sigma" if levels.max() > 1 else "t")]

@@ -10,6 +10,7 @@
 pretrain: fetch EDM2, or train it. vgg: the VGG that measures latents or digits. mid: regress the student onto
 the ends of the teacher's trajectories, classes given (Eq. 7). post: ECT, or ECD with an autoguided teacher
 (Eq. 3). Run the same command again to resume. "choice": ours, not the paper's; "trap": a bug avoided.
+ect_step, loss_cmt, loss_ect are CIFAR's text; new: classes, EDM2, ECT's weight, autoguided, views, the VGG.
 """
 # /// script
 # dependencies = ["torch", "numpy", "lpips", "pillow", "scipy"]

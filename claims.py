@@ -302,8 +302,8 @@ def curves(args, device):
     title = "gradient norm: every step, and the median of 25 steps"
     fid.save_chart(f"{args.out}/norms.png", {title: norms},
                    f"Post-training's gradient is large: its loss is divided by a small gap{caption}Each "
-                   "stair of red doubles q of ECT's gap n/q, from 2 to 256 (512 in the last four steps); blue "
-                   "has 512. Dark: median.", marks=marks)
+                   "stair of red doubles q of ECT's gap n/q, from 2 to 256 (512 in the last four steps); "
+                   "blue has 512. Dark: median.", marks=marks)
     for name, points in scores.items():
         print(f"{name}: " + ", ".join(f"{x:,} {y:.2f}" for x, y in points))
 

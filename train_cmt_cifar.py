@@ -318,10 +318,10 @@ def set_up(cfg):
         teacher_state(cfg)                            # fetched and checked
         own = nets.finished(f"{cfg.out}/pretrain.pt") and f"{cfg.out}/pretrain.pt"
         return log(f"pretrain: not trained, the teacher is {cfg.teacher or own or 'the official one'}")
-    path = f"{cfg.out}/{cfg.stage}.pt"
     ckpt, left = resume(cfg)                          # left: steps to go
-    if not (left or os.path.exists(cfg.teacher)) and all(ckpt["cfg"][k] == vars(cfg)[k] for k in BY_CONTENT):
-        return log(f"{cfg.stage}: {path} is finished, nothing to do")         # else it is compared below
+    named = cfg.stage == "mid" and os.path.exists(cfg.teacher)                # compared below
+    if not (left or named) and all(ckpt["cfg"][k] == vars(cfg)[k] for k in BY_CONTENT):
+        return log(f"{cfg.stage}: finished, nothing to do")
     images, stamp, teacher = None, "none", None       # stamp: what identifies data and teacher
     if needs_data(cfg):
         images = load_data(cfg)
@@ -331,7 +331,7 @@ def set_up(cfg):
     asks_teacher = cfg.stage == "mid" or cfg.stage == "post" and cfg.post not in ("ect", "annealed")
     asked = dict(teacher=teacher_state(cfg)) if asks_teacher else {}          # (weights, arguments)
     stamp += "".join(f", {name} {nets.stamp(state)}" for name, (state, _) in asked.items())
-    same_data(ckpt, path, stamp)
+    same_data(ckpt, f"{cfg.out}/{cfg.stage}.pt", stamp)
     if asked:
         # choice: the teacher too in --precision: bf16 moves its ends less than a finer solve would
         weights, size = asked["teacher"]

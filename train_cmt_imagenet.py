@@ -391,15 +391,15 @@ def set_up(cfg):
         return log(f"pretrain: not trained, the teacher is {cfg.teacher or own or 'the official one'}")
     if cfg.stage == "vgg" and not wants_vgg(cfg):
         return
-    path = f"{cfg.out}/{cfg.stage}.pt"
     ckpt, left = resume(cfg)                          # left: steps to go
-    if not (left or os.path.exists(cfg.teacher)) and all(ckpt["cfg"][k] == vars(cfg)[k] for k in BY_CONTENT):
-        return log(f"{cfg.stage}: {path} is finished, nothing to do")         # else it is compared below
+    named = cfg.stage == "mid" and os.path.exists(cfg.teacher)                # compared below
+    if not (left or named) and all(ckpt["cfg"][k] == vars(cfg)[k] for k in BY_CONTENT):
+        return log(f"{cfg.stage}: finished, nothing to do")
     images = load_data(cfg) if needs_data(cfg) else None
     stamp = images.stamp if images else "none"
     asked = asked_nets(cfg)
     stamp += "".join(f", {name} {nets.stamp(state)}" for name, (state, _) in asked.items())
-    same_data(ckpt, path, stamp)
+    same_data(ckpt, f"{cfg.out}/{cfg.stage}.pt", stamp)
     frozen = {name: build(cfg, size, state, getattr(cfg, name) or "the teacher")
               for name, (state, size) in asked.items() if name != "guide" or cfg.w != 1}
     teacher = autoguided(frozen.get("main") or frozen.get("teacher"), frozen.get("guide"), cfg.w)

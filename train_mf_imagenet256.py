@@ -407,10 +407,10 @@ def set_up(cfg):
     """What a stage learns from and asks, and its net; None: nothing is to be done."""
     if left_out(cfg) or cfg.stage == "pretrain" and cfg.teacher:
         return log(f"{cfg.stage}: not trained, as --teacher or --mid none says")
-    path = f"{cfg.out}/{cfg.stage}.pt"
     ckpt, left = resume(cfg)                          # left: steps to go
-    if not (left or os.path.exists(cfg.teacher)) and all(ckpt["cfg"][k] == vars(cfg)[k] for k in BY_CONTENT):
-        return log(f"{cfg.stage}: {path} is finished, nothing to do")         # else it is compared below
+    named = cfg.stage == "mid" and os.path.exists(cfg.teacher)                # compared below
+    if not (left or named) and all(ckpt["cfg"][k] == vars(cfg)[k] for k in BY_CONTENT):
+        return log(f"{cfg.stage}: finished, nothing to do")
     images, stamp, teacher = None, "none", None       # stamp: what identifies data and teacher
     if cfg.stage != "mid":                                                    # CMT needs no data
         images = load_data(cfg)
@@ -421,7 +421,7 @@ def set_up(cfg):
         teacher.requires_grad_()                      # else autocast casts its weights anew at each call
         null, shape = its["num_classes"], (its["in_channels"], its["input_size"], its["input_size"])
         stamp += f", teacher {nets.stamp(weights)}"
-    same_data(ckpt, path, stamp)
+    same_data(ckpt, f"{cfg.out}/{cfg.stage}.pt", stamp)
     model = dict(size_row(cfg, "weak" if cfg.stage == "pretrain" else "size", shape[-1]),
                  input_size=shape[-1], in_channels=shape[0], num_classes=null,
                  average_velocity=cfg.stage != "pretrain" or cfg.pretrain == "mf")

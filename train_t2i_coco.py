@@ -402,18 +402,18 @@ def set_up(cfg):
     """What a stage learns from and asks, and its net; None: nothing is to be done."""
     if left_out(cfg) or cfg.stage == "pretrain" and cfg.teacher:
         return log(f"{cfg.stage}: not trained, as --teacher or --mid none says")
-    path, teacher = f"{cfg.out}/{cfg.stage}.pt", None
     ckpt, left = resume(cfg)                          # left: steps to go
-    if not (left or os.path.exists(cfg.teacher)) and all(ckpt["cfg"][k] == vars(cfg)[k] for k in BY_CONTENT):
-        return log(f"{cfg.stage}: {path} is finished, nothing to do")         # else it is compared below
+    named = cfg.stage == "mid" and os.path.exists(cfg.teacher)                # compared below
+    if not (left or named) and all(ckpt["cfg"][k] == vars(cfg)[k] for k in BY_CONTENT):
+        return log(f"{cfg.stage}: finished, nothing to do")
     images, encoder = load_data(cfg), text_encoder(cfg)                   # mid reads captions, never an image
-    stamp, null = images.stamp, encoder(images.null[None])
+    stamp, null, teacher = images.stamp, encoder(images.null[None]), None
     if cfg.stage == "mid":
         weights, model = teacher_state(cfg)
         teacher = build(cfg, model, weights, cfg.teacher or "the teacher")
         teacher.requires_grad_()                      # else autocast casts its weights anew at each call
         stamp += f", teacher {nets.stamp(weights)}"
-    same_data(ckpt, path, stamp)
+    same_data(ckpt, f"{cfg.out}/{cfg.stage}.pt", stamp)
     model = model_size(cfg, images, null.shape[-1])
     state, what = (None, "") if ckpt else first_weights(cfg)
     net = build(cfg, model, state, what, train=True)

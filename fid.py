@@ -1785,7 +1785,7 @@ def check_values(cfg, limits, world):
     for name in {"pretrain", "mid", "post", "loss"} & {*vars(cfg)}:              # else one trains as another
         value, default = getattr(cfg, name), getattr(type(cfg), name)
         written = re.search(rf"""["']{re.escape(value)}["']""", code)
-        if value not in (default, *home.AS_DEFAULT.split()) and not written:
+        if value != default and not written:
             fail(2, f"--{name} {value}: no function of {os.path.basename(home.__file__)} holds the word, in "
                     "quotes; write its branch (README, Fork it)")
     path = os.sep in cfg.data or "." in cfg.data or os.path.exists(cfg.data)
@@ -2118,8 +2118,6 @@ def begin_stage(cfg, tally, memory):
     begins += "; first the teacher draws trajectories" * (cfg.stage == "mid")
     PACE.clear()
     tally["clock"] = time.time()
-    if done == cfg.steps:
-        return f"{cfg.stage}: finished, nothing to do"       # by other names of the same files
     if processes()[0] or cfg.dry_run:
         return begins
     if os.path.exists(file):

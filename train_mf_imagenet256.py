@@ -120,12 +120,10 @@ ABOUT = {"pretrain": "stage 1 of 4, pre-training: square errors fall; the loss s
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "sit", "random"                            # other values of --init are a FILE
-# a --mid, --post or --loss that no function below names in quotes is refused, as a branch that a fork forgot
-AS_DEFAULT = "vanilla"                                # but these
 FILES = {"imagenet": "data/imagenet256-sd"}
 REFERENCE = {"imagenet": "imagenet256"}               # scored by ADM's statistics, others by their own
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# fid reads Config, PRESETS, STAGES, INITS, FILES, AS_DEFAULT, MAY_CHANGE, RUN, data_name and what main calls
+# fid reads Config, PRESETS, STAGES, INITS, FILES, MAY_CHANGE, RUN, data_name and what main calls
 parse = partial(fid.parse, globals())                 # (argv) -> Config
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 
@@ -358,7 +356,7 @@ def train(cfg):
         level, guided = more                          # t on the device; which samples guidance changes
         if cfg.stage == "pretrain":
             return loss_mf(flow, z, target, t, r, y, guided, cfg)[:2]
-        if cfg.post == "teacher":                     # whose answer is guided already
+        if cfg.post == "teacher":                     # is guided already; "vanilla": other numbers alone
             target = teacher_velocity(cfg, run.teacher, z, level, y, guided)
             guided = torch.zeros_like(guided)
         return loss_mf(flow, z, target, t, r, y, guided, cfg)[:2]
@@ -422,6 +420,8 @@ def set_up(cfg):
         null, shape = its["num_classes"], (its["in_channels"], its["input_size"], its["input_size"])
         stamp += f", teacher {nets.stamp(weights)}"
     same_data(ckpt, f"{cfg.out}/{cfg.stage}.pt", stamp)
+    if not left:                                      # other names of the same
+        return log(f"{cfg.stage}: finished, nothing to do")
     model = dict(size_row(cfg, "weak" if cfg.stage == "pretrain" else "size", shape[-1]),
                  input_size=shape[-1], in_channels=shape[0], num_classes=null,
                  average_velocity=cfg.stage != "pretrain" or cfg.pretrain == "mf")

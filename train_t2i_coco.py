@@ -123,11 +123,9 @@ ABOUT = {"pretrain": "stage 1 of 4, pre-training: square errors fall, and the lo
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "sit", "random"                            # other values of --init are a FILE
-# a --mid, --post or --loss that no function below names in quotes is refused, as a branch that a fork forgot
-AS_DEFAULT = "plain vanilla xl"                       # but these
 FILES = {"coco": "data/coco256-sd"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# fid reads Config, PRESETS, STAGES, INITS, FILES, AS_DEFAULT, MAY_CHANGE, RUN, data_name and what main calls
+# fid reads Config, PRESETS, STAGES, INITS, FILES, MAY_CHANGE, RUN, data_name and what main calls
 parse = partial(fid.parse, globals())                 # (argv) -> Config
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 
@@ -349,7 +347,7 @@ def train(cfg):
         level, guided, tokens = more                  # t on the device; which samples guidance changes
         if cfg.stage == "pretrain":
             loss, square, features = loss_sit(flow, z, target, level, text)
-        else:
+        else:                                         # "plain", "vanilla", "xl": other numbers alone
             loss, square, features = loss_mf(flow, z, target, t, r, text, guided, cfg)
         if features is not None:          # trap: REPA acts on the forward pass, never inside du/dt
             repa = loss_repa(features, tokens)
@@ -414,6 +412,8 @@ def set_up(cfg):
         teacher.requires_grad_()                      # else autocast casts its weights anew at each call
         stamp += f", teacher {nets.stamp(weights)}"
     same_data(ckpt, f"{cfg.out}/{cfg.stage}.pt", stamp)
+    if not left:                                      # other names of the same
+        return log(f"{cfg.stage}: finished, nothing to do")
     model = model_size(cfg, images, null.shape[-1])
     state, what = (None, "") if ckpt else first_weights(cfg)
     net = build(cfg, model, state, what, train=True)

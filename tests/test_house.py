@@ -63,7 +63,7 @@ OWN = {"Config", "load_data", "data_name", "check", "teacher_pairs", "make_sampl
 #   stages of curve.png side by side, each on an axis of its own, how a loss moves in its heading; a method without a branch is found in the code, so no table of branches; the whole
 #   command of a longer training, knobs that a stage never reads, bf16 on a CPU, a score against changed data, lines of one batch left out, contents that name what scripts take; nets +2: the views of a distance have an order;
 BUDGET = {"train_cmt_cifar.py": 699, "train_cmt_imagenet.py": 943, "train_mf_imagenet256.py": 905,
-          "train_t2i_coco.py": 1118, "nets.py": 1858, "fid.py": 2455, "solvers.py": 198, "bench.py": 968,
+          "train_t2i_coco.py": 1118, "nets.py": 1858, "fid.py": 2453, "solvers.py": 198, "bench.py": 968,
           "claims.py": 628, "README.md": 229}
 FLAGS = {"train_cmt_cifar.py": 35, "train_cmt_imagenet.py": 42, "train_mf_imagenet256.py": 42, "train_t2i_coco.py": 43}
 README = (ROOT / "README.md").read_text()
@@ -167,8 +167,11 @@ def test_a_method_whose_branch_is_not_written_is_refused(path, capsys):
         with pytest.raises(SystemExit) as stop:
             fid.check_values(replace(c, **{name: "mine"}), {}, 0)
         assert stop.value.code == 2 and f"--{name} mine: no function of {path.name} holds the word, in quotes; write its branch" in capsys.readouterr().err
-    rows = " ".join(method for _, _, method in script.PRESETS)
-    assert all(name in rows.split() or name == "plain" for name in script.AS_DEFAULT.split())
+    code = re.sub(r" # .*", "", path.read_text().partition("\ndef ")[2])         # a comment may hold it for numbers alone
+    rows = {method for _, _, method in script.PRESETS}
+    for name in {"pretrain", "mid", "post", "loss"} & {*kinds}:
+        for known in typing.get_args(kinds[name]):
+            assert f'"{known}"' in code or known in rows or known == getattr(script.Config, name)
 
 
 @pytest.mark.parametrize("path", [*SCRIPTS, *(ROOT / f"{m}.py" for m in MODULES)], ids=lambda p: p.name)

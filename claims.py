@@ -286,24 +286,24 @@ def curves(args, device):
     scores["teacher, 16 steps"] = [(0, level), (seen, level)]
     norms = dict(sorted(norms.items(), key=lambda item: "every step" in item[0]))     # the medians on top
     one = [row["1-step FD-digits"] for row in rows]          # teacher, mid, mid and post, post alone
-    words = (f"Does mid-training by pixels help? FD-digits in one step, lower is better: {one[2]} with it, "
-             f"{one[3]} without; teacher, {cfg.nfe} steps: {rows[0][f'{cfg.nfe}-step FD-digits']}\n"
-             "Mid- and post-training: CMT + ECT; post-training alone: ECT, annealed; all by pseudo-Huber, "
-             "seed 0. Of six settings (README) this one gains. In one step the teacher draws the mean of all "
+    words = (f"Does mid-training by pixels help (seed 0)? FD-digits in one step, lower is better: {one[2]} "
+             f"with it, {one[3]} without; teacher, 16 steps: {rows[0]['16-step FD-digits']}\n"
+             "Mid- and post-training: CMT + ECT; post-training alone: ECT, annealed; all by pseudo-Huber. Of "
+             "six settings (README) only this one gains. In one step the teacher draws the mean of all "
              "images. The students look alike; the scores tell them apart.")
     fid.save_stages(args.out, shown, (), words, rows, cfg.samples)
-    caption = ("\nImages (or pairs) that a student saw, seed 0. Blue: mid-training on ends of the teacher's "
+    caption = ("\nImages (or pairs) that a student saw. Blue: mid-training on ends of the teacher's "
                "trajectories (CMT), then post-training on images (ECT). Red: ECT alone. By pseudo-Huber. ")
     fid.save_chart(f"{args.out}/scores.png", {"FD-digits, lower is better": scores},
-                   f"Does mid-training by pixels help? Digits, one step: {one[2]} with it, {one[3]} without"
-                   f"{caption}Of six settings (README) this one gains. Compare the last dots: both are tuned "
-                   f"for their end. FD-digits: distance of {cfg.samples:,} images, by features of a net; "
-                   "random pixels: 119.5.", marks=marks)
+                   f"Does mid-training by pixels help (seed 0)? One step: {one[2]} with it, {one[3]} without"
+                   f"{caption}Of six settings (README) only this one gains. Compare the last dots: both are "
+                   f"tuned for their end. FD-digits: distance of {cfg.samples:,} images, by features of a "
+                   "net; random pixels: 119.5.", marks=marks)
     title = "gradient norm: every step, and the median of 25 steps"
     fid.save_chart(f"{args.out}/norms.png", {title: norms},
-                   f"Post-training's gradient is large: its loss is divided by a small gap{caption}Each "
-                   "stair of red doubles q of ECT's gap n/q, from 2 to 256 (512 in the last four steps); "
-                   "blue has 512. Dark: median.", marks=marks)
+                   "Post-training's gradient is large: its loss is divided by a small gap (seed 0)"
+                   f"{caption}Each stair of red doubles q of ECT's gap n/q, from 2 to 256 (512 in the last "
+                   "four steps); blue has 512. Dark: median.", marks=marks)
     for name, points in scores.items():
         print(f"{name}: " + ", ".join(f"{x:,} {y:.2f}" for x, y in points))
 
@@ -421,14 +421,14 @@ def photos(args, device):
             one[row] = found[row == "teacher"]                           # the teacher: in its many steps
             print(f"| {row} | {seed} | {' / '.join(found)} | {state['seconds']:.0f} |", flush=True)
             with_it, without, many = (one.get(k, "-") for k in ("CMT + ECT", "ECT, annealed", "teacher"))
-            caption = ("Does mid-training by pixels help on photos? FD-photos in one step, lower is better: "
-                       f"{with_it} with it, {without} without; teacher, {cfg.nfe} steps: {many}\n"
+            caption = (f"Does mid-training by pixels help on photos (seed {seed})? FD-photos in one step, "
+                       f"lower is better: {with_it} with it, {without} without; teacher, 16 steps: {many}\n"
                        "A column: one noise for all nets; a second step may change the image.\n"
                        f"FD-photos: Frechet distance of {n:,} images to the real ones, by features of a "
                        f"small net; {features.scale} against the other. Such small nets draw colours and "
                        "shapes, hardly objects.\n"
                        "Mid-training: on ends of the teacher's trajectories, by pseudo-Huber; post-training: "
-                       f"ECT by the plain norm, alone annealed. {os.path.basename(args.data)}, seed {seed}.")
+                       f"ECT by the plain norm, alone annealed. Photos: {os.path.basename(args.data)}.")
             breaks = fid.breaks_between([label.partition("\n")[0] for label, _ in (*shown, real)])
             fid.save_sheet(f"{args.out}/{seed}/photos.png", [*shown, real], caption, breaks=breaks)
 
@@ -438,7 +438,7 @@ CAPTION = ("Does mid-training help Mean Flow on photos ({})? In one step {}; in 
            "FD-photos (Frechet distance to {} at 16x16, by features of a small net; {} against the other) "
            "against CPU seconds, a road's first net included. CMT: mid-training by a small teacher, then "
            "training on photos. The others train on photos alone, from random weights or a flow-matching "
-           "net. A dot each 150 steps; compare the last ones. Of three seeds: docs/results.md.")
+           "net. A dot each 150 steps; compare the last ones. Of three seeds on a quiet machine: results.md.")
 ROADS = {  # road: the road whose teacher it goes on from, its calls, laid over the settings of digits
     "flow matching": ("", ["--stage pretrain --pretrain fm --weak SIZE --steps 320"]),
     "weak Mean Flow": ("", ["--stage pretrain --weak 2x64x3 --steps 800"]),

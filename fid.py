@@ -47,6 +47,7 @@ import hashlib
 import http.client
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -1286,12 +1287,14 @@ def moves(was, now):
 
 
 def in_short(table):
-    """A table of scores in a line: every net in one step, the teacher in its many; "" without scores."""
-    scores = scores_of(table)
+    """A table of scores in a line, nets that are scored in the same steps together; "" without scores."""
+    scores = {called(name): found for name, found in scores_of(table).items() if found}
     measure = next((key.partition("-step ")[2] for row in table for key in row if "-step F" in key), "")
-    ones = ", ".join(f"{called(name)} {found['1']}" for name, found in scores.items() if "1" in found)
-    many = [f"; teacher in {k} steps: {y}" for k, y in scores.get("teacher", {}).items() if int(k) > 2]
-    return f"{measure}, lower is better, in one step: {ones}{''.join(many)}" if ones else ""
+    told = []
+    for steps, nets in itertools.groupby(scores, lambda net: " / ".join(scores[net])):
+        found = ", ".join(f"{net} {' / '.join(scores[net].values())}" for net in nets)
+        told.append(f"in {steps} step{'s' * (steps != '1')} {found}")
+    return f"{measure}, lower is better, {'; '.join(told)}" if told else ""
 
 
 def fallen(table):
@@ -1301,8 +1304,11 @@ def fallen(table):
         was, now = scores.get(before, {}), scores.get(after, {})
         pairs = {k: [float(net[k].split()[0]) for net in (was, now)] for k in now if k in was}
         if worse := [k for k, pair in pairs.items() if moves(*pair) == "rises"]:
+            end = scores.get("post", {}) if after == "mid" else {}
+            mended = all(k in end and float(end[k].split()[0]) < pairs[k][0] for k in worse)
             text += (f" Here {SPOKEN[after]} scores worse than {SPOKEN.get(before, 'its teacher')} in "
-                     f"{' and '.join(worse)} step{'s' * (worse != ['1'])}.")
+                     f"{' and '.join(worse)} step{'s' * (worse != ['1'])}")
+            text += ", post-training better." if mended else "."
     return text
 
 
@@ -2226,21 +2232,14 @@ def save_curve(cfg, table=()):
         norms.append((m["images"], m["grad"]))
     panels = {f"{stage}: {title}": {stage: losses} for stage, (title, losses, _) in stages.items()}
     panels |= {f"{stage}: gradient norm": {stage: norms} for stage, (_, _, norms) in stages.items()}
-
-    def told(points):
-        was, now = points[0][1], points[-1][1]
-        return f"is {now:.3g}" if len(points) < 3 else f"{moves(was, now)} from {was:.3g} to {now:.3g}"
-    lines = [f"{stage[0].upper()}{stage[1:]}: {drawn} {told(losses)}, gradient norm {told(norms)}."
-             for stage, (_, losses, norms) in stages.items()]
-    mid, scores = stages.get(SPOKEN["mid"]), in_short(table)
-    heading = f"Mid-training's {drawn} {told(mid[1])}" if mid else f"The {drawn} and gradient of each stage"
-    save_chart(f"{cfg.out}/curve.png", panels, f"{heading}.{fallen(table)}".rstrip(".") + "\n"
+    scores = in_short(table)
+    save_chart(f"{cfg.out}/curve.png", panels, f"Judge a stage by its scores: its {drawn} need not fall, and "
+               "a large gradient may be right\n"
                "A stage has a loss and scales of its own, log scales, against the images it trained on; in "
                "mid-training these are pairs of the teacher."
-               + " Square errors are of velocities; t - r is the time jumped over." * (drawn != "loss") + "\n"
-               + "\n".join([*lines, "Images may improve though a loss does not fall and a gradient is large: "
-                              "judge by scores."])
-               + f"\n{scores}; {cfg.samples:,} samples each." * bool(scores), columns=max(1, len(stages)))
+               + " Square errors are of velocities; t - r is the time jumped over." * (drawn != "loss")
+               + f"\n{scores}; {cfg.samples:,} samples each.{fallen(table)}" * bool(scores),
+               columns=max(1, len(stages)))
 
 
 def save_preview(cfg, tally, stop, sampler, drawn=""):

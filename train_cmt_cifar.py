@@ -154,8 +154,7 @@ def teacher_pairs(cfg, teacher, shape, g):
     """Eq. 7: n trajectories of the frozen teacher; the first `used` states of each are paired with its end.
 
     shape: of one image. Every process solves its share, gets all. Returns, shuffled, x_t (P, C, H, W), t and
-    owner (P,), and the ends x_0 (n, C, H, W): pair p is regressed onto x_0[owner[p]]. x_i of Eq. 7
-    is xs[nfe - i].
+    owner (P,), and the ends x_0 (n, C, H, W): pair p's end is x_0[owner[p]]. x_i of Eq. 7 is xs[nfe - i].
     """
     (n, used), sigmas = solve_size(cfg), teacher_sigmas(cfg.nfe)              # (nfe+1,), from 80 to 0.002
     levels = sigmas.to(g.device, torch.float32, non_blocking=True)
@@ -317,7 +316,7 @@ def set_up(cfg):
         own = nets.finished(f"{cfg.out}/pretrain.pt") and f"{cfg.out}/pretrain.pt"
         return log(f"pretrain: not trained, the teacher is {cfg.teacher or own or 'the official one'}")
     ckpt, left = resume(cfg)                          # left: steps to go
-    named = cfg.stage == "mid" and os.path.exists(cfg.teacher)                # compared below
+    named = cfg.stage == "mid" and os.path.exists(cfg.teacher)     # its file may hold another now
     if not (left or named) and all(ckpt["cfg"][k] == vars(cfg)[k] for k in BY_CONTENT):
         return log(f"{cfg.stage}: finished, nothing to do")
     images, stamp, teacher = None, "none", None       # stamp: what identifies data and teacher
@@ -330,7 +329,7 @@ def set_up(cfg):
     asked = dict(teacher=teacher_state(cfg)) if asks_teacher else {}          # (weights, arguments)
     stamp += "".join(f", {name} {nets.stamp(state)}" for name, (state, _) in asked.items())
     same_data(ckpt, f"{cfg.out}/{cfg.stage}.pt", stamp)
-    if not left:                                      # other names of the same
+    if not left:                                      # other names, the same content
         return log(f"{cfg.stage}: finished, nothing to do")
     if asked:
         # choice: the teacher too in --precision: bf16 moves its ends less than a finer solve would
@@ -370,13 +369,14 @@ def draw_sheets(cfg, found):
              for name, net, kinds, _ in found for steps, kind in kinds.items()]
     if data_name(cfg) == "own" and os.path.exists(cfg.data):     # where no score says how near samples are
         shown.append(("real images", 0, fid.to_float(load_data(cfg)[:12], "cpu")))
-    fid.save_stages(cfg.out, shown, (), words := fid.about(cfg, found))
+    stages = shown, (), fid.about(cfg, found)         # without names of columns, and with words below
+    fid.save_stages(cfg.out, *stages)
     if found[0][0] == "teacher":
         teacher, sigmas = found[0][1], teacher_sigmas(cfg.nfe)
         xs = teacher_solver(teacher, prior(teacher, range(12))[0], sigmas)           # (nfe+1, 12, C, H, W)
         answers = {name: lambda x, sigma, net=net: net(x, sigma.to(x)) for name, net, *_ in found}
         fid.save_trajectory(cfg.out, xs, sigmas, answers)
-    return shown, (), words
+    return stages
 
 
 # ---- data -------------------------------------------------------------------------------------

@@ -388,9 +388,9 @@ def set_up(cfg):
         own = nets.finished(f"{cfg.out}/pretrain.pt") and f"{cfg.out}/pretrain.pt"
         return log(f"pretrain: not trained, the teacher is {cfg.teacher or own or 'the official one'}")
     if cfg.stage == "vgg" and not wants_vgg(cfg):
-        return
+        return log(f"vgg: not trained, --loss {cfg.loss} of --data {cfg.data} needs none")
     ckpt, left = resume(cfg)                          # left: steps to go
-    named = cfg.stage == "mid" and os.path.exists(cfg.teacher)                # compared below
+    named = cfg.stage == "mid" and os.path.exists(cfg.teacher)     # its file may hold another now
     if not (left or named) and all(ckpt["cfg"][k] == vars(cfg)[k] for k in BY_CONTENT):
         return log(f"{cfg.stage}: finished, nothing to do")
     images = load_data(cfg) if needs_data(cfg) else None
@@ -398,7 +398,7 @@ def set_up(cfg):
     asked = asked_nets(cfg)
     stamp += "".join(f", {name} {nets.stamp(state)}" for name, (state, _) in asked.items())
     same_data(ckpt, f"{cfg.out}/{cfg.stage}.pt", stamp)
-    if not left:                                      # other names of the same
+    if not left:                                      # other names, the same content
         return log(f"{cfg.stage}: finished, nothing to do")
     frozen = {name: build(cfg, size, state, getattr(cfg, name) or "the teacher")
               for name, (state, size) in asked.items() if name != "guide" or cfg.w != 1}
@@ -454,15 +454,15 @@ def draw_sheets(cfg, found):
     balanced = replace(cfg, labels="balanced")
     samplers = {(name, steps): make_sampler(balanced, net, kind)
                 for name, net, kinds, _ in found for steps, kind in kinds.items()}
-    shown = fid.save_classes(cfg, found, samplers, found[0][1].label_dim)
+    shown, classes, words = fid.save_classes(cfg, found, samplers, found[0][1].label_dim)
     if found[0][0] == "teacher":
         teacher, sigmas = found[0][1], teacher_sigmas(cfg.nfe)
         x_T, y, _ = prior(teacher, range(12), "balanced")
         xs = teacher_solver(lambda x, sigma: teacher(x, sigma, y), x_T, sigmas)      # (nfe+1, 12, C, H, W)
         answers = {name: lambda x, sigma, net=net: net(x, sigma.to(x), y[:len(x)]) for name, net, *_ in found}
         fid.save_trajectory(cfg.out, xs, sigmas, answers, partial(to_images, cfg),
-                            [f"class {k}" for k in shown[1]])
-    return shown
+                            [f"class {k}" for k in classes])
+    return shown, classes, words
 
 
 # ---- data -------------------------------------------------------------------------------------

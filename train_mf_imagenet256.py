@@ -406,7 +406,7 @@ def set_up(cfg):
     if left_out(cfg) or cfg.stage == "pretrain" and cfg.teacher:
         return log(f"{cfg.stage}: not trained, as --teacher or --mid none says")
     ckpt, left = resume(cfg)                          # left: steps to go
-    named = cfg.stage == "mid" and os.path.exists(cfg.teacher)                # compared below
+    named = cfg.stage == "mid" and os.path.exists(cfg.teacher)     # its file may hold another now
     if not (left or named) and all(ckpt["cfg"][k] == vars(cfg)[k] for k in BY_CONTENT):
         return log(f"{cfg.stage}: finished, nothing to do")
     images, stamp, teacher = None, "none", None       # stamp: what identifies data and teacher
@@ -420,7 +420,7 @@ def set_up(cfg):
         null, shape = its["num_classes"], (its["in_channels"], its["input_size"], its["input_size"])
         stamp += f", teacher {nets.stamp(weights)}"
     same_data(ckpt, f"{cfg.out}/{cfg.stage}.pt", stamp)
-    if not left:                                      # other names of the same
+    if not left:                                      # other names, the same content
         return log(f"{cfg.stage}: finished, nothing to do")
     model = dict(size_row(cfg, "weak" if cfg.stage == "pretrain" else "size", shape[-1]),
                  input_size=shape[-1], in_channels=shape[0], num_classes=null,
@@ -459,7 +459,7 @@ def draw_sheets(cfg, found):
     balanced = replace(cfg, labels="balanced")
     samplers = {(name, steps): make_sampler(balanced, net, steps)
                 for name, net, kinds, _ in found for steps in kinds}
-    shown = fid.save_classes(cfg, found, samplers, found[0][1].num_classes)
+    shown, classes, words = fid.save_classes(cfg, found, samplers, found[0][1].num_classes)
     if found[0][0] == "teacher":
         teacher, times = found[0][1], torch.linspace(1, 0, cfg.nodes, dtype=torch.float64)
         z, y = prior(teacher, range(12), "balanced")
@@ -468,8 +468,8 @@ def draw_sheets(cfg, found):
                  rollout(cfg, net, x, y[:len(x)], torch.stack([t[0], 0 * t[0]]))[0][-1]
                  for name, net, *_ in found}
         fid.save_trajectory(cfg.out, states, times, jumps, partial(to_images, cfg),
-                            [f"class {k}" for k in shown[1]], shown[2])
-    return shown
+                            [f"class {k}" for k in classes], words)
+    return shown, classes, words
 
 
 # ---- data -------------------------------------------------------------------------------------

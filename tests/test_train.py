@@ -709,6 +709,31 @@ def test_every_knob_is_used_and_explained(path):
     assert set(" ".join(script.MAY_CHANGE.values()).split()) <= {f.name for f in fields(script.Config)}
 
 
+def forked(text, monkeypatch):
+    Path("fork.py").write_text(text)
+    spec = importlib.util.spec_from_file_location("fork", "fork.py")
+    monkeypatch.setitem(sys.modules, "fork", fork := importlib.util.module_from_spec(spec))
+    spec.loader.exec_module(fork)
+    return fork
+
+
+def test_the_post_training_of_the_forking_guide_trains(here, monkeypatch):
+    """docs/faq.md: its row, its loss and its branch; the branch forgotten is refused before anything is trained."""
+    row, loss, branch = re.search(r'`(\("\*", "post", "mine"\).*?)`.*?```python\n(def loss_mine.*?)```.*?```python\n(.*?)```', (ROOT / "docs/faq.md").read_text(), re.S).groups()
+    text = (ROOT / "train_cmt_cifar.py").read_text()
+    for old, new in (('"annealed"] = "ect"', '"annealed", "mine"] = "ect"'), ("\n}\nABOUT", f"\n    {row}\n}}\nABOUT"), ("def make_distance(", loss + "\n\ndef make_distance(")):
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    mine = [*TINY, "--steps", "2", "--post", "mine"]
+    with pytest.raises(SystemExit) as stop:
+        forked(text, monkeypatch).main([*mine, "--out", "none"])
+    assert stop.value.code == 2 and not Path("none").exists()
+    fork = forked(text.replace("        r = ect_step(", branch + "        r = ect_step("), monkeypatch)
+    fork.main([*mine, "--out", "x"])
+    before, after = (nets.load_checkpoint(f"x/{stage}.pt")["ema"] for stage in ("mid", "post"))
+    assert Path("x/results.md").exists() and any(not torch.equal(before[k], after[k]) for k in before)
+
+
 def test_the_network_of_the_forking_guide_trains(here, monkeypatch):
     """docs/faq.md: its class and its two edits, in a copy of the script, through every stage."""
     own = re.search(r"```python\n(class Small.*?)```.*?`(net = nets.make.*?)`.*?`(return dict.*?)`", (ROOT / "docs/faq.md").read_text(), re.S)
@@ -717,10 +742,6 @@ def test_the_network_of_the_forking_guide_trains(here, monkeypatch):
                      (re.search(r'return \{\*\*nets.SIZES.*', text)[0], own[3])):
         assert text.count(old) == 1
         text = text.replace(old, new)
-    Path("fork.py").write_text(text)
-    spec = importlib.util.spec_from_file_location("fork", "fork.py")
-    monkeypatch.setitem(sys.modules, "fork", fork := importlib.util.module_from_spec(spec))
-    spec.loader.exec_module(fork)
-    fork.main([*TINY, "--steps", "2", "--dropout", "0.5", "--out", "x"])
+    forked(text, monkeypatch).main([*TINY, "--steps", "2", "--dropout", "0.5", "--out", "x"])
     assert Path("x/results.md").exists() and {*nets.load_checkpoint("x/post.pt")["ema"]} == {
         f"{layer}.{what}" for layer in ("first", "last") for what in ("weight", "bias")}

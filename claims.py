@@ -212,7 +212,7 @@ def plot(args, device):
             what = "has no step of a training" if os.path.exists(f"{run}/metrics.jsonl") else "is not there"
             script.fail(3, f"plot: {run}/metrics.jsonl {what}; name the folder of a run")
         ones = [m for m in fid.read_metrics(run) if m.get("metric", "").startswith("1-step")]
-        name = run + "".join(f", {m['metric']} {m['values'][0]:.2f}" for m in ones[-1:])    # its last net
+        name = run + "".join(f", {m['metric']} {m['values'][0]:.2f} of {m['samples']:,}" for m in ones[-1:])
         for m in steps:
             for key in fid.CURVES:
                 panel = panels.setdefault(f"{fid.SPOKEN[m['stage']]}: {fid.CURVES[key]}", {})
@@ -221,7 +221,7 @@ def plot(args, device):
     fid.save_chart(f"{args.out}/plot.png", panels,
                    "Losses do not rank runs: compare their scores\n"
                    "The stages of each run against the images (or pairs) that the stage has been trained on. "
-                   "Beside a run the score of its last net, where it is scored; lower is better.")
+                   "Beside a run the score of its last net, by so many samples; lower is better.")
     print(f"open {args.out}/plot.png; the next plot replaces it, unless it has another --out")
 
 

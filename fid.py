@@ -1299,16 +1299,14 @@ def in_short(table):
 
 def fallen(table):
     """Of a table of scores: a sentence for each stage that scores worse, by a tenth, than the one before."""
-    text, scores = "", scores_of(table)
+    text, scores = "", {net: {k: float(found.split()[0]) for k, found in of.items()}
+                        for net, of in scores_of(table).items()}
     for before, after in ("teacher", "mid"), ("mid", "post"):
-        was, now = scores.get(before, {}), scores.get(after, {})
-        pairs = {k: [float(net[k].split()[0]) for net in (was, now)] for k in now if k in was}
-        if worse := [k for k, pair in pairs.items() if moves(*pair) == "rises"]:
-            end = scores.get("post", {}) if after == "mid" else {}
-            mended = all(k in end and float(end[k].split()[0]) < pairs[k][0] for k in worse)
+        was, now, end = (scores.get(net, {}) for net in (before, after, "post"))
+        if worse := [k for k in now if k in was and moves(was[k], now[k]) == "rises"]:
             text += (f" Here {SPOKEN[after]} scores worse than {SPOKEN.get(before, 'its teacher')} in "
                      f"{' and '.join(worse)} step{'s' * (worse != ['1'])}")
-            text += ", post-training better." if mended else "."
+            text += ", post-training better." if all(end.get(k, was[k]) < was[k] for k in worse) else "."
     return text
 
 
@@ -1559,12 +1557,14 @@ def one_line(cfg, *errors):
     except torch.OutOfMemoryError as e:
         now = cfg.batch_gpu or cfg.batch // processes()[1]
         fail(1, f"{first_line(e)} Run again with a --batch_gpu smaller than {now}")
-    except RuntimeError as e:
+    except Exception as e:
         if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
             fail(2, f"--compile: {' '.join(str(e).split()[:40])}; mend the compiler, or pass --no-compile")
-        if not (calls := [f.line for f in traceback.extract_tb(e.__traceback__) if "dist." in f.line]):
-            raise
-        fail(1, f"{calls[0]}: {first_line(e)}; if another process died, it says why; run again")
+        calls = [f.line for f in traceback.extract_tb(e.__traceback__) if "dist." in f.line]
+        if calls and isinstance(e, RuntimeError):
+            fail(1, f"{calls[0]}: {first_line(e)}; if another process died, it says why; run again")
+        write_line("log.txt", traceback.format_exc().rstrip())
+        raise
 
 
 def leave(number, frame):
@@ -1645,7 +1645,8 @@ def begin_run(cfg, script, argv):
         try:
             yield
             if os.path.exists(f"{out}/{cfg.stage}.pt"):       # of one stage alone; a road ends with its table
-                log(f"{cfg.stage}: done; open curve.png and previews in {out}; --stage eval scores and draws")
+                log(f"{cfg.stage}: done; open curve.png and previews in {out}; --stage eval with the same "
+                    "--out, --teacher and --samples scores and draws")
         except BaseException:
             if new and processes()[0] == 0 and {*os.listdir(out)} == {".lock", "log.txt"}:
                 shutil.rmtree(out)
@@ -1796,9 +1797,9 @@ def check_values(cfg, limits, world):
                     "quotes; write its branch (README, Fork it)")
     path = os.sep in cfg.data or "." in cfg.data or os.path.exists(cfg.data)
     if home.data_name(cfg) == "own" and cfg.stage != "encode" and not path:
-        names = [type(cfg).data, *(home.FILES if type(cfg).data in home.FILES else ()), "digits"]
+        names = [*(home.FILES if type(cfg).data in home.FILES else [type(cfg).data]), "digits"]
         meant = difflib.get_close_matches(cfg.data, names, 1) or names
-        fail(2, f"--data {cfg.data}: no file or folder, nor a name, as {meant[0]}")
+        fail(2, f"--data {cfg.data}: no file or folder, nor a name, as {', '.join(meant)}")
     if world and cfg.batch % world:
         fail(2, f"--batch {cfg.batch}: {world} processes need a multiple: {-(-cfg.batch // world) * world}")
     share = cfg.batch // max(world, 1)
@@ -1906,9 +1907,10 @@ def made_by(script):
 def steps_left(cfg, ckpt, path, free, stages):
     """Steps that a stage has still to go from its checkpoint, or None; exit code 2 if other knobs made it.
 
-    free {"*", a stage or a --decay: names}: knobs that may differ. More steps are possible where none of the
-    `stages` after this one has begun from here.
+    free {"*", a stage, a stage and its method as "post ect", a --decay: names}: knobs that may differ. More
+    steps are possible where none of the `stages` after this one has begun from here.
     """
+    home = sys.modules[type(cfg).__module__]
     later = [s for s in stages[stages.index(cfg.stage) + 1:] if os.path.exists(f"{cfg.out}/{s}.pt")]
     if cfg.stage == "pretrain" and later and not ckpt:
         fail(2, f"{cfg.out}/{later[0]}.pt went on from a teacher that is not there; pass its --teacher again "
@@ -1921,7 +1923,9 @@ def steps_left(cfg, ckpt, path, free, stages):
     if ckpt and ckpt.get("code", here["code"]) != here["code"]:
         say(f"warning: {made}, nets.py or solvers.py was changed since {cfg.out} was begun; to train that "
             "anew, use another --out")                       # once for all stages
-    free = " ".join(free.get(key, "") for key in ("*", cfg.stage, cfg.decay)).split()
+    known = {"seed", *" ".join(free.values()).split(), *(k for row in home.PRESETS.values() for k in row)}
+    keys = "*", cfg.stage, f"{cfg.stage} {getattr(cfg, cfg.stage, '')}", cfg.decay
+    free = " ".join(free.get(key, "") for key in keys).split()
     for f in dataclasses.fields(cfg) if ckpt else ():
         was, now = ckpt["cfg"].get(f.name, f.default), getattr(cfg, f.name)
         steps = f.name == "steps"
@@ -1931,6 +1935,8 @@ def steps_left(cfg, ckpt, path, free, stages):
                 fail(2, f"{path} was made by {made} --data {data}, now {cfg.data}; use another --out")
             if steps and now > was and cfg.stage != "pretrain":
                 how = f"; to train it on, in a folder of its own: {longer(cfg, path, now - was, made)}"
+            if f.name not in known:
+                how = f"; of a knob of yours that {cfg.stage} never reads: name it in MAY_CHANGE"
             fail(2, f"{path} was made by {made} --data {data} with --{cfg.stage}.{f.name} {was}, now {now}; "
                     f"repeat its flags, see log.txt, or use another --out{how}")
     if cfg.stage == "post" and cfg.mid == "none" and not ckpt and os.path.exists(f"{cfg.out}/mid.pt"):
@@ -2154,9 +2160,9 @@ def overview(road, device, cfg):
     for c in [c for left, c in road if left]:
         text += (f"\nwarning: {c.stage}: {c.precision} is slow on most CPUs, up to eight times; pass "
                  f"--{c.stage}.precision fp32") * (device.type == "cpu" and c.precision in ("bf16", "fp16"))
-        kept = c.ema_beta**c.steps * (not getattr(c, "ema_std", 0))
+        kept, low = c.ema_beta**c.steps * (not getattr(c, "ema_std", 0)), max(0, 1 - 5 / c.steps)
         text += (f"\nwarning: {c.stage}: the average, which is shown and scored, keeps {kept:.0%} of the "
-                 f"first weights; pass a lower --{c.stage}.ema_beta") * (kept > 0.1)
+                 f"first weights; pass a lower --{c.stage}.ema_beta, as {low:.3g}") * (kept > 0.1)
         text += (f"\nwarning: {c.stage}: warm-up takes {c.warmup} of {c.steps} steps; pass a lower "
                  f"--{c.stage}.warmup") * (2 * c.warmup > c.steps)
     return text
@@ -2197,21 +2203,18 @@ def dry_run(home, argv, configs):
         idle = ", ".join(c.stage for c in configs if c.stage not in (*ROAD, *codes, *home.RUN)) or "none"
         plan = shlex.join([os.path.basename(home.__file__), *(a for a in argv if a != "--dry_run")])
         plan += f" --gpus {processes()[1]}"
-        quick = c.data == "digits" and "steps" not in plan
-        times = "3 to 7 minutes for all stages and scores" if quick else "see the second line of its training"
+        quick = ROAD and c.data == "digits" and "steps" not in plan and home.DEVICE.type == "cpu"
         asked = dict(sample="\nto draw: seeds {seeds}", encode="\nto encode: {source}",
                      eval="\nto score: {samples:,} samples of a net").get(c.stage, "").format(**vars(c))
         show(f"{text}{asked}\nfinished or not needed: {idle}\nfolder of the run, --out: {c.out}{cause}"
              + f"\nmemory and hours on GPUs: python bench.py plan {plan}" * bool(ROAD)
-             + f"\non one CPU core: {times}" * bool(ROAD and home.DEVICE.type == "cpu"), sys.stdout)
+             + "\non one CPU core: 3 to 7 minutes for all stages and scores" * bool(quick), sys.stdout)
     if dist.is_initialized():
         dist.destroy_process_group()
     return next(iter(codes.values()), 0)
 
 
-CURVES = dict(loss="loss", grad="gradient norm",
-              mse_gap1="square error of velocities, t - r up to 1/4 (mid-training: to the teacher's, else to "
-                       "noise - image)")
+CURVES = dict(loss="loss", grad="gradient norm", mse_gap1="square error of velocities, t - r up to 1/4")
 
 
 def save_curve(cfg, table=()):

@@ -713,7 +713,7 @@ def on_signal(number, frame):
 LIMITS = {  # (rule, least, below): fields; for fid.check_values
     ("above 0, below 1e12", 1e-300, 1e12): "batch steps repeat log_every save_every lr P_std res",
     ("above 0, below 80", 1e-300, 80): "mid_sigma",
-    ("in 1 to 1,000", 1, 1001): "nfe",
+    ("in 2 to 1,000", 2, 1001): "nfe",
     ("in -10 to 10", -10, 10.001): "P_mean",
     ("0 or more", 0, math.inf): "batch_gpu warmup huber_c trajectories ema_std",
     ("in [0, 1)", 0, 1): "ema_beta dropout",

@@ -3,6 +3,7 @@
 The default is short; `python -m pytest tests/test_faults.py --long` runs every fault as often as the table of
 docs/faults.md says, and a soak of 20,000 steps with 25 faults.
 """
+import contextlib
 import json
 import os
 import shlex
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from dataclasses import asdict, make_dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -632,7 +634,7 @@ def test_a_run_goes_on_when_the_data_are_the_same_wherever_they_lie(capsys, monk
     own_images("own")
     own_images("copy")
     own_images("other", seed=9)
-    argv, real = "--stage pretrain --batch 4 --nfe 1 --log_every 1 --steps 5".split(), script.count
+    argv, real = "--stage pretrain --batch 4 --nfe 2 --log_every 1 --steps 5".split(), script.count
     script.main([*argv, "--data", "own", "--out", "whole"])
     monkeypatch.setattr(script, "count", lambda *a: (real(*a), script.STOP.append(signal.SIGTERM)))
     for name in ("own/", f"{os.getcwd()}/own"):
@@ -947,3 +949,30 @@ def test_soak():
     assert wait(pid) == 0 and wait(whole) == 0
     print(f"memory at each fault, MiB: {[round(m) for m in memory]}")
     assert same("whole/pretrain.pt", "cut/pretrain.pt") and max(memory) < 1.1 * memory[0] + 20
+
+
+def test_a_crash_is_in_the_log_with_its_traceback(here, road, monkeypatch):
+    """Whoever forks looks there first."""
+    def broken(*args):
+        raise TypeError("of a fork")
+    monkeypatch.setattr(script, "loss_cmt", broken)
+    with pytest.raises(TypeError):
+        script.main([*TINY, "--stage", "mid", "--steps", "2", "--out", "x", "--teacher", str(road / "pretrain.pt")])
+    log = Path("x/log.txt").read_text()
+    assert "Traceback" in log and "in broken" in log and log.endswith("TypeError: of a fork\n")
+
+
+def test_a_knob_of_a_fork_is_told_where_to_be_named(here, road, capsys):
+    """A stage that never reads it, or reads it in another method, goes on once MAY_CHANGE says so."""
+    Mine = make_dataclass("Mine", [("mine", float, 0.1)], bases=(script.Config,), frozen=True)
+    Mine.__module__ = script.__name__
+    was, now = (Mine(**vars(script.parse([*TINY, "--stage", "mid", "--steps", "3"])), mine=mine) for mine in (0.1, 0.5))
+    ckpt = nets.load_checkpoint(str(road / "mid.pt")) | dict(cfg=asdict(was))
+    for may in "mid", "mid cmt":
+        assert script.fid.steps_left(now, ckpt, "x/mid.pt", script.MAY_CHANGE | {may: "mine"}, script.STAGES) == 3 - ckpt["step"]
+    for may, told in ({}, True), ({"mid kd": "mine"}, False):
+        script.fid.SAID.clear()
+        with pytest.raises(SystemExit):
+            script.fid.steps_left(now, ckpt, "x/mid.pt", script.MAY_CHANGE | may, script.STAGES)
+        err = capsys.readouterr().err
+        assert "--mid.mine 0.1, now 0.5" in err and ("name it in MAY_CHANGE" in err) == told

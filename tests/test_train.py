@@ -419,7 +419,7 @@ BAD = [  # (command line, exit code, what the line must say)
     ("--data digits --batch", 2, "--batch: expected one argument"),
     ("--data digits --compile=yes", 2, "--compile"),
     ("--data own.zip --res -16", 2, "--res -16 is not possible"),
-    ("--data cifra10", 2, "no file or folder, nor a name, as cifar10"), ("--data gone.zip", 3, "pass --data PATH, cifar10, ffhq, afhqv2 or digits"),
+    ("--data cifra10", 2, "no file or folder, nor a name, as cifar10"), ("--data mine", 2, "nor a name, as cifar10, ffhq, afhqv2, digits"), ("--nfe 1", 2, "--nfe 1 is not possible; it must be in 2 to"), ("--data gone.zip", 3, "pass --data PATH, cifar10, ffhq, afhqv2 or digits"),
     ("--data digit --teacher a.pt", 2, "no file or folder, nor a name, as digits"), ("--data digits --classes 3", 2, "arguments: --classes 3; --help lists every flag"),
     ("--data ffhq --stage post --mid none --teacher none.pkl", 3, "data/ffhq-64x64.zip is not there"),
     ("--data missing.zip --stage pretrain", 3, "missing.zip is not there"),
@@ -553,7 +553,7 @@ def test_a_stage_too_short_for_its_average_or_its_warm_up_says_so():
     short, whole = (script.parse(f"--data digits --stage post {flags}".split()) for flags in ("--steps 7 --ema_beta 0.99", ""))
     said = script.fid.overview([(7, short), (600, whole)], script.DEVICE, short)
     assert said.count("warning") == 2 and "warm-up takes 20 of 7 steps; pass a lower --post.warmup" in said
-    assert "keeps 93% of the first weights; pass a lower --post.ema_beta" in said
+    assert "keeps 93% of the first weights; pass a lower --post.ema_beta, as 0.286" in said
     assert "warning" not in script.fid.overview([(0, short)], script.DEVICE, short)             # it is finished
 
 

@@ -1293,7 +1293,7 @@ def in_short(table):
     told = []
     for steps, nets in itertools.groupby(scores, lambda net: " / ".join(scores[net])):
         found = ", ".join(f"{net} {' / '.join(scores[net].values())}" for net in nets)
-        told.append(f"in {steps} step{'s' * (steps != '1')} {found}")
+        told.append(f"in {steps} step{'s' * (steps != '1')}: {found}")
     return f"{measure}, lower is better, {'; '.join(told)}" if told else ""
 
 
@@ -1365,16 +1365,17 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
     # where no noise is left the answer is the state itself: a consistency model would see ln 0
     answers = {name: torch.stack([firsts[name][:2], *(f(x[:2], level[:2]) if level.all() else x[:2]
                                                       for x, level in later)]) for name, f in nets.items()}
-    rows, errors = [], {net: (x - states[-1]).square().flatten(1).mean(1).sqrt().tolist()
-                        for net, x in firsts.items()}
-    missed = [f"{called(net)} by {sum(e) / len(e):.2f}" for net, e in errors.items()]     # the teacher first
+    errors = {k: (x - states[-1]).square().flatten(1).mean(1).sqrt().tolist() for k, x in firsts.items()}
+    means = {net: sum(e) / len(e) for net, e in errors.items()}                           # the teacher first
+    rows, alike = [], len(means) > 1 and max(means.values()) < 1.2 * min(means.values())
     for j in range(min(2, states.shape[1])):
         name = f"noise {j + 1}, {names[j % len(names)]}" if names else f"noise {j + 1}"
         rows.append((f"{name}\nstates of the teacher", show((states / wide)[:, j])))          # at unit scale
         for net, x in answers.items():
             rows.append((f"{called(net)},\nerror from noise {errors[net][j]:.2f}", show(x[:, j])))
-    heading = f"In one step from noise the {', '.join(missed)}"
-    caption = (heading.replace(" by ", " misses its own end by ", 1) + "\n"
+    missed = ", ".join(f"{called(net)} by {mean:.2f}" for net, mean in means.items())
+    missed = missed.replace(" by ", " misses its own end by ", 1) + "; scores tell these apart" * alike
+    caption = (f"In one step from noise the {missed}\n"
                f"The teacher walks in {n - 1} steps, as for mid-training, from noise, left, to its end, "
                "right. Below: where each net gets from there in one step"
                + ("; mid-training trains every image of its row to be that end" if levels.max() > 1 else
@@ -2237,9 +2238,8 @@ def save_curve(cfg, table=()):
     panels |= {f"{stage}: gradient norm": {stage: norms} for stage, (_, _, norms) in stages.items()}
     scores = in_short(table)
     save_chart(f"{cfg.out}/curve.png", panels, f"Judge a stage by its scores: its {drawn} need not fall, and "
-               "a large gradient may be right\n"
-               "A stage has a loss and scales of its own, log scales, against the images it trained on; in "
-               "mid-training these are pairs of the teacher."
+               "a large gradient may be right\nEach has log scales of its own, against the images that it "
+               "trained on, in mid-training pairs of the teacher."
                + " Square errors are of velocities; t - r is the time jumped over." * (drawn != "loss")
                + f"\n{scores}; {cfg.samples:,} samples each.{fallen(table)}" * bool(scores),
                columns=max(1, len(stages)))

@@ -787,8 +787,8 @@ def test_a_stage_has_one_colour_whoever_is_beside_it(tmp_path):
 
 def test_of_a_long_trajectory_nine_states_are_drawn_where_most_changes(tmp_path, monkeypatch):
     """The first state and the end are among them; of a short one all are."""
-    monkeypatch.setattr(fid, "save_sheet", lambda path, rows, caption, header, breaks: drawn.append((rows, header)))
-    drawn, x = [], torch.arange(17.0).view(17, 1, 1, 1, 1).expand(-1, 2, 1, 8, 8)
+    monkeypatch.setattr(fid, "save_sheet", lambda path, rows, caption, header, breaks: drawn.append((rows, header)) or said.append(caption.split("\n")[0]))
+    drawn, said, x = [], [], torch.arange(17.0).view(17, 1, 1, 1, 1).expand(-1, 2, 1, 8, 8)
     fid.save_trajectory("", x, torch.linspace(1, 0, 17), {"mid": lambda x, level: x})
     fid.save_trajectory("", torch.cat([x[:1]] * 8 + [x[:9]]), torch.linspace(1, 0, 17), {})
     fid.save_trajectory("", x[:8], torch.linspace(1, 0, 8), {}, names=["class 7"])                  # data of one class
@@ -797,6 +797,10 @@ def test_of_a_long_trajectory_nine_states_are_drawn_where_most_changes(tmp_path,
     assert late[0][1][:, 0, 0, 0].tolist() == [*range(9)] and len(short[0][1]) == 8
     assert [label.split("\n")[0] for label, _ in (*late, *short)] == ["noise 1", "noise 2", "noise 1, class 7", "noise 2, class 7"]
     assert rows[1][0] == "mid-training alone,\nerror from noise 16.00"
+    for nearer, alike in (1, True), (9, False):
+        fid.save_trajectory("", x, torch.linspace(1, 0, 17), {"teacher": lambda x, level: x, "mid": lambda x, level: x + nearer})
+        assert said[-1].startswith("In one step from noise the teacher misses its own end by 16.00, mid-training alone by") and said[-1].endswith("; scores tell these apart") == alike
+    assert said[0].endswith("by 16.00")
 
 
 def test_a_caption_says_where_post_training_made_a_score_worse(tmp_path, monkeypatch):
@@ -824,7 +828,7 @@ def test_a_caption_names_seed_and_sizes():
 def test_a_table_in_a_line_has_every_net_in_one_step():
     rows = [{"stage": "teacher, balanced labels", "1-step FID": "99.0", "8-step FID": "2.0"}, {"stage": "mid", "1-step FID": "5.0", "2-step FID": "-"},
             {"stage": "post", "1-step FID": "6.0 +- 1.0, min 5.0", "2-step FID": "3.0"}]
-    line = "FID, lower is better, in 1 / 8 steps teacher 99.0 / 2.0; in 1 step mid-training alone 5.0; in 1 / 2 steps after post-training 6.0 +- 1.0, min 5.0 / 3.0"
+    line = "FID, lower is better, in 1 / 8 steps: teacher 99.0 / 2.0; in 1 step: mid-training alone 5.0; in 1 / 2 steps: after post-training 6.0 +- 1.0, min 5.0 / 3.0"
     assert fid.in_short(rows) == line and not fid.in_short([{"stage": "mid"}])
 
 
@@ -864,7 +868,7 @@ def test_every_stage_has_an_axis_of_its_own(tmp_path, monkeypatch):
     assert "lower is better" not in drawn["caption"]
     scores = {"stage": "teacher, balanced labels", "8-step FID": "2.00"}, {"stage": "mid", "1-step FID": "5.00 +- 1.00, min 4.00"}, {"stage": "post", "1-step FID": "-"}
     save_curve(cfg, scores)
-    scored = "FID, lower is better, in 8 steps teacher 2.00; in 1 step mid-training alone 5.00 +- 1.00, min 4.00"
+    scored = "FID, lower is better, in 8 steps: teacher 2.00; in 1 step: mid-training alone 5.00 +- 1.00, min 4.00"
     assert drawn["caption"].startswith("Judge a stage by its scores: its loss need not fall, and a large gradient may be right\n")
     assert drawn["caption"].endswith(f"\n{scored}; 50,000 samples each.")
     save_curve(cfg, ({"stage": "mid", "1-step FID": "2.00"}, {"stage": "post", "1-step FID": "5.00"}))

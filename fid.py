@@ -2044,15 +2044,16 @@ def read_steps(out):
 
 
 def new_tally(cfg):
-    """What a stage counts: steps and seconds up to the last line, and since then losses and gradient norms;
-    steps skipped, and those in a row; fp16's scale of the loss. `clock`: when the next line begins.
+    """What a stage counts: steps; those up to the last line (told) and their seconds, and since then losses
+    and gradient norms; steps skipped, and those in a row; fp16's scale. `clock`: when the next line begins.
     """
     scale = 2.0**15 if cfg.precision == "fp16" else 1.0
-    return dict(step=0, seconds=0.0, losses=[], norms=[], skipped=0, bad=0, scale=scale, clock=0.0)
+    return dict(step=0, told=0, seconds=0.0, losses=[], norms=[], skipped=0, bad=0, scale=scale, clock=0.0)
 
 
 def count(cfg, tally, loss, norm):
-    """Count a step as finite or skipped; fp16's scale moves. Exit code 4: 10 skipped, or all after one."""
+    """Count a step, as finite or skipped; fp16's scale moves. Exit code 4: 10 skipped, or all after one."""
+    tally["step"] += 1
     if norm == 0:
         say(f"warning: {cfg.stage}: a gradient is exactly 0, nothing is learned; what do the flags do?")
     if math.isfinite(norm + loss):
@@ -2070,11 +2071,11 @@ def count(cfg, tally, loss, norm):
                 f"checkpoints {kept}; try a smaller --lr with another --out")
 
 
-def report(cfg, done, lr, tally, **more):
+def report(cfg, lr, tally, **more):
     """The line of a step: means over the finite steps since the last line, speed, time left."""
-    took, n = time.time() - tally["clock"], done - tally["step"]
+    done, took, n = tally["step"], time.time() - tally["clock"], tally["step"] - tally["told"]
     loss, norm = (sum(v) / len(v) if v else math.nan for v in (tally["losses"], tally["norms"]))
-    tally.update(step=done, clock=time.time(), seconds=tally["seconds"] + took, losses=[], norms=[])
+    tally.update(told=done, clock=time.time(), seconds=tally["seconds"] + took, losses=[], norms=[])
     images, rate, left = done * cfg.batch, n * cfg.batch / took, (cfg.steps - done) * cfg.batch
     ROAD.pop(cfg.stage, None)                                # what is left are the stages after this one
     later = sum(steps * batch for stage, (steps, batch) in ROAD.items() if "vgg" not in (stage, cfg.stage))
@@ -2130,7 +2131,7 @@ def begin_stage(cfg, tally, memory):
     begins += f", {cfg.steps} steps, {memory}" + "; compiles for minutes, --no-compile does not" * cfg.compile
     begins += "; first the teacher draws trajectories" * (cfg.stage == "mid")
     PACE.clear()
-    tally["clock"] = time.time()
+    tally.update(told=done, clock=time.time())
     if processes()[0] or cfg.dry_run:
         return begins
     if os.path.exists(file):
@@ -2236,13 +2237,12 @@ def save_curve(cfg, table=()):
         norms.append((m["images"], m["grad"]))
     panels = {f"{stage}: {title}": {stage: losses} for stage, (title, losses, _) in stages.items()}
     panels |= {f"{stage}: gradient norm": {stage: norms} for stage, (_, _, norms) in stages.items()}
-    scores = in_short(table)
+    scores, columns = in_short(table), max(1, len(stages))
     save_chart(f"{cfg.out}/curve.png", panels, f"Judge a stage by its scores: its {drawn} need not fall, and "
                "a large gradient may be right\nEach has log scales of its own, against the images that it "
                "trained on, in mid-training pairs of the teacher."
                + " Square errors are of velocities; t - r is the time jumped over." * (drawn != "loss")
-               + f"\n{scores}; {cfg.samples:,} samples each.{fallen(table)}" * bool(scores),
-               columns=max(1, len(stages)))
+               + f"\n{scores}; {cfg.samples:,} samples each.{fallen(table)}" * bool(scores), columns=columns)
 
 
 def save_preview(cfg, tally, stop, sampler, drawn=""):

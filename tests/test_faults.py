@@ -480,7 +480,7 @@ def test_a_score_against_other_images_than_those_of_the_training_says_so(road, c
 def test_a_short_stage_that_diverged_is_not_finished():
     """After one good step all others are skipped: fewer than ten, and yet no net to go on from."""
     cfg = script.parse([*PRETRAIN, "--steps", "5"])
-    since = dict(scale=1.0, skipped=0, bad=0, losses=[], norms=[])
+    since = dict(step=0, scale=1.0, skipped=0, bad=0, losses=[], norms=[])
     script.count(cfg, since, 1.0, 1.0)
     for _ in range(3):
         script.count(cfg, since, float("nan"), 1.0)
@@ -902,7 +902,7 @@ def test_previews_and_scores_respect_batch_gpu(road, monkeypatch):
 
 def test_fp16_gives_up_only_when_its_scale_has_fallen_as_far_as_it_goes():
     cfg = script.parse(["--data", "digits", "--stage", "pretrain", "--precision", "fp16"])
-    since = dict(scale=2.0**15, skipped=0, bad=0, losses=[], norms=[])
+    since = dict(step=0, scale=2.0**15, skipped=0, bad=0, losses=[], norms=[])
     for _ in range(15):
         script.count(cfg, since, float("inf"), 1.0)
     assert since["scale"] == 1 and since["skipped"] == 15

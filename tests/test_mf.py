@@ -375,7 +375,7 @@ def test_student_of_post_starts_from_the_ema_of_mid(road):
 def test_a_stage_asks_for_what_it_needs_and_no_more(road, capsys, monkeypatch):
     """Resumed, post reads neither mid.pt nor a teacher; a teacher from which nothing learns is not trained; --init is there."""
     real = script.report
-    monkeypatch.setattr(script, "report", lambda c, done, *a, **k: real(c, done, *a, **k) or done == 2 and script.on_signal(15, None))
+    monkeypatch.setattr(script, "report", lambda c, lr, tally, **k: real(c, lr, tally, **k) or tally["step"] == 2 and script.on_signal(15, None))
     os.makedirs("o")
     shutil.copy(road / "mid.pt", "o/mid.pt")
     base = [*TINY, "--out", "o", "--stage", "post", "--steps", 4]

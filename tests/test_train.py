@@ -482,8 +482,8 @@ def test_the_time_left_is_that_of_the_whole_stage_without_its_first_step(monkeyp
     script.fid.PACE.clear()
     tally = script.fid.new_tally(cfg)
     for done, now in ((1, 60.0), (21, 80.0), (41, 90.0)):                # 60 s; then 40 steps in 30 s
-        clock[0] = now
-        script.fid.report(cfg, done, 1e-3, tally)
+        clock[0], tally["step"] = now, done
+        script.fid.report(cfg, 1e-3, tally)
     first, *_, last = capsys.readouterr().out.splitlines()
     assert " left" not in first and last.endswith("| 44 s of training left, at least 82 s with the next stages")
 

@@ -206,7 +206,7 @@ def train_vgg(path, seed, steps=300, batch=128, lr=3e-3):
 # ---- curves -----------------------------------------------------------------------------------
 def plot(args, device):
     """The curves of any runs beside each other, a panel for each stage and quantity: <out>/plot.png."""
-    panels = {}
+    panels = {f"{stage}: {curve}": {} for stage in fid.SPOKEN.values() for curve in fid.CURVES.values()}
     for run in dict.fromkeys(args.runs):
         if not (steps := fid.read_steps(run)):
             what = "has no step of a training" if os.path.exists(f"{run}/metrics.jsonl") else "is not there"
@@ -215,7 +215,7 @@ def plot(args, device):
         name = run + "".join(f", {m['metric']} {m['values'][0]:.2f} of {m['samples']:,}" for m in ones[-1:])
         for m in steps:
             for key in fid.CURVES:
-                panel = panels.setdefault(f"{fid.SPOKEN[m['stage']]}: {fid.CURVES[key]}", {})
+                panel = panels[f"{fid.SPOKEN[m['stage']]}: {fid.CURVES[key]}"]
                 panel.setdefault(name, []).append((m["images"], m.get(key, 0)))
     os.makedirs(args.out, exist_ok=True)
     fid.save_chart(f"{args.out}/plot.png", panels,

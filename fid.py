@@ -1153,7 +1153,7 @@ def read_record(file, when):
 
 # ---- pictures with words -----------------------------------------------------------------------
 NAMES = dict(teacher="teacher", mid="mid-training alone", post="after post-training")
-SPOKEN = dict(mid="mid-training", post="post-training", pretrain="pre-training", vgg="VGG")
+SPOKEN = dict(pretrain="pre-training", vgg="VGG", mid="mid-training", post="post-training")
 WIDE = 1_800                                             # pixels of a sheet
 INKS = {"alone|scratch": "#c0392b", "flow": "#8e44ad", "mid|CMT": "#1f5fbf", "teacher|pre-": "#2e8b57",
         "post": "#d98a00", "VGG": "#555555"}             # what a name speaks of: its colour in every chart
@@ -1342,8 +1342,9 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
     caption += f" {HALVES}" * real
     caption += (" Shows its digit: a classifier reads it as the caption's digit."
                 * any("shows its digit" in key for row in table for key in row)) + f"\n{words.strip()}"
-    alone = f"_{shown[0][0]}" * shown[0][0].startswith("init_")         # --init FILE: beside the run's own
-    save_sheet(f"{out}/stages{alone}.png", rows, caption, header, breaks)
+    path = f"{out}/stages" + f"_{shown[0][0]}" * shown[0][0].startswith("init_") + ".png"    # --init FILE
+    if table or not (os.path.exists(path) and os.path.exists(f"{out}/results.md")):     # scores stay
+        save_sheet(path, rows, caption, header, breaks)
 
 
 def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words=""):
@@ -1386,9 +1387,9 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
                f"from images and may leave these ends.{words}\n"
                + f"Of {n} states {len(some)} are shown, where most changes." * (len(some) < n)
                + " States above sigma 1 are shown divided by sigma." * bool(levels.max() > 1))
-    header = ["noise level " + ("sigma" if levels.max() > 1 else "t")]
     first, *middle, end = (f"{level:.2g}" for level in levels.tolist())
-    header += [f"noise\n{first}", *middle, f"the end\n{end}"]
+    what = "noise level sigma" if levels.max() > 1 else "noise level t"
+    header = [what, f"noise\n{first}", *middle, f"the end\n{end}"]
     save_sheet(f"{out}/trajectory.png", rows, caption, header, range(0, len(rows), 1 + len(answers)))
 
 
@@ -1464,7 +1465,7 @@ def save_chart(path, panels, caption, across="images", marks=(), joined=True, co
             text = f"{x * step / unit:,g}{letter * (x > 0)}"
             pen.text((at(x * step, ticks[0])[0], bottom + 24), text, "black", font, anchor="mt")
         pen.multiline_text((left, top - 32), titles[k], "black", font, anchor="ld")
-        counted = "pairs" if columns > 1 and title.startswith("mid") else across
+        counted = "pairs" if title.startswith("mid-training:") else across
         pen.text((left, bottom + 100), counted, "black", font, anchor="lt")
         for row, (x, begins) in enumerate(dict(marks).items()):
             x, _ = at(x, ticks[0])
@@ -1688,7 +1689,8 @@ def stages_of(home, argv):
     idle = ["pretrain"] * (cfg.teacher not in ("", "scratch")) + ["mid"] * (cfg.mid == "none")
     for stage, dot, field in (word[2:].partition("=")[0].partition(".") for word in argv if word[:2] == "--"):
         from_mid = (stage, field) == ("post", "init") and "mid" in stages and cfg.mid != "none"
-        unread = field in f"{home['MAY_CHANGE'].get(stage, '')} seeds samples repeat mid_sigma".split()
+        method, may = f"{stage} {getattr(cfg, stage, '')}", home["MAY_CHANGE"]
+        unread = field in f"{may.get(stage)} {may.get(method)} seeds samples repeat mid_sigma".split()
         if stage in ("eval", "sample"):
             unread = field not in (home["MAY_CHANGE"]["*"] + SAMPLED).split()
         if dot and (from_mid or stage in idle or unread):
@@ -1786,7 +1788,7 @@ def check_values(cfg, limits, world):
     for (rule, least, below), names in limits.items():
         for name in names.split():
             if not least <= getattr(cfg, name) < below:
-                fail(2, f"--{name} {getattr(cfg, name)} is not possible; it must be {rule}")
+                fail(2, f"--{name} {getattr(cfg, name)} is not possible; it must be {rule}, for {cfg.stage}")
     home = sys.modules[type(cfg).__module__]
     text = pathlib.Path(home.__file__).read_text()
     code = text[text.index("\ndef "):]                                           # behind Config and PRESETS
@@ -2138,8 +2140,7 @@ def begin_stage(cfg, tally, memory):
         with blame(file):
             configs = json.loads(pathlib.Path(file).read_bytes())
     configs[cfg.stage] = dict(script=os.path.basename(inspect.getfile(type(cfg))), **dataclasses.asdict(cfg))
-    text = json.dumps(configs, indent=1) + "\n"
-    write_whole(file, lambda f: f.write(text.encode()))
+    write_whole(file, lambda f: f.write((json.dumps(configs, indent=1) + "\n").encode()))
     kept = [m for m in read_metrics(cfg.out) if m["stage"] != cfg.stage or m["step"] <= done]
     if os.path.isfile(f"{cfg.out}/metrics.jsonl"):
         lines = "".join(json.dumps(m) + "\n" for m in kept)
@@ -2152,12 +2153,13 @@ def overview(road, device, cfg):
     ROAD.clear()
     ROAD.update({c.stage: (left, c.batch) for left, c in road if left})
     text = ", ".join(f"{stage} {steps:,} steps of {batch}" for stage, (steps, batch) in ROAD.items())
-    n = processes()[1]
+    n, least = processes()[1], sum(map(math.prod, ROAD.values())) / (1000 if cfg.data == "digits" else 250)
     text = f"{n} process{'es' * (n > 1)} on {device.type}; to train: {text or 'nothing'}"
     text += ", what is there is drawn and scored (again)" * (not ROAD and cfg.stage in ("all", "eval"))
-    small = cfg.data == "digits" or getattr(cfg, "res", 0) == 16 and sum(map(math.prod, ROAD.values())) < 1e6
-    if ROAD and device.type == "cpu" and not small:
-        text += ("\nwarning: there is no GPU; a CPU trains --data digits in minutes, and in hours, with "
+    if ROAD and device.type == "cpu":
+        small = least < 4_000 and (cfg.data == "digits" or getattr(cfg, "res", 0) == 16)
+        text += (f"; {duration(least)} to {duration(4 * least)} of a core in fp32, and scores" if small else
+                 "\nwarning: there is no GPU; a CPU trains --data digits in minutes, and in hours, with "
                  "OMP_NUM_THREADS=1, nets as small as those of --res 16")
     for c in [c for left, c in road if left]:
         text += (f"\nwarning: {c.stage}: {c.precision} is slow on most CPUs, up to eight times; pass "
@@ -2200,17 +2202,15 @@ def dry_run(home, argv, configs):
             break
     if processes()[0] == 0:
         text = overview(road.values(), home.DEVICE, c)
-        bad = ", ".join(c.stage for c in configs if c.stage in codes)
-        cause = f"\nnothing starts before this is mended (see above): {bad}" * bool(codes)
+        cause = f"\nnothing starts before this is mended (see above): {', '.join(codes)}" * bool(codes)
         idle = ", ".join(c.stage for c in configs if c.stage not in (*ROAD, *codes, *home.RUN)) or "none"
-        plan = shlex.join([os.path.basename(home.__file__), *(a for a in argv if a != "--dry_run")])
-        plan += f" --gpus {processes()[1]}"
-        quick = ROAD and c.data == "digits" and "steps" not in plan and home.DEVICE.type == "cpu"
+        plan = ["plan", os.path.basename(home.__file__), *(a for a in argv if a != "--dry_run"), "--gpus"]
         asked = dict(sample="\nto draw: seeds {seeds}", encode="\nto encode: {source}",
-                     eval="\nto score: {samples:,} samples of a net").get(c.stage, "").format(**vars(c))
-        show(f"{text}{asked}\nfinished or not needed: {idle}\nfolder of the run, --out: {c.out}{cause}"
-             + f"\nmemory and hours on GPUs: python bench.py plan {plan}" * bool(ROAD)
-             + "\non one CPU core: 3 to 7 minutes for all stages and scores" * bool(quick), sys.stdout)
+                     eval="\nto score: {samples:,} samples of a net, {repeat} times")
+        asked = asked.get(c.stage, f"\nfinished or not needed: {idle}").format(**vars(c))
+        show(f"{text}{asked}\nfolder of the run, --out: {c.out}{cause}"
+             + f"\nmemory, hours on GPUs: python bench.py {shlex.join(plan)} {processes()[1]}" * bool(ROAD),
+             sys.stdout)
     if dist.is_initialized():
         dist.destroy_process_group()
     return next(iter(codes.values()), 0)

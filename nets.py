@@ -727,8 +727,7 @@ class ELatentLPIPS(VGG):
     name of ENSEMBLES: .draw one per sample, .augment both images alike before .features; the features of a
     target can be kept only without.
     """
-    ENSEMBLES = {"none": "", "bg": "bg", "bgc": "bgc",
-                 "bgcfnc": "bgcfno"}                  # blit, geometry, colour, filter, noise, cutout (o)
+    ENSEMBLES = {"none": "", "bg": "bg", "bgc": "bgc", "bgcfnc": "bgcfno"}      # o: cutout, f: filter
     VIEWS = {"affine": "bg", "colour": "c", "gains": "f", "noise": "n", "mask": "o"}    # of .draw, in order
 
     def __init__(self, vgg_state=None, num_classes=0, ensemble="none"):
@@ -1153,6 +1152,7 @@ def read_weights(path_or_url):
     if own:
         if tree.get("step", math.inf) < (steps := tree.get("cfg", {}).get("steps", 0)):
             tell(f"warning: {path} is not finished, step {tree['step']:,} of {steps:,}")
+        MAKERS[str(path_or_url)] = f" of {tree.get('script', 'another script')}"
         return state, model or size, tree.get("cfg", {})
     if place:
         tell(f"{path}: took its {'.'.join(place)}; it holds {', '.join(tree)[:80]}")
@@ -1186,12 +1186,13 @@ def make(network, model, what, **more):
         if not what:
             raise WeightsError(f"model_size does not say the arguments of {network.__name__}: {e}") from e
         reason = "" if isinstance(e, TypeError) else f" ({e})"
-        kind = ", ".join([*map(str, model)][:5])
-        why = f"but one with {kind}{reason}; pass weights of this script's network" if model else \
+        kind = f"{MAKERS.get(what, '')} with {', '.join([*map(str, model)][:5])}"
+        why = f"but one{kind}{reason}; pass weights of this script's network" if model else \
             "these are weights alone, of no size in nets.SIZES; pass the .pt or .pkl of its training"
         raise WeightsError(f"{what}: no {network.__name__}, {why}") from e
 
 
+MAKERS = {}                                           # file: " of " the script that made it
 HIDDEN = ("num_heads", "channels_per_head", "sigma_data", "label_balance", "concat_balance", "res_balance",
           "attn_balance", "clip_act")                 # arguments that no weight shows
 
@@ -1383,8 +1384,7 @@ class FlowTransformer(nn.Module):
             raise ValueError(f"repa_depth={repa_depth}: the network has {depth} blocks")
         self.repa_depth = repa_depth if repa_dim else 0
         if repa_dim:
-            self.projectors = nn.ModuleList([nn.Sequential(
-                nn.Linear(hidden_size, projector_dim), nn.SiLU(),
+            self.projectors = nn.ModuleList([nn.Sequential(nn.Linear(hidden_size, projector_dim), nn.SiLU(),
                 nn.Linear(projector_dim, projector_dim), nn.SiLU(), nn.Linear(projector_dim, repa_dim))])
 
     def add_final_layer(self, hidden_size, out_channels):

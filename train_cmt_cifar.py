@@ -45,7 +45,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     teacher: str = ""           # FILE, URL; "" = <out>/pretrain.pt, else the official one; scratch = train it
     mid: Literal["cmt", "kd", "slow", "none"] = "cmt"    # how: every state | noise alone | own solves | skip
     post: Literal["ect", "ecd", "ecd_euler", "annealed"] = "ect"   # how: ECT | ECD: Heun | Euler | q grows
-    init: str = "teacher"       # the first stage's start: teacher | random | FILE; sample, eval: show FILE
+    init: str = "teacher"       # start of mid (--mid none: post): teacher | random | FILE; sample: show FILE
 
     steps: int = 300_000        # of mid, others: PRESETS; x batch 128 = 38.4 million pairs (Sec. 4.2)
     batch: int = 128            # images or pairs (x_t, x_0) per step, over all processes (B.2)
@@ -418,7 +418,7 @@ if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:            # trap: nohup i
 STOP = []                                             # signals received: the loop saves, then ends
 TIMEOUT = timedelta(minutes=10)                       # choice: ten minutes for an answer in a step
 BY_CONTENT = "data", "teacher"                        # compared by content, wherever it lies
-MAY_CHANGE = {  # for fid.steps_left: may differ when a stage goes on or is finished; by stage and --decay
+MAY_CHANGE = {  # for fid.steps_left: may differ when a stage goes on or is finished; by "mid", "post ect"
     "*": "dry_run data stage out teacher seeds samples repeat mid_sigma sigma_shift compile batch_gpu "
          "log_every save_every",
     "constant": "steps",

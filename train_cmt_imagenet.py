@@ -51,7 +51,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     teacher: str = ""           # FILE, URL, EDM2 snapshot; "" = pretrain.pt or official; scratch = train it
     mid: Literal["cmt", "none"] = "cmt"                  # Eq. 7
     post: Literal["ect", "ecd", "ecd_euler", "ecd_code"] = "ect"     # Eq. 3; ecd_code: as their 512 script
-    init: str = "teacher"       # the first stage's start: teacher | random | FILE; sample, eval: show FILE
+    init: str = "teacher"       # start of mid (--mid none: post): teacher | random | FILE; sample: show FILE
 
     steps: int = 50_000         # of mid, others: PRESETS; x batch 128 = 6.4 million pairs (B.3)
     batch: int = 128            # images or pairs (x_t, x_0) per step, over all processes (B.3)
@@ -513,8 +513,7 @@ class Digits:
 
     def __init__(self):
         (self.pixels, self.labels), self.classes = fid.digits(), 10
-        self.stamp = fid.stamp(self.pixels)
-        self.shape = self.pixels[0].shape
+        self.stamp, self.shape = fid.stamp(self.pixels), self.pixels[0].shape
 
     def read(self, index):
         return self.pixels[index]
@@ -632,7 +631,7 @@ STOP = []                                             # signals received: the lo
 TIMEOUT = timedelta(minutes=10)                       # choice: ten minutes for an answer in a step
 NEED_STAGE = {"vgg": "steps batch lr"}                # flags that need the stage's name: --vgg.steps
 BY_CONTENT = "data", "teacher", "main", "guide"       # compared by content, wherever it lies
-MAY_CHANGE = {  # for fid.steps_left: may differ when a stage goes on or is finished; by stage and --decay
+MAY_CHANGE = {  # for fid.steps_left: may differ when a stage goes on or is finished; by "mid", "post ect"
     "*": "dry_run data stage out source teacher main guide vae seeds samples repeat mid_sigma sampler "
          "labels compile batch_gpu log_every save_every",
     "constant": "steps", "sqrt": "steps",
@@ -730,6 +729,8 @@ def check(cfg):
         encode_target(cfg)
     if cfg.post == "ecd_code" and data_name(cfg) in ("imagenet64", "own"):
         fail(2, "--post ecd_code: the numbers of the authors' script for --res 512 alone; pass --post ecd")
+    if cfg.w != 1 and not cfg.guide:
+        fail(2, f"--w {cfg.w}: there is no --guide whose answer it weighs; name one, or pass --w 1")
     if cfg.stage == "mid" and trains:
         fid.check_solve(cfg, *solve_size(cfg), WORLD)
         if cfg.ensemble != "none" and cfg.loss != "elatent":
@@ -753,8 +754,7 @@ def check_files(cfg, trains):
         missing.append(f"{path} is not there; pass --data PATH or digits, or make it from ImageNet: python "
                        f"train_cmt_imagenet.py --res {cfg.res} --stage encode --source FOLDER")
     for file in (cfg.teacher, cfg.main, cfg.guide):
-        named = file in ("", "scratch") or file.startswith("edm2-") or "://" in file
-        if not named and not os.path.exists(file):
+        if not (file in ("", "scratch") or file.startswith("edm2-") or "://" in file or os.path.exists(file)):
             missing.append(f"{file}: no such file; pass weights, a URL, or a name as {GUIDED['guide']}")
     if missing and not begun:
         fail(3, "; ".join(missing))

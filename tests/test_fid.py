@@ -816,6 +816,19 @@ def test_a_caption_says_where_post_training_made_a_score_worse(tmp_path, monkeyp
     assert "Here mid-training scores worse than its teacher in 8 steps, post-training better\n" in said[3] and "than mid-training" not in said[3]
 
 
+def test_a_picture_with_scores_stays_until_there_are_others(tmp_path, monkeypatch):
+    """An evaluation that is stopped before its end leaves what the last one has drawn."""
+    drawn = []
+    monkeypatch.setattr(fid, "save_sheet", lambda path, *more: drawn.append(path) or pathlib.Path(path).touch())
+    shown = [("mid", 1, seeded(range(12)))]
+    for table in (), (), [{"stage": "mid", "1-step FID": "1.00"}]:
+        fid.save_stages(str(tmp_path), shown, table=table)
+    (tmp_path / "results.md").touch()
+    fid.save_stages(str(tmp_path), shown)
+    fid.save_stages(str(tmp_path), [("init_x", 1, seeded(range(12)))])
+    assert [pathlib.Path(path).name for path in drawn] == ["stages.png"] * 3 + ["stages_init_x.png"]
+
+
 def test_a_caption_names_seed_and_sizes():
     import train_cmt_cifar
     found = [("teacher", torch.nn.Linear(999, 1000), {}), ("mid", torch.nn.Linear(1999, 1000), {}), ("post", torch.nn.Linear(1999, 1000), {})]

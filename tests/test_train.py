@@ -259,6 +259,7 @@ def test_a_dry_run_says_what_it_would_do_and_does_nothing(name, monkeypatch, cap
     with pytest.raises(SystemExit) as stop:
         main(["--data", "digits", "--dry_run", "--mid.steps", "7"])
     out = capsys.readouterr().out
+    assert re.search(r"; [\d.]+ (s|min) to [\d.]+ min of a core in fp32", out)
     assert stop.value.code == 0 and "mid 7 steps of 32" in out and f"plan {name}.py --data digits --mid.steps 7" in out
     monkeypatch.setenv("CMT_CACHE", "cache")
     with pytest.raises(SystemExit) as stop:
@@ -540,6 +541,10 @@ def test_a_flag_of_a_stage_that_is_not_trained_is_named(capsys):
     assert "--mid.q has no effect" in said and "--post.nfe has" in said and "--post.init has" in said and said.count("no effect") == 3
     script.fid.stages_of(vars(script), "--data digits --mid none --post.init random".split())            # then it starts the student
     assert not capsys.readouterr().err
+    for post, idle in ("ect", True), ("ecd", False):                                                     # of one method
+        may = script.MAY_CHANGE | {"post ect": "P_std"}
+        script.fid.stages_of(vars(script) | dict(MAY_CHANGE=may), f"--data digits --post {post} --post.P_std 2".split())
+        assert ("--post.P_std has no effect" in capsys.readouterr().err) == idle
 
 
 @pytest.mark.parametrize("flags", ["--q 2000000", "--post annealed --double 2 --steps 80"])
@@ -721,7 +726,7 @@ def test_the_post_training_of_the_forking_guide_trains(here, monkeypatch):
     """docs/faq.md: its row, its loss and its branch; the branch forgotten is refused before anything is trained."""
     row, loss, branch = re.search(r'`(\("\*", "post", "mine"\).*?)`.*?```python\n(def loss_mine.*?)```.*?```python\n(.*?)```', (ROOT / "docs/faq.md").read_text(), re.S).groups()
     text = (ROOT / "train_cmt_cifar.py").read_text()
-    for old, new in (('"annealed"] = "ect"', '"annealed", "mine"] = "ect"'), ("\n}\nABOUT", f"\n    {row}\n}}\nABOUT"), ("def make_distance(", loss + "\n\ndef make_distance(")):
+    for old, new in (('] = "ect"', ', "mine"] = "ect"'), ("\n}\nABOUT", f"\n    {row}\n}}\nABOUT"), ("def make_distance(", loss + "\n\ndef make_distance(")):
         assert text.count(old) == 1
         text = text.replace(old, new)
     mine = [*TINY, "--steps", "2", "--post", "mine"]

@@ -106,8 +106,7 @@ CLAIMS = {  # row: (script, row whose teacher and, with "mid", mid-training it g
         "--stage vgg", "--stage mid --precision bf16", "--stage post"]),
     "EDM2: CMT + ECT in fp16": ("cmt_imagenet", "EDM2: CMT + ECT mid", ["--stage post --precision fp16"]),
     "Mean Flow: CMT + Mean Flow": ("mf_imagenet256", "", [""]),
-    "Mean Flow from scratch": ("mf_imagenet256", "Mean Flow: CMT + Mean Flow", [
-        "--mid none --post vanilla"]),
+    "Mean Flow from scratch": ("mf_imagenet256", "Mean Flow: CMT + Mean Flow", ["--mid none --post vanilla"]),
     "Mean Flow: CMT in bf16 + Mean Flow": ("mf_imagenet256", "Mean Flow: CMT + Mean Flow", [
         "--stage mid --precision bf16", "--stage post"]),
     "Mean Flow from flow matching": ("mf_imagenet256", "", [f"{SIT} --mid none --post vanilla"]),
@@ -218,8 +217,7 @@ def plot(args, device):
                 panel = panels[f"{fid.SPOKEN[m['stage']]}: {fid.CURVES[key]}"]
                 panel.setdefault(name, []).append((m["images"], m.get(key, 0)))
     os.makedirs(args.out, exist_ok=True)
-    fid.save_chart(f"{args.out}/plot.png", panels,
-                   "Losses do not rank runs: compare their scores\n"
+    fid.save_chart(f"{args.out}/plot.png", panels, "Losses do not rank runs: compare their scores\n"
                    "The stages of each run against the images (or pairs) that the stage has been trained on. "
                    "Beside a run the score of its last net, by so many samples; lower is better.")
     print(f"open {args.out}/plot.png; the next plot replaces it, unless it has another --out")
@@ -248,14 +246,13 @@ def curves(args, device):
     cfg = script.parse(["--data", "digits", "--stage", "eval", "--teacher", args.net])
     features = fid.DigitsNet().to(device)
     reference = fid.measure(features, script.load_data(cfg).split(250), device)
-    scores, norms, marks, shown, rows = {}, {}, {}, [], []
+    scores, norms, marks, shown, rows = {}, {}, {}, [], [{"stage": "teacher"}]
 
     def score(net, kind):
         sampler = script.make_sampler(cfg, net, kind)
         return fid.score(sampler, features, reference, cfg.samples)[1][0], sampler(range(12))
 
     weights, model = script.teacher_state(cfg)
-    rows.append({"stage": "teacher"})
     for kind, steps in (1, 1), ("teacher", cfg.nfe):
         level, images = score(script.build(cfg, model, weights), kind)
         shown.append(("teacher", steps, images))
@@ -266,7 +263,8 @@ def curves(args, device):
         flags, every = ["--data", "digits", "--teacher", args.net, "--out", folder], []
         for call in calls:
             marks |= {seen: "blue: post-training begins"} if seen else {}
-            with kept_checkpoints(folder) as kept:
+            print(f"{name}: {call}, log in {folder}", flush=True)
+            with kept_checkpoints(folder) as kept, quiet():                  # it logs every step
                 script.main([*flags, *call.split(), "--save_every", "150", "--log_every", "1"])
             for state in kept:
                 net, drawn = script.build(cfg, state["model"], state["ema"]), []
@@ -286,26 +284,28 @@ def curves(args, device):
     scores["teacher, 16 steps"] = [(0, level), (seen, level)]
     norms = dict(sorted(norms.items(), key=lambda item: "every step" in item[0]))     # the medians on top
     one = [row["1-step FD-digits"] for row in rows]          # teacher, mid, mid and post, post alone
+    only = " Of six settings (README) only this one gains." * (
+        args.net == FLAGS["net"]["default"] and float(one[2]) < float(one[3]))
     words = (f"Does mid-training by pixels help (seed 0)? FD-digits in one step, lower is better: {one[2]} "
              f"with it, {one[3]} without; teacher, 16 steps: {rows[0]['16-step FD-digits']}\n"
-             "Mid- and post-training: CMT + ECT; post-training alone: ECT, annealed; all by pseudo-Huber. Of "
-             "six settings (README) only this one gains. In one step the teacher draws the mean of all "
-             "images. The students look alike; the scores tell them apart.")
+             "Mid- and post-training: CMT + ECT; post-training alone: ECT, annealed; all by pseudo-Huber."
+             f"{only} In one step the teacher draws the mean of all images. The students look alike; the "
+             "scores tell them apart.")
     fid.save_stages(args.out, shown, (), words, rows, cfg.samples)
     caption = ("\nImages (or pairs) that a student saw. Blue: mid-training on ends of the teacher's "
-               "trajectories (CMT), then post-training on images (ECT). Red: ECT alone. By pseudo-Huber. ")
+               "trajectories (CMT), then post-training on images (ECT). Red: ECT alone. By pseudo-Huber.")
     fid.save_chart(f"{args.out}/scores.png", {"FD-digits, lower is better": scores},
                    f"Does mid-training by pixels help (seed 0)? One step: {one[2]} with it, {one[3]} without"
-                   f"{caption}Of six settings (README) only this one gains. Compare the last dots: both are "
-                   f"tuned for their end. FD-digits: distance of {cfg.samples:,} images, by features of a "
-                   "net; random pixels: 119.5.", marks=marks)
-    title = "gradient norm: every step, and the median of 25 steps"
-    fid.save_chart(f"{args.out}/norms.png", {title: norms},
+                   f"{caption}{only} Compare the last dots: both are tuned for their end. FD-digits: "
+                   f"distance of {cfg.samples:,} images, by features of a net; random pixels: 119.5.",
+                   marks=marks)
+    fid.save_chart(f"{args.out}/norms.png", {"gradient norm: every step, and the median of 25 steps": norms},
                    "Post-training's gradient is large: its loss is divided by a small gap (seed 0)"
-                   f"{caption}Each stair of red doubles q of ECT's gap n/q, from 2 to 256 (512 in the last "
+                   f"{caption} Each stair of red doubles q of ECT's gap n/q, from 2 to 256 (512 in the last "
                    "four steps); blue has 512. Dark: median.", marks=marks)
     for name, points in scores.items():
         print(f"{name}: " + ", ".join(f"{x:,} {y:.2f}" for x, y in points))
+    print(f"open stages.png, scores.png, norms.png in {args.out}")
 
 
 # ---- photos -----------------------------------------------------------------------------------
@@ -438,7 +438,7 @@ CAPTION = ("Does mid-training help Mean Flow on photos ({})? In one step {}; in 
            "FD-photos (Frechet distance to {} at 16x16, by features of a small net; {} against the other) "
            "against CPU seconds, a road's first net included. CMT: mid-training by a small teacher, then "
            "training on photos. The others train on photos alone, from random weights or a flow-matching "
-           "net. A dot each 150 steps; compare the last ones. Of three seeds on a quiet machine: results.md.")
+           "net. A dot each 150 steps; compare the last. Three seeds, quiet machine: see docs/results.md.")
 ROADS = {  # road: the road whose teacher it goes on from, its calls, laid over the settings of digits
     "flow matching": ("", ["--stage pretrain --pretrain fm --weak SIZE --steps 320"]),
     "weak Mean Flow": ("", ["--stage pretrain --weak 2x64x3 --steps 800"]),

@@ -95,8 +95,8 @@ REFERENCES = {         # nobody publishes their checksums, so the one found is p
 }
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")         # inside, whatever the name ends in
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-HALVES = ("Half of the real digits, 900, scores 0.78 +- 0.19 against the other (2,000 against all may "
-          "score less), random pixels 119.5, the mean of all digits each time 197.6.")    # --train-digits
+HALVES = ("Half of the real digits, 900, scores 0.78 +- 0.19 against the other; larger sets score lower. "
+          "Random pixels score 119.5, the mean of all digits each time 197.6.")           # --train-digits
 HIDDEN = re.compile(r"(^|/)(\.[^/]|__MACOSX/)")                          # .DS_Store, ._x.png, .git
 Reference = collections.namedtuple("Reference", "mu cov n features file sha256")    # not stated: n 0, text ""
 FOREIGN = {"cannot identify image file": "not a picture, or a part of one",
@@ -2240,7 +2240,7 @@ def save_curve(cfg, table=()):
     scores, columns = in_short(table), max(1, len(stages))
     save_chart(f"{cfg.out}/curve.png", panels, f"Judge a stage by its scores: its {drawn} need not fall, and "
                "a large gradient may be right\nEach has log scales of its own, against the images that it "
-               "trained on, in mid-training pairs of the teacher."
+               "trained on, in mid-training pairs of the teacher. A point: a mean since the one before."
                + " Square errors are of velocities; t - r is the time jumped over." * (drawn != "loss")
                + f"\n{scores}; {cfg.samples:,} samples each.{fallen(table)}" * bool(scores), columns=columns)
 

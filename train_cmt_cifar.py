@@ -121,7 +121,7 @@ FILES = {"cifar10": "data/cifar-10-python.tar.gz",
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 CIFAR_MD5 = "c58f30108f718f92721af3b95e74349a"
-# fid reads Config, PRESETS, STAGES, INITS, FILES, MAY_CHANGE, RUN, data_name and what main calls
+# fid reads Config, PRESETS, STAGES, INITS, FILES, MAY_CHANGE, RUN, data_name, check, resume, candidates
 parse = partial(fid.parse, globals())                 # (argv) -> Config
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 
@@ -167,6 +167,23 @@ def teacher_pairs(cfg, teacher, shape, g):
     return xs[:used].flatten(0, 1)[order], t[order], owner[order], xs[-1]
 
 
+@torch.no_grad()
+def slow_pairs(cfg, teacher, images, g):
+    """Slow CMT (4.3): n fresh images at each of `used` levels, each solved from there to an end of its own.
+
+    Returns what teacher_pairs returns; a pair takes (nfe + 1) / 2 times as many calls of the teacher.
+    """
+    (n, used), sigmas = solve_size(cfg), teacher_sigmas(cfg.nfe)
+    levels = sigmas[:used].to(g.device, torch.float32, non_blocking=True)
+    mine = slice(RANK * n // WORLD, (RANK + 1) * n // WORLD)
+    x = draw(images, used * n, g).unflatten(0, (used, n))
+    x_t = (x + levels.view(-1, 1, 1, 1, 1) * randn(x.shape, g))[:, mine]
+    x_0 = torch.stack([teacher_solver(teacher, x_t[i], sigmas[i:])[-1] for i in range(used)])
+    x_t, x_0 = gather(x_t).flatten(0, 1), gather(x_0).flatten(0, 1)
+    order = torch.randperm(used * n, generator=g, device=g.device)
+    return x_t[order], levels.repeat_interleave(n)[order], order, x_0          # each has its own end
+
+
 def loss_cmt(net, x_t, t, target, distance):
     """Eq. 7: states x_t (B, C, H, W) of teacher trajectories, at noise levels t (B,), onto their ends.
 
@@ -204,23 +221,6 @@ def make_distance(cfg, channels):
     if channels != 3:
         fail(2, f"--loss {cfg.loss} needs 3 channels, not {channels}; or --loss huber")
     return nets.pretrained_lpips().to(DEVICE)
-
-
-@torch.no_grad()
-def slow_pairs(cfg, teacher, images, g):
-    """Slow CMT (4.3): n fresh images at each of `used` levels, each solved from there to an end of its own.
-
-    Returns what teacher_pairs returns; a pair takes (nfe + 1) / 2 times as many calls of the teacher.
-    """
-    (n, used), sigmas = solve_size(cfg), teacher_sigmas(cfg.nfe)
-    levels = sigmas[:used].to(g.device, torch.float32, non_blocking=True)
-    mine = slice(RANK * n // WORLD, (RANK + 1) * n // WORLD)
-    x = draw(images, used * n, g).unflatten(0, (used, n))
-    x_t = (x + levels.view(-1, 1, 1, 1, 1) * randn(x.shape, g))[:, mine]
-    x_0 = torch.stack([teacher_solver(teacher, x_t[i], sigmas[i:])[-1] for i in range(used)])
-    x_t, x_0 = gather(x_t).flatten(0, 1), gather(x_0).flatten(0, 1)
-    order = torch.randperm(used * n, generator=g, device=g.device)
-    return x_t[order], levels.repeat_interleave(n)[order], order, x_0          # each has its own end
 
 
 # ---- train ------------------------------------------------------------------------------------
@@ -264,7 +264,7 @@ def train(cfg):
             return loss_dm(student, x, t, eps, net.sigma_data)
         r = ect_step(t, cfg.q ** (1 + step // cfg.double) if cfg.post == "annealed" else cfg.q)
         x_t, x_r = (x + s.view(-1, 1, 1, 1) * eps for s in (t, r))
-        if cfg.post in ("ecd", "ecd_euler"):                                  # frozen: no gradient
+        if cfg.post in ("ecd", "ecd_euler"):          # by the teacher, which is frozen: no gradient
             x_r = solvers.ode_step(run.teacher, x_t, t, r, 1 if cfg.post == "ecd_euler" else 2)
         return loss_ect(student, x_t, x_r, t, r, cfg.huber_c)                                   # Eq. 3
 
@@ -326,15 +326,14 @@ def set_up(cfg):
         announce(f"{cfg.data}: {stamp}, each seen {seen:,.3g} times, unconditional")
         images = images.to(DEVICE)
     asks_teacher = cfg.stage == "mid" or cfg.stage == "post" and cfg.post not in ("ect", "annealed")
-    asked = dict(teacher=teacher_state(cfg)) if asks_teacher else {}          # (weights, arguments)
-    stamp += "".join(f", {name} {nets.stamp(state)}" for name, (state, _) in asked.items())
+    asked = teacher_state(cfg) if asks_teacher else ()                        # (weights, arguments)
+    stamp += f", teacher {nets.stamp(asked[0])}" if asked else ""
     same_data(ckpt, f"{cfg.out}/{cfg.stage}.pt", stamp)
     if not left:                                      # other names, the same content
         return log(f"{cfg.stage}: finished, nothing to do")
     if asked:
         # choice: the teacher too in --precision: bf16 moves its ends less than a finer solve would
-        weights, size = asked["teacher"]
-        teacher = in_precision(cfg, build(cfg, size, weights, cfg.teacher or "the teacher"))
+        teacher = in_precision(cfg, build(cfg, asked[1], asked[0], cfg.teacher or "the teacher"))
     state, model, what = (None, ckpt["model"], "") if ckpt else first_weights(cfg, images, asked)
     net = build(cfg, model, state, what, train=True)
     distance = make_distance(cfg, net.img_channels) if cfg.stage == "mid" else None
@@ -591,13 +590,13 @@ def build(cfg, model, state=None, what="", train=False):
 
 
 def first_weights(cfg, images, asked):
-    """(weights, constructor arguments, their name) a net starts from; asked: nets that the stage asks."""
+    """(weights, constructor arguments, their name) a net starts from; asked: the teacher's, if asked."""
     if cfg.stage == "pretrain":
         return None, model_size(cfg, images), ""
     if cfg.stage == "post" and cfg.mid != "none" and cfg.init in INITS:
         ckpt = fid.finished_mid(cfg, nets.finished)
         return ckpt["ema"], ckpt["model"], f"{cfg.out}/mid.pt"
-    state, model = asked.get("teacher") or teacher_state(cfg)        # the student has the teacher's size
+    state, model = asked or teacher_state(cfg)        # the student has the teacher's size
     if cfg.init not in INITS:
         return nets.fitting(*nets.load_pretrained(cfg.init), model, cfg.init), model, cfg.init
     return (state, model, "the teacher") if cfg.init == "teacher" else (None, model, "")

@@ -134,7 +134,7 @@ STAGES = list(ABOUT)                                  # what --stage all runs, i
 INITS = "teacher", "random"                        # other values of --init are a FILE
 FILES = {"imagenet64": "data/imagenet64.zip", "imagenet512": "data/imagenet512-sd.zip"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# fid reads Config, PRESETS, STAGES, INITS, FILES, MAY_CHANGE, RUN, data_name and what main calls
+# fid reads Config, PRESETS, STAGES, INITS, FILES, MAY_CHANGE, RUN, data_name, check, resume, candidates
 parse = partial(fid.parse, globals())                 # (argv) -> Config
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 

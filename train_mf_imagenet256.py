@@ -123,7 +123,7 @@ INITS = "sit", "random"                            # other values of --init are 
 FILES = {"imagenet": "data/imagenet256-sd"}
 REFERENCE = {"imagenet": "imagenet256"}               # scored by ADM's statistics, others by their own
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# fid reads Config, PRESETS, STAGES, INITS, FILES, MAY_CHANGE, RUN, data_name and what main calls
+# fid reads Config, PRESETS, STAGES, INITS, FILES, MAY_CHANGE, RUN, data_name, check, resume, candidates
 parse = partial(fid.parse, globals())                 # (argv) -> Config
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 

@@ -717,7 +717,7 @@ def test_every_form_of_a_file_draws_what_its_net_drew(here, family, form):
         elif cfg.stage == "sample":
             (_, made, *_), = script.candidates(cfg)
         else:
-            more = dict(edm=(None, dict(teacher=(None, arguments))), edm2=(None, dict(teacher=(None, arguments))), dit=(arguments,), mmdit=())[family]
+            more = dict(edm=(None, (None, arguments)), edm2=(None, dict(teacher=(None, arguments))), dit=(arguments,), mmdit=())[family]
             weights, *_, name = script.first_weights(cfg, *more)
             made = script.build(cfg, arguments, weights, name)
         want = script.build(cfg, arguments, net.state_dict())

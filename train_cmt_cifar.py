@@ -317,7 +317,7 @@ def set_up(cfg):
         return log(f"pretrain: not trained, the teacher is {cfg.teacher or own or 'the official one'}")
     ckpt, left = resume(cfg)                          # left: steps to go
     named = cfg.stage == "mid" and os.path.exists(cfg.teacher)     # its file may hold another now
-    if not (left or named) and all(ckpt["cfg"][k] == vars(cfg)[k] for k in BY_CONTENT):
+    if not (left or named) and all(ckpt["cfg"][k] == vars(cfg)[k] for k in BY_CONTENT):     # the same names
         return log(f"{cfg.stage}: finished, nothing to do")
     images, stamp, teacher = None, "none", None       # stamp: what identifies data and teacher
     if needs_data(cfg):
@@ -329,7 +329,7 @@ def set_up(cfg):
     asked = teacher_state(cfg) if asks_teacher else ()                        # (weights, arguments)
     stamp += f", teacher {nets.stamp(asked[0])}" if asked else ""
     same_data(ckpt, f"{cfg.out}/{cfg.stage}.pt", stamp)
-    if not left:                                      # other names, the same content
+    if not left:                                      # other names, but the same content
         return log(f"{cfg.stage}: finished, nothing to do")
     if asked:
         # choice: the teacher too in --precision: bf16 moves its ends less than a finer solve would

@@ -391,14 +391,14 @@ def set_up(cfg):
         return log(f"vgg: not trained, --loss {cfg.loss} of --data {cfg.data} needs none")
     ckpt, left = resume(cfg)                          # left: steps to go
     named = cfg.stage == "mid" and os.path.exists(cfg.teacher)     # its file may hold another now
-    if not (left or named) and all(ckpt["cfg"][k] == vars(cfg)[k] for k in BY_CONTENT):
+    if not (left or named) and all(ckpt["cfg"][k] == vars(cfg)[k] for k in BY_CONTENT):     # the same names
         return log(f"{cfg.stage}: finished, nothing to do")
     images = load_data(cfg) if needs_data(cfg) else None
     stamp = images.stamp if images else "none"
     asked = asked_nets(cfg)
     stamp += "".join(f", {name} {nets.stamp(state)}" for name, (state, _) in asked.items())
     same_data(ckpt, f"{cfg.out}/{cfg.stage}.pt", stamp)
-    if not left:                                      # other names, the same content
+    if not left:                                      # other names, but the same content
         return log(f"{cfg.stage}: finished, nothing to do")
     frozen = {name: build(cfg, size, state, getattr(cfg, name) or "the teacher")
               for name, (state, size) in asked.items() if name != "guide" or cfg.w != 1}

@@ -407,7 +407,7 @@ def set_up(cfg):
         return log(f"{cfg.stage}: not trained, as --teacher or --mid none says")
     ckpt, left = resume(cfg)                          # left: steps to go
     named = cfg.stage == "mid" and os.path.exists(cfg.teacher)     # its file may hold another now
-    if not (left or named) and all(ckpt["cfg"][k] == vars(cfg)[k] for k in BY_CONTENT):
+    if not (left or named) and all(ckpt["cfg"][k] == vars(cfg)[k] for k in BY_CONTENT):     # the same names
         return log(f"{cfg.stage}: finished, nothing to do")
     images, stamp, teacher = None, "none", None       # stamp: what identifies data and teacher
     if cfg.stage != "mid":                                                    # CMT needs no data
@@ -420,7 +420,7 @@ def set_up(cfg):
         null, shape = its["num_classes"], (its["in_channels"], its["input_size"], its["input_size"])
         stamp += f", teacher {nets.stamp(weights)}"
     same_data(ckpt, f"{cfg.out}/{cfg.stage}.pt", stamp)
-    if not left:                                      # other names, the same content
+    if not left:                                      # other names, but the same content
         return log(f"{cfg.stage}: finished, nothing to do")
     model = dict(size_row(cfg, "weak" if cfg.stage == "pretrain" else "size", shape[-1]),
                  input_size=shape[-1], in_channels=shape[0], num_classes=null,

@@ -402,7 +402,7 @@ def set_up(cfg):
         return log(f"{cfg.stage}: not trained, as --teacher or --mid none says")
     ckpt, left = resume(cfg)                          # left: steps to go
     named = cfg.stage == "mid" and os.path.exists(cfg.teacher)     # its file may hold another now
-    if not (left or named) and all(ckpt["cfg"][k] == vars(cfg)[k] for k in BY_CONTENT):
+    if not (left or named) and all(ckpt["cfg"][k] == vars(cfg)[k] for k in BY_CONTENT):     # the same names
         return log(f"{cfg.stage}: finished, nothing to do")
     images, encoder = load_data(cfg), text_encoder(cfg)                   # mid reads captions, never an image
     stamp, null, teacher = images.stamp, encoder(images.null[None]), None
@@ -412,7 +412,7 @@ def set_up(cfg):
         teacher.requires_grad_()                      # else autocast casts its weights anew at each call
         stamp += f", teacher {nets.stamp(weights)}"
     same_data(ckpt, f"{cfg.out}/{cfg.stage}.pt", stamp)
-    if not left:                                      # other names, the same content
+    if not left:                                      # other names, but the same content
         return log(f"{cfg.stage}: finished, nothing to do")
     model = model_size(cfg, images, null.shape[-1])
     state, what = (None, "") if ckpt else first_weights(cfg)

@@ -723,11 +723,11 @@ class ELatentLPIPS(VGG):
     """VGG-16 with GroupNorm on latents of deviation 0.5, (B, 4, 64, 64); taps of 64, 64, 64, 32, 16 (B.5).
 
     vgg_state: state dict of one that .logits has trained; None = random weights. num_classes: with VGG-16's
-    head, trainable; 0 = the distance alone, frozen. ensemble: the random transformations of E-LatentLPIPS, a
-    name of ENSEMBLES: .draw one per sample, .augment both images alike before .features; the features of a
-    target can be kept only without.
+    head, trainable; 0 = the distance alone, frozen. ensemble: random views (blit, geometry, colour, filter,
+    noise, cutout), a name of ENSEMBLES: .draw one per sample, .augment both images alike before .features;
+    the features of a target can be kept only without.
     """
-    ENSEMBLES = {"none": "", "bg": "bg", "bgc": "bgc", "bgcfnc": "bgcfno"}      # o: cutout, f: filter
+    ENSEMBLES = {"none": "", "bg": "bg", "bgc": "bgc", "bgcfnc": "bgcfno"}       # o: cutout
     VIEWS = {"affine": "bg", "colour": "c", "gains": "f", "noise": "n", "mask": "o"}    # of .draw, in order
 
     def __init__(self, vgg_state=None, num_classes=0, ensemble="none"):

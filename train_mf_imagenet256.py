@@ -356,7 +356,7 @@ def train(cfg):
         level, guided = more                          # t on the device; which samples guidance changes
         if cfg.stage == "pretrain":
             return loss_mf(flow, z, target, t, r, y, guided, cfg)[:2]
-        if cfg.post == "teacher":                     # is guided already; "vanilla": other numbers alone
+        if cfg.post == "teacher":                     # guided already; "vanilla": other numbers alone
             target = teacher_velocity(cfg, run.teacher, z, level, y, guided)
             guided = torch.zeros_like(guided)
         return loss_mf(flow, z, target, t, r, y, guided, cfg)[:2]

@@ -229,7 +229,7 @@ def train(cfg):
     if not (run := set_up(cfg)) or cfg.dry_run:       # a dry run, by fid.dry_run, ends here
         return
     net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
-    f = in_precision(cfg, net)
+    cast_net = in_precision(cfg, net)
     shape = net.img_channels, net.img_resolution, net.img_resolution
     share, micro = B // WORLD, cfg.batch_gpu or B // WORLD    # rows of a process, of a forward pass
     mine = slice(RANK * share, (RANK + 1) * share)
@@ -255,7 +255,7 @@ def train(cfg):
         return (x, t, eps), None
 
     def loss_of(step, seed, target, *rows):           # seed: of the first row's dropout
-        student = partial(f, masks=nets.dropout_masks(net, range(seed, seed + micro)))
+        student = partial(cast_net, masks=nets.dropout_masks(net, range(seed, seed + micro)))
         if cfg.stage == "mid":                        # target: features, a row an end; owner: its row
             x_t, t, owner = rows
             return loss_cmt(student, x_t, t, [a[owner] for a in target], run.distance)          # Eq. 7

@@ -724,7 +724,7 @@ def forked(text, monkeypatch):
 
 def test_the_post_training_of_the_forking_guide_trains(here, monkeypatch):
     """docs/faq.md: its row, its loss and its branch; the branch forgotten is refused before anything is trained."""
-    row, loss, branch = re.search(r'`(\("\*", "post", "mine"\).*?)`.*?```python\n(def loss_mine.*?)```.*?```python\n(.*?)```', (ROOT / "docs/faq.md").read_text(), re.S).groups()
+    row, loss, branch = re.search(r'`(\("digits", "post", "mine"\).*?)`.*?```python\n(def loss_mine.*?)```.*?```python\n(.*?)```', (ROOT / "docs/faq.md").read_text(), re.S).groups()
     text = (ROOT / "train_cmt_cifar.py").read_text()
     for old, new in (('] = "ect"', ', "mine"] = "ect"'), ("\n}\nABOUT", f"\n    {row}\n}}\nABOUT"), ("def make_distance(", loss + "\n\ndef make_distance(")):
         assert text.count(old) == 1

@@ -205,17 +205,17 @@ def train_vgg(path, seed, steps=300, batch=128, lr=3e-3):
 # ---- curves -----------------------------------------------------------------------------------
 def plot(args, device):
     """The curves of any runs beside each other, a panel for each stage and quantity: <out>/plot.png."""
-    panels = {f"{stage}: {curve}": {} for stage in fid.SPOKEN.values() for curve in fid.CURVES.values()}
+    titles = dict(loss="loss", grad="gradient norm", mse_gap1="square error of velocities, t - r up to 1/4")
+    panels = {f"{stage}: {title}": {} for stage in fid.SPOKEN.values() for title in titles.values()}
     for run in dict.fromkeys(args.runs):
         if not (steps := fid.read_steps(run)):
             what = "has no step of a training" if os.path.exists(f"{run}/metrics.jsonl") else "is not there"
             script.fail(3, f"plot: {run}/metrics.jsonl {what}; name the folder of a run")
         ones = [m for m in fid.read_metrics(run) if m.get("metric", "").startswith("1-step")]
         name = run + "".join(f", {m['metric']} {m['values'][0]:.2f} of {m['samples']:,}" for m in ones[-1:])
-        for m in steps:
-            for key in fid.CURVES:
-                panel = panels[f"{fid.SPOKEN[m['stage']]}: {fid.CURVES[key]}"]
-                panel.setdefault(name, []).append((m["images"], m.get(key, 0)))
+        for m, key in ((m, key) for m in steps for key in titles):
+            panel = panels[f"{fid.SPOKEN[m['stage']]}: {titles[key]}"]
+            panel.setdefault(name, []).append((m["images"], m.get(key, 0)))
     os.makedirs(args.out, exist_ok=True)
     fid.save_chart(f"{args.out}/plot.png", panels, "Losses do not rank runs: compare their scores\n"
                    "The stages of each run against the images (or pairs) that the stage has been trained on. "
@@ -287,7 +287,7 @@ def curves(args, device):
     only = " Of six settings (README) only this one gains." * (
         args.net == FLAGS["net"]["default"] and float(one[2]) < float(one[3]))
     words = (f"Does mid-training by pixels help (seed 0)? FD-digits in one step, lower is better: {one[2]} "
-             f"with it, {one[3]} without; teacher, 16 steps: {rows[0]['16-step FD-digits']}\n"
+             f"with it, {one[3]} without; teacher, {cfg.nfe} steps: {rows[0][f'{cfg.nfe}-step FD-digits']}\n"
              "Mid- and post-training: CMT + ECT; post-training alone: ECT, annealed; all by pseudo-Huber."
              f"{only} In one step the teacher draws the mean of all images. The students look alike; the "
              "scores tell them apart.")
@@ -420,9 +420,9 @@ def photos(args, device):
                 shown.append((label, sampler(range(12))))
             one[row] = found[row == "teacher"]                           # the teacher: in its many steps
             print(f"| {row} | {seed} | {' / '.join(found)} | {state['seconds']:.0f} |", flush=True)
-            with_it, without, many = (one.get(k, "-") for k in ("CMT + ECT", "ECT, annealed", "teacher"))
+            ours, alone, many = (one.get(k, "-") for k in ("CMT + ECT", "ECT, annealed", "teacher"))
             caption = (f"Does mid-training by pixels help on photos (seed {seed})? FD-photos in one step, "
-                       f"lower is better: {with_it} with it, {without} without; teacher, 16 steps: {many}\n"
+                       f"lower is better: {ours} with it, {alone} without; teacher, {cfg.nfe} steps: {many}\n"
                        "A column: one noise for all nets; a second step may change the image.\n"
                        f"FD-photos: Frechet distance of {n:,} images to the real ones, by features of a "
                        f"small net; {features.scale} against the other. Such small nets draw colours and "

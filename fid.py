@@ -1282,8 +1282,8 @@ def scores_of(table):
 
 
 def moves(was, now):
-    """How a number moves, for a sentence."""
-    return "hardly moves," if abs(now - was) < 0.1 * was else "falls" if now < was else "rises"
+    """Whether a number "falls" or "rises" by a tenth of what it was, or neither: ""."""
+    return "" if abs(now - was) < 0.1 * was else "falls" if now < was else "rises"
 
 
 def in_short(table):
@@ -1692,7 +1692,7 @@ def stages_of(home, argv):
         method, may = f"{stage} {getattr(cfg, stage, '')}", home["MAY_CHANGE"]
         unread = field in f"{may.get(stage)} {may.get(method)} seeds samples repeat mid_sigma".split()
         if stage in ("eval", "sample"):
-            unread = field not in (home["MAY_CHANGE"]["*"] + SAMPLED).split()
+            unread = field not in (may["*"] + SAMPLED).split()
         if dot and (from_mid or stage in idle or unread):
             say(f"warning: --{stage}.{field} has no effect: {stage} does not depend on it, or is not run")
     for k, c in enumerate(configs):                          # --init FILE starts the first stage, not all
@@ -2157,7 +2157,7 @@ def overview(road, device, cfg):
     text = f"{n} process{'es' * (n > 1)} on {device.type}; to train: {text or 'nothing'}"
     text += ", what is there is drawn and scored (again)" * (not ROAD and cfg.stage in ("all", "eval"))
     if ROAD and device.type == "cpu":
-        small = least < 4_000 and (cfg.data == "digits" or getattr(cfg, "res", 0) == 16)
+        small = cfg.data == "digits" or getattr(cfg, "res", 0) == 16 and least < 4_000
         text += (f"; {duration(least)} to {duration(4 * least)} of a core in fp32, and scores" if small else
                  "\nwarning: there is no GPU; a CPU trains --data digits in minutes, and in hours, with "
                  "OMP_NUM_THREADS=1, nets as small as those of --res 16")
@@ -2214,9 +2214,6 @@ def dry_run(home, argv, configs):
     if dist.is_initialized():
         dist.destroy_process_group()
     return next(iter(codes.values()), 0)
-
-
-CURVES = dict(loss="loss", grad="gradient norm", mse_gap1="square error of velocities, t - r up to 1/4")
 
 
 def save_curve(cfg, table=()):

@@ -63,7 +63,7 @@ OWN = {"Config", "load_data", "data_name", "check", "teacher_pairs", "make_sampl
 #   stages of curve.png side by side, each on an axis of its own, how a loss moves in its heading; a method without a branch is found in the code, so no table of branches; the whole
 #   command of a longer training, knobs that a stage never reads, bf16 on a CPU, a score against changed data, lines of one batch left out, contents that name what scripts take; nets +2: the views of a distance have an order;
 BUDGET = {"train_cmt_cifar.py": 698, "train_cmt_imagenet.py": 943, "train_mf_imagenet256.py": 905,
-          "train_t2i_coco.py": 1118, "nets.py": 1858, "fid.py": 2455, "solvers.py": 198, "bench.py": 968,
+          "train_t2i_coco.py": 1118, "nets.py": 1858, "fid.py": 2452, "solvers.py": 198, "bench.py": 968,
           "claims.py": 628, "README.md": 229}
 FLAGS = {"train_cmt_cifar.py": 35, "train_cmt_imagenet.py": 42, "train_mf_imagenet256.py": 42, "train_t2i_coco.py": 43}
 README = (ROOT / "README.md").read_text()

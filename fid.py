@@ -758,7 +758,7 @@ def check_pictures(names, read, label):
         sums = [answer for part in parts for answer in pool.map(checksum, part)]
     if bad := [error for error in sums if isinstance(error, DataError)]:
         first, remedy = [*map(str, bad[:3])], "mend or remove them"
-        if len(remedies := {text.partition("; ")[2] for text in first}) == 1 != len(first):       # said once
+        if len(remedies := {text.partition("; ")[2] for text in first}) == 1:                    # said once
             first, remedy = [text.partition("; ")[0] for text in first], remedies.pop() or remedy
         raise DataError(f"{'; '.join(first)}; {len(bad)} of {len(names)} pictures cannot be used: {remedy}")
     return f"{len(names)} images, crc32 {zlib.crc32(np.array(sums, '<u4')):08x}"
@@ -925,7 +925,7 @@ def load_images(path, res=0):
         image = read(names[k])
         h, w, _ = image.shape
         if min(h, w) < res:
-            raise DataError(f"{path}: {names[k]} is {w}x{h}, too small for --res {res} (pass a smaller one)")
+            raise DataError(f"{path}: {names[k]} is {w}x{h}, too small for --res {res}; pass a smaller one")
         image = np.asarray(square(rgb(image), res)) if res else image
         if image.shape == shape:
             images[k] = image.transpose(2, 0, 1)
@@ -1025,20 +1025,15 @@ def write_json(path, content):
     write_whole(path, lambda file: file.write(json.dumps(content).encode()))
 
 
-def last_part(value):
-    """What two records are compared by: of "NAME, crc32 X", an encoder or pictures, the sum alone."""
-    return str(value).rpartition(", ")[2]
-
-
 def difference(old, new):
     """What has changed between two contents of begun.json, in words; "" if nothing has."""
     was, now = old["pictures"], new["pictures"]
     changes = dict(added=now.keys() - was, removed=was.keys() - now,
                    changed=[name for name in was if now.get(name, was[name])[:2] != was[name][:2]])
     texts = [f"{len(names)} pictures {how}, such as {min(names)}" for how, names in changes.items() if names]
-    was, now = old["record"], new["record"]
+    was, now = old["record"], new["record"]                  # of "NAME, crc32 X" the sum alone is compared
     texts += [f"{key} was {was.get(key)}, now {now[key]}" for key in now
-              if last_part(was.get(key)) != last_part(now[key])]
+              if str(was.get(key)).rpartition(", ")[2] != str(now[key]).rpartition(", ")[2]]
     return "; ".join(texts)
 
 
@@ -1681,7 +1676,7 @@ def parse(home, argv):
 def stages_of(home, argv):
     """The Config of each stage that a command runs; home: the script's globals()."""
     cfg = parse(home, argv)
-    stages = home["STAGES"] if cfg.stage == "all" else [cfg.stage]
+    stages, may = home["STAGES"] if cfg.stage == "all" else [cfg.stage], home["MAY_CHANGE"]
     configs = [parse(home, [*argv, "--stage", stage]) for stage in stages]
     for name in {"pretrain", "mid", "post"} & {*vars(cfg)}:
         if odd := [c.stage for c in configs if getattr(c, name) != getattr(cfg, name)]:
@@ -1689,11 +1684,10 @@ def stages_of(home, argv):
     idle = ["pretrain"] * (cfg.teacher not in ("", "scratch")) + ["mid"] * (cfg.mid == "none")
     for stage, dot, field in (word[2:].partition("=")[0].partition(".") for word in argv if word[:2] == "--"):
         from_mid = (stage, field) == ("post", "init") and "mid" in stages and cfg.mid != "none"
-        method, may = f"{stage} {getattr(cfg, stage, '')}", home["MAY_CHANGE"]
-        unread = field in f"{may.get(stage)} {may.get(method)} seeds samples repeat mid_sigma".split()
+        no_use = field in (*never_read(cfg, stage, may), "seeds", "samples", "repeat", "mid_sigma")
         if stage in ("eval", "sample"):
-            unread = field not in (may["*"] + SAMPLED).split()
-        if dot and (from_mid or stage in idle or unread):
+            no_use = field not in (may["*"] + SAMPLED).split()
+        if dot and (from_mid or stage in idle or no_use):
             say(f"warning: --{stage}.{field} has no effect: {stage} does not depend on it, or is not run")
     for k, c in enumerate(configs):                          # --init FILE starts the first stage, not all
         later = cfg.stage == "all" and (c.stage == "eval" or c.stage == "post" and c.mid != "none")
@@ -1813,11 +1807,9 @@ def check_values(cfg, limits, world):
     if cfg.stage in ("sample", "eval") and cfg.init not in home.INITS and not named:
         fail(3, f"--init {cfg.init}: no such file; name weights, or leave --init out")
     check_out(cfg.out)
-    if cfg.data == "digits" and getattr(cfg, "res", 8) not in (8, getattr(type(cfg), "res", 8)):
-        fail(2, f"--res {cfg.res}: --data digits has 8x8 pixels; leave --res out")
-    for name in ("vae", "encoders") if cfg.data == "digits" else ():
-        if getattr(cfg, name, ""):
-            fail(2, f"--{name}: --data digits has pixels and captions of its own; leave --{name} out")
+    for name in {"res", "vae", "encoders"} & {*vars(cfg)} if cfg.data == "digits" else ():
+        if getattr(cfg, name) not in (8, getattr(type(cfg), name)):
+            fail(2, f"--{name} {getattr(cfg, name)}: --data digits has 8x8 pixels; leave --{name} out")
     if cfg.data == "digits" and cfg.stage == "encode":
         fail(2, "--stage encode: --data digits needs none; leave --data out, or name what is to be made")
     seed_range(cfg.seeds)
@@ -1927,25 +1919,31 @@ def steps_left(cfg, ckpt, path, free, stages):
         say(f"warning: {made}, nets.py or solvers.py was changed since {cfg.out} was begun; to train that "
             "anew, use another --out")                       # once for all stages
     known = {"seed", *" ".join(free.values()).split(), *(k for row in home.PRESETS.values() for k in row)}
-    keys = "*", cfg.stage, f"{cfg.stage} {getattr(cfg, cfg.stage, '')}", cfg.decay
-    free = " ".join(free.get(key, "") for key in keys).split()
-    for f in dataclasses.fields(cfg) if ckpt else ():
-        was, now = ckpt["cfg"].get(f.name, f.default), getattr(cfg, f.name)
-        steps = f.name == "steps"
-        if was != now and (f.name not in free or steps and (later or now < ckpt["step"])):
-            data, how = ckpt["cfg"]["data"], ""
-            if cfg.data != data:
-                fail(2, f"{path} was made by {made} --data {data}, now {cfg.data}; use another --out")
-            if steps and now > was and cfg.stage != "pretrain":
-                how = f"; to train it on, in a folder of its own: {longer(cfg, path, now - was, made)}"
-            if f.name not in known:
-                how = f"; of a knob of yours that {cfg.stage} never reads: name it in MAY_CHANGE"
-            fail(2, f"{path} was made by {made} --data {data} with --{cfg.stage}.{f.name} {was}, now {now}; "
-                    f"repeat its flags, see log.txt, or use another --out{how}")
+    may = {*never_read(cfg, cfg.stage, free), *free["*"].split(), *free.get(cfg.decay, "").split()}
+    old = {f.name: ckpt["cfg"].get(f.name, f.default) for f in dataclasses.fields(cfg)} if ckpt else {}
+    if old and (later or cfg.steps < ckpt["step"]):
+        may -= {"steps"}
+    if changed := [name for name, was in old.items() if was != getattr(cfg, name) and name not in may]:
+        data, more, how = old["data"], cfg.steps - old["steps"], ""
+        if cfg.data != data:
+            fail(2, f"{path} was made by {made} --data {data}, now {cfg.data}; use another --out")
+        if changed == ["steps"] and more > 0 and cfg.stage != "pretrain":
+            how = f"; to train it on, in a folder of its own: {longer(cfg, path, more, made)}"
+        if own := [name for name in changed if name not in known]:
+            how = f"; if {own[0]} is a knob of yours that {cfg.stage} never reads: name it in MAY_CHANGE"
+        all_of = " and ".join(f"--{cfg.stage}.{k} {old[k]}, now {getattr(cfg, k)}" for k in changed)
+        fail(2, f"{path} was made by {made} --data {data} with {all_of}; repeat its flags, see log.txt, or "
+                f"use another --out{how}")
     if cfg.stage == "post" and cfg.mid == "none" and not ckpt and os.path.exists(f"{cfg.out}/mid.pt"):
         fail(2, f"{cfg.out}/mid.pt is there, this road has --mid none; use another --out")
     agree(f"step of {path}", ckpt and ckpt["step"])
     return cfg.steps - (ckpt["step"] if ckpt else 0)
+
+
+def never_read(cfg, stage, free):
+    """Names of knobs on which a stage, by its method, does not depend; free: MAY_CHANGE of the script."""
+    method = f"{stage} {getattr(cfg, stage, '')}"
+    return f"{free.get(stage, '')} {free.get(method, '')}".split()
 
 
 def longer(cfg, path, steps, script):
@@ -2168,7 +2166,7 @@ def overview(road, device, cfg):
         text += (f"\nwarning: {c.stage}: the average, which is shown and scored, keeps {kept:.0%} of the "
                  f"first weights; pass a lower --{c.stage}.ema_beta, as {low:.3g}") * (kept > 0.1)
         text += (f"\nwarning: {c.stage}: warm-up takes {c.warmup} of {c.steps} steps; pass a lower "
-                 f"--{c.stage}.warmup") * (2 * c.warmup > c.steps)
+                 f"--{c.stage}.warmup, as {c.steps // 20}") * (2 * c.warmup > c.steps)
     return text
 
 
@@ -2223,22 +2221,24 @@ def save_curve(cfg, table=()):
     """
     stages, drawn = {}, "loss"
     for m in read_steps(cfg.out):
-        stage, error = SPOKEN[m["stage"]], m.get("mse_gap1", m.get("mse_same"))    # same: t = r, a flow's
-        y, title = m["loss"], "loss"
-        if error is not None:
-            to = "the teacher's velocities" if m["stage"] == "mid" else "(noise minus image)"
-            gap = "t - r up to 1/4" if "mse_gap1" in m else "t = r"
-            drawn, y, title = "square error", error, f"square error to {to}, {gap}"
-        _, losses, norms = stages.setdefault(stage, (title, [], []))
-        losses.append((m["images"], y))
+        gap = ", t - r up to 1/4" if "mse_gap1" in m else ", t = r" if "mse_same" in m else ""
+        drawn = "square error" if gap else "loss"
+        _, losses, norms = stages.setdefault(SPOKEN[m["stage"]], (drawn + gap, [], []))
+        losses.append((m["images"], m.get("mse_gap1", m.get("mse_same", m["loss"]))))
         norms.append((m["images"], m["grad"]))
     panels = {f"{stage}: {title}": {stage: losses} for stage, (title, losses, _) in stages.items()}
     panels |= {f"{stage}: gradient norm": {stage: norms} for stage, (_, _, norms) in stages.items()}
+    ways = {}                                                # what the lines do from first to last third
+    for stage, (_, losses, _) in stages.items():
+        y, third = [y for _, y in losses], -(-len(losses) // 3)
+        ways.setdefault(moves(np.mean(y[:third]), np.mean(y[-third:])) or "stays level", []).append(stage)
+    heading = ", ".join(f"{way} in {' and '.join(names)}" for way, names in ways.items())
     scores, columns = in_short(table), max(1, len(stages))
-    save_chart(f"{cfg.out}/curve.png", panels, f"Judge a stage by its scores: its {drawn} need not fall, and "
-               "a large gradient may be right\nEach has log scales of its own, against the images that it "
-               "trained on, in mid-training pairs of the teacher. A point: a mean since the one before."
-               + " Square errors are of velocities; t - r is the time jumped over." * (drawn != "loss")
+    save_chart(f"{cfg.out}/curve.png", panels, f"The {drawn} {heading}; only scores tell what is better\n"
+               "Post-training's loss may stay level, its gradient large. Each panel has log scales of its "
+               "own, against images trained on, in mid-training pairs. A point: a mean since the last one."
+               + " Square errors are of velocities, to the teacher's in mid-training, else to noise minus "
+               "image; t - r is the time jumped over." * (drawn != "loss")
                + f"\n{scores}; {cfg.samples:,} samples each.{fallen(table)}" * bool(scores), columns=columns)
 
 

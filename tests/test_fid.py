@@ -882,10 +882,14 @@ def test_every_stage_has_an_axis_of_its_own(tmp_path, monkeypatch):
     scores = {"stage": "teacher, balanced labels", "8-step FID": "2.00"}, {"stage": "mid", "1-step FID": "5.00 +- 1.00, min 4.00"}, {"stage": "post", "1-step FID": "-"}
     save_curve(cfg, scores)
     scored = "FID, lower is better, in 8 steps: teacher 2.00; in 1 step: mid-training alone 5.00 +- 1.00, min 4.00"
-    assert drawn["caption"].startswith("Judge a stage by its scores: its loss need not fall, and a large gradient may be right\n")
+    assert drawn["caption"].startswith("The loss stays level in VGG and mid-training and post-training; only scores tell what is better\n")
     assert drawn["caption"].endswith(f"\n{scored}; 50,000 samples each.")
     save_curve(cfg, ({"stage": "mid", "1-step FID": "2.00"}, {"stage": "post", "1-step FID": "5.00"}))
-    assert drawn["caption"].startswith("Judge a stage") and drawn["caption"].endswith(" each. Here post-training scores worse than mid-training in 1 step.")
+    assert drawn["caption"].startswith("The loss stays") and drawn["caption"].endswith(" each. Here post-training scores worse than mid-training in 1 step.")
+    rows = [dict(m, loss=m["loss"] * k ** -1.0) if m["stage"] == "vgg" else m for k, m in enumerate(rows, 1)]      # the heading is of what is drawn
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in rows))
+    save_curve(cfg)
+    assert drawn["caption"].startswith("The loss falls in VGG, stays level in mid-training and post-training; only scores")
 
 
 def test_slow_samplers_draw_fewer_images():

@@ -65,7 +65,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     P_mean: float = -1.1        # ln sigma ~ N(P_mean, P_std^2), not cut off (ECT)
     P_std: float = 2.0
 
-    mid_sigma: float = 0.821    # second noise level of 2-step sampling (ECT)
+    mid_sigma: float = 0.821    # second noise level of 2-step sampling (ECT); not of --stage mid
     sigma_shift: float = 0.0    # choice: sample the trained function; official files are scored with 0.003
     seeds: str = "0-63"         # sample: one image per seed, FIRST-LAST or FIRST-LAST:STEP
     samples: int = 50_000       # eval: images per score
@@ -121,7 +121,7 @@ FILES = {"cifar10": "data/cifar-10-python.tar.gz",
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 CIFAR_MD5 = "c58f30108f718f92721af3b95e74349a"
-# fid reads Config, PRESETS, STAGES, INITS, FILES, MAY_CHANGE, RUN, data_name, check, resume, candidates
+# fid needs, by name: Config PRESETS STAGES INITS FILES MAY_CHANGE RUN data_name check resume candidates train
 parse = partial(fid.parse, globals())                 # (argv) -> Config
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 
@@ -233,7 +233,7 @@ def train(cfg):
     shape = net.img_channels, net.img_resolution, net.img_resolution
     share, micro = B // WORLD, cfg.batch_gpu or B // WORLD    # rows of a process, of a forward pass
     mine = slice(RANK * share, (RANK + 1) * share)
-    per_solve = math.prod(solve_size(cfg))            # pairs; no batch straddles two solves (check)
+    per_solve = math.prod(solve_size(cfg))            # pairs, as 128 x 16: whole batches (check)
 
     @lru_cache(1)                                     # kept for the steps that share it; resumed: solved anew
     def solve(number):
@@ -291,7 +291,7 @@ def train(cfg):
             report(cfg, lr, tally, **nets.peak_memory())
         if to_save and RANK == 0:
             nets.save_checkpoint(run.path, net=net, ema=run.ema, opt=opt, **run.saved, **tally)
-            kind = "teacher" if cfg.stage == "pretrain" else 1
+            kind = "teacher" if cfg.stage == "pretrain" else 1        # of make_sampler
             fid.save_preview(cfg, tally, stop, make_sampler(cfg, run.ema, kind))
         if to_save:
             fid.wait_for_first(TIMEOUT)
@@ -308,7 +308,7 @@ def lr_at(cfg, step):
 
 
 def set_up(cfg):
-    """What a stage learns from and asks, and its net; None: nothing is to be done."""
+    """The stage's images, teacher, distance and, by begin, net and counts; None: nothing is to be done."""
     if cfg.stage == "mid" and cfg.mid == "none":
         return log("mid: left out by --mid none")
     if cfg.stage == "pretrain" and given_teacher(cfg):
@@ -466,7 +466,7 @@ def resume(cfg):
 
 
 def begin(cfg, ckpt, net, optimizer, stamp, model, **parts):
-    """The net with its average, optimizer, counts, as the checkpoint has them or new; and more parts."""
+    """A stage's net, average, optimizer, counts, as saved or new; flat, grad: the net's, as one vector."""
     ema = deepcopy(net).requires_grad_(False).eval()
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
     flat.grad = grad                                  # one vector, whose views are all weights (flatten)

@@ -75,7 +75,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     P_mean: float = -0.8        # ln sigma ~ N(P_mean, P_std^2), not cut off (ECT, EDM2)
     P_std: float = 1.6
 
-    mid_sigma: float = 1.526    # second noise level of 2-step sampling (ECT)
+    mid_sigma: float = 1.526    # second noise level of 2-step sampling (ECT); not of --stage mid
     sampler: Literal["dpmpp", "heun"] = "dpmpp"          # of the teacher: nfe steps; heun: 32 steps, 63 calls
     labels: Literal["random", "balanced"] = "random"     # of samples: drawn by seed, or seed % classes
     seeds: str = "0-63"         # sample: FIRST-LAST[:STEP]; 7-997:10 of balanced labels: class 7
@@ -134,7 +134,7 @@ STAGES = list(ABOUT)                                  # what --stage all runs, i
 INITS = "teacher", "random"                        # other values of --init are a FILE
 FILES = {"imagenet64": "data/imagenet64.zip", "imagenet512": "data/imagenet512-sd.zip"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# fid reads Config, PRESETS, STAGES, INITS, FILES, MAY_CHANGE, RUN, data_name, check, resume, candidates
+# fid needs, by name: Config PRESETS STAGES INITS FILES MAY_CHANGE RUN data_name check resume candidates train
 parse = partial(fid.parse, globals())                 # (argv) -> Config
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 
@@ -178,7 +178,7 @@ def teacher_pairs(cfg, teacher, classes, shape, g):
     (n, used), sigmas = solve_size(cfg), teacher_sigmas(cfg.nfe)              # (nfe+1,), from 80 to 0.002
     levels = sigmas.to(g.device, torch.float32, non_blocking=True)
     mine = slice(RANK * n // WORLD, (RANK + 1) * n // WORLD)
-    # choice: pure noise, no guidance, uniform classes
+    # choice: x_T is pure noise (Eq. 7, as in the authors' 512-pixel code), no guidance, uniform classes
     x_T = levels[0] * randn((n, *shape), g)[mine]
     y = one_hot(torch.randint(max(classes, 1), (n,), generator=g, device=g.device), classes)
     xs = gather(teacher_solver(lambda x, sigma: teacher(x, sigma, y[mine]), x_T, sigmas))
@@ -281,7 +281,7 @@ def train(cfg):
     shape, classes = (model["img_channels"], *[model["img_resolution"]] * 2), model["label_dim"]
     share, micro = B // WORLD, cfg.batch_gpu or B // WORLD    # rows of a process, of a forward pass
     mine = slice(RANK * share, (RANK + 1) * share)
-    per_solve = math.prod(solve_size(cfg))            # pairs; no batch straddles two solves (check)
+    per_solve = math.prod(solve_size(cfg))            # pairs, as 128 x 16: whole batches (check)
     batches = fid.ahead(partial(read_batch, cfg, run.images), range(start, cfg.steps))     # step by step
 
     @lru_cache(1)                                     # kept for the steps that share it; resumed: solved anew
@@ -378,7 +378,7 @@ def ema_beta(cfg, step):
 
 
 def set_up(cfg):
-    """What a stage learns from and asks, and its net; None: nothing is to be done."""
+    """The stage's images, teacher, distance and, by begin, net and counts; None: nothing is to be done."""
     if cfg.stage == "mid" and cfg.mid == "none":
         return log("mid: left out by --mid none")
     if cfg.stage == "pretrain" and given_teacher(cfg):
@@ -675,7 +675,7 @@ def resume(cfg):
 
 
 def begin(cfg, ckpt, net, optimizer, stamp, model, **parts):
-    """The net with its average, optimizer, counts, as the checkpoint has them or new; and more parts."""
+    """A stage's net, average, optimizer, counts, as saved or new; flat, grad: the net's, as one vector."""
     ema = deepcopy(net).requires_grad_(False).eval()
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
     flat.grad = grad                                  # one vector, whose views are all weights (flatten)

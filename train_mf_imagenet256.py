@@ -123,7 +123,7 @@ INITS = "sit", "random"                            # other values of --init are 
 FILES = {"imagenet": "data/imagenet256-sd"}
 REFERENCE = {"imagenet": "imagenet256"}               # scored by ADM's statistics, others by their own
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# fid reads Config, PRESETS, STAGES, INITS, FILES, MAY_CHANGE, RUN, data_name, check, resume, candidates
+# fid needs, by name: Config PRESETS STAGES INITS FILES MAY_CHANGE RUN data_name check resume candidates train
 parse = partial(fid.parse, globals())                 # (argv) -> Config
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 
@@ -328,7 +328,7 @@ def train(cfg):
     errors = torch.zeros(2, 5, device=DEVICE)         # square errors and their number, by t - r: 0, quarters
     share, micro = B // WORLD, cfg.batch_gpu or B // WORLD    # rows of a process, of a forward pass
     mine = slice(RANK * share, (RANK + 1) * share)
-    per_solve = math.prod(solve_size(cfg))            # pairs; no batch straddles two solves (check)
+    per_solve = math.prod(solve_size(cfg))            # pairs, as 256 x 28: whole batches (check)
     batches = fid.ahead(partial(read_batch, cfg, run.images), range(start, cfg.steps))
 
     @lru_cache(1)                                     # kept for the steps that share it; resumed: solved anew
@@ -402,7 +402,7 @@ def lr_at(cfg, step):
 
 
 def set_up(cfg):
-    """What a stage learns from and asks, and its net; None: nothing is to be done."""
+    """The stage's images, teacher, sizes and, by begin, net and counts; None: nothing is to be done."""
     if left_out(cfg) or cfg.stage == "pretrain" and cfg.teacher:
         return log(f"{cfg.stage}: not trained, as --teacher or --mid none says")
     ckpt, left = resume(cfg)                          # left: steps to go
@@ -670,7 +670,7 @@ def resume(cfg):
 
 
 def begin(cfg, ckpt, net, optimizer, stamp, model, **parts):
-    """The net with its average, optimizer, counts, as the checkpoint has them or new; and more parts."""
+    """A stage's net, average, optimizer, counts, as saved or new; flat, grad: the net's, as one vector."""
     ema = deepcopy(net).requires_grad_(False).eval()
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
     flat.grad = grad                                  # one vector, whose views are all weights (flatten)

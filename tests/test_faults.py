@@ -693,6 +693,8 @@ def test_a_finished_stage_of_constant_rate_goes_on_with_more_steps(road, capsys)
     command = err.partition("; to train it on, in a folder of its own: python train_cmt_cifar.py ")[2].strip()
     assert exit_code == 2 and f"--teacher {road}/pretrain.pt --init {road}/post.pt --steps 3 " in command
     assert "to train it on" not in code([*TINY, "--out", road, "--stage", "pretrain", "--steps", "6"], capsys)[1]
+    err = code([*TINY, "--out", road, "--stage", "post", "--steps", "6", "--lr", "1.0", "--q", "64"], capsys)[1]     # all that differ
+    assert "to train it on" not in err and re.search(r"--post.steps 3, now 6 and --post.lr \S+, now 1.0 and --post.q \d+, now 64; repeat", err)
     script.main(shlex.split(f"{command} --out new"))                      # with every flag of the run, TINY's too
     made, new = (nets.finished(f"{out}/post.pt") for out in (road, "new"))
     assert new["step"] == 3 and {k for k in made["cfg"] if made["cfg"][k] != new["cfg"][k]} <= {"out", "init", "teacher"}

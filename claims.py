@@ -284,11 +284,11 @@ def curves(args, device):
     scores["teacher, 16 steps"] = [(0, level), (seen, level)]
     norms = dict(sorted(norms.items(), key=lambda item: "every step" in item[0]))     # the medians on top
     one = [row["1-step FD-digits"] for row in rows]          # teacher, mid, mid and post, post alone
-    only = " Of six settings (README) only this one gains." * (
+    only = " On digits only this script gains (README)." * (
         args.net == FLAGS["net"]["default"] and float(one[2]) < float(one[3]))
     words = (f"Does mid-training by pixels help (seed 0)? FD-digits in one step, lower is better: {one[2]} "
              f"with it, {one[3]} without; teacher, {cfg.nfe} steps: {rows[0][f'{cfg.nfe}-step FD-digits']}\n"
-             "Mid- and post-training: CMT + ECT; post-training alone: ECT, annealed; all by pseudo-Huber."
+             f"Mid- and post-training: CMT + ECT; alone: ECT, annealed; each {seen:,} images; pseudo-Huber."
              f"{only} In one step the teacher draws the mean of all images. The students look alike; the "
              "scores tell them apart.")
     fid.save_stages(args.out, shown, (), words, rows, cfg.samples)

@@ -1766,7 +1766,7 @@ def load_checkpoint(path, whole=False):
                 print(f"warning: {path} is missing or damaged; going on from {p}", file=sys.stderr)
             return state
         except Exception as e:                        # damage can surface as any error
-            print(f"warning: {p} is damaged ({type(e).__name__}: {str(e)[:80]!r})", file=sys.stderr)
+            print(f"warning: {p} is damaged, cut or changed ({type(e).__name__})", file=sys.stderr)
     if found:
         raise WeightsError(f"{' and '.join(found)}: damaged; move that and later stages away to start again")
     return None

@@ -126,7 +126,7 @@ parse = partial(fid.parse, globals())                 # (argv) -> Config
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 
 
-# ---- losses -----------------------------------------------------------------------------------
+# ---- pairs and losses -------------------------------------------------------------------------
 # sigma, t, r and levels: strengths of noise, from 80 to 0.002; D_x and f: answers of a net, clean images
 def loss_dm(net, x, sigma, eps, sigma_data=0.5):
     """EDM Eq. 8: denoising, mean over pixels. sigma: (B,)."""
@@ -648,7 +648,7 @@ def evaluate(cfg):
     images = None if cfg.data in FILES else load_data(cfg)
     fid.say_changed(found, "" if images is None else fid.stamp(images))
     if data_name(cfg) == "own" and fid.from_first(partial(fid.prefetch, cfg.data, False)):
-        return log(f"eval: not scored; open stages.png, trajectory.png, curve.png in {cfg.out}")
+        return log(f"eval: no Inception, not scored; open stages.png, trajectory.png, curve.png in {cfg.out}")
     features = (fid.DigitsNet() if cfg.data == "digits" else fid.load_inception()).to(DEVICE)
     if images is None:
         reference = fid.load_reference(cfg.data)

@@ -10,16 +10,17 @@
                             to_float, to_uint8, stamp
   images to train on        rgb, crop, square, ahead                              crops of ADM, EDM2, U-ViT
   encode                    begin_encode, encode_shards, encoder_of               pictures -> arrays, resumed
-  pictures with words       save_stages, save_trajectory, about                   read without the README
-  a run of a script         log, announce, say, fail, blame, one_line, begin_run, its lines, errors, lock and
+  pictures with words       save_stages, save_trajectory, save_chart, about       read without the README
+  a run of a script         log, announce, say, fail, one_line, begin_run,        its lines, errors, lock and
                             same_folder, parse, stages_of, check_values,          flags: what may not begin is
                             check_solve, check_pairs, finished_mid, seed_range    refused in one line
   processes and stages      agree, from_first, wait_for_first, patient_group,     what they share, compared by
                             same_data, made_by, steps_left, check_teacher,        content
                             same_guidance, guidance_note
   the folder of a run       new_tally, count, report, begin_stage, overview,      log.txt, metrics.jsonl,
-                            dry_run, save_preview, say_changed, save_samples,     config.json, previews,
-                            save_captions, save_classes, save_results             results.md
+                            dry_run, save_curve, save_preview, save_samples,      config.json, previews and
+                            save_captions, save_classes, save_results,            results.md
+                            say_changed
   command line              this:
 
   python fid.py A B                              folders, .zip, .npz or .png of images, .npz
@@ -1292,16 +1293,17 @@ def in_short(table):
     return f"{measure}, lower is better, {'; '.join(told)}" if told else ""
 
 
-def fallen(table):
-    """Of a table of scores: a sentence for each stage that scores worse, by a tenth, than the one before."""
+def compared(table):
+    """How post-training scores beside mid-training, and mid-training, where worse, beside its teacher."""
     text, scores = "", {net: {k: float(found.split()[0]) for k, found in of.items()}
                         for net, of in scores_of(table).items()}
-    for before, after in ("teacher", "mid"), ("mid", "post"):
-        was, now, end = (scores.get(net, {}) for net in (before, after, "post"))
-        if worse := [k for k in now if k in was and moves(was[k], now[k]) == "rises"]:
-            text += (f" Here {SPOKEN[after]} scores worse than {SPOKEN.get(before, 'its teacher')} in "
-                     f"{' and '.join(worse)} step{'s' * (worse != ['1'])}")
-            text += ", post-training better." if all(end.get(k, was[k]) < was[k] for k in worse) else "."
+    said = dict(falls="better than", rises="worse than") | {"": "level (within 10 %) with"}
+    for before, after, ways in ("teacher", "mid", ["rises"]), ("mid", "post", said):
+        was, now = scores.get(before, {}), scores.get(after, {})
+        steps = {way: [k for k in now if k in was and moves(was[k], now[k]) == way] for way in ways}
+        parts = [f"{said[way]} {SPOKEN.get(before, 'its teacher')} in {', '.join(some)} step"
+                 + "s" * (some != ["1"]) for way, some in steps.items() if some]
+        text += f" {SPOKEN[after].capitalize()} scores {'; '.join(parts)}." * bool(parts)
     return text
 
 
@@ -1326,7 +1328,7 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
         columns = torch.stack([x.cpu() for *_, x in shown], 1)
         rows, header, line, breaks = [*zip(names, columns)], [what, *labels], "row", ()
     title, _, words = words.rpartition("\n")
-    title = title or f"{in_short(table)}.{fallen(table)}".strip(". ") or "The same noises, drawn by every net"
+    title = title or f"{compared(table)} {in_short(table)}".strip() or "The same noises, drawn by every net"
     caption = (f"{title}\nA {line}: one noise for all nets{again}.\n"
                "Mid-training: a student learns the ends of the teacher's trajectories; post-training: it "
                "learns from images.")
@@ -1651,20 +1653,20 @@ def begin_run(cfg, script, argv):
 
 
 def parse(home, argv):
-    """argv (list of str) -> Config. Unknown flag, bad choice: exit code 2. home: the script's globals().
+    """argv (list of str) -> Config. Unknown flag, bad choice: exit code 2. home: the script, a module.
 
     Weakest first: a field's default, the matching rows of PRESETS from top to bottom, --field, --stage.field.
     """
-    config, presets = home["Config"], home["PRESETS"]
-    p = parser(home["__doc__"], config, tuple(home["STAGES"]))
+    config, presets = home.Config, home.PRESETS
+    p = parser(home.__doc__, config, tuple(home.STAGES))
     if asks := {"-h", "--help"} & {*argv}:
         p.epilog = f"{inspect.getsource(config)}\n{given(home, [a for a in argv if a not in asks])}"
     typed = vars(p.parse_args(argv))                         # only what was typed: for all stages, or for one
     own = f"{typed.get('stage', 'all')}."
-    named = home.get("NEED_STAGE", {}).get(own[:-1], "").split()
+    named = getattr(home, "NEED_STAGE", {}).get(own[:-1], "").split()
     flags = {k: v for k, v in typed.items() if "." not in k and k not in named and (k, v) != ("out", "")}
     flags |= {k.removeprefix(own): v for k, v in typed.items() if k.startswith(own)}
-    name = home["data_name"](config(**flags))
+    name = home.data_name(config(**flags))
     whole = config(**{**presets.get((name, "*", "*"), {}), **flags})
     key = name, whole.stage, getattr(whole, whole.stage, "*")      # the method is what --mid or --post says
     rows = [row for pattern, row in presets.items() if all(a in ("*", b) for a, b in zip(pattern, key))]
@@ -1674,9 +1676,9 @@ def parse(home, argv):
 
 
 def stages_of(home, argv):
-    """The Config of each stage that a command runs; home: the script's globals()."""
+    """The Config of each stage that a command of the script `home` runs."""
     cfg = parse(home, argv)
-    stages, may = home["STAGES"] if cfg.stage == "all" else [cfg.stage], home["MAY_CHANGE"]
+    stages, may = home.STAGES if cfg.stage == "all" else [cfg.stage], home.MAY_CHANGE
     configs = [parse(home, [*argv, "--stage", stage]) for stage in stages]
     for name in {"pretrain", "mid", "post"} & {*vars(cfg)}:
         if odd := [c.stage for c in configs if getattr(c, name) != getattr(cfg, name)]:
@@ -1691,8 +1693,8 @@ def stages_of(home, argv):
             say(f"warning: --{stage}.{field} has no effect: {stage} does not depend on it, or is not run")
     for k, c in enumerate(configs):                          # --init FILE starts the first stage, not all
         later = cfg.stage == "all" and (c.stage == "eval" or c.stage == "post" and c.mid != "none")
-        if later and c.init not in home["INITS"]:
-            configs[k] = dataclasses.replace(c, init=home["Config"].init)
+        if later and c.init not in home.INITS:
+            configs[k] = dataclasses.replace(c, init=home.Config.init)
     return configs
 
 
@@ -1712,7 +1714,7 @@ def number(text):
 def given(home, argv):
     """For --help: the values that these flags give to every stage, and those that differ between stages."""
     configs = {c.stage: vars(c) for c in stages_of(home, argv)}
-    configs = {stage: c for stage, c in configs.items() if stage not in home["RUN"]} or configs   # that train
+    configs = {stage: c for stage, c in configs.items() if stage not in home.RUN} or configs   # that train
     first, *others = configs.values()
     same = {name: value for name, value in first.items() if all(c[name] == value for c in others)}
     lines = {"With these flags": same}
@@ -2215,10 +2217,7 @@ def dry_run(home, argv, configs):
 
 
 def save_curve(cfg, table=()):
-    """curve.png in cfg.out: the stages of metrics.jsonl side by side; below, a table of scores.
-
-    Of a Mean Flow, whose loss is near 1 for any net, the square error is drawn.
-    """
+    """curve.png of cfg.out, a column a stage; of a Mean Flow, whose loss stays near 1, the square error."""
     stages, drawn = {}, "loss"
     for m in read_steps(cfg.out):
         gap = ", t - r up to 1/4" if "mse_gap1" in m else ", t = r" if "mse_same" in m else ""
@@ -2232,14 +2231,15 @@ def save_curve(cfg, table=()):
     for stage, (_, losses, _) in stages.items():
         y, third = [y for _, y in losses], -(-len(losses) // 3)
         ways.setdefault(moves(np.mean(y[:third]), np.mean(y[-third:])) or "stays level", []).append(stage)
-    heading = ", ".join(f"{way} in {' and '.join(names)}" for way, names in ways.items())
-    scores, columns = in_short(table), max(1, len(stages))
+    heading, scores = "; ".join(f"{way} in {', '.join(of)}" for way, of in ways.items()), in_short(table)
+    words = sys.modules[type(cfg).__module__].ABOUT
+    words = [f"{SPOKEN[s]}: {words[s].rpartition(': ')[2]}" for s in words if SPOKEN.get(s) in stages]
     save_chart(f"{cfg.out}/curve.png", panels, f"The {drawn} {heading}; only scores tell what is better\n"
-               "Post-training's loss may stay level, its gradient large. Each panel has log scales of its "
-               "own, against images trained on, in mid-training pairs. A point: a mean since the last one."
-               + " Square errors are of velocities, to the teacher's in mid-training, else to noise minus "
-               "image; t - r is the time jumped over." * (drawn != "loss")
-               + f"\n{scores}; {cfg.samples:,} samples each.{fallen(table)}" * bool(scores), columns=columns)
+               f"To expect in {'; in '.join(words)}. Each panel has log scales of its own, against images "
+               "trained on, in mid-training pairs. A point: a mean since the last one."
+               + " Square errors are of velocities; t - r is the time jumped over." * (drawn != "loss")
+               + f"\n{scores}; {cfg.samples:,} samples each.{compared(table)}" * bool(scores),
+               columns=max(1, len(stages)))
 
 
 def save_preview(cfg, tally, stop, sampler, drawn=""):
@@ -2346,7 +2346,7 @@ def save_results(cfg, rows, note, stages):
     took = {m["stage"]: m["seconds"] for m in read_metrics(out) if "seconds" in m and not alone}
     text = f"{table(rows)}\n\n{note}" + f"\n{HALVES}" * note.startswith("FD-digits")
     text += f"\n{', '.join(took)} took {duration(sum(took.values()))} of training." * bool(took)
-    text += fallen(rows)
+    text += compared(rows)
     file = pathlib.Path(out, "results.md")
     below = " (earlier tables stay below)" * file.exists()
     if processes()[0] == 0:

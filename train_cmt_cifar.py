@@ -121,8 +121,8 @@ FILES = {"cifar10": "data/cifar-10-python.tar.gz",
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 CIFAR_MD5 = "c58f30108f718f92721af3b95e74349a"
-# fid needs, by name: Config PRESETS STAGES INITS FILES MAY_CHANGE RUN data_name check resume candidates train
-parse = partial(fid.parse, globals())                 # (argv) -> Config
+# fid takes Config PRESETS STAGES INITS FILES MAY_CHANGE RUN, calls data_name check resume candidates train
+parse = partial(fid.parse, sys.modules[__name__])     # (argv) -> Config
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 
 
@@ -262,7 +262,7 @@ def train(cfg):
         x, t, eps = rows
         if cfg.stage == "pretrain":
             return loss_dm(student, x, t, eps, net.sigma_data)
-        r = ect_step(t, cfg.q ** (1 + step // cfg.double) if cfg.post == "annealed" else cfg.q)
+        r = ect_step(t, cfg.q ** (1 + step // cfg.double if cfg.post == "annealed" else 1))   # q, q^2, ...
         x_t, x_r = (x + s.view(-1, 1, 1, 1) * eps for s in (t, r))
         if cfg.post in ("ecd", "ecd_euler"):          # by the teacher, which is frozen: no gradient
             x_r = solvers.ode_step(run.teacher, x_t, t, r, 1 if cfg.post == "ecd_euler" else 2)
@@ -317,7 +317,7 @@ def set_up(cfg):
         return log(f"pretrain: not trained, the teacher is {cfg.teacher or own or 'the official one'}")
     ckpt, left = resume(cfg)                          # left: steps to go
     named = cfg.stage == "mid" and os.path.exists(cfg.teacher)     # its file may hold another now
-    if not (left or named) and all(ckpt["cfg"][k] == vars(cfg)[k] for k in BY_CONTENT):     # the same names
+    if not (left or named) and all(ckpt["cfg"][k] == vars(cfg)[k] for k in BY_CONTENT):  # finished, by names
         return log(f"{cfg.stage}: finished, nothing to do")
     images, stamp, teacher = None, "none", None       # stamp: what identifies data and teacher
     if needs_data(cfg):
@@ -329,7 +329,7 @@ def set_up(cfg):
     asked = teacher_state(cfg) if asks_teacher else ()                        # (weights, arguments)
     stamp += f", teacher {nets.stamp(asked[0])}" if asked else ""
     same_data(ckpt, f"{cfg.out}/{cfg.stage}.pt", stamp)
-    if not left:                                      # other names, but the same content
+    if not left:                                      # finished, by content: what is read is what was
         return log(f"{cfg.stage}: finished, nothing to do")
     if asked:
         # choice: the teacher too in --precision: bf16 moves its ends less than a finer solve would
@@ -668,7 +668,7 @@ def main(argv):
     cfg = parse(argv)
     opened.cache_clear()                              # a script may be called twice in one process
     launch(cfg)
-    configs = fid.stages_of(globals(), argv)
+    configs = fid.stages_of(sys.modules[__name__], argv)
     if cfg.dry_run:
         raise SystemExit(fid.dry_run(sys.modules[__name__], argv, configs))
     with fid.one_line(cfg, nets.WeightsError):

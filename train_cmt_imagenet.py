@@ -134,8 +134,8 @@ STAGES = list(ABOUT)                                  # what --stage all runs, i
 INITS = "teacher", "random"                        # other values of --init are a FILE
 FILES = {"imagenet64": "data/imagenet64.zip", "imagenet512": "data/imagenet512-sd.zip"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# fid needs, by name: Config PRESETS STAGES INITS FILES MAY_CHANGE RUN data_name check resume candidates train
-parse = partial(fid.parse, globals())                 # (argv) -> Config
+# fid takes Config PRESETS STAGES INITS FILES MAY_CHANGE RUN, calls data_name check resume candidates train
+parse = partial(fid.parse, sys.modules[__name__])     # (argv) -> Config
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 
 
@@ -391,14 +391,14 @@ def set_up(cfg):
         return log(f"vgg: not trained, --loss {cfg.loss} of --data {cfg.data} needs none")
     ckpt, left = resume(cfg)                          # left: steps to go
     named = cfg.stage == "mid" and os.path.exists(cfg.teacher)     # its file may hold another now
-    if not (left or named) and all(ckpt["cfg"][k] == vars(cfg)[k] for k in BY_CONTENT):     # the same names
+    if not (left or named) and all(ckpt["cfg"][k] == vars(cfg)[k] for k in BY_CONTENT):  # finished, by names
         return log(f"{cfg.stage}: finished, nothing to do")
     images = load_data(cfg) if needs_data(cfg) else None
     stamp = images.stamp if images else "none"
     asked = asked_nets(cfg)
     stamp += "".join(f", {name} {nets.stamp(state)}" for name, (state, _) in asked.items())
     same_data(ckpt, f"{cfg.out}/{cfg.stage}.pt", stamp)
-    if not left:                                      # other names, but the same content
+    if not left:                                      # finished, by content: what is read is what was
         return log(f"{cfg.stage}: finished, nothing to do")
     frozen = {name: build(cfg, size, state, getattr(cfg, name) or "the teacher")
               for name, (state, size) in asked.items() if name != "guide" or cfg.w != 1}
@@ -913,7 +913,7 @@ def main(argv):
     cfg = parse(argv)
     opened.cache_clear()                              # a script may be called twice in one process
     launch(cfg)
-    configs = fid.stages_of(globals(), argv)
+    configs = fid.stages_of(sys.modules[__name__], argv)
     if cfg.dry_run:
         raise SystemExit(fid.dry_run(sys.modules[__name__], argv, configs))
     with fid.one_line(cfg, nets.WeightsError):

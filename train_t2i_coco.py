@@ -125,8 +125,8 @@ STAGES = list(ABOUT)                                  # what --stage all runs, i
 INITS = "sit", "random"                            # other values of --init are a FILE
 FILES = {"coco": "data/coco256-sd"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# fid needs, by name: Config PRESETS STAGES INITS FILES MAY_CHANGE RUN data_name check resume candidates train
-parse = partial(fid.parse, globals())                 # (argv) -> Config
+# fid takes Config PRESETS STAGES INITS FILES MAY_CHANGE RUN, calls data_name check resume candidates train
+parse = partial(fid.parse, sys.modules[__name__])     # (argv) -> Config
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 
 
@@ -402,7 +402,7 @@ def set_up(cfg):
         return log(f"{cfg.stage}: not trained, as --teacher or --mid none says")
     ckpt, left = resume(cfg)                          # left: steps to go
     named = cfg.stage == "mid" and os.path.exists(cfg.teacher)     # its file may hold another now
-    if not (left or named) and all(ckpt["cfg"][k] == vars(cfg)[k] for k in BY_CONTENT):     # the same names
+    if not (left or named) and all(ckpt["cfg"][k] == vars(cfg)[k] for k in BY_CONTENT):  # finished, by names
         return log(f"{cfg.stage}: finished, nothing to do")
     images, encoder = load_data(cfg), text_encoder(cfg)                   # mid reads captions, never an image
     stamp, null, teacher = images.stamp, encoder(images.null[None]), None
@@ -412,7 +412,7 @@ def set_up(cfg):
         teacher.requires_grad_()                      # else autocast casts its weights anew at each call
         stamp += f", teacher {nets.stamp(weights)}"
     same_data(ckpt, f"{cfg.out}/{cfg.stage}.pt", stamp)
-    if not left:                                      # other names, but the same content
+    if not left:                                      # finished, by content: what is read is what was
         return log(f"{cfg.stage}: finished, nothing to do")
     model = model_size(cfg, images, null.shape[-1])
     state, what = (None, "") if ckpt else first_weights(cfg)
@@ -1089,7 +1089,7 @@ def main(argv):
     cfg = parse(argv)
     opened.cache_clear()                              # a script may be called twice in one process
     launch(cfg)
-    configs = fid.stages_of(globals(), argv)
+    configs = fid.stages_of(sys.modules[__name__], argv)
     if cfg.dry_run:
         raise SystemExit(fid.dry_run(sys.modules[__name__], argv, configs))
     with fid.one_line(cfg, nets.WeightsError):

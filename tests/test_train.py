@@ -14,6 +14,7 @@ import typing
 import zipfile
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -359,7 +360,7 @@ def test_a_file_is_scored_beside_the_pictures_of_the_run(road, capsys):
     assert stages.stat().st_mtime_ns == before and "open stages_init_mid.png and results.md" in text and "curve.png" not in text and "of training" not in text
     assert "too few for 64 features" in text
     rows = [{"stage": stage, "1-step FD-digits": str(score), "2-step FD-digits": "1"} for stage, score in (("mid", 2), ("post", 3))]
-    assert fid.fallen(rows) == " Here post-training scores worse than mid-training in 1 step." and not fid.fallen(rows[::-1][1:])
+    assert fid.compared(rows) == " Post-training scores worse than mid-training in 1 step; level (within 10 %) with mid-training in 2 steps." and not fid.compared(rows[::-1][1:])
 
 
 @pytest.mark.parametrize("fetch", [fid.fetch, nets.fetch])
@@ -533,17 +534,17 @@ def test_what_is_refused_is_not_announced(road, capsys):
 
 def test_a_flag_of_a_stage_that_is_not_trained_is_named(capsys):
     flags = "--data digits --teacher t.pt --pretrain.lr 1e-3 --mid none --mid.steps=3 --post.steps 2 --lr 1e-4"
-    script.fid.stages_of(vars(script), flags.split())
+    script.fid.stages_of(script, flags.split())
     said = capsys.readouterr().err
     assert "--pretrain.lr has no effect" in said and "--mid.steps has" in said and said.count("no effect") == 2
-    script.fid.stages_of(vars(script), "--data digits --mid.q 7 --post.nfe=5 --post.q 7 --post.init random".split())       # q is post's
+    script.fid.stages_of(script, "--data digits --mid.q 7 --post.nfe=5 --post.q 7 --post.init random".split())       # q is post's
     said = capsys.readouterr().err
     assert "--mid.q has no effect" in said and "--post.nfe has" in said and "--post.init has" in said and said.count("no effect") == 3
-    script.fid.stages_of(vars(script), "--data digits --mid none --post.init random".split())            # then it starts the student
+    script.fid.stages_of(script, "--data digits --mid none --post.init random".split())            # then it starts the student
     assert not capsys.readouterr().err
     for post, idle in ("ect", True), ("ecd", False):                                                     # of one method
         may = script.MAY_CHANGE | {"post ect": "P_std"}
-        script.fid.stages_of(vars(script) | dict(MAY_CHANGE=may), f"--data digits --post {post} --post.P_std 2".split())
+        script.fid.stages_of(SimpleNamespace(**vars(script) | dict(MAY_CHANGE=may)), f"--data digits --post {post} --post.P_std 2".split())
         assert ("--post.P_std has no effect" in capsys.readouterr().err) == idle
 
 

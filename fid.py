@@ -1601,30 +1601,39 @@ def open_out(out, script, argv):
     return lock
 
 
-SAMPLED = " init nfe nodes precision prompts w omega kappa guide_from guide_to"       # knobs of sampling, too
+DRAWN = "mid_sigma sigma_shift labels sampler precision w"                 # change samples of the same net
+SAMPLED = f"init nfe nodes prompts omega kappa guide_from guide_to {DRAWN}"           # knobs of sampling, too
 
 
 def same_folder(cfg, script, argv):
-    """Exit code 2 where what is to be drawn or scored was made by another script, of other data, or by knobs
-    that this command names otherwise; a teacher that lies elsewhere is missed in a line.
+    """Exit code 2 where another script, other data or knobs that this command names otherwise made a folder.
+
+    A stage compares its own knobs itself. A teacher that lies elsewhere is missed in a line.
     """
-    path = pathlib.Path(cfg.out, "config.json")
-    if cfg.stage not in ("eval", "sample") or not path.is_file():
+    home, path = sys.modules[type(cfg).__module__], pathlib.Path(cfg.out, "config.json")
+    if not path.is_file():
         return
     with blame(path):
-        made = [*json.loads(path.read_bytes()).values()]
-    free = sys.modules[type(cfg).__module__].MAY_CHANGE["*"] + SAMPLED
-    typed = {word[2:].partition("=")[0] for word in argv if word.startswith("--")}
-    trained = typed & {*vars(cfg)} - {*free.split()}
-    now = {**vars(cfg), "script": os.path.basename(script), "data": os.path.basename(cfg.data)}
-    for name in ("script", "data", "res", *sorted(trained)):
-        was = [os.path.basename(str(c[name])) if name == "data" else c[name] for c in made if name in c]
-        if was and now.get(name) not in was:
-            what = "script" if name == "script" else f"--{name}"
-            fail(2, f"{cfg.out} was made with {what} {was[-1]}, now {now.get(name)}; take that, or another "
-                    "--out")
-    told = [c["teacher"] for c in made if c.get("teacher", "scratch") not in ("", "scratch")]
-    if told and not cfg.teacher and not os.path.exists(cfg.init):
+        made = json.loads(path.read_bytes())
+        made = {stage: dict(c, data=os.path.basename(c["data"])) for stage, c in made.items()}
+    now = dict(vars(cfg), script=os.path.basename(script), data=os.path.basename(cfg.data))
+    typed = [word[2:].partition("=")[0] for word in argv if word.startswith("--")]
+    free, drawn = {*f"{home.MAY_CHANGE['*']} {SAMPLED}".split()} - {"data"}, cfg.stage in ("eval", "sample")
+    asked = {"script": ([*made.values()], now)}          # flag: (Configs of the folder, the one of now)
+    asked |= {f"--{k}": asked["script"] for k in ("data", "res", *typed) if drawn and k in {*now} - free}
+    for stage in [stage for stage in made if cfg.stage not in ("all", stage)]:
+        then = vars(home.parse([*argv, "--stage", stage]))
+        trains = {*then} - free - {*never_read(cfg, stage, home.MAY_CHANGE)}
+        asked |= {f"--{stage}.{k}": ([made[stage]], then) for k in trains if f"{stage}.{k}" in typed}
+    odd = []
+    for flag, (configs, new) in asked.items():
+        k = re.split(r"[-.]", flag)[-1]
+        was = dict.fromkeys(c[k] for c in configs if k in c)
+        odd += [f"{flag} {', '.join(map(str, was))}, now {new[k]}"] * bool(was and new[k] not in was)
+    if odd:
+        fail(2, f"{cfg.out} was made with {' and '.join(odd)}; take that, or another --out")
+    told = [c["teacher"] for c in made.values() if c.get("teacher", "scratch") not in ("", "scratch")]
+    if drawn and told and not cfg.teacher and not os.path.exists(cfg.init):
         say(f"warning: its teacher is neither drawn nor scored; pass --teacher {told[-1]}")
 
 
@@ -1688,7 +1697,7 @@ def stages_of(home, argv):
         from_mid = (stage, field) == ("post", "init") and "mid" in stages and cfg.mid != "none"
         no_use = field in (*never_read(cfg, stage, may), "seeds", "samples", "repeat", "mid_sigma")
         if stage in ("eval", "sample"):
-            no_use = field not in (may["*"] + SAMPLED).split()
+            no_use = field not in f"{may['*']} {SAMPLED}".split()
         if dot and (from_mid or stage in idle or no_use):
             say(f"warning: --{stage}.{field} has no effect: {stage} does not depend on it, or is not run")
     for k, c in enumerate(configs):                          # --init FILE starts the first stage, not all
@@ -1753,6 +1762,7 @@ def refuse(flags, where, message):
     unknown = re.search(r"unrecognized arguments: --([\w.-]+)", message)
     typed = unknown[1].replace("no_", "no-") if unknown else ""
     meant = re.sub(r"[^.]+$", lambda name: MEANT.get(name[0], name[0]), typed)
+    meant = meant.rpartition(".")[2] if meant.rpartition(".")[2] in ("data", "stage", "out") else meant
     alike = difflib.get_close_matches(meant, {*flags} - {unknown and unknown[1]}, 1, 0.7)
     message = message.replace("invalid int value", "not a whole number")
     fail(2, f"{message}; " + "".join(f"did you mean --{flag}? " for flag in alike) + where)
@@ -1809,6 +1819,8 @@ def check_values(cfg, limits, world):
     if cfg.stage in ("sample", "eval") and cfg.init not in home.INITS and not named:
         fail(3, f"--init {cfg.init}: no such file; name weights, or leave --init out")
     check_out(cfg.out)
+    if cfg.decay not in home.DECAYS:
+        fail(2, f"--decay {cfg.decay}: DECAYS of {os.path.basename(home.__file__)} has no such entry")
     for name in {"res", "vae", "encoders"} & {*vars(cfg)} if cfg.data == "digits" else ():
         if getattr(cfg, name) not in (8, getattr(type(cfg), name)):
             fail(2, f"--{name} {getattr(cfg, name)}: --data digits has 8x8 pixels; leave --{name} out")
@@ -1839,10 +1851,12 @@ def check_solve(cfg, n, used, world):
         fail(2, f"the {n} --trajectories of a solve must be a multiple of the {world} processes")
 
 
-def check_pairs(pairs, expected):
-    """pairs, what a solve returned; exit code 2 unless they are as many as solve_size says (forks)."""
+def check_pairs(pairs, expected, features=[]):
+    """pairs, what a solve returned; exit code 2 if solve_size says another number, or features is no list."""
     if len(pairs[0]) != expected:
         fail(2, f"a solve returned {len(pairs[0])} pairs, solve_size says {expected}; make them agree")
+    if not isinstance(features, list):
+        fail(2, f"features of a distance are a {type(features).__name__}, not a list of tensors, as [x]")
     return pairs
 
 
@@ -1933,7 +1947,8 @@ def steps_left(cfg, ckpt, path, free, stages):
             how = f"; to train it on, in a folder of its own: {longer(cfg, path, more, made)}"
         if own := [name for name in changed if name not in known]:
             how = f"; if {own[0]} is a knob of yours that {cfg.stage} never reads: name it in MAY_CHANGE"
-        all_of = " and ".join(f"--{cfg.stage}.{k} {old[k]}, now {getattr(cfg, k)}" for k in changed)
+        flags = {k: f"--{k}" if k in home.STAGES else f"--{cfg.stage}.{k}" for k in changed}     # a method
+        all_of = " and ".join(f"{flag} {old[k]}, now {getattr(cfg, k)}" for k, flag in flags.items())
         fail(2, f"{path} was made by {made} --data {data} with {all_of}; repeat its flags, see log.txt, or "
                 f"use another --out{how}")
     if cfg.stage == "post" and cfg.mid == "none" and not ckpt and os.path.exists(f"{cfg.out}/mid.pt"):
@@ -2153,7 +2168,14 @@ def overview(road, device, cfg):
     ROAD.clear()
     ROAD.update({c.stage: (left, c.batch) for left, c in road if left})
     text = ", ".join(f"{stage} {steps:,} steps of {batch}" for stage, (steps, batch) in ROAD.items())
-    n, least = processes()[1], sum(map(math.prod, ROAD.values())) / (1000 if cfg.data == "digits" else 250)
+    images = sum(map(math.prod, ROAD.values()))
+    for left, c in road if "mid" in ROAD else ():            # a call of the teacher: a third of an image
+        if c.stage == "mid":
+            n, used = sys.modules[type(c).__module__].solve_size(c)
+            calls = getattr(c, "nodes", c.nfe + 1) - 1
+            calls *= n * (calls + 1) / 2 if c.mid == "slow" else n
+            images += math.ceil(left * c.batch / (n * used)) * calls / 3
+    n, least = processes()[1], images / (1000 if cfg.data == "digits" else 250)
     text = f"{n} process{'es' * (n > 1)} on {device.type}; to train: {text or 'nothing'}"
     text += ", what is there is drawn and scored (again)" * (not ROAD and cfg.stage in ("all", "eval"))
     if ROAD and device.type == "cpu":
@@ -2230,11 +2252,13 @@ def save_curve(cfg, table=()):
     ways = {}                                                # what the lines do from first to last third
     for stage, (_, losses, _) in stages.items():
         y, third = [y for _, y in losses], -(-len(losses) // 3)
-        ways.setdefault(moves(np.mean(y[:third]), np.mean(y[-third:])) or "stays level", []).append(stage)
-    heading, scores = "; ".join(f"{way} in {', '.join(of)}" for way, of in ways.items()), in_short(table)
+        if len(y) > 2:
+            ways.setdefault(moves(np.mean(y[:third]), np.mean(y[-third:])) or "stays level", []).append(stage)
+    ways, scores = "; ".join(f"{way} in {', '.join(of)}" for way, of in ways.items()), in_short(table)
+    heading = f"The {drawn} {ways}; only " * bool(ways) + "scores tell what is better"
     words = sys.modules[type(cfg).__module__].ABOUT
     words = [f"{SPOKEN[s]}: {words[s].rpartition(': ')[2]}" for s in words if SPOKEN.get(s) in stages]
-    save_chart(f"{cfg.out}/curve.png", panels, f"The {drawn} {heading}; only scores tell what is better\n"
+    save_chart(f"{cfg.out}/curve.png", panels, f"{heading[0].upper()}{heading[1:]}\n"
                f"To expect in {'; in '.join(words)}. Each panel has log scales of its own, against images "
                "trained on, in mid-training pairs. A point: a mean since the last one."
                + " Square errors are of velocities; t - r is the time jumped over." * (drawn != "loss")
@@ -2277,8 +2301,15 @@ def say_changed(found, stamp):
             say(f"warning: --data has changed since {name} was trained; it is compared with what is there")
 
 
+def samples_folder(cfg, name, steps):
+    """<out>/samples/<net>_<steps>, and what a command asks for that is no default: so they never mix."""
+    plain = vars(sys.modules[type(cfg).__module__].parse(["--data", cfg.data, "--stage", "sample"]))
+    asked = [f"_{k}_{getattr(cfg, k)}" for k in DRAWN.split() if plain.get(k) != vars(cfg).get(k)]
+    return f"{cfg.out}/samples/{name}_{steps}{''.join(asked)}"
+
+
 def save_samples(cfg, found, make_sampler):
-    """Of each net a PNG for each of cfg.seeds in <out>/samples/<net>_<steps>, and a sheet of the first 64.
+    """Of each net a PNG for each of cfg.seeds in samples_folder, and a sheet of the first 64.
 
     found: (name, net, {steps: kind of sampler}, ...) of each; make_sampler(cfg, net, kind).
     """
@@ -2286,7 +2317,7 @@ def save_samples(cfg, found, make_sampler):
     say_missing(cfg, [name for name, *_ in found])
     for name, net, kinds, *_ in found:
         for steps, kind in kinds.items():
-            sampler, folder = make_sampler(cfg, net, kind), f"{cfg.out}/samples/{name}_{steps}/"
+            sampler, folder = make_sampler(cfg, net, kind), f"{samples_folder(cfg, name, steps)}/"
             save_images(sampler, seeds, folder, batch)
             label = net_label(name, steps, sep=", ")
             caption = f"{label[0].upper()}{label[1:]}\nOne image a seed; every net has the same noises."

@@ -242,7 +242,7 @@ def train(cfg):
             *pairs, x_0 = slow_pairs(cfg, run.teacher, run.images, g)
         else:
             *pairs, x_0 = teacher_pairs(cfg, run.teacher, shape, g)
-        return fid.check_pairs(pairs, per_solve), run.distance.features(x_0)  # once per end, not per pair
+        return fid.check_pairs(pairs, per_solve, ends := run.distance.features(x_0)), ends   # once per end
 
     def batch_of(step):                               # mid: (x_t, t, owner), target; else (x, t, eps), None
         if cfg.stage == "mid":

@@ -290,7 +290,7 @@ def train(cfg):
         y, x_t, t, owner, x_0 = teacher_pairs(cfg, run.teacher, classes, shape, g)
         views = {} if cfg.ensemble == "none" else run.distance.draw(x_t, g)   # random, of each pair
         target = [x_0] if views else run.distance.features(x_0)               # once per end, not per pair
-        return (*fid.check_pairs((y, x_t, t, owner), per_solve), *views.values()), target
+        return (*fid.check_pairs((y, x_t, t, owner), per_solve, target), *views.values()), target
 
     def batch_of(step):  # mid: (y, x_t, t, owner, *views), target; else (y, x, t, eps, labels), None
         if cfg.stage == "mid":

@@ -1040,7 +1040,7 @@ def sample_captions(cfg):
             log(f"warning: --prompts {prompt!r} fills the text encoder, which reads no word more")
     for name, net, kinds, _ in found:
         for steps in kinds:
-            folder, shown = f"{cfg.out}/samples/{name}_{steps}", []
+            folder, shown = fid.samples_folder(cfg, name, steps), []
             for prompt in prompts:
                 text = encoder(encoder.ids([prompt]))
                 sampler = make_sampler(cfg, net, steps, lambda part: text.expand(len(part), -1, -1), null)

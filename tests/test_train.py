@@ -12,7 +12,7 @@ import sys
 import tarfile
 import typing
 import zipfile
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -68,6 +68,42 @@ def test_what_is_drawn_was_made_by_the_command_that_draws(road, home, argv, word
         with pytest.raises(SystemExit) as stop:
             home.main([*argv, "--stage", stage, "--out", str(road)])
         assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_knobs_of_stages_that_a_command_does_not_train_are_compared_with_what_made_them(road, capsys):
+    """All that differ are named; what a stage never reads, or made it, may be said."""
+    for flags, words in {"--stage eval --pretrain.lr 1.0": "--pretrain.lr 0.002, now 1.0;", "--stage post --mid.lr=7": "--mid.lr 0.002, now 7.0;",
+                         "--stage sample --mid.lr 7 --post.lr 9 --batch 7": "with --batch 16, now 7 and --mid.lr 0.002, now 7.0 and --post.lr 0.0003, now 9.0;",
+                         "--stage eval --steps 5000": "--steps 3, now 5000;"}.items():
+        exit_code, err = code([*TINY, "--out", road, *flags.split()], capsys)
+        assert exit_code == 2 and words in err and len(err.splitlines()) == 1, err
+    log = (road / "log.txt").read_bytes()
+    assert code(["--data", "digits", "--out", road], capsys, importlib.import_module("train_t2i_coco").main)[0] == 2
+    assert (road / "log.txt").read_bytes() == log                            # a stranger's command is no part of a run
+    script.fid.same_folder(script.parse([*TINY, "--stage", "eval", "--out", str(road)]), script.__file__,
+                           [*TINY, "--stage", "eval", "--out", str(road), "--mid.lr", "0.002", "--mid.q", "9", "--mid.batch_gpu", "4"])
+
+
+def test_samples_of_other_knobs_lie_in_a_folder_of_their_own(tmp_path):
+    cfg = script.parse(["--data", "digits", "--stage", "sample", "--out", "x"])
+    assert script.fid.samples_folder(cfg, "mid", 2) == "x/samples/mid_2"
+    other = replace(cfg, mid_sigma=0.3, sigma_shift=0.003)
+    assert len({script.fid.samples_folder(c, "mid", 2) for c in (cfg, other, replace(other, mid_sigma=0.03))}) == 3
+    assert script.fid.samples_folder(replace(cfg, mid_sigma=0.3), "mid", 2) == "x/samples/mid_2_mid_sigma_0.3"
+
+
+def test_the_time_of_mid_training_counts_the_calls_of_its_teacher():
+    said = []
+    for flags in "", "--mid slow", "--mid kd", "--nfe 32 --trajectories 64":
+        c = script.parse(["--data", "digits", "--stage", "mid", *flags.split()])
+        said.append(float(re.search(r"; ([\d.]+) (s|min) to", script.fid.overview([(c.steps, c)], torch.device("cpu"), c))[1]))
+    assert said == [39, 116, 3.0, 39], said                                  # s, s, min, s
+
+
+def test_a_decay_without_its_entry_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        script.check(replace(script.parse(["--data", "digits", "--stage", "mid"]), decay="cosine"))
+    assert "--decay cosine: DECAYS of train_cmt_cifar.py has no such entry" in capsys.readouterr().err
 
 
 def test_a_forgotten_teacher_is_asked_for_and_a_student_is_none(road, tmp_path, capsys, monkeypatch):
@@ -438,7 +474,7 @@ BAD = [  # (command line, exit code, what the line must say)
     ("--data digits --stage mid", 3, "run --stage pretrain first"),
     ("--data digits --stage mid --teacher none.pt", 3, "none.pt: no such file"),
     ("--data digits --stage eval", 3, "run --stage pretrain, or"),
-    ("--data digits --mid.learning_rate 4", 2, "did you mean --mid.lr?"), ("--epochs=4", 2, "did you mean --steps?"), ("--no_compile", 2, "did you mean --no-compile?"),
+    ("--data digits --mid.learning_rate 4", 2, "did you mean --mid.lr?"), ("--epochs=4", 2, "did you mean --steps?"), ("--no_compile", 2, "did you mean --no-compile?"), ("--data digits --mid.stage post", 2, "did you mean --stage?"),
     ("--data digits --mid.stesp 4", 2, "unrecognized arguments: --mid.stesp 4; did you mean --mid.steps? --help lists every flag"),
     ("--data digits --steps 99999999999999", 2, "it must be above 0, below 1e12"),
     ("--data digits --P_mean nan", 2, "--P_mean: nan is not possible; it must be finite"),
@@ -585,7 +621,7 @@ def test_a_teacher_that_is_not_finished_is_used_with_a_line(road, capsys):
 
 def test_a_finished_stage_of_another_road_is_not_taken_for_this_one(road, capsys):
     """In one folder: post from CMT's weights is not ECT from the teacher's."""
-    for flags, name in (["--mid", "none"], "--post.mid"), (["--init", "random"], "--post.init"):
+    for flags, name in (["--mid", "none"], "--mid cmt, now none"), (["--init", "random"], "--post.init"):
         exit_code, err = code([*TINY, "--out", road, "--steps", "3", "--stage", "post", *flags], capsys)
         assert exit_code == 2 and f"was made by train_cmt_cifar.py --data digits with {name}" in err
 

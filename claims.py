@@ -288,7 +288,7 @@ def curves(args, device):
         args.net == FLAGS["net"]["default"] and float(one[2]) < float(one[3]))
     words = (f"Does mid-training by pixels help (seed 0)? FD-digits in one step, lower is better: {one[2]} "
              f"with it, {one[3]} without; teacher, {cfg.nfe} steps: {rows[0][f'{cfg.nfe}-step FD-digits']}\n"
-             f"Mid- and post-training: CMT + ECT; alone: ECT, annealed; each {seen:,} images; pseudo-Huber."
+             f"Each student saw {seen:,} images or pairs; both are trained by the pseudo-Huber loss."
              f"{only} In one step the teacher draws the mean of all images. The students look alike; the "
              "scores tell them apart.")
     fid.save_stages(args.out, shown, (), words, rows, cfg.samples)
@@ -428,7 +428,8 @@ def photos(args, device):
                        f"small net; {features.scale} against the other. Such small nets draw colours and "
                        "shapes, hardly objects.\n"
                        "Mid-training: on ends of the teacher's trajectories, by pseudo-Huber; post-training: "
-                       f"ECT by the plain norm, alone annealed. Photos: {os.path.basename(args.data)}.")
+                       "on images, by the plain norm, alone annealed; equally many images or pairs. "
+                       f"Photos: {os.path.basename(args.data)}.")
             breaks = fid.breaks_between([label.partition("\n")[0] for label, _ in (*shown, real)])
             fid.save_sheet(f"{args.out}/{seed}/photos.png", [*shown, real], caption, breaks=breaks)
 
@@ -499,8 +500,8 @@ def roads(args, device):
     ends = [{name: points[-1][1] for name, points in panel.items()} for panel in panels.values()]
     best = [[min((y for name, y in end.items() if ("CMT" in name) is ours), default=float("nan"))
              for ours in (False, True)] for end in ends]
-    verdict = dict(falls="ahead: ", rises="behind: ")                          # of means alone, without nan
-    said = [verdict.get(fid.moves(*pair), "level: ") * ("," in args.seeds and sum(pair) > 0)
+    verdict = dict(falls="ahead: ", rises="behind: ")                          # by a tenth, without nan
+    said = [verdict.get(fid.moves(*pair), "level: ") * (sum(pair) > 0)
             + f"{pair[1]:.2f} with it, {pair[0]:.2f} the best without" for pair in best]
     words = CAPTION.format(seeds, *said, os.path.basename(args.data), features.scale)
     marks = {statistics.mean(end.values()): f"{road}: post-training begins" for road, end in mid.items()}

@@ -2303,7 +2303,8 @@ def say_changed(found, stamp):
 
 def samples_folder(cfg, name, steps):
     """<out>/samples/<net>_<steps>, and what a command asks for that is no default: so they never mix."""
-    plain = vars(sys.modules[type(cfg).__module__].parse(["--data", cfg.data, "--stage", "sample"]))
+    own = {k: getattr(cfg, k) for k in ("data", "res") if hasattr(cfg, k)} | dict(stage="sample")
+    plain = vars(sys.modules[type(cfg).__module__].parse([f"--{k}={v}" for k, v in own.items()]))
     asked = [f"_{k}_{getattr(cfg, k)}" for k in DRAWN.split() if plain.get(k) != vars(cfg).get(k)]
     return f"{cfg.out}/samples/{name}_{steps}{''.join(asked)}"
 

@@ -1282,6 +1282,11 @@ def moves(was, now):
     return "" if abs(now - was) < 0.1 * was else "falls" if now < was else "rises"
 
 
+def listed(names):
+    """Names in a sentence, the last one behind an "and"."""
+    return re.sub(", ([^,]+)$", r" and \1", ", ".join(names))
+
+
 def in_short(table):
     """A table of scores in a line, nets that are scored in the same steps together; "" without scores."""
     scores = {called(name): found for name, found in scores_of(table).items() if found}
@@ -1301,8 +1306,8 @@ def compared(table):
     for before, after, ways in ("teacher", "mid", ["rises"]), ("mid", "post", said):
         was, now = scores.get(before, {}), scores.get(after, {})
         steps = {way: [k for k in now if k in was and moves(was[k], now[k]) == way] for way in ways}
-        parts = [f"{said[way]} {SPOKEN.get(before, 'its teacher')} in {', '.join(some)} step"
-                 + "s" * (some != ["1"]) for way, some in steps.items() if some]
+        parts = [f"{said[way]} {SPOKEN.get(before, 'its teacher')} in {listed(k)} step{'s' * (k != ['1'])}"
+                 for way, k in steps.items() if k]
         text += f" {SPOKEN[after].capitalize()} scores {'; '.join(parts)}." * bool(parts)
     return text
 
@@ -2254,7 +2259,7 @@ def save_curve(cfg, table=()):
         y, third = [y for _, y in losses], -(-len(losses) // 3)
         if len(y) > 2:
             ways.setdefault(moves(np.mean(y[:third]), np.mean(y[-third:])) or "stays level", []).append(stage)
-    ways, scores = "; ".join(f"{way} in {', '.join(of)}" for way, of in ways.items()), in_short(table)
+    ways, scores = "; ".join(f"{way} in {listed(of)}" for way, of in ways.items()), in_short(table)
     heading = f"The {drawn} {ways}; only " * bool(ways) + "scores tell what is better"
     words = sys.modules[type(cfg).__module__].ABOUT
     words = [f"{SPOKEN[s]}: {words[s].rpartition(': ')[2]}" for s in words if SPOKEN.get(s) in stages]

@@ -810,7 +810,7 @@ def test_a_caption_says_where_post_training_made_a_score_worse(tmp_path, monkeyp
     rows = [{"stage": "mid", "1-step FD-digits": "1.50 +- 0.1", "2-step FD-digits": "0.90"}]
     for first, second in (("1.80", "0.80"), ("1.60", "0.80"), ("1.80", "1.05")):
         fid.save_stages(str(tmp_path), shown, (), "", [*rows, {"stage": "post", "1-step FD-digits": first, "2-step FD-digits": second}])
-    assert ["worse than mid-training in 1 step. FD" in said[0], "worse" in said[1], "worse than mid-training in 1, 2 steps. FD" in said[2]] == [True, False, True]
+    assert ["worse than mid-training in 1 step. FD" in said[0], "worse" in said[1], "worse than mid-training in 1 and 2 steps. FD" in said[2]] == [True, False, True]
     assert "scores better than mid-training in 2 steps; " in said[0] and "better than mid-training in 2 steps; level (within 10 %) with mid-training in 1 step. FD" in said[1]
     rows = [{"stage": f"{name}, balanced labels", "8-step FD-digits": score} for name, score in (("teacher", "2.32"), ("mid", "3.46"), ("post", "0.95"))]
     fid.save_stages(str(tmp_path), shown, (), "", rows)
@@ -883,14 +883,14 @@ def test_every_stage_has_an_axis_of_its_own(tmp_path, monkeypatch):
     scores = {"stage": "teacher, balanced labels", "8-step FID": "2.00"}, {"stage": "mid", "1-step FID": "5.00 +- 1.00, min 4.00"}, {"stage": "post", "1-step FID": "-"}
     save_curve(cfg, scores)
     scored = "FID, lower is better, in 8 steps: teacher 2.00; in 1 step: mid-training alone 5.00 +- 1.00, min 4.00"
-    assert drawn["caption"].startswith("The loss stays level in VGG, mid-training, post-training; only scores tell what is better\n")
+    assert drawn["caption"].startswith("The loss stays level in VGG, mid-training and post-training; only scores tell what is better\n")
     assert drawn["caption"].endswith(f"\n{scored}; 50,000 samples each.")
     save_curve(cfg, ({"stage": "mid", "1-step FID": "2.00"}, {"stage": "post", "1-step FID": "5.00"}))
     assert drawn["caption"].startswith("The loss stays") and drawn["caption"].endswith(" each. Post-training scores worse than mid-training in 1 step.")
     rows = [dict(m, loss=m["loss"] * k ** -1.0) if m["stage"] == "vgg" else m for k, m in enumerate(rows, 1)]      # the heading is of what is drawn
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in rows))
     save_curve(cfg)
-    assert drawn["caption"].startswith("The loss falls in VGG; stays level in mid-training, post-training; only scores")
+    assert drawn["caption"].startswith("The loss falls in VGG; stays level in mid-training and post-training; only scores")
 
 
 def test_slow_samplers_draw_fewer_images():

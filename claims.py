@@ -284,25 +284,24 @@ def curves(args, device):
     scores["teacher, 16 steps"] = [(0, level), (seen, level)]
     norms = dict(sorted(norms.items(), key=lambda item: "every step" in item[0]))     # the medians on top
     one = [row["1-step FD-digits"] for row in rows]          # teacher, mid, mid and post, post alone
-    only = " On digits only this script gains (README)." * (
-        args.net == FLAGS["net"]["default"] and float(one[2]) < float(one[3]))
-    words = (f"Does mid-training by pixels help (seed 0)? FD-digits in one step, lower is better: {one[2]} "
-             f"with it, {one[3]} without; teacher, {cfg.nfe} steps: {rows[0][f'{cfg.nfe}-step FD-digits']}\n"
+    only = " On digits only this script gains (README)." * (args.net == FLAGS["net"]["default"])
+    answer = f"Mid-training by pixels {HELPS[fid.moves(*map(float, (one[3], one[2])))]}"
+    words = (f"{answer} (seed 0). FD-digits in one step, lower is better: {one[2]} with it, "
+             f"{one[3]} without; teacher, {cfg.nfe} steps: {rows[0][f'{cfg.nfe}-step FD-digits']}\n"
              f"Each student saw {seen:,} images or pairs; both are trained by the pseudo-Huber loss."
-             f"{only} In one step the teacher draws the mean of all images. The students look alike; the "
-             "scores tell them apart.")
+             f"{only} In one step the teacher draws the mean image. The students' scores tell them apart.")
     fid.save_stages(args.out, shown, (), words, rows, cfg.samples)
     caption = ("\nImages (or pairs) that a student saw. Blue: mid-training on ends of the teacher's "
                "trajectories (CMT), then post-training on images (ECT). Red: ECT alone. By pseudo-Huber.")
     fid.save_chart(f"{args.out}/scores.png", {"FD-digits, lower is better": scores},
-                   f"Does mid-training by pixels help (seed 0)? One step: {one[2]} with it, {one[3]} without"
+                   f"{answer} (seed 0). One step: {one[2]} with it, {one[3]} without"
                    f"{caption}{only} Compare the last dots: both are tuned for their end. FD-digits: "
                    f"distance of {cfg.samples:,} images, by features of a net; random pixels: 119.5.",
                    marks=marks)
     fid.save_chart(f"{args.out}/norms.png", {"gradient norm: every step, and the median of 25 steps": norms},
                    "Post-training's gradient is large: its loss is divided by a small gap (seed 0)"
-                   f"{caption} Each stair of red doubles q of ECT's gap n/q, from 2 to 256 (512 in the last "
-                   "four steps); blue has 512. Dark: median.", marks=marks)
+                   f"{caption} Each stair of red doubles q of ECT's gap t - r = n t / q, 2 to 256 (512 in "
+                   "the last four steps); blue has 512. Dark: median.", marks=marks)
     for name, points in scores.items():
         print(f"{name}: " + ", ".join(f"{x:,} {y:.2f}" for x, y in points))
     print(f"open stages.png, scores.png, norms.png in {args.out}")
@@ -421,25 +420,25 @@ def photos(args, device):
             one[row] = found[row == "teacher"]                           # the teacher: in its many steps
             print(f"| {row} | {seed} | {' / '.join(found)} | {state['seconds']:.0f} |", flush=True)
             ours, alone, many = (one.get(k, "-") for k in ("CMT + ECT", "ECT, annealed", "teacher"))
-            caption = (f"Does mid-training by pixels help on photos (seed {seed})? FD-photos in one step, "
+            found = "?" if "-" in (ours, alone) else HELPS[fid.moves(float(alone), float(ours))]
+            caption = (f"Mid-training by pixels {found} on photos (seed {seed}). FD-photos in one step, "
                        f"lower is better: {ours} with it, {alone} without; teacher, {cfg.nfe} steps: {many}\n"
                        "A column: one noise for all nets; a second step may change the image.\n"
                        f"FD-photos: Frechet distance of {n:,} images to the real ones, by features of a "
-                       f"small net; {features.scale} against the other. Such small nets draw colours and "
-                       "shapes, hardly objects.\n"
-                       "Mid-training: on ends of the teacher's trajectories, by pseudo-Huber; post-training: "
-                       "on images, by the plain norm, alone annealed; equally many images or pairs. "
-                       f"Photos: {os.path.basename(args.data)}.")
+                       f"small net; {features.scale} against the other. Such nets draw hardly objects.\n"
+                       "Mid-training on the teacher's ends: pseudo-Huber; post-training on images: plain "
+                       f"norm, alone annealed. Equally many images, of {os.path.basename(args.data)}.")
             breaks = fid.breaks_between([label.partition("\n")[0] for label, _ in (*shown, real)])
             fid.save_sheet(f"{args.out}/{seed}/photos.png", [*shown, real], caption, breaks=breaks)
 
 
 FM = "--pretrain fm --weak SIZE --init sit"           # SIZE: --size, of student and flow-matching teacher
+HELPS = dict(falls="helps", rises="harms") | {"": "changes little"}            # by fid.moves, without -> with
 CAPTION = ("Does mid-training help Mean Flow on photos ({})? In one step {}; in two {}\n"
            "FD-photos (Frechet distance to {} at 16x16, by features of a small net; {} against the other) "
-           "against CPU seconds, a road's first net included. CMT: mid-training by a small teacher, then "
-           "training on photos. The others train on photos alone, from random weights or a flow-matching "
-           "net. A dot each 150 steps; compare the last. Three seeds, quiet machine: see docs/results.md.")
+           "against CPU seconds, those of the teacher or start net included. CMT: mid-training by a small "
+           "teacher, then training on photos. The others train on photos alone, from random weights or a "
+           "flow-matching net. A dot each 150 steps; compare the last. docs/results.md has three seeds.")
 ROADS = {  # road: the road whose teacher it goes on from, its calls, laid over the settings of digits
     "flow matching": ("", ["--stage pretrain --pretrain fm --weak SIZE --steps 320"]),
     "weak Mean Flow": ("", ["--stage pretrain --weak 2x64x3 --steps 800"]),

@@ -1299,16 +1299,16 @@ def in_short(table):
 
 
 def compared(table):
-    """How post-training scores beside mid-training, and mid-training, where worse, beside its teacher."""
-    text, scores = "", {net: {k: float(found.split()[0]) for k, found in of.items()}
+    """How post-training scores beside mid-training, and that, where it is worse, beside the teacher."""
+    text, scores = "", {called(net): {k: float(found.split()[0]) for k, found in of.items()}
                         for net, of in scores_of(table).items()}
     said = dict(falls="better than", rises="worse than") | {"": "level (within 10 %) with"}
-    for before, after, ways in ("teacher", "mid", ["rises"]), ("mid", "post", said):
-        was, now = scores.get(before, {}), scores.get(after, {})
-        steps = {way: [k for k in now if k in was and moves(was[k], now[k]) == way] for way in ways}
-        parts = [f"{said[way]} {SPOKEN.get(before, 'its teacher')} in {listed(k)} step{'s' * (k != ['1'])}"
-                 for way, k in steps.items() if k]
-        text += f" {SPOKEN[after].capitalize()} scores {'; '.join(parts)}." * bool(parts)
+    for before, than, after in ("teacher", "the teacher", "mid"), ("mid", called("mid"), "post"):
+        was, now = scores.get(called(before), {}), scores.get(called(after), {})
+        steps = {way: [k for k in now if k in was and moves(was[k], now[k]) == way] for way in said}
+        parts = [f"{said[way]} {than} in {listed(k)} step{'s' * (k != ['1'])}"
+                 for way, k in steps.items() if k and (after == "post" or steps["rises"])]
+        text += f" {called(after).capitalize()} scores {'; '.join(parts)}." * bool(parts)
     return text
 
 
@@ -1376,9 +1376,9 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
         rows.append((f"{name}\nstates of the teacher", show((states / wide)[:, j])))          # at unit scale
         for net, x in answers.items():
             rows.append((f"{called(net)},\nerror from noise {errors[net][j]:.2f}", show(x[:, j])))
-    missed = ", ".join(f"{called(net)} by {mean:.2f}" for net, mean in means.items())
-    missed = missed.replace(" by ", " misses its own end by ", 1) + "; scores tell these apart" * alike
-    caption = (f"In one step from noise the {missed}\n"
+    missed = ", ".join(f"{called(net)} {mean:.2f}" for net, mean in means.items())
+    caption = (f"Distance to the teacher's end, in one step from noise: {missed}"
+               + "; scores tell these apart" * alike + "\n"
                f"The teacher walks in {n - 1} steps, as for mid-training, from noise, left, to its end, "
                "right. Below: where each net gets from there in one step"
                + ("; mid-training trains every image of its row to be that end" if levels.max() > 1 else
@@ -2267,7 +2267,7 @@ def save_curve(cfg, table=()):
                f"To expect in {'; in '.join(words)}. Each panel has log scales of its own, against images "
                "trained on, in mid-training pairs. A point: a mean since the last one."
                + " Square errors are of velocities; t - r is the time jumped over." * (drawn != "loss")
-               + f"\n{scores}; {cfg.samples:,} samples each.{compared(table)}" * bool(scores),
+               + f"\n{scores}; {cfg.samples:,} samples each." * bool(scores),
                columns=max(1, len(stages)))
 
 

@@ -799,8 +799,8 @@ def test_of_a_long_trajectory_nine_states_are_drawn_where_most_changes(tmp_path,
     assert rows[1][0] == "mid-training alone,\nerror from noise 16.00"
     for nearer, alike in (1, True), (9, False):
         fid.save_trajectory("", x, torch.linspace(1, 0, 17), {"teacher": lambda x, level: x, "mid": lambda x, level: x + nearer})
-        assert said[-1].startswith("In one step from noise the teacher misses its own end by 16.00, mid-training alone by") and said[-1].endswith("; scores tell these apart") == alike
-    assert said[0].endswith("by 16.00")
+        assert said[-1].startswith("Distance to the teacher's end, in one step from noise: teacher 16.00, mid-training alone ") and said[-1].endswith("; scores tell these apart") == alike
+    assert said[0].endswith("mid-training alone 16.00")
 
 
 def test_a_caption_says_where_post_training_made_a_score_worse(tmp_path, monkeypatch):
@@ -810,11 +810,11 @@ def test_a_caption_says_where_post_training_made_a_score_worse(tmp_path, monkeyp
     rows = [{"stage": "mid", "1-step FD-digits": "1.50 +- 0.1", "2-step FD-digits": "0.90"}]
     for first, second in (("1.80", "0.80"), ("1.60", "0.80"), ("1.80", "1.05")):
         fid.save_stages(str(tmp_path), shown, (), "", [*rows, {"stage": "post", "1-step FD-digits": first, "2-step FD-digits": second}])
-    assert ["worse than mid-training in 1 step. FD" in said[0], "worse" in said[1], "worse than mid-training in 1 and 2 steps. FD" in said[2]] == [True, False, True]
-    assert "scores better than mid-training in 2 steps; " in said[0] and "better than mid-training in 2 steps; level (within 10 %) with mid-training in 1 step. FD" in said[1]
+    assert ["worse than mid-training alone in 1 step. FD" in said[0], "worse" in said[1], "worse than mid-training alone in 1 and 2 steps. FD" in said[2]] == [True, False, True]
+    assert "scores better than mid-training alone in 2 steps; " in said[0] and "better than mid-training alone in 2 steps; level (within 10 %) with mid-training alone in 1 step. FD" in said[1]
     rows = [{"stage": f"{name}, balanced labels", "8-step FD-digits": score} for name, score in (("teacher", "2.32"), ("mid", "3.46"), ("post", "0.95"))]
     fid.save_stages(str(tmp_path), shown, (), "", rows)
-    assert said[3].startswith("Mid-training scores worse than its teacher in 8 steps. Post-training scores better than mid-training in 8 steps. FD")
+    assert said[3].startswith("Mid-training alone scores worse than the teacher in 8 steps. After post-training scores better than mid-training alone in 8 steps. FD")
 
 
 def test_a_picture_with_scores_stays_until_there_are_others(tmp_path, monkeypatch):
@@ -886,7 +886,7 @@ def test_every_stage_has_an_axis_of_its_own(tmp_path, monkeypatch):
     assert drawn["caption"].startswith("The loss stays level in VGG, mid-training and post-training; only scores tell what is better\n")
     assert drawn["caption"].endswith(f"\n{scored}; 50,000 samples each.")
     save_curve(cfg, ({"stage": "mid", "1-step FID": "2.00"}, {"stage": "post", "1-step FID": "5.00"}))
-    assert drawn["caption"].startswith("The loss stays") and drawn["caption"].endswith(" each. Post-training scores worse than mid-training in 1 step.")
+    assert drawn["caption"].startswith("The loss stays") and drawn["caption"].endswith("in 1 step: mid-training alone 2.00, after post-training 5.00; 50,000 samples each.")
     rows = [dict(m, loss=m["loss"] * k ** -1.0) if m["stage"] == "vgg" else m for k, m in enumerate(rows, 1)]      # the heading is of what is drawn
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in rows))
     save_curve(cfg)

@@ -396,7 +396,7 @@ def test_a_file_is_scored_beside_the_pictures_of_the_run(road, capsys):
     assert stages.stat().st_mtime_ns == before and "open stages_init_mid.png and results.md" in text and "curve.png" not in text and "of training" not in text
     assert "too few for 64 features" in text
     rows = [{"stage": stage, "1-step FD-digits": str(score), "2-step FD-digits": "1"} for stage, score in (("mid", 2), ("post", 3))]
-    assert fid.compared(rows) == " Post-training scores worse than mid-training in 1 step; level (within 10 %) with mid-training in 2 steps." and not fid.compared(rows[::-1][1:])
+    assert fid.compared(rows) == " Mid- and post-training scores worse than mid-training alone in 1 step; level (within 10 %) with mid-training alone in 2 steps." and not fid.compared(rows[::-1][1:])
 
 
 @pytest.mark.parametrize("fetch", [fid.fetch, nets.fetch])

@@ -54,7 +54,7 @@ def ode_step(D, x_t, t, r, order):
 
 def euler(D, x, sigmas, order=1):
     """Euler on the probability-flow ODE, one call of D a step; order 2: see heun. Shapes as dpmpp."""
-    xs, grid = [x], check_decreasing(sigmas)
+    xs, grid = [x], as_grid(sigmas)
     for s, s_next in zip(grid, grid[1:]):
         last = s_next == 0                            # there Heun is Euler: no second call
         t, r = x.new_full((len(x),), s), x.new_full((len(x),), s_next)
@@ -114,7 +114,7 @@ def dpmpp(D, x, sigmas, order=3):
     D(x, sigma (B,)) -> denoised, called exactly `steps` times. x (B, ...): state at sigmas[0], dtype kept.
     sigmas (steps+1,): any decreasing grid, the last may be 0. Returns (steps+1, B, ...), xs[0] = x.
     """
-    grid = check_decreasing(sigmas)
+    grid = as_grid(sigmas)
     if order not in (1, 2, 3):
         raise ValueError(f"dpmpp: order {order!r}; it must be 1, 2 or 3")
     xs = x.new_empty((len(grid), *x.shape))
@@ -154,7 +154,7 @@ def flow_euler(v, x, times):
 
 def flow_heun(v, x, times):
     """Heun on dx/dt = v(x, t): order 2, two calls a step, at t = 0 as well. Shapes as flow_euler."""
-    grid = check_decreasing(times)
+    grid = as_grid(times)
     xs = [x]
     for t, r in zip(grid, grid[1:]):
         d = v(x, x.new_full((len(x),), t))
@@ -166,7 +166,7 @@ def flow_heun(v, x, times):
 
 def mean_flow(u, x, times):
     """Mean-Flow roll-out: x_r = x_t - (t - r) u(x_t, t, r) from time to time, exact for an exact u."""
-    grid = check_decreasing(times)
+    grid = as_grid(times)
     xs = [x]
     for t, r in zip(grid, grid[1:]):
         x = x - (t - r) * u(x, x.new_full((len(x),), t), x.new_full((len(x),), r))
@@ -174,7 +174,7 @@ def mean_flow(u, x, times):
     return torch.stack(xs)
 
 
-def check_decreasing(grid):
+def as_grid(grid):
     """A grid as a tuple of floats; ValueError unless it falls strictly, to 0 or above, and has a step."""
     grid = tuple(float(g) for g in (grid.tolist() if torch.is_tensor(grid) else grid))
     if len(grid) < 2 or any(b >= a for a, b in zip(grid, grid[1:])) or grid[-1] < 0:

@@ -31,7 +31,7 @@ import torch.distributed as dist
 import fid                      # the score, and what all runs share: flags, log, files, pictures
 import nets                     # networks, their weights, distances
 import solvers                  # trajectories, few-step samplers, seeds
-from fid import agree, announce, count, fail, log, report, same_data      # announce: a log with the next log
+from fid import agree, announce, count, fail, log, report, same_data      # announce: goes with the next log
 from solvers import fold, randn
 
 
@@ -242,11 +242,12 @@ def train(cfg):
             *pairs, x_0 = slow_pairs(cfg, run.teacher, run.images, g)
         else:
             *pairs, x_0 = teacher_pairs(cfg, run.teacher, shape, g)
-        return fid.check_pairs(pairs, per_solve, ends := run.distance.features(x_0)), ends   # once per end
+        target = run.distance.features(x_0)           # once per end, not per pair
+        return fid.check_pairs(pairs, per_solve, target), target
 
     def batch_of(step):                               # mid: (x_t, t, owner), target; else (x, t, eps), None
         if cfg.stage == "mid":
-            number, at = divmod(step * B, per_solve)
+            number, at = divmod(step * B, per_solve)  # which solve; where in it the step's pairs begin
             pairs, target = solve(number)
             return [a[at:at + B][mine] for a in pairs], target
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
@@ -262,7 +263,8 @@ def train(cfg):
         x, t, eps = rows
         if cfg.stage == "pretrain":
             return loss_dm(student, x, t, eps, net.sigma_data)
-        r = ect_step(t, cfg.q ** (1 + step // cfg.double if cfg.post == "annealed" else 1))   # q, q^2, ...
+        power = 1 + step // cfg.double if cfg.post == "annealed" else 1       # q, q^2, q^3, ...
+        r = ect_step(t, cfg.q**power)
         x_t, x_r = (x + s.view(-1, 1, 1, 1) * eps for s in (t, r))
         if cfg.post in ("ecd", "ecd_euler"):          # by the teacher, which is frozen: no gradient
             x_r = solvers.ode_step(run.teacher, x_t, t, r, 1 if cfg.post == "ecd_euler" else 2)
@@ -650,10 +652,8 @@ def evaluate(cfg):
     if data_name(cfg) == "own" and fid.from_first(partial(fid.prefetch, cfg.data, False)):
         return log(f"eval: no Inception, not scored; open stages.png, trajectory.png, curve.png in {cfg.out}")
     features = (fid.DigitsNet() if cfg.data == "digits" else fid.load_inception()).to(DEVICE)
-    if images is None:
-        reference = fid.load_reference(cfg.data)
-    else:
-        reference = fid.measure(features, images[RANK::WORLD].split(250), DEVICE, f"of --data {cfg.data}")
+    reference = fid.load_reference(cfg.data) if images is None else fid.measure(
+        features, images[RANK::WORLD].split(250), DEVICE, f"of --data {cfg.data}")
     for name, net, kinds, ckpt in found:
         rows.append(dict(stage=name, **nets.cost(ckpt)))
         samplers = {steps: make_sampler(cfg, net, kind) for steps, kind in kinds.items()}

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 import fid                      # the score, and what all runs share: flags, log, files, pictures
 import nets                     # networks, their weights, distances
 import solvers                  # trajectories, few-step samplers, seeds
-from fid import agree, announce, count, fail, log, report, same_data      # announce: a log with the next log
+from fid import agree, announce, count, fail, log, report, same_data      # announce: goes with the next log
 from solvers import fold, randn
 
 
@@ -128,7 +128,7 @@ PRESETS = {  # (data, stage, its --mid or --post): the lower row wins, --help sh
 ABOUT = {"pretrain": "stage 1 of 5, pre-training (EDM2): the loss falls while the images improve",
          "vgg": "stage 2 of 5, the VGG that measures in mid-training: its loss on labels falls to about 0",
          "mid": "stage 3 of 5, mid-training (Eq. 7): the loss, distance to the teacher's ends, falls",
-         "post": "stage 4 of 5, post-training (Eq. 3): the loss falls little; judge by scores",
+         "post": "stage 4 of 5, post-training (Eq. 3): the loss hardly falls; judge by scores",
          "eval": "stage 5 of 5, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "teacher", "random"                        # other values of --init are a FILE
@@ -282,7 +282,7 @@ def train(cfg):
     share, micro = B // WORLD, cfg.batch_gpu or B // WORLD    # rows of a process, of a forward pass
     mine = slice(RANK * share, (RANK + 1) * share)
     per_solve = math.prod(solve_size(cfg))            # pairs, as 128 x 16: whole batches (check)
-    batches = fid.ahead(partial(read_batch, cfg, run.images), range(start, cfg.steps))     # step by step
+    batches = fid.ahead(partial(read_batch, cfg, run.images), range(start, cfg.steps))   # lazy; mid: none
 
     @lru_cache(1)                                     # kept for the steps that share it; resumed: solved anew
     def solve(number):
@@ -294,7 +294,7 @@ def train(cfg):
 
     def batch_of(step):  # mid: (y, x_t, t, owner, *views), target; else (y, x, t, eps, labels), None
         if cfg.stage == "mid":
-            number, at = divmod(step * B, per_solve)
+            number, at = divmod(step * B, per_solve)  # which solve; where in it the step's pairs begin
             pairs, target = solve(number)
             return [a[at:at + B][mine] for a in pairs], target
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))

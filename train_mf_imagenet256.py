@@ -37,7 +37,7 @@ import torch.distributed as dist
 import fid                      # the score, and what all runs share: flags, log, files, pictures
 import nets                     # networks, their weights, distances
 import solvers                  # trajectories, few-step samplers, seeds
-from fid import agree, announce, count, fail, log, report, same_data      # announce: a log with the next log
+from fid import agree, announce, count, fail, log, report, same_data      # announce: goes with the next log
 from solvers import fold, randn
 
 
@@ -339,7 +339,7 @@ def train(cfg):
 
     def batch_of(step):                               # this process's share of it, a row an image or pair
         if cfg.stage == "mid":
-            number, at = divmod(step * B, per_solve)
+            number, at = divmod(step * B, per_solve)  # which solve; where in it the step's pairs begin
             pairs, order = solve(number)
             return [a[order[at:at + B][mine]] for a in pairs]
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))

@@ -40,7 +40,7 @@ import torch.nn.functional as F
 import fid                      # the score, and what all runs share: flags, log, files, pictures
 import nets                     # networks, their weights, distances
 import solvers                  # trajectories, few-step samplers, seeds
-from fid import agree, announce, count, fail, log, report, same_data      # announce: a log with the next log
+from fid import agree, announce, count, fail, log, report, same_data      # announce: goes with the next log
 from solvers import fold, randn
 
 
@@ -330,7 +330,7 @@ def train(cfg):
 
     def batch_of(step):                               # this process's share of it, a row an image or pair
         if cfg.stage == "mid":
-            number, at = divmod(step * B, per_solve)
+            number, at = divmod(step * B, per_solve)  # which solve; where in it the step's pairs begin
             pairs, texts, order = solve(number)
             z, t, r, owner, target = (a[order[at:at + B][mine]] for a in pairs)
             return z, t, r, texts[owner], target

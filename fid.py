@@ -1636,7 +1636,7 @@ def same_folder(cfg, script, argv):
         was = dict.fromkeys(c[k] for c in configs if k in c)
         odd += [f"{flag} {', '.join(map(str, was))}, now {new[k]}"] * bool(was and new[k] not in was)
     if odd:
-        fail(2, f"{cfg.out} was made with {' and '.join(odd)}; take that, or another --out")
+        fail(2, f"{cfg.out} was made with {' and '.join(odd)}; give the first, or another --out")
     told = [c["teacher"] for c in made.values() if c.get("teacher", "scratch") not in ("", "scratch")]
     if drawn and told and not cfg.teacher and not os.path.exists(cfg.init):
         say(f"warning: its teacher is neither drawn nor scored; pass --teacher {told[-1]}")
@@ -1796,11 +1796,11 @@ def check_values(cfg, limits, world):
 
     world: number of processes that train, 0 where a stage does not.
     """
+    home = sys.modules[type(cfg).__module__]
     for (rule, least, below), names in limits.items():
-        for name in names.split():
+        for name in [k for k in names.split() if k not in never_read(cfg, cfg.stage, home.MAY_CHANGE)]:
             if not least <= getattr(cfg, name) < below:
                 fail(2, f"--{name} {getattr(cfg, name)} is not possible; it must be {rule}, for {cfg.stage}")
-    home = sys.modules[type(cfg).__module__]
     text = pathlib.Path(home.__file__).read_text()
     code = text[text.index("\ndef "):]                                           # behind Config and PRESETS
     for name in {"pretrain", "mid", "post", "loss"} & {*vars(cfg)}:              # else one trains as another
@@ -1948,8 +1948,9 @@ def steps_left(cfg, ckpt, path, free, stages):
         data, more, how = old["data"], cfg.steps - old["steps"], ""
         if cfg.data != data:
             fail(2, f"{path} was made by {made} --data {data}, now {cfg.data}; use another --out")
-        if changed == ["steps"] and more > 0 and cfg.stage != "pretrain":
-            how = f"; to train it on, in a folder of its own: {longer(cfg, path, more, made)}"
+        if changed == ["steps"] and more > 0:
+            on = f"to train it on, in a folder of its own: {longer(cfg, path, more, made)}"
+            how = f"; {'a linear --decay is at its end' if cfg.stage == 'pretrain' else on}"
         if own := [name for name in changed if name not in known]:
             how = f"; if {own[0]} is a knob of yours that {cfg.stage} never reads: name it in MAY_CHANGE"
         flags = {k: f"--{k}" if k in home.STAGES else f"--{cfg.stage}.{k}" for k in changed}     # a method

@@ -116,6 +116,7 @@ ABOUT = {"pretrain": "stage 1 of 4, pre-training: the loss soon falls slowly, im
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = list(ABOUT)                                  # what --stage all runs, in this order
 INITS = "teacher", "random"                        # other values of --init are a FILE
+ALONE = "ect", "annealed"                          # post-trainings that ask no teacher
 FILES = {"cifar10": "data/cifar-10-python.tar.gz",
          "ffhq": "data/ffhq-64x64.zip", "afhqv2": "data/afhqv2-64x64.zip"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -327,8 +328,7 @@ def set_up(cfg):
         stamp, seen = fid.stamp(images), cfg.steps * cfg.batch / len(images)
         announce(f"{cfg.data}: {stamp}, each seen {seen:,.3g} times, unconditional")
         images = images.to(DEVICE)
-    asks_teacher = cfg.stage == "mid" or cfg.stage == "post" and cfg.post not in ("ect", "annealed")
-    asked = teacher_state(cfg) if asks_teacher else ()                        # (weights, arguments)
+    asked = teacher_state(cfg) if cfg.stage == "mid" or cfg.stage == "post" and cfg.post not in ALONE else ()
     stamp += f", teacher {nets.stamp(asked[0])}" if asked else ""
     same_data(ckpt, f"{cfg.out}/{cfg.stage}.pt", stamp)
     if not left:                                      # finished, by content: what is read is what was

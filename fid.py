@@ -1624,13 +1624,13 @@ def same_folder(cfg, script, argv):
     now = dict(vars(cfg), script=os.path.basename(script), data=os.path.basename(cfg.data))
     typed = [word[2:].partition("=")[0] for word in argv if word.startswith("--")]
     free, drawn = {*f"{home.MAY_CHANGE['*']} {SAMPLED}".split()} - {"data"}, cfg.stage in ("eval", "sample")
-    asked = {"script": ([*made.values()], now)}          # flag: (Configs of the folder, the one of now)
-    asked |= {f"--{k}": asked["script"] for k in ("data", "res", *typed) if drawn and k in {*now} - free}
+    asked = {"script": ([c for c in made.values() if c.get("script", "").startswith("train_")], now)}
+    asked |= {f"--{k}": (made.values(), now) for k in ("data", "res", *typed) if drawn and k in {*now} - free}
     for stage in [stage for stage in made if cfg.stage not in ("all", stage)]:
         then = vars(home.parse([*argv, "--stage", stage]))
         trains = {*then} - free - {*never_read(cfg, stage, home.MAY_CHANGE)}
         asked |= {f"--{stage}.{k}": ([made[stage]], then) for k in trains if f"{stage}.{k}" in typed}
-    odd = []
+    odd = []                                             # asked: {flag: (what made the folder, what asks)}
     for flag, (configs, new) in asked.items():
         k = re.split(r"[-.]", flag)[-1]
         was = dict.fromkeys(c[k] for c in configs if k in c)

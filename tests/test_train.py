@@ -82,6 +82,10 @@ def test_knobs_of_stages_that_a_command_does_not_train_are_compared_with_what_ma
     assert (road / "log.txt").read_bytes() == log                            # a stranger's command is no part of a run
     script.fid.same_folder(script.parse([*TINY, "--stage", "eval", "--out", str(road)]), script.__file__,
                            [*TINY, "--stage", "eval", "--out", str(road), "--mid.lr", "0.002", "--mid.q", "9", "--mid.batch_gpu", "4"])
+    forked = {stage: dict(c, script="mine.py") for stage, c in json.loads((road / "config.json").read_text()).items()}
+    os.makedirs("forked")
+    Path("forked/config.json").write_text(json.dumps(forked))                # a fork that has got another name
+    script.fid.same_folder(script.parse([*TINY, "--out", "forked"]), "mine2.py", [*TINY, "--out", "forked"])
 
 
 def test_samples_of_other_knobs_lie_in_a_folder_of_their_own(tmp_path):

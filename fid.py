@@ -1300,11 +1300,11 @@ def in_short(table):
 
 def compared(table):
     """How post-training scores beside mid-training, and that, where it is worse, beside the teacher."""
-    text, scores = "", {called(net): {k: float(found.split()[0]) for k, found in of.items()}
+    text, scores = "", {net: {k: float(found.split()[0]) for k, found in of.items()}
                         for net, of in scores_of(table).items()}
     said = dict(falls="better than", rises="worse than") | {"": "level (within 10 %) with"}
     for before, than, after in ("teacher", "the teacher", "mid"), ("mid", called("mid"), "post"):
-        was, now = scores.get(called(before), {}), scores.get(called(after), {})
+        was, now = scores.get(before, {}), scores.get(after, {})
         steps = {way: [k for k in now if k in was and moves(was[k], now[k]) == way] for way in said}
         parts = [f"{said[way]} {than} in {listed(k)} step{'s' * (k != ['1'])}"
                  for way, k in steps.items() if k and (after == "post" or steps["rises"])]

@@ -425,7 +425,7 @@ def photos(args, device):
                        f"lower is better: {ours} with it, {alone} without; teacher, {cfg.nfe} steps: {many}\n"
                        "A column: one noise for all nets; a second step may change the image.\n"
                        f"FD-photos: Frechet distance of {n:,} images to the real ones, by features of a "
-                       f"small net; {features.scale} against the other. Such nets draw hardly objects.\n"
+                       f"small net; {features.scale} against the other. Such nets hardly draw objects.\n"
                        "Mid-training on the teacher's ends: pseudo-Huber; post-training on images: plain "
                        f"norm, alone annealed. Equally many images, of {os.path.basename(args.data)}.")
             breaks = fid.breaks_between([label.partition("\n")[0] for label, _ in (*shown, real)])
@@ -499,8 +499,8 @@ def roads(args, device):
     ends = [{name: points[-1][1] for name, points in panel.items()} for panel in panels.values()]
     best = [[min((y for name, y in end.items() if ("CMT" in name) is ours), default=float("nan"))
              for ours in (False, True)] for end in ends]
-    verdict = dict(falls="ahead: ", rises="behind: ")                          # by a tenth, without nan
-    said = [verdict.get(fid.moves(*pair), "level: ") * (sum(pair) > 0)
+    verdict = dict(falls="ahead: ", rises="behind: ")                          # of means alone, without nan
+    said = [verdict.get(fid.moves(*pair), "level: ") * ("," in args.seeds and sum(pair) > 0)
             + f"{pair[1]:.2f} with it, {pair[0]:.2f} the best without" for pair in best]
     words = CAPTION.format(seeds, *said, os.path.basename(args.data), features.scale)
     marks = {statistics.mean(end.values()): f"{road}: post-training begins" for road, end in mid.items()}

@@ -15,14 +15,12 @@
                             same_folder, parse, stages_of, check_values,          flags: what may not begin is
                             check_solve, check_pairs, finished_mid, seed_range    refused in one line
   processes and stages      agree, from_first, wait_for_first, patient_group,     what they share, compared by
-                            same_data, made_by, steps_left, check_teacher,        content
-                            same_guidance, guidance_note
+                            same_data, say_changed, made_by, steps_left,          content
+                            check_teacher, same_guidance, guidance_note
   the folder of a run       new_tally, count, report, begin_stage, overview,      log.txt, metrics.jsonl,
                             dry_run, save_curve, save_preview, save_samples,      config.json, previews and
-                            save_captions, save_classes, save_results,            results.md
-                            say_changed
+                            save_captions, save_classes, save_results             results.md
   command line              this:
-
   python fid.py A B                              folders, .zip, .npz or .png of images, .npz
                                                  of statistics, or a name such as cifar10
   python fid.py --save stats.npz A               statistics of A, for later
@@ -34,6 +32,8 @@ The resize is part of the protocol; the two differ by 8.6 grey levels on CIFAR-1
   tf1         pixel i reads from i in/299, then (x - 128) / 128; the default: TTUR, EDM, ECT, torch-fidelity
   half_pixel  pixel i reads from (i + 1/2) in/299 - 1/2, then x / 127.5 - 1: pytorch-fid
 Precision, recall and the like: reuse net(images). Exit codes: 0 done, 2 usage, 3 data or weights.
+Of the script at work fid takes Config PRESETS STAGES ABOUT INITS FILES DECAYS MAY_CHANGE NEED_STAGE RUN
+DEVICE nets, and it calls its parse, data_name, solve_size, check, resume, candidates and train.
 """
 import argparse
 import collections
@@ -1375,7 +1375,7 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
         name = f"noise {j + 1}, {names[j % len(names)]}" if names else f"noise {j + 1}"
         rows.append((f"{name}\nstates of the teacher", show((states / wide)[:, j])))          # at unit scale
         for net, x in answers.items():
-            rows.append((f"{called(net)},\nerror from noise {errors[net][j]:.2f}", show(x[:, j])))
+            rows.append((f"{called(net)}\nin one step, error {errors[net][j]:.2f}", show(x[:, j])))
     missed = ", ".join(f"{called(net)} {mean:.2f}" for net, mean in means.items())
     caption = (f"Distance to the teacher's end, in one step from noise: {missed}"
                + "; scores tell these apart" * alike + "\n"
@@ -1384,7 +1384,7 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
                + ("; mid-training trains every image of its row to be that end" if levels.max() > 1 else
                   "; mid-training is on the mean velocity between any two states, so to the end, too; at t = "
                   "0 the answer is the state itself") + ".\n"
-               "Error from noise: of the leftmost answer, root mean square of pixels; in the heading means "
+               "Error: of the leftmost answer, root mean square of pixels; in the heading means "
                f"of {states.shape[1]} noises. Two noises' ends differ by {apart:.2f}. Post-training learns "
                f"from images and may leave these ends.{words}\n"
                + f"Of {n} states {len(some)} are shown, where most changes." * (len(some) < n)
@@ -1913,6 +1913,13 @@ def same_data(ckpt, path, data):
         fail(2, f"--data or --teacher has changed: {path} saw {was}, now {now}; use another --out")
 
 
+def say_changed(found, stamp):
+    """A line for each net that was trained on other images than those of this stamp ("": of any)."""
+    for name, *_, ckpt in found:
+        if ckpt and not ckpt["data"].startswith((stamp, "none")):
+            say(f"warning: --data has changed since {name} was trained; it is compared with what is there")
+
+
 def made_by(script):
     """What a checkpoint says of the script that made it: name, and a sum of its text, nets and solvers."""
     beside = [sys.modules[name].__file__ for name in ("nets", "solvers") if name in sys.modules]
@@ -2298,13 +2305,6 @@ def say_missing(cfg, names):
         if os.path.exists(path := f"{cfg.out}/{stage}.pt") and name not in names:
             say(f"{cfg.init} alone is shown, as --init asks; without it, what {cfg.out} holds" if alone else
                 f"warning: {path} is not finished, so neither drawn nor scored; run again without --stage")
-
-
-def say_changed(found, stamp):
-    """A line for each net that was trained on other images than those of this stamp ("": of any)."""
-    for name, *_, ckpt in found:
-        if ckpt and not ckpt["data"].startswith((stamp, "none")):
-            say(f"warning: --data has changed since {name} was trained; it is compared with what is there")
 
 
 def samples_folder(cfg, name, steps):

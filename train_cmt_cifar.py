@@ -106,7 +106,7 @@ PRESETS = {  # (data, stage, its --mid or --post): the lower row wins, --help sh
     ("digits", "pretrain", "*"): dict(steps=2_000, batch=32, lr=2e-3, warmup=50, decay="linear",
                                       ema_beta=0.995),
     ("digits", "mid", "*"): dict(steps=900, batch=32, lr=2e-3, ema_beta=0.99),
-    # choice: warm-up: RAdam's first 5 steps are lr |gradient|, not adapted, and the gradient grows with q
+    # choice: warm-up: RAdam's first 5 steps are plain gradient steps, and the gradient grows with q
     ("digits", "post", "*"): dict(steps=600, batch=32, lr=3e-4, ema_beta=0.99, q=512, warmup=20),
     ("digits", "post", "annealed"): dict(q=2, double=187, steps=1_500, lr=1e-3, decay="linear"),  # to 512
 }
@@ -122,7 +122,7 @@ FILES = {"cifar10": "data/cifar-10-python.tar.gz",
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 CIFAR_MD5 = "c58f30108f718f92721af3b95e74349a"
-# fid takes Config PRESETS STAGES INITS FILES MAY_CHANGE RUN, calls data_name check resume candidates train
+# what fid takes and calls of this script is listed in fid's docstring: a fork keeps these names
 parse = partial(fid.parse, sys.modules[__name__])     # (argv) -> Config
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 
@@ -227,7 +227,7 @@ def make_distance(cfg, channels):
 # ---- train ------------------------------------------------------------------------------------
 def train(cfg):
     """One stage (pretrain, mid, post) from its last checkpoint to its end: method first, bookkeeping last."""
-    if not (run := set_up(cfg)) or cfg.dry_run:       # a dry run, by fid.dry_run, ends here
+    if not (run := set_up(cfg)) or cfg.dry_run:  # run: images, teacher, distance, net, ema, opt, flat, grad
         return
     net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
     cast_net = in_precision(cfg, net)
@@ -419,7 +419,7 @@ if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:            # trap: nohup i
 STOP = []                                             # signals received: the loop saves, then ends
 TIMEOUT = timedelta(minutes=10)                       # choice: ten minutes for an answer in a step
 BY_CONTENT = "data", "teacher"                        # compared by content, wherever it lies
-MAY_CHANGE = {  # for fid.steps_left: may differ when a stage goes on or is finished; by "mid", "post ect"
+MAY_CHANGE = {  # a stage, or a stage and its method as "post ect": knobs that do not matter there
     "*": "dry_run data stage out teacher seeds samples repeat mid_sigma sigma_shift compile batch_gpu "
          "log_every save_every",
     "constant": "steps",

@@ -10,7 +10,7 @@
 pretrain: fetch EDM2, or train it. vgg: the VGG that measures latents or digits. mid: regress the student onto
 the ends of the teacher's trajectories, classes given (Eq. 7). post: ECT, or ECD with an autoguided teacher
 (Eq. 3). Run the same command again to resume. "choice": ours, not the paper's; "trap": a bug avoided.
-ect_step, loss_cmt, loss_ect are CIFAR's text; new: classes, EDM2, ECT's weight, autoguided, views, the VGG.
+loss_cmt, loss_ect: CIFAR's text; new: classes, EDM2 (casts inside), data read ahead, autoguided, views, VGG.
 """
 # /// script
 # dependencies = ["torch", "numpy", "lpips", "pillow", "scipy"]
@@ -134,7 +134,7 @@ STAGES = list(ABOUT)                                  # what --stage all runs, i
 INITS = "teacher", "random"                        # other values of --init are a FILE
 FILES = {"imagenet64": "data/imagenet64.zip", "imagenet512": "data/imagenet512-sd.zip"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# fid takes Config PRESETS STAGES INITS FILES MAY_CHANGE RUN, calls data_name check resume candidates train
+# what fid takes and calls of this script is listed in fid's docstring: a fork keeps these names
 parse = partial(fid.parse, sys.modules[__name__])     # (argv) -> Config
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 
@@ -274,7 +274,7 @@ def loss_vgg(net, x, labels, seed):
 # ---- train ------------------------------------------------------------------------------------
 def train(cfg):
     """One stage (pretrain, vgg, mid, post) from its last checkpoint to its end: method, then bookkeeping."""
-    if not (run := set_up(cfg)) or cfg.dry_run:       # a dry run, by fid.dry_run, ends here
+    if not (run := set_up(cfg)) or cfg.dry_run:  # run: images, teacher, distance, net, ema, opt, flat, grad
         return
     net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
     model = run.saved["model"]                        # the VGG's, too, has the size of the data
@@ -299,8 +299,8 @@ def train(cfg):
             return [a[at:at + B][mine] for a in pairs], target
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         raw, labels = next(batches)                   # in the order of steps: one call a step
-        noise, eps = randn((B, *shape), g)[mine], randn((B, *shape), g)[mine]    # noise: of a latent
-        x, labels = to_input(raw, noise), labels.to(DEVICE, non_blocking=True)
+        latent_noise, eps = randn((B, *shape), g)[mine], randn((B, *shape), g)[mine]
+        x, labels = to_input(raw, latent_noise), labels.to(DEVICE, non_blocking=True)
         t, y = (cfg.P_mean + cfg.P_std * randn(B, g))[mine].exp(), one_hot(labels, classes)
         if cfg.stage == "vgg" and cfg.data == "digits":
             x = x + vgg_noise(cfg, step, (B, *shape))[mine]
@@ -631,7 +631,7 @@ STOP = []                                             # signals received: the lo
 TIMEOUT = timedelta(minutes=10)                       # choice: ten minutes for an answer in a step
 NEED_STAGE = {"vgg": "steps batch lr"}                # flags that need the stage's name: --vgg.steps
 BY_CONTENT = "data", "teacher", "main", "guide"       # compared by content, wherever it lies
-MAY_CHANGE = {  # for fid.steps_left: may differ when a stage goes on or is finished; by "mid", "post ect"
+MAY_CHANGE = {  # a stage, or a stage and its method as "post ect": knobs that do not matter there
     "*": "dry_run data stage out source teacher main guide vae seeds samples repeat mid_sigma sampler "
          "labels compile batch_gpu log_every save_every",
     "constant": "steps", "sqrt": "steps",

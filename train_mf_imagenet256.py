@@ -123,7 +123,7 @@ INITS = "sit", "random"                            # other values of --init are 
 FILES = {"imagenet": "data/imagenet256-sd"}
 REFERENCE = {"imagenet": "imagenet256"}               # scored by ADM's statistics, others by their own
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# fid takes Config PRESETS STAGES INITS FILES MAY_CHANGE RUN, calls data_name check resume candidates train
+# what fid takes and calls of this script is listed in fid's docstring: a fork keeps these names
 parse = partial(fid.parse, sys.modules[__name__])     # (argv) -> Config
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 
@@ -321,7 +321,7 @@ def teacher_pairs(cfg, teacher, shape, g):
 # ---- train ------------------------------------------------------------------------------------
 def train(cfg):
     """One stage (pretrain, mid, post) from its last checkpoint to its end: method first, bookkeeping last."""
-    if not (run := set_up(cfg)) or cfg.dry_run:       # a dry run, by fid.dry_run, ends here
+    if not (run := set_up(cfg)) or cfg.dry_run:  # run: images, teacher, shape, null, net, ema, flat, grad
         return
     net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
     flow = flow_of(cfg, net, torch.tensor(run.null, device=DEVICE))
@@ -627,7 +627,7 @@ if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:            # trap: nohup i
 STOP = []                                             # signals received: the loop saves, then ends
 TIMEOUT = timedelta(minutes=10)                       # choice: ten minutes for an answer in a step
 BY_CONTENT = "data", "teacher"                        # compared by content, wherever it lies
-MAY_CHANGE = {  # for fid.steps_left: may differ when a stage goes on or is finished; by "mid", "post ect"
+MAY_CHANGE = {  # a stage, or a stage and its method as "post ect": knobs that do not matter there
     "*": "dry_run data stage out source teacher vae seeds samples repeat nfe labels compile batch_gpu "
          "log_every save_every",
     "constant": "steps",

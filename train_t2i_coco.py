@@ -117,7 +117,7 @@ PRESETS = {  # (data, stage, its --mid or --post): the lower row wins, --help sh
     ("digits", "mid", "*"): dict(steps=800, lr=1e-3),
     ("digits", "post", "*"): dict(steps=700, lr=5e-4),
 }
-ABOUT = {"pretrain": "stage 1 of 4, pre-training: square errors fall, and the loss, these minus REPA's",
+ABOUT = {"pretrain": "stage 1 of 4, pre-training: square errors fall; loss: these less REPA's likeness",
          "mid": "stage 2 of 4, mid-training (Eq. 8): square errors fall, and so their mean, the loss",
          "post": "stage 3 of 4, post-training: the loss hardly falls; judge by scores",
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
@@ -125,7 +125,7 @@ STAGES = list(ABOUT)                                  # what --stage all runs, i
 INITS = "sit", "random"                            # other values of --init are a FILE
 FILES = {"coco": "data/coco256-sd"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# fid takes Config PRESETS STAGES INITS FILES MAY_CHANGE RUN, calls data_name check resume candidates train
+# what fid takes and calls of this script is listed in fid's docstring: a fork keeps these names
 parse = partial(fid.parse, sys.modules[__name__])     # (argv) -> Config
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 
@@ -307,7 +307,7 @@ def teacher_pairs(cfg, teacher, text, null, shape, g):
 # ---- train ------------------------------------------------------------------------------------
 def train(cfg):
     """One stage (pretrain, mid, post) from its last checkpoint to its end: method first, bookkeeping last."""
-    if not (run := set_up(cfg)) or cfg.dry_run:       # a dry run, by fid.dry_run, ends here
+    if not (run := set_up(cfg)) or cfg.dry_run:  # run: images, encoder, teacher, null, net, ema, flat, grad
         return
     net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
     images, shape = run.images, run.images.shape
@@ -788,7 +788,7 @@ if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:            # trap: nohup i
 STOP = []                                             # signals received: the loop saves, then ends
 TIMEOUT = timedelta(minutes=10)                       # choice: ten minutes for an answer in a step
 BY_CONTENT = "data", "teacher"                        # compared by content, wherever it lies
-MAY_CHANGE = {  # for fid.steps_left: may differ when a stage goes on or is finished; by "mid", "post ect"
+MAY_CHANGE = {  # a stage, or a stage and its method as "post ect": knobs that do not matter there
     "*": "dry_run data stage out source encoders teacher vae prompts seeds samples repeat nfe compile "
          "batch_gpu log_every save_every",
     "constant": "steps",

@@ -1,6 +1,7 @@
 """What keeps the house in order: imports, one text per shared name, banners, knobs in use, README true."""
 import ast
 import functools
+import importlib
 import re
 import shlex
 import signal
@@ -149,6 +150,16 @@ def test_contents_of_fid_name_what_scripts_take():
     taken = [set(re.findall(r"\bfid\.([a-z]\w+)\(", p.read_text())) for p in SCRIPTS]
     common = {name for name in set.union(*taken) if sum(name in t for t in taken) > 2} - {"name_of"}
     assert len(common) > 30 and not {name for name in common if not re.search(rf"\b{name}\b", fid.__doc__)}
+
+
+def test_what_fid_takes_of_a_script_is_listed_and_there():
+    """Whoever renames one of these in a fork gets an error from another file."""
+    text = (ROOT / "fid.py").read_text()
+    taken = {a or b for a, b in re.findall(r"\bhome\.([A-Za-z]\w*)|__module__\]\.(\w+)", text)}
+    assert len(taken) > 15 and not {name for name in taken if not re.search(rf"\b{name}\b", fid.__doc__)}
+    for path in SCRIPTS:
+        home = vars(importlib.import_module(path.stem))
+        assert not {name for name in taken if name not in home} - {"NEED_STAGE"}
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)

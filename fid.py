@@ -32,8 +32,8 @@ The resize is part of the protocol; the two differ by 8.6 grey levels on CIFAR-1
   tf1         pixel i reads from i in/299, then (x - 128) / 128; the default: TTUR, EDM, ECT, torch-fidelity
   half_pixel  pixel i reads from (i + 1/2) in/299 - 1/2, then x / 127.5 - 1: pytorch-fid
 Precision, recall and the like: reuse net(images). Exit codes: 0 done, 2 usage, 3 data or weights.
-Of the script at work fid takes Config PRESETS STAGES ABOUT INITS FILES DECAYS MAY_CHANGE NEED_STAGE RUN
-DEVICE nets, and it calls its parse, data_name, solve_size, check, resume, candidates and train.
+Of the script at work fid takes Config PRESETS LIMITS STAGES ABOUT INITS FILES DECAYS MAY_CHANGE NEED_STAGE
+RUN DEVICE nets, and it calls its parse, data_name, solve_size, check, resume, candidates and train.
 """
 import argparse
 import collections
@@ -1666,11 +1666,24 @@ def begin_run(cfg, script, argv):
             raise
 
 
+def check_tables(home):
+    """Exit code 2 where PRESETS, LIMITS or MAY_CHANGE name no field of Config, or no method: forks."""
+    fields = {f.name: f.type for f in dataclasses.fields(home.Config)}
+    names = " ".join([*home.LIMITS.values(), *home.MAY_CHANGE.values()]).split()
+    odd = [name for name in (*names, *itertools.chain(*home.PRESETS.values())) if name not in fields]
+    keys = [key[1:] for key in home.PRESETS] + [key.split() for key in home.MAY_CHANGE if " " in key]
+    odd += [method for stage, method in keys if method not in ("*", *typing.get_args(fields.get(stage)))]
+    if odd:
+        fail(2, f"{os.path.basename(home.__file__)}: PRESETS, LIMITS or MAY_CHANGE name {odd[0]}, which is "
+                "no field and no method of Config; mend the name")
+
+
 def parse(home, argv):
     """argv (list of str) -> Config. Unknown flag, bad choice: exit code 2. home: the script, a module.
 
     Weakest first: a field's default, the matching rows of PRESETS from top to bottom, --field, --stage.field.
     """
+    check_tables(home)
     config, presets = home.Config, home.PRESETS
     p = parser(home.__doc__, config, tuple(home.STAGES))
     if asks := {"-h", "--help"} & {*argv}:
@@ -2311,7 +2324,8 @@ def samples_folder(cfg, name, steps):
     """<out>/samples/<net>_<steps>, and what a command asks for that is no default: so they never mix."""
     own = {k: getattr(cfg, k) for k in ("data", "res") if hasattr(cfg, k)} | dict(stage="sample")
     plain = vars(sys.modules[type(cfg).__module__].parse([f"--{k}={v}" for k, v in own.items()]))
-    asked = [f"_{k}_{getattr(cfg, k)}" for k in DRAWN.split() if plain.get(k) != vars(cfg).get(k)]
+    knobs = [k for k in DRAWN.split() if k != "mid_sigma" or steps == 2]
+    asked = [f"_{k}_{getattr(cfg, k)}" for k in knobs if plain.get(k) != vars(cfg).get(k)]
     return f"{cfg.out}/samples/{name}_{steps}{''.join(asked)}"
 
 

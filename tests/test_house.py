@@ -63,10 +63,10 @@ OWN = {"Config", "load_data", "data_name", "check", "teacher_pairs", "make_sampl
 # scripts +7 to +13: `set_up` in two, of which `begin` is one text in all four; pairs that are counted, what a batch holds, what q does; claims +5: a share behind, a run's score; fid +78: the
 #   stages of curve.png side by side, each on an axis of its own, how a loss moves in its heading; a method without a branch is found in the code, so no table of branches; the whole
 #   command of a longer training, knobs that a stage never reads, bf16 on a CPU, a score against changed data, lines of one batch left out, contents that name what scripts take; nets +2: the views of a distance have an order;
-# 2026-11-28, of the tenth user, fid +38: knobs of a stage that a command does not train are compared with what made it, samples of other knobs have
+# 2026-11-28, of three users, fid +52: names in a fork's tables that are none, knobs of a stage that a command does not train are compared with what made it, samples of other knobs have
 #   a folder of their own, a stage's time counts the teacher's calls, features that are no list and a decay without entry are named, a verdict beside scores;
 BUDGET = {"train_cmt_cifar.py": 698, "train_cmt_imagenet.py": 943, "train_mf_imagenet256.py": 905,
-          "train_t2i_coco.py": 1118, "nets.py": 1858, "fid.py": 2490, "solvers.py": 198, "bench.py": 968,
+          "train_t2i_coco.py": 1118, "nets.py": 1858, "fid.py": 2504, "solvers.py": 198, "bench.py": 968,
           "claims.py": 628, "README.md": 229}
 FLAGS = {"train_cmt_cifar.py": 35, "train_cmt_imagenet.py": 42, "train_mf_imagenet256.py": 42, "train_t2i_coco.py": 43}
 README = (ROOT / "README.md").read_text()

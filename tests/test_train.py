@@ -91,6 +91,7 @@ def test_knobs_of_stages_that_a_command_does_not_train_are_compared_with_what_ma
 def test_samples_of_other_knobs_lie_in_a_folder_of_their_own(tmp_path):
     cfg = script.parse(["--data", "digits", "--stage", "sample", "--out", "x"])
     assert script.fid.samples_folder(cfg, "mid", 2) == "x/samples/mid_2"
+    assert script.fid.samples_folder(replace(cfg, mid_sigma=0.3), "mid", 1) == "x/samples/mid_1"             # one step has no second level
     other = replace(cfg, mid_sigma=0.3, sigma_shift=0.003)
     assert len({script.fid.samples_folder(c, "mid", 2) for c in (cfg, other, replace(other, mid_sigma=0.03))}) == 3
     assert script.fid.samples_folder(replace(cfg, mid_sigma=0.3), "mid", 2) == "x/samples/mid_2_mid_sigma_0.3"
@@ -102,6 +103,17 @@ def test_the_time_of_mid_training_counts_the_calls_of_its_teacher():
         c = script.parse(["--data", "digits", "--stage", "mid", *flags.split()])
         said.append(float(re.search(r"; ([\d.]+) (s|min) to", script.fid.overview([(c.steps, c)], torch.device("cpu"), c))[1]))
     assert said == [39, 116, 3.0, 39], said                                  # s, s, min, s
+
+
+@pytest.mark.parametrize("table, key, value, odd", [
+    ("PRESETS", ("digits", "post", "mien"), dict(steps=20), "mien"), ("PRESETS", ("digits", "post", "*"), dict(qq=2), "qq"),
+    ("LIMITS", ("0 or more", 0, 9), "lambd", "lambd"), ("MAY_CHANGE", "mid", "q lamda", "lamda"), ("MAY_CHANGE", "post mien", "q", "mien")])
+def test_a_slip_in_a_table_of_a_fork_is_named(table, key, value, odd, monkeypatch, capsys):
+    """Else a row that never matches is silent, and a field that is none a traceback."""
+    monkeypatch.setitem(getattr(script, table), key, value)
+    with pytest.raises(SystemExit) as stop:
+        script.parse(["--data", "digits"])
+    assert stop.value.code == 2 and f"name {odd}, which is no field" in capsys.readouterr().err
 
 
 def test_a_decay_without_its_entry_is_refused(capsys):

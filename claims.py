@@ -420,8 +420,8 @@ def photos(args, device):
             one[row] = found[row == "teacher"]                           # the teacher: in its many steps
             print(f"| {row} | {seed} | {' / '.join(found)} | {state['seconds']:.0f} |", flush=True)
             ours, alone, many = (one.get(k, "-") for k in ("CMT + ECT", "ECT, annealed", "teacher"))
-            found = "?" if "-" in (ours, alone) else HELPS[fid.moves(float(alone), float(ours))]
-            caption = (f"Mid-training by pixels {found} on photos (seed {seed}). FD-photos in one step, "
+            does = "?" if "-" in (ours, alone) else HELPS[fid.moves(float(alone), float(ours))]
+            caption = (f"Mid-training by pixels {does} on photos (seed {seed}). FD-photos in one step, "
                        f"lower is better: {ours} with it, {alone} without; teacher, {cfg.nfe} steps: {many}\n"
                        "A column: one noise for all nets; a second step may change the image.\n"
                        f"FD-photos: Frechet distance of {n:,} images to the real ones, by features of a "

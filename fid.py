@@ -1619,20 +1619,20 @@ def same_folder(cfg, script, argv):
     if not path.is_file():
         return
     with blame(path):
-        made = json.loads(path.read_bytes())
-        made = {stage: dict(c, data=os.path.basename(c["data"])) for stage, c in made.items()}
+        made = {s: dict(c, data=os.path.basename(c["data"])) for s, c in json.loads(path.read_text()).items()}
     now = dict(vars(cfg), script=os.path.basename(script), data=os.path.basename(cfg.data))
     typed = [word[2:].partition("=")[0] for word in argv if word.startswith("--")]
     free, drawn = {*f"{home.MAY_CHANGE['*']} {SAMPLED}".split()} - {"data"}, cfg.stage in ("eval", "sample")
-    asked = {"script": ([c for c in made.values() if c.get("script", "").startswith("train_")], now)}
-    asked |= {f"--{k}": (made.values(), now) for k in ("data", "res", *typed) if drawn and k in {*now} - free}
+    named = [c for c in made.values() if c.get("script", "").startswith("train_")]
+    knobs = {*now} - free if drawn else ()
+    asked = {"script": ("script", named, now)}           # flag: (knob, what made the folder, what asks)
+    asked |= {f"--{k}": (k, made.values(), now) for k in ("data", "res", *typed) if k in knobs}
     for stage in [stage for stage in made if cfg.stage not in ("all", stage)]:
         then = vars(home.parse([*argv, "--stage", stage]))
         trains = {*then} - free - {*never_read(cfg, stage, home.MAY_CHANGE)}
-        asked |= {f"--{stage}.{k}": ([made[stage]], then) for k in trains if f"{stage}.{k}" in typed}
-    odd = []                                             # asked: {flag: (what made the folder, what asks)}
-    for flag, (configs, new) in asked.items():
-        k = re.split(r"[-.]", flag)[-1]
+        asked |= {f"--{stage}.{k}": (k, [made[stage]], then) for k in trains if f"{stage}.{k}" in typed}
+    odd = []
+    for flag, (k, configs, new) in asked.items():
         was = dict.fromkeys(c[k] for c in configs if k in c)
         odd += [f"{flag} {', '.join(map(str, was))}, now {new[k]}"] * bool(was and new[k] not in was)
     if odd:
@@ -1810,12 +1810,12 @@ def check_values(cfg, limits, world):
     world: number of processes that train, 0 where a stage does not.
     """
     home = sys.modules[type(cfg).__module__]
+    idle = never_read(cfg, cfg.stage, home.MAY_CHANGE)
     for (rule, least, below), names in limits.items():
-        for name in [k for k in names.split() if k not in never_read(cfg, cfg.stage, home.MAY_CHANGE)]:
+        for name in [name for name in names.split() if name not in idle]:
             if not least <= getattr(cfg, name) < below:
                 fail(2, f"--{name} {getattr(cfg, name)} is not possible; it must be {rule}, for {cfg.stage}")
-    text = pathlib.Path(home.__file__).read_text()
-    code = text[text.index("\ndef "):]                                           # behind Config and PRESETS
+    code = pathlib.Path(home.__file__).read_text().partition("\ndef ")[2]        # behind Config and PRESETS
     for name in {"pretrain", "mid", "post", "loss"} & {*vars(cfg)}:              # else one trains as another
         value, default = getattr(cfg, name), getattr(type(cfg), name)
         written = re.search(rf"""["']{re.escape(value)}["']""", code)
@@ -1968,9 +1968,10 @@ def steps_left(cfg, ckpt, path, free, stages):
         data, more, how = old["data"], cfg.steps - old["steps"], ""
         if cfg.data != data:
             fail(2, f"{path} was made by {made} --data {data}, now {cfg.data}; use another --out")
-        if changed == ["steps"] and more > 0:
-            on = f"to train it on, in a folder of its own: {longer(cfg, path, more, made)}"
-            how = f"; {'a linear --decay is at its end' if cfg.stage == 'pretrain' else on}"
+        if changed == ["steps"] and more > 0 and cfg.stage != "pretrain":
+            how = f"; to train it on, in a folder of its own: {longer(cfg, path, more, made)}"
+        elif changed == ["steps"] and more > 0 and cfg.decay == "linear":
+            how = "; a linear --decay is at its end"
         if own := [name for name in changed if name not in known]:
             how = f"; if {own[0]} is a knob of yours that {cfg.stage} never reads: name it in MAY_CHANGE"
         flags = {k: f"--{k}" if k in home.STAGES else f"--{cfg.stage}.{k}" for k in changed}     # a method
@@ -2195,12 +2196,12 @@ def overview(road, device, cfg):
     ROAD.update({c.stage: (left, c.batch) for left, c in road if left})
     text = ", ".join(f"{stage} {steps:,} steps of {batch}" for stage, (steps, batch) in ROAD.items())
     images = sum(map(math.prod, ROAD.values()))
-    for left, c in road if "mid" in ROAD else ():            # a call of the teacher: a third of an image
-        if c.stage == "mid":
+    for left, c in [item for item in road if item[1].stage == "mid"]:
+        with contextlib.suppress(ZeroDivisionError):         # of a solve that check refuses, in a dry run
             n, used = sys.modules[type(c).__module__].solve_size(c)
             calls = getattr(c, "nodes", c.nfe + 1) - 1
             calls *= n * (calls + 1) / 2 if c.mid == "slow" else n
-            images += math.ceil(left * c.batch / (n * used)) * calls / 3
+            images += math.ceil(left * c.batch / (n * used)) * calls / 3     # a call: a third of an image
     n, least = processes()[1], images / (1000 if cfg.data == "digits" else 250)
     text = f"{n} process{'es' * (n > 1)} on {device.type}; to train: {text or 'nothing'}"
     text += ", what is there is drawn and scored (again)" * (not ROAD and cfg.stage in ("all", "eval"))
@@ -2281,15 +2282,14 @@ def save_curve(cfg, table=()):
         if len(y) > 2:
             ways.setdefault(moves(np.mean(y[:third]), np.mean(y[-third:])) or "stays level", []).append(stage)
     ways, scores = "; ".join(f"{way} in {listed(of)}" for way, of in ways.items()), in_short(table)
-    heading = f"The {drawn} {ways}; only " * bool(ways) + "scores tell what is better"
     words = sys.modules[type(cfg).__module__].ABOUT
     words = [f"{SPOKEN[s]}: {words[s].rpartition(': ')[2]}" for s in words if SPOKEN.get(s) in stages]
-    save_chart(f"{cfg.out}/curve.png", panels, f"{heading[0].upper()}{heading[1:]}\n"
+    save_chart(f"{cfg.out}/curve.png", panels,
+               (f"The {drawn} {ways}; only" if ways else "Only") + " scores tell what is better\n"
                f"To expect in {'; in '.join(words)}. Each panel has log scales of its own, against images "
                "trained on, in mid-training pairs. A point: a mean since the last one."
                + " Square errors are of velocities; t - r is the time jumped over." * (drawn != "loss")
-               + f"\n{scores}; {cfg.samples:,} samples each." * bool(scores),
-               columns=max(1, len(stages)))
+               + f"\n{scores}; {cfg.samples:,} samples each." * bool(scores), columns=max(1, len(stages)))
 
 
 def save_preview(cfg, tally, stop, sampler, drawn=""):

@@ -105,6 +105,14 @@ def test_the_time_of_mid_training_counts_the_calls_of_its_teacher():
     assert said == [39, 116, 3.0, 39], said                                  # s, s, min, s
 
 
+@pytest.mark.parametrize("name, flags", [("cmt_cifar", "--trajectories 0 --batch 8"), ("cmt_cifar", "--trajectories 0 --nfe 0"),
+                                         ("cmt_imagenet", "--nfe 0"), ("mf_imagenet256", "--nodes 1"), ("t2i_coco", "--nodes 1")])
+def test_a_dry_run_of_a_solve_that_is_refused_ends_in_its_line(name, flags, capsys):
+    """Its trajectories give no pairs: the seconds of the first line would divide by them."""
+    exit_code, err = code(["--data", "digits", "--dry_run", *flags.split()], capsys, importlib.import_module(f"train_{name}").main)
+    assert exit_code == 2 and "Traceback" not in err and re.search("must (fill whole|be in 2)|is not possible", err)
+
+
 @pytest.mark.parametrize("table, key, value, odd", [
     ("PRESETS", ("digits", "post", "mien"), dict(steps=20), "mien"), ("PRESETS", ("digits", "post", "*"), dict(qq=2), "qq"),
     ("LIMITS", ("0 or more", 0, 9), "lambd", "lambd"), ("MAY_CHANGE", "mid", "q lamda", "lamda"), ("MAY_CHANGE", "post mien", "q", "mien")])

@@ -297,11 +297,11 @@ def curves(args, device):
                    f"{answer} (seed 0). One step: {one[2]} with it, {one[3]} without"
                    f"{caption}{only} Compare the last dots: both are tuned for their end. FD-digits: "
                    f"distance of {cfg.samples:,} images, by features of a net; random pixels: 119.5.",
-                   marks=marks)
+                   "images or pairs", marks)
     fid.save_chart(f"{args.out}/norms.png", {"gradient norm: every step, and the median of 25 steps": norms},
                    "Post-training's gradient is large: its loss is divided by a small gap (seed 0)"
                    f"{caption} Each stair of red doubles q of ECT's gap t - r = n t / q, 2 to 256 (512 in "
-                   "the last four steps); blue has 512. Dark: median.", marks=marks)
+                   "the last four steps); blue has 512. Dark: median.", "images or pairs", marks)
     for name, points in scores.items():
         print(f"{name}: " + ", ".join(f"{x:,} {y:.2f}" for x, y in points))
     print(f"open stages.png, scores.png, norms.png in {args.out}")

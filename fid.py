@@ -11,12 +11,14 @@
   images to train on        rgb, crop, square, ahead                              crops of ADM, EDM2, U-ViT
   encode                    begin_encode, encode_shards, encoder_of               pictures -> arrays, resumed
   pictures with words       save_stages, save_trajectory, save_chart, about       read without the README
-  a run of a script         log, announce, say, fail, one_line, begin_run,        its lines, errors, lock and
-                            same_folder, parse, stages_of, check_values,          flags: what may not begin is
-                            check_solve, check_pairs, finished_mid, seed_range    refused in one line
+  a run of a script         log, announce, words_of, say, fail, one_line,         its lines, errors, lock and
+                            begin_run, same_folder, parse, stages_of,             flags: what may not begin is
+                            check_values, check_solve, check_pairs,               refused in one line
+                            finished_mid, seed_range
   processes and stages      agree, from_first, wait_for_first, patient_group,     what they share, compared by
-                            same_data, say_changed, made_by, steps_left,          content
-                            check_teacher, same_guidance, guidance_note
+                            same_data, same_names, say_changed, made_by,          content
+                            steps_left, check_teacher, same_guidance,
+                            guidance_note
   the folder of a run       new_tally, count, report, begin_stage, overview,      log.txt, metrics.jsonl,
                             dry_run, save_curve, save_preview, save_samples,      config.json, previews and
                             save_captions, save_classes, save_results             results.md
@@ -969,8 +971,10 @@ def prefetch(name, must=True):
             problems.append(str(error))
     if problems and must:
         raise DataError("; ".join(problems))
-    if problems:
-        say(f"warning: pictures will be drawn, but not scored: {'; '.join(problems)}")
+    if problems:                                      # for which one address and no sum will do
+        less = f" (sha256 {INCEPTION_SHA256})", f" or {INCEPTION_URLS[1]}"
+        short = problems[0].replace(less[0], "").replace(less[1], "")
+        say(f"warning: pictures will be drawn, but not scored: {short}")
     return bool(problems)
 
 
@@ -1333,14 +1337,14 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
         columns = torch.stack([x.cpu() for *_, x in shown], 1)
         rows, header, line, breaks = [*zip(names, columns)], [what, *labels], "row", ()
     title, _, words = words.rpartition("\n")
-    title = title or f"{compared(table)} {in_short(table)}".strip() or "The same noises, drawn by every net"
+    title = title or compared(table).strip() or in_short(table) or "The same noises, drawn by every net"
     caption = (f"{title}\nA {line}: one noise for all nets{again}.\n"
                "Mid-training: a student learns the ends of the teacher's trajectories; post-training: it "
                "learns from images.")
     caption += (" Whether mid-training helps is not seen here; README (Does mid-training help?) compares."
                 * any(name == "mid" for name, *_ in shown))
-    caption += (f"\nScores: Frechet distance of {samples:,} images to the data, by features of a net"
-                f"{'; of few it is off, mostly high' * (samples < 1_000)}.") * bool(table)
+    caption += (f"\nScores, lower is better: Frechet distance of {samples:,} images to the data, by features "
+                f"of a net{'; of few it is off, mostly high' * (samples < 1_000)}.") * bool(table)
     caption += f" {HALVES}" * real
     caption += (" Shows its digit: a classifier reads it as the caption's digit."
                 * any("shows its digit" in key for row in table for key in row)) + f"\n{words.strip()}"
@@ -1369,16 +1373,19 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
     answers = {name: torch.stack([firsts[name][:2], *(f(x[:2], level[:2]) if level.all() else x[:2]
                                                       for x, level in later)]) for name, f in nets.items()}
     errors = {k: (x - states[-1]).square().flatten(1).mean(1).sqrt().tolist() for k, x in firsts.items()}
-    means = {net: sum(e) / len(e) for net, e in errors.items()}                           # the teacher first
-    rows, alike = [], len(means) > 1 and max(means.values()) < 1.2 * min(means.values())
+    means, rows, ways = [(called(net), sum(e) / len(e)) for net, e in errors.items()], [], {}
+    for net, mean in means[1:]:                                                           # the teacher first
+        ways.setdefault(moves(means[0][1], mean), []).append(f"{net} {mean:.2f}")
+    said = dict(falls="Nearer {} than", rises="Less near {} than") | {"": "As near {} as"}
+    said = [said[way].format("to the teacher's end") + f" its own single step ({means[0][1]:.2f}): "
+            + ", ".join(of) for way, of in ways.items()]
+    said = said or [f"A single step of {net} misses the teacher's end by {mean:.2f}" for net, mean in means]
     for j in range(min(2, states.shape[1])):
         name = f"noise {j + 1}, {names[j % len(names)]}" if names else f"noise {j + 1}"
         rows.append((f"{name}\nstates of the teacher", show((states / wide)[:, j])))          # at unit scale
         for net, x in answers.items():
             rows.append((f"{called(net)}\nin one step, error {errors[net][j]:.2f}", show(x[:, j])))
-    missed = ", ".join(f"{called(net)} {mean:.2f}" for net, mean in means.items())
-    caption = (f"Distance to the teacher's end, in one step from noise: {missed}"
-               + "; scores tell these apart" * alike + "\n"
+    caption = (". ".join(said) + "; scores tell these apart" * ([*ways] == [""]) + "\n"
                f"The teacher walks in {n - 1} steps, as for mid-training, from noise, left, to its end, "
                "right. Below: where each net gets from there in one step"
                + ("; mid-training trains every image of its row to be that end" if levels.max() > 1 else
@@ -1610,19 +1617,24 @@ DRAWN = "mid_sigma sigma_shift labels sampler precision w"                 # cha
 SAMPLED = f"init nfe nodes prompts omega kappa guide_from guide_to {DRAWN}"           # knobs of sampling, too
 
 
+def of_samples(home):
+    """Names of knobs on which no weight depends, or on which samples do."""
+    return f"{home.MAY_CHANGE['*']} {SAMPLED}".split()
+
+
 def same_folder(cfg, script, argv):
     """Exit code 2 where another script, other data or knobs that this command names otherwise made a folder.
 
     A stage compares its own knobs itself. A teacher that lies elsewhere is missed in a line.
     """
-    home, path = sys.modules[type(cfg).__module__], pathlib.Path(cfg.out, "config.json")
+    home, path = home_of(cfg), pathlib.Path(cfg.out, "config.json")
     if not path.is_file():
         return
     with blame(path):
         made = {s: dict(c, data=os.path.basename(c["data"])) for s, c in json.loads(path.read_text()).items()}
     now = dict(vars(cfg), script=os.path.basename(script), data=os.path.basename(cfg.data))
     typed = [word[2:].partition("=")[0] for word in argv if word.startswith("--")]
-    free, drawn = {*f"{home.MAY_CHANGE['*']} {SAMPLED}".split()} - {"data"}, cfg.stage in ("eval", "sample")
+    free, drawn = {*of_samples(home)} - {"data"}, cfg.stage in ("eval", "sample")
     named = [c for c in made.values() if c.get("script", "").startswith("train_")]
     knobs = {*now} - free if drawn else ()
     asked = {"script": ("script", named, now)}           # flag: (knob, what made the folder, what asks)
@@ -1634,7 +1646,8 @@ def same_folder(cfg, script, argv):
     odd = []
     for flag, (k, configs, new) in asked.items():
         was = dict.fromkeys(c[k] for c in configs if k in c)
-        odd += [f"{flag} {', '.join(map(str, was))}, now {new[k]}"] * bool(was and new[k] not in was)
+        if was and new[k] not in was and not "".join(odd).startswith("script"):    # that explains the rest
+            odd.append(f"{flag} {', '.join(map(str, was))}, now {new[k]}")
     if odd:
         fail(2, f"{cfg.out} was made with {' and '.join(odd)}; give the first, or another --out")
     told = [c["teacher"] for c in made.values() if c.get("teacher", "scratch") not in ("", "scratch")]
@@ -1658,24 +1671,37 @@ def begin_run(cfg, script, argv):
         try:
             yield
             if os.path.exists(f"{out}/{cfg.stage}.pt"):       # of one stage alone; a road ends with its table
-                log(f"{cfg.stage}: done; open curve.png and previews in {out}; --stage eval with the same "
-                    "--out, --teacher and --samples scores and draws")
+                names = {"res", *of_samples(home_of(cfg))} - {"data", "stage", "seeds", "init", "precision"}
+                log(f"{cfg.stage}: done; open curve.png and previews in {out}; to draw and score it: "
+                    + command(cfg, "eval", names - {"compile", "batch_gpu", "log_every", "save_every"}))
         except BaseException:
             if new and processes()[0] == 0 and {*os.listdir(out)} == {".lock", "log.txt"}:
                 shutil.rmtree(out)
             raise
 
 
+def home_of(cfg):
+    """The script at work, a module: the one whose Config this is."""
+    return sys.modules[type(cfg).__module__]
+
+
 def check_tables(home):
-    """Exit code 2 where PRESETS, LIMITS or MAY_CHANGE name no field of Config, or no method: forks."""
+    """Exit code 2 where a table of the script names no field of Config, or no method of a stage: forks."""
     fields = {f.name: f.type for f in dataclasses.fields(home.Config)}
     names = " ".join([*home.LIMITS.values(), *home.MAY_CHANGE.values()]).split()
     odd = [name for name in (*names, *itertools.chain(*home.PRESETS.values())) if name not in fields]
-    keys = [key[1:] for key in home.PRESETS] + [key.split() for key in home.MAY_CHANGE if " " in key]
+    keys = [key[1:] for key in home.PRESETS]
+    keys += [key.split() for key in (*home.MAY_CHANGE, *home.ABOUT) if " " in key]
     odd += [method for stage, method in keys if method not in ("*", *typing.get_args(fields.get(stage)))]
     if odd:
-        fail(2, f"{os.path.basename(home.__file__)}: PRESETS, LIMITS or MAY_CHANGE name {odd[0]}, which is "
-                "no field and no method of Config; mend the name")
+        tables = [t for t in ("PRESETS", "LIMITS", "MAY_CHANGE", "ABOUT") if odd[0] in str(vars(home)[t])]
+        fail(2, f"{' and '.join(tables)} name {odd[0]}, which is no field and no method of Config; mend it")
+
+
+def words_of(cfg):
+    """The sentence of ABOUT on a stage: that of its method, "post mine", or the stage's."""
+    about = home_of(cfg).ABOUT
+    return about.get(f"{cfg.stage} {getattr(cfg, cfg.stage, '')}", about[cfg.stage])
 
 
 def parse(home, argv):
@@ -1711,13 +1737,19 @@ def stages_of(home, argv):
         if odd := [c.stage for c in configs if getattr(c, name) != getattr(cfg, name)]:
             fail(2, f"--{odd[0]}.{name}: the method belongs to the folder, not to a stage; write --{name}")
     idle = ["pretrain"] * (cfg.teacher not in ("", "scratch")) + ["mid"] * (cfg.mid == "none")
-    for stage, dot, field in (word[2:].partition("=")[0].partition(".") for word in argv if word[:2] == "--"):
-        from_mid = (stage, field) == ("post", "init") and "mid" in stages and cfg.mid != "none"
-        no_use = field in (*never_read(cfg, stage, may), "seeds", "samples", "repeat", "mid_sigma")
+
+    def reads(stage, field):
         if stage in ("eval", "sample"):
-            no_use = field not in f"{may['*']} {SAMPLED}".split()
-        if dot and (from_mid or stage in idle or no_use):
-            say(f"warning: --{stage}.{field} has no effect: {stage} does not depend on it, or is not run")
+            return field in of_samples(home)
+        from_mid = (stage, field) == ("post", "init") and "mid" in stages and cfg.mid != "none"
+        unread = *never_read(cfg, stage, may), "seeds", "samples", "repeat", "mid_sigma"
+        return not (from_mid or stage in idle or field in unread)
+
+    for flag in [word.partition("=")[0] for word in argv if word[:2] == "--"]:
+        stage, dot, field = flag[2:].removeprefix("no-").rpartition(".")
+        asked = [stage] if dot else stages if cfg.stage == "all" and field not in stages else ()
+        if asked and not any(reads(stage, field) for stage in asked):
+            say(f"warning: {flag} has no effect: {stage or 'every stage'} does without it, or is not run")
     for k, c in enumerate(configs):                          # --init FILE starts the first stage, not all
         later = cfg.stage == "all" and (c.stage == "eval" or c.stage == "post" and c.mid != "none")
         if later and c.init not in home.INITS:
@@ -1781,9 +1813,15 @@ def refuse(flags, where, message):
     typed = unknown[1].replace("no_", "no-") if unknown else ""
     meant = re.sub(r"[^.]+$", lambda name: MEANT.get(name[0], name[0]), typed)
     meant = meant.rpartition(".")[2] if meant.rpartition(".")[2] in ("data", "stage", "out") else meant
-    alike = difflib.get_close_matches(meant, {*flags} - {unknown and unknown[1]}, 1, 0.7)
-    message = message.replace("invalid int value", "not a whole number")
-    fail(2, f"{message}; " + "".join(f"did you mean --{flag}? " for flag in alike) + where)
+    trained = {flag for flag in flags if not flag.startswith(("eval.", "sample."))} - {unknown and unknown[1]}
+    more = "".join(f"did you mean --{flag}? " for flag in difflib.get_close_matches(meant, trained, 1, 0.7))
+    if typed and not more:
+        texts = {p.name: p.read_text() for p in sorted(pathlib.Path(__file__).parent.glob("train_*.py"))}
+        others = listed([name for name, text in texts.items() if f"\n    {typed}: " in text])
+        more = f"it is a flag of {others}; " * bool(others)
+    if re.search("arguments: (True|False)$", message):
+        more = "a switch is --NAME or --no-NAME; "
+    fail(2, f"{message.replace('invalid int value', 'not a whole number')}; {more}{where}")
 
 
 def commands(home, prog):
@@ -1809,12 +1847,12 @@ def check_values(cfg, limits, world):
 
     world: number of processes that train, 0 where a stage does not.
     """
-    home = sys.modules[type(cfg).__module__]
+    home = home_of(cfg)
     idle = never_read(cfg, cfg.stage, home.MAY_CHANGE)
     for (rule, least, below), names in limits.items():
         for name in [name for name in names.split() if name not in idle]:
             if not least <= getattr(cfg, name) < below:
-                fail(2, f"--{name} {getattr(cfg, name)} is not possible; it must be {rule}, for {cfg.stage}")
+                fail(2, f"--{name} {getattr(cfg, name)} is not possible; it must be {rule}")
     code = pathlib.Path(home.__file__).read_text().partition("\ndef ")[2]        # behind Config and PRESETS
     for name in {"pretrain", "mid", "post", "loss"} & {*vars(cfg)}:              # else one trains as another
         value, default = getattr(cfg, name), getattr(type(cfg), name)
@@ -1926,6 +1964,12 @@ def same_data(ckpt, path, data):
         fail(2, f"--data or --teacher has changed: {path} saw {was}, now {now}; use another --out")
 
 
+def same_names(cfg, ckpt, names):
+    """Whether names say enough: as in the checkpoint, and no --teacher FILE of mid, which may be new."""
+    is_file = cfg.stage == "mid" and os.path.exists(cfg.teacher)
+    return not is_file and all(ckpt["cfg"][name] == vars(cfg)[name] for name in names)
+
+
 def say_changed(found, stamp):
     """A line for each net that was trained on other images than those of this stamp ("": of any)."""
     for name, *_, ckpt in found:
@@ -1946,7 +1990,7 @@ def steps_left(cfg, ckpt, path, free, stages):
     free {"*", a stage, a stage and its method as "post ect", a --decay: names}: knobs that may differ. More
     steps are possible where none of the `stages` after this one has begun from here.
     """
-    home = sys.modules[type(cfg).__module__]
+    home = home_of(cfg)
     later = [s for s in stages[stages.index(cfg.stage) + 1:] if os.path.exists(f"{cfg.out}/{s}.pt")]
     if cfg.stage == "pretrain" and later and not ckpt:
         fail(2, f"{cfg.out}/{later[0]}.pt went on from a teacher that is not there; pass its --teacher again "
@@ -1969,7 +2013,10 @@ def steps_left(cfg, ckpt, path, free, stages):
         if cfg.data != data:
             fail(2, f"{path} was made by {made} --data {data}, now {cfg.data}; use another --out")
         if changed == ["steps"] and more > 0 and cfg.stage != "pretrain":
-            how = f"; to train it on, in a folder of its own: {longer(cfg, path, more, made)}"
+            teacher = cfg.teacher if cfg.teacher not in ("", "scratch") else f"{cfg.out}/pretrain.pt"
+            how = "; to train it on, in a folder of its own: " + command(
+                cfg, cfg.stage, vars(cfg).keys() - {"data", "stage"}, init=path, teacher=teacher, steps=more,
+                out=f"{cfg.out}-longer")
         elif changed == ["steps"] and more > 0 and cfg.decay == "linear":
             how = "; a linear --decay is at its end"
         if own := [name for name in changed if name not in known]:
@@ -1990,16 +2037,14 @@ def never_read(cfg, stage, free):
     return f"{free.get(stage, '')} {free.get(method, '')}".split()
 
 
-def longer(cfg, path, steps, script):
-    """The command that trains a finished stage on from its file, with every flag that is not its default."""
-    argv = ["--data", cfg.data, "--stage", cfg.stage]
-    plain = vars(sys.modules[type(cfg).__module__].parse(argv))
-    teacher = cfg.teacher if cfg.teacher not in ("", "scratch") else f"{cfg.out}/pretrain.pt"
-    new = dict(init=path, teacher=teacher, steps=steps, out=f"{cfg.out}-longer")
+def command(cfg, stage, names, **new):
+    """The command of a stage, with the new flags, and of these names those that are not its defaults."""
+    argv = ["--data", cfg.data, "--stage", stage]
+    plain = vars(home_of(cfg).parse(argv))
     for name, value in {**vars(cfg), **new}.items():
-        if name in new or name not in ("data", "stage", "dry_run") and value != plain[name]:
+        if name in new or name in names and name != "dry_run" and value != plain[name]:
             argv += [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", value]
-    return shlex.join(["python", script, *map(str, argv)])
+    return shlex.join(["python", os.path.basename(home_of(cfg).__file__), *map(str, argv)])
 
 
 def check_teacher(cfg, finished, given, data, wanted):
@@ -2011,6 +2056,9 @@ def check_teacher(cfg, finished, given, data, wanted):
     own = finished(f"{cfg.out}/pretrain.pt") if cfg.teacher in ("", "scratch") else None
     same_data(own, f"{cfg.out}/pretrain.pt", data)
     said = given(cfg)[1] if given and not own else {}
+    if said and not {*wanted} & {*said}:
+        maker = home_of(cfg).nets.MAKERS.get(cfg.teacher, "")
+        fail(3, f"--teacher {cfg.teacher}: a net of another kind{maker}; pass a teacher of this script")
     if odd := [name for name in wanted if said.get(name, wanted[name]) != wanted[name]]:
         fail(3, f"--teacher {cfg.teacher}: its {odd[0]} is {said[odd[0]]}, that of --data {cfg.data} is "
                 f"{wanted[odd[0]]}; pass a teacher of such data")
@@ -2198,7 +2246,7 @@ def overview(road, device, cfg):
     images = sum(map(math.prod, ROAD.values()))
     for left, c in [item for item in road if item[1].stage == "mid"]:
         with contextlib.suppress(ZeroDivisionError):         # of a solve that check refuses, in a dry run
-            n, used = sys.modules[type(c).__module__].solve_size(c)
+            n, used = home_of(c).solve_size(c)
             calls = getattr(c, "nodes", c.nfe + 1) - 1
             calls *= n * (calls + 1) / 2 if c.mid == "slow" else n
             images += math.ceil(left * c.batch / (n * used)) * calls / 3     # a call: a third of an image
@@ -2282,8 +2330,8 @@ def save_curve(cfg, table=()):
         if len(y) > 2:
             ways.setdefault(moves(np.mean(y[:third]), np.mean(y[-third:])) or "stays level", []).append(stage)
     ways, scores = "; ".join(f"{way} in {listed(of)}" for way, of in ways.items()), in_short(table)
-    words = sys.modules[type(cfg).__module__].ABOUT
-    words = [f"{SPOKEN[s]}: {words[s].rpartition(': ')[2]}" for s in words if SPOKEN.get(s) in stages]
+    words = {s: words_of(dataclasses.replace(cfg, stage=s)) for s in home_of(cfg).STAGES}
+    words = [f"{SPOKEN[s]}: {words[s].partition(': ')[2]}" for s in words if SPOKEN.get(s) in stages]
     save_chart(f"{cfg.out}/curve.png", panels,
                (f"The {drawn} {ways}; only" if ways else "Only") + " scores tell what is better\n"
                f"To expect in {'; in '.join(words)}. Each panel has log scales of its own, against images "
@@ -2323,7 +2371,7 @@ def say_missing(cfg, names):
 def samples_folder(cfg, name, steps):
     """<out>/samples/<net>_<steps>, and what a command asks for that is no default: so they never mix."""
     own = {k: getattr(cfg, k) for k in ("data", "res") if hasattr(cfg, k)} | dict(stage="sample")
-    plain = vars(sys.modules[type(cfg).__module__].parse([f"--{k}={v}" for k, v in own.items()]))
+    plain = vars(home_of(cfg).parse([f"--{k}={v}" for k, v in own.items()]))
     knobs = [k for k in DRAWN.split() if k != "mid_sigma" or steps == 2]
     asked = [f"_{k}_{getattr(cfg, k)}" for k in knobs if plain.get(k) != vars(cfg).get(k)]
     return f"{cfg.out}/samples/{name}_{steps}{''.join(asked)}"

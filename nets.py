@@ -1506,16 +1506,15 @@ def derivative(net, z, t, r, y, v):
 
 
 def dit_shape(state, name):
-    """Constructor arguments of a DiT, read off its weights; num_heads, which they do not show, is that of the
-    row of SIZES with its width and depth, else 0.
-    """
+    """Constructor arguments of a DiT by its weights; num_heads: of SIZES' row as wide and deep, else 0."""
     try:
         hidden, channels, patch, _ = state["x_embedder.proj.weight"].shape
         side = math.isqrt(state["pos_embed"].shape[1]) * patch
         classes = len(state["y_embedder.embedding_table.weight"]) - 1
         depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
     except (KeyError, ValueError, IndexError) as e:
-        raise WeightsError(f"{name}: no DiT, SiT or Mean Flow net, no {e}; pass one") from None
+        kind = f"no DiT, SiT or Mean Flow net, but one{MAKERS.get(name, '')} without {e}"
+        raise WeightsError(f"{name}: {kind}; pass one") from None
     heads = [row["num_heads"] for row in SIZES.values()
              if (row.get("hidden_size"), row.get("depth")) == (hidden, depth)]
     two_clocks = any(k.startswith(("r_embedder.", "h_embedder.")) for k in state)

@@ -53,7 +53,7 @@ def ode_step(D, x_t, t, r, order):
 
 
 def euler(D, x, sigmas, order=1):
-    """Euler on the probability-flow ODE, one call of D a step; order 2: see heun. Shapes as dpmpp."""
+    """Euler on the probability-flow ODE, one call of D a step. Shapes as dpmpp. order 2 makes it Heun's."""
     xs, grid = [x], as_grid(sigmas)
     for s, s_next in zip(grid, grid[1:]):
         last = s_next == 0                            # there Heun is Euler: no second call

@@ -50,7 +50,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     steps: int = 300_000        # of mid, others: PRESETS; x batch 128 = 38.4 million pairs (Sec. 4.2)
     batch: int = 128            # images or pairs (x_t, x_0) per step, over all processes (B.2)
     batch_gpu: int = 0          # at once in a process, to save memory; the rest by accumulation; 0 = all
-    lr: float = 2e-4            # of RAdam (B.2); pretrain: of Adam
+    lr: float = 2e-4            # learning rate of RAdam (B.2); pretrain: of Adam
     decay: Literal["linear", "constant"] = "linear"      # of lr, to zero (B.2)
     warmup: int = 0             # steps of linear warm-up
     ema_beta: float = 0.999     # choice: the number is missing in B.2; the authors' run script passes 0.999
@@ -101,8 +101,8 @@ PRESETS = {  # (data, stage, its --mid or --post): the lower row wins, --help sh
     ("own", "mid", "*"): dict(steps=20_000),
     ("own", "post", "*"): dict(steps=10_000, warmup=100, ema_beta=0.999),
     # choice: pseudo-Huber in both stages, which scores best on digits (docs/results.md)
-    ("digits", "*", "*"): dict(precision="fp32", dropout=0.0, loss="huber", huber_c=0.06, log_every=50,
-                               save_every=250, samples=2_000),
+    ("digits", "*", "*"): dict(precision="fp32", dropout=0.0, loss="huber", log_every=50, save_every=250,
+                               samples=2_000, huber_c=0.06),      # of post, too
     ("digits", "pretrain", "*"): dict(steps=2_000, batch=32, lr=2e-3, warmup=50, decay="linear",
                                       ema_beta=0.995),
     ("digits", "mid", "*"): dict(steps=900, batch=32, lr=2e-3, ema_beta=0.99),
@@ -114,7 +114,7 @@ ABOUT = {"pretrain": "stage 1 of 4, pre-training: the loss soon falls slowly, im
          "mid": "stage 2 of 4, mid-training (Eq. 7): the loss, distance to the teacher's ends, falls",
          "post": "stage 3 of 4, post-training (Eq. 3): a large gradient and a level loss are normal",
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
-STAGES = list(ABOUT)                                  # what --stage all runs, in this order
+STAGES = ["pretrain", "mid", "post", "eval"]          # what --stage all runs, in this order
 INITS = "teacher", "random"                        # other values of --init are a FILE
 ALONE = "ect", "annealed"                          # post-trainings that ask no teacher
 FILES = {"cifar10": "data/cifar-10-python.tar.gz",
@@ -122,7 +122,7 @@ FILES = {"cifar10": "data/cifar-10-python.tar.gz",
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 CIFAR_MD5 = "c58f30108f718f92721af3b95e74349a"
-# what fid takes and calls of this script is listed in fid's docstring: a fork keeps these names
+# fid reads the knobs and tables of this module and calls some functions: its docstring lists them
 parse = partial(fid.parse, sys.modules[__name__])     # (argv) -> Config
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 
@@ -227,7 +227,7 @@ def make_distance(cfg, channels):
 # ---- train ------------------------------------------------------------------------------------
 def train(cfg):
     """One stage (pretrain, mid, post) from its last checkpoint to its end: method first, bookkeeping last."""
-    if not (run := set_up(cfg)) or cfg.dry_run:  # run: images, teacher, distance, net, ema, opt, flat, grad
+    if not (run := set_up(cfg)) or cfg.dry_run:       # run: what set_up gives to begin, and begin adds
         return
     net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
     cast_net = in_precision(cfg, net)
@@ -246,22 +246,21 @@ def train(cfg):
         target = run.distance.features(x_0)           # once per end, not per pair
         return fid.check_pairs(pairs, per_solve, target), target
 
-    def batch_of(step):                               # mid: (x_t, t, owner), target; else (x, t, eps), None
+    def batch_of(step):                               # this process's share of it, a row an image or pair
         if cfg.stage == "mid":
             number, at = divmod(step * B, per_solve)  # which solve; where in it the step's pairs begin
             pairs, target = solve(number)
-            return [a[at:at + B][mine] for a in pairs], target
+            x_t, t, owner = (a[at:at + B][mine] for a in pairs)
+            return x_t, t, *(a[owner] for a in target)
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         x, eps = draw(run.images, B, g)[mine], randn((B, *shape), g)[mine]
-        t = (cfg.P_mean + cfg.P_std * randn(B, g))[mine].exp()
-        return (x, t, eps), None
+        return x, (cfg.P_mean + cfg.P_std * randn(B, g))[mine].exp(), eps
 
-    def loss_of(step, seed, target, *rows):           # seed: of the first row's dropout
+    def loss_of(step, seed, x, t, *more):             # of rows of batch_of; seed: of the first's dropout
         student = partial(cast_net, masks=nets.dropout_masks(net, range(seed, seed + micro)))
-        if cfg.stage == "mid":                        # target: features, a row an end; owner: its row
-            x_t, t, owner = rows
-            return loss_cmt(student, x_t, t, [a[owner] for a in target], run.distance)          # Eq. 7
-        x, t, eps = rows
+        if cfg.stage == "mid":                        # x: states; more: features of their ends
+            return loss_cmt(student, x, t, more, run.distance)                                  # Eq. 7
+        eps, = more
         if cfg.stage == "pretrain":
             return loss_dm(student, x, t, eps, net.sigma_data)
         power = 1 + step // cfg.double if cfg.post == "annealed" else 1       # q, q^2, q^3, ...
@@ -273,11 +272,11 @@ def train(cfg):
 
     for step in range(start, cfg.steps):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
-        loss_sum, (batch, target) = 0.0, batch_of(step)
+        batch, loss_sum = batch_of(step), 0.0
         part = micro / B * tally["scale"]             # of the batch's mean; scale: of fp16, else 1
         for k, rows in enumerate(zip(*(a.split(micro) for a in batch))):
             seed = fold(cfg.seed, cfg.stage, step, "dropout") + mine.start + k * micro
-            loss = loss_of(step, seed, target, *rows)
+            loss = loss_of(step, seed, *rows)
             (loss * part).backward()
             loss_sum += loss.detach() * part
         norm, mean, stop = total(run.grad, loss_sum, tally["scale"])          # the one wait of a step
@@ -319,23 +318,22 @@ def set_up(cfg):
         own = nets.finished(f"{cfg.out}/pretrain.pt") and f"{cfg.out}/pretrain.pt"
         return log(f"pretrain: not trained, the teacher is {cfg.teacher or own or 'the official one'}")
     ckpt, left = resume(cfg)                          # left: steps to go
-    named = cfg.stage == "mid" and os.path.exists(cfg.teacher)     # its file may hold another now
-    if not (left or named) and all(ckpt["cfg"][k] == vars(cfg)[k] for k in BY_CONTENT):  # finished, by names
+    if not left and fid.same_names(cfg, ckpt, BY_CONTENT):            # finished; nothing need be read
         return log(f"{cfg.stage}: finished, nothing to do")
-    images, stamp, teacher = None, "none", None       # stamp: what identifies data and teacher
+    images, stamp, asked = None, "none", None         # stamp: what identifies data and teacher
     if needs_data(cfg):
         images = load_data(cfg)
         stamp, seen = fid.stamp(images), cfg.steps * cfg.batch / len(images)
         announce(f"{cfg.data}: {stamp}, each seen {seen:,.3g} times, unconditional")
         images = images.to(DEVICE)
-    asked = teacher_state(cfg) if cfg.stage == "mid" or cfg.stage == "post" and cfg.post not in ALONE else ()
-    stamp += f", teacher {nets.stamp(asked[0])}" if asked else ""
+    if cfg.stage == "mid" or cfg.stage == "post" and cfg.post not in ALONE:
+        asked = weights, size = teacher_state(cfg)
+        stamp += f", teacher {nets.stamp(weights)}"
     same_data(ckpt, f"{cfg.out}/{cfg.stage}.pt", stamp)
-    if not left:                                      # finished, by content: what is read is what was
+    if not left:                                      # finished, with other names of the same content
         return log(f"{cfg.stage}: finished, nothing to do")
-    if asked:
-        # choice: the teacher too in --precision: bf16 moves its ends less than a finer solve would
-        teacher = in_precision(cfg, build(cfg, asked[1], asked[0], cfg.teacher or "the teacher"))
+    # choice: the teacher too in --precision: bf16 moves its ends less than a finer solve would
+    teacher = asked and in_precision(cfg, build(cfg, size, weights, cfg.teacher or "the teacher"))
     state, model, what = (None, ckpt["model"], "") if ckpt else first_weights(cfg, images, asked)
     net = build(cfg, model, state, what, train=True)
     distance = make_distance(cfg, net.img_channels) if cfg.stage == "mid" else None
@@ -424,7 +422,7 @@ MAY_CHANGE = {  # a stage, or a stage and its method as "post ect": knobs that d
          "log_every save_every",
     "constant": "steps",
     "pretrain": "mid post init nfe trajectories q double huber_c loss",
-    "mid": "post q double P_mean P_std",
+    "mid": "post q double P_mean P_std", "mid kd": "trajectories",
     "post": "trajectories loss nfe",
 }
 
@@ -686,7 +684,7 @@ def main(argv):
                 for number in SIGNALS:                # training saves first, the rest just ends
                     signal.signal(number, fid.leave if c.stage in RUN else on_signal)
                 if c.stage in fid.ROAD:
-                    announce(ABOUT[c.stage])
+                    announce(fid.words_of(c))
                 RUN.get(c.stage, train)(c)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -56,7 +56,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     steps: int = 50_000         # of mid, others: PRESETS; x batch 128 = 6.4 million pairs (B.3)
     batch: int = 128            # images or pairs (x_t, x_0) per step, over all processes (B.3)
     batch_gpu: int = 0          # at once in a process, to save memory; the rest by accumulation; 0 = all
-    lr: float = 7e-4            # of Adam (B.3)
+    lr: float = 7e-4            # learning rate of Adam (B.3)
     decay: Literal["linear", "constant", "sqrt", "steps"] = "linear"     # of lr; sqrt: EDM2; steps: B.5
     warmup: int = 0             # steps of linear warm-up
     ema_beta: float = 0.999     # choice: the number is missing in B.3; as in their 512 script
@@ -130,11 +130,11 @@ ABOUT = {"pretrain": "stage 1 of 5, pre-training (EDM2): the loss falls while th
          "mid": "stage 3 of 5, mid-training (Eq. 7): the loss, distance to the teacher's ends, falls",
          "post": "stage 4 of 5, post-training (Eq. 3): the loss hardly falls; judge by scores",
          "eval": "stage 5 of 5, scores: the images of every net against the data; lower is better"}
-STAGES = list(ABOUT)                                  # what --stage all runs, in this order
+STAGES = ["pretrain", "vgg", "mid", "post", "eval"]   # what --stage all runs, in this order
 INITS = "teacher", "random"                        # other values of --init are a FILE
 FILES = {"imagenet64": "data/imagenet64.zip", "imagenet512": "data/imagenet512-sd.zip"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# what fid takes and calls of this script is listed in fid's docstring: a fork keeps these names
+# fid reads the knobs and tables of this module and calls some functions: its docstring lists them
 parse = partial(fid.parse, sys.modules[__name__])     # (argv) -> Config
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 
@@ -172,8 +172,8 @@ def solve_size(cfg):
 def teacher_pairs(cfg, teacher, classes, shape, g):
     """Eq. 7: n trajectories of the frozen teacher; the first `used` states of each are paired with its end.
 
-    shape: of one input. Every process solves its share, gets all. Returns, shuffled, the classes y and x_t
-    (P, C, H, W), t, owner (P,), and the ends x_0 (n, C, H, W): pair p is regressed onto x_0[owner[p]].
+    shape: of one input. Every process solves its share, gets all. Returns, shuffled, x_t (P, C, H, W), t, the
+    classes y and owner (P,), and the ends x_0 (n, C, H, W): pair p is regressed onto x_0[owner[p]].
     """
     (n, used), sigmas = solve_size(cfg), teacher_sigmas(cfg.nfe)              # (nfe+1,), from 80 to 0.002
     levels = sigmas.to(g.device, torch.float32, non_blocking=True)
@@ -184,7 +184,7 @@ def teacher_pairs(cfg, teacher, classes, shape, g):
     xs = gather(teacher_solver(lambda x, sigma: teacher(x, sigma, y[mine]), x_T, sigmas))
     order = torch.randperm(used * n, generator=g, device=g.device)
     t, owner = levels[:used].repeat_interleave(n), torch.arange(n, device=g.device).repeat(used)
-    return y[owner[order]], xs[:used].flatten(0, 1)[order], t[order], owner[order], xs[-1]
+    return xs[:used].flatten(0, 1)[order], t[order], y[owner[order]], owner[order], xs[-1]
 
 
 def loss_cmt(net, x_t, t, target, distance):
@@ -196,9 +196,9 @@ def loss_cmt(net, x_t, t, target, distance):
     return distance.distance(distance.features(net(x_t, t)), target).mean()
 
 
-def loss_cmt_views(net, x_t, t, x_0, distance, views):
-    """loss_cmt, each pair seen through a random view of its own (B.5); views: values of distance.draw."""
-    view = dict(zip(distance.views, views))
+def loss_cmt_views(net, x_t, t, target, distance):
+    """loss_cmt, each pair by a random view of its own (B.5); target: x_0, and what distance.draw gave."""
+    x_0, view = target[0], dict(zip(distance.views, target[1:]))
     seen, end = (distance.features(distance.augment(x, view)) for x in (net(x_t, t), x_0))
     return distance.distance(seen, end).mean()
 
@@ -261,6 +261,7 @@ def new_vgg(cfg, classes):
 
 def vgg_noise(cfg, step, shape):
     """What is added to a batch of digits, so that their VGG knows noisy ones too; one strength a batch."""
+    # the word "dropout" is an old mistake for "noise": kept, since the scores in docs depend on it
     g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step, "dropout", 0))
     return 0.2 * torch.rand((), generator=g, device=DEVICE) * randn(shape, g)
 
@@ -274,7 +275,7 @@ def loss_vgg(net, x, labels, seed):
 # ---- train ------------------------------------------------------------------------------------
 def train(cfg):
     """One stage (pretrain, vgg, mid, post) from its last checkpoint to its end: method, then bookkeeping."""
-    if not (run := set_up(cfg)) or cfg.dry_run:  # run: images, teacher, distance, net, ema, opt, flat, grad
+    if not (run := set_up(cfg)) or cfg.dry_run:       # run: what set_up gives to begin, and begin adds
         return
     net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
     model = run.saved["model"]                        # the VGG's, too, has the size of the data
@@ -287,16 +288,17 @@ def train(cfg):
     @lru_cache(1)                                     # kept for the steps that share it; resumed: solved anew
     def solve(number):
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", number))
-        y, x_t, t, owner, x_0 = teacher_pairs(cfg, run.teacher, classes, shape, g)
-        views = {} if cfg.ensemble == "none" else run.distance.draw(x_t, g)   # random, of each pair
+        *pairs, x_0 = teacher_pairs(cfg, run.teacher, classes, shape, g)
+        views = {} if cfg.ensemble == "none" else run.distance.draw(pairs[0], g)    # random, of each pair
         target = [x_0] if views else run.distance.features(x_0)               # once per end, not per pair
-        return (*fid.check_pairs((y, x_t, t, owner), per_solve, target), *views.values()), target
+        return (*fid.check_pairs(pairs, per_solve, target), *views.values()), target
 
-    def batch_of(step):  # mid: (y, x_t, t, owner, *views), target; else (y, x, t, eps, labels), None
+    def batch_of(step):                               # this process's share of it, a row an image or pair
         if cfg.stage == "mid":
             number, at = divmod(step * B, per_solve)  # which solve; where in it the step's pairs begin
             pairs, target = solve(number)
-            return [a[at:at + B][mine] for a in pairs], target
+            x_t, t, y, owner, *views = (a[at:at + B][mine] for a in pairs)
+            return x_t, t, y, *(a[owner] for a in target), *views
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         raw, labels = next(batches)                   # in the order of steps: one call a step
         latent_noise, eps = randn((B, *shape), g)[mine], randn((B, *shape), g)[mine]
@@ -304,18 +306,15 @@ def train(cfg):
         t, y = (cfg.P_mean + cfg.P_std * randn(B, g))[mine].exp(), one_hot(labels, classes)
         if cfg.stage == "vgg" and cfg.data == "digits":
             x = x + vgg_noise(cfg, step, (B, *shape))[mine]
-        return (y, x, t, eps, labels), None
+        return x, t, y, eps, labels
 
-    def loss_of(step, seed, target, y, *rows):        # seed: of the first row's dropout
+    def loss_of(step, seed, x, t, y, *more):          # of rows of batch_of; seed: of the first's dropout
         masks = None if cfg.stage == "vgg" else nets.dropout_masks(net, range(seed, seed + micro))
         student = partial(net, class_labels=y, masks=masks)
-        if cfg.stage == "mid":
-            x_t, t, owner, *views = rows
-            target = [a[owner] for a in target]       # features of the end, with views the end itself
-            if views:
-                return loss_cmt_views(student, x_t, t, target[0], run.distance, views)
-            return loss_cmt(student, x_t, t, target, run.distance)                              # Eq. 7
-        x, t, eps, labels = rows
+        if cfg.stage == "mid":                        # x: states; more: features of their ends, or views
+            loss = loss_cmt if cfg.ensemble == "none" else loss_cmt_views
+            return loss(student, x, t, more, run.distance)                                      # Eq. 7
+        eps, labels = more
         if cfg.stage == "vgg":
             return loss_vgg(net, x, labels, seed)
         if cfg.stage == "pretrain":
@@ -329,12 +328,12 @@ def train(cfg):
 
     for step in range(start, cfg.steps):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
-        loss_sum, (batch, target) = 0.0, batch_of(step)
+        batch, loss_sum = batch_of(step), 0.0
         part = micro / B * tally["scale"]             # of the batch's mean; scale: of fp16, else 1
         with nets.hoist(net, force=True):             # EDM2 Eq. 66: normalised once for all micro-batches
             for k, rows in enumerate(zip(*(a.split(micro) for a in batch))):
                 seed = fold(cfg.seed, cfg.stage, step, "dropout") + mine.start + k * micro
-                loss = loss_of(step, seed, target, *rows)
+                loss = loss_of(step, seed, *rows)
                 (loss * part).backward()
                 loss_sum += loss.detach() * part
         norm, mean, stop = total(run.grad, loss_sum, tally["scale"])          # the one wait of a step
@@ -390,15 +389,14 @@ def set_up(cfg):
     if cfg.stage == "vgg" and not wants_vgg(cfg):
         return log(f"vgg: not trained, --loss {cfg.loss} of --data {cfg.data} needs none")
     ckpt, left = resume(cfg)                          # left: steps to go
-    named = cfg.stage == "mid" and os.path.exists(cfg.teacher)     # its file may hold another now
-    if not (left or named) and all(ckpt["cfg"][k] == vars(cfg)[k] for k in BY_CONTENT):  # finished, by names
+    if not left and fid.same_names(cfg, ckpt, BY_CONTENT):            # finished; nothing need be read
         return log(f"{cfg.stage}: finished, nothing to do")
     images = load_data(cfg) if needs_data(cfg) else None
     stamp = images.stamp if images else "none"
     asked = asked_nets(cfg)
     stamp += "".join(f", {name} {nets.stamp(state)}" for name, (state, _) in asked.items())
     same_data(ckpt, f"{cfg.out}/{cfg.stage}.pt", stamp)
-    if not left:                                      # finished, by content: what is read is what was
+    if not left:                                      # finished, with other names of the same content
         return log(f"{cfg.stage}: finished, nothing to do")
     frozen = {name: build(cfg, size, state, getattr(cfg, name) or "the teacher")
               for name, (state, size) in asked.items() if name != "guide" or cfg.w != 1}
@@ -455,6 +453,7 @@ def draw_sheets(cfg, found):
     samplers = {(name, steps): make_sampler(balanced, net, kind)
                 for name, net, kinds, _ in found for steps, kind in kinds.items()}
     shown, classes, words = fid.save_classes(cfg, found, samplers, found[0][1].label_dim)
+    words += " With --loss huber post-training improves it." * (cfg.data == "digits" and cfg.loss == "lpips")
     if found[0][0] == "teacher":
         teacher, sigmas = found[0][1], teacher_sigmas(cfg.nfe)
         x_T, y, _ = prior(teacher, range(12), "balanced")
@@ -931,7 +930,7 @@ def main(argv):
                 for number in SIGNALS:                # training saves first, the rest just ends
                     signal.signal(number, fid.leave if c.stage in RUN else on_signal)
                 if c.stage in fid.ROAD:
-                    announce(ABOUT[c.stage])
+                    announce(fid.words_of(c))
                 RUN.get(c.stage, train)(c)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -59,7 +59,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     steps: int = 400_320        # optimiser steps; 80 epochs of batch 256 (MF, B/4)
     batch: int = 256            # images or pairs per step, over all processes (MF)
     batch_gpu: int = 0          # at once in a process, to save memory; the rest by accumulation; 0 = all
-    lr: float = 1e-4            # of Adam (MF; B.4)
+    lr: float = 1e-4            # learning rate of Adam (MF; B.4)
     decay: Literal["linear", "constant"] = "constant"    # of lr, to zero (B.4: constant)
     warmup: int = 0             # steps of linear warm-up; MF: none
     ema_beta: float = 0.9999    # MF
@@ -118,12 +118,12 @@ ABOUT = {"pretrain": "stage 1 of 4, pre-training: square errors fall; the loss s
          "mid": "stage 2 of 4, mid-training (Eq. 8): square errors fall, and so their mean, the loss",
          "post": "stage 3 of 4, post-training: the loss stays near 1 for any net; judge by scores",
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
-STAGES = list(ABOUT)                                  # what --stage all runs, in this order
+STAGES = ["pretrain", "mid", "post", "eval"]          # what --stage all runs, in this order
 INITS = "sit", "random"                            # other values of --init are a FILE
 FILES = {"imagenet": "data/imagenet256-sd"}
 REFERENCE = {"imagenet": "imagenet256"}               # scored by ADM's statistics, others by their own
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# what fid takes and calls of this script is listed in fid's docstring: a fork keeps these names
+# fid reads the knobs and tables of this module and calls some functions: its docstring lists them
 parse = partial(fid.parse, sys.modules[__name__])     # (argv) -> Config
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 
@@ -321,7 +321,7 @@ def teacher_pairs(cfg, teacher, shape, g):
 # ---- train ------------------------------------------------------------------------------------
 def train(cfg):
     """One stage (pretrain, mid, post) from its last checkpoint to its end: method first, bookkeeping last."""
-    if not (run := set_up(cfg)) or cfg.dry_run:  # run: images, teacher, shape, null, net, ema, flat, grad
+    if not (run := set_up(cfg)) or cfg.dry_run:       # run: what set_up gives to begin, and begin adds
         return
     net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
     flow = flow_of(cfg, net, torch.tensor(run.null, device=DEVICE))
@@ -406,8 +406,7 @@ def set_up(cfg):
     if left_out(cfg) or cfg.stage == "pretrain" and cfg.teacher:
         return log(f"{cfg.stage}: not trained, as --teacher or --mid none says")
     ckpt, left = resume(cfg)                          # left: steps to go
-    named = cfg.stage == "mid" and os.path.exists(cfg.teacher)     # its file may hold another now
-    if not (left or named) and all(ckpt["cfg"][k] == vars(cfg)[k] for k in BY_CONTENT):  # finished, by names
+    if not left and fid.same_names(cfg, ckpt, BY_CONTENT):            # finished; nothing need be read
         return log(f"{cfg.stage}: finished, nothing to do")
     images, stamp, teacher = None, "none", None       # stamp: what identifies data and teacher
     if cfg.stage != "mid":                                                    # CMT needs no data
@@ -420,7 +419,7 @@ def set_up(cfg):
         null, shape = its["num_classes"], (its["in_channels"], its["input_size"], its["input_size"])
         stamp += f", teacher {nets.stamp(weights)}"
     same_data(ckpt, f"{cfg.out}/{cfg.stage}.pt", stamp)
-    if not left:                                      # finished, by content: what is read is what was
+    if not left:                                      # finished, with other names of the same content
         return log(f"{cfg.stage}: finished, nothing to do")
     model = dict(size_row(cfg, "weak" if cfg.stage == "pretrain" else "size", shape[-1]),
                  input_size=shape[-1], in_channels=shape[0], num_classes=null,
@@ -893,7 +892,7 @@ def main(argv):
                 for number in SIGNALS:                # training saves first, the rest just ends
                     signal.signal(number, fid.leave if c.stage in RUN else on_signal)
                 if c.stage in fid.ROAD:
-                    announce(ABOUT[c.stage])
+                    announce(fid.words_of(c))
                 RUN.get(c.stage, train)(c)
     if dist.is_initialized():
         dist.destroy_process_group()

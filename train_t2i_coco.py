@@ -62,7 +62,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     steps: int = 50_000         # optimiser steps (B.6: the teacher)
     batch: int = 256            # images or pairs per step, over all processes (MF, REPA)
     batch_gpu: int = 0          # at once in a process, to save memory; the rest by accumulation; 0 = all
-    lr: float = 1e-4            # of Adam (B.6; MF, REPA)
+    lr: float = 1e-4            # learning rate of Adam (B.6; MF, REPA)
     decay: Literal["linear", "constant"] = "constant"    # of lr, to zero (B.6: constant)
     warmup: int = 0             # steps of linear warm-up; MF, REPA: none
     clip: float = 0.0           # largest gradient norm; 0 = off, as MF
@@ -117,15 +117,15 @@ PRESETS = {  # (data, stage, its --mid or --post): the lower row wins, --help sh
     ("digits", "mid", "*"): dict(steps=800, lr=1e-3),
     ("digits", "post", "*"): dict(steps=700, lr=5e-4),
 }
-ABOUT = {"pretrain": "stage 1 of 4, pre-training: square errors fall; loss: these less REPA's likeness",
+ABOUT = {"pretrain": "stage 1 of 4, pre-training: square errors fall; so does the loss, less REPA's reward",
          "mid": "stage 2 of 4, mid-training (Eq. 8): square errors fall, and so their mean, the loss",
          "post": "stage 3 of 4, post-training: the loss hardly falls; judge by scores",
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
-STAGES = list(ABOUT)                                  # what --stage all runs, in this order
+STAGES = ["pretrain", "mid", "post", "eval"]          # what --stage all runs, in this order
 INITS = "sit", "random"                            # other values of --init are a FILE
 FILES = {"coco": "data/coco256-sd"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# what fid takes and calls of this script is listed in fid's docstring: a fork keeps these names
+# fid reads the knobs and tables of this module and calls some functions: its docstring lists them
 parse = partial(fid.parse, sys.modules[__name__])     # (argv) -> Config
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 
@@ -307,7 +307,7 @@ def teacher_pairs(cfg, teacher, text, null, shape, g):
 # ---- train ------------------------------------------------------------------------------------
 def train(cfg):
     """One stage (pretrain, mid, post) from its last checkpoint to its end: method first, bookkeeping last."""
-    if not (run := set_up(cfg)) or cfg.dry_run:  # run: images, encoder, teacher, null, net, ema, flat, grad
+    if not (run := set_up(cfg)) or cfg.dry_run:       # run: what set_up gives to begin, and begin adds
         return
     net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
     images, shape = run.images, run.images.shape
@@ -401,8 +401,7 @@ def set_up(cfg):
     if left_out(cfg) or cfg.stage == "pretrain" and cfg.teacher:
         return log(f"{cfg.stage}: not trained, as --teacher or --mid none says")
     ckpt, left = resume(cfg)                          # left: steps to go
-    named = cfg.stage == "mid" and os.path.exists(cfg.teacher)     # its file may hold another now
-    if not (left or named) and all(ckpt["cfg"][k] == vars(cfg)[k] for k in BY_CONTENT):  # finished, by names
+    if not left and fid.same_names(cfg, ckpt, BY_CONTENT):            # finished; nothing need be read
         return log(f"{cfg.stage}: finished, nothing to do")
     images, encoder = load_data(cfg), text_encoder(cfg)                   # mid reads captions, never an image
     stamp, null, teacher = images.stamp, encoder(images.null[None]), None
@@ -412,7 +411,7 @@ def set_up(cfg):
         teacher.requires_grad_()                      # else autocast casts its weights anew at each call
         stamp += f", teacher {nets.stamp(weights)}"
     same_data(ckpt, f"{cfg.out}/{cfg.stage}.pt", stamp)
-    if not left:                                      # finished, by content: what is read is what was
+    if not left:                                      # finished, with other names of the same content
         return log(f"{cfg.stage}: finished, nothing to do")
     model = model_size(cfg, images, null.shape[-1])
     state, what = (None, "") if ckpt else first_weights(cfg)
@@ -1107,7 +1106,7 @@ def main(argv):
                 for number in SIGNALS:                # training saves first, the rest just ends
                     signal.signal(number, fid.leave if c.stage in RUN else on_signal)
                 if c.stage in fid.ROAD:
-                    announce(ABOUT[c.stage])
+                    announce(fid.words_of(c))
                 RUN.get(c.stage, train)(c)
     if dist.is_initialized():
         dist.destroy_process_group()

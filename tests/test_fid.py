@@ -797,10 +797,14 @@ def test_of_a_long_trajectory_nine_states_are_drawn_where_most_changes(tmp_path,
     assert late[0][1][:, 0, 0, 0].tolist() == [*range(9)] and len(short[0][1]) == 8
     assert [label.split("\n")[0] for label, _ in (*late, *short)] == ["noise 1", "noise 2", "noise 1, class 7", "noise 2, class 7"]
     assert rows[1][0] == "mid-training alone\nin one step, error 16.00"
-    for nearer, alike in (1, True), (9, False):
+    for nearer, alike in (1, True), (9, False), (-9, False):
         fid.save_trajectory("", x, torch.linspace(1, 0, 17), {"teacher": lambda x, level: x, "mid": lambda x, level: x + nearer})
-        assert said[-1].startswith("Distance to the teacher's end, in one step from noise: teacher 16.00, mid-training alone ") and said[-1].endswith("; scores tell these apart") == alike
-    assert said[0].endswith("mid-training alone 16.00")
+        way = "As near to the teacher's end as" if alike else "Nearer to the teacher's end than" if nearer > 0 else "Less near to the teacher's end than"
+        assert said[-1].startswith(f"{way} its own single step (16.00): mid-training alone ") and said[-1].endswith("; scores tell these apart") == alike
+    fid.save_trajectory("", x, torch.linspace(1, 0, 17), {"teacher": lambda x, level: x, "mid": lambda x, level: x + 9, "post": lambda x, level: x - 1})
+    assert said[-1] == ("Nearer to the teacher's end than its own single step (16.00): mid-training alone 7.00. "
+                        "As near to the teacher's end as its own single step (16.00): after post-training 17.00")
+    assert said[0] == "A single step of mid-training alone misses the teacher's end by 16.00"
 
 
 def test_a_caption_says_where_post_training_made_a_score_worse(tmp_path, monkeypatch):
@@ -810,11 +814,11 @@ def test_a_caption_says_where_post_training_made_a_score_worse(tmp_path, monkeyp
     rows = [{"stage": "mid", "1-step FD-digits": "1.50 +- 0.1", "2-step FD-digits": "0.90"}]
     for first, second in (("1.80", "0.80"), ("1.60", "0.80"), ("1.80", "1.05")):
         fid.save_stages(str(tmp_path), shown, (), "", [*rows, {"stage": "post", "1-step FD-digits": first, "2-step FD-digits": second}])
-    assert ["worse than mid-training alone in 1 step. FD" in said[0], "worse" in said[1], "worse than mid-training alone in 1 and 2 steps. FD" in said[2]] == [True, False, True]
-    assert "scores better than mid-training alone in 2 steps; " in said[0] and "better than mid-training alone in 2 steps; level (within 10 %) with mid-training alone in 1 step. FD" in said[1]
+    assert ["worse than mid-training alone in 1 step.\n" in said[0], "worse" in said[1], "worse than mid-training alone in 1 and 2 steps.\n" in said[2]] == [True, False, True]
+    assert "scores better than mid-training alone in 2 steps; " in said[0] and "better than mid-training alone in 2 steps; level (within 10 %) with mid-training alone in 1 step.\n" in said[1]
     rows = [{"stage": f"{name}, balanced labels", "8-step FD-digits": score} for name, score in (("teacher", "2.32"), ("mid", "3.46"), ("post", "0.95"))]
     fid.save_stages(str(tmp_path), shown, (), "", rows)
-    assert said[3].startswith("Mid-training alone scores worse than the teacher in 8 steps. After post-training scores better than mid-training alone in 8 steps. FD")
+    assert said[3].startswith("Mid-training alone scores worse than the teacher in 8 steps. After post-training scores better than mid-training alone in 8 steps.\n")
 
 
 def test_a_picture_with_scores_stays_until_there_are_others(tmp_path, monkeypatch):
@@ -880,6 +884,11 @@ def test_every_stage_has_an_axis_of_its_own(tmp_path, monkeypatch):
     assert drawn["post-training: gradient norm"] == {"post-training": [(150, 1.0), (300, 1.0), (600, 1.0)]}
     assert [*drawn][:6] == [f"{s}: {y}" for y in ("loss", "gradient norm") for s in ("VGG", "mid-training", "post-training")] and drawn["columns"] == 3
     assert "lower is better" not in drawn["caption"]
+    script = importlib.import_module("train_cmt_imagenet")
+    monkeypatch.setitem(script.ABOUT, "post ecd", "stage 9, mine: by Heun: it rises")
+    for post, words in ("ect", script.ABOUT["post"].partition(": ")[2]), ("ecd", "by Heun: it rises"):           # words of a method
+        save_curve(dataclasses.replace(cfg, post=post))
+        assert f"; in post-training: {words}. Each panel" in drawn["caption"]
     scores = {"stage": "teacher, balanced labels", "8-step FID": "2.00"}, {"stage": "mid", "1-step FID": "5.00 +- 1.00, min 4.00"}, {"stage": "post", "1-step FID": "-"}
     save_curve(cfg, scores)
     scored = "FID, lower is better, in 8 steps: teacher 2.00; in 1 step: mid-training alone 5.00 +- 1.00, min 4.00"

@@ -184,7 +184,7 @@ def test_pairs_carry_the_class_of_their_trajectory():
         return y.argmax(1).float().view(-1, 1, 1, 1).expand_as(x)
     g = torch.Generator().manual_seed(0)
     cfg = script.parse("--data digits --stage mid --nfe 8 --trajectories 6".split())
-    y, x_t, t, owner, x_0 = script.teacher_pairs(cfg, teacher, 10, (1, 8, 8), g)
+    x_t, t, y, owner, x_0 = script.teacher_pairs(cfg, teacher, 10, (1, 8, 8), g)
     assert x_t.shape == (48, 1, 8, 8) and len(set(y.argmax(1).tolist())) > 2
     assert torch.allclose(x_0[owner].mean((1, 2, 3)), y.argmax(1).float(), atol=1e-2)
     late = t < 0.01
@@ -241,7 +241,7 @@ def test_ensembled_distance_sees_both_images_alike():
         views = elatent.draw(x, torch.Generator().manual_seed(seed))
         assert [*views] == elatent.views
         views = views.values()
-        return script.loss_cmt_views(lambda x_t, t: a, None, None, b, elatent, views).item()
+        return script.loss_cmt_views(lambda x_t, t: a, None, None, [b, *views], elatent).item()
     assert seen(x, x, 1) == 0 < seen(x, y, 1) == seen(x, y, 1)
     assert len({elatent(x, y).item(), seen(x, y, 1), seen(x, y, 2)}) == 3
 

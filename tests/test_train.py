@@ -54,14 +54,19 @@ def test_finished_stages_are_skipped_and_left_alone(road, capsys):
     script.main([*TINY, "--out", str(road), "--steps", "3"])
     assert "nothing to do" in capsys.readouterr().out
     script.main([*TINY, "--out", str(road), "--steps", "3", "--stage", "mid"])
-    assert f"mid: done; open curve.png and previews in {road}; --stage eval" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"mid: done; open curve.png and previews in {road}; to draw and score it: python train_cmt_cifar.py" in said
+    argv = said.rpartition("train_cmt_cifar.py ")[2].split()                     # as if the stage had been one of a road
+    assert script.parse(argv) == replace(script.parse([*TINY, "--out", str(road), "--stage", "eval"]), **{k: vars(script.parse(argv))[k] for k in (
+        "batch", "trajectories", "log_every")}) and argv.count("--samples") == 1 and "--lr" not in argv
     assert before == {p.name: p.stat().st_mtime_ns for p in road.glob("*.pt")}
 
 
 @pytest.mark.parametrize("home, argv, words", [
     (script, ["--data", "digits", "--loss", "l2"], "was made with --loss huber, now l2"), (script, [], "was made with --data digits, now cifar10"),
     (script, ["--data", "digits", "--mid", "none"], "was made with --mid cmt, now none"),
-    (importlib.import_module("train_cmt_imagenet"), ["--data", "digits"], "was made with script train_cmt_cifar.py, now train_cmt_imagenet.py")])
+    (importlib.import_module("train_cmt_imagenet"), ["--data", "digits"], "was made with script train_cmt_cifar.py, now train_cmt_imagenet.py; give"),
+    (importlib.import_module("train_cmt_imagenet"), ["--data", "digits", "--loss", "l2"], "now train_cmt_imagenet.py; give the first, or another --out")])
 def test_what_is_drawn_was_made_by_the_command_that_draws(road, home, argv, words, capsys):
     """Else the samples of another loss, script or data set are shown in silence. A teacher elsewhere is missed in a line."""
     for stage in ("sample", "eval"):
@@ -115,13 +120,22 @@ def test_a_dry_run_of_a_solve_that_is_refused_ends_in_its_line(name, flags, caps
 
 @pytest.mark.parametrize("table, key, value, odd", [
     ("PRESETS", ("digits", "post", "mien"), dict(steps=20), "mien"), ("PRESETS", ("digits", "post", "*"), dict(qq=2), "qq"),
-    ("LIMITS", ("0 or more", 0, 9), "lambd", "lambd"), ("MAY_CHANGE", "mid", "q lamda", "lamda"), ("MAY_CHANGE", "post mien", "q", "mien")])
+    ("LIMITS", ("0 or more", 0, 9), "lambd", "lambd"), ("MAY_CHANGE", "mid", "q lamda", "lamda"), ("MAY_CHANGE", "post mien", "q", "mien"),
+    ("ABOUT", "post mien", "words", "mien")])
 def test_a_slip_in_a_table_of_a_fork_is_named(table, key, value, odd, monkeypatch, capsys):
     """Else a row that never matches is silent, and a field that is none a traceback."""
     monkeypatch.setitem(getattr(script, table), key, value)
     with pytest.raises(SystemExit) as stop:
         script.parse(["--data", "digits"])
-    assert stop.value.code == 2 and f"name {odd}, which is no field" in capsys.readouterr().err
+    assert stop.value.code == 2 and f"{table} name {odd}, which is no field" in capsys.readouterr().err
+
+
+def test_a_method_may_have_words_of_its_own(road, monkeypatch):
+    """ABOUT goes by stage, or by stage and method, and the latter is no stage."""
+    monkeypatch.setitem(script.ABOUT, "post annealed", "stage 3 of 4, mine: it rises")
+    ect, annealed = (script.parse([*TINY, "--stage", "post", "--post", post, "--out", str(road)]) for post in ("ect", "annealed"))
+    assert script.fid.words_of(ect) == script.ABOUT["post"] and script.fid.words_of(annealed).endswith("it rises")
+    assert [c.stage for c in fid.stages_of(script, ["--data", "digits"])] == script.STAGES
 
 
 def test_a_decay_without_its_entry_is_refused(capsys):
@@ -468,6 +482,9 @@ def test_post_starts_from_init_file_where_it_is_named(road):
 BAD = [  # (command line, exit code, what the line must say)
     ("--dat digits", 2, "unrecognized arguments: --dat digits; did you mean --data? --help lists every flag"),
     ("--data digits --batch ten", 2, "--batch"),
+    ("--data digits --vgg.steps 4", 2, "unrecognized arguments: --vgg.steps 4; did you mean --steps? --help lists every flag"),
+    ("--data digits --labels balanced", 2, "balanced; it is a flag of train_cmt_imagenet.py and train_mf_imagenet256.py; --help"),
+    ("--data digits --compile False", 2, "unrecognized arguments: False; a switch is --NAME or --no-NAME; --help"),
     ("--data digits --mid best", 2, "choose from"),
     ("--data digits --lr -1", 2, "--lr -1.0 is not possible"),
     ("--data digits --steps 0", 2, "--steps 0 is not possible"),
@@ -602,6 +619,11 @@ def test_a_flag_of_a_stage_that_is_not_trained_is_named(capsys):
     assert "--mid.q has no effect" in said and "--post.nfe has" in said and "--post.init has" in said and said.count("no effect") == 3
     script.fid.stages_of(script, "--data digits --mid none --post.init random".split())            # then it starts the student
     assert not capsys.readouterr().err
+    for flags, idle in (("--mid kd --trajectories 64", "--trajectories"), ("--mid none --nfe=5 --loss l2", "--loss"),       # of no stage
+                        ("--mid none --teacher t.pt --post annealed --dropout 0.1 --no-compile --samples 9", "")):
+        script.fid.stages_of(script, ["--data", "digits", *flags.split()])
+        said = capsys.readouterr().err
+        assert said.count("no effect") == bool(idle) and f"warning: {idle}" in said + "warning: " * (not idle), (flags, said)
     for post, idle in ("ect", True), ("ecd", False):                                                     # of one method
         may = script.MAY_CHANGE | {"post ect": "P_std"}
         script.fid.stages_of(SimpleNamespace(**vars(script) | dict(MAY_CHANGE=may)), f"--data digits --post {post} --post.P_std 2".split())

@@ -1306,13 +1306,13 @@ def compared(table):
     """How post-training scores beside mid-training, and that, where it is worse, beside the teacher."""
     text, scores = "", {net: {k: float(found.split()[0]) for k, found in of.items()}
                         for net, of in scores_of(table).items()}
-    said = dict(falls="better than", rises="worse than") | {"": "level (within 10 %) with"}
+    said = dict(falls="better", rises="worse") | {"": "level (within 10 %)"}
     for before, than, after in ("teacher", "the teacher", "mid"), ("mid", called("mid"), "post"):
         was, now = scores.get(before, {}), scores.get(after, {})
         steps = {way: [k for k in now if k in was and moves(was[k], now[k]) == way] for way in said}
-        parts = [f"{said[way]} {than} in {listed(k)} step{'s' * (k != ['1'])}"
+        parts = [f"{said[way]} in {listed(k)} step{'s' * (k != ['1'])}"
                  for way, k in steps.items() if k and (after == "post" or steps["rises"])]
-        text += f" {called(after).capitalize()} scores {'; '.join(parts)}." * bool(parts)
+        text += f" {called(after).capitalize()} against {than}: {', '.join(parts)}." * bool(parts)
     return text
 
 
@@ -1337,7 +1337,7 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
         columns = torch.stack([x.cpu() for *_, x in shown], 1)
         rows, header, line, breaks = [*zip(names, columns)], [what, *labels], "row", ()
     title, _, words = words.rpartition("\n")
-    title = title or compared(table).strip() or in_short(table) or "The same noises, drawn by every net"
+    title = title or compared(table).strip(" .") or in_short(table) or "The same noises, drawn by every net"
     caption = (f"{title}\nA {line}: one noise for all nets{again}.\n"
                "Mid-training: a student learns the ends of the teacher's trajectories; post-training: it "
                "learns from images.")
@@ -1376,9 +1376,9 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
     means, rows, ways = [(called(net), sum(e) / len(e)) for net, e in errors.items()], [], {}
     for net, mean in means[1:]:                                                           # the teacher first
         ways.setdefault(moves(means[0][1], mean), []).append(f"{net} {mean:.2f}")
-    said = dict(falls="Nearer {} than", rises="Less near {} than") | {"": "As near {} as"}
-    said = [said[way].format("to the teacher's end") + f" its own single step ({means[0][1]:.2f}): "
-            + ", ".join(of) for way, of in ways.items()]
+    said = dict(falls="nearer {} than", rises="less near {} than") | {"": "as near {} as"}
+    said = [f"In one step, {said[way]} the teacher itself ({means[0][1]:.2f}): {', '.join(of)}".format(
+        "to the teacher's end") for way, of in ways.items()]
     said = said or [f"A single step of {net} misses the teacher's end by {mean:.2f}" for net, mean in means]
     for j in range(min(2, states.shape[1])):
         name = f"noise {j + 1}, {names[j % len(names)]}" if names else f"noise {j + 1}"
@@ -1894,6 +1894,8 @@ def check_out(out):
     if not there.is_dir() or not os.access(there, os.W_OK) or there.parts[1:2] in (("proc",), ("sys",)):
         why = "may not be written to" if there.is_dir() else "is a file, or leads nowhere"
         fail(2, f"--out {out}: {there} {why}; name another folder")
+    if out.lower().endswith(PICTURES):
+        fail(2, f"--out {out}: is named as a picture; name a folder")
 
 
 def check_solve(cfg, n, used, world):
@@ -2058,7 +2060,7 @@ def check_teacher(cfg, finished, given, data, wanted):
     said = given(cfg)[1] if given and not own else {}
     if said and not {*wanted} & {*said}:
         maker = home_of(cfg).nets.MAKERS.get(cfg.teacher, "")
-        fail(3, f"--teacher {cfg.teacher}: a net of another kind{maker}; pass a teacher of this script")
+        fail(3, f"--teacher {cfg.teacher}: a net{maker}, no teacher of this script; pass one")
     if odd := [name for name in wanted if said.get(name, wanted[name]) != wanted[name]]:
         fail(3, f"--teacher {cfg.teacher}: its {odd[0]} is {said[odd[0]]}, that of --data {cfg.data} is "
                 f"{wanted[odd[0]]}; pass a teacher of such data")

@@ -1513,7 +1513,7 @@ def dit_shape(state, name):
         classes = len(state["y_embedder.embedding_table.weight"]) - 1
         depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
     except (KeyError, ValueError, IndexError) as e:
-        kind = f"no DiT, SiT or Mean Flow net, but one{MAKERS.get(name, '')} without {e}"
+        kind = f"no DiT, SiT or Mean Flow net, but a net{MAKERS.get(name, '')} without {e}"
         raise WeightsError(f"{name}: {kind}; pass one") from None
     heads = [row["num_heads"] for row in SIZES.values()
              if (row.get("hidden_size"), row.get("depth")) == (hidden, depth)]

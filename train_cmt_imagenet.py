@@ -453,7 +453,7 @@ def draw_sheets(cfg, found):
     samplers = {(name, steps): make_sampler(balanced, net, kind)
                 for name, net, kinds, _ in found for steps, kind in kinds.items()}
     shown, classes, words = fid.save_classes(cfg, found, samplers, found[0][1].label_dim)
-    words += " With --loss huber post-training improves it." * (cfg.data == "digits" and cfg.loss == "lpips")
+    words += " By --loss huber post-training scores better." * (cfg.data == "digits" and cfg.loss == "lpips")
     if found[0][0] == "teacher":
         teacher, sigmas = found[0][1], teacher_sigmas(cfg.nfe)
         x_T, y, _ = prior(teacher, range(12), "balanced")

@@ -947,7 +947,8 @@ def read_net(cfg, name):
     """(weights, constructor arguments) of a FILE or URL: ours, or a bare state dict of --size."""
     state, model, stated = nets.read_weights(name)
     if "context_embedder.weight" not in state:
-        raise nets.WeightsError(f"{name}: no MM-DiT, it has no context_embedder.weight; pass one")
+        kind = f"no MM-DiT, but a net{nets.MAKERS.get(name, '')} without context_embedder.weight"
+        raise nets.WeightsError(f"{name}: {kind}; pass one")
     fid.same_guidance(cfg, stated, name)
     if not model:
         two_clocks = any(k.startswith(("r_embedder.", "h_embedder.")) for k in state)

@@ -799,11 +799,11 @@ def test_of_a_long_trajectory_nine_states_are_drawn_where_most_changes(tmp_path,
     assert rows[1][0] == "mid-training alone\nin one step, error 16.00"
     for nearer, alike in (1, True), (9, False), (-9, False):
         fid.save_trajectory("", x, torch.linspace(1, 0, 17), {"teacher": lambda x, level: x, "mid": lambda x, level: x + nearer})
-        way = "As near to the teacher's end as" if alike else "Nearer to the teacher's end than" if nearer > 0 else "Less near to the teacher's end than"
-        assert said[-1].startswith(f"{way} its own single step (16.00): mid-training alone ") and said[-1].endswith("; scores tell these apart") == alike
+        way = "as near to the teacher's end as" if alike else "nearer to the teacher's end than" if nearer > 0 else "less near to the teacher's end than"
+        assert said[-1].startswith(f"In one step, {way} the teacher itself (16.00): mid-training alone ") and said[-1].endswith("; scores tell these apart") == alike
     fid.save_trajectory("", x, torch.linspace(1, 0, 17), {"teacher": lambda x, level: x, "mid": lambda x, level: x + 9, "post": lambda x, level: x - 1})
-    assert said[-1] == ("Nearer to the teacher's end than its own single step (16.00): mid-training alone 7.00. "
-                        "As near to the teacher's end as its own single step (16.00): after post-training 17.00")
+    assert said[-1] == ("In one step, nearer to the teacher's end than the teacher itself (16.00): mid-training alone 7.00. "
+                        "In one step, as near to the teacher's end as the teacher itself (16.00): after post-training 17.00")
     assert said[0] == "A single step of mid-training alone misses the teacher's end by 16.00"
 
 
@@ -814,11 +814,11 @@ def test_a_caption_says_where_post_training_made_a_score_worse(tmp_path, monkeyp
     rows = [{"stage": "mid", "1-step FD-digits": "1.50 +- 0.1", "2-step FD-digits": "0.90"}]
     for first, second in (("1.80", "0.80"), ("1.60", "0.80"), ("1.80", "1.05")):
         fid.save_stages(str(tmp_path), shown, (), "", [*rows, {"stage": "post", "1-step FD-digits": first, "2-step FD-digits": second}])
-    assert ["worse than mid-training alone in 1 step.\n" in said[0], "worse" in said[1], "worse than mid-training alone in 1 and 2 steps.\n" in said[2]] == [True, False, True]
-    assert "scores better than mid-training alone in 2 steps; " in said[0] and "better than mid-training alone in 2 steps; level (within 10 %) with mid-training alone in 1 step.\n" in said[1]
+    assert ["against mid-training alone: better in 2 steps, worse in 1 step\n" in said[0], "worse" in said[1], "against mid-training alone: worse in 1 and 2 steps\n" in said[2]] == [True, False, True]
+    assert said[0].startswith("After post-training against mid-training alone: ") and "against mid-training alone: better in 2 steps, level (within 10 %) in 1 step\n" in said[1]
     rows = [{"stage": f"{name}, balanced labels", "8-step FD-digits": score} for name, score in (("teacher", "2.32"), ("mid", "3.46"), ("post", "0.95"))]
     fid.save_stages(str(tmp_path), shown, (), "", rows)
-    assert said[3].startswith("Mid-training alone scores worse than the teacher in 8 steps. After post-training scores better than mid-training alone in 8 steps.\n")
+    assert said[3].startswith("Mid-training alone against the teacher: worse in 8 steps. After post-training against mid-training alone: better in 8 steps\n")
 
 
 def test_a_picture_with_scores_stays_until_there_are_others(tmp_path, monkeypatch):

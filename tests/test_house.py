@@ -68,7 +68,7 @@ OWN = {"Config", "load_data", "data_name", "check", "teacher_pairs", "make_sampl
 # the same day, fid +48: a flag that no stage of a road reads is named, and so are a flag of another script and a net of another kind; words of a method, the command that scores a
 #   stage, headings that conclude; scripts -1 to -2: a batch is its rows alone, what it is regressed onto among them, and "finished" is asked by names, then by content;
 BUDGET = {"train_cmt_cifar.py": 696, "train_cmt_imagenet.py": 942, "train_mf_imagenet256.py": 904,
-          "train_t2i_coco.py": 1117, "nets.py": 1857, "fid.py": 2552, "solvers.py": 198, "bench.py": 968,
+          "train_t2i_coco.py": 1118, "nets.py": 1857, "fid.py": 2554, "solvers.py": 198, "bench.py": 968,
           "claims.py": 628, "README.md": 229}
 FLAGS = {"train_cmt_cifar.py": 35, "train_cmt_imagenet.py": 42, "train_mf_imagenet256.py": 42, "train_t2i_coco.py": 43}
 README = (ROOT / "README.md").read_text()

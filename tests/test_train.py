@@ -2,6 +2,7 @@
 import contextlib
 import hashlib
 import importlib
+import itertools
 import json
 import os
 import re
@@ -434,7 +435,7 @@ def test_a_file_is_scored_beside_the_pictures_of_the_run(road, capsys):
     assert stages.stat().st_mtime_ns == before and "open stages_init_mid.png and results.md" in text and "curve.png" not in text and "of training" not in text
     assert "too few for 64 features" in text
     rows = [{"stage": stage, "1-step FD-digits": str(score), "2-step FD-digits": "1"} for stage, score in (("mid", 2), ("post", 3))]
-    assert fid.compared(rows) == " Mid- and post-training scores worse than mid-training alone in 1 step; level (within 10 %) with mid-training alone in 2 steps." and not fid.compared(rows[::-1][1:])
+    assert fid.compared(rows) == " Mid- and post-training against mid-training alone: worse in 1 step, level (within 10 %) in 2 steps." and not fid.compared(rows[::-1][1:])
 
 
 @pytest.mark.parametrize("fetch", [fid.fetch, nets.fetch])
@@ -833,3 +834,15 @@ def test_the_network_of_the_forking_guide_trains(here, monkeypatch):
     forked(text, monkeypatch).main([*TINY, "--steps", "2", "--dropout", "0.5", "--out", "x"])
     assert Path("x/results.md").exists() and {*nets.load_checkpoint("x/post.pt")["ema"]} == {
         f"{layer}.{what}" for layer in ("first", "last") for what in ("weight", "bias")}
+
+
+def test_a_teacher_of_another_script_is_named(capsys):
+    """Every script with the teachers of the three others: one line with the script that made it, and no line of a run before it."""
+    scripts = [importlib.import_module(f"train_{name}") for name in ("cmt_cifar", "cmt_imagenet", "mf_imagenet256", "t2i_coco")]
+    for home in scripts:
+        home.main(f"--data digits --stage pretrain --steps 1 --batch 2 --out {home.__name__} --log_every 1".split())
+    for home, other in itertools.permutations(scripts, 2):
+        argv = f"--data digits --stage mid --teacher {other.__name__}/pretrain.pt --out new".split()
+        exit_code, err = code([*argv, *["--loss", "huber"] * (home in scripts[:2])], capsys, home.main)
+        assert exit_code == 3 and f" of {other.__name__}.py" in err and err.count("\n") == 1, (home, other, err)
+        assert not os.path.exists("new")

@@ -1376,9 +1376,10 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
     means, rows, ways = [(called(net), sum(e) / len(e)) for net, e in errors.items()], [], {}
     for net, mean in means[1:]:                                                           # the teacher first
         ways.setdefault(moves(means[0][1], mean), []).append(f"{net} {mean:.2f}")
-    said = dict(falls="nearer {} than", rises="less near {} than") | {"": "as near {} as"}
-    said = [f"In one step, {said[way]} the teacher itself ({means[0][1]:.2f}): {', '.join(of)}".format(
-        "to the teacher's end") for way, of in ways.items()]
+    end = "to the teacher's end"
+    said = dict(falls=f"nearer {end} than", rises=f"less near {end} than") | {"": f"as near {end} as"}
+    said = [f"In one step, {said[way]} the teacher itself ({means[0][1]:.2f}): {', '.join(of)}"
+            for way, of in ways.items()]
     said = said or [f"A single step of {net} misses the teacher's end by {mean:.2f}" for net, mean in means]
     for j in range(min(2, states.shape[1])):
         name = f"noise {j + 1}, {names[j % len(names)]}" if names else f"noise {j + 1}"
@@ -1804,7 +1805,7 @@ def parser(doc, config, stages):
 
 
 MEANT = {"learning_rate": "lr", "epochs": "steps", "iterations": "steps", "max_steps": "steps",
-         "class": "labels", "ema": "ema_beta"}           # elsewhere: here
+         "class": "labels", "classes": "labels", "ema": "ema_beta"}           # elsewhere: here
 
 
 def refuse(flags, where, message):
@@ -2058,10 +2059,12 @@ def check_teacher(cfg, finished, given, data, wanted):
     own = finished(f"{cfg.out}/pretrain.pt") if cfg.teacher in ("", "scratch") else None
     same_data(own, f"{cfg.out}/pretrain.pt", data)
     said = given(cfg)[1] if given and not own else {}
-    if said and not {*wanted} & {*said}:
-        maker = home_of(cfg).nets.MAKERS.get(cfg.teacher, "")
-        fail(3, f"--teacher {cfg.teacher}: a net{maker}, no teacher of this script; pass one")
-    if odd := [name for name in wanted if said.get(name, wanted[name]) != wanted[name]]:
+    maker = home_of(cfg).nets.MAKERS.get(cfg.teacher, "")
+    odd = [name for name in wanted if said.get(name, wanted[name]) != wanted[name]]
+    ours = maker in ("", f" of {os.path.basename(home_of(cfg).__file__)}")
+    if said and (odd and not ours or not {*wanted} & {*said}):
+        fail(3, f"--teacher {cfg.teacher}: a net{maker}, no teacher of this script and data; pass one")
+    if odd:
         fail(3, f"--teacher {cfg.teacher}: its {odd[0]} is {said[odd[0]]}, that of --data {cfg.data} is "
                 f"{wanted[odd[0]]}; pass a teacher of such data")
 
@@ -2247,23 +2250,23 @@ def overview(road, device, cfg):
     text = ", ".join(f"{stage} {steps:,} steps of {batch}" for stage, (steps, batch) in ROAD.items())
     images = sum(map(math.prod, ROAD.values()))
     for left, c in [item for item in road if item[1].stage == "mid"]:
-        with contextlib.suppress(ZeroDivisionError):         # of a solve that check refuses, in a dry run
-            n, used = home_of(c).solve_size(c)
-            calls = getattr(c, "nodes", c.nfe + 1) - 1
-            calls *= n * (calls + 1) / 2 if c.mid == "slow" else n
-            images += math.ceil(left * c.batch / (n * used)) * calls / 3     # a call: a third of an image
+        n, used = home_of(c).solve_size(c)
+        calls = getattr(c, "nodes", c.nfe + 1) - 1
+        calls *= n * (calls + 1) / 2 if c.mid == "slow" else n
+        images += math.ceil(left * c.batch / (n * used)) * calls / 3         # a call: a third of an image
     n, least = processes()[1], images / (1000 if cfg.data == "digits" else 250)
     text = f"{n} process{'es' * (n > 1)} on {device.type}; to train: {text or 'nothing'}"
     text += ", what is there is drawn and scored (again)" * (not ROAD and cfg.stage in ("all", "eval"))
     if ROAD and device.type == "cpu":
         small = cfg.data == "digits" or getattr(cfg, "res", 0) == 16 and least < 4_000
-        text += (f"; {duration(least)} to {duration(4 * least)} of a core in fp32, and scores" if small else
+        scores = "half a minute of scores" if cfg.data == "digits" else "scores"
+        text += (f"; {duration(least)} to {duration(4 * least)} of a core in fp32, and {scores}" if small else
                  "\nwarning: there is no GPU; a CPU trains --data digits in minutes, and in hours, with "
                  "OMP_NUM_THREADS=1, nets as small as those of --res 16")
     for c in [c for left, c in road if left]:
         text += (f"\nwarning: {c.stage}: {c.precision} is slow on most CPUs, up to eight times; pass "
                  f"--{c.stage}.precision fp32") * (device.type == "cpu" and c.precision in ("bf16", "fp16"))
-        kept, low = c.ema_beta**c.steps * (not getattr(c, "ema_std", 0)), max(0, 1 - 5 / c.steps)
+        kept, low = c.ema_beta**c.steps * (not getattr(c, "ema_std", 0)), max(0.1, 1 - 5 / c.steps)
         text += (f"\nwarning: {c.stage}: the average, which is shown and scored, keeps {kept:.0%} of the "
                  f"first weights; pass a lower --{c.stage}.ema_beta, as {low:.3g}") * (kept > 0.1)
         text += (f"\nwarning: {c.stage}: warm-up takes {c.warmup} of {c.steps} steps; pass a lower "
@@ -2290,7 +2293,8 @@ def dry_run(home, argv, configs):
             codes.update({c.stage: codes.get(c.stage, stopped.code)} if stopped.code else {})
 
     for c, trains in [(c, tried(c, home.check)) for c in configs]:
-        if trains or trains is None and c.stage not in home.RUN:         # what is refused is to train as well
+        # what misses a file is to train as well; what is refused for its flags is not counted with them
+        if trains or trains is None and c.stage not in home.RUN and codes.get(c.stage) != 2:
             left = c.steps if c.stage in codes else (tried(c, home.resume) or (None, 0))[1]
             road[c.stage] = left, c
     for c in configs:

@@ -1121,9 +1121,11 @@ def read_weights(path_or_url):
         kind = "a folder, not a" if os.path.isdir(path) else "no such"
         raise FileNotFoundError(f"{path or repr(path)}: {kind} file; give a file or a URL")
     with open(path, "rb") as f:
-        if re.fullmatch(rb"[\s!-~]*", begin := f.read(99)):
-            what = "text" if begin else "empty"
-            raise WeightsError(f"{path}: it is {what}, no weights; copy the file itself")
+        begin = f.read(99)
+    text, picture = re.fullmatch(rb"[\s!-~]*", begin), re.match(rb"\x89PNG|\xff\xd8\xff|GIF8", begin)
+    if text or picture:
+        what = "a picture" if picture else "text" if begin else "empty"
+        raise WeightsError(f"{path}: it is {what}, no weights; copy the file itself")
     with contextlib.suppress(zipfile.BadZipFile):         # a damaged one is named below
         if zipfile.is_zipfile(path) and "/data.pkl" not in " ".join(zipfile.ZipFile(path).namelist()):
             raise WeightsError(f"{path}: a .zip of other files, no weights; pass a .pt, .pkl or .safetensors")

@@ -53,7 +53,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     lr: float = 2e-4            # learning rate of RAdam (B.2); pretrain: of Adam
     decay: Literal["linear", "constant"] = "linear"      # of lr, to zero (B.2)
     warmup: int = 0             # steps of linear warm-up
-    ema_beta: float = 0.999     # choice: the number is missing in B.2; the authors' run script passes 0.999
+    ema_beta: float = 0.999     # average weights keep this share a step; choice: as in the authors' code
     dropout: float = 0.2        # of the student (B.2)
 
     loss: Literal["lpips", "huber", "l2"] = "lpips"      # mid: d of Eq. 7; the others are those of App. D
@@ -520,7 +520,7 @@ def check(cfg):
     if cfg.res and cfg.res != side:
         fail(2, f"--res {cfg.res}: --data {cfg.data} has {side}x{side} pixels; leave --res out")
     if cfg.stage == "post" and (cfg.post == "annealed") != (cfg.double > 0):
-        fail(2, f"--double {cfg.double}: the steps after which --post annealed raises q; else 0")
+        fail(2, f"--double {cfg.double} with --post {cfg.post}: of annealed alone, above 0; leave it out")
     if cfg.stage == "post" and cfg.double and cfg.q ** (1 + (cfg.steps - 1) // cfg.double) > 2**20:
         fail(2, f"--double {cfg.double}: q passes 2^20 in {cfg.steps} steps, t = r in fp32; raise it")
     if cfg.stage == "mid" and trains:
@@ -542,7 +542,7 @@ def check_files(cfg):
     if cfg.stage == "mid" and (cfg.data == "digits" or data_name(cfg) == "own" and os.path.exists(cfg.data)):
         side, _, channels = (8, 8, 1) if cfg.data == "digits" else fid.image_shape(cfg.data, cfg.res)
         if read_teacher:
-            shape = dict(img_channels=channels, img_resolution=side)
+            shape = dict(img_channels=channels, img_resolution=side, label_dim=0)
             fid.check_teacher(cfg, nets.finished, read_teacher, None, shape)
         if cfg.loss == "lpips" and (channels != 3 or side < 16):
             fail(2, f"--loss lpips needs 3x16x16 at least, not {channels}x{side}x{side}; or --loss huber")
@@ -637,7 +637,7 @@ def candidates(cfg):
     for stage in ("mid", "post"):
         if ckpt := nets.finished(f"{cfg.out}/{stage}.pt"):
             found.append((stage, build(cfg, ckpt["model"], ckpt["ema"], stage), few, ckpt))
-    return found or fail(3, f"no finished stage in {cfg.out}; run --stage pretrain, or pass --init FILE")
+    return found or fail(3, f"no finished stage in {cfg.out}: right --out? run --stage pretrain, or --init")
 
 
 def evaluate(cfg):

@@ -59,7 +59,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     lr: float = 7e-4            # learning rate of Adam (B.3)
     decay: Literal["linear", "constant", "sqrt", "steps"] = "linear"     # of lr; sqrt: EDM2; steps: B.5
     warmup: int = 0             # steps of linear warm-up
-    ema_beta: float = 0.999     # choice: the number is missing in B.3; as in their 512 script
+    ema_beta: float = 0.999     # average weights keep this share a step; choice: as in their 512 code
     ema_std: float = 0.0        # > 0: power-function EMA of this relative width (EDM2), instead of ema_beta
     dropout: float = 0.5        # of the student, at resolutions up to 16 (B.3, as ECT-XL); pretrain: all
 
@@ -878,7 +878,7 @@ def candidates(cfg):
     for stage in ("mid", "post"):
         if ckpt := nets.finished(f"{cfg.out}/{stage}.pt"):
             found.append((stage, build(cfg, ckpt["model"], ckpt["ema"], stage), few, ckpt))
-    return found or fail(3, f"no finished stage in {cfg.out}; run --stage pretrain, or pass --init FILE")
+    return found or fail(3, f"no finished stage in {cfg.out}: right --out? run --stage pretrain, or --init")
 
 
 def evaluate(cfg):

@@ -62,7 +62,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     lr: float = 1e-4            # learning rate of Adam (MF; B.4)
     decay: Literal["linear", "constant"] = "constant"    # of lr, to zero (B.4: constant)
     warmup: int = 0             # steps of linear warm-up; MF: none
-    ema_beta: float = 0.9999    # MF
+    ema_beta: float = 0.9999    # average weights keep this share a step (MF)
     dropout: float = 0.1        # of the class: share of samples (mid: trajectories) with the null class (MF)
 
     omega: float = 0.2          # guided: omega v + kappa u(y) + (1 - omega - kappa) u(null), u at r = t;
@@ -839,7 +839,7 @@ def candidates(cfg):
             name = "teacher" if stage == "pretrain" else stage
             found.append((name, build(cfg, ckpt["model"], ckpt["ema"], stage), ckpt))
     if not found:
-        fail(3, f"no finished stage in {cfg.out}; run --stage pretrain, or pass --init FILE")
+        fail(3, f"no finished stage in {cfg.out}: right --out? run --stage pretrain, or --init")
     kinds, many = {1: 1, 2: 2, cfg.nfe: cfg.nfe}, {1: 1, cfg.nfe: cfg.nfe}    # one clock needs many steps
     return [(name, net, many if net.r_embedder is None else kinds, ckpt) for name, net, ckpt in found]
 

@@ -66,7 +66,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     decay: Literal["linear", "constant"] = "constant"    # of lr, to zero (B.6: constant)
     warmup: int = 0             # steps of linear warm-up; MF, REPA: none
     clip: float = 0.0           # largest gradient norm; 0 = off, as MF
-    ema_beta: float = 0.9999    # MF, REPA
+    ema_beta: float = 0.9999    # average weights keep this share a step (MF, REPA)
     dropout: float = 0.1        # share of samples (mid: trajectories) with the null caption (U-ViT)
 
     omega: float = 1.0          # guided velocity: omega v + kappa u(text) + (1 - omega - kappa) u(null);
@@ -1005,7 +1005,7 @@ def candidates(cfg):
             name = "teacher" if stage == "pretrain" else stage
             found.append((name, build(cfg, ckpt["model"], ckpt["ema"], stage), ckpt))
     if not found:
-        fail(3, f"no finished stage in {cfg.out}; run --stage pretrain, or pass --init FILE")
+        fail(3, f"no finished stage in {cfg.out}: right --out? run --stage pretrain, or --init")
     few, many = {1: 1, 2: 2}, {1: 1, cfg.nfe: cfg.nfe}                        # one clock needs many steps
     return [(name, net, many if net.r_embedder is None else few, ckpt) for name, net, ckpt in found]
 

@@ -461,6 +461,8 @@ def test_damaged_or_foreign_pt_is_one_clear_error(tmp_path, nvidia, write, marke
     torch.save(dict(a=torch.ones(100)), tmp_path / "x.pt")
     whole = (tmp_path / "x.pt").read_bytes()
     refuse(write(b"404: not found\n", name="x.pt"), "it is text, no weights", ValueError)
+    for head in b"\x89PNG\r\n", b"\xff\xd8\xff\xe0", b"GIF89a":
+        refuse(write(head + bytes(99), name="x.pt"), "it is a picture, no weights", ValueError)
     torch.save(dict(ema={"w": torch.randn(300, 300)}), tmp_path / "whole.pt")
     for size in 200, 5_000, 20_000, 300_000:          # torch's reader fails in another way at each
         refuse(write((tmp_path / "whole.pt").read_bytes()[:size], name="x.pt"), "x.pt: damaged, cut short", ValueError)

@@ -131,6 +131,16 @@ def test_a_slip_in_a_table_of_a_fork_is_named(table, key, value, odd, monkeypatc
     assert stop.value.code == 2 and f"{table} name {odd}, which is no field" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flags, trains", [("--ema_beta 1.5", ""), ("--batch -4", ""), ("--post.lr 0", "pretrain 2,000 steps of 32, mid 900 steps of 32;"),
+                                           ("--mid.trajectories 3", "pretrain 2,000 steps of 32, post 600 steps of 32;")])
+def test_a_dry_run_does_not_count_with_what_it_refuses(flags, trains, capsys):
+    """An average that grows, a batch below 0, pairs that fill no batch: their steps, seconds and warnings would be nonsense."""
+    with pytest.raises(SystemExit) as stop:
+        script.main(["--data", "digits", "--dry_run", *flags.split()])
+    said = capsys.readouterr()
+    assert stop.value.code == 2 and said.err.count("\n") == 1 and f"to train: {trains or 'nothing'}" in said.out and "keeps" not in said.out
+
+
 def test_a_method_may_have_words_of_its_own(road, monkeypatch):
     """ABOUT goes by stage, or by stage and method, and the latter is no stage."""
     monkeypatch.setitem(script.ABOUT, "post annealed", "stage 3 of 4, mine: it rises")
@@ -521,9 +531,9 @@ BAD = [  # (command line, exit code, what the line must say)
     ("--data digits --steps 99999999999999", 2, "it must be above 0, below 1e12"),
     ("--data digits --P_mean nan", 2, "--P_mean: nan is not possible; it must be finite"),
     ("--data cifar10 --res 16 --loss huber", 2, "--res 16: --data cifar10 has 32x32 pixels; leave --res out"),
-    ("--data digits --post annealed --double 0 --stage post", 2, "--double 0: the steps after which --post annealed raises q"),
+    ("--data digits --post annealed --double 0 --stage post", 2, "--double 0 with --post annealed: of annealed alone, above 0"),
     ("--data digits --post.P_mean -40", 2, "--P_mean -40.0 is not possible; it must be in -10 to 10"),
-    ("--data digits --q 2 --double 187 --stage post", 2, "--double 187: the steps after which --post annealed raises q; else 0"),
+    ("--data digits --q 2 --double 187 --stage post", 2, "--double 187 with --post ect: of annealed alone, above 0; leave it out"),
     ("--data digits --post.mid none", 2, "--post.mid: the method belongs to the folder, not to a stage; write --mid"),
     ("--data digits --mid.mid none --dry_run", 2, "--mid.mid: the method belongs to the folder, not to a stage; write --mid"),
     ("--data digits --pretrain.post annealed", 2, "--pretrain.post: the method belongs to the folder, not to a stage; write --post"),

@@ -427,7 +427,7 @@ def photos(args, device):
                        f"FD-photos: Frechet distance of {n:,} images to the real ones, by features of a "
                        f"small net; {features.scale} against the other. Such nets hardly draw objects.\n"
                        "Mid-training on the teacher's ends: pseudo-Huber; post-training on images: plain "
-                       f"norm, alone annealed. Equally many images, of {os.path.basename(args.data)}.")
+                       f"norm, alone annealed; as many images or pairs, of {os.path.basename(args.data)}.")
             breaks = fid.breaks_between([label.partition("\n")[0] for label, _ in (*shown, real)])
             fid.save_sheet(f"{args.out}/{seed}/photos.png", [*shown, real], caption, breaks=breaks)
 
@@ -436,9 +436,9 @@ FM = "--pretrain fm --weak SIZE --init sit"           # SIZE: --size, of student
 HELPS = dict(falls="helps", rises="harms") | {"": "changes little"}            # by fid.moves, without -> with
 CAPTION = ("Does mid-training help Mean Flow on photos ({})? In one step {}; in two {}\n"
            "FD-photos (Frechet distance to {} at 16x16, by features of a small net; {} against the other) "
-           "against CPU seconds, those of the teacher or start net included. CMT: mid-training by a small "
-           "teacher, then training on photos. The others train on photos alone, from random weights or a "
-           "flow-matching net. A dot each 150 steps; compare the last. docs/results.md has three seeds.")
+           "against CPU seconds, teacher or start net included; beside other work they are too many. CMT: "
+           "mid-training by a small teacher, then training on photos. The others train on photos alone, "
+           "from random weights or a flow-matching net. Compare the last dots. docs/results.md: three seeds.")
 ROADS = {  # road: the road whose teacher it goes on from, its calls, laid over the settings of digits
     "flow matching": ("", ["--stage pretrain --pretrain fm --weak SIZE --steps 320"]),
     "weak Mean Flow": ("", ["--stage pretrain --weak 2x64x3 --steps 800"]),
@@ -500,7 +500,7 @@ def roads(args, device):
     best = [[min((y for name, y in end.items() if ("CMT" in name) is ours), default=float("nan"))
              for ours in (False, True)] for end in ends]
     verdict = dict(falls="ahead: ", rises="behind: ")                          # of means alone, without nan
-    said = [verdict.get(fid.moves(*pair), "level: ") * ("," in args.seeds and sum(pair) > 0)
+    said = [verdict.get(fid.moves(*pair), "level: ") * (sum(pair) > 0)
             + f"{pair[1]:.2f} with it, {pair[0]:.2f} the best without" for pair in best]
     words = CAPTION.format(seeds, *said, os.path.basename(args.data), features.scale)
     marks = {statistics.mean(end.values()): f"{road}: post-training begins" for road, end in mid.items()}

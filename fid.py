@@ -1292,14 +1292,17 @@ def listed(names):
 
 
 def in_short(table):
-    """A table of scores in a line, nets that are scored in the same steps together; "" without scores."""
-    scores = {called(name): found for name, found in scores_of(table).items() if found}
+    """The last net's score in its fewest steps, the teacher's in as many and in its most; or ""."""
+    scores = {name: found for name, found in scores_of(table).items() if found}
     measure = next((key.partition("-step ")[2] for row in table for key in row if "-step F" in key), "")
-    told = []
-    for steps, nets in itertools.groupby(scores, lambda net: " / ".join(scores[net])):
-        found = ", ".join(f"{net} {' / '.join(scores[net].values())}" for net in nets)
-        told.append(f"in {steps} step{'s' * (steps != '1')}: {found}")
-    return f"{measure}, lower is better, {'; '.join(told)}" if told else ""
+    if not scores:
+        return ""
+    net, teacher = [*scores][-1], scores.get("teacher", {})
+    few, many = next(iter(scores[net])), next(reversed(teacher), "")
+    said = f"{called(net)} {scores[net][few]}"
+    said += f", teacher {teacher.get(few)}" * (few in teacher and net != "teacher")
+    said += f", teacher in {many} steps {teacher.get(many)}" * (many not in ("", few))
+    return f"{measure}, lower is better, in {few} step{'s' * (few != '1')}: {said}"
 
 
 def compared(table):
@@ -1337,8 +1340,8 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
         columns = torch.stack([x.cpu() for *_, x in shown], 1)
         rows, header, line, breaks = [*zip(names, columns)], [what, *labels], "row", ()
     title, _, words = words.rpartition("\n")
-    title = title or compared(table).strip(" .") or in_short(table) or "The same noises, drawn by every net"
-    caption = (f"{title}\nA {line}: one noise for all nets{again}.\n"
+    title = title or in_short(table) or "The same noises, drawn by every net"
+    caption = (f"{title}\nA {line}: one noise for all nets{again}.{compared(table)}\n"
                "Mid-training: a student learns the ends of the teacher's trajectories; post-training: it "
                "learns from images.")
     caption += (" Whether mid-training helps is not seen here; README (Does mid-training help?) compares."
@@ -1373,20 +1376,16 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
     answers = {name: torch.stack([firsts[name][:2], *(f(x[:2], level[:2]) if level.all() else x[:2]
                                                       for x, level in later)]) for name, f in nets.items()}
     errors = {k: (x - states[-1]).square().flatten(1).mean(1).sqrt().tolist() for k, x in firsts.items()}
-    means, rows, ways = [(called(net), sum(e) / len(e)) for net, e in errors.items()], [], {}
-    for net, mean in means[1:]:                                                           # the teacher first
-        ways.setdefault(moves(means[0][1], mean), []).append(f"{net} {mean:.2f}")
-    end = "to the teacher's end"
-    said = dict(falls=f"nearer {end} than", rises=f"less near {end} than") | {"": f"as near {end} as"}
-    said = [f"In one step, {said[way]} the teacher itself ({means[0][1]:.2f}): {', '.join(of)}"
-            for way, of in ways.items()]
-    said = said or [f"A single step of {net} misses the teacher's end by {mean:.2f}" for net, mean in means]
+    means = {net: sum(e) / len(e) for net, e in errors.items()}                           # the teacher first
+    rows, alike = [], len(means) > 1 and max(means.values()) < 1.2 * min(means.values())
     for j in range(min(2, states.shape[1])):
         name = f"noise {j + 1}, {names[j % len(names)]}" if names else f"noise {j + 1}"
         rows.append((f"{name}\nstates of the teacher", show((states / wide)[:, j])))          # at unit scale
         for net, x in answers.items():
-            rows.append((f"{called(net)}\nin one step, error {errors[net][j]:.2f}", show(x[:, j])))
-    caption = (". ".join(said) + "; scores tell these apart" * ([*ways] == [""]) + "\n"
+            rows.append((f"{called(net)}, in one step\nerror from noise {errors[net][j]:.2f}", show(x[:, j])))
+    missed = ", ".join(f"{mean:.2f} ({called(net)})" for net, mean in means.items())
+    caption = (f"One step from noise misses what the teacher reaches in {n - 1} steps by {missed}"
+               + "; scores tell these apart" * alike + "\n"
                f"The teacher walks in {n - 1} steps, as for mid-training, from noise, left, to its end, "
                "right. Below: where each net gets from there in one step"
                + ("; mid-training trains every image of its row to be that end" if levels.max() > 1 else
@@ -2061,8 +2060,8 @@ def check_teacher(cfg, finished, given, data, wanted):
     said = given(cfg)[1] if given and not own else {}
     maker = home_of(cfg).nets.MAKERS.get(cfg.teacher, "")
     odd = [name for name in wanted if said.get(name, wanted[name]) != wanted[name]]
-    ours = maker in ("", f" of {os.path.basename(home_of(cfg).__file__)}")
-    if said and (odd and not ours or not {*wanted} & {*said}):
+    other = maker.startswith(" of train_") and maker != f" of {os.path.basename(home_of(cfg).__file__)}"
+    if said and (odd and other or not {*wanted} & {*said}):
         fail(3, f"--teacher {cfg.teacher}: a net{maker}, no teacher of this script and data; pass one")
     if odd:
         fail(3, f"--teacher {cfg.teacher}: its {odd[0]} is {said[odd[0]]}, that of --data {cfg.data} is "

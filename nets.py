@@ -728,14 +728,12 @@ class ELatentLPIPS(VGG):
     the features of a target can be kept only without.
     """
     ENSEMBLES = {"none": "", "bg": "bg", "bgc": "bgc", "bgcfnc": "bgcfno"}       # o: cutout
-    VIEWS = {"affine": "bg", "colour": "c", "gains": "f", "noise": "n", "mask": "o"}    # of .draw, in order
 
     def __init__(self, vgg_state=None, num_classes=0, ensemble="none"):
         super().__init__(4, LPIPS.WIDTHS, num_classes=0, pools=(3, 4), groups=32)
         if ensemble not in self.ENSEMBLES:
             raise ValueError(f"ensemble={ensemble!r}: it must be one of {', '.join(self.ENSEMBLES)}")
         self.parts = self.ENSEMBLES[ensemble]
-        self.views = [view for view, parts in self.VIEWS.items() if {*parts} & {*self.parts}]
         if num_classes:
             self.head = nn.Sequential(
                 nn.AdaptiveAvgPool2d(7), nn.Flatten(), nn.Linear(512 * 49, 4096), nn.ReLU(), nn.Dropout(),

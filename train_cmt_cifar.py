@@ -115,8 +115,8 @@ ABOUT = {"pretrain": "stage 1 of 4, pre-training: the loss soon falls slowly, im
          "post": "stage 3 of 4, post-training (Eq. 3): a large gradient and a level loss are normal",
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = ["pretrain", "mid", "post", "eval"]          # what --stage all runs, in this order
-INITS = "teacher", "random"                        # other values of --init are a FILE
-ALONE = "ect", "annealed"                          # post-trainings that ask no teacher
+INITS = "teacher", "random"                           # other values of --init are a FILE
+ALONE = ["ect", "annealed"]                           # post-trainings that ask no teacher
 FILES = {"cifar10": "data/cifar-10-python.tar.gz",
          "ffhq": "data/ffhq-64x64.zip", "afhqv2": "data/afhqv2-64x64.zip"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -246,37 +246,36 @@ def train(cfg):
         target = run.distance.features(x_0)           # once per end, not per pair
         return fid.check_pairs(pairs, per_solve, target), target
 
-    def batch_of(step):                               # this process's share of it, a row an image or pair
-        if cfg.stage == "mid":
-            number, at = divmod(step * B, per_solve)  # which solve; where in it the step's pairs begin
-            pairs, target = solve(number)
-            x_t, t, owner = (a[at:at + B][mine] for a in pairs)
-            return x_t, t, *(a[owner] for a in target)
+    @lru_cache(1)                                     # once for the micro-batches of a step
+    def images_of(step):
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         x, eps = draw(run.images, B, g)[mine], randn((B, *shape), g)[mine]
         return x, (cfg.P_mean + cfg.P_std * randn(B, g))[mine].exp(), eps
 
-    def loss_of(step, seed, x, t, *more):             # of rows of batch_of; seed: of the first's dropout
+    def loss_of(step, k):                             # of a micro-batch: k is its first row in the share
+        first = mine.start + k                        # and this in the batch
+        seed = fold(cfg.seed, cfg.stage, step, "dropout") + first
         student = partial(cast_net, masks=nets.dropout_masks(net, range(seed, seed + micro)))
-        if cfg.stage == "mid":                        # x: states; more: features of their ends
-            return loss_cmt(student, x, t, more, run.distance)                                  # Eq. 7
-        eps, = more
+        if cfg.stage == "mid":
+            number, at = divmod(step * B + first, per_solve)      # which solve; where in it the rows begin
+            pairs, target = solve(number)
+            x_t, t, owner = (a[at:at + micro] for a in pairs)
+            return loss_cmt(student, x_t, t, [a[owner] for a in target], run.distance)          # Eq. 7
+        x, t, eps = (a[k:k + micro] for a in images_of(step))
         if cfg.stage == "pretrain":
             return loss_dm(student, x, t, eps, net.sigma_data)
         power = 1 + step // cfg.double if cfg.post == "annealed" else 1       # q, q^2, q^3, ...
         r = ect_step(t, cfg.q**power)
         x_t, x_r = (x + s.view(-1, 1, 1, 1) * eps for s in (t, r))
-        if cfg.post in ("ecd", "ecd_euler"):          # by the teacher, which is frozen: no gradient
+        if cfg.post in ("ecd", "ecd_euler"):          # by the frozen teacher: no gradient
             x_r = solvers.ode_step(run.teacher, x_t, t, r, 1 if cfg.post == "ecd_euler" else 2)
         return loss_ect(student, x_t, x_r, t, r, cfg.huber_c)                                   # Eq. 3
 
     for step in range(start, cfg.steps):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
-        batch, loss_sum = batch_of(step), 0.0
-        part = micro / B * tally["scale"]             # of the batch's mean; scale: of fp16, else 1
-        for k, rows in enumerate(zip(*(a.split(micro) for a in batch))):
-            seed = fold(cfg.seed, cfg.stage, step, "dropout") + mine.start + k * micro
-            loss = loss_of(step, seed, *rows)
+        loss_sum, part = 0.0, micro / B * tally["scale"]      # part of the mean; scale: of fp16, else 1
+        for k in range(0, share, micro):
+            loss = loss_of(step, k)
             (loss * part).backward()
             loss_sum += loss.detach() * part
         norm, mean, stop = total(run.grad, loss_sum, tally["scale"])          # the one wait of a step
@@ -315,8 +314,8 @@ def set_up(cfg):
         return log("mid: left out by --mid none")
     if cfg.stage == "pretrain" and given_teacher(cfg):
         teacher_state(cfg)                            # fetched and checked
-        own = nets.finished(f"{cfg.out}/pretrain.pt") and f"{cfg.out}/pretrain.pt"
-        return log(f"pretrain: not trained, the teacher is {cfg.teacher or own or 'the official one'}")
+        own = f"{cfg.out}/pretrain.pt" if nets.finished(f"{cfg.out}/pretrain.pt") else "the official one"
+        return log(f"pretrain: not trained, the teacher is {cfg.teacher or own}")
     ckpt, left = resume(cfg)                          # left: steps to go
     if not left and fid.same_names(cfg, ckpt, BY_CONTENT):            # finished; nothing need be read
         return log(f"{cfg.stage}: finished, nothing to do")

@@ -131,7 +131,8 @@ ABOUT = {"pretrain": "stage 1 of 5, pre-training (EDM2): the loss falls while th
          "post": "stage 4 of 5, post-training (Eq. 3): the loss hardly falls; judge by scores",
          "eval": "stage 5 of 5, scores: the images of every net against the data; lower is better"}
 STAGES = ["pretrain", "vgg", "mid", "post", "eval"]   # what --stage all runs, in this order
-INITS = "teacher", "random"                        # other values of --init are a FILE
+INITS = "teacher", "random"                           # other values of --init are a FILE
+ALONE = ["ect"]                                       # post-trainings that ask no teacher
 FILES = {"imagenet64": "data/imagenet64.zip", "imagenet512": "data/imagenet512-sd.zip"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # fid reads the knobs and tables of this module and calls some functions: its docstring lists them
@@ -196,9 +197,8 @@ def loss_cmt(net, x_t, t, target, distance):
     return distance.distance(distance.features(net(x_t, t)), target).mean()
 
 
-def loss_cmt_views(net, x_t, t, target, distance):
-    """loss_cmt, each pair by a random view of its own (B.5); target: x_0, and what distance.draw gave."""
-    x_0, view = target[0], dict(zip(distance.views, target[1:]))
+def loss_cmt_views(net, x_t, t, x_0, distance, view):
+    """loss_cmt, each pair seen through a random view of its own (B.5); view: rows of distance.draw's."""
     seen, end = (distance.features(distance.augment(x, view)) for x in (net(x_t, t), x_0))
     return distance.distance(seen, end).mean()
 
@@ -291,14 +291,10 @@ def train(cfg):
         *pairs, x_0 = teacher_pairs(cfg, run.teacher, classes, shape, g)
         views = {} if cfg.ensemble == "none" else run.distance.draw(pairs[0], g)    # random, of each pair
         target = [x_0] if views else run.distance.features(x_0)               # once per end, not per pair
-        return (*fid.check_pairs(pairs, per_solve, target), *views.values()), target
+        return fid.check_pairs(pairs, per_solve, target), target, views
 
-    def batch_of(step):                               # this process's share of it, a row an image or pair
-        if cfg.stage == "mid":
-            number, at = divmod(step * B, per_solve)  # which solve; where in it the step's pairs begin
-            pairs, target = solve(number)
-            x_t, t, y, owner, *views = (a[at:at + B][mine] for a in pairs)
-            return x_t, t, y, *(a[owner] for a in target), *views
+    @lru_cache(1)                                     # once for the micro-batches of a step
+    def images_of(step):
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         raw, labels = next(batches)                   # in the order of steps: one call a step
         latent_noise, eps = randn((B, *shape), g)[mine], randn((B, *shape), g)[mine]
@@ -308,32 +304,38 @@ def train(cfg):
             x = x + vgg_noise(cfg, step, (B, *shape))[mine]
         return x, t, y, eps, labels
 
-    def loss_of(step, seed, x, t, y, *more):          # of rows of batch_of; seed: of the first's dropout
+    def loss_of(step, k):                             # of a micro-batch: k is its first row in the share
+        first = mine.start + k                        # and this in the batch
+        seed = fold(cfg.seed, cfg.stage, step, "dropout") + first
         masks = None if cfg.stage == "vgg" else nets.dropout_masks(net, range(seed, seed + micro))
+        if cfg.stage == "mid":
+            number, at = divmod(step * B + first, per_solve)      # which solve; where in it the rows begin
+            pairs, target, views = solve(number)
+            x_t, t, y, owner = (a[at:at + micro] for a in pairs)
+            student, target = partial(net, class_labels=y, masks=masks), [a[owner] for a in target]
+            if views:
+                view = {name: a[at:at + micro] for name, a in views.items()}
+                return loss_cmt_views(student, x_t, t, *target, run.distance, view)
+            return loss_cmt(student, x_t, t, target, run.distance)                              # Eq. 7
+        x, t, y, eps, labels = (a[k:k + micro] for a in images_of(step))
         student = partial(net, class_labels=y, masks=masks)
-        if cfg.stage == "mid":                        # x: states; more: features of their ends, or views
-            loss = loss_cmt if cfg.ensemble == "none" else loss_cmt_views
-            return loss(student, x, t, more, run.distance)                                      # Eq. 7
-        eps, labels = more
         if cfg.stage == "vgg":
             return loss_vgg(net, x, labels, seed)
         if cfg.stage == "pretrain":
             return loss_edm2(student, x, t, eps, net.sigma_data)
         r, weight = ect_step(t, cfg.q), edm_weight(t, net.sigma_data)
         x_t, x_r = (x + s.view(-1, 1, 1, 1) * eps for s in (t, r))
-        if cfg.post in ("ecd", "ecd_euler", "ecd_code"):                      # frozen: no gradient
+        if cfg.post in ("ecd", "ecd_euler", "ecd_code"):      # by the frozen teacher: no gradient
             teacher, order = partial(run.teacher, class_labels=y), 1 if cfg.post == "ecd_euler" else 2
             x_r = solvers.ode_step(teacher, x_t, t, r, order)
         return loss_ect(student, x_t, x_r, t, r, cfg.huber_c, weight)                           # Eq. 3
 
     for step in range(start, cfg.steps):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
-        batch, loss_sum = batch_of(step), 0.0
-        part = micro / B * tally["scale"]             # of the batch's mean; scale: of fp16, else 1
+        loss_sum, part = 0.0, micro / B * tally["scale"]      # part of the mean; scale: of fp16, else 1
         with nets.hoist(net, force=True):             # EDM2 Eq. 66: normalised once for all micro-batches
-            for k, rows in enumerate(zip(*(a.split(micro) for a in batch))):
-                seed = fold(cfg.seed, cfg.stage, step, "dropout") + mine.start + k * micro
-                loss = loss_of(step, seed, *rows)
+            for k in range(0, share, micro):
+                loss = loss_of(step, k)
                 (loss * part).backward()
                 loss_sum += loss.detach() * part
         norm, mean, stop = total(run.grad, loss_sum, tally["scale"])          # the one wait of a step
@@ -360,7 +362,7 @@ def train(cfg):
 SQRT_FROM = dict(imagenet64=35_000, imagenet512=70_000, own=5_000, digits=500)    # of --decay sqrt (EDM2)
 DECAYS = {"linear": lambda cfg, step: 1 - step / cfg.steps, "constant": lambda cfg, step: 1.0,
           "sqrt": lambda cfg, step: max(step / SQRT_FROM[data_name(cfg)], 1) ** -0.5,          # EDM2 Eq. 67
-          "steps": lambda cfg, step: 0.1 ** (10 * (step / cfg.steps) // 3)}       # at 30, 60 and 90 % (B.5)
+          "steps": lambda cfg, step: 0.1 ** sum(step >= k * cfg.steps for k in (0.3, 0.6, 0.9))}         # B.5
 
 
 def lr_at(cfg, step):
@@ -764,7 +766,7 @@ def check_files(cfg, trains):
         nets.pretrained_lpips()                       # downloaded now
     if cfg.res == 512 and cfg.data != "digits" and cfg.stage in ("encode", "sample", "eval"):
         vae_of(cfg)                                   # are diffusers and the VAE there?
-    for file in (cfg.main, cfg.guide) if cfg.stage == "post" and cfg.post != "ect" else ():
+    for file in (cfg.main, cfg.guide) if cfg.stage == "post" and cfg.post not in ALONE else ():
         if file.startswith("edm2-") and not os.path.exists(file):
             nets.fetch(nets.EDM2_URL % file)          # not after days of mid-training
     if cfg.stage == "eval" and cfg.data != "digits":
@@ -833,7 +835,7 @@ def weak_model(cfg):
 
 def asked_nets(cfg):
     """{name: (weights, arguments)} of nets that a stage asks: the teacher; ECD: or --main, and --guide."""
-    names = ("main", "guide") if cfg.stage == "post" and cfg.post != "ect" else ()
+    names = ("main", "guide") if cfg.stage == "post" and cfg.post not in ALONE else ()
     asked = {name: nets.load_pretrained(getattr(cfg, name)) for name in names if getattr(cfg, name)}
     if cfg.stage == "mid" or names and not cfg.main:
         asked["teacher"] = teacher_state(cfg)

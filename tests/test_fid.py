@@ -796,15 +796,13 @@ def test_of_a_long_trajectory_nine_states_are_drawn_where_most_changes(tmp_path,
     assert [len(images) for _, images in rows] == [9] * 4 and header[1:] == ["noise\n1", *"0.88 0.75 0.62 0.5 0.38 0.25 0.12".split(), "the end\n0"]
     assert late[0][1][:, 0, 0, 0].tolist() == [*range(9)] and len(short[0][1]) == 8
     assert [label.split("\n")[0] for label, _ in (*late, *short)] == ["noise 1", "noise 2", "noise 1, class 7", "noise 2, class 7"]
-    assert rows[1][0] == "mid-training alone\nin one step, error 16.00"
+    assert rows[1][0] == "mid-training alone, in one step\nerror from noise 16.00"
     for nearer, alike in (1, True), (9, False), (-9, False):
         fid.save_trajectory("", x, torch.linspace(1, 0, 17), {"teacher": lambda x, level: x, "mid": lambda x, level: x + nearer})
-        way = "as near to the teacher's end as" if alike else "nearer to the teacher's end than" if nearer > 0 else "less near to the teacher's end than"
-        assert said[-1].startswith(f"In one step, {way} the teacher itself (16.00): mid-training alone ") and said[-1].endswith("; scores tell these apart") == alike
+        assert said[-1].startswith("One step from noise misses what the teacher reaches in 16 steps by 16.00 (teacher), ") and said[-1].endswith("; scores tell these apart") == alike
     fid.save_trajectory("", x, torch.linspace(1, 0, 17), {"teacher": lambda x, level: x, "mid": lambda x, level: x + 9, "post": lambda x, level: x - 1})
-    assert said[-1] == ("In one step, nearer to the teacher's end than the teacher itself (16.00): mid-training alone 7.00. "
-                        "In one step, as near to the teacher's end as the teacher itself (16.00): after post-training 17.00")
-    assert said[0] == "A single step of mid-training alone misses the teacher's end by 16.00"
+    assert said[-1].endswith(" by 16.00 (teacher), 7.00 (mid-training alone), 17.00 (after post-training)")
+    assert said[0] == "One step from noise misses what the teacher reaches in 16 steps by 16.00 (mid-training alone)"
 
 
 def test_a_caption_says_where_post_training_made_a_score_worse(tmp_path, monkeypatch):
@@ -814,11 +812,12 @@ def test_a_caption_says_where_post_training_made_a_score_worse(tmp_path, monkeyp
     rows = [{"stage": "mid", "1-step FD-digits": "1.50 +- 0.1", "2-step FD-digits": "0.90"}]
     for first, second in (("1.80", "0.80"), ("1.60", "0.80"), ("1.80", "1.05")):
         fid.save_stages(str(tmp_path), shown, (), "", [*rows, {"stage": "post", "1-step FD-digits": first, "2-step FD-digits": second}])
-    assert ["against mid-training alone: better in 2 steps, worse in 1 step\n" in said[0], "worse" in said[1], "against mid-training alone: worse in 1 and 2 steps\n" in said[2]] == [True, False, True]
-    assert said[0].startswith("After post-training against mid-training alone: ") and "against mid-training alone: better in 2 steps, level (within 10 %) in 1 step\n" in said[1]
+    assert ["against mid-training alone: better in 2 steps, worse in 1 step.\n" in said[0], "worse" in said[1], "against mid-training alone: worse in 1 and 2 steps.\n" in said[2]] == [True, False, True]
+    assert said[0].startswith("FD-digits, lower is better, in 1 step: after post-training 1.80\nA column: ") and "against mid-training alone: better in 2 steps, level (within 10 %) in 1 step.\n" in said[1]
     rows = [{"stage": f"{name}, balanced labels", "8-step FD-digits": score} for name, score in (("teacher", "2.32"), ("mid", "3.46"), ("post", "0.95"))]
     fid.save_stages(str(tmp_path), shown, (), "", rows)
-    assert said[3].startswith("Mid-training alone against the teacher: worse in 8 steps. After post-training against mid-training alone: better in 8 steps\n")
+    assert said[3].startswith("FD-digits, lower is better, in 8 steps: after post-training 0.95, teacher 2.32\nA column: one noise for all nets; a second step may "
+                              "change the image. Mid-training alone against the teacher: worse in 8 steps. After post-training against mid-training alone: better in 8 steps.\n")
 
 
 def test_a_picture_with_scores_stays_until_there_are_others(tmp_path, monkeypatch):
@@ -843,11 +842,13 @@ def test_a_caption_names_seed_and_sizes():
     assert fid.about(train_cmt_cifar.Config(seed=7), found) == words + "is a Mean Flow, which jumps, too."
 
 
-def test_a_table_in_a_line_has_every_net_in_one_step():
+def test_a_table_in_a_line_says_what_one_step_gives():
     rows = [{"stage": "teacher, balanced labels", "1-step FID": "99.0", "8-step FID": "2.0"}, {"stage": "mid", "1-step FID": "5.0", "2-step FID": "-"},
             {"stage": "post", "1-step FID": "6.0 +- 1.0, min 5.0", "2-step FID": "3.0"}]
-    line = "FID, lower is better, in 1 / 8 steps: teacher 99.0 / 2.0; in 1 step: mid-training alone 5.0; in 1 / 2 steps: after post-training 6.0 +- 1.0, min 5.0 / 3.0"
-    assert fid.in_short(rows) == line and not fid.in_short([{"stage": "mid"}])
+    start = "FID, lower is better, in 1 step: "
+    assert fid.in_short(rows) == start + "after post-training 6.0 +- 1.0, min 5.0, teacher 99.0, teacher in 8 steps 2.0" and not fid.in_short([{"stage": "mid"}])
+    assert fid.in_short(rows[1:2]) == start + "mid-training alone 5.0" and fid.in_short(rows[:1]) == start + "teacher 99.0, teacher in 8 steps 2.0"
+    assert fid.in_short([{"stage": "teacher", "8-step FID": "2.0"}, rows[1]]) == start + "mid-training alone 5.0, teacher in 8 steps 2.0"
 
 
 def test_a_colour_means_one_thing_in_every_chart():
@@ -891,11 +892,11 @@ def test_every_stage_has_an_axis_of_its_own(tmp_path, monkeypatch):
         assert f"; in post-training: {words}. Each panel" in drawn["caption"]
     scores = {"stage": "teacher, balanced labels", "8-step FID": "2.00"}, {"stage": "mid", "1-step FID": "5.00 +- 1.00, min 4.00"}, {"stage": "post", "1-step FID": "-"}
     save_curve(cfg, scores)
-    scored = "FID, lower is better, in 8 steps: teacher 2.00; in 1 step: mid-training alone 5.00 +- 1.00, min 4.00"
+    scored = "FID, lower is better, in 1 step: mid-training alone 5.00 +- 1.00, min 4.00, teacher in 8 steps 2.00"
     assert drawn["caption"].startswith("The loss stays level in VGG, mid-training and post-training; only scores tell what is better\n")
     assert drawn["caption"].endswith(f"\n{scored}; 50,000 samples each.")
     save_curve(cfg, ({"stage": "mid", "1-step FID": "2.00"}, {"stage": "post", "1-step FID": "5.00"}))
-    assert drawn["caption"].startswith("The loss stays") and drawn["caption"].endswith("in 1 step: mid-training alone 2.00, after post-training 5.00; 50,000 samples each.")
+    assert drawn["caption"].startswith("The loss stays") and drawn["caption"].endswith("in 1 step: after post-training 5.00; 50,000 samples each.")
     rows = [dict(m, loss=m["loss"] * k ** -1.0) if m["stage"] == "vgg" else m for k, m in enumerate(rows, 1)]      # the heading is of what is drawn
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in rows))
     save_curve(cfg)

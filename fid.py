@@ -1382,7 +1382,7 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
         name = f"noise {j + 1}, {names[j % len(names)]}" if names else f"noise {j + 1}"
         rows.append((f"{name}\nstates of the teacher", show((states / wide)[:, j])))          # at unit scale
         for net, x in answers.items():
-            rows.append((f"{called(net)}, in one step\nerror from noise {errors[net][j]:.2f}", show(x[:, j])))
+            rows.append((f"{called(net)}\nin one step, error {errors[net][j]:.2f}", show(x[:, j])))
     missed = ", ".join(f"{mean:.2f} ({called(net)})" for net, mean in means.items())
     caption = (f"One step from noise misses what the teacher reaches in {n - 1} steps by {missed}"
                + "; scores tell these apart" * alike + "\n"

@@ -796,7 +796,7 @@ def test_of_a_long_trajectory_nine_states_are_drawn_where_most_changes(tmp_path,
     assert [len(images) for _, images in rows] == [9] * 4 and header[1:] == ["noise\n1", *"0.88 0.75 0.62 0.5 0.38 0.25 0.12".split(), "the end\n0"]
     assert late[0][1][:, 0, 0, 0].tolist() == [*range(9)] and len(short[0][1]) == 8
     assert [label.split("\n")[0] for label, _ in (*late, *short)] == ["noise 1", "noise 2", "noise 1, class 7", "noise 2, class 7"]
-    assert rows[1][0] == "mid-training alone, in one step\nerror from noise 16.00"
+    assert rows[1][0] == "mid-training alone\nin one step, error 16.00"
     for nearer, alike in (1, True), (9, False), (-9, False):
         fid.save_trajectory("", x, torch.linspace(1, 0, 17), {"teacher": lambda x, level: x, "mid": lambda x, level: x + nearer})
         assert said[-1].startswith("One step from noise misses what the teacher reaches in 16 steps by 16.00 (teacher), ") and said[-1].endswith("; scores tell these apart") == alike

@@ -284,7 +284,7 @@ def curves(args, device):
     scores["teacher, 16 steps"] = [(0, level), (seen, level)]
     norms = dict(sorted(norms.items(), key=lambda item: "every step" in item[0]))     # the medians on top
     one = [row["1-step FD-digits"] for row in rows]          # teacher, mid, mid and post, post alone
-    only = " On digits only this script gains (README)." * (args.net == FLAGS["net"]["default"])
+    only = " Here only this script gains, and by pixels (README)." * (args.net == FLAGS["net"]["default"])
     answer = f"Mid-training by pixels {HELPS[fid.moves(*map(float, (one[3], one[2])))]}"
     words = (f"{answer} (seed 0). FD-digits in one step, lower is better: {one[2]} with it, "
              f"{one[3]} without; teacher, {cfg.nfe} steps: {rows[0][f'{cfg.nfe}-step FD-digits']}\n"
@@ -296,7 +296,7 @@ def curves(args, device):
     fid.save_chart(f"{args.out}/scores.png", {"FD-digits, lower is better": scores},
                    f"{answer} (seed 0). One step: {one[2]} with it, {one[3]} without"
                    f"{caption}{only} Compare the last dots: both are tuned for their end. FD-digits: "
-                   f"distance of {cfg.samples:,} images, by features of a net; random pixels: 119.5.",
+                   f"distance of {cfg.samples:,} images, by features of a net; images all alike: 197.6.",
                    "images or pairs", marks)
     fid.save_chart(f"{args.out}/norms.png", {"gradient norm: every step, and the median of 25 steps": norms},
                    "Post-training's gradient is large: its loss is divided by a small gap (seed 0)"
@@ -436,7 +436,7 @@ FM = "--pretrain fm --weak SIZE --init sit"           # SIZE: --size, of student
 HELPS = dict(falls="helps", rises="harms") | {"": "changes little"}            # by fid.moves, without -> with
 CAPTION = ("Does mid-training help Mean Flow on photos ({})? In one step {}; in two {}\n"
            "FD-photos (Frechet distance to {} at 16x16, by features of a small net; {} against the other) "
-           "against CPU seconds, teacher or start net included; beside other work they are too many. CMT: "
+           "against CPU seconds (more beside other work), teacher or start net included. CMT: "
            "mid-training by a small teacher, then training on photos. The others train on photos alone, "
            "from random weights or a flow-matching net. Compare the last dots. docs/results.md: three seeds.")
 ROADS = {  # road: the road whose teacher it goes on from, its calls, laid over the settings of digits

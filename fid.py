@@ -98,7 +98,7 @@ REFERENCES = {         # nobody publishes their checksums, so the one found is p
 }
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")         # inside, whatever the name ends in
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-HALVES = ("Half of the real digits, 900, scores 0.78 +- 0.19 against the other; larger sets score lower. "
+HALVES = ("Half of the real digits, 900, scores 0.78 +- 0.19 against the other; 2,000 samples can do better. "
           "Random pixels score 119.5, the mean of all digits each time 197.6.")           # --train-digits
 HIDDEN = re.compile(r"(^|/)(\.[^/]|__MACOSX/)")                          # .DS_Store, ._x.png, .git
 Reference = collections.namedtuple("Reference", "mu cov n features file sha256")    # not stated: n 0, text ""
@@ -1292,16 +1292,15 @@ def listed(names):
 
 
 def in_short(table):
-    """The last net's score in its fewest steps, the teacher's in as many and in its most; or ""."""
+    """The scores of all nets in the last one's fewest steps, and of the teacher in its most; or ""."""
     scores = {name: found for name, found in scores_of(table).items() if found}
     measure = next((key.partition("-step ")[2] for row in table for key in row if "-step F" in key), "")
     if not scores:
         return ""
-    net, teacher = [*scores][-1], scores.get("teacher", {})
-    few, many = next(iter(scores[net])), next(reversed(teacher), "")
-    said = f"{called(net)} {scores[net][few]}"
-    said += f", teacher {teacher.get(few)}" * (few in teacher and net != "teacher")
-    said += f", teacher in {many} steps {teacher.get(many)}" * (many not in ("", few))
+    few, teacher = next(iter([*scores.values()][-1])), scores.get("teacher", {})
+    said = ", ".join(f"{called(net)} {found[few]}" for net, found in scores.items() if few in found)
+    many = next(reversed(teacher), few)
+    said += f"; teacher in {many} steps {teacher.get(many)}" * (many != few)
     return f"{measure}, lower is better, in {few} step{'s' * (few != '1')}: {said}"
 
 
@@ -1388,12 +1387,12 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
                + "; scores tell these apart" * alike + "\n"
                f"The teacher walks in {n - 1} steps, as for mid-training, from noise, left, to its end, "
                "right. Below: where each net gets from there in one step"
-               + ("; mid-training trains every image of its row to be that end" if levels.max() > 1 else
+               + ("; mid-training teaches the images of its row to equal the last" if levels.max() > 1 else
                   "; mid-training is on the mean velocity between any two states, so to the end, too; at t = "
                   "0 the answer is the state itself") + ".\n"
-               "Error: of the leftmost answer, root mean square of pixels; in the heading means "
-               f"of {states.shape[1]} noises. Two noises' ends differ by {apart:.2f}. Post-training learns "
-               f"from images and may leave these ends.{words}\n"
+               "Error: of the leftmost answer, root mean square of pixels; in the heading means of "
+               f"{states.shape[1]} noises; lower: nearer to the teacher, not better. Two noises' ends differ "
+               f"by {apart:.2f}. Post-training learns from images and may leave these ends.{words}\n"
                + f"Of {n} states {len(some)} are shown, where most changes." * (len(some) < n)
                + " States above sigma 1 are shown divided by sigma." * bool(levels.max() > 1))
     first, *middle, end = (f"{level:.2g}" for level in levels.tolist())

@@ -43,8 +43,8 @@ class Config:                   # field default < matching rows of PRESETS < --f
     stage: Literal["all", "pretrain", "mid", "post", "sample", "eval"] = "all"   # all: those not finished
     out: str = ""               # folder of the run; "" = out/<data>
     teacher: str = ""           # FILE, URL; "" = <out>/pretrain.pt, else the official one; scratch = train it
-    mid: Literal["cmt", "kd", "slow", "none"] = "cmt"    # how: every state | noise alone | own solves | skip
-    post: Literal["ect", "ecd", "ecd_euler", "annealed"] = "ect"   # how: ECT | ECD: Heun | Euler | q grows
+    mid: Literal["cmt", "kd", "slow", "none"] = "cmt"    # its method: all states | noise | own solves | skip
+    post: Literal["ect", "ecd", "ecd_euler", "annealed"] = "ect"   # its method; annealed: q grows
     init: str = "teacher"       # start of mid (--mid none: post): teacher | random | FILE; sample: show FILE
 
     steps: int = 300_000        # of mid, others: PRESETS; x batch 128 = 38.4 million pairs (Sec. 4.2)
@@ -131,7 +131,8 @@ RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch(
 # sigma, t, r and levels: strengths of noise, from 80 to 0.002; D_x and f: answers of a net, clean images
 def loss_dm(net, x, sigma, eps, sigma_data=0.5):
     """EDM Eq. 8: denoising, mean over pixels. sigma: (B,)."""
-    D_x, weight = net(x + sigma.view(-1, 1, 1, 1) * eps, sigma), edm_weight(sigma, sigma_data)
+    D_x = net(x + sigma.view(-1, 1, 1, 1) * eps, sigma)
+    weight = edm_weight(sigma, sigma_data)
     return (weight.view(-1, 1, 1, 1) * (D_x - x) ** 2).mean()
 
 
@@ -319,20 +320,21 @@ def set_up(cfg):
     ckpt, left = resume(cfg)                          # left: steps to go
     if not left and fid.same_names(cfg, ckpt, BY_CONTENT):            # finished; nothing need be read
         return log(f"{cfg.stage}: finished, nothing to do")
-    images, stamp, asked = None, "none", None         # stamp: what identifies data and teacher
+    images, stamp, teacher, asked = None, "none", None, None     # stamp: what identifies data and teacher
     if needs_data(cfg):
         images = load_data(cfg)
         stamp, seen = fid.stamp(images), cfg.steps * cfg.batch / len(images)
         announce(f"{cfg.data}: {stamp}, each seen {seen:,.3g} times, unconditional")
         images = images.to(DEVICE)
     if cfg.stage == "mid" or cfg.stage == "post" and cfg.post not in ALONE:
-        asked = weights, size = teacher_state(cfg)
-        stamp += f", teacher {nets.stamp(weights)}"
+        asked = teacher_state(cfg)                    # (weights, constructor arguments)
+        stamp += f", teacher {nets.stamp(asked[0])}"
     same_data(ckpt, f"{cfg.out}/{cfg.stage}.pt", stamp)
     if not left:                                      # finished, with other names of the same content
         return log(f"{cfg.stage}: finished, nothing to do")
-    # choice: the teacher too in --precision: bf16 moves its ends less than a finer solve would
-    teacher = asked and in_precision(cfg, build(cfg, size, weights, cfg.teacher or "the teacher"))
+    if asked:
+        # choice: the teacher too in --precision: bf16 moves its ends less than a finer solve would
+        teacher = in_precision(cfg, build(cfg, asked[1], asked[0], cfg.teacher or "the teacher"))
     state, model, what = (None, ckpt["model"], "") if ckpt else first_weights(cfg, images, asked)
     net = build(cfg, model, state, what, train=True)
     distance = make_distance(cfg, net.img_channels) if cfg.stage == "mid" else None
@@ -416,7 +418,7 @@ if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:            # trap: nohup i
 STOP = []                                             # signals received: the loop saves, then ends
 TIMEOUT = timedelta(minutes=10)                       # choice: ten minutes for an answer in a step
 BY_CONTENT = "data", "teacher"                        # compared by content, wherever it lies
-MAY_CHANGE = {  # a stage, or a stage and its method as "post ect": knobs that do not matter there
+MAY_CHANGE = {  # "*": every stage, a stage, "stage method", a --decay: knobs that do not matter there
     "*": "dry_run data stage out teacher seeds samples repeat mid_sigma sigma_shift compile batch_gpu "
          "log_every save_every",
     "constant": "steps",
@@ -429,7 +431,7 @@ MAY_CHANGE = {  # a stage, or a stage and its method as "post ect": knobs that d
 def launch(cfg):
     """Join the other processes of torchrun, if any: gloo on CPUs, NCCL on GPUs. Plain python: one process."""
     global RANK, WORLD, DEVICE
-    fid.SAID.clear()
+    fid.SAID.clear()                                  # one process may call main twice: what fid remembers
     RANK, WORLD, fid.OUT = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), ""
     if torch.cuda.is_available():
         DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -589,7 +591,7 @@ def build(cfg, model, state=None, what="", train=False):
 
 
 def first_weights(cfg, images, asked):
-    """(weights, constructor arguments, their name) a net starts from; asked: the teacher's, if asked."""
+    """(weights, constructor arguments, their name) a net starts from; asked: those of a teacher, if asked."""
     if cfg.stage == "pretrain":
         return None, model_size(cfg, images), ""
     if cfg.stage == "post" and cfg.mid != "none" and cfg.init in INITS:

@@ -63,7 +63,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     ema_std: float = 0.0        # > 0: power-function EMA of this relative width (EDM2), instead of ema_beta
     dropout: float = 0.5        # of the student, at resolutions up to 16 (B.3, as ECT-XL); pretrain: all
 
-    loss: Literal["lpips", "elatent", "huber", "l2"] = "lpips"       # mid: d of Eq. 7; elatent: of latents
+    loss: Literal["lpips", "elatent", "huber", "l2"] = "lpips"       # d of Eq. 7; lpips of digits: a VGG
     ensemble: Literal["none", "bg", "bgc", "bgcfnc"] = "none"        # elatent: random views of both (B.5)
     huber_c: float = 0.06       # of sqrt(|.|^2 + c^2) - c, mid and post (ECT on ImageNet)
     nfe: int = 16               # teacher steps per trajectory (B.3)
@@ -632,7 +632,7 @@ STOP = []                                             # signals received: the lo
 TIMEOUT = timedelta(minutes=10)                       # choice: ten minutes for an answer in a step
 NEED_STAGE = {"vgg": "steps batch lr"}                # flags that need the stage's name: --vgg.steps
 BY_CONTENT = "data", "teacher", "main", "guide"       # compared by content, wherever it lies
-MAY_CHANGE = {  # a stage, or a stage and its method as "post ect": knobs that do not matter there
+MAY_CHANGE = {  # "*": every stage, a stage, "stage method", a --decay: knobs that do not matter there
     "*": "dry_run data stage out source teacher main guide vae seeds samples repeat mid_sigma sampler "
          "labels compile batch_gpu log_every save_every",
     "constant": "steps", "sqrt": "steps",
@@ -646,7 +646,7 @@ MAY_CHANGE = {  # a stage, or a stage and its method as "post ect": knobs that d
 def launch(cfg):
     """Join the other processes of torchrun, if any: gloo on CPUs, NCCL on GPUs. Plain python: one process."""
     global RANK, WORLD, DEVICE
-    fid.SAID.clear()
+    fid.SAID.clear()                                  # one process may call main twice: what fid remembers
     RANK, WORLD, fid.OUT = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), ""
     if torch.cuda.is_available():
         DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

@@ -787,7 +787,7 @@ if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:            # trap: nohup i
 STOP = []                                             # signals received: the loop saves, then ends
 TIMEOUT = timedelta(minutes=10)                       # choice: ten minutes for an answer in a step
 BY_CONTENT = "data", "teacher"                        # compared by content, wherever it lies
-MAY_CHANGE = {  # a stage, or a stage and its method as "post ect": knobs that do not matter there
+MAY_CHANGE = {  # "*": every stage, a stage, "stage method", a --decay: knobs that do not matter there
     "*": "dry_run data stage out source encoders teacher vae prompts seeds samples repeat nfe compile "
          "batch_gpu log_every save_every",
     "constant": "steps",
@@ -800,7 +800,7 @@ MAY_CHANGE = {  # a stage, or a stage and its method as "post ect": knobs that d
 def launch(cfg):
     """Join the other processes of torchrun, if any: gloo on CPUs, NCCL on GPUs. Plain python: one process."""
     global RANK, WORLD, DEVICE
-    fid.SAID.clear()
+    fid.SAID.clear()                                  # one process may call main twice: what fid remembers
     RANK, WORLD, fid.OUT = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), ""
     if torch.cuda.is_available():
         DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

@@ -813,10 +813,10 @@ def test_a_caption_says_where_post_training_made_a_score_worse(tmp_path, monkeyp
     for first, second in (("1.80", "0.80"), ("1.60", "0.80"), ("1.80", "1.05")):
         fid.save_stages(str(tmp_path), shown, (), "", [*rows, {"stage": "post", "1-step FD-digits": first, "2-step FD-digits": second}])
     assert ["against mid-training alone: better in 2 steps, worse in 1 step.\n" in said[0], "worse" in said[1], "against mid-training alone: worse in 1 and 2 steps.\n" in said[2]] == [True, False, True]
-    assert said[0].startswith("FD-digits, lower is better, in 1 step: after post-training 1.80\nA column: ") and "against mid-training alone: better in 2 steps, level (within 10 %) in 1 step.\n" in said[1]
+    assert said[0].startswith("FD-digits, lower is better, in 1 step: mid-training alone 1.50 +- 0.1, after post-training 1.80\nA column: ") and "against mid-training alone: better in 2 steps, level (within 10 %) in 1 step.\n" in said[1]
     rows = [{"stage": f"{name}, balanced labels", "8-step FD-digits": score} for name, score in (("teacher", "2.32"), ("mid", "3.46"), ("post", "0.95"))]
     fid.save_stages(str(tmp_path), shown, (), "", rows)
-    assert said[3].startswith("FD-digits, lower is better, in 8 steps: after post-training 0.95, teacher 2.32\nA column: one noise for all nets; a second step may "
+    assert said[3].startswith("FD-digits, lower is better, in 8 steps: teacher 2.32, mid-training alone 3.46, after post-training 0.95\nA column: one noise for all nets; a second step may "
                               "change the image. Mid-training alone against the teacher: worse in 8 steps. After post-training against mid-training alone: better in 8 steps.\n")
 
 
@@ -846,9 +846,10 @@ def test_a_table_in_a_line_says_what_one_step_gives():
     rows = [{"stage": "teacher, balanced labels", "1-step FID": "99.0", "8-step FID": "2.0"}, {"stage": "mid", "1-step FID": "5.0", "2-step FID": "-"},
             {"stage": "post", "1-step FID": "6.0 +- 1.0, min 5.0", "2-step FID": "3.0"}]
     start = "FID, lower is better, in 1 step: "
-    assert fid.in_short(rows) == start + "after post-training 6.0 +- 1.0, min 5.0, teacher 99.0, teacher in 8 steps 2.0" and not fid.in_short([{"stage": "mid"}])
-    assert fid.in_short(rows[1:2]) == start + "mid-training alone 5.0" and fid.in_short(rows[:1]) == start + "teacher 99.0, teacher in 8 steps 2.0"
-    assert fid.in_short([{"stage": "teacher", "8-step FID": "2.0"}, rows[1]]) == start + "mid-training alone 5.0, teacher in 8 steps 2.0"
+    students = "mid-training alone 5.0, after post-training 6.0 +- 1.0, min 5.0"
+    assert fid.in_short(rows) == f"{start}teacher 99.0, {students}; teacher in 8 steps 2.0" and not fid.in_short([{"stage": "mid"}])
+    assert fid.in_short(rows[1:2]) == start + "mid-training alone 5.0" and fid.in_short(rows[:1]) == start + "teacher 99.0; teacher in 8 steps 2.0"
+    assert fid.in_short([{"stage": "teacher", "8-step FID": "2.0"}, rows[1]]) == start + "mid-training alone 5.0; teacher in 8 steps 2.0"
 
 
 def test_a_colour_means_one_thing_in_every_chart():
@@ -892,11 +893,11 @@ def test_every_stage_has_an_axis_of_its_own(tmp_path, monkeypatch):
         assert f"; in post-training: {words}. Each panel" in drawn["caption"]
     scores = {"stage": "teacher, balanced labels", "8-step FID": "2.00"}, {"stage": "mid", "1-step FID": "5.00 +- 1.00, min 4.00"}, {"stage": "post", "1-step FID": "-"}
     save_curve(cfg, scores)
-    scored = "FID, lower is better, in 1 step: mid-training alone 5.00 +- 1.00, min 4.00, teacher in 8 steps 2.00"
+    scored = "FID, lower is better, in 1 step: mid-training alone 5.00 +- 1.00, min 4.00; teacher in 8 steps 2.00"
     assert drawn["caption"].startswith("The loss stays level in VGG, mid-training and post-training; only scores tell what is better\n")
     assert drawn["caption"].endswith(f"\n{scored}; 50,000 samples each.")
     save_curve(cfg, ({"stage": "mid", "1-step FID": "2.00"}, {"stage": "post", "1-step FID": "5.00"}))
-    assert drawn["caption"].startswith("The loss stays") and drawn["caption"].endswith("in 1 step: after post-training 5.00; 50,000 samples each.")
+    assert drawn["caption"].startswith("The loss stays") and drawn["caption"].endswith("in 1 step: mid-training alone 2.00, after post-training 5.00; 50,000 samples each.")
     rows = [dict(m, loss=m["loss"] * k ** -1.0) if m["stage"] == "vgg" else m for k, m in enumerate(rows, 1)]      # the heading is of what is drawn
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in rows))
     save_curve(cfg)

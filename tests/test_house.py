@@ -65,10 +65,10 @@ OWN = {"Config", "load_data", "data_name", "check", "teacher_pairs", "make_sampl
 #   command of a longer training, knobs that a stage never reads, bf16 on a CPU, a score against changed data, lines of one batch left out, contents that name what scripts take; nets +2: the views of a distance have an order;
 # 2026-11-28, of three users, fid +52: names in a fork's tables that are none, knobs of a stage that a command does not train are compared with what made it, samples of other knobs have
 #   a folder of their own, a stage's time counts the teacher's calls, features that are no list and a decay without entry are named, a verdict beside scores;
-# the same day, fid +53: a flag that no stage of a road reads is named, and so are a flag of another script and a net of another kind; words of a method, the command that scores a
-#   stage; CIFAR -3, MF -1, nets -1: a loss takes its own rows, "finished" is asked by names, then by content; ImageNet +1: its ALONE, as CIFAR's;
-BUDGET = {"train_cmt_cifar.py": 695, "train_cmt_imagenet.py": 944, "train_mf_imagenet256.py": 904,
-          "train_t2i_coco.py": 1118, "nets.py": 1857, "fid.py": 2557, "solvers.py": 198, "bench.py": 968,
+# the same day, fid +52: a flag that no stage of a road reads is named, and so are a flag of another script and a net of another kind; words of a method, the command that scores a
+#   stage; CIFAR, MF, nets -1: a loss takes its own rows, "finished" is asked by names, then by content; ImageNet +1: its ALONE, as CIFAR's;
+BUDGET = {"train_cmt_cifar.py": 697, "train_cmt_imagenet.py": 944, "train_mf_imagenet256.py": 904,
+          "train_t2i_coco.py": 1118, "nets.py": 1857, "fid.py": 2556, "solvers.py": 198, "bench.py": 968,
           "claims.py": 628, "README.md": 229}
 FLAGS = {"train_cmt_cifar.py": 35, "train_cmt_imagenet.py": 42, "train_mf_imagenet256.py": 42, "train_t2i_coco.py": 43}
 README = (ROOT / "README.md").read_text()

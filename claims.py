@@ -284,7 +284,7 @@ def curves(args, device):
     scores["teacher, 16 steps"] = [(0, level), (seen, level)]
     norms = dict(sorted(norms.items(), key=lambda item: "every step" in item[0]))     # the medians on top
     one = [row["1-step FD-digits"] for row in rows]          # teacher, mid, mid and post, post alone
-    only = " Here only this script gains, and by pixels (README)." * (args.net == FLAGS["net"]["default"])
+    only = " In one step this script alone gains, by pixels (README)." * (args.net == FLAGS["net"]["default"])
     answer = f"Mid-training by pixels {HELPS[fid.moves(*map(float, (one[3], one[2])))]}"
     words = (f"{answer} (seed 0). FD-digits in one step, lower is better: {one[2]} with it, "
              f"{one[3]} without; teacher, {cfg.nfe} steps: {rows[0][f'{cfg.nfe}-step FD-digits']}\n"

@@ -499,7 +499,7 @@ def roads(args, device):
     ends = [{name: points[-1][1] for name, points in panel.items()} for panel in panels.values()]
     best = [[min((y for name, y in end.items() if ("CMT" in name) is ours), default=float("nan"))
              for ours in (False, True)] for end in ends]
-    verdict = dict(falls="ahead: ", rises="behind: ")                          # of means alone, without nan
+    verdict = dict(falls="ahead: ", rises="behind: ")                          # not of nan
     said = [verdict.get(fid.moves(*pair), "level: ") * (sum(pair) > 0)
             + f"{pair[1]:.2f} with it, {pair[0]:.2f} the best without" for pair in best]
     words = CAPTION.format(seeds, *said, os.path.basename(args.data), features.scale)

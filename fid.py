@@ -11,14 +11,12 @@
   images to train on        rgb, crop, square, ahead                              crops of ADM, EDM2, U-ViT
   encode                    begin_encode, encode_shards, encoder_of               pictures -> arrays, resumed
   pictures with words       save_stages, save_trajectory, save_chart, about       read without the README
-  a run of a script         log, announce, words_of, say, fail, one_line,         its lines, errors, lock and
-                            begin_run, same_folder, parse, stages_of,             flags: what may not begin is
-                            check_values, check_solve, check_pairs,               refused in one line
-                            finished_mid, seed_range
+  a run of a script         log, announce, words_of, say, fail, one_line, parse,  its lines, errors, lock and
+                            begin_run, same_folder, stages_of, check_values,      flags: what may not begin is
+                            check_solve, check_pairs, finished_mid, seed_range    refused in one line
   processes and stages      agree, from_first, wait_for_first, patient_group,     what they share, compared by
                             same_data, same_names, say_changed, made_by,          content
-                            steps_left, check_teacher, same_guidance,
-                            guidance_note
+                            steps_left, check_teacher, same_guidance, guidance_note
   the folder of a run       new_tally, count, report, begin_stage, overview,      log.txt, metrics.jsonl,
                             dry_run, save_curve, save_preview, save_samples,      config.json, previews and
                             save_captions, save_classes, save_results             results.md
@@ -1645,8 +1643,10 @@ def same_folder(cfg, script, argv):
     odd = []
     for flag, (k, configs, new) in asked.items():
         was = dict.fromkeys(c[k] for c in configs if k in c)
-        if was and new[k] not in was and not "".join(odd).startswith("script"):    # that explains the rest
+        if was and new[k] not in was:
             odd.append(f"{flag} {', '.join(map(str, was))}, now {new[k]}")
+            if flag == "script":                         # which explains whatever else differs
+                break
     if odd:
         fail(2, f"{cfg.out} was made with {' and '.join(odd)}; give the first, or another --out")
     told = [c["teacher"] for c in made.values() if c.get("teacher", "scratch") not in ("", "scratch")]
@@ -2016,8 +2016,8 @@ def steps_left(cfg, ckpt, path, free, stages):
         if changed == ["steps"] and more > 0 and cfg.stage != "pretrain":
             teacher = cfg.teacher if cfg.teacher not in ("", "scratch") else f"{cfg.out}/pretrain.pt"
             how = "; to train it on, in a folder of its own: " + command(
-                cfg, cfg.stage, vars(cfg).keys() - {"data", "stage"}, init=path, teacher=teacher, steps=more,
-                out=f"{cfg.out}-longer")
+                cfg, cfg.stage, vars(cfg).keys() - {"data", "stage", "dry_run"}, init=path, teacher=teacher,
+                steps=more, out=f"{cfg.out}-longer")
         elif changed == ["steps"] and more > 0 and cfg.decay == "linear":
             how = "; a linear --decay is at its end"
         if own := [name for name in changed if name not in known]:
@@ -2043,7 +2043,7 @@ def command(cfg, stage, names, **new):
     argv = ["--data", cfg.data, "--stage", stage]
     plain = vars(home_of(cfg).parse(argv))
     for name, value in {**vars(cfg), **new}.items():
-        if name in new or name in names and name != "dry_run" and value != plain[name]:
+        if name in new or name in names and value != plain[name]:
             argv += [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", value]
     return shlex.join(["python", os.path.basename(home_of(cfg).__file__), *map(str, argv)])
 
@@ -2334,8 +2334,8 @@ def save_curve(cfg, table=()):
         if len(y) > 2:
             ways.setdefault(moves(np.mean(y[:third]), np.mean(y[-third:])) or "stays level", []).append(stage)
     ways, scores = "; ".join(f"{way} in {listed(of)}" for way, of in ways.items()), in_short(table)
-    words = {s: words_of(dataclasses.replace(cfg, stage=s)) for s in home_of(cfg).STAGES}
-    words = [f"{SPOKEN[s]}: {words[s].partition(': ')[2]}" for s in words if SPOKEN.get(s) in stages]
+    words = [f"{SPOKEN[s]}: {words_of(dataclasses.replace(cfg, stage=s)).partition(': ')[2]}"
+             for s in home_of(cfg).STAGES if SPOKEN.get(s) in stages]
     save_chart(f"{cfg.out}/curve.png", panels,
                (f"The {drawn} {ways}; only" if ways else "Only") + " scores tell what is better\n"
                f"To expect in {'; in '.join(words)}. Each panel has log scales of its own, against images "

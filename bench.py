@@ -693,12 +693,12 @@ def random_weights(home, cfg, gpus, device, sent, more):
                                  all_gather=all_gather)
     stand_ins = {
         home: dict(WORLD=gpus, DEVICE=device, dist=nccl, build=device_decorator(device, home.build),
-                   load_data=lambda cfg: images, teacher_state=lambda cfg: ({"": ""}, size), agree=skip,
+                   load_data=lambda cfg: images, teacher_state=lambda cfg: ({"": ""}, size),
                    report=skip, log=skip, resume=lambda cfg: (None, cfg.steps),
                    first_weights=lambda *a: (None, *[size] * ("cmt" in home.__name__), "")),
         nets: dict(load_pretrained=load, finished=lambda path: dict(ema={}), pretrained_lpips=nets.LPIPS,
                    load_weights=skip, load_flow=skip, fitting=skip, stamp=str, memory=skip),
-        fid: dict(begin_stage=skip)}
+        fid: dict(begin_stage=skip, agree=skip)}
     with contextlib.ExitStack() as stack:
         for where in {**stand_ins, **more}:
             for name, stand_in in {**stand_ins.get(where, {}), **more.get(where, {})}.items():

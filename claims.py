@@ -284,12 +284,12 @@ def curves(args, device):
     scores["teacher, 16 steps"] = [(0, level), (seen, level)]
     norms = dict(sorted(norms.items(), key=lambda item: "every step" in item[0]))     # the medians on top
     one = [row["1-step FD-digits"] for row in rows]          # teacher, mid, mid and post, post alone
-    only = " In one step this script alone gains, by pixels (README)." * (args.net == FLAGS["net"]["default"])
-    answer = f"Mid-training by pixels {HELPS[fid.moves(*map(float, (one[3], one[2])))]}"
+    only = (" Of the four scripts only this one gains in one step, and by pixels alone (README)."
+            * (args.net == FLAGS["net"]["default"]))
+    answer = f"Mid-training by pixels {fid.HELPS[fid.moves(*map(float, (one[3], one[2])))]}"
     words = (f"{answer} (seed 0). FD-digits in one step, lower is better: {one[2]} with it, "
              f"{one[3]} without; teacher, {cfg.nfe} steps: {rows[0][f'{cfg.nfe}-step FD-digits']}\n"
-             f"Each student saw {seen:,} images or pairs; both are trained by the pseudo-Huber loss."
-             f"{only} In one step the teacher draws the mean image. The students' scores tell them apart.")
+             f"Each student saw {seen:,} images or pairs; both are trained by the pseudo-Huber loss.{only}")
     fid.save_stages(args.out, shown, (), words, rows, cfg.samples)
     caption = ("\nImages (or pairs) that a student saw. Blue: mid-training on ends of the teacher's "
                "trajectories (CMT), then post-training on images (ECT). Red: ECT alone. By pseudo-Huber.")
@@ -420,12 +420,13 @@ def photos(args, device):
             one[row] = found[row == "teacher"]                           # the teacher: in its many steps
             print(f"| {row} | {seed} | {' / '.join(found)} | {state['seconds']:.0f} |", flush=True)
             ours, alone, many = (one.get(k, "-") for k in ("CMT + ECT", "ECT, annealed", "teacher"))
-            does = "?" if "-" in (ours, alone) else HELPS[fid.moves(float(alone), float(ours))]
+            does = "?" if "-" in (ours, alone) else fid.HELPS[fid.moves(float(alone), float(ours))]
             caption = (f"Mid-training by pixels {does} on photos (seed {seed}). FD-photos in one step, "
                        f"lower is better: {ours} with it, {alone} without; teacher, {cfg.nfe} steps: {many}\n"
                        "A column: one noise for all nets; a second step may change the image.\n"
                        f"FD-photos: Frechet distance of {n:,} images to the real ones, by features of a "
-                       f"small net; {features.scale} against the other. Such nets hardly draw objects.\n"
+                       f"small net; {features.scale} against the other. Judge by it: such nets hardly draw "
+                       "objects.\n"
                        "Mid-training on the teacher's ends: pseudo-Huber; post-training on images: plain "
                        f"norm, alone annealed; as many images or pairs, of {os.path.basename(args.data)}.")
             breaks = fid.breaks_between([label.partition("\n")[0] for label, _ in (*shown, real)])
@@ -433,10 +434,9 @@ def photos(args, device):
 
 
 FM = "--pretrain fm --weak SIZE --init sit"           # SIZE: --size, of student and flow-matching teacher
-HELPS = dict(falls="helps", rises="harms") | {"": "changes little"}            # by fid.moves, without -> with
 CAPTION = ("Does mid-training help Mean Flow on photos ({})? In one step {}; in two {}\n"
            "FD-photos (Frechet distance to {} at 16x16, by features of a small net; {} against the other) "
-           "against CPU seconds (more beside other work), teacher or start net included. CMT: "
+           "against CPU seconds (a busy machine adds some), teacher or start net included. CMT: "
            "mid-training by a small teacher, then training on photos. The others train on photos alone, "
            "from random weights or a flow-matching net. Compare the last dots. docs/results.md: three seeds.")
 ROADS = {  # road: the road whose teacher it goes on from, its calls, laid over the settings of digits

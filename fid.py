@@ -32,8 +32,8 @@ The resize is part of the protocol; the two differ by 8.6 grey levels on CIFAR-1
   tf1         pixel i reads from i in/299, then (x - 128) / 128; the default: TTUR, EDM, ECT, torch-fidelity
   half_pixel  pixel i reads from (i + 1/2) in/299 - 1/2, then x / 127.5 - 1: pytorch-fid
 Precision, recall and the like: reuse net(images). Exit codes: 0 done, 2 usage, 3 data or weights.
-Of the script at work fid takes Config PRESETS LIMITS STAGES ABOUT INITS FILES DECAYS MAY_CHANGE NEED_STAGE
-RUN DEVICE nets, and it calls its parse, data_name, solve_size, check, resume, candidates and train.
+Of the script at work fid takes Config PRESETS LIMITS STAGES ABOUT INITS FILES DECAYS ENDLESS NO_WEIGHT
+READ_BY NEED_STAGE RUN DEVICE nets; calls parse, data_name, solve_size, check, resume, candidates and set_up.
 """
 import argparse
 import collections
@@ -96,8 +96,8 @@ REFERENCES = {         # nobody publishes their checksums, so the one found is p
 }
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")         # inside, whatever the name ends in
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-HALVES = ("Half of the real digits, 900, scores 0.78 +- 0.19 against the other; 2,000 samples can do better. "
-          "Random pixels score 119.5, the mean of all digits each time 197.6.")           # --train-digits
+HALVES = ("Half of the real digits against the other half: 0.78 +- 0.19 (900 each; 2,000 can score lower). "
+          "Random pixels: 119.5; the mean of all digits each time: 197.6.")               # --train-digits
 HIDDEN = re.compile(r"(^|/)(\.[^/]|__MACOSX/)")                          # .DS_Store, ._x.png, .git
 Reference = collections.namedtuple("Reference", "mu cov n features file sha256")    # not stated: n 0, text ""
 FOREIGN = {"cannot identify image file": "not a picture, or a part of one",
@@ -1152,6 +1152,7 @@ def read_record(file, when):
 # ---- pictures with words -----------------------------------------------------------------------
 NAMES = dict(teacher="teacher", mid="mid-training alone", post="after post-training")
 SPOKEN = dict(pretrain="pre-training", vgg="VGG", mid="mid-training", post="post-training")
+HELPS = dict(falls="helps", rises="hurts") | {"": "changes less than 10 %"}      # by what a score does: moves
 WIDE = 1_800                                             # pixels of a sheet
 INKS = {"alone|scratch": "#c0392b", "flow": "#8e44ad", "mid|CMT": "#1f5fbf", "teacher|pre-": "#2e8b57",
         "post": "#d98a00", "VGG": "#555555"}             # what a name speaks of: its colour in every chart
@@ -1172,7 +1173,7 @@ def plain(text):
 def boxed(text, wide, font):
     """(text in lines of so many pixels or fewer, its width, its height): nothing is cut."""
     lines, text = [], plain(text)
-    for whole in (" %", " +- ", " - ", "mid- and "):                                        # no break inside
+    for whole in (" %", " +- ", " -> ", " - ", "mid- and "):                                # no break inside
         text = text.replace(whole, whole.replace(" ", "\0"))
     for part in text.split("\n"):
         fit = int(1.1 * wide * len(part) / (font.getlength(part) or 1)) + 9
@@ -1266,11 +1267,7 @@ def about(cfg, found):
     sizes = {"teacher" if name == "teacher" else "students":              # frozen weights are buffers
              sum(p.numel() for p in (*net.parameters(), *net.buffers())) for name, net, *_ in found}
     sizes = ", ".join(f"{name} {n / 1e6:.2f}M" for name, n in sizes.items())
-    text = f" Seed {cfg.seed}; parameters: {sizes}."
-    for net in [net for name, net, *_ in found if name == "teacher"]:
-        jumps = getattr(net, "r_embedder", None) is not None
-        text += f" The teacher {'is a Mean Flow, which jumps, too' if jumps else 'needs many steps'}."
-    return text
+    return f" Seed {cfg.seed}; parameters: {sizes}."
 
 
 def scores_of(table):
@@ -1289,31 +1286,31 @@ def listed(names):
     return re.sub(", ([^,]+)$", r" and \1", ", ".join(names))
 
 
+def gains(table):
+    """What mid- and post-training changed in a table, each beside the net above it: {net: in words}."""
+    texts, scores = {}, {net: {k: float(found.split()[0]) for k, found in of.items()}
+                         for net, of in scores_of(table).items() if net in NAMES}
+    for (_, was), (net, now) in itertools.pairwise(scores.items()):
+        steps = {does: [k for k in now if k in was and moves(was[k], now[k]) == way]
+                 for way, does in HELPS.items()}
+        texts[net] = ", ".join(f"{does} in {listed(k)} step{'s' * (k != ['1'])}"
+                               for does, k in steps.items() if k)
+    return {net: text for net, text in texts.items() if text}
+
+
 def in_short(table):
-    """The scores of all nets in the last one's fewest steps, and of the teacher in its most; or ""."""
-    scores = {name: found for name, found in scores_of(table).items() if found}
-    measure = next((key.partition("-step ")[2] for row in table for key in row if "-step F" in key), "")
-    if not scores:
+    """What the last net gained, its score in its fewest steps, and the teacher's in its most; or ""."""
+    *before, (last, now) = ("", {}), *((net, of) for net, of in scores_of(table).items() if of)
+    if not now:
         return ""
-    few, teacher = next(iter([*scores.values()][-1])), scores.get("teacher", {})
-    said = ", ".join(f"{called(net)} {found[few]}" for net, found in scores.items() if few in found)
+    measure = next(key.partition("-step ")[2] for row in table for key in row if "-step F" in key)
+    few, was = next(iter(now)), before[-1][1]
+    gain, teacher = gains(table).get(last), scores_of(table).get("teacher", {})
+    text = f"{SPOKEN[last].capitalize()} {gain}" if gain else called(last).capitalize()
+    text += f": {measure} " + f"{was.get(few)} -> " * (few in was) + f"{now[few]} in {few} step"
+    text += "s" * (few != "1") + " (lower is better"
     many = next(reversed(teacher), few)
-    said += f"; teacher in {many} steps {teacher.get(many)}" * (many != few)
-    return f"{measure}, lower is better, in {few} step{'s' * (few != '1')}: {said}"
-
-
-def compared(table):
-    """How post-training scores beside mid-training, and that, where it is worse, beside the teacher."""
-    text, scores = "", {net: {k: float(found.split()[0]) for k, found in of.items()}
-                        for net, of in scores_of(table).items()}
-    said = dict(falls="better", rises="worse") | {"": "level (within 10 %)"}
-    for before, than, after in ("teacher", "the teacher", "mid"), ("mid", called("mid"), "post"):
-        was, now = scores.get(before, {}), scores.get(after, {})
-        steps = {way: [k for k in now if k in was and moves(was[k], now[k]) == way] for way in said}
-        parts = [f"{said[way]} in {listed(k)} step{'s' * (k != ['1'])}"
-                 for way, k in steps.items() if k and (after == "post" or steps["rises"])]
-        text += f" {called(after).capitalize()} against {than}: {', '.join(parts)}." * bool(parts)
-    return text
+    return text + f"; teacher in {many} steps: {teacher.get(many)}" * (many != few) + ")"
 
 
 def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
@@ -1338,13 +1335,14 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
         rows, header, line, breaks = [*zip(names, columns)], [what, *labels], "row", ()
     title, _, words = words.rpartition("\n")
     title = title or in_short(table) or "The same noises, drawn by every net"
-    caption = (f"{title}\nA {line}: one noise for all nets{again}.{compared(table)}\n"
-               "Mid-training: a student learns the ends of the teacher's trajectories; post-training: it "
-               "learns from images.")
-    caption += (" Whether mid-training helps is not seen here; README (Does mid-training help?) compares."
+    mid = gains(table).get("mid", "")
+    caption = (f"{title}\nA {line}: one noise for all nets{again}."
+               + f" Mid-training, beside the teacher, {mid}." * ("hurts" in mid) + "\n"
+               "Mid-training learns from the teacher's trajectories, post-training from images.")
+    caption += (" Whether mid-training helps: README compares with post-training alone."
                 * any(name == "mid" for name, *_ in shown))
-    caption += (f"\nScores, lower is better: Frechet distance of {samples:,} images to the data, by features "
-                f"of a net{'; of few it is off, mostly high' * (samples < 1_000)}.") * bool(table)
+    caption += (f"\nScore: Frechet distance of {samples:,} images to the data"
+                f"{'; of few it is off, mostly high' * (samples < 1_000)}.") * bool(table)
     caption += f" {HALVES}" * real
     caption += (" Shows its digit: a classifier reads it as the caption's digit."
                 * any("shows its digit" in key for row in table for key in row)) + f"\n{words.strip()}"
@@ -1385,12 +1383,12 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
                + "; scores tell these apart" * alike + "\n"
                f"The teacher walks in {n - 1} steps, as for mid-training, from noise, left, to its end, "
                "right. Below: where each net gets from there in one step"
-               + ("; mid-training teaches the images of its row to equal the last" if levels.max() > 1 else
+               + ("; mid-training's target for all of them is the end, top right" if levels.max() > 1 else
                   "; mid-training is on the mean velocity between any two states, so to the end, too; at t = "
                   "0 the answer is the state itself") + ".\n"
                "Error: of the leftmost answer, root mean square of pixels; in the heading means of "
-               f"{states.shape[1]} noises; lower: nearer to the teacher, not better. Two noises' ends differ "
-               f"by {apart:.2f}. Post-training learns from images and may leave these ends.{words}\n"
+               f"{states.shape[1]} noises; lower: nearer to the teacher, not better, since "
+               f"post-training learns from images. Two noises' ends differ by {apart:.2f}.{words}\n"
                + f"Of {n} states {len(some)} are shown, where most changes." * (len(some) < n)
                + " States above sigma 1 are shown divided by sigma." * bool(levels.max() > 1))
     first, *middle, end = (f"{level:.2g}" for level in levels.tolist())
@@ -1616,7 +1614,7 @@ SAMPLED = f"init nfe nodes prompts omega kappa guide_from guide_to {DRAWN}"     
 
 def of_samples(home):
     """Names of knobs on which no weight depends, or on which samples do."""
-    return f"{home.MAY_CHANGE['*']} {SAMPLED}".split()
+    return f"{home.NO_WEIGHT} {SAMPLED}".split()
 
 
 def same_folder(cfg, script, argv):
@@ -1638,7 +1636,7 @@ def same_folder(cfg, script, argv):
     asked |= {f"--{k}": (k, made.values(), now) for k in ("data", "res", *typed) if k in knobs}
     for stage in [stage for stage in made if cfg.stage not in ("all", stage)]:
         then = vars(home.parse([*argv, "--stage", stage]))
-        trains = {*then} - free - {*never_read(cfg, stage, home.MAY_CHANGE)}
+        trains = {*then} - free - {*never_read(dataclasses.replace(cfg, stage=stage))}
         asked |= {f"--{stage}.{k}": (k, [made[stage]], then) for k in trains if f"{stage}.{k}" in typed}
     odd = []
     for flag, (k, configs, new) in asked.items():
@@ -1687,13 +1685,15 @@ def home_of(cfg):
 def check_tables(home):
     """Exit code 2 where a table of the script names no field of Config, or no method of a stage: forks."""
     fields = {f.name: f.type for f in dataclasses.fields(home.Config)}
-    names = " ".join([*home.LIMITS.values(), *home.MAY_CHANGE.values()]).split()
+    names = " ".join([*home.LIMITS.values(), *home.READ_BY]).split()
     odd = [name for name in (*names, *itertools.chain(*home.PRESETS.values())) if name not in fields]
     keys = [key[1:] for key in home.PRESETS]
-    keys += [key.split() for key in (*home.MAY_CHANGE, *home.ABOUT) if " " in key]
+    where = ", ".join([*home.ABOUT, *home.READ_BY.values()]).split(", ")
+    odd += [key for key in where if " " not in key and key not in home.ABOUT]
+    keys += [key.removeprefix("not ").split() for key in where if " " in key]
     odd += [method for stage, method in keys if method not in ("*", *typing.get_args(fields.get(stage)))]
     if odd:
-        tables = [t for t in ("PRESETS", "LIMITS", "MAY_CHANGE", "ABOUT") if odd[0] in str(vars(home)[t])]
+        tables = [t for t in ("PRESETS", "LIMITS", "READ_BY", "ABOUT") if odd[0] in str(vars(home)[t])]
         fail(2, f"{' and '.join(tables)} name {odd[0]}, which is no field and no method of Config; mend it")
 
 
@@ -1730,7 +1730,7 @@ def parse(home, argv):
 def stages_of(home, argv):
     """The Config of each stage that a command of the script `home` runs."""
     cfg = parse(home, argv)
-    stages, may = home.STAGES if cfg.stage == "all" else [cfg.stage], home.MAY_CHANGE
+    stages = home.STAGES if cfg.stage == "all" else [cfg.stage]
     configs = [parse(home, [*argv, "--stage", stage]) for stage in stages]
     for name in {"pretrain", "mid", "post"} & {*vars(cfg)}:
         if odd := [c.stage for c in configs if getattr(c, name) != getattr(cfg, name)]:
@@ -1741,7 +1741,7 @@ def stages_of(home, argv):
         if stage in ("eval", "sample"):
             return field in of_samples(home)
         from_mid = (stage, field) == ("post", "init") and "mid" in stages and cfg.mid != "none"
-        unread = *never_read(cfg, stage, may), "seeds", "samples", "repeat", "mid_sigma"
+        unread = *never_read(dataclasses.replace(cfg, stage=stage)), "seeds", "samples", "repeat", "mid_sigma"
         return not (from_mid or stage in idle or field in unread)
 
     for flag in [word.partition("=")[0] for word in argv if word[:2] == "--"]:
@@ -1847,7 +1847,7 @@ def check_values(cfg, limits, world):
     world: number of processes that train, 0 where a stage does not.
     """
     home = home_of(cfg)
-    idle = never_read(cfg, cfg.stage, home.MAY_CHANGE)
+    idle = never_read(cfg)
     for (rule, least, below), names in limits.items():
         for name in [name for name in names.split() if name not in idle]:
             if not least <= getattr(cfg, name) < below:
@@ -1985,14 +1985,14 @@ def made_by(script):
     return dict(script=os.path.basename(script), code=zlib.crc32(b"".join(texts)))
 
 
-def steps_left(cfg, ckpt, path, free, stages):
+def steps_left(cfg, ckpt, path):
     """Steps that a stage has still to go from its checkpoint, or None; exit code 2 if other knobs made it.
 
-    free {"*", a stage, a stage and its method as "post ect", a --decay: names}: knobs that may differ. More
-    steps are possible where none of the `stages` after this one has begun from here.
+    Knobs that it never reads may differ, and steps where no stage after this one has begun from here.
     """
     home = home_of(cfg)
-    later = [s for s in stages[stages.index(cfg.stage) + 1:] if os.path.exists(f"{cfg.out}/{s}.pt")]
+    after = home.STAGES[home.STAGES.index(cfg.stage) + 1:]
+    later = [s for s in after if os.path.exists(f"{cfg.out}/{s}.pt")]
     if cfg.stage == "pretrain" and later and not ckpt:
         fail(2, f"{cfg.out}/{later[0]}.pt went on from a teacher that is not there; pass its --teacher again "
                 f"(config.json has it, if it had one), put {path} back, or use another --out")
@@ -2004,8 +2004,8 @@ def steps_left(cfg, ckpt, path, free, stages):
     if ckpt and ckpt.get("code", here["code"]) != here["code"]:
         say(f"warning: {made}, nets.py or solvers.py was changed since {cfg.out} was begun; to train that "
             "anew, use another --out")                       # once for all stages
-    known = {"seed", *" ".join(free.values()).split(), *(k for row in home.PRESETS.values() for k in row)}
-    may = {*never_read(cfg, cfg.stage, free), *free["*"].split(), *free.get(cfg.decay, "").split()}
+    known = ["seed", home.NO_WEIGHT, *home.READ_BY, *itertools.chain(*home.PRESETS.values())]
+    may = {*never_read(cfg), *home.NO_WEIGHT.split(), *["steps"] * (cfg.decay in home.ENDLESS)}
     old = {f.name: ckpt["cfg"].get(f.name, f.default) for f in dataclasses.fields(cfg)} if ckpt else {}
     if old and (later or cfg.steps < ckpt["step"]):
         may -= {"steps"}
@@ -2020,8 +2020,8 @@ def steps_left(cfg, ckpt, path, free, stages):
                 steps=more, out=f"{cfg.out}-longer")
         elif changed == ["steps"] and more > 0 and cfg.decay == "linear":
             how = "; a linear --decay is at its end"
-        if own := [name for name in changed if name not in known]:
-            how = f"; if {own[0]} is a knob of yours that {cfg.stage} never reads: name it in MAY_CHANGE"
+        if own := [name for name in changed if name not in " ".join(known).split()]:
+            how = f"; if {own[0]} is a knob of yours, say in READ_BY which stages read it"
         flags = {k: f"--{k}" if k in home.STAGES else f"--{cfg.stage}.{k}" for k in changed}     # a method
         all_of = " and ".join(f"{flag} {old[k]}, now {getattr(cfg, k)}" for k, flag in flags.items())
         fail(2, f"{path} was made by {made} --data {data} with {all_of}; repeat its flags, see log.txt, or "
@@ -2032,10 +2032,12 @@ def steps_left(cfg, ckpt, path, free, stages):
     return cfg.steps - (ckpt["step"] if ckpt else 0)
 
 
-def never_read(cfg, stage, free):
-    """Names of knobs on which a stage, by its method, does not depend; free: MAY_CHANGE of the script."""
-    method = f"{stage} {getattr(cfg, stage, '')}"
-    return f"{free.get(stage, '')} {free.get(method, '')}".split()
+def never_read(cfg):
+    """Names of knobs on which a stage, by its method, does not depend: READ_BY of the script."""
+    home, method = home_of(cfg), f"{cfg.stage} {getattr(cfg, cfg.stage, '')}"
+    rows = home.READ_BY if cfg.stage in {*home.STAGES} - {*home.RUN} else {}
+    return [name for names, where in rows.items() for name in names.split()
+            if not {cfg.stage, method} & {*where.split(", ")} or f"not {method}" in where.split(", ")]
 
 
 def command(cfg, stage, names, **new):
@@ -2275,7 +2277,7 @@ def overview(road, device, cfg):
 def dry_run(home, argv, configs):
     """Print what a command of the script `home` would train and skip, and what it misses: its exit code.
 
-    Every stage is checked; the first with work to do is set up by `train`, which ends before its loop.
+    Every stage is checked, and the first with work to do is set up.
     """
     global KEEP
     os.environ.setdefault("CMT_OFFLINE", DRY)
@@ -2298,7 +2300,7 @@ def dry_run(home, argv, configs):
     for c in configs:
         if c.stage not in codes:
             work = (lambda c: list_pictures(c.source)) if c.stage == "encode" else home.candidates
-            tried(c, work if c.stage in home.RUN else home.train)
+            tried(c, work if c.stage in home.RUN else home.set_up)
         if c.stage in codes or road.get(c.stage, (0,))[0]:               # later ones start from what it makes
             break
     if processes()[0] == 0:
@@ -2321,9 +2323,8 @@ def save_curve(cfg, table=()):
     """curve.png of cfg.out, a column a stage; of a Mean Flow, whose loss stays near 1, the square error."""
     stages, drawn = {}, "loss"
     for m in read_steps(cfg.out):
-        gap = ", t - r up to 1/4" if "mse_gap1" in m else ", t = r" if "mse_same" in m else ""
-        drawn = "square error" if gap else "loss"
-        _, losses, norms = stages.setdefault(SPOKEN[m["stage"]], (drawn + gap, [], []))
+        drawn = "square error" if "mse_same" in m or "mse_gap1" in m else "loss"
+        _, losses, norms = stages.setdefault(SPOKEN[m["stage"]], (drawn, [], []))
         losses.append((m["images"], m.get("mse_gap1", m.get("mse_same", m["loss"]))))
         norms.append((m["images"], m["grad"]))
     panels = {f"{stage}: {title}": {stage: losses} for stage, (title, losses, _) in stages.items()}
@@ -2334,10 +2335,11 @@ def save_curve(cfg, table=()):
         if len(y) > 2:
             ways.setdefault(moves(np.mean(y[:third]), np.mean(y[-third:])) or "stays level", []).append(stage)
     ways, scores = "; ".join(f"{way} in {listed(of)}" for way, of in ways.items()), in_short(table)
+    short = " of short jumps (t - r up to 1/4)" * (drawn != "loss")
     words = [f"{SPOKEN[s]}: {words_of(dataclasses.replace(cfg, stage=s)).partition(': ')[2]}"
              for s in home_of(cfg).STAGES if SPOKEN.get(s) in stages]
     save_chart(f"{cfg.out}/curve.png", panels,
-               (f"The {drawn} {ways}; only" if ways else "Only") + " scores tell what is better\n"
+               (f"The {drawn}{short} {ways}; only" if ways else "Only") + " scores tell what is better\n"
                f"To expect in {'; in '.join(words)}. Each panel has log scales of its own, against images "
                "trained on, in mid-training pairs. A point: a mean since the last one."
                + " Square errors are of velocities; t - r is the time jumped over." * (drawn != "loss")
@@ -2358,7 +2360,7 @@ def save_preview(cfg, tally, stop, sampler, drawn=""):
         header = header if drawn and cfg.data == "digits" else ()
         save_seeds(f"{cfg.out}/previews/{cfg.stage}_{done:07d}.png", images, range(60),
                    f"{SPOKEN[cfg.stage].capitalize()}, after {done:,} of {cfg.steps:,} steps of training\n"
-                   f"By the averaged weights, {how}, from the same noises in every preview{drawn}.",
+                   f"Averaged weights, {how}, the same noises in every preview{drawn}. Scores: stages.png.",
                    header, 10 if drawn else 12)
     tally["clock"] = time.time()                             # saving is no training
 
@@ -2450,7 +2452,8 @@ def save_results(cfg, rows, note, stages):
     took = {m["stage"]: m["seconds"] for m in read_metrics(out) if "seconds" in m and not alone}
     text = f"{table(rows)}\n\n{note}" + f"\n{HALVES}" * note.startswith("FD-digits")
     text += f"\n{', '.join(took)} took {duration(sum(took.values()))} of training." * bool(took)
-    text += compared(rows)
+    gained = "; ".join(f"{SPOKEN[net]} {gain}" for net, gain in gains(rows).items())
+    text += f" Beside the row above: {gained}." * bool(gained)
     file = pathlib.Path(out, "results.md")
     below = " (earlier tables stay below)" * file.exists()
     if processes()[0] == 0:

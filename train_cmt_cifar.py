@@ -31,7 +31,7 @@ import torch.distributed as dist
 import fid                      # the score, and what all runs share: flags, log, files, pictures
 import nets                     # networks, their weights, distances
 import solvers                  # trajectories, few-step samplers, seeds
-from fid import agree, announce, count, fail, log, report, same_data      # announce: goes with the next log
+from fid import count, fail, log, report
 from solvers import fold, randn
 
 
@@ -102,13 +102,12 @@ PRESETS = {  # (data, stage, its --mid or --post): the lower row wins, --help sh
     ("own", "post", "*"): dict(steps=10_000, warmup=100, ema_beta=0.999),
     # choice: pseudo-Huber in both stages, which scores best on digits (docs/results.md)
     ("digits", "*", "*"): dict(precision="fp32", dropout=0.0, loss="huber", log_every=50, save_every=250,
-                               samples=2_000, huber_c=0.06),      # of post, too
-    ("digits", "pretrain", "*"): dict(steps=2_000, batch=32, lr=2e-3, warmup=50, decay="linear",
-                                      ema_beta=0.995),
-    ("digits", "mid", "*"): dict(steps=900, batch=32, lr=2e-3, ema_beta=0.99),
+                               samples=2_000, batch=32),
+    ("digits", "pretrain", "*"): dict(steps=2_000, lr=2e-3, warmup=50, decay="linear", ema_beta=0.995),
+    ("digits", "mid", "*"): dict(steps=900, lr=2e-3, ema_beta=0.99),
     # choice: warm-up: RAdam's first 5 steps are plain gradient steps, and the gradient grows with q
-    ("digits", "post", "*"): dict(steps=600, batch=32, lr=3e-4, ema_beta=0.99, q=512, warmup=20),
-    ("digits", "post", "annealed"): dict(q=2, double=187, steps=1_500, lr=1e-3, decay="linear"),  # to 512
+    ("digits", "post", "*"): dict(steps=600, lr=3e-4, ema_beta=0.99, q=512, warmup=20, huber_c=0.06),
+    ("digits", "post", "annealed"): dict(q=2, double=187, steps=1_500, lr=1e-3, decay="linear"),  # last: 512
 }
 ABOUT = {"pretrain": "stage 1 of 4, pre-training: the loss soon falls slowly, images still improve",
          "mid": "stage 2 of 4, mid-training (Eq. 7): the loss, distance to the teacher's ends, falls",
@@ -228,7 +227,7 @@ def make_distance(cfg, channels):
 # ---- train ------------------------------------------------------------------------------------
 def train(cfg):
     """One stage (pretrain, mid, post) from its last checkpoint to its end: method first, bookkeeping last."""
-    if not (run := set_up(cfg)) or cfg.dry_run:       # run: what set_up gives to begin, and begin adds
+    if not (run := set_up(cfg)):                      # run: what set_up gives to begin, and begin adds
         return
     net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
     cast_net = in_precision(cfg, net)
@@ -302,6 +301,7 @@ def train(cfg):
 
 
 DECAYS = {"linear": lambda cfg, step: 1 - step / cfg.steps, "constant": lambda cfg, step: 1.0}        # B.2
+ENDLESS = ["constant"]                                # decays that do not look at the end: more --steps go on
 
 
 def lr_at(cfg, step):
@@ -324,12 +324,12 @@ def set_up(cfg):
     if needs_data(cfg):
         images = load_data(cfg)
         stamp, seen = fid.stamp(images), cfg.steps * cfg.batch / len(images)
-        announce(f"{cfg.data}: {stamp}, each seen {seen:,.3g} times, unconditional")
+        fid.announce(f"{cfg.data}: {stamp}, each seen {seen:,.3g} times, unconditional")
         images = images.to(DEVICE)
     if cfg.stage == "mid" or cfg.stage == "post" and cfg.post not in ALONE:
         asked = teacher_state(cfg)                    # (weights, constructor arguments)
         stamp += f", teacher {nets.stamp(asked[0])}"
-    same_data(ckpt, f"{cfg.out}/{cfg.stage}.pt", stamp)
+    fid.same_data(ckpt, f"{cfg.out}/{cfg.stage}.pt", stamp)
     if not left:                                      # finished, with other names of the same content
         return log(f"{cfg.stage}: finished, nothing to do")
     if asked:
@@ -418,13 +418,13 @@ if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:            # trap: nohup i
 STOP = []                                             # signals received: the loop saves, then ends
 TIMEOUT = timedelta(minutes=10)                       # choice: ten minutes for an answer in a step
 BY_CONTENT = "data", "teacher"                        # compared by content, wherever it lies
-MAY_CHANGE = {  # "*": every stage, a stage, "stage method", a --decay: knobs that do not matter there
-    "*": "dry_run data stage out teacher seeds samples repeat mid_sigma sigma_shift compile batch_gpu "
-         "log_every save_every",
-    "constant": "steps",
-    "pretrain": "mid post init nfe trajectories q double huber_c loss",
-    "mid": "post q double P_mean P_std", "mid kd": "trajectories",
-    "post": "trajectories loss nfe",
+NO_WEIGHT = ("dry_run data stage out teacher seeds samples repeat mid_sigma sigma_shift compile batch_gpu "
+             "log_every save_every")                  # knobs on which no weight depends
+READ_BY = {  # knobs that some stages read, or "stage method"; what is not named here, all read
+    "mid init huber_c": "mid, post",
+    "nfe loss": "mid", "trajectories": "mid, not mid kd",
+    "P_mean P_std": "pretrain, post",
+    "post q double": "post",
 }
 
 
@@ -463,7 +463,7 @@ def resume(cfg):
     """This stage's checkpoint, or None, and steps still to go; exit code 2 if other knobs made it."""
     path = f"{cfg.out}/{cfg.stage}.pt"
     ckpt = nets.load_checkpoint(path, whole=True)
-    return ckpt, fid.steps_left(cfg, ckpt, path, MAY_CHANGE, STAGES)
+    return ckpt, fid.steps_left(cfg, ckpt, path)
 
 
 def begin(cfg, ckpt, net, optimizer, stamp, model, **parts):
@@ -473,7 +473,7 @@ def begin(cfg, ckpt, net, optimizer, stamp, model, **parts):
     flat.grad = grad                                  # one vector, whose views are all weights (flatten)
     opt, path = optimizer([flat]), f"{cfg.out}/{cfg.stage}.pt"
     tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
-    agree("data and sum of the first weights", (stamp, flat.sum(dtype=torch.float64).item()))
+    fid.agree("data and sum of the first weights", (stamp, flat.sum(dtype=torch.float64).item()))
     saved = dict(data=stamp, model=model, cfg=asdict(cfg), **fid.made_by(__file__))
     log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))
     return SimpleNamespace(net=net, ema=ema, opt=opt, flat=flat, flat_ema=flat_ema, grad=grad, tally=tally,
@@ -485,13 +485,13 @@ def total(grad, loss, scale):
 
     Returns gradient norm, loss and stop as numbers: this is where the host waits for the device.
     """
-    told = torch.stack([loss, torch.full_like(loss, len(STOP) * scale)])      # trap: torch.tensor would wait
+    told = torch.stack([loss / scale, torch.full_like(loss, len(STOP))])      # trap: torch.tensor would wait
     if WORLD > 1:
         # choice: no DDP wrapper, the gradient is one vector: any number of processes, one result
         dist.all_reduce(grad)
         dist.all_reduce(told)                         # trap: process 0's own loss is not the loss
     if scale != 1:
-        grad, told = grad.div_(scale), told / scale
+        grad.div_(scale)
     return torch.stack([grad.norm(), *told]).tolist()
 
 
@@ -673,10 +673,10 @@ def main(argv):
     with fid.one_line(cfg, nets.WeightsError):
         fid.same_folder(cfg, __file__, argv)
         # trap: where one process has a stage and another has not, they would wait for each other in check
-        agree(f"checkpoints in {cfg.out}", [s for s in STAGES if os.path.exists(f"{cfg.out}/{s}.pt")])
+        fid.agree(f"checkpoints in {cfg.out}", [s for s in STAGES if os.path.exists(f"{cfg.out}/{s}.pt")])
         trained = [c for c in configs if check(c)]
         with fid.begin_run(cfg, __file__, argv):      # its lock, its log
-            announce(fid.overview([(resume(c)[1], c) for c in trained], DEVICE, cfg))
+            fid.announce(fid.overview([(resume(c)[1], c) for c in trained], DEVICE, cfg))
             for c in configs:
                 if STOP:
                     fail(75, "stopped by a signal; run the same command again to go on")
@@ -685,7 +685,7 @@ def main(argv):
                 for number in SIGNALS:                # training saves first, the rest just ends
                     signal.signal(number, fid.leave if c.stage in RUN else on_signal)
                 if c.stage in fid.ROAD:
-                    announce(fid.words_of(c))
+                    fid.announce(fid.words_of(c))
                 RUN.get(c.stage, train)(c)
     if dist.is_initialized():
         dist.destroy_process_group()

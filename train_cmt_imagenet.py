@@ -36,7 +36,7 @@ import torch.nn.functional as F
 import fid                      # the score, and what all runs share: flags, log, files, pictures
 import nets                     # networks, their weights, distances
 import solvers                  # trajectories, few-step samplers, seeds
-from fid import agree, announce, count, fail, log, report, same_data      # announce: goes with the next log
+from fid import count, fail, log, report
 from solvers import fold, randn
 
 
@@ -170,7 +170,7 @@ def solve_size(cfg):
 
 
 @torch.no_grad()
-def teacher_pairs(cfg, teacher, classes, shape, g):
+def teacher_pairs(cfg, teacher, shape, g, classes):
     """Eq. 7: n trajectories of the frozen teacher; the first `used` states of each are paired with its end.
 
     shape: of one input. Every process solves its share, gets all. Returns, shuffled, x_t (P, C, H, W), t, the
@@ -275,7 +275,7 @@ def loss_vgg(net, x, labels, seed):
 # ---- train ------------------------------------------------------------------------------------
 def train(cfg):
     """One stage (pretrain, vgg, mid, post) from its last checkpoint to its end: method, then bookkeeping."""
-    if not (run := set_up(cfg)) or cfg.dry_run:       # run: what set_up gives to begin, and begin adds
+    if not (run := set_up(cfg)):                      # run: what set_up gives to begin, and begin adds
         return
     net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
     model = run.saved["model"]                        # the VGG's, too, has the size of the data
@@ -288,9 +288,9 @@ def train(cfg):
     @lru_cache(1)                                     # kept for the steps that share it; resumed: solved anew
     def solve(number):
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", number))
-        *pairs, x_0 = teacher_pairs(cfg, run.teacher, classes, shape, g)
+        *pairs, x_0 = teacher_pairs(cfg, run.teacher, shape, g, classes)
         views = {} if cfg.ensemble == "none" else run.distance.draw(pairs[0], g)    # random, of each pair
-        target = [x_0] if views else run.distance.features(x_0)               # once per end, not per pair
+        target = [x_0] if views else run.distance.features(x_0)       # once per end; of views: of each pair
         return fid.check_pairs(pairs, per_solve, target), target, views
 
     @lru_cache(1)                                     # once for the micro-batches of a step
@@ -307,20 +307,20 @@ def train(cfg):
     def loss_of(step, k):                             # of a micro-batch: k is its first row in the share
         first = mine.start + k                        # and this in the batch
         seed = fold(cfg.seed, cfg.stage, step, "dropout") + first
-        masks = None if cfg.stage == "vgg" else nets.dropout_masks(net, range(seed, seed + micro))
         if cfg.stage == "mid":
             number, at = divmod(step * B + first, per_solve)      # which solve; where in it the rows begin
             pairs, target, views = solve(number)
             x_t, t, y, owner = (a[at:at + micro] for a in pairs)
-            student, target = partial(net, class_labels=y, masks=masks), [a[owner] for a in target]
-            if views:
-                view = {name: a[at:at + micro] for name, a in views.items()}
-                return loss_cmt_views(student, x_t, t, *target, run.distance, view)
-            return loss_cmt(student, x_t, t, target, run.distance)                              # Eq. 7
-        x, t, y, eps, labels = (a[k:k + micro] for a in images_of(step))
-        student = partial(net, class_labels=y, masks=masks)
+        else:
+            x, t, y, eps, labels = (a[k:k + micro] for a in images_of(step))
         if cfg.stage == "vgg":
             return loss_vgg(net, x, labels, seed)
+        student = partial(net, class_labels=y, masks=nets.dropout_masks(net, range(seed, seed + micro)))
+        if cfg.stage == "mid" and views:
+            view = {name: a[at:at + micro] for name, a in views.items()}
+            return loss_cmt_views(student, x_t, t, target[0][owner], run.distance, view)
+        if cfg.stage == "mid":
+            return loss_cmt(student, x_t, t, [a[owner] for a in target], run.distance)          # Eq. 7
         if cfg.stage == "pretrain":
             return loss_edm2(student, x, t, eps, net.sigma_data)
         r, weight = ect_step(t, cfg.q), edm_weight(t, net.sigma_data)
@@ -363,6 +363,7 @@ SQRT_FROM = dict(imagenet64=35_000, imagenet512=70_000, own=5_000, digits=500)  
 DECAYS = {"linear": lambda cfg, step: 1 - step / cfg.steps, "constant": lambda cfg, step: 1.0,
           "sqrt": lambda cfg, step: max(step / SQRT_FROM[data_name(cfg)], 1) ** -0.5,          # EDM2 Eq. 67
           "steps": lambda cfg, step: 0.1 ** sum(step >= k * cfg.steps for k in (0.3, 0.6, 0.9))}         # B.5
+ENDLESS = ["constant", "sqrt"]                        # decays that do not look at the end: more --steps go on
 
 
 def lr_at(cfg, step):
@@ -397,7 +398,7 @@ def set_up(cfg):
     stamp = images.stamp if images else "none"
     asked = asked_nets(cfg)
     stamp += "".join(f", {name} {nets.stamp(state)}" for name, (state, _) in asked.items())
-    same_data(ckpt, f"{cfg.out}/{cfg.stage}.pt", stamp)
+    fid.same_data(ckpt, f"{cfg.out}/{cfg.stage}.pt", stamp)
     if not left:                                      # finished, with other names of the same content
         return log(f"{cfg.stage}: finished, nothing to do")
     frozen = {name: build(cfg, size, state, getattr(cfg, name) or "the teacher")
@@ -632,14 +633,13 @@ STOP = []                                             # signals received: the lo
 TIMEOUT = timedelta(minutes=10)                       # choice: ten minutes for an answer in a step
 NEED_STAGE = {"vgg": "steps batch lr"}                # flags that need the stage's name: --vgg.steps
 BY_CONTENT = "data", "teacher", "main", "guide"       # compared by content, wherever it lies
-MAY_CHANGE = {  # "*": every stage, a stage, "stage method", a --decay: knobs that do not matter there
-    "*": "dry_run data stage out source teacher main guide vae seeds samples repeat mid_sigma sampler "
-         "labels compile batch_gpu log_every save_every",
-    "constant": "steps", "sqrt": "steps",
-    "pretrain": "mid post init nfe trajectories q huber_c w loss ensemble",
-    "vgg": "mid post init nfe trajectories q huber_c w loss ensemble P_mean P_std dropout",
-    "mid": "post q w P_mean P_std",
-    "post": "trajectories loss ensemble nfe",
+NO_WEIGHT = ("dry_run data stage out source teacher main guide vae seeds samples repeat mid_sigma sampler "
+             "labels compile batch_gpu log_every save_every")     # knobs on which no weight depends
+READ_BY = {  # knobs that some stages read, or "stage method"; what is not named here, all read
+    "mid init huber_c": "mid, post",
+    "nfe loss ensemble trajectories": "mid",
+    "P_mean P_std": "pretrain, post", "dropout": "pretrain, mid, post",
+    "post q w": "post",
 }
 
 
@@ -672,7 +672,7 @@ def resume(cfg):
     """This stage's checkpoint, or None, and steps still to go; exit code 2 if other knobs made it."""
     path = f"{cfg.out}/{cfg.stage}.pt"
     ckpt = nets.load_checkpoint(path, whole=True)
-    return ckpt, fid.steps_left(cfg, ckpt, path, MAY_CHANGE, STAGES)
+    return ckpt, fid.steps_left(cfg, ckpt, path)
 
 
 def begin(cfg, ckpt, net, optimizer, stamp, model, **parts):
@@ -682,7 +682,7 @@ def begin(cfg, ckpt, net, optimizer, stamp, model, **parts):
     flat.grad = grad                                  # one vector, whose views are all weights (flatten)
     opt, path = optimizer([flat]), f"{cfg.out}/{cfg.stage}.pt"
     tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
-    agree("data and sum of the first weights", (stamp, flat.sum(dtype=torch.float64).item()))
+    fid.agree("data and sum of the first weights", (stamp, flat.sum(dtype=torch.float64).item()))
     saved = dict(data=stamp, model=model, cfg=asdict(cfg), **fid.made_by(__file__))
     log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))
     return SimpleNamespace(net=net, ema=ema, opt=opt, flat=flat, flat_ema=flat_ema, grad=grad, tally=tally,
@@ -694,13 +694,13 @@ def total(grad, loss, scale):
 
     Returns gradient norm, loss and stop as numbers: this is where the host waits for the device.
     """
-    told = torch.stack([loss, torch.full_like(loss, len(STOP) * scale)])      # trap: torch.tensor would wait
+    told = torch.stack([loss / scale, torch.full_like(loss, len(STOP))])      # trap: torch.tensor would wait
     if WORLD > 1:
         # choice: no DDP wrapper, the gradient is one vector: any number of processes, one result
         dist.all_reduce(grad)
         dist.all_reduce(told)                         # trap: process 0's own loss is not the loss
     if scale != 1:
-        grad, told = grad.div_(scale), told / scale
+        grad.div_(scale)
     return torch.stack([grad.norm(), *told]).tolist()
 
 
@@ -920,10 +920,10 @@ def main(argv):
     with fid.one_line(cfg, nets.WeightsError):
         fid.same_folder(cfg, __file__, argv)
         # trap: where one process has a stage and another has not, they would wait for each other in check
-        agree(f"checkpoints in {cfg.out}", [s for s in STAGES if os.path.exists(f"{cfg.out}/{s}.pt")])
+        fid.agree(f"checkpoints in {cfg.out}", [s for s in STAGES if os.path.exists(f"{cfg.out}/{s}.pt")])
         trained = [c for c in configs if check(c)]
         with fid.begin_run(cfg, __file__, argv):      # its lock, its log
-            announce(fid.overview([(resume(c)[1], c) for c in trained], DEVICE, cfg))
+            fid.announce(fid.overview([(resume(c)[1], c) for c in trained], DEVICE, cfg))
             for c in configs:
                 if STOP:
                     fail(75, "stopped by a signal; run the same command again to go on")
@@ -932,7 +932,7 @@ def main(argv):
                 for number in SIGNALS:                # training saves first, the rest just ends
                     signal.signal(number, fid.leave if c.stage in RUN else on_signal)
                 if c.stage in fid.ROAD:
-                    announce(fid.words_of(c))
+                    fid.announce(fid.words_of(c))
                 RUN.get(c.stage, train)(c)
     if dist.is_initialized():
         dist.destroy_process_group()

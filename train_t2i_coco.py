@@ -40,7 +40,7 @@ import torch.nn.functional as F
 import fid                      # the score, and what all runs share: flags, log, files, pictures
 import nets                     # networks, their weights, distances
 import solvers                  # trajectories, few-step samplers, seeds
-from fid import agree, announce, count, fail, log, report, same_data      # announce: goes with the next log
+from fid import count, fail, log, report
 from solvers import fold, randn
 
 
@@ -307,7 +307,7 @@ def teacher_pairs(cfg, teacher, text, null, shape, g):
 # ---- train ------------------------------------------------------------------------------------
 def train(cfg):
     """One stage (pretrain, mid, post) from its last checkpoint to its end: method first, bookkeeping last."""
-    if not (run := set_up(cfg)) or cfg.dry_run:       # run: what set_up gives to begin, and begin adds
+    if not (run := set_up(cfg)):                      # run: what set_up gives to begin, and begin adds
         return
     net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
     images, shape = run.images, run.images.shape
@@ -389,6 +389,7 @@ def train(cfg):
 
 
 DECAYS = {"linear": lambda cfg, step: 1 - step / cfg.steps, "constant": lambda cfg, step: 1.0}        # B.2
+ENDLESS = ["constant"]                                # decays that do not look at the end: more --steps go on
 
 
 def lr_at(cfg, step):
@@ -410,7 +411,7 @@ def set_up(cfg):
         teacher = build(cfg, model, weights, cfg.teacher or "the teacher")
         teacher.requires_grad_()                      # else autocast casts its weights anew at each call
         stamp += f", teacher {nets.stamp(weights)}"
-    same_data(ckpt, f"{cfg.out}/{cfg.stage}.pt", stamp)
+    fid.same_data(ckpt, f"{cfg.out}/{cfg.stage}.pt", stamp)
     if not left:                                      # finished, with other names of the same content
         return log(f"{cfg.stage}: finished, nothing to do")
     model = model_size(cfg, images, null.shape[-1])
@@ -479,7 +480,7 @@ def draw_sheets(cfg, found, images, encoder):
             path = f"{cfg.out}/samples_{name}_{steps}step.png"
             fid.save_captions(path, name, steps, rows, scores="; scores: results.md in this folder")
             shown.append((name, steps, torch.stack([row[0] for _, row in rows])))
-    words = fid.about(cfg, found) + " Its step is Heun's and guided, up to four calls; one alone overshoots."
+    words = fid.about(cfg, found) + " The teacher's steps are guided, up to four calls; one alone overshoots."
     fid.save_stages(cfg.out, shown, captions, words)
     if found[0][0] == "teacher":
         teacher, times = found[0][1], torch.linspace(1, 0, cfg.nodes, dtype=torch.float64)
@@ -787,13 +788,12 @@ if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:            # trap: nohup i
 STOP = []                                             # signals received: the loop saves, then ends
 TIMEOUT = timedelta(minutes=10)                       # choice: ten minutes for an answer in a step
 BY_CONTENT = "data", "teacher"                        # compared by content, wherever it lies
-MAY_CHANGE = {  # "*": every stage, a stage, "stage method", a --decay: knobs that do not matter there
-    "*": "dry_run data stage out source encoders teacher vae prompts seeds samples repeat nfe compile "
-         "batch_gpu log_every save_every",
-    "constant": "steps",
-    "pretrain": "mid post init omega kappa guide_from guide_to nodes trajectories",
-    "mid": "pretrain post ratio P_mean P_std power",
-    "post": "pretrain nodes trajectories",
+NO_WEIGHT = ("dry_run data stage out source encoders teacher vae prompts seeds samples repeat nfe compile "
+             "batch_gpu log_every save_every")        # knobs on which no weight depends
+READ_BY = {  # knobs that some stages read, or "stage method"; what is not named here, all read
+    "mid init omega kappa guide_from guide_to": "mid, post",
+    "nodes trajectories": "mid", "post": "post",
+    "ratio P_mean P_std power": "pretrain, post", "pretrain": "pretrain",
 }
 
 
@@ -826,7 +826,7 @@ def resume(cfg):
     """This stage's checkpoint, or None, and steps still to go; exit code 2 if other knobs made it."""
     path = f"{cfg.out}/{cfg.stage}.pt"
     ckpt = nets.load_checkpoint(path, whole=True)
-    return ckpt, fid.steps_left(cfg, ckpt, path, MAY_CHANGE, STAGES)
+    return ckpt, fid.steps_left(cfg, ckpt, path)
 
 
 def begin(cfg, ckpt, net, optimizer, stamp, model, **parts):
@@ -836,7 +836,7 @@ def begin(cfg, ckpt, net, optimizer, stamp, model, **parts):
     flat.grad = grad                                  # one vector, whose views are all weights (flatten)
     opt, path = optimizer([flat]), f"{cfg.out}/{cfg.stage}.pt"
     tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
-    agree("data and sum of the first weights", (stamp, flat.sum(dtype=torch.float64).item()))
+    fid.agree("data and sum of the first weights", (stamp, flat.sum(dtype=torch.float64).item()))
     saved = dict(data=stamp, model=model, cfg=asdict(cfg), **fid.made_by(__file__))
     log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))
     return SimpleNamespace(net=net, ema=ema, opt=opt, flat=flat, flat_ema=flat_ema, grad=grad, tally=tally,
@@ -848,13 +848,13 @@ def total(grad, loss, scale):
 
     Returns gradient norm, loss and stop as numbers: this is where the host waits for the device.
     """
-    told = torch.stack([loss, torch.full_like(loss, len(STOP) * scale)])      # trap: torch.tensor would wait
+    told = torch.stack([loss / scale, torch.full_like(loss, len(STOP))])      # trap: torch.tensor would wait
     if WORLD > 1:
         # choice: no DDP wrapper, the gradient is one vector: any number of processes, one result
         dist.all_reduce(grad)
         dist.all_reduce(told)                         # trap: process 0's own loss is not the loss
     if scale != 1:
-        grad, told = grad.div_(scale), told / scale
+        grad.div_(scale)
     return torch.stack([grad.norm(), *told]).tolist()
 
 
@@ -1095,10 +1095,10 @@ def main(argv):
     with fid.one_line(cfg, nets.WeightsError):
         fid.same_folder(cfg, __file__, argv)
         # trap: where one process has a stage and another has not, they would wait for each other in check
-        agree(f"checkpoints in {cfg.out}", [s for s in STAGES if os.path.exists(f"{cfg.out}/{s}.pt")])
+        fid.agree(f"checkpoints in {cfg.out}", [s for s in STAGES if os.path.exists(f"{cfg.out}/{s}.pt")])
         trained = [c for c in configs if check(c)]
         with fid.begin_run(cfg, __file__, argv):      # its lock, its log
-            announce(fid.overview([(resume(c)[1], c) for c in trained], DEVICE, cfg))
+            fid.announce(fid.overview([(resume(c)[1], c) for c in trained], DEVICE, cfg))
             for c in configs:
                 if STOP:
                     fail(75, "stopped by a signal; run the same command again to go on")
@@ -1107,7 +1107,7 @@ def main(argv):
                 for number in SIGNALS:                # training saves first, the rest just ends
                     signal.signal(number, fid.leave if c.stage in RUN else on_signal)
                 if c.stage in fid.ROAD:
-                    announce(fid.words_of(c))
+                    fid.announce(fid.words_of(c))
                 RUN.get(c.stage, train)(c)
     if dist.is_initialized():
         dist.destroy_process_group()

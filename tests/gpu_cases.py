@@ -53,7 +53,7 @@ BF16 = "pretrain --precision bf16"
 PLANTS = [  # script, stage, file, what stands there, the fault in its place, what is said of it
     (CIFAR, "pretrain", CIFAR, "images = images.to(DEVICE)", "pass", "aten.index"),
     (CIFAR, "pretrain", CIFAR, "loss.detach() * part", "loss.detach() * loss.item()", "train: item"),
-    (CIFAR, "pretrain", CIFAR, "torch.full_like(loss, len(STOP) * scale)", "torch.tensor(0.0, device=loss.device)", "total: to gpu, blocking"),
+    (CIFAR, "pretrain", CIFAR, "torch.full_like(loss, len(STOP))", "torch.tensor(0.0, device=loss.device)", "total: to gpu, blocking"),
     (CIFAR, "pretrain", "solvers", "(shape, generator=g, device=g.device)", "(shape)", "'cpu'"),
     (CIFAR, "pretrain", CIFAR, "(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))", "().manual_seed(0)", "'cpu'"),
     (IMAGENET, "pretrain", IMAGENET, "labels.to(DEVICE, non_blocking=True)", "labels", "'cpu'"),

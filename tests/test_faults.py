@@ -964,17 +964,20 @@ def test_a_crash_is_in_the_log_with_its_traceback(here, road, monkeypatch):
     assert "Traceback" in log and "in broken" in log and log.endswith("TypeError: of a fork\n")
 
 
-def test_a_knob_of_a_fork_is_told_where_to_be_named(here, road, capsys):
-    """A stage that never reads it, or reads it in another method, goes on once MAY_CHANGE says so."""
+def test_a_knob_of_a_fork_is_told_where_to_be_named(here, road, monkeypatch, capsys):
+    """A stage that never reads it, or reads it in another method, goes on once READ_BY says so."""
     Mine = make_dataclass("Mine", [("mine", float, 0.1)], bases=(script.Config,), frozen=True)
     Mine.__module__ = script.__name__
     was, now = (Mine(**vars(script.parse([*TINY, "--stage", "mid", "--steps", "3"])), mine=mine) for mine in (0.1, 0.5))
     ckpt = nets.load_checkpoint(str(road / "mid.pt")) | dict(cfg=asdict(was))
-    for may in "mid", "mid cmt":
-        assert script.fid.steps_left(now, ckpt, "x/mid.pt", script.MAY_CHANGE | {may: "mine"}, script.STAGES) == 3 - ckpt["step"]
-    for may, told in ({}, True), ({"mid kd": "mine"}, False):
+    rows = dict(script.READ_BY)
+    for where in "post", "pretrain, post", "mid kd", "mid kd, mid slow, post", "mid, not mid cmt":
+        monkeypatch.setattr(script, "READ_BY", rows | {"mine": where})
+        assert script.fid.steps_left(now, ckpt, "x/mid.pt") == 3 - ckpt["step"]
+    for row, told in ({}, True), ({"mine": "mid cmt"}, False), ({"mine": "post, mid, not mid kd"}, False):
+        monkeypatch.setattr(script, "READ_BY", rows | row)
         script.fid.SAID.clear()
         with pytest.raises(SystemExit):
-            script.fid.steps_left(now, ckpt, "x/mid.pt", script.MAY_CHANGE | may, script.STAGES)
+            script.fid.steps_left(now, ckpt, "x/mid.pt")
         err = capsys.readouterr().err
-        assert "--mid.mine 0.1, now 0.5" in err and ("name it in MAY_CHANGE" in err) == told
+        assert "--mid.mine 0.1, now 0.5" in err and ("say in READ_BY which stages read it" in err) == told

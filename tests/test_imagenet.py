@@ -184,7 +184,7 @@ def test_pairs_carry_the_class_of_their_trajectory():
         return y.argmax(1).float().view(-1, 1, 1, 1).expand_as(x)
     g = torch.Generator().manual_seed(0)
     cfg = script.parse("--data digits --stage mid --nfe 8 --trajectories 6".split())
-    x_t, t, y, owner, x_0 = script.teacher_pairs(cfg, teacher, 10, (1, 8, 8), g)
+    x_t, t, y, owner, x_0 = script.teacher_pairs(cfg, teacher, (1, 8, 8), g, 10)
     assert x_t.shape == (48, 1, 8, 8) and len(set(y.argmax(1).tolist())) > 2
     assert torch.allclose(x_0[owner].mean((1, 2, 3)), y.argmax(1).float(), atol=1e-2)
     late = t < 0.01

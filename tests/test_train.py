@@ -121,7 +121,7 @@ def test_a_dry_run_of_a_solve_that_is_refused_ends_in_its_line(name, flags, caps
 
 @pytest.mark.parametrize("table, key, value, odd", [
     ("PRESETS", ("digits", "post", "mien"), dict(steps=20), "mien"), ("PRESETS", ("digits", "post", "*"), dict(qq=2), "qq"),
-    ("LIMITS", ("0 or more", 0, 9), "lambd", "lambd"), ("MAY_CHANGE", "mid", "q lamda", "lamda"), ("MAY_CHANGE", "post mien", "q", "mien"),
+    ("LIMITS", ("0 or more", 0, 9), "lambd", "lambd"), ("READ_BY", "q lamda", "mid", "lamda"), ("READ_BY", "q", "post, not post mien", "mien"), ("READ_BY", "q", "mdi", "mdi"),
     ("ABOUT", "post mien", "words", "mien")])
 def test_a_slip_in_a_table_of_a_fork_is_named(table, key, value, odd, monkeypatch, capsys):
     """Else a row that never matches is silent, and a field that is none a traceback."""
@@ -445,7 +445,7 @@ def test_a_file_is_scored_beside_the_pictures_of_the_run(road, capsys):
     assert stages.stat().st_mtime_ns == before and "open stages_init_mid.png and results.md" in text and "curve.png" not in text and "of training" not in text
     assert "too few for 64 features" in text
     rows = [{"stage": stage, "1-step FD-digits": str(score), "2-step FD-digits": "1"} for stage, score in (("mid", 2), ("post", 3))]
-    assert fid.compared(rows) == " Mid- and post-training against mid-training alone: worse in 1 step, level (within 10 %) in 2 steps." and not fid.compared(rows[::-1][1:])
+    assert fid.gains(rows) == {"post": "hurts in 1 step, changes less than 10 % in 2 steps"} and not fid.gains(rows[:1])
 
 
 @pytest.mark.parametrize("fetch", [fid.fetch, nets.fetch])
@@ -560,7 +560,7 @@ def test_a_script_that_was_changed_says_so_when_it_goes_on(road, monkeypatch, ca
     for made in (dict(script="train_cmt_cifar.py", code=0), dict(script="train_cmt_cifar.py")):
         script.fid.SAID.clear()
         ckpt = {k: v for k, v in nets.load_checkpoint(str(road / "pretrain.pt")).items() if k not in ("script", "code")}
-        script.fid.steps_left(script.parse(argv), ckpt | made, "x/pretrain.pt", script.MAY_CHANGE, script.STAGES)
+        script.fid.steps_left(script.parse(argv), ckpt | made, "x/pretrain.pt")
         assert (f"train_cmt_cifar.py, nets.py or solvers.py was changed since {road} was begun" in capsys.readouterr().err) == ("code" in made)
 
 
@@ -620,7 +620,7 @@ def test_what_is_refused_is_not_announced(road, capsys):
     assert "to train: nothing, what is there is drawn and scored (again)\nstage 4 of 4" in capsys.readouterr().out
 
 
-def test_a_flag_of_a_stage_that_is_not_trained_is_named(capsys):
+def test_a_flag_of_a_stage_that_is_not_trained_is_named(monkeypatch, capsys):
     flags = "--data digits --teacher t.pt --pretrain.lr 1e-3 --mid none --mid.steps=3 --post.steps 2 --lr 1e-4"
     script.fid.stages_of(script, flags.split())
     said = capsys.readouterr().err
@@ -636,8 +636,8 @@ def test_a_flag_of_a_stage_that_is_not_trained_is_named(capsys):
         said = capsys.readouterr().err
         assert said.count("no effect") == bool(idle) and f"warning: {idle}" in said + "warning: " * (not idle), (flags, said)
     for post, idle in ("ect", True), ("ecd", False):                                                     # of one method
-        may = script.MAY_CHANGE | {"post ect": "P_std"}
-        script.fid.stages_of(SimpleNamespace(**vars(script) | dict(MAY_CHANGE=may)), f"--data digits --post {post} --post.P_std 2".split())
+        monkeypatch.setitem(script.READ_BY, "P_std", "post, not post ect")
+        script.fid.stages_of(script, f"--data digits --post {post} --post.P_std 2".split())
         assert ("--post.P_std has no effect" in capsys.readouterr().err) == idle
 
 
@@ -805,7 +805,7 @@ def test_every_knob_is_used_and_explained(path):
     assert not without, f"no range in LIMITS: {without}"
     presets = {k for row in script.PRESETS.values() for k in row}
     assert presets <= {f.name for f in fields(script.Config)}
-    assert set(" ".join(script.MAY_CHANGE.values()).split()) <= {f.name for f in fields(script.Config)}
+    assert set(" ".join([script.NO_WEIGHT, *script.READ_BY]).split()) <= {f.name for f in fields(script.Config)}
 
 
 def forked(text, monkeypatch):

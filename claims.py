@@ -289,7 +289,7 @@ def curves(args, device):
     answer = f"Mid-training by pixels {fid.HELPS[fid.moves(*map(float, (one[3], one[2])))]}"
     words = (f"{answer} (seed 0). FD-digits in one step, lower is better: {one[2]} with it, "
              f"{one[3]} without; teacher, {cfg.nfe} steps: {rows[0][f'{cfg.nfe}-step FD-digits']}\n"
-             f"Each student saw {seen:,} images or pairs; both are trained by the pseudo-Huber loss.{only}")
+             f"The last two students saw {seen:,} images or pairs each, by the pseudo-Huber loss.{only}")
     fid.save_stages(args.out, shown, (), words, rows, cfg.samples)
     caption = ("\nImages (or pairs) that a student saw. Blue: mid-training on ends of the teacher's "
                "trajectories (CMT), then post-training on images (ECT). Red: ECT alone. By pseudo-Huber.")

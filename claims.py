@@ -284,12 +284,12 @@ def curves(args, device):
     scores["teacher, 16 steps"] = [(0, level), (seen, level)]
     norms = dict(sorted(norms.items(), key=lambda item: "every step" in item[0]))     # the medians on top
     one = [row["1-step FD-digits"] for row in rows]          # teacher, mid, mid and post, post alone
-    only = (" Of the four scripts only this one gains in one step, and by pixels alone (README)."
-            * (args.net == FLAGS["net"]["default"]))
+    only = " The other scripts do not gain in one step (README)." * (args.net == FLAGS["net"]["default"])
     answer = f"Mid-training by pixels {fid.HELPS[fid.moves(*map(float, (one[3], one[2])))]}"
     words = (f"{answer} (seed 0). FD-digits in one step, lower is better: {one[2]} with it, "
              f"{one[3]} without; teacher, {cfg.nfe} steps: {rows[0][f'{cfg.nfe}-step FD-digits']}\n"
-             f"The last two students saw {seen:,} images or pairs each, by the pseudo-Huber loss.{only}")
+             f"The last two students saw {seen:,} images or pairs each, by the pseudo-Huber loss. "
+             f"The rows look alike; scores tell them apart.{only}")
     fid.save_stages(args.out, shown, (), words, rows, cfg.samples)
     caption = ("\nImages (or pairs) that a student saw. Blue: mid-training on ends of the teacher's "
                "trajectories (CMT), then post-training on images (ECT). Red: ECT alone. By pseudo-Huber.")

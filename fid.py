@@ -32,8 +32,10 @@ The resize is part of the protocol; the two differ by 8.6 grey levels on CIFAR-1
   tf1         pixel i reads from i in/299, then (x - 128) / 128; the default: TTUR, EDM, ECT, torch-fidelity
   half_pixel  pixel i reads from (i + 1/2) in/299 - 1/2, then x / 127.5 - 1: pytorch-fid
 Precision, recall and the like: reuse net(images). Exit codes: 0 done, 2 usage, 3 data or weights.
-Of the script at work fid takes Config PRESETS LIMITS STAGES ABOUT INITS FILES DECAYS ENDLESS NO_WEIGHT
-READ_BY NEED_STAGE RUN DEVICE nets; calls parse, data_name, solve_size, check, resume, candidates and set_up.
+Of the script at work fid takes Config and its tables: PRESETS (values), LIMITS (what they may be), READ_BY
+(which stages read a knob; not named: all), NO_WEIGHT (knobs that change no weight), ABOUT (a stage in words),
+DECAYS, ENDLESS, STAGES, INITS, FILES, RUN, NEED_STAGE; DEVICE and nets; it calls parse, data_name, check,
+solve_size, resume, candidates and set_up.
 """
 import argparse
 import collections
@@ -1153,6 +1155,8 @@ def read_record(file, when):
 NAMES = dict(teacher="teacher", mid="mid-training alone", post="after post-training")
 SPOKEN = dict(pretrain="pre-training", vgg="VGG", mid="mid-training", post="post-training")
 HELPS = dict(falls="helps", rises="hurts") | {"": "changes less than 10 %"}      # by what a score does: moves
+BEST = dict(train_cmt_cifar="5.58 / 3.37", train_cmt_imagenet="1.48 / 0.97",       # on digits, without CMT:
+            train_mf_imagenet256="2.28 / 0.68", train_t2i_coco="3.03 / 2.83")           # docs/results.md
 WIDE = 1_800                                             # pixels of a sheet
 INKS = {"alone|scratch": "#c0392b", "flow": "#8e44ad", "mid|CMT": "#1f5fbf", "teacher|pre-": "#2e8b57",
         "post": "#d98a00", "VGG": "#555555"}             # what a name speaks of: its colour in every chart
@@ -1252,9 +1256,9 @@ def net_label(name, steps, table=(), sep="\n"):
     if not steps:
         return name
     rows = (row for row in table if row["stage"].split(",")[0] == name)
-    found = (f", {key.partition(' ')[2]} {value}" for row in rows for key, value in row.items()
-             if key.startswith(f"{steps}-step "))
-    return f"{called(name)}{sep}{steps} step{'s' * (steps > 1)}{''.join(found)}"
+    found = ",\n".join(f"{key.partition(' ')[2]} {value}" for row in rows for key, value in row.items()
+                       if key.startswith(f"{steps}-step "))
+    return f"{called(name)}{sep}{steps} step{'s' * (steps > 1)}{', ' * bool(found)}{found}"
 
 
 def breaks_between(nets):
@@ -1263,11 +1267,14 @@ def breaks_between(nets):
 
 
 def about(cfg, found):
-    """For a caption: by which seed these nets were made, and how large they are; found: (name, net, ...)."""
+    """For a caption: what to compare with, the seed, sizes of nets; found: (name, net, ...)."""
     sizes = {"teacher" if name == "teacher" else "students":              # frozen weights are buffers
              sum(p.numel() for p in (*net.parameters(), *net.buffers())) for name, net, *_ in found}
     sizes = ", ".join(f"{name} {n / 1e6:.2f}M" for name, n in sizes.items())
-    return f" Seed {cfg.seed}; parameters: {sizes}."
+    best = BEST.get(pathlib.Path(home_of(cfg).__file__).stem) if cfg.data == "digits" else ""
+    without = f"{best} in 1 / 2 steps, the best found (README, mean of three seeds)" if best else "see README"
+    text = f" Without mid-training: {without}." * any(name == "mid" for name, *_ in found)
+    return text + f" Seed {cfg.seed}; parameters: {sizes}."
 
 
 def scores_of(table):
@@ -1339,8 +1346,6 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
     caption = (f"{title}\nA {line}: one noise for all nets{again}."
                + f" Mid-training, beside the teacher, {mid}." * ("hurts" in mid) + "\n"
                "Mid-training learns from the teacher's trajectories, post-training from images.")
-    caption += (" Whether mid-training helps: README compares with post-training alone."
-                * any(name == "mid" for name, *_ in shown))
     caption += (f"\nScore: Frechet distance of {samples:,} images to the data"
                 f"{'; of few it is off, mostly high' * (samples < 1_000)}.") * bool(table)
     caption += f" {HALVES}" * real
@@ -1381,8 +1386,8 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
     missed = ", ".join(f"{mean:.2f} ({called(net)})" for net, mean in means.items())
     caption = (f"One step from noise misses what the teacher reaches in {n - 1} steps by {missed}"
                + "; scores tell these apart" * alike + "\n"
-               f"The teacher walks in {n - 1} steps, as for mid-training, from noise, left, to its end, "
-               "right. Below: where each net gets from there in one step"
+               f"The teacher walks from noise, left, to its end, right, by the {n} states of mid-training. "
+               "Below: where each net gets from there in one step"
                + ("; mid-training's target for all of them is the end, top right" if levels.max() > 1 else
                   "; mid-training is on the mean velocity between any two states, so to the end, too; at t = "
                   "0 the answer is the state itself") + ".\n"
@@ -1737,17 +1742,19 @@ def stages_of(home, argv):
             fail(2, f"--{odd[0]}.{name}: the method belongs to the folder, not to a stage; write --{name}")
     idle = ["pretrain"] * (cfg.teacher not in ("", "scratch")) + ["mid"] * (cfg.mid == "none")
 
-    def reads(stage, field):
+    def unread(stage, field):
         if stage in ("eval", "sample"):
-            return field in of_samples(home)
-        from_mid = (stage, field) == ("post", "init") and "mid" in stages and cfg.mid != "none"
-        unread = *never_read(dataclasses.replace(cfg, stage=stage)), "seeds", "samples", "repeat", "mid_sigma"
-        return not (from_mid or stage in idle or field in unread)
+            return field not in of_samples(home)
+        never = never_read(dataclasses.replace(cfg, stage=stage))
+        return field in (*never, "seeds", "samples", "repeat", "mid_sigma")
 
     for flag in [word.partition("=")[0] for word in argv if word[:2] == "--"]:
         stage, dot, field = flag[2:].removeprefix("no-").rpartition(".")
+        if dot and unread(stage, field):
+            fail(2, f"{flag}: {stage} never reads it; leave it out")
         asked = [stage] if dot else stages if cfg.stage == "all" and field not in stages else ()
-        if asked and not any(reads(stage, field) for stage in asked):
+        from_mid = field == "init" and "mid" in stages and cfg.mid != "none"
+        if asked and all(s in idle or unread(s, field) or from_mid and s == "post" for s in asked):
             say(f"warning: {flag} has no effect: {stage or 'every stage'} does without it, or is not run")
     for k, c in enumerate(configs):                          # --init FILE starts the first stage, not all
         later = cfg.stage == "all" and (c.stage == "eval" or c.stage == "post" and c.mid != "none")
@@ -2258,7 +2265,7 @@ def overview(road, device, cfg):
     text = f"{n} process{'es' * (n > 1)} on {device.type}; to train: {text or 'nothing'}"
     text += ", what is there is drawn and scored (again)" * (not ROAD and cfg.stage in ("all", "eval"))
     if ROAD and device.type == "cpu":
-        small = cfg.data == "digits" or getattr(cfg, "res", 0) == 16 and least < 4_000
+        small = cfg.data == "digits" or getattr(cfg, "res", 0) == 16
         scores = "half a minute of scores" if cfg.data == "digits" else "scores"
         text += (f"; {duration(least)} to {duration(4 * least)} of a core in fp32, and {scores}" if small else
                  "\nwarning: there is no GPU; a CPU trains --data digits in minutes, and in hours, with "
@@ -2324,7 +2331,8 @@ def save_curve(cfg, table=()):
     stages, drawn = {}, "loss"
     for m in read_steps(cfg.out):
         drawn = "square error" if "mse_same" in m or "mse_gap1" in m else "loss"
-        _, losses, norms = stages.setdefault(SPOKEN[m["stage"]], (drawn, [], []))
+        title = drawn + ", short jumps" * (drawn != "loss")
+        _, losses, norms = stages.setdefault(SPOKEN[m["stage"]], (title, [], []))
         losses.append((m["images"], m.get("mse_gap1", m.get("mse_same", m["loss"]))))
         norms.append((m["images"], m["grad"]))
     panels = {f"{stage}: {title}": {stage: losses} for stage, (title, losses, _) in stages.items()}
@@ -2341,7 +2349,8 @@ def save_curve(cfg, table=()):
     save_chart(f"{cfg.out}/curve.png", panels,
                (f"The {drawn}{short} {ways}; only" if ways else "Only") + " scores tell what is better\n"
                f"To expect in {'; in '.join(words)}. Each panel has log scales of its own, against images "
-               "trained on, in mid-training pairs. A point: a mean since the last one."
+               "trained on, in mid-training pairs. A point: a mean since the last one. Level: "
+               "less than 10 % from the first third to the last."
                + " Square errors are of velocities; t - r is the time jumped over." * (drawn != "loss")
                + f"\n{scores}; {cfg.samples:,} samples each." * bool(scores), columns=max(1, len(stages)))
 
@@ -2398,7 +2407,8 @@ def save_samples(cfg, found, make_sampler):
             caption = f"{label[0].upper()}{label[1:]}\nOne image a seed; every net has the same noises."
             caption += f" The first 64 of {len(seeds):,}." * (len(seeds) > 64)
             caption += f" Second noise level {getattr(cfg, 'mid_sigma', 0)}." * (kind == 2)
-            sheet = f"{cfg.out}/samples_{name}_{steps}step_seeds.png"
+            other = os.path.basename(folder[:-1]).removeprefix(f"{name}_{steps}")         # as the folder
+            sheet = f"{cfg.out}/samples_{name}_{steps}step{other}_seeds.png"
             if processes()[0] == 0:
                 save_seeds(sheet, draw_seeds(sampler, seeds[:64], batch), seeds, caption)
             log(f"sample: {len(seeds)} images in {folder}; open {sheet}")
@@ -2453,7 +2463,7 @@ def save_results(cfg, rows, note, stages):
     text = f"{table(rows)}\n\n{note}" + f"\n{HALVES}" * note.startswith("FD-digits")
     text += f"\n{', '.join(took)} took {duration(sum(took.values()))} of training." * bool(took)
     gained = "; ".join(f"{SPOKEN[net]} {gain}" for net, gain in gains(rows).items())
-    text += f" Beside the row above: {gained}." * bool(gained)
+    text += f" Beside the row above, not post-training alone (README): {gained}." * bool(gained)
     file = pathlib.Path(out, "results.md")
     below = " (earlier tables stay below)" * file.exists()
     if processes()[0] == 0:

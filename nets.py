@@ -1123,7 +1123,7 @@ def read_weights(path_or_url):
     text, picture = re.fullmatch(rb"[\s!-~]*", begin), re.match(rb"\x89PNG|\xff\xd8\xff|GIF8", begin)
     if text or picture:
         what = "a picture" if picture else "text" if begin else "empty"
-        raise WeightsError(f"{path}: it is {what}, no weights; copy the file itself")
+        raise WeightsError(f"{path}: it is {what}, no weights; pass the .pt, .pkl or .safetensors itself")
     with contextlib.suppress(zipfile.BadZipFile):         # a damaged one is named below
         if zipfile.is_zipfile(path) and "/data.pkl" not in " ".join(zipfile.ZipFile(path).namelist()):
             raise WeightsError(f"{path}: a .zip of other files, no weights; pass a .pt, .pkl or .safetensors")

@@ -206,7 +206,7 @@ def loss_ect(net, x_t, x_r, t, r, huber_c=0.0, weight=None):
     net(x, sigma) has one dropout mask for both calls. huber_c: of sqrt(d^2 + c^2) - c, 0 for the norm itself.
     """
     with torch.no_grad():
-        f_r = torch.where(r.view(-1, 1, 1, 1) > 0, net(x_r, r), x_r)  # trap: at r = 0 the net sees ln 0
+        f_r = torch.where(r.view(-1, 1, 1, 1) > 0, net(x_r, r), x_r)  # trap: net(x_r, 0) is of ln 0
     f_t = net(x_t, t)
     # trap: vector_norm has slope 0 where both agree; the root of a sum of squares would have 0 * inf
     d = torch.linalg.vector_norm((f_t - f_r).flatten(1), dim=1)
@@ -216,7 +216,7 @@ def loss_ect(net, x_t, x_r, t, r, huber_c=0.0, weight=None):
 
 
 def make_distance(cfg, channels):
-    """d of Eq. 7: LPIPS on the images as they are (B.2), or of pixels: pseudo-Huber, squared (App. D)."""
+    """d of Eq. 7, LPIPS or of pixels (B.2, D): features(x) -> [a row an image], distance(a, b) -> (B,)."""
     if cfg.loss in ("huber", "l2"):
         return nets.PixelDistance(cfg.huber_c if cfg.loss == "huber" else 0.0)
     if channels != 3:
@@ -257,13 +257,15 @@ def train(cfg):
         seed = fold(cfg.seed, cfg.stage, step, "dropout") + first
         student = partial(cast_net, masks=nets.dropout_masks(net, range(seed, seed + micro)))
         if cfg.stage == "mid":
-            number, at = divmod(step * B + first, per_solve)      # which solve; where in it the rows begin
-            pairs, target = solve(number)
+            number, at = divmod(step * B + first, per_solve)      # which solve, a number of whole batches;
+            pairs, target = solve(number)                         # and where in it the rows begin
             x_t, t, owner = (a[at:at + micro] for a in pairs)
-            return loss_cmt(student, x_t, t, [a[owner] for a in target], run.distance)          # Eq. 7
-        x, t, eps = (a[k:k + micro] for a in images_of(step))
+        else:
+            x, t, eps = (a[k:k + micro] for a in images_of(step))
         if cfg.stage == "pretrain":
             return loss_dm(student, x, t, eps, net.sigma_data)
+        if cfg.stage == "mid":
+            return loss_cmt(student, x_t, t, [a[owner] for a in target], run.distance)          # Eq. 7
         power = 1 + step // cfg.double if cfg.post == "annealed" else 1       # q, q^2, q^3, ...
         r = ect_step(t, cfg.q**power)
         x_t, x_r = (x + s.view(-1, 1, 1, 1) * eps for s in (t, r))
@@ -335,8 +337,8 @@ def set_up(cfg):
     if asked:
         # choice: the teacher too in --precision: bf16 moves its ends less than a finer solve would
         teacher = in_precision(cfg, build(cfg, asked[1], asked[0], cfg.teacher or "the teacher"))
-    state, model, what = (None, ckpt["model"], "") if ckpt else first_weights(cfg, images, asked)
-    net = build(cfg, model, state, what, train=True)
+    state, model, source = (None, ckpt["model"], "") if ckpt else first_weights(cfg, images, asked)
+    net = build(cfg, model, state, source, train=True)        # with a checkpoint begin loads its weights
     distance = make_distance(cfg, net.img_channels) if cfg.stage == "mid" else None
     adam, radam = partial(torch.optim.Adam, fused=True), partial(torch.optim.RAdam, foreach=False)
     optimizer = adam if cfg.stage == "pretrain" else radam                    # as EDM; B.2

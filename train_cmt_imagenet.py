@@ -215,7 +215,7 @@ def loss_ect(net, x_t, x_r, t, r, huber_c=0.0, weight=None):
     net(x, sigma) has one dropout mask for both calls. huber_c: of sqrt(d^2 + c^2) - c, 0 for the norm itself.
     """
     with torch.no_grad():
-        f_r = torch.where(r.view(-1, 1, 1, 1) > 0, net(x_r, r), x_r)  # trap: at r = 0 the net sees ln 0
+        f_r = torch.where(r.view(-1, 1, 1, 1) > 0, net(x_r, r), x_r)  # trap: net(x_r, 0) is of ln 0
     f_t = net(x_t, t)
     # trap: vector_norm has slope 0 where both agree; the root of a sum of squares would have 0 * inf
     d = torch.linalg.vector_norm((f_t - f_r).flatten(1), dim=1)
@@ -308,21 +308,21 @@ def train(cfg):
         first = mine.start + k                        # and this in the batch
         seed = fold(cfg.seed, cfg.stage, step, "dropout") + first
         if cfg.stage == "mid":
-            number, at = divmod(step * B + first, per_solve)      # which solve; where in it the rows begin
-            pairs, target, views = solve(number)
+            number, at = divmod(step * B + first, per_solve)      # which solve, a number of whole batches;
+            pairs, target, views = solve(number)                  # and where in it the rows begin
             x_t, t, y, owner = (a[at:at + micro] for a in pairs)
         else:
             x, t, y, eps, labels = (a[k:k + micro] for a in images_of(step))
         if cfg.stage == "vgg":
             return loss_vgg(net, x, labels, seed)
         student = partial(net, class_labels=y, masks=nets.dropout_masks(net, range(seed, seed + micro)))
+        if cfg.stage == "pretrain":
+            return loss_edm2(student, x, t, eps, net.sigma_data)
         if cfg.stage == "mid" and views:
             view = {name: a[at:at + micro] for name, a in views.items()}
             return loss_cmt_views(student, x_t, t, target[0][owner], run.distance, view)
         if cfg.stage == "mid":
             return loss_cmt(student, x_t, t, [a[owner] for a in target], run.distance)          # Eq. 7
-        if cfg.stage == "pretrain":
-            return loss_edm2(student, x, t, eps, net.sigma_data)
         r, weight = ect_step(t, cfg.q), edm_weight(t, net.sigma_data)
         x_t, x_r = (x + s.view(-1, 1, 1, 1) * eps for s in (t, r))
         if cfg.post in ("ecd", "ecd_euler", "ecd_code"):      # by the frozen teacher: no gradient
@@ -404,8 +404,8 @@ def set_up(cfg):
     frozen = {name: build(cfg, size, state, getattr(cfg, name) or "the teacher")
               for name, (state, size) in asked.items() if name != "guide" or cfg.w != 1}
     teacher = autoguided(frozen.get("main") or frozen.get("teacher"), frozen.get("guide"), cfg.w)
-    state, model, what = (None, ckpt["model"], "") if ckpt else first_weights(cfg, images, asked)
-    net = build(cfg, model, state, what, train=True)
+    state, model, source = (None, ckpt["model"], "") if ckpt else first_weights(cfg, images, asked)
+    net = build(cfg, model, state, source, train=True)        # with a checkpoint begin loads its weights
     distance = make_distance(cfg) if cfg.stage == "mid" else None
     # choice: as ECT (B.3); the authors' 512 script has 0.999 in mid-training
     beta2 = 0.999 if cfg.stage == "mid" and data_name(cfg) == "imagenet512" else 0.99

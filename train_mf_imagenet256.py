@@ -468,7 +468,7 @@ def draw_sheets(cfg, found):
                  rollout(cfg, net, x, y[:len(x)], torch.stack([t[0], 0 * t[0]]))[0][-1]
                  for name, net, *_ in found}
         fid.save_trajectory(cfg.out, states, times, jumps, partial(to_images, cfg),
-                            [f"class {k}" for k in classes], words)
+                            [f"class {k}" for k in classes])
     return shown, classes, words
 
 

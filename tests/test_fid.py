@@ -837,7 +837,11 @@ def test_a_picture_with_scores_stays_until_there_are_others(tmp_path, monkeypatc
 def test_a_caption_names_seed_and_sizes():
     import train_cmt_cifar
     found = [("teacher", torch.nn.Linear(999, 1000), {}), ("mid", torch.nn.Linear(1999, 1000), {}), ("post", torch.nn.Linear(1999, 1000), {})]
-    assert fid.about(train_cmt_cifar.Config(seed=7), found) == " Seed 7; parameters: teacher 1.00M, students 2.00M."
+    sizes = " Seed 7; parameters: teacher 1.00M, students 2.00M."
+    assert fid.about(train_cmt_cifar.Config(seed=7), found) == " Without mid-training: see README." + sizes
+    digits = train_cmt_cifar.Config(seed=7, data="digits")
+    assert fid.about(digits, found) == " Without mid-training: 5.58 / 3.37 in 1 / 2 steps, the best found (README, mean of three seeds)." + sizes
+    assert fid.about(digits, found[::2]) == sizes                                  # of a run without mid-training
 
 
 def test_a_table_in_a_line_says_what_one_step_gives():

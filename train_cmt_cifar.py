@@ -227,7 +227,7 @@ def make_distance(cfg, channels):
 # ---- train ------------------------------------------------------------------------------------
 def train(cfg):
     """One stage (pretrain, mid, post) from its last checkpoint to its end: method first, bookkeeping last."""
-    if not (run := set_up(cfg)):                      # run: what set_up gives to begin, and begin adds
+    if not (run := set_up(cfg)):          # run: what set_up reads (images, teacher), begin makes (net, opt)
         return
     net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
     cast_net = in_precision(cfg, net)

@@ -275,7 +275,7 @@ def loss_vgg(net, x, labels, seed):
 # ---- train ------------------------------------------------------------------------------------
 def train(cfg):
     """One stage (pretrain, vgg, mid, post) from its last checkpoint to its end: method, then bookkeeping."""
-    if not (run := set_up(cfg)):                      # run: what set_up gives to begin, and begin adds
+    if not (run := set_up(cfg)):          # run: what set_up reads (images, teacher), begin makes (net, opt)
         return
     net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
     model = run.saved["model"]                        # the VGG's, too, has the size of the data

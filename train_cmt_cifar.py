@@ -43,7 +43,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     stage: Literal["all", "pretrain", "mid", "post", "sample", "eval"] = "all"   # all: those not finished
     out: str = ""               # folder of the run; "" = out/<data>
     teacher: str = ""           # FILE, URL; "" = <out>/pretrain.pt, else the official one; scratch = train it
-    mid: Literal["cmt", "kd", "slow", "none"] = "cmt"    # its method: all states | noise | own solves | skip
+    mid: Literal["cmt", "kd", "slow", "none"] = "cmt"    # kd: of noise alone; slow: own solves; none: skip
     post: Literal["ect", "ecd", "ecd_euler", "annealed"] = "ect"   # its method; annealed: q grows
     init: str = "teacher"       # start of mid (--mid none: post): teacher | random | FILE; sample: show FILE
 
@@ -121,7 +121,7 @@ FILES = {"cifar10": "data/cifar-10-python.tar.gz",
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 CIFAR_MD5 = "c58f30108f718f92721af3b95e74349a"
-# fid reads the knobs and tables of this module and calls some functions: its docstring lists them
+# fid reads these tables and calls some functions (its docstring). A new knob: Config, LIMITS, READ_BY
 parse = partial(fid.parse, sys.modules[__name__])     # (argv) -> Config
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 

@@ -10,7 +10,7 @@
 pretrain: fetch EDM2, or train it. vgg: the VGG that measures latents or digits. mid: regress the student onto
 the ends of the teacher's trajectories, classes given (Eq. 7). post: ECT, or ECD with an autoguided teacher
 (Eq. 3). Run the same command again to resume. "choice": ours, not the paper's; "trap": a bug avoided.
-loss_cmt, loss_ect: CIFAR's text; new: classes, EDM2 (casts inside), data read ahead, autoguided, views, VGG.
+New: classes, EDM2 (casts inside), reads ahead, autoguided, views, VGG; not here: CIFAR's kd, slow, annealed.
 """
 # /// script
 # dependencies = ["torch", "numpy", "lpips", "pillow", "scipy"]
@@ -135,7 +135,7 @@ INITS = "teacher", "random"                           # other values of --init a
 ALONE = ["ect"]                                       # post-trainings that ask no teacher
 FILES = {"imagenet64": "data/imagenet64.zip", "imagenet512": "data/imagenet512-sd.zip"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# fid reads the knobs and tables of this module and calls some functions: its docstring lists them
+# fid reads these tables and calls some functions (its docstring). A new knob: Config, LIMITS, READ_BY
 parse = partial(fid.parse, sys.modules[__name__])     # (argv) -> Config
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 

@@ -125,7 +125,7 @@ STAGES = ["pretrain", "mid", "post", "eval"]          # what --stage all runs, i
 INITS = "sit", "random"                            # other values of --init are a FILE
 FILES = {"coco": "data/coco256-sd"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# fid reads the knobs and tables of this module and calls some functions: its docstring lists them
+# fid reads these tables and calls some functions (its docstring). A new knob: Config, LIMITS, READ_BY
 parse = partial(fid.parse, sys.modules[__name__])     # (argv) -> Config
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 

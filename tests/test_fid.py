@@ -797,16 +797,17 @@ def test_of_a_long_trajectory_nine_states_are_drawn_where_most_changes(tmp_path,
     assert late[0][1][:, 0, 0, 0].tolist() == [*range(9)] and len(short[0][1]) == 8
     assert [label.split("\n")[0] for label, _ in (*late, *short)] == ["noise 1", "noise 2", "noise 1, class 7", "noise 2, class 7"]
     assert rows[1][0] == "mid-training alone\nin one step, error 16.00"
-    for nearer, alike in (1, True), (9, False), (-9, False):
+    for nearer in 1, 9, -9:
         fid.save_trajectory("", x, torch.linspace(1, 0, 17), {"teacher": lambda x, level: x, "mid": lambda x, level: x + nearer})
-        assert said[-1].startswith("One step from noise misses what the teacher reaches in 16 steps by 16.00 (teacher), ") and said[-1].endswith("; scores tell these apart") == alike
+        assert said[-1].startswith("One step from noise misses what the teacher reaches in 16 steps by 16.00 (teacher), ") and said[-1].endswith("; scores tell what is better")
     fid.save_trajectory("", x, torch.linspace(1, 0, 17), {"teacher": lambda x, level: x, "mid": lambda x, level: x + 9, "post": lambda x, level: x - 1})
-    assert said[-1].endswith(" by 16.00 (teacher), 7.00 (mid-training alone), 17.00 (after post-training)")
-    assert said[0] == "One step from noise misses what the teacher reaches in 16 steps by 16.00 (mid-training alone)"
+    assert said[-1].endswith(" by 16.00 (teacher), 7.00 (mid-training alone), 17.00 (after post-training); scores tell what is better")
+    assert said[0] == "One step from noise misses what the teacher reaches in 16 steps by 16.00 (mid-training alone); scores tell what is better"
 
 
 def test_a_caption_says_where_post_training_made_a_score_worse(tmp_path, monkeypatch):
     said = []
+    monkeypatch.setattr(fid, "MADE_BY", "")
     monkeypatch.setattr(fid, "save_sheet", lambda path, rows, caption, *more: said.append(caption))
     shown = [(name, steps, seeded(range(12))) for name in ("mid", "post") for steps in (1, 2)]
     rows = [{"stage": "mid", "1-step FD-digits": "1.50 +- 0.1", "2-step FD-digits": "0.90"}]
@@ -818,7 +819,7 @@ def test_a_caption_says_where_post_training_made_a_score_worse(tmp_path, monkeyp
     rows = [{"stage": f"{name}, balanced labels", "8-step FD-digits": score} for name, score in (("teacher", "2.32"), ("mid", "3.46"), ("post", "0.95"))]
     fid.save_stages(str(tmp_path), shown, (), "", rows)
     assert said[3].startswith("Post-training helps in 8 steps: FD-digits 3.46 -> 0.95 in 8 steps (lower is better)\nA column: one noise for all nets; a second step may "
-                              "change the image. Mid-training, beside the teacher, hurts in 8 steps.\n")
+                              "change the image. Mid-training beside the teacher: worse in 8 steps.\n")
 
 
 def test_a_picture_with_scores_stays_until_there_are_others(tmp_path, monkeypatch):
@@ -837,14 +838,10 @@ def test_a_picture_with_scores_stays_until_there_are_others(tmp_path, monkeypatc
 def test_a_caption_names_seed_and_sizes():
     import train_cmt_cifar
     found = [("teacher", torch.nn.Linear(999, 1000), {}), ("mid", torch.nn.Linear(1999, 1000), {}), ("post", torch.nn.Linear(1999, 1000), {})]
-    sizes = " Seed 7; parameters: teacher 1.00M, students 2.00M."
-    assert fid.about(train_cmt_cifar.Config(seed=7), found) == " Without mid-training: see README." + sizes
-    digits = train_cmt_cifar.Config(seed=7, data="digits")
-    assert fid.about(digits, found) == " Without mid-training: 5.58 / 3.37 in 1 / 2 steps, the best found (README, mean of three seeds)." + sizes
-    assert fid.about(digits, found[::2]) == sizes                                  # of a run without mid-training
+    assert fid.about(train_cmt_cifar.Config(seed=7), found) == " Seed 7; parameters: teacher 1.00M, students 2.00M."
 
 
-def test_a_table_in_a_line_says_what_one_step_gives():
+def test_a_table_in_a_line_says_what_one_step_gives(monkeypatch):
     rows = [{"stage": "teacher, balanced labels", "1-step FID": "99.0", "8-step FID": "2.0"}, {"stage": "mid", "1-step FID": "5.0", "2-step FID": "-"},
             {"stage": "post", "1-step FID": "6.0 +- 1.0, min 5.0", "2-step FID": "3.0"}]
     few, many = "5.0 -> 6.0 +- 1.0, min 5.0 in 1 step (lower is better", "; teacher in 8 steps: 2.0)"
@@ -853,6 +850,11 @@ def test_a_table_in_a_line_says_what_one_step_gives():
     assert fid.in_short(rows[1:2]) == "Mid-training alone: FID 5.0 in 1 step (lower is better)" and fid.in_short(rows[:1]) == f"Teacher: FID 99.0 in 1 step (lower is better{many}"
     assert fid.in_short([{"stage": "teacher", "8-step FID": "2.0"}, rows[1]]) == f"Mid-training alone: FID 5.0 in 1 step (lower is better{many}"
     assert fid.gains(rows) == {"mid": "helps in 1 step", "post": "hurts in 1 step"}
+    assert fid.gains(rows, fid.BETTER) == {"mid": "better in 1 step", "post": "worse in 1 step"}
+    monkeypatch.setattr(fid, "MADE_BY", "train_cmt_cifar.py --data digits | torch")          # digits: the best without it is known
+    digits = [{key.replace("FID", "FD-digits"): value for key, value in row.items()} for row in rows]
+    assert fid.in_short(digits).endswith("teacher in 8 steps: 2.0; without mid-training, three seeds: 5.58)")
+    assert "without" not in fid.in_short(digits[::2]) + fid.in_short(rows)
 
 
 def test_a_colour_means_one_thing_in_every_chart():

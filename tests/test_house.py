@@ -68,10 +68,10 @@ OWN = {"Config", "load_data", "data_name", "check", "teacher_pairs", "make_sampl
 # the same day, fid +52: a flag that no stage of a road reads is named, and so are a flag of another script and a net of another kind; words of a method, the command that scores a
 #   stage; CIFAR, MF, nets -1: a loss takes its own rows, "finished" is asked by names, then by content; ImageNet +1: its ALONE, as CIFAR's;
 # 2026-11-29, fid +3: READ_BY says which stages read a knob (a fork's knob is one row, where it was one for each other method; a misspelt stage is named), a verdict in the heading;
-#   fid +10: what each table of a script is, the best without mid-training beside a run's scores, a flag that its stage never reads is refused; CIFAR +2: stages in their order in loss_of;
+#   README +2: verdicts in words of their own columns, the distance of the full-size commands; fid +11: what each table of a script is, the best without mid-training beside a run's scores, a flag that its stage never reads is refused; CIFAR +2: stages in their order in loss_of;
 BUDGET = {"train_cmt_cifar.py": 699, "train_cmt_imagenet.py": 944, "train_mf_imagenet256.py": 904,
-          "train_t2i_coco.py": 1118, "nets.py": 1857, "fid.py": 2569, "solvers.py": 198, "bench.py": 968,
-          "claims.py": 628, "README.md": 228}
+          "train_t2i_coco.py": 1118, "nets.py": 1857, "fid.py": 2570, "solvers.py": 198, "bench.py": 968,
+          "claims.py": 628, "README.md": 231}
 FLAGS = {"train_cmt_cifar.py": 35, "train_cmt_imagenet.py": 42, "train_mf_imagenet256.py": 42, "train_t2i_coco.py": 43}
 README = (ROOT / "README.md").read_text()
 DOCS = {p.name: p.read_text() for p in sorted((ROOT / "docs").glob("*.md"))}

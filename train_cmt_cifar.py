@@ -61,7 +61,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     nfe: int = 16               # teacher steps per trajectory (B.2)
     trajectories: int = 128     # choice: per solve, pairs shuffled over several steps; 0 = batch/nfe (paper)
     q: int = 4096               # post: the step in t is n(t) t / q (B.2: 1/4096)
-    double: int = 0             # post annealed: q to the power 1 + step // double (q 2: 2, 4, 8, ...); else 0
+    double: int = 0             # post annealed: steps of one stair of q, q^2, q^3, ... (q 2: 2, 4, 8); else 0
     P_mean: float = -1.1        # ln sigma ~ N(P_mean, P_std^2), not cut off (ECT)
     P_std: float = 2.0
 
@@ -182,7 +182,7 @@ def slow_pairs(cfg, teacher, images, g):
     x_0 = torch.stack([teacher_solver(teacher, x_t[i], sigmas[i:])[-1] for i in range(used)])
     x_t, x_0 = gather(x_t).flatten(0, 1), gather(x_0).flatten(0, 1)
     order = torch.randperm(used * n, generator=g, device=g.device)
-    return x_t[order], levels.repeat_interleave(n)[order], order, x_0          # each has its own end
+    return x_t[order], levels.repeat_interleave(n)[order], order, x_0          # pair p's end is x_0[order[p]]
 
 
 def loss_cmt(net, x_t, t, target, distance):

@@ -799,10 +799,10 @@ def test_of_a_long_trajectory_nine_states_are_drawn_where_most_changes(tmp_path,
     assert rows[1][0] == "mid-training alone\nin one step, error 16.00"
     for nearer in 1, 9, -9:
         fid.save_trajectory("", x, torch.linspace(1, 0, 17), {"teacher": lambda x, level: x, "mid": lambda x, level: x + nearer})
-        assert said[-1].startswith("One step from noise misses what the teacher reaches in 16 steps by 16.00 (teacher), ") and said[-1].endswith("; scores tell what is better")
+        assert said[-1].startswith("One step from noise misses the end of the teacher's trajectory by 16.00 (teacher), ") and said[-1].endswith("; scores tell what is better")
     fid.save_trajectory("", x, torch.linspace(1, 0, 17), {"teacher": lambda x, level: x, "mid": lambda x, level: x + 9, "post": lambda x, level: x - 1})
     assert said[-1].endswith(" by 16.00 (teacher), 7.00 (mid-training alone), 17.00 (after post-training); scores tell what is better")
-    assert said[0] == "One step from noise misses what the teacher reaches in 16 steps by 16.00 (mid-training alone); scores tell what is better"
+    assert said[0] == "One step from noise misses the end of the teacher's trajectory by 16.00 (mid-training alone); scores tell what is better"
 
 
 def test_a_caption_says_where_post_training_made_a_score_worse(tmp_path, monkeypatch):
@@ -853,8 +853,10 @@ def test_a_table_in_a_line_says_what_one_step_gives(monkeypatch):
     assert fid.gains(rows, fid.BETTER) == {"mid": "better in 1 step", "post": "worse in 1 step"}
     monkeypatch.setattr(fid, "MADE_BY", "train_cmt_cifar.py --data digits | torch")          # digits: the best without it is known
     digits = [{key.replace("FID", "FD-digits"): value for key, value in row.items()} for row in rows]
-    assert fid.in_short(digits).endswith("teacher in 8 steps: 2.0; without mid-training, three seeds: 5.58)")
-    assert "without" not in fid.in_short(digits[::2]) + fid.in_short(rows)
+    assert fid.in_short(digits).startswith("Mid-training is level: 6.0 +- 1.0, min 5.0 in 1 step, README's best without it 5.58. Post-training hurts in 1 step: FD-digits 5.0 -> ")
+    assert "without" not in fid.in_short(digits[::2]) + fid.in_short(digits[:2]) + fid.in_short(rows)
+    for score, beside in ("5.0", "ahead"), ("7.00 +- 0.1", "behind"):
+        assert fid.in_short([*digits[:2], digits[2] | {"1-step FD-digits": score}]).startswith(f"Mid-training is {beside}: {score} in 1 step")
 
 
 def test_a_colour_means_one_thing_in_every_chart():

@@ -15,7 +15,6 @@ import typing
 import zipfile
 from dataclasses import fields, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest

@@ -1156,8 +1156,10 @@ NAMES = dict(teacher="teacher", mid="mid-training alone", post="after post-train
 SPOKEN = dict(pretrain="pre-training", vgg="VGG", mid="mid-training", post="post-training")
 HELPS = dict(falls="helps", rises="hurts") | {"": "changes less than 10 %"}      # by what a score does: moves
 BETTER = dict(falls="better", rises="worse") | {"": "level (within 10 %)"}
-BEST = dict(train_cmt_cifar="5.58", train_cmt_imagenet="1.48", train_mf_imagenet256="2.28",
-            train_t2i_coco="3.03")                       # README's of digits in one step without mid-training
+BEST = {"train_cmt_cifar": ("5.58", "28,800 19,200"),     # README's best of digits in one step without
+        "train_cmt_imagenet": ("1.48", "28,800 19,200"),  # mid-training, and what mid- and post-training
+        "train_mf_imagenet256": ("2.28", "48,000 64,000"),                    # beside it were trained on
+        "train_t2i_coco": ("3.03", "25,600 22,400")}
 WIDE = 1_800                                             # pixels of a sheet
 INKS = {"alone|scratch": "#c0392b", "flow": "#8e44ad", "mid|CMT": "#1f5fbf", "teacher|pre-": "#2e8b57",
         "post": "#d98a00", "VGG": "#555555"}             # what a name speaks of: its colour in every chart
@@ -1316,8 +1318,9 @@ def in_short(table):
     text += "s" * (few != "1") + " (lower is better"
     many = next(reversed(teacher), few)
     text += f"; teacher in {many} steps: {teacher.get(many)}" * (many != few) + ")"
-    best, names = BEST.get(MADE_BY.partition(".py")[0]), [name for name, _ in before]
-    if best and last == "post" and "mid" in names and (measure, few) == ("FD-digits", "1"):
+    best, trained = BEST.get(MADE_BY.partition(".py")[0], ("", "-"))
+    seen = (row.get("images", "") for row in table if row["stage"].partition(",")[0] in ("mid", "post"))
+    if " ".join(seen) == trained and (measure, few) == ("FD-digits", "1"):
         way = moves(float(best), float(now[few].split()[0]))
         beside = dict(falls="ahead", rises="behind").get(way, "level")
         text = f"Mid-training is {beside}: {now[few]} in 1 step, README's best without it {best}. {text}"

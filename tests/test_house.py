@@ -68,9 +68,9 @@ OWN = {"Config", "load_data", "data_name", "check", "teacher_pairs", "make_sampl
 # the same day, fid +52: a flag that no stage of a road reads is named, and so are a flag of another script and a net of another kind; words of a method, the command that scores a
 #   stage; CIFAR, MF, nets -1: a loss takes its own rows, "finished" is asked by names, then by content; ImageNet +1: its ALONE, as CIFAR's;
 # 2026-11-29, fid +3: READ_BY says which stages read a knob (a fork's knob is one row, where it was one for each other method; a misspelt stage is named), a verdict in the heading;
-#   README +4: verdicts in columns of their own, a result left out, the distance of the full-size commands; fid +14: what each table of a script is, the best without mid-training beside a run's scores, a flag that its stage never reads is refused; CIFAR +2: stages in their order in loss_of;
+#   README +4: verdicts in columns of their own, a result left out, the distance of the full-size commands; fid +16: what each table of a script is, the best without mid-training beside a run's scores, a flag that its stage never reads is refused; CIFAR +2: stages in their order in loss_of;
 BUDGET = {"train_cmt_cifar.py": 699, "train_cmt_imagenet.py": 944, "train_mf_imagenet256.py": 904,
-          "train_t2i_coco.py": 1118, "nets.py": 1857, "fid.py": 2573, "solvers.py": 198, "bench.py": 968,
+          "train_t2i_coco.py": 1118, "nets.py": 1857, "fid.py": 2576, "solvers.py": 198, "bench.py": 968,
           "claims.py": 628, "README.md": 233}
 FLAGS = {"train_cmt_cifar.py": 35, "train_cmt_imagenet.py": 42, "train_mf_imagenet256.py": 42, "train_t2i_coco.py": 43}
 README = (ROOT / "README.md").read_text()
@@ -319,7 +319,10 @@ def test_scores_of_readme_are_those_of_docs_and_means_are_means():
         said = [row["one step"].strip("*"), row["two"]]
         assert said == [words[fid.moves(*pair)] for pair in zip(was, now)] or "--loss huber" in row["mid-training compares by"] and said[0] == "level", row
         best.setdefault(row["script"].split(",")[0].removesuffix(".py"), f"{was[0]:.2f}")
-    assert {name: best[name] for name in fid.BEST} == fid.BEST and len(verdicts) == 10
+    for name, (score, trained) in fid.BEST.items():
+        configs = [importlib.import_module(name).parse(["--data", "digits", "--stage", stage]) for stage in ("mid", "post")]
+        assert (score, trained) == (best[name], " ".join(f"{c.steps * c.batch:,}" for c in configs)), name
+    assert len(fid.BEST) == 4 and len(verdicts) == 10
 
 
 STATED = {  # what README and docs say of defaults; digits: cifar imagenet flow coco, the paper's: big_*, ffhq, afhqv2

@@ -2018,7 +2018,7 @@ def steps_left(cfg, ckpt, path):
     if ckpt and ckpt.get("code", here["code"]) != here["code"]:
         say(f"warning: {made}, nets.py or solvers.py was changed since {cfg.out} was begun; to train that "
             "anew, use another --out")                       # once for all stages
-    known = ["seed", home.NO_WEIGHT, *home.READ_BY, *itertools.chain(*home.PRESETS.values())]
+    known = " ".join(["seed", home.NO_WEIGHT, *home.READ_BY, *itertools.chain(*home.PRESETS.values())])
     may = {*never_read(cfg), *home.NO_WEIGHT.split(), *["steps"] * (cfg.decay in home.ENDLESS)}
     old = {f.name: ckpt["cfg"].get(f.name, f.default) for f in dataclasses.fields(cfg)} if ckpt else {}
     if old and (later or cfg.steps < ckpt["step"]):
@@ -2034,7 +2034,7 @@ def steps_left(cfg, ckpt, path):
                 steps=more, out=f"{cfg.out}-longer")
         elif changed == ["steps"] and more > 0 and cfg.decay == "linear":
             how = "; a linear --decay is at its end"
-        if own := [name for name in changed if name not in " ".join(known).split()]:
+        if own := [name for name in changed if name not in known.split()]:
             how = f"; if {own[0]} is a knob of yours, say in READ_BY which stages read it"
         flags = {k: f"--{k}" if k in home.STAGES else f"--{cfg.stage}.{k}" for k in changed}     # a method
         all_of = " and ".join(f"{flag} {old[k]}, now {getattr(cfg, k)}" for k, flag in flags.items())
@@ -2051,7 +2051,7 @@ def never_read(cfg):
     home, method = home_of(cfg), f"{cfg.stage} {getattr(cfg, cfg.stage, '')}"
     rows = home.READ_BY if cfg.stage in {*home.STAGES} - {*home.RUN} else {}
     return [name for names, where in rows.items() for name in names.split()
-            if not {cfg.stage, method} & {*where.split(", ")} or f"not {method}" in where.split(", ")]
+            if not {cfg.stage, method} & (read := {*where.split(", ")}) or f"not {method}" in read]
 
 
 def command(cfg, stage, names, **new):

@@ -41,6 +41,11 @@ def quiet():
         yield
 
 
+def verdict(was, now):
+    """What a change of a score means, where lower is better: "gains", "is level" (within 10 %) or "loses"."""
+    return "is level" if abs(now - was) < 0.1 * was else "gains" if now < was else "loses"
+
+
 # ---- claims -----------------------------------------------------------------------------------
 # The rows are those of docs/results.md. Where they were made, mid-training measured by a VGG of the labels
 # and post-training had the plain norm; the CIFAR script's own default on digits is pseudo-Huber in both.
@@ -285,7 +290,7 @@ def curves(args, device):
     norms = dict(sorted(norms.items(), key=lambda item: "every step" in item[0]))     # the medians on top
     one = [row["1-step FD-digits"] for row in rows]          # teacher, mid, mid and post, post alone
     only = " The other scripts do not gain in one step (README)." * (args.net == FLAGS["net"]["default"])
-    answer = f"Mid-training by pixels {fid.HELPS[fid.moves(*map(float, (one[3], one[2])))]}"
+    answer = f"Mid-training by pixels {verdict(*map(float, (one[3], one[2])))}"
     words = (f"{answer} (seed 0). FD-digits in one step, lower is better: {one[2]} with it, "
              f"{one[3]} without; teacher, {cfg.nfe} steps: {rows[0][f'{cfg.nfe}-step FD-digits']}\n"
              f"The last two students saw {seen:,} images or pairs each, by the pseudo-Huber loss. "
@@ -420,10 +425,10 @@ def photos(args, device):
             one[row] = found[row == "teacher"]                           # the teacher: in its many steps
             print(f"| {row} | {seed} | {' / '.join(found)} | {state['seconds']:.0f} |", flush=True)
             ours, alone, many = (one.get(k, "-") for k in ("CMT + ECT", "ECT, annealed", "teacher"))
-            does = "?" if "-" in (ours, alone) else fid.HELPS[fid.moves(float(alone), float(ours))]
+            does = "?" if "-" in (ours, alone) else verdict(float(alone), float(ours))
             caption = (f"Mid-training by pixels {does} on photos (seed {seed}). FD-photos in one step, "
                        f"lower is better: {ours} with it, {alone} without; teacher, {cfg.nfe} steps: {many}\n"
-                       "A column: one noise for all nets; a second step may change the image.\n"
+                       "A column: one noise, drawn by all nets. "
                        f"FD-photos: Frechet distance of {n:,} images to the real ones, by features of a "
                        f"small net; {features.scale} against the other. Judge by it: such nets hardly draw "
                        "objects.\n"
@@ -434,7 +439,7 @@ def photos(args, device):
 
 
 FM = "--pretrain fm --weak SIZE --init sit"           # SIZE: --size, of student and flow-matching teacher
-CAPTION = ("Does mid-training help Mean Flow on photos ({})? In one step {}; in two {}\n"
+CAPTION = ("Does mid-training help Mean Flow on photos ({})? In one step it {}; in two it {}\n"
            "FD-photos (Frechet distance to {} at 16x16, by features of a small net; {} against the other) "
            "against CPU seconds (a busy machine adds some), teacher or start net included. CMT: "
            "mid-training by a small teacher, then training on photos. The others train on photos alone, "
@@ -499,8 +504,7 @@ def roads(args, device):
     ends = [{name: points[-1][1] for name, points in panel.items()} for panel in panels.values()]
     best = [[min((y for name, y in end.items() if ("CMT" in name) is ours), default=float("nan"))
              for ours in (False, True)] for end in ends]
-    verdict = dict(falls="ahead: ", rises="behind: ")                          # not of nan
-    said = [verdict.get(fid.moves(*pair), "level: ") * (sum(pair) > 0)
+    said = [f"{verdict(*pair)}: " * (sum(pair) > 0)                             # not of nan
             + f"{pair[1]:.2f} with it, {pair[0]:.2f} the best without" for pair in best]
     words = CAPTION.format(seeds, *said, os.path.basename(args.data), features.scale)
     marks = {statistics.mean(end.values()): f"{road}: post-training begins" for road, end in mid.items()}

@@ -98,8 +98,8 @@ REFERENCES = {         # nobody publishes their checksums, so the one found is p
 }
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")         # inside, whatever the name ends in
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-HALVES = ("Half of the real digits against the other half: 0.78 +- 0.19 (900 each; 2,000 can score lower). "
-          "Random pixels: 119.5; the mean of all digits each time: 197.6.")               # --train-digits
+HALVES = ("For scale: two halves of the real digits 0.78 (900 each; 2,000 can score lower), random pixels "
+          "119.5, images all alike 197.6.")                                # --train-digits
 HIDDEN = re.compile(r"(^|/)(\.[^/]|__MACOSX/)")                          # .DS_Store, ._x.png, .git
 Reference = collections.namedtuple("Reference", "mu cov n features file sha256")    # not stated: n 0, text ""
 FOREIGN = {"cannot identify image file": "not a picture, or a part of one",
@@ -1154,12 +1154,6 @@ def read_record(file, when):
 # ---- pictures with words -----------------------------------------------------------------------
 NAMES = dict(teacher="teacher", mid="mid-training alone", post="after post-training")
 SPOKEN = dict(pretrain="pre-training", vgg="VGG", mid="mid-training", post="post-training")
-HELPS = dict(falls="helps", rises="hurts") | {"": "changes less than 10 %"}      # by what a score does: moves
-BETTER = dict(falls="better", rises="worse") | {"": "level (within 10 %)"}
-BEST = {"train_cmt_cifar": ("5.58", "28,800 19,200"),     # README's best of digits in one step without
-        "train_cmt_imagenet": ("1.48", "28,800 19,200"),  # mid-training, and what mid- and post-training
-        "train_mf_imagenet256": ("2.28", "48,000 64,000"),                    # beside it were trained on
-        "train_t2i_coco": ("3.03", "25,600 22,400")}
 WIDE = 1_800                                             # pixels of a sheet
 INKS = {"alone|scratch": "#c0392b", "flow": "#8e44ad", "mid|CMT": "#1f5fbf", "teacher|pre-": "#2e8b57",
         "post": "#d98a00", "VGG": "#555555"}             # what a name speaks of: its colour in every chart
@@ -1277,54 +1271,11 @@ def about(cfg, found):
     return f" Seed {cfg.seed}; parameters: {sizes}."
 
 
-def scores_of(table):
-    """The distances in a table of scores, as text: {net: {steps: score}}; of two rows of a net the later."""
-    return {row["stage"].partition(",")[0]: {key.partition("-")[0]: value for key, value in row.items()
-                                             if "-step F" in key and value[:1].isdigit()} for row in table}
-
-
-def moves(was, now):
-    """Whether a number "falls" or "rises" by a tenth of what it was, or neither: ""."""
-    return "" if abs(now - was) < 0.1 * was else "falls" if now < was else "rises"
-
-
-def listed(names):
-    """Names in a sentence, the last one behind an "and"."""
-    return re.sub(", ([^,]+)$", r" and \1", ", ".join(names))
-
-
-def gains(table, words=HELPS):
-    """What mid- and post-training changed in a table, each beside the net above it: {net: in words}."""
-    texts, scores = {}, {net: {k: float(found.split()[0]) for k, found in of.items()}
-                         for net, of in scores_of(table).items() if net in NAMES}
-    for (_, was), (net, now) in itertools.pairwise(scores.items()):
-        steps = {does: [k for k in now if k in was and moves(was[k], now[k]) == way]
-                 for way, does in words.items()}
-        texts[net] = ", ".join(f"{does} in {listed(k)} step{'s' * (k != ['1'])}"
-                               for does, k in steps.items() if k)
-    return {net: text for net, text in texts.items() if text}
-
-
-def in_short(table):
-    """What the last net gained, its score in its fewest steps, and the teacher's in its most; or ""."""
-    *before, (last, now) = ("", {}), *((net, of) for net, of in scores_of(table).items() if of)
-    if not now:
-        return ""
-    measure = next(key.partition("-step ")[2] for row in table for key in row if "-step F" in key)
-    few, was = next(iter(now)), before[-1][1]
-    gain, teacher = gains(table).get(last), scores_of(table).get("teacher", {})
-    text = f"{SPOKEN[last].capitalize()} {gain}" if gain else called(last).capitalize()
-    text += f": {measure} " + f"{was.get(few)} -> " * (few in was) + f"{now[few]} in {few} step"
-    text += "s" * (few != "1") + " (lower is better"
-    many = next(reversed(teacher), few)
-    text += f"; teacher in {many} steps: {teacher.get(many)}" * (many != few) + ")"
-    best, trained = BEST.get(MADE_BY.partition(".py")[0], ("", "-"))
-    seen = (row.get("images", "") for row in table if row["stage"].partition(",")[0] in ("mid", "post"))
-    if " ".join(seen) == trained and (measure, few) == ("FD-digits", "1"):
-        way = moves(float(best), float(now[few].split()[0]))
-        beside = dict(falls="ahead", rises="behind").get(way, "level")
-        text = f"Mid-training is {beside}: {now[few]} in 1 step, README's best without it {best}. {text}"
-    return text
+def headline(table):
+    """For a heading: the distance of every net of a table in one step; "" where none has one."""
+    key = next((key for row in table for key in row if key.startswith("1-step F")), "")
+    nets = [(row[key], called(row["stage"].partition(",")[0])) for row in table if key in row]
+    return f"{key[7:]} in one step: {', '.join(f'{score} {net}' for score, net in nets)}" * bool(nets)
 
 
 def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
@@ -1340,7 +1291,6 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
         shown = [*shown, (label, 0, to_float(images[numbers], "cpu"))]
     labels = [net_label(name, steps, table) for name, steps, _ in shown]
     rows, line, real = [*zip(labels, (x for *_, x in shown))], "column", labels[-1].startswith("real digits")
-    again = "; a second step may change the image" * any(steps == 2 for _, steps, _ in shown)
     what = "class" if "".join(names).isdigit() else "caption"
     header = names and [what, *("\n".join(name.rsplit(" ", 1)) for name in names)]    # "the digit\nzero"
     breaks = breaks_between([name for name, *_ in shown])
@@ -1348,12 +1298,9 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
         columns = torch.stack([x.cpu() for *_, x in shown], 1)
         rows, header, line, breaks = [*zip(names, columns)], [what, *labels], "row", ()
     title, _, words = words.rpartition("\n")
-    title = title or in_short(table) or "The same noises, drawn by every net"
-    mid = gains(table, BETTER).get("mid", "")
-    caption = (f"{title}\nA {line}: one noise for all nets{again}."
-               + f" Mid-training beside the teacher: {mid}." * ("worse" in mid) + "\n"
-               "Mid-training learns from the teacher's trajectories, post-training from images.")
-    caption += (f"\nScore: Frechet distance of {samples:,} images to the data"
+    title = title or headline(table) or "The same noises, drawn by every net"
+    caption = f"{title}\nA {line}: one noise, drawn by all nets."
+    caption += (f" Score: Frechet distance of {samples:,} images to the data, lower is better"
                 f"{'; of few it is off, mostly high' * (samples < 1_000)}.") * bool(table)
     caption += f" {HALVES}" * real
     caption += (" Shows its digit: a classifier reads it as the caption's digit."
@@ -1390,19 +1337,16 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
         rows.append((f"{name}\nstates of the teacher", show((states / wide)[:, j])))          # at unit scale
         for net, x in answers.items():
             rows.append((f"{called(net)}\nin one step, error {errors[net][j]:.2f}", show(x[:, j])))
-    missed = ", ".join(f"{mean:.2f} ({called(net)})" for net, mean in means.items())
-    caption = (f"One step from noise misses the end of the teacher's trajectory by {missed}"
-               + "; scores tell what is better\n"
-               f"The teacher walks from noise, left, to its end, right, by the {n} states of mid-training. "
-               "Below: where each net gets from there in one step"
-               + ("; mid-training's target for all is the end in the first row" if levels.max() > 1 else
-                  "; mid-training is on the mean velocity between any two states, so to the end, too; at t = "
-                  "0 the answer is the state itself") + ".\n"
-               "Error: of the leftmost answer, root mean square of pixels; in the heading means of "
-               f"{states.shape[1]} noises; lower: nearer to the teacher, not better, since "
-               f"post-training learns from images. Two noises' ends differ by {apart:.2f}.{words}\n"
-               + f"Of {n} states {len(some)} are shown, where most changes." * (len(some) < n)
-               + " States above sigma 1 are shown divided by sigma." * bool(levels.max() > 1))
+    means = ", ".join(f"{mean:.2f} {called(net)}" for net, mean in means.items())
+    consistency = bool(levels.max() > 1)
+    caption = ("The teacher walks from noise to an image; below, each net jumps from there to the end\n"
+               + ("Mid-training's target everywhere is the end of the first row. " if consistency else
+                  "Mid-training's target is the mean velocity between any two states. ")
+               + f"Error: root mean square of pixels between the leftmost answer and the end; means of "
+               f"{states.shape[1]} noises: {means}; ends of two noises: {apart:.2f}. A small one is near "
+               f"the teacher, not better: post-training learns from images.{words}"
+               + f" Of {n} states {len(some)} are shown, where most changes." * (len(some) < n)
+               + " States above sigma 1 are divided by sigma." * consistency)
     first, *middle, end = (f"{level:.2g}" for level in levels.tolist())
     what = "noise level sigma" if levels.max() > 1 else "noise level t"
     header = [what, f"noise\n{first}", *middle, f"the end\n{end}"]
@@ -1830,7 +1774,7 @@ def refuse(flags, where, message):
     more = "".join(f"did you mean --{flag}? " for flag in difflib.get_close_matches(meant, trained, 1, 0.7))
     if typed and not more:
         texts = {p.name: p.read_text() for p in sorted(pathlib.Path(__file__).parent.glob("train_*.py"))}
-        others = listed([name for name, text in texts.items() if f"\n    {typed}: " in text])
+        others = " and ".join(name for name, text in texts.items() if f"\n    {typed}: " in text)
         more = f"it is a flag of {others}; " * bool(others)
     if re.search("arguments: (True|False)$", message):
         more = "a switch is --NAME or --no-NAME; "
@@ -2335,7 +2279,7 @@ def dry_run(home, argv, configs):
 
 def save_curve(cfg, table=()):
     """curve.png of cfg.out, a column a stage; of a Mean Flow, whose loss stays near 1, the square error."""
-    stages, drawn = {}, "loss"
+    stages, drawn, scores = {}, "loss", headline(table)
     for m in read_steps(cfg.out):
         drawn = "square error" if "mse_same" in m or "mse_gap1" in m else "loss"
         title = drawn + ", short jumps" * (drawn != "loss")
@@ -2344,22 +2288,15 @@ def save_curve(cfg, table=()):
         norms.append((m["images"], m["grad"]))
     panels = {f"{stage}: {title}": {stage: losses} for stage, (title, losses, _) in stages.items()}
     panels |= {f"{stage}: gradient norm": {stage: norms} for stage, (_, _, norms) in stages.items()}
-    ways = {}                                                # what the lines do from first to last third
-    for stage, (_, losses, _) in stages.items():
-        y, third = [y for _, y in losses], -(-len(losses) // 3)
-        if len(y) > 2:
-            ways.setdefault(moves(np.mean(y[:third]), np.mean(y[-third:])) or "stays level", []).append(stage)
-    ways, scores = "; ".join(f"{way} in {listed(of)}" for way, of in ways.items()), in_short(table)
-    short = " of short jumps (t - r up to 1/4)" * (drawn != "loss")
     words = [f"{SPOKEN[s]}: {words_of(dataclasses.replace(cfg, stage=s)).partition(': ')[2]}"
              for s in home_of(cfg).STAGES if SPOKEN.get(s) in stages]
     save_chart(f"{cfg.out}/curve.png", panels,
-               (f"The {drawn}{short} {ways}; only" if ways else "Only") + " scores tell what is better\n"
+               f"{drawn.capitalize()} and gradient norm of each stage; only scores tell what is better\n"
                f"To expect in {'; in '.join(words)}. Each panel has log scales of its own, against images "
-               "trained on (mid-training: pairs). A point: a mean since the last one. Level: less than 10 % "
-               "from the first third to the last."
-               + " Square errors are of velocities; t - r is the time jumped over." * (drawn != "loss")
-               + f"\n{scores}; {cfg.samples:,} samples each." * bool(scores), columns=max(1, len(stages)))
+               "trained on (mid-training: pairs). A point: a mean since the last one."
+               + " Short jumps: of velocities over t - r up to 1/4." * (drawn != "loss")
+               + f" {scores}; {cfg.samples:,} samples each, lower is better." * bool(scores),
+               columns=max(1, len(stages)))
 
 
 def save_preview(cfg, tally, stop, sampler, drawn=""):
@@ -2469,8 +2406,6 @@ def save_results(cfg, rows, note, stages):
     took = {m["stage"]: m["seconds"] for m in read_metrics(out) if "seconds" in m and not alone}
     text = f"{table(rows)}\n\n{note}" + f"\n{HALVES}" * note.startswith("FD-digits")
     text += f"\n{', '.join(took)} took {duration(sum(took.values()))} of training." * bool(took)
-    gained = "; ".join(f"{net} is {gain}" for net, gain in gains(rows, BETTER).items())
-    text += f" Beside the row above: {gained}." * bool(gained)
     file = pathlib.Path(out, "results.md")
     below = " (earlier tables stay below)" * file.exists()
     if processes()[0] == 0:

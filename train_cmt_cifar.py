@@ -227,7 +227,7 @@ def make_distance(cfg, channels):
 # ---- train ------------------------------------------------------------------------------------
 def train(cfg):
     """One stage (pretrain, mid, post) from its last checkpoint to its end: method first, bookkeeping last."""
-    if not (run := set_up(cfg)):          # run: what set_up reads (images, teacher), begin makes (net, opt)
+    if not (run := set_up(cfg)):                      # run: its fields are those of begin
         return
     net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
     cast_net = in_precision(cfg, net)
@@ -246,26 +246,24 @@ def train(cfg):
         target = run.distance.features(x_0)           # once per end, not per pair
         return fid.check_pairs(pairs, per_solve, target), target
 
-    @lru_cache(1)                                     # once for the micro-batches of a step
-    def images_of(step):
+    def batch_of(step):                               # this process's share of it, a row an image or pair
+        if cfg.stage == "mid":
+            number, at = divmod(step * B, per_solve)  # which solve; where in it the step's pairs begin
+            return [a[at:at + B][mine] for a in solve(number)[0]]
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         x, eps = draw(run.images, B, g)[mine], randn((B, *shape), g)[mine]
         return x, (cfg.P_mean + cfg.P_std * randn(B, g))[mine].exp(), eps
 
-    def loss_of(step, k):                             # of a micro-batch: k is its first row in the share
-        first = mine.start + k                        # and this in the batch
-        seed = fold(cfg.seed, cfg.stage, step, "dropout") + first
+    def loss_of(step, k, rows):                       # of a micro-batch, whose first row is k of the batch
+        seed = fold(cfg.seed, cfg.stage, step, "dropout") + k
         student = partial(cast_net, masks=nets.dropout_masks(net, range(seed, seed + micro)))
         if cfg.stage == "mid":
-            number, at = divmod(step * B + first, per_solve)      # which solve, a number of whole batches;
-            pairs, target = solve(number)                         # and where in it the rows begin
-            x_t, t, owner = (a[at:at + micro] for a in pairs)
-        else:
-            x, t, eps = (a[k:k + micro] for a in images_of(step))
+            x_t, t, owner = rows
+            target = solve(step * B // per_solve)[1]
+            return loss_cmt(student, x_t, t, [a[owner] for a in target], run.distance)          # Eq. 7
+        x, t, eps = rows
         if cfg.stage == "pretrain":
             return loss_dm(student, x, t, eps, net.sigma_data)
-        if cfg.stage == "mid":
-            return loss_cmt(student, x_t, t, [a[owner] for a in target], run.distance)          # Eq. 7
         power = 1 + step // cfg.double if cfg.post == "annealed" else 1       # q, q^2, q^3, ...
         r = ect_step(t, cfg.q**power)
         x_t, x_r = (x + s.view(-1, 1, 1, 1) * eps for s in (t, r))
@@ -276,8 +274,8 @@ def train(cfg):
     for step in range(start, cfg.steps):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
         loss_sum, part = 0.0, micro / B * tally["scale"]      # part of the mean; scale: of fp16, else 1
-        for k in range(0, share, micro):
-            loss = loss_of(step, k)
+        for k, *rows in zip(range(mine.start, B, micro), *(a.split(micro) for a in batch_of(step))):
+            loss = loss_of(step, k, rows)
             (loss * part).backward()
             loss_sum += loss.detach() * part
         norm, mean, stop = total(run.grad, loss_sum, tally["scale"])          # the one wait of a step
@@ -329,7 +327,7 @@ def set_up(cfg):
         fid.announce(f"{cfg.data}: {stamp}, each seen {seen:,.3g} times, unconditional")
         images = images.to(DEVICE)
     if cfg.stage == "mid" or cfg.stage == "post" and cfg.post not in ALONE:
-        asked = teacher_state(cfg)                    # (weights, constructor arguments)
+        asked = teacher_state(cfg)                    # (weights, kwargs of its net)
         stamp += f", teacher {nets.stamp(asked[0])}"
     fid.same_data(ckpt, f"{cfg.out}/{cfg.stage}.pt", stamp)
     if not left:                                      # finished, with other names of the same content
@@ -337,12 +335,12 @@ def set_up(cfg):
     if asked:
         # choice: the teacher too in --precision: bf16 moves its ends less than a finer solve would
         teacher = in_precision(cfg, build(cfg, asked[1], asked[0], cfg.teacher or "the teacher"))
-    state, model, source = (None, ckpt["model"], "") if ckpt else first_weights(cfg, images, asked)
-    net = build(cfg, model, state, source, train=True)        # with a checkpoint begin loads its weights
+    state, kwargs, source = (None, ckpt["model"], "") if ckpt else first_weights(cfg, images, asked)
+    net = build(cfg, kwargs, state, source, train=True)        # with a checkpoint begin loads its weights
     distance = make_distance(cfg, net.img_channels) if cfg.stage == "mid" else None
     adam, radam = partial(torch.optim.Adam, fused=True), partial(torch.optim.RAdam, foreach=False)
     optimizer = adam if cfg.stage == "pretrain" else radam                    # as EDM; B.2
-    return begin(cfg, ckpt, net, optimizer, stamp, model, images=images, teacher=teacher, distance=distance)
+    return begin(cfg, ckpt, net, optimizer, stamp, kwargs, images=images, teacher=teacher, distance=distance)
 
 
 # ---- sample -----------------------------------------------------------------------------------
@@ -468,15 +466,15 @@ def resume(cfg):
     return ckpt, fid.steps_left(cfg, ckpt, path)
 
 
-def begin(cfg, ckpt, net, optimizer, stamp, model, **parts):
-    """A stage's net, average, optimizer, counts, as saved or new; flat, grad: the net's, as one vector."""
+def begin(cfg, ckpt, net, optimizer, stamp, kwargs, **parts):
+    """The run: net, ema, opt, tally, as saved or new; flat, flat_ema, grad: one vector each; and parts."""
     ema = deepcopy(net).requires_grad_(False).eval()
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
     flat.grad = grad                                  # one vector, whose views are all weights (flatten)
     opt, path = optimizer([flat]), f"{cfg.out}/{cfg.stage}.pt"
     tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
     fid.agree("data and sum of the first weights", (stamp, flat.sum(dtype=torch.float64).item()))
-    saved = dict(data=stamp, model=model, cfg=asdict(cfg), **fid.made_by(__file__))
+    saved = dict(data=stamp, model=kwargs, cfg=asdict(cfg), **fid.made_by(__file__))
     log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))
     return SimpleNamespace(net=net, ema=ema, opt=opt, flat=flat, flat_ema=flat_ema, grad=grad, tally=tally,
                            path=path, saved=saved, **parts)
@@ -568,12 +566,12 @@ def given_teacher(cfg):
 
 
 def teacher_state(cfg):
-    """(weights, constructor arguments) of --teacher, else <out>/pretrain.pt, else the official teacher."""
+    """(weights, kwargs of its net) of --teacher, else <out>/pretrain.pt, else the official teacher."""
     if cfg.teacher not in ("", "scratch"):
-        state, model, stated = nets.read_weights(cfg.teacher)
+        state, kwargs, stated = nets.read_weights(cfg.teacher)
         if (stage := stated.get("stage", "pretrain")) != "pretrain":
             fail(3, f"--teacher {cfg.teacher} is of --stage {stage}, no denoiser; pass what pretrain made")
-        return state, model
+        return state, kwargs
     if ckpt := nets.finished(f"{cfg.out}/pretrain.pt"):
         return ckpt["ema"], ckpt["model"]
     if cfg.teacher or data_name(cfg) not in nets.PRETRAINED:
@@ -581,10 +579,10 @@ def teacher_state(cfg):
     return nets.load_pretrained(nets.PRETRAINED[data_name(cfg)])
 
 
-def build(cfg, model, state=None, what="", train=False):
-    """A DDPM++ from constructor arguments (of an official file or SIZES), with weights by name if given."""
+def build(cfg, kwargs, state=None, what="", train=False):
+    """A DDPM++ from kwargs (of an official file or SIZES), with weights by name if given."""
     torch.manual_seed(fold(cfg.seed, cfg.stage, "init"))    # choice: a random student has a start of its own
-    net = nets.make(nets.EDMPrecond, model, what, augment_dim=0, dropout=cfg.dropout if train else 0.0,
+    net = nets.make(nets.EDMPrecond, kwargs, what, augment_dim=0, dropout=cfg.dropout if train else 0.0,
                     sigma_shift=cfg.sigma_shift)
     if state is not None:
         nets.load_weights(net, state, what)
@@ -593,16 +591,16 @@ def build(cfg, model, state=None, what="", train=False):
 
 
 def first_weights(cfg, images, asked):
-    """(weights, constructor arguments, their name) a net starts from; asked: those of a teacher, if asked."""
+    """(weights, kwargs, their name) a net starts from; asked: those of a teacher, if asked."""
     if cfg.stage == "pretrain":
         return None, model_size(cfg, images), ""
     if cfg.stage == "post" and cfg.mid != "none" and cfg.init in INITS:
         ckpt = fid.finished_mid(cfg, nets.finished)
         return ckpt["ema"], ckpt["model"], f"{cfg.out}/mid.pt"
-    state, model = asked or teacher_state(cfg)        # the student has the teacher's size
+    state, kwargs = asked or teacher_state(cfg)       # the student has the teacher's size
     if cfg.init not in INITS:
-        return nets.fitting(*nets.load_pretrained(cfg.init), model, cfg.init), model, cfg.init
-    return (state, model, "the teacher") if cfg.init == "teacher" else (None, model, "")
+        return nets.fitting(*nets.load_pretrained(cfg.init), kwargs, cfg.init), kwargs, cfg.init
+    return (state, kwargs, "the teacher") if cfg.init == "teacher" else (None, kwargs, "")
 
 
 def in_precision(cfg, net):
@@ -617,7 +615,7 @@ def in_precision(cfg, net):
 
 
 def model_size(cfg, images):
-    """Constructor arguments of the DDPM++ for images of this size."""
+    """The kwargs of the DDPM++ for images of this size."""
     _, channels, height, width = images.shape
     if height != width or f"ddpm++-{height}" not in nets.SIZES:
         fail(3, f"--data {cfg.data}: no DDPM++ of nets.SIZES draws {width}x{height}; pass --res 16, 32 or 64")
@@ -629,13 +627,13 @@ def candidates(cfg):
     """What to sample from: (name, net, {steps: kind of sampler}, checkpoint); --init FILE: it alone."""
     found, few = [], {1: 1, 2: 2}                     # steps of a row: how make_sampler draws it
     if cfg.init not in INITS:
-        state, model = nets.load_pretrained(cfg.init)
+        state, kwargs = nets.load_pretrained(cfg.init)
         name = "init_" + os.path.basename(cfg.init).split(".")[0]
-        return [(name, build(cfg, model, state, cfg.init), few, None)]
+        return [(name, build(cfg, kwargs, state, cfg.init), few, None)]
     own = nets.finished(f"{cfg.out}/pretrain.pt") if cfg.teacher in ("", "scratch") else None
     if own or given_teacher(cfg):
-        state, model = teacher_state(cfg)
-        teacher = build(cfg, model, state, cfg.teacher or "the teacher")
+        state, kwargs = teacher_state(cfg)
+        teacher = build(cfg, kwargs, state, cfg.teacher or "the teacher")
         found = [("teacher", teacher, {1: 1, cfg.nfe: "teacher"}, own)]
     for stage in ("mid", "post"):
         if ckpt := nets.finished(f"{cfg.out}/{stage}.pt"):

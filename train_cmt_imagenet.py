@@ -173,8 +173,8 @@ def solve_size(cfg):
 def teacher_pairs(cfg, teacher, shape, g, classes):
     """Eq. 7: n trajectories of the frozen teacher; the first `used` states of each are paired with its end.
 
-    shape: of one input. Every process solves its share, gets all. Returns, shuffled, x_t (P, C, H, W), t, the
-    classes y and owner (P,), and the ends x_0 (n, C, H, W): pair p is regressed onto x_0[owner[p]].
+    shape: of one image. Every process solves its share, gets all. Returns, shuffled, x_t (P, C, H, W), t, the
+    classes y and owner (P,), and the ends x_0 (n, C, H, W): pair p's end is x_0[owner[p]].
     """
     (n, used), sigmas = solve_size(cfg), teacher_sigmas(cfg.nfe)              # (nfe+1,), from 80 to 0.002
     levels = sigmas.to(g.device, torch.float32, non_blocking=True)
@@ -275,11 +275,11 @@ def loss_vgg(net, x, labels, seed):
 # ---- train ------------------------------------------------------------------------------------
 def train(cfg):
     """One stage (pretrain, vgg, mid, post) from its last checkpoint to its end: method, then bookkeeping."""
-    if not (run := set_up(cfg)):          # run: what set_up reads (images, teacher), begin makes (net, opt)
+    if not (run := set_up(cfg)):                      # run: its fields are those of begin
         return
     net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
-    model = run.saved["model"]                        # the VGG's, too, has the size of the data
-    shape, classes = (model["img_channels"], *[model["img_resolution"]] * 2), model["label_dim"]
+    kwargs = run.saved["model"]                       # the VGG's, too, has the size of the data
+    shape, classes = (kwargs["img_channels"], *[kwargs["img_resolution"]] * 2), kwargs["label_dim"]
     share, micro = B // WORLD, cfg.batch_gpu or B // WORLD    # rows of a process, of a forward pass
     mine = slice(RANK * share, (RANK + 1) * share)
     per_solve = math.prod(solve_size(cfg))            # pairs, as 128 x 16: whole batches (check)
@@ -293,8 +293,11 @@ def train(cfg):
         target = [x_0] if views else run.distance.features(x_0)       # once per end; of views: of each pair
         return fid.check_pairs(pairs, per_solve, target), target, views
 
-    @lru_cache(1)                                     # once for the micro-batches of a step
-    def images_of(step):
+    def batch_of(step):                               # this process's share of it, a row an image or pair
+        if cfg.stage == "mid":
+            number, at = divmod(step * B, per_solve)  # which solve; where in it the step's pairs begin
+            pairs, _, views = solve(number)
+            return [a[at:at + B][mine] for a in (*pairs, *views.values())]
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         raw, labels = next(batches)                   # in the order of steps: one call a step
         latent_noise, eps = randn((B, *shape), g)[mine], randn((B, *shape), g)[mine]
@@ -304,25 +307,22 @@ def train(cfg):
             x = x + vgg_noise(cfg, step, (B, *shape))[mine]
         return x, t, y, eps, labels
 
-    def loss_of(step, k):                             # of a micro-batch: k is its first row in the share
-        first = mine.start + k                        # and this in the batch
-        seed = fold(cfg.seed, cfg.stage, step, "dropout") + first
+    def loss_of(step, k, rows):                       # of a micro-batch, whose first row is k of the batch
+        seed = fold(cfg.seed, cfg.stage, step, "dropout") + k
         if cfg.stage == "mid":
-            number, at = divmod(step * B + first, per_solve)      # which solve, a number of whole batches;
-            pairs, target, views = solve(number)                  # and where in it the rows begin
-            x_t, t, y, owner = (a[at:at + micro] for a in pairs)
+            x_t, t, y, owner, *view = rows
         else:
-            x, t, y, eps, labels = (a[k:k + micro] for a in images_of(step))
+            x, t, y, eps, labels = rows
         if cfg.stage == "vgg":
             return loss_vgg(net, x, labels, seed)
         student = partial(net, class_labels=y, masks=nets.dropout_masks(net, range(seed, seed + micro)))
+        if cfg.stage == "mid":
+            _, target, views = solve(step * B // per_solve)
+            if views:
+                return loss_cmt_views(student, x_t, t, target[0][owner], run.distance, dict(zip(views, view)))
+            return loss_cmt(student, x_t, t, [a[owner] for a in target], run.distance)          # Eq. 7
         if cfg.stage == "pretrain":
             return loss_edm2(student, x, t, eps, net.sigma_data)
-        if cfg.stage == "mid" and views:
-            view = {name: a[at:at + micro] for name, a in views.items()}
-            return loss_cmt_views(student, x_t, t, target[0][owner], run.distance, view)
-        if cfg.stage == "mid":
-            return loss_cmt(student, x_t, t, [a[owner] for a in target], run.distance)          # Eq. 7
         r, weight = ect_step(t, cfg.q), edm_weight(t, net.sigma_data)
         x_t, x_r = (x + s.view(-1, 1, 1, 1) * eps for s in (t, r))
         if cfg.post in ("ecd", "ecd_euler", "ecd_code"):      # by the frozen teacher: no gradient
@@ -334,8 +334,8 @@ def train(cfg):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
         loss_sum, part = 0.0, micro / B * tally["scale"]      # part of the mean; scale: of fp16, else 1
         with nets.hoist(net, force=True):             # EDM2 Eq. 66: normalised once for all micro-batches
-            for k in range(0, share, micro):
-                loss = loss_of(step, k)
+            for k, *rows in zip(range(mine.start, B, micro), *(a.split(micro) for a in batch_of(step))):
+                loss = loss_of(step, k, rows)
                 (loss * part).backward()
                 loss_sum += loss.detach() * part
         norm, mean, stop = total(run.grad, loss_sum, tally["scale"])          # the one wait of a step
@@ -384,11 +384,11 @@ def set_up(cfg):
     if cfg.stage == "mid" and cfg.mid == "none":
         return log("mid: left out by --mid none")
     if cfg.stage == "pretrain" and given_teacher(cfg):
-        state, model = teacher_state(cfg)             # fetched and checked
+        state, kwargs = teacher_state(cfg)            # fetched and checked
         if cfg.teacher and not os.path.exists(f"{cfg.out}/mid.pt"):
-            build(cfg, model, state, cfg.teacher)     # does it fit? not after hours of training the VGG
-        own = nets.finished(f"{cfg.out}/pretrain.pt") and f"{cfg.out}/pretrain.pt"
-        return log(f"pretrain: not trained, the teacher is {cfg.teacher or own or 'the official one'}")
+            build(cfg, kwargs, state, cfg.teacher)    # does it fit? not after hours of training the VGG
+        own = f"{cfg.out}/pretrain.pt" if nets.finished(f"{cfg.out}/pretrain.pt") else "the official one"
+        return log(f"pretrain: not trained, the teacher is {cfg.teacher or own}")
     if cfg.stage == "vgg" and not wants_vgg(cfg):
         return log(f"vgg: not trained, --loss {cfg.loss} of --data {cfg.data} needs none")
     ckpt, left = resume(cfg)                          # left: steps to go
@@ -404,15 +404,15 @@ def set_up(cfg):
     frozen = {name: build(cfg, size, state, getattr(cfg, name) or "the teacher")
               for name, (state, size) in asked.items() if name != "guide" or cfg.w != 1}
     teacher = autoguided(frozen.get("main") or frozen.get("teacher"), frozen.get("guide"), cfg.w)
-    state, model, source = (None, ckpt["model"], "") if ckpt else first_weights(cfg, images, asked)
-    net = build(cfg, model, state, source, train=True)        # with a checkpoint begin loads its weights
+    state, kwargs, source = (None, ckpt["model"], "") if ckpt else first_weights(cfg, images, asked)
+    net = build(cfg, kwargs, state, source, train=True)        # with a checkpoint begin loads its weights
     distance = make_distance(cfg) if cfg.stage == "mid" else None
     # choice: as ECT (B.3); the authors' 512 script has 0.999 in mid-training
     beta2 = 0.999 if cfg.stage == "mid" and data_name(cfg) == "imagenet512" else 0.99
     optimizer = partial(torch.optim.Adam, betas=(0.9, beta2), fused=True)
     if cfg.stage == "vgg" and data_name(cfg) == "imagenet512":
         optimizer = partial(torch.optim.SGD, momentum=0.9, weight_decay=1e-4, fused=True)     # B.5
-    return begin(cfg, ckpt, net, optimizer, stamp, model, images=images, teacher=teacher, distance=distance)
+    return begin(cfg, ckpt, net, optimizer, stamp, kwargs, images=images, teacher=teacher, distance=distance)
 
 
 # ---- sample -----------------------------------------------------------------------------------
@@ -456,7 +456,6 @@ def draw_sheets(cfg, found):
     samplers = {(name, steps): make_sampler(balanced, net, kind)
                 for name, net, kinds, _ in found for steps, kind in kinds.items()}
     shown, classes, words = fid.save_classes(cfg, found, samplers, found[0][1].label_dim)
-    words += " By --loss huber post-training scores better." * (cfg.data == "digits" and cfg.loss == "lpips")
     if found[0][0] == "teacher":
         teacher, sigmas = found[0][1], teacher_sigmas(cfg.nfe)
         x_T, y, _ = prior(teacher, range(12), "balanced")
@@ -675,15 +674,15 @@ def resume(cfg):
     return ckpt, fid.steps_left(cfg, ckpt, path)
 
 
-def begin(cfg, ckpt, net, optimizer, stamp, model, **parts):
-    """A stage's net, average, optimizer, counts, as saved or new; flat, grad: the net's, as one vector."""
+def begin(cfg, ckpt, net, optimizer, stamp, kwargs, **parts):
+    """The run: net, ema, opt, tally, as saved or new; flat, flat_ema, grad: one vector each; and parts."""
     ema = deepcopy(net).requires_grad_(False).eval()
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
     flat.grad = grad                                  # one vector, whose views are all weights (flatten)
     opt, path = optimizer([flat]), f"{cfg.out}/{cfg.stage}.pt"
     tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
     fid.agree("data and sum of the first weights", (stamp, flat.sum(dtype=torch.float64).item()))
-    saved = dict(data=stamp, model=model, cfg=asdict(cfg), **fid.made_by(__file__))
+    saved = dict(data=stamp, model=kwargs, cfg=asdict(cfg), **fid.made_by(__file__))
     log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))
     return SimpleNamespace(net=net, ema=ema, opt=opt, flat=flat, flat_ema=flat_ema, grad=grad, tally=tally,
                            path=path, saved=saved, **parts)
@@ -792,12 +791,12 @@ def given_teacher(cfg):
 
 
 def teacher_state(cfg):
-    """(weights, constructor arguments) of --teacher, else <out>/pretrain.pt, else the official teacher."""
+    """(weights, kwargs of its net) of --teacher, else <out>/pretrain.pt, else the official teacher."""
     if cfg.teacher not in ("", "scratch"):
-        state, model, stated = nets.read_weights(cfg.teacher)
+        state, kwargs, stated = nets.read_weights(cfg.teacher)
         if (stage := stated.get("stage", "pretrain")) != "pretrain":
             fail(3, f"--teacher {cfg.teacher} is of --stage {stage}, no denoiser; pass what pretrain made")
-        return state, model
+        return state, kwargs
     if ckpt := nets.finished(f"{cfg.out}/pretrain.pt"):
         return ckpt["ema"], ckpt["model"]
     if cfg.teacher or data_name(cfg) not in nets.PRETRAINED:
@@ -805,16 +804,16 @@ def teacher_state(cfg):
     return nets.load_pretrained(nets.PRETRAINED[data_name(cfg)])
 
 
-def build(cfg, model, state=None, what="", train=False):
-    """An EDM2 from constructor arguments (of an official file or SIZES), with weights by name if given.
+def build(cfg, kwargs, state=None, what="", train=False):
+    """An EDM2 from kwargs (of an official file or SIZES), with weights by name if given.
 
     Frozen (train=False): its weights are normalised once, in the precision of the stage.
     """
     if cfg.stage == "vgg":
-        return new_vgg(cfg, model["label_dim"])
+        return new_vgg(cfg, kwargs["label_dim"])
     torch.manual_seed(fold(cfg.seed, cfg.stage, "init"))    # choice: a random student has a start of its own
     pretrain = cfg.stage == "pretrain" and train      # then u(sigma) is trained too, and dropped afterwards
-    net = nets.make(nets.EDM2Precond, model, what, logvar_channels=128 if pretrain else 0,
+    net = nets.make(nets.EDM2Precond, kwargs, what, logvar_channels=128 if pretrain else 0,
                     dropout=cfg.dropout if train else 0.0, dropout_res=None if pretrain else 16)
     if state is not None:
         nets.load_weights(net, {k: v for k, v in state.items() if not k.startswith("logvar_")}, what)
@@ -829,8 +828,8 @@ def weak_model(cfg):
     """The guide of the teacher's samples and of ECD's step, or None without --guide."""
     if not cfg.guide or cfg.w == 1:
         return None
-    state, model = nets.load_pretrained(cfg.guide)
-    return build(cfg, model, state, cfg.guide)
+    state, kwargs = nets.load_pretrained(cfg.guide)
+    return build(cfg, kwargs, state, cfg.guide)
 
 
 def asked_nets(cfg):
@@ -843,20 +842,20 @@ def asked_nets(cfg):
 
 
 def first_weights(cfg, images, asked):
-    """(weights, constructor arguments, their name) a net starts from; asked: nets that the stage asks."""
+    """(weights, kwargs, their name) a net starts from; asked: nets that the stage asks."""
     if cfg.stage in ("pretrain", "vgg"):
         return None, model_size(cfg, images), ""
     if cfg.stage == "post" and cfg.mid != "none" and cfg.init in INITS:
         ckpt = fid.finished_mid(cfg, nets.finished)
         return ckpt["ema"], ckpt["model"], f"{cfg.out}/mid.pt"
-    state, model = asked.get("teacher") or teacher_state(cfg)        # the student has the teacher's size
+    state, kwargs = asked.get("teacher") or teacher_state(cfg)       # the student has the teacher's size
     if cfg.init not in INITS:
-        return nets.fitting(*nets.load_pretrained(cfg.init), model, cfg.init), model, cfg.init
-    return (state, model, "the teacher") if cfg.init == "teacher" else (None, model, "")
+        return nets.fitting(*nets.load_pretrained(cfg.init), kwargs, cfg.init), kwargs, cfg.init
+    return (state, kwargs, "the teacher") if cfg.init == "teacher" else (None, kwargs, "")
 
 
 def model_size(cfg, images):
-    """Constructor arguments of the EDM2 for --data: XL, for ImageNet's latents XXL, for 8x8 pixels tiny."""
+    """The kwargs of the EDM2 for --data: XL, for ImageNet's latents XXL, for 8x8 pixels tiny."""
     channels, _, side = images.shape
     size = "edm2-8" if side == 8 else "edm2-xxl" if data_name(cfg) == "imagenet512" else "edm2-xl"
     return dict(img_resolution=side, img_channels=4 if channels == 8 else channels,
@@ -868,14 +867,14 @@ def candidates(cfg):
     """What to sample from: (name, net, {steps: kind of sampler}, checkpoint); --init FILE: it alone."""
     found, few = [], {1: 1, 2: 2}                     # steps of a row: how make_sampler draws it
     if cfg.init not in INITS:
-        state, model = nets.load_pretrained(cfg.init)
+        state, kwargs = nets.load_pretrained(cfg.init)
         name = "init_" + os.path.basename(cfg.init).split(".")[0]
-        return [(name, build(cfg, model, state, cfg.init), few, None)]
+        return [(name, build(cfg, kwargs, state, cfg.init), few, None)]
     own = nets.finished(f"{cfg.out}/pretrain.pt") if cfg.teacher in ("", "scratch") else None
     if own or given_teacher(cfg):
-        state, model = teacher_state(cfg)
+        state, kwargs = teacher_state(cfg)
         steps = HEUN_STEPS if cfg.sampler == "heun" else cfg.nfe
-        teacher = build(cfg, model, state, cfg.teacher or "the teacher")
+        teacher = build(cfg, kwargs, state, cfg.teacher or "the teacher")
         found = [("teacher", teacher, {1: 1, steps: "teacher"}, own)]
     for stage in ("mid", "post"):
         if ckpt := nets.finished(f"{cfg.out}/{stage}.pt"):

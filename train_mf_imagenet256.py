@@ -321,7 +321,7 @@ def teacher_pairs(cfg, teacher, shape, g):
 # ---- train ------------------------------------------------------------------------------------
 def train(cfg):
     """One stage (pretrain, mid, post) from its last checkpoint to its end: method first, bookkeeping last."""
-    if not (run := set_up(cfg)):          # run: what set_up reads (images, teacher), begin makes (net, opt)
+    if not (run := set_up(cfg)):                      # run: its fields are those of begin
         return
     net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
     flow = flow_of(cfg, net, torch.tensor(run.null, device=DEVICE))
@@ -363,9 +363,8 @@ def train(cfg):
 
     for step in range(start, cfg.steps):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
-        batch, loss_sum = batch_of(step), 0.0
-        part = micro / B * tally["scale"]             # of the batch's mean; scale: of fp16, else 1
-        for z, t, r, *rows in zip(*(a.split(micro) for a in batch)):
+        loss_sum, part = 0.0, micro / B * tally["scale"]      # part of the mean; scale: of fp16, else 1
+        for z, t, r, *rows in zip(*(a.split(micro) for a in batch_of(step))):
             loss, square = loss_of(z, t, r, *rows)
             (loss * part).backward()
             loss_sum += loss.detach() * part
@@ -414,21 +413,21 @@ def set_up(cfg):
         images = load_data(cfg)
         stamp, shape, null = images.stamp, images.shape, images.classes        # "no class": the one after all
     if cfg.stage == "mid" or cfg.stage == "post" and cfg.post == "teacher":
-        weights, its = teacher_state(cfg)
-        teacher = build(cfg, its, weights, cfg.teacher or "the teacher")
+        weights, kwargs = teacher_state(cfg)
+        teacher = build(cfg, kwargs, weights, cfg.teacher or "the teacher")
         teacher.requires_grad_()                      # else autocast casts its weights anew at each call
-        null, shape = its["num_classes"], (its["in_channels"], its["input_size"], its["input_size"])
+        null, shape = kwargs["num_classes"], (kwargs["in_channels"], *[kwargs["input_size"]] * 2)
         stamp += f", teacher {nets.stamp(weights)}"
     fid.same_data(ckpt, f"{cfg.out}/{cfg.stage}.pt", stamp)
     if not left:                                      # finished, with other names of the same content
         return log(f"{cfg.stage}: finished, nothing to do")
-    model = dict(size_row(cfg, "weak" if cfg.stage == "pretrain" else "size", shape[-1]),
+    kwargs = dict(size_row(cfg, "weak" if cfg.stage == "pretrain" else "size", shape[-1]),
                  input_size=shape[-1], in_channels=shape[0], num_classes=null,
                  average_velocity=cfg.stage != "pretrain" or cfg.pretrain == "mf")
-    state, what = (None, "") if ckpt else first_weights(cfg, model)
-    net = build(cfg, model, state, what, train=True)
+    state, what = (None, "") if ckpt else first_weights(cfg, kwargs)
+    net = build(cfg, kwargs, state, what, train=True)
     adam = partial(torch.optim.Adam, betas=(0.9, 0.95), fused=True)           # MF
-    return begin(cfg, ckpt, net, adam, stamp, model, images=images, null=null, shape=shape, teacher=teacher)
+    return begin(cfg, ckpt, net, adam, stamp, kwargs, images=images, null=null, shape=shape, teacher=teacher)
 
 
 # ---- sample -----------------------------------------------------------------------------------
@@ -668,15 +667,15 @@ def resume(cfg):
     return ckpt, fid.steps_left(cfg, ckpt, path)
 
 
-def begin(cfg, ckpt, net, optimizer, stamp, model, **parts):
-    """A stage's net, average, optimizer, counts, as saved or new; flat, grad: the net's, as one vector."""
+def begin(cfg, ckpt, net, optimizer, stamp, kwargs, **parts):
+    """The run: net, ema, opt, tally, as saved or new; flat, flat_ema, grad: one vector each; and parts."""
     ema = deepcopy(net).requires_grad_(False).eval()
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
     flat.grad = grad                                  # one vector, whose views are all weights (flatten)
     opt, path = optimizer([flat]), f"{cfg.out}/{cfg.stage}.pt"
     tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
     fid.agree("data and sum of the first weights", (stamp, flat.sum(dtype=torch.float64).item()))
-    saved = dict(data=stamp, model=model, cfg=asdict(cfg), **fid.made_by(__file__))
+    saved = dict(data=stamp, model=kwargs, cfg=asdict(cfg), **fid.made_by(__file__))
     log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))
     return SimpleNamespace(net=net, ema=ema, opt=opt, flat=flat, flat_ema=flat_ema, grad=grad, tally=tally,
                            path=path, saved=saved, **parts)
@@ -757,7 +756,7 @@ def check(cfg):
 
 # ---- nets -------------------------------------------------------------------------------------
 def size_row(cfg, flag, side=0):
-    """Constructor arguments that --weak or --size names, for squares of this side (0: not yet known)."""
+    """The kwargs that --weak or --size names, for squares of this side (0: not yet known)."""
     name = getattr(cfg, flag)
     rows = {row: nets.SIZES[row] for row in nets.SIZES if row.startswith("dit-")}
     if numbers := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)(?:x([1-9]\d*))?", name):
@@ -774,22 +773,22 @@ def size_row(cfg, flag, side=0):
 
 
 def read_net(cfg, name):
-    """(weights, constructor arguments) of a FILE or URL: ours, or bare weights of SiT, REPA or Mean Flow."""
-    state, model, stated = nets.read_weights(name)
+    """(weights, kwargs of its net) of a FILE or URL: ours, or bare weights of SiT, REPA or Mean Flow."""
+    state, kwargs, stated = nets.read_weights(name)
     shape = nets.dit_shape(state, name)                     # a net of another kind is refused here
     fid.same_guidance(cfg, stated, name)
     for row in size_row(cfg, "weak"), size_row(cfg, "size"):
         if {**row, "num_heads": 0}.items() <= shape.items():          # its heads are not known yet
             shape.update(row)
-    if not model and not shape["num_heads"]:
+    if not kwargs and not shape["num_heads"]:
         size = f"{shape['patch_size']}x{shape['hidden_size']}x{shape['depth']}"
         flag = "weak" if name == cfg.teacher else "size"
         fail(3, f"{name}, a net of size {size}, does not say its heads; pass --{flag} {size}xHEADS")
-    return state, model or shape
+    return state, kwargs or shape
 
 
 def teacher_state(cfg):
-    """(weights, constructor arguments) of --teacher, else <out>/pretrain.pt."""
+    """(weights, kwargs of its net) of --teacher, else <out>/pretrain.pt."""
     if cfg.teacher:
         return read_net(cfg, cfg.teacher)
     if not (ckpt := nets.finished(f"{cfg.out}/pretrain.pt")):
@@ -798,29 +797,29 @@ def teacher_state(cfg):
     return ckpt["ema"], ckpt["model"]
 
 
-def build(cfg, model, state=None, what="", train=False):
-    """A DiT from constructor arguments, with weights by name if given; a SiT's are turned to our clock."""
+def build(cfg, kwargs, state=None, what="", train=False):
+    """A DiT from kwargs, with weights by name if given; a SiT's are turned to our clock."""
     torch.manual_seed(fold(cfg.seed, cfg.stage, "init"))
-    net = nets.make(nets.DiT, model, what)
+    net = nets.make(nets.DiT, kwargs, what)
     if state is not None:
         nets.load_flow(net, state, what)
     net = net.to(DEVICE)
     return net.train() if train else net.requires_grad_(False).eval()
 
 
-def first_weights(cfg, model):
-    """(weights, their name) a student of arguments `model` starts from: of mid.pt, teacher, FILE, or none."""
+def first_weights(cfg, kwargs):
+    """(weights, their name) a student of `kwargs` starts from: of mid.pt, teacher, FILE, or none."""
     if cfg.stage == "pretrain":
         return None, ""
     if cfg.init not in INITS:
-        return nets.fitting(*read_net(cfg, cfg.init), model, cfg.init), cfg.init
+        return nets.fitting(*read_net(cfg, cfg.init), kwargs, cfg.init), cfg.init
     if cfg.stage == "post" and cfg.mid != "none":
         ckpt, path = fid.finished_mid(cfg, nets.finished), f"{cfg.out}/mid.pt"
         fid.same_guidance(cfg, ckpt["cfg"], path)
         # choice: the average, not the last weights
-        return nets.fitting(ckpt["ema"], ckpt["model"], model, path), path
+        return nets.fitting(ckpt["ema"], ckpt["model"], kwargs, path), path
     what = "the teacher (--init sit)"
-    return (nets.fitting(*teacher_state(cfg), model, what), what) if cfg.init == "sit" else (None, "")
+    return (nets.fitting(*teacher_state(cfg), kwargs, what), what) if cfg.init == "sit" else (None, "")
 
 
 # ---- main -------------------------------------------------------------------------------------
@@ -830,8 +829,8 @@ def candidates(cfg):
     if file := cfg.teacher if cfg.init in INITS else cfg.init:
         base = os.path.basename(file).split(".")[0]
         name, stages = ("teacher", ["mid", "post"]) if cfg.init in INITS else (f"init_{base}", [])
-        state, model = read_net(cfg, file)
-        found = [(name, build(cfg, model, state, file), None)]
+        state, kwargs = read_net(cfg, file)
+        found = [(name, build(cfg, kwargs, state, file), None)]
     for stage in stages:
         path = f"{cfg.out}/{stage}.pt"
         if ckpt := nets.finished(path):

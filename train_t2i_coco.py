@@ -307,7 +307,7 @@ def teacher_pairs(cfg, teacher, text, null, shape, g):
 # ---- train ------------------------------------------------------------------------------------
 def train(cfg):
     """One stage (pretrain, mid, post) from its last checkpoint to its end: method first, bookkeeping last."""
-    if not (run := set_up(cfg)):          # run: what set_up reads (images, teacher), begin makes (net, opt)
+    if not (run := set_up(cfg)):                      # run: its fields are those of begin
         return
     net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
     images, shape = run.images, run.images.shape
@@ -357,9 +357,8 @@ def train(cfg):
 
     for step in range(start, cfg.steps):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
-        batch, loss_sum = batch_of(step), 0.0
-        part = micro / B * tally["scale"]             # of the batch's mean; scale: of fp16, else 1
-        for z, t, r, *rows in zip(*(a.split(micro) for a in batch)):
+        loss_sum, part = 0.0, micro / B * tally["scale"]      # part of the mean; scale: of fp16, else 1
+        for z, t, r, *rows in zip(*(a.split(micro) for a in batch_of(step))):
             loss, square = loss_of(z, t, r, *rows)
             (loss * part).backward()
             loss_sum += loss.detach() * part
@@ -407,16 +406,16 @@ def set_up(cfg):
     images, encoder = load_data(cfg), text_encoder(cfg)                   # mid reads captions, never an image
     stamp, null, teacher = images.stamp, encoder(images.null[None]), None
     if cfg.stage == "mid":
-        weights, model = teacher_state(cfg)
-        teacher = build(cfg, model, weights, cfg.teacher or "the teacher")
+        weights, kwargs = teacher_state(cfg)
+        teacher = build(cfg, kwargs, weights, cfg.teacher or "the teacher")
         teacher.requires_grad_()                      # else autocast casts its weights anew at each call
         stamp += f", teacher {nets.stamp(weights)}"
     fid.same_data(ckpt, f"{cfg.out}/{cfg.stage}.pt", stamp)
     if not left:                                      # finished, with other names of the same content
         return log(f"{cfg.stage}: finished, nothing to do")
-    model = model_size(cfg, images, null.shape[-1])
+    kwargs = model_size(cfg, images, null.shape[-1])
     state, what = (None, "") if ckpt else first_weights(cfg)
-    net = build(cfg, model, state, what, train=True)
+    net = build(cfg, kwargs, state, what, train=True)
     beta2 = 0.999 if cfg.stage == "pretrain" else 0.95                        # REPA; MF
     adam = partial(torch.optim.Adam, betas=(0.9, beta2), fused=True)
     # previews: captions of the data, whose features may be cached (no one needs CLIP), of each tenth in turn
@@ -424,7 +423,7 @@ def set_up(cfg):
     shown = encoder(images.texts((k % 10 * n // 10 + n // 20 + k // 10) % n, 0.0 * k))
     steps, text = cfg.nfe if cfg.stage == "pretrain" else 1, lambda seeds: shown[list(seeds)]
     preview = partial(make_sampler, cfg, steps=steps, text=text, null=null, decode=False)
-    return begin(cfg, ckpt, net, adam, stamp, model, images=images, encoder=encoder, null=null,
+    return begin(cfg, ckpt, net, adam, stamp, kwargs, images=images, encoder=encoder, null=null,
                  teacher=teacher, preview=preview)
 
 
@@ -829,15 +828,15 @@ def resume(cfg):
     return ckpt, fid.steps_left(cfg, ckpt, path)
 
 
-def begin(cfg, ckpt, net, optimizer, stamp, model, **parts):
-    """A stage's net, average, optimizer, counts, as saved or new; flat, grad: the net's, as one vector."""
+def begin(cfg, ckpt, net, optimizer, stamp, kwargs, **parts):
+    """The run: net, ema, opt, tally, as saved or new; flat, flat_ema, grad: one vector each; and parts."""
     ema = deepcopy(net).requires_grad_(False).eval()
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
     flat.grad = grad                                  # one vector, whose views are all weights (flatten)
     opt, path = optimizer([flat]), f"{cfg.out}/{cfg.stage}.pt"
     tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
     fid.agree("data and sum of the first weights", (stamp, flat.sum(dtype=torch.float64).item()))
-    saved = dict(data=stamp, model=model, cfg=asdict(cfg), **fid.made_by(__file__))
+    saved = dict(data=stamp, model=kwargs, cfg=asdict(cfg), **fid.made_by(__file__))
     log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))
     return SimpleNamespace(net=net, ema=ema, opt=opt, flat=flat, flat_ema=flat_ema, grad=grad, tally=tally,
                            path=path, saved=saved, **parts)
@@ -919,7 +918,7 @@ def check(cfg):
 
 # ---- nets -------------------------------------------------------------------------------------
 def size_row(cfg, side=0):
-    """Constructor arguments that --size names, for squares of this side (0: not yet known)."""
+    """The kwargs that --size names, for squares of this side (0: not yet known)."""
     rows = {"mmdit/2": dict(nets.SIZES["mmdit/2"], repa_depth=8, projector_dim=2048)}              # REPA
     if numbers := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", cfg.size):
         patch, depth = map(int, numbers.groups())
@@ -932,7 +931,7 @@ def size_row(cfg, side=0):
 
 
 def model_size(cfg, images, width):
-    """Constructor arguments of the net to train, for these images, and captions' features of this width."""
+    """The kwargs of the net to train, for these images, and captions' features of this width."""
     tokens, side = images.read(torch.tensor([0]), torch.zeros(1))[1][0], images.shape[-1]           # (N, D)
     row = size_row(cfg, side)
     if cfg.repa and not len(tokens):
@@ -944,21 +943,21 @@ def model_size(cfg, images, width):
 
 
 def read_net(cfg, name):
-    """(weights, constructor arguments) of a FILE or URL: ours, or a bare state dict of --size."""
-    state, model, stated = nets.read_weights(name)
+    """(weights, kwargs of its net) of a FILE or URL: ours, or a bare state dict of --size."""
+    state, kwargs, stated = nets.read_weights(name)
     if "context_embedder.weight" not in state:
         kind = f"no MM-DiT, but a net{nets.MAKERS.get(name, '')} without context_embedder.weight"
         raise nets.WeightsError(f"{name}: {kind}; pass one")
     fid.same_guidance(cfg, stated, name)
-    if not model:
+    if not kwargs:
         two_clocks = any(k.startswith(("r_embedder.", "h_embedder.")) for k in state)
         width = state["context_embedder.weight"].shape[-1]
-        model = dict(model_size(cfg, load_data(cfg), width), average_velocity=two_clocks)
-    return state, model
+        kwargs = dict(model_size(cfg, load_data(cfg), width), average_velocity=two_clocks)
+    return state, kwargs
 
 
 def teacher_state(cfg):
-    """(weights, constructor arguments) of --teacher, else <out>/pretrain.pt."""
+    """(weights, kwargs of its net) of --teacher, else <out>/pretrain.pt."""
     if cfg.teacher:
         return read_net(cfg, cfg.teacher)
     if not (ckpt := nets.finished(f"{cfg.out}/pretrain.pt")):
@@ -966,10 +965,10 @@ def teacher_state(cfg):
     return ckpt["ema"], ckpt["model"]
 
 
-def build(cfg, model, state=None, what="", train=False):
-    """An MM-DiT from constructor arguments, with weights by name if given; a second clock starts at zero."""
+def build(cfg, kwargs, state=None, what="", train=False):
+    """An MM-DiT from kwargs, with weights by name if given; a second clock starts at zero."""
     torch.manual_seed(fold(cfg.seed, cfg.stage, "init"))
-    net = nets.make(nets.MMDiT, model, what)
+    net = nets.make(nets.MMDiT, kwargs, what)
     if state is not None:
         nets.load_flow(net, state, what)
     net = net.to(DEVICE)
@@ -996,8 +995,8 @@ def candidates(cfg):
     if file := cfg.teacher if cfg.init in INITS else cfg.init:
         base = os.path.basename(file).split(".")[0]
         name, stages = ("teacher", ["mid", "post"]) if cfg.init in INITS else (f"init_{base}", [])
-        state, model = read_net(cfg, file)
-        found = [(name, build(cfg, model, state, file), None)]
+        state, kwargs = read_net(cfg, file)
+        found = [(name, build(cfg, kwargs, state, file), None)]
     for stage in stages:
         path = f"{cfg.out}/{stage}.pt"
         if ckpt := nets.finished(path):

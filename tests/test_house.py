@@ -24,54 +24,14 @@ OWN = {"Config", "load_data", "data_name", "check", "teacher_pairs", "make_sampl
        "build", "train", "candidates", "evaluate",    # what a script may say in its own way: its data, nets and science;
        "needs_data", "read_batch", "to_input", "to_images", "encode_data", "make_distance", "rollout", "prior", "draw_sheets",
        "model_size", "size_row", "read_net", "solve_size", "left_out", "set_up", "check_files"}          # one role, one name: a diff shows what differs, not what it is called
-# Lines and flags at most. The first guess (scripts 700, 860, 850, 1,000, together 3,410 of 5,009; nets 1,450, fid 800, bench 800,
-# claims 500) came from a prototype. The four scripts are within it together, three of them alone or within 11 lines; the fourth reads
-# two formats of other people and asks three encoders. Raise one only in a commit that says what the lines are for. Beyond the guess:
-# nets: du/dt, dropout by place, whole encoders, other people's weights (nests, prefixes, .safetensors), EDM2's norms in one pass;
-# fid: other people's pictures and labels, the engine of the encode stages, pictures with words, charts, and since 2026-11-26 what
-#   is no science and stood in two to four scripts (scripts -1,234, fid +390): log, lock, one-line errors, flags laid over presets,
-#   --dry_run, ranges, the count of steps and their line, comparisons of data, knobs, teachers, guidance, sheets by class, EDM2's zip;
-#   +82 on 2026-11-26: a dry run that names every download and meets the refusals of the command itself, no stage announced before it is
-#   refused, no folder left, older tables kept, distances in trajectory.png, smooth curves,
-#   the command below a table;
-# fid, 2026-11-27, of seven more readers: refusals that name the mend, real digits below a sheet, one hue a method, dots, marks, sheets at twice
-#   the size; flags that are nearly right, one pace for the time left, a script that has changed, the command line that bench and claims share
-#   (bench -10); scripts: a teacher of other images, encode's target, compile's defaults, 2 lines of comment for a view or an index, set-up lines
-#   that did two things, presets for own pictures by class; bench +22, claims +36: no flag of another command, teacher and medians in the curves,
-#   the sheet with and without mid-training; nets: text, a .zip and another script's file as weights are named as what they are; batch norm;
-# bench: a GPU without data, plan in narrow tables with a sum of each command, roofline, a step at full size; claims: Mean Flow's roads on photos, refusals in a line.
-# the same day, of the named and not mended: a banner for the nets, class and caption in trajectory.png, legends with a patch of colour, captions
-#   in even lines, one meaning for every flag that is nearly right (bench, claims and fid.py too), a stage's last line names what to open;
-#   a score or sample of a folder that something else has made is refused, a signal leaves a line;
-# since, of eleven more readers (fid +16, nets +2, cifar +1, Mean Flow +6, COCO +5, claims +3, bench -5): where a stage is too short for its EMA,
-#   images are too few for a score, a stage got worse (results.md, too), which stage's flag to repeat, a cache that cannot be used, a file's own
-#   stages.png; dropout of a net of one's own; rollout in two plain branches, loss_mf in full above what saves; a scale for photos;
-# scripts +16, +16, +8, +12: `train` in two, set_up and the method, and its micro-batches by name (train's bound 115 -> 80, its loop's 65 -> 66);
-# fid +47, claims +5: a heading on every picture, last scores in a legend, the scores of a run in curve.png with what each stage's lines
-#   mean, a Mean Flow teacher named, a warm-up longer than its stage, a method whose branch is not written (BRANCHES), a flag without effect, a q beyond fp32;
-# scripts +1: a banner for `train`, which stands behind its losses, and +1, the loss's place in the gradient has a name; fid -6, scores below
-#   curve.png, not in a panel, and +6, names that flags have elsewhere, --post.init behind mid-training; solvers -1;
-# bench +7: the GPU without data walks its arguments itself, which took torch's pytree a fifth of its time; solvers -1;
-# scripts +4, ImageNet +5: a solve is a function that keeps its last answer, and the loss a variable (train's bound 80 -> 84, its loop's 66 -> 62); claims +1, the teacher in the title of photos; fid +1, stages.png names the run that would tell;
-# cifar, Mean Flow, COCO +6, fid -6: the rate of a step, a formula that forks change, stands in the script; fid +2, how far mid-training's loss fell; claims +2, level within a tenth;
-# scripts +1, fid +3: a range for P_mean, a gradient of zero and an --init FILE shown alone are said; cifar -2, one check of a size;
-# fid +4: a line behind a cut one is not lost, how many samples a score below a curve is of;
-# scripts -2, nets -1: the gradient is a vector of gradients, without a tail for the loss;
-# 2026-11-28: cifar -8 (check in two, values and files), ImageNet +6 (a loss that is not made), Mean Flow +5, COCO +5, decays as a table, the names that fid reads, a solve by divmod; batch and loss are functions in front of the loop (its bound 62 -> 34), RAdam is
-#   torch's own, the teacher that is read is the one that is named; README -11, the claims one by one are in results.md; fid +55, claims +5, nets +2 (settings of an older file):
-#   captions in lines as wide as the picture, a verdict in the heading, a panel for each stage in curve.png, reading ahead, contents in parts;
-# scripts +7 to +13: `set_up` in two, of which `begin` is one text in all four; pairs that are counted, what a batch holds, what q does; claims +5: a share behind, a run's score; fid +78: the
-#   stages of curve.png side by side, each on an axis of its own, how a loss moves in its heading; a method without a branch is found in the code, so no table of branches; the whole
-#   command of a longer training, knobs that a stage never reads, bf16 on a CPU, a score against changed data, lines of one batch left out, contents that name what scripts take; nets +2: the views of a distance have an order;
-# 2026-11-28, of three users, fid +52: names in a fork's tables that are none, knobs of a stage that a command does not train are compared with what made it, samples of other knobs have
-#   a folder of their own, a stage's time counts the teacher's calls, features that are no list and a decay without entry are named, a verdict beside scores;
-# the same day, fid +52: a flag that no stage of a road reads is named, and so are a flag of another script and a net of another kind; words of a method, the command that scores a
-#   stage; CIFAR, MF, nets -1: a loss takes its own rows, "finished" is asked by names, then by content; ImageNet +1: its ALONE, as CIFAR's;
-# 2026-11-29, fid +3: READ_BY says which stages read a knob (a fork's knob is one row, where it was one for each other method; a misspelt stage is named), a verdict in the heading;
-#   README +4: verdicts in columns of their own, a result left out, the distance of the full-size commands; fid +16: what each table of a script is, the best without mid-training beside a run's scores, a flag that its stage never reads is refused; CIFAR +2: stages in their order in loss_of;
-BUDGET = {"train_cmt_cifar.py": 699, "train_cmt_imagenet.py": 944, "train_mf_imagenet256.py": 904,
-          "train_t2i_coco.py": 1118, "nets.py": 1857, "fid.py": 2576, "solvers.py": 198, "bench.py": 968,
-          "claims.py": 628, "README.md": 233}
+# Lines and flags at most. The first guess, from a prototype: scripts 700, 860, 850, 1,000, nets 1,450, fid 800, bench 800, claims 500. Raise one
+# only in a commit that says what the lines are for. Beyond the guess: nets: du/dt in one pass, dropout by place, encoders, other people's weights, EDM2's
+# norms in one pass; fid: other people's pictures and labels, the engine of the encode stages, sheets and charts with words, and what all runs share and
+# stood in four scripts (flags over presets, log, lock, refusals, dry run, comparisons of data, knobs and teachers); bench: a GPU without data, plan, a
+# step at full size; claims: Mean Flow's roads, photos; scripts: what is refused before anything is trained, latents and encoders.
+BUDGET = {"train_cmt_cifar.py": 697, "train_cmt_imagenet.py": 943, "train_mf_imagenet256.py": 903,
+          "train_t2i_coco.py": 1117, "nets.py": 1857, "fid.py": 2511, "solvers.py": 198, "bench.py": 968,
+          "claims.py": 632, "README.md": 208}
 FLAGS = {"train_cmt_cifar.py": 35, "train_cmt_imagenet.py": 42, "train_mf_imagenet256.py": 42, "train_t2i_coco.py": 43}
 README = (ROOT / "README.md").read_text()
 DOCS = {p.name: p.read_text() for p in sorted((ROOT / "docs").glob("*.md"))}
@@ -297,6 +257,7 @@ def scores(cell):
 
 def test_scores_of_readme_are_those_of_docs_and_means_are_means():
     """The seeds in docs/ are what was measured: every mean and median comes from them, README's numbers too."""
+    import claims
     known, compared = {"0.78"}, 0                      # what half of the digits scores
     for row in [row for text in DOCS.values() for rows in tables(text) for row in rows if "seed 0" in row]:
         seeds = [*zip(*(scores(row[f"seed {k}"]) for k in range(3)))]
@@ -306,23 +267,22 @@ def test_scores_of_readme_are_those_of_docs_and_means_are_means():
             assert not stated or stated[0] == pytest.approx(middles[:len(stated[0])], abs=0.0101), row    # cell and mean are rounded, 0.005 each
             known |= {f"{value:.2f}" for value in sum(stated, []) + middles + [v for values in seeds for v in values]}
             compared += len(sum(stated, []))
-    for name, columns, text, least in (("README.md", ["with mid-training", "without it"], README, 19),
-                                       ("results.md", ["ours"], DOCS["results.md"], 25),
-                                       ("results.md", ["CMT + ECT, mean of 3 seeds", "beside it"], DOCS["results.md"], 25)):
-        rows = next(rows for rows in tables(text) if {"one step" if name == "README.md" else "verdict", *columns} <= {*rows[0]})
+    for name, columns, text, least in (("README.md", ["with, without"], README, 8),
+                                       ("results.md", ["with mid-training", "without it"], DOCS["results.md"], 19),
+                                       ("results.md", ["ours", "verdict"], DOCS["results.md"], 14),
+                                       ("results.md", ["CMT + ECT, mean of 3 seeds", "beside it", "verdict"], DOCS["results.md"], 25)):
+        rows = next(rows for rows in tables(text) if {*columns} <= {*rows[0]})
         found = {f"{value:.2f}" for row in rows for column in columns for value in scores(row[column])}
         assert len(found) >= least and found <= known, f"{name}: {found - known} are in no table of seeds"
     assert compared >= 80
-    verdicts, best, words = next(rows for rows in tables(README) if "one step" in rows[0]), {}, dict(falls="gains", rises="loses") | {"": "level"}
+    verdicts, best = next(rows for rows in tables(DOCS["results.md"]) if "one step" in rows[0]), {}
     for row in verdicts:                               # the words follow from the numbers, but where CPUs differ by more
         was, now = scores(row["without it"]), scores(row["with mid-training"])
         said = [row["one step"].strip("*"), row["two"]]
-        assert said == [words[fid.moves(*pair)] for pair in zip(was, now)] or "--loss huber" in row["mid-training compares by"] and said[0] == "level", row
-        best.setdefault(row["script"].split(",")[0].removesuffix(".py"), f"{was[0]:.2f}")
-    for name, (score, trained) in fid.BEST.items():
-        configs = [importlib.import_module(name).parse(["--data", "digits", "--stage", stage]) for stage in ("mid", "post")]
-        assert (score, trained) == (best[name], " ".join(f"{c.steps * c.batch:,}" for c in configs)), name
-    assert len(fid.BEST) == 4 and len(verdicts) == 10
+        assert said == [claims.verdict(*pair).removeprefix("is ") for pair in zip(was, now)] or "--loss huber" in row["mid-training compares by"] and said[0] == "level", row
+        best.setdefault(row["script"].split(",")[0], f"{now[0]:.2f}, {was[0]:.2f}: **{said[0]}**")
+    readme = next(rows for rows in tables(README) if "with, without" in rows[0])
+    assert {row["script"]: row["with, without"] for row in readme} == best and len(best) == 4 and len(verdicts) == 10
 
 
 STATED = {  # what README and docs say of defaults; digits: cifar imagenet flow coco, the paper's: big_*, ffhq, afhqv2

@@ -437,14 +437,12 @@ def test_own_images_offline_give_pictures_and_no_score(monkeypatch, capsys):
 
 
 def test_a_file_is_scored_beside_the_pictures_of_the_run(road, capsys):
-    """Its time of training and its curve are not the file's; where a score got worse, and images are few, the table says so."""
+    """Its time of training and its curve are not the file's; where images are few, the table says so."""
     stages, before = road / "stages.png", (road / "stages.png").stat().st_mtime_ns
     script.main([*TINY, "--out", str(road), "--steps", "3", "--stage", "eval", "--init", str(road / "mid.pt")])
     text = capsys.readouterr().out
     assert stages.stat().st_mtime_ns == before and "open stages_init_mid.png and results.md" in text and "curve.png" not in text and "of training" not in text
     assert "too few for 64 features" in text
-    rows = [{"stage": stage, "1-step FD-digits": str(score), "2-step FD-digits": "1"} for stage, score in (("mid", 2), ("post", 3))]
-    assert fid.gains(rows) == {"post": "hurts in 1 step, changes less than 10 % in 2 steps"} and not fid.gains(rows[:1])
 
 
 @pytest.mark.parametrize("fetch", [fid.fetch, nets.fetch])

@@ -285,9 +285,8 @@ def curves(args, device):
             every += [(seen + m["images"], m["grad"]) for m in steps_of]
             seen = at
         medians = (statistics.median(y for _, y in every[max(0, k - 12):k + 13]) for k in range(len(every)))
-        norms |= {name: [(x, y) for (x, _), y in zip(every, medians)], f"{name}, every step": every}
+        norms[name] = [(x, y) for (x, _), y in zip(every, medians)]
     scores["teacher, 16 steps"] = [(0, level), (seen, level)]
-    norms = dict(sorted(norms.items(), key=lambda item: "every step" in item[0]))     # the medians on top
     one = [row["1-step FD-digits"] for row in rows]          # teacher, mid, mid and post, post alone
     only = " The other scripts do not gain in one step (README)." * (args.net == FLAGS["net"]["default"])
     answer = f"Mid-training by pixels {verdict(*map(float, (one[3], one[2])))}"
@@ -296,17 +295,17 @@ def curves(args, device):
              f"The last two students saw {seen:,} images or pairs each, by the pseudo-Huber loss. "
              f"The rows look alike; scores tell them apart.{only}")
     fid.save_stages(args.out, shown, (), words, rows, cfg.samples)
-    caption = ("\nImages (or pairs) that a student saw. Blue: mid-training on ends of the teacher's "
-               "trajectories (CMT), then post-training on images (ECT). Red: ECT alone. By pseudo-Huber.")
+    caption = ("\nBlue: mid-training on ends of the teacher's trajectories, then post-training on images. "
+               "Red: post-training alone.")
     fid.save_chart(f"{args.out}/scores.png", {"FD-digits, lower is better": scores},
                    f"{answer} (seed 0). One step: {one[2]} with it, {one[3]} without"
-                   f"{caption}{only} Compare the last dots: both are tuned for their end. FD-digits: "
-                   f"distance of {cfg.samples:,} images, by features of a net; images all alike: 197.6.",
+                   f"{caption} Compare the last dots: both are tuned for their end. FD-digits: distance of "
+                   f"{cfg.samples:,} images to real ones; images all alike: 197.6.{only}",
                    "images or pairs", marks)
-    fid.save_chart(f"{args.out}/norms.png", {"gradient norm: every step, and the median of 25 steps": norms},
+    fid.save_chart(f"{args.out}/norms.png", {"gradient norm, median of 25 steps": norms},
                    "Post-training's gradient is large: its loss is divided by a small gap (seed 0)"
-                   f"{caption} Each stair of red doubles q of ECT's gap t - r = n t / q, 2 to 256 (512 in "
-                   "the last four steps); blue has 512. Dark: median.", "images or pairs", marks)
+                   f"{caption} Each stair of red doubles q of the gap t - r = n t / q, from 2 to 256 (512 in "
+                   "the last four steps); blue has 512.", "images or pairs", marks)
     for name, points in scores.items():
         print(f"{name}: " + ", ".join(f"{x:,} {y:.2f}" for x, y in points))
     print(f"open stages.png, scores.png, norms.png in {args.out}")
@@ -467,7 +466,7 @@ def road_run(road, seed, data, args):
         spent = (kept[-1]["cpu"] if kept else 0.0) - time.process_time()
         teacher = ["--teacher", f"{source}/pretrain.pt"] if base else []
         with kept_checkpoints(folder) as new, as_digits, quiet():
-            call = f"--save_every 150 {call} {args.flags}".replace("SIZE", args.size)
+            call = f"--save_every 160 {call} {args.flags}".replace("SIZE", args.size)
             flow.main([*flags, *teacher, *call.split()])
         kept += [state | dict(cpu=spent + state["cpu"]) for state in new]
     return kept

@@ -1176,6 +1176,7 @@ def boxed(text, wide, font):
     lines, text = [], plain(text)
     for whole in (" %", " +- ", " -> ", " - ", "mid- and "):                                # no break inside
         text = text.replace(whole, whole.replace(" ", "\0"))
+    text = re.sub(r" (?=\d)", "\0", text)                                          # a number stays with its word
     for part in text.split("\n"):
         fit = int(1.1 * wide * len(part) / (font.getlength(part) or 1)) + 9
         for letters in range(min(len(part) + 1, fit), 0, -1):
@@ -1274,8 +1275,8 @@ def about(cfg, found):
 def headline(table):
     """For a heading: the distance of every net of a table in one step; "" where none has one."""
     key = next((key for row in table for key in row if key.startswith("1-step F")), "")
-    nets = [(row[key], called(row["stage"].partition(",")[0])) for row in table if key in row]
-    return f"{key[7:]} in one step: {', '.join(f'{score} {net}' for score, net in nets)}" * bool(nets)
+    nets = [f"{called(row['stage'].partition(',')[0])} {row[key]}" for row in table if key in row]
+    return f"{key[7:]} in one step: {', '.join(nets)}" * bool(nets)
 
 
 def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
@@ -1337,14 +1338,14 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
         rows.append((f"{name}\nstates of the teacher", show((states / wide)[:, j])))          # at unit scale
         for net, x in answers.items():
             rows.append((f"{called(net)}\nin one step, error {errors[net][j]:.2f}", show(x[:, j])))
-    means = ", ".join(f"{mean:.2f} {called(net)}" for net, mean in means.items())
+    means = ", ".join(f"{called(net)} {mean:.2f}" for net, mean in means.items())
     consistency = bool(levels.max() > 1)
-    caption = ("The teacher walks from noise to an image; below, each net jumps from there to the end\n"
+    caption = ("The teacher walks from noise to an image; below, each net jumps to the end\n"
                + ("Mid-training's target everywhere is the end of the first row. " if consistency else
                   "Mid-training's target is the mean velocity between any two states. ")
                + f"Error: root mean square of pixels between the leftmost answer and the end; means of "
-               f"{states.shape[1]} noises: {means}; ends of two noises: {apart:.2f}. A small one is near "
-               f"the teacher, not better: post-training learns from images.{words}"
+               f"{states.shape[1]} noises: {means}; ends of two noises: {apart:.2f}. Smaller is nearer "
+               f"to the teacher, not better: post-training learns from images.{words}"
                + f" Of {n} states {len(some)} are shown, where most changes." * (len(some) < n)
                + " States above sigma 1 are divided by sigma." * consistency)
     first, *middle, end = (f"{level:.2g}" for level in levels.tolist())

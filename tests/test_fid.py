@@ -797,10 +797,10 @@ def test_of_a_long_trajectory_nine_states_are_drawn_where_most_changes(tmp_path,
     assert late[0][1][:, 0, 0, 0].tolist() == [*range(9)] and len(short[0][1]) == 8
     assert [label.split("\n")[0] for label, _ in (*late, *short)] == ["noise 1", "noise 2", "noise 1, class 7", "noise 2, class 7"]
     assert rows[1][0] == "mid-training alone\nin one step, error 16.00"
-    assert said[0].startswith("The teacher walks from noise to an image; below, each net jumps from there to the end\n")
-    assert "; means of 2 noises: 16.00 mid-training alone; ends of two noises: 0.00." in said[0] and "divided by sigma" not in said[0] and "Of 17 states 9 are shown" in said[0]
+    assert said[0].startswith("The teacher walks from noise to an image; below, each net jumps to the end\n")
+    assert "; means of 2 noises: mid-training alone 16.00; ends of two noises: 0.00." in said[0] and "divided by sigma" not in said[0] and "Of 17 states 9 are shown" in said[0]
     fid.save_trajectory("", x, torch.linspace(80, 0, 17), {"teacher": lambda x, level: x, "mid": lambda x, level: x + 9, "post": lambda x, level: x - 1})
-    assert ": 16.00 teacher, 7.00 mid-training alone, 17.00 after post-training; " in said[-1]
+    assert ": teacher 16.00, mid-training alone 7.00, after post-training 17.00; " in said[-1]
     assert "target everywhere is the end" in said[-1] and "divided by sigma" in said[-1]
 
 
@@ -813,7 +813,7 @@ def test_the_heading_of_scored_images_has_every_net_in_one_step(tmp_path, monkey
     rows = [{"stage": "teacher, balanced labels", "1-step FID": "99.0", "8-step FID": "2.0"}, {"stage": "mid", "1-step FID": "5.0", "2-step FID": "-"},
             {"stage": "post", "1-step FID": "6.0 +- 1.0, min 5.0", "2-step FID": "3.0"}]
     fid.save_stages(str(tmp_path), shown, (), " Seed 0.", rows, 500)
-    assert said[0] == ("FID in one step: 99.0 teacher, 5.0 mid-training alone, 6.0 +- 1.0, min 5.0 after post-training\nA column: one noise, drawn by all nets. "
+    assert said[0] == ("FID in one step: teacher 99.0, mid-training alone 5.0, after post-training 6.0 +- 1.0, min 5.0\nA column: one noise, drawn by all nets. "
                        "Score: Frechet distance of 500 images to the data, lower is better; of few it is off, mostly high.\nSeed 0.")
     fid.save_stages(str(tmp_path), shown, (), "", [{"stage": "teacher", "8-step FID": "2.0"}])
     fid.save_stages(str(tmp_path), shown, (), "A heading\nand more", rows)
@@ -881,7 +881,7 @@ def test_every_stage_has_an_axis_of_its_own(tmp_path, monkeypatch):
     scores = {"stage": "teacher, balanced labels", "8-step FID": "2.00"}, {"stage": "mid", "1-step FID": "5.00 +- 1.00, min 4.00"}, {"stage": "post", "1-step FID": "-"}
     save_curve(cfg, scores)
     assert drawn["caption"].startswith("Loss and gradient norm of each stage; only scores tell what is better\n")
-    assert drawn["caption"].endswith(" A point: a mean since the last one. FID in one step: 5.00 +- 1.00, min 4.00 mid-training alone, - after post-training; 50,000 samples each, lower is better.")
+    assert drawn["caption"].endswith(" A point: a mean since the last one. FID in one step: mid-training alone 5.00 +- 1.00, min 4.00, after post-training -; 50,000 samples each, lower is better.")
 
 
 

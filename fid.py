@@ -15,7 +15,7 @@
                             begin_run, same_folder, stages_of, check_values,      flags: what may not begin is
                             check_solve, check_pairs, finished_mid, seed_range    refused in one line
   processes and stages      agree, from_first, wait_for_first, patient_group,     what they share, compared by
-                            same_data, same_names, say_changed, made_by,          content
+                            same_data, say_changed, made_by,                      content
                             steps_left, check_teacher, same_guidance, guidance_note
   the folder of a run       new_tally, count, report, begin_stage, overview,      log.txt, metrics.jsonl,
                             dry_run, save_curve, save_preview, save_samples,      config.json, previews and
@@ -1176,7 +1176,7 @@ def boxed(text, wide, font):
     lines, text = [], plain(text)
     for whole in (" %", " +- ", " -> ", " - ", "mid- and "):                                # no break inside
         text = text.replace(whole, whole.replace(" ", "\0"))
-    text = re.sub(r" (?=\d)", "\0", text)                                          # a number stays with its word
+    text = re.sub(r" (?=\d)", "\0", text)                                   # a number stays with its word
     for part in text.split("\n"):
         fit = int(1.1 * wide * len(part) / (font.getlength(part) or 1)) + 9
         for letters in range(min(len(part) + 1, fit), 0, -1):
@@ -1922,12 +1922,6 @@ def same_data(ckpt, path, data):
     if ckpt and ckpt["data"] != data:
         was, now = (text.replace("none, teacher", "a teacher of") for text in (ckpt["data"], data))
         fail(2, f"--data or --teacher has changed: {path} saw {was}, now {now}; use another --out")
-
-
-def same_names(cfg, ckpt, names):
-    """Whether names say enough: as in the checkpoint, and no --teacher FILE of mid, which may be new."""
-    is_file = cfg.stage == "mid" and os.path.exists(cfg.teacher)
-    return not is_file and all(ckpt["cfg"][name] == vars(cfg)[name] for name in names)
 
 
 def say_changed(found, stamp):

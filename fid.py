@@ -1162,7 +1162,7 @@ INKS = {"alone|scratch": "#c0392b", "flow": "#8e44ad", "mid|CMT": "#1f5fbf", "te
 def headed(caption):
     """(heading, what stands below): the first line of several, and the rest, signed by the script at work."""
     heading, _, below = caption.partition("\n") if "\n" in caption else ("", "", caption)
-    return heading, below + f" By {MADE_BY.partition(' ')[0]}." * bool(MADE_BY)
+    return heading[:1].upper() + heading[1:], below + f" By {MADE_BY.partition(' ')[0]}." * bool(MADE_BY)
 
 
 def plain(text):
@@ -1276,7 +1276,7 @@ def headline(table):
     """For a heading: the distance of every net of a table in one step; "" where none has one."""
     key = next((key for row in table for key in row if key.startswith("1-step F")), "")
     nets = [f"{called(row['stage'].partition(',')[0])} {row[key]}" for row in table if key in row]
-    return f"{key[7:]} in one step: {', '.join(nets)}" * bool(nets)
+    return f"{key[7:]} in one step, lower is better: {', '.join(nets)}" * bool(nets)
 
 
 def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
@@ -1301,7 +1301,7 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
     title, _, words = words.rpartition("\n")
     title = title or headline(table) or "The same noises, drawn by every net"
     caption = f"{title}\nA {line}: one noise, drawn by all nets."
-    caption += (f" Score: Frechet distance of {samples:,} images to the data, lower is better"
+    caption += (f" Score: Frechet distance of {samples:,} images to the data"
                 f"{'; of few it is off, mostly high' * (samples < 1_000)}.") * bool(table)
     caption += f" {HALVES}" * real
     caption += (" Shows its digit: a classifier reads it as the caption's digit."
@@ -2290,7 +2290,7 @@ def save_curve(cfg, table=()):
                f"To expect in {'; in '.join(words)}. Each panel has log scales of its own, against images "
                "trained on (mid-training: pairs). A point: a mean since the last one."
                + " Short jumps: of velocities over t - r up to 1/4." * (drawn != "loss")
-               + f" {scores}; {cfg.samples:,} samples each, lower is better." * bool(scores),
+               + f" {scores}; {cfg.samples:,} samples each." * bool(scores),
                columns=max(1, len(stages)))
 
 
@@ -2343,7 +2343,7 @@ def save_samples(cfg, found, make_sampler):
             sampler, folder = make_sampler(cfg, net, kind), f"{samples_folder(cfg, name, steps)}/"
             save_images(sampler, seeds, folder, batch)
             label = net_label(name, steps, sep=", ")
-            caption = f"{label[0].upper()}{label[1:]}\nOne image a seed; every net has the same noises."
+            caption = f"{label}\nOne image a seed; every net has the same noises."
             caption += f" The first 64 of {len(seeds):,}." * (len(seeds) > 64)
             caption += f" Second noise level {getattr(cfg, 'mid_sigma', 0)}." * (kind == 2)
             other = os.path.basename(folder[:-1]).removeprefix(f"{name}_{steps}")         # as the folder
@@ -2375,7 +2375,7 @@ def save_classes(cfg, found, samplers, n):
     for (name, steps), sampler in samplers.items():
         images = draw_seeds(sampler, seeds, cfg.batch_gpu or 64).cpu()
         label = net_label(name, steps, sep=", ")
-        caption = f"{label[0].upper()}{label[1:]}\nOne image a seed; its score is in stages.png, results.md."
+        caption = f"{label}\nOne image a seed; its score is in stages.png, results.md."
         header = classes and ["class", *classes]
         save_seeds(f"{cfg.out}/samples_{name}_{steps}step.png", images, seeds, caption, header, 10)
         shown.append((name, steps, images[:len(columns)]))

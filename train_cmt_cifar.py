@@ -259,7 +259,7 @@ def train(cfg):
         student = partial(cast_net, masks=nets.dropout_masks(net, range(seed, seed + micro)))
         if cfg.stage == "mid":
             x_t, t, owner = rows
-            target = solve(step * B // per_solve)[1]
+            target = solve(step * B // per_solve)[1]  # of the ends, which owner gives to the pairs
             return loss_cmt(student, x_t, t, [a[owner] for a in target], run.distance)          # Eq. 7
         x, t, eps = rows
         if cfg.stage == "pretrain":
@@ -274,13 +274,13 @@ def train(cfg):
     for step in range(start, cfg.steps):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
         loss_sum, part = 0.0, micro / B * tally["scale"]      # part of the mean; scale: of fp16, else 1
-        for k, *rows in zip(range(mine.start, B, micro), *(a.split(micro) for a in batch_of(step))):
+        for k, *rows in zip(range(B)[mine][::micro], *(a.split(micro) for a in batch_of(step))):
             loss = loss_of(step, k, rows)
             (loss * part).backward()
             loss_sum += loss.detach() * part
         norm, mean, stop = total(run.grad, loss_sum, tally["scale"])          # the one wait of a step
         if math.isfinite(norm + mean):            # else: no step, and no trace of it in weights and moments
-            opt.step()
+            opt.step()                            # of run.flat, whose gradient is run.grad
         run.grad.zero_()
         run.flat_ema.lerp_(run.flat, 1 - cfg.ema_beta)
 
@@ -315,8 +315,8 @@ def set_up(cfg):
         return log("mid: left out by --mid none")
     if cfg.stage == "pretrain" and given_teacher(cfg):
         teacher_state(cfg)                            # fetched and checked
-        own = f"{cfg.out}/pretrain.pt" if nets.finished(f"{cfg.out}/pretrain.pt") else "the official one"
-        return log(f"pretrain: not trained, the teacher is {cfg.teacher or own}")
+        found = f"{cfg.out}/pretrain.pt" if nets.finished(f"{cfg.out}/pretrain.pt") else "the official one"
+        return log(f"pretrain: not trained, the teacher is {cfg.teacher or found}")
     ckpt, left = resume(cfg)                          # left: steps to go
     images, stamp, teacher, asked = None, "none", None, None     # stamp: what identifies data and teacher
     if needs_data(cfg):
@@ -409,6 +409,12 @@ def load_data(cfg):
     return opened(path, cfg.res)
 
 
+def draw(images, n, g):
+    """n of the images in [-1, 1] on the generator's device."""
+    # choice: drawn with replacement, no augmentation: a batch is then a function of its step alone
+    return fid.to_float(images[torch.randint(len(images), (n,), generator=g, device=g.device)], g.device)
+
+
 # ---- plumbing ---------------------------------------------------------------------------------
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]                      # USR1: Slurm's --signal
 if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:            # trap: nohup ignores it, and so shall we
@@ -429,7 +435,8 @@ def launch(cfg):
     """Join the other processes of torchrun, if any: gloo on CPUs, NCCL on GPUs. Plain python: one process."""
     global RANK, WORLD, DEVICE
     fid.SAID.clear()                                  # one process may call main twice: what fid remembers
-    RANK, WORLD, fid.OUT = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), ""
+    fid.OUT = ""
+    RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if torch.cuda.is_available():
         DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(DEVICE)
@@ -439,12 +446,6 @@ def launch(cfg):
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo", timeout=TIMEOUT)
         fid.patient_group()                           # made now, while all processes are at one point
-
-
-def draw(images, n, g):
-    """n of the images in [-1, 1] on the generator's device."""
-    # choice: drawn with replacement, no augmentation: a batch is then a function of its step alone
-    return fid.to_float(images[torch.randint(len(images), (n,), generator=g, device=g.device)], g.device)
 
 
 def gather(x):
@@ -627,11 +628,11 @@ def candidates(cfg):
         state, kwargs = nets.load_pretrained(cfg.init)
         name = "init_" + os.path.basename(cfg.init).split(".")[0]
         return [(name, build(cfg, kwargs, state, cfg.init), few, None)]
-    own = nets.finished(f"{cfg.out}/pretrain.pt") if cfg.teacher in ("", "scratch") else None
-    if own or given_teacher(cfg):
+    ckpt = nets.finished(f"{cfg.out}/pretrain.pt") if cfg.teacher in ("", "scratch") else None
+    if ckpt or given_teacher(cfg):
         state, kwargs = teacher_state(cfg)
         teacher = build(cfg, kwargs, state, cfg.teacher or "the teacher")
-        found = [("teacher", teacher, {1: 1, cfg.nfe: "teacher"}, own)]
+        found = [("teacher", teacher, {1: 1, cfg.nfe: "teacher"}, ckpt)]
     for stage in ("mid", "post"):
         if ckpt := nets.finished(f"{cfg.out}/{stage}.pt"):
             found.append((stage, build(cfg, ckpt["model"], ckpt["ema"], stage), few, ckpt))

@@ -241,8 +241,8 @@ def make_distance(cfg):
     if not (ckpt := nets.finished(path)):
         fail(3, f"{path} is not finished; run --stage vgg first, or pass --loss l2")
     distance = new_vgg(cfg, 0)
-    own = distance.state_dict()                       # without the classifier
-    nets.load_weights(distance, {k: v for k, v in ckpt["ema"].items() if k in own}, path)
+    kept = distance.state_dict()                      # without the classifier
+    nets.load_weights(distance, {k: v for k, v in ckpt["ema"].items() if k in kept}, path)
     return distance.requires_grad_(False).eval()
 
 
@@ -261,7 +261,6 @@ def new_vgg(cfg, classes):
 
 def vgg_noise(cfg, step, shape):
     """What is added to a batch of digits, so that their VGG knows noisy ones too; one strength a batch."""
-    # the word "dropout" is an old mistake for "noise": kept, since the scores in docs depend on it
     g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step, "dropout", 0))
     return 0.2 * torch.rand((), generator=g, device=DEVICE) * randn(shape, g)
 
@@ -334,13 +333,13 @@ def train(cfg):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
         loss_sum, part = 0.0, micro / B * tally["scale"]      # part of the mean; scale: of fp16, else 1
         with nets.hoist(net, force=True):             # EDM2 Eq. 66: normalised once for all micro-batches
-            for k, *rows in zip(range(mine.start, B, micro), *(a.split(micro) for a in batch_of(step))):
+            for k, *rows in zip(range(B)[mine][::micro], *(a.split(micro) for a in batch_of(step))):
                 loss = loss_of(step, k, rows)
                 (loss * part).backward()
                 loss_sum += loss.detach() * part
         norm, mean, stop = total(run.grad, loss_sum, tally["scale"])          # the one wait of a step
         if math.isfinite(norm + mean):            # else: no step, and no trace of it in weights and moments
-            opt.step()
+            opt.step()                            # of run.flat, whose gradient is run.grad
         run.grad.zero_()
         run.flat_ema.lerp_(run.flat, 1 - ema_beta(cfg, step))
 
@@ -387,8 +386,8 @@ def set_up(cfg):
         state, kwargs = teacher_state(cfg)            # fetched and checked
         if cfg.teacher and not os.path.exists(f"{cfg.out}/mid.pt"):
             build(cfg, kwargs, state, cfg.teacher)    # does it fit? not after hours of training the VGG
-        own = f"{cfg.out}/pretrain.pt" if nets.finished(f"{cfg.out}/pretrain.pt") else "the official one"
-        return log(f"pretrain: not trained, the teacher is {cfg.teacher or own}")
+        found = f"{cfg.out}/pretrain.pt" if nets.finished(f"{cfg.out}/pretrain.pt") else "the official one"
+        return log(f"pretrain: not trained, the teacher is {cfg.teacher or found}")
     if cfg.stage == "vgg" and not wants_vgg(cfg):
         return log(f"vgg: not trained, --loss {cfg.loss} of --data {cfg.data} needs none")
     ckpt, left = resume(cfg)                          # left: steps to go
@@ -643,7 +642,8 @@ def launch(cfg):
     """Join the other processes of torchrun, if any: gloo on CPUs, NCCL on GPUs. Plain python: one process."""
     global RANK, WORLD, DEVICE
     fid.SAID.clear()                                  # one process may call main twice: what fid remembers
-    RANK, WORLD, fid.OUT = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), ""
+    fid.OUT = ""
+    RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if torch.cuda.is_available():
         DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(DEVICE)
@@ -867,12 +867,12 @@ def candidates(cfg):
         state, kwargs = nets.load_pretrained(cfg.init)
         name = "init_" + os.path.basename(cfg.init).split(".")[0]
         return [(name, build(cfg, kwargs, state, cfg.init), few, None)]
-    own = nets.finished(f"{cfg.out}/pretrain.pt") if cfg.teacher in ("", "scratch") else None
-    if own or given_teacher(cfg):
+    ckpt = nets.finished(f"{cfg.out}/pretrain.pt") if cfg.teacher in ("", "scratch") else None
+    if ckpt or given_teacher(cfg):
         state, kwargs = teacher_state(cfg)
         steps = HEUN_STEPS if cfg.sampler == "heun" else cfg.nfe
         teacher = build(cfg, kwargs, state, cfg.teacher or "the teacher")
-        found = [("teacher", teacher, {1: 1, steps: "teacher"}, own)]
+        found = [("teacher", teacher, {1: 1, steps: "teacher"}, ckpt)]
     for stage in ("mid", "post"):
         if ckpt := nets.finished(f"{cfg.out}/{stage}.pt"):
             found.append((stage, build(cfg, ckpt["model"], ckpt["ema"], stage), few, ckpt))

@@ -303,8 +303,8 @@ def solve_size(cfg):
 def teacher_pairs(cfg, teacher, shape, g):
     """Eq. 8: roll-outs of the frozen teacher, --trajectories of random class, give all pairs of their states.
 
-    Every process rolls out its share and gets all. Returns z, t, r, y and the target, the mean velocity from
-    z_t to z_r, each (P n, ...): see pairs_of_states. `train` shuffles them.
+    Every process rolls out its share and gets all. Returns, shuffled, z, t, r, y and the target, the mean
+    velocity from z_t to z_r, each (P n, ...): see pairs_of_states.
     """
     n, times = cfg.trajectories, torch.linspace(1, 0, cfg.nodes, dtype=torch.float64)
     mine = slice(RANK * n // WORLD, (RANK + 1) * n // WORLD)
@@ -315,7 +315,8 @@ def teacher_pairs(cfg, teacher, shape, g):
     with torch.autocast(DEVICE.type, HALF.get(cfg.precision), enabled=cfg.precision in HALF):
         states, velocities = rollout(cfg, teacher, noise, y[mine], times)
     z, t, r, target = pairs_of_states(gather(states), gather(velocities), times)
-    return z, t, r, y.repeat(len(z) // n), target
+    order = torch.randperm(len(z), generator=g, device=g.device)
+    return [a[order] for a in (z, t, r, y.repeat(len(z) // n), target)]
 
 
 # ---- train ------------------------------------------------------------------------------------
@@ -334,14 +335,12 @@ def train(cfg):
     @lru_cache(1)                                     # kept for the steps that share it; resumed: solved anew
     def solve(number):
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", number))
-        pairs = fid.check_pairs(teacher_pairs(cfg, run.teacher, run.shape, g), per_solve)
-        return pairs, torch.randperm(per_solve, generator=g, device=DEVICE)
+        return fid.check_pairs(teacher_pairs(cfg, run.teacher, run.shape, g), per_solve)
 
     def batch_of(step):                               # this process's share of it, a row an image or pair
         if cfg.stage == "mid":
             number, at = divmod(step * B, per_solve)  # which solve; where in it the step's pairs begin
-            pairs, order = solve(number)
-            return [a[order[at:at + B][mine]] for a in pairs]
+            return [a[at:at + B][mine] for a in solve(number)]
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         raw, y, t, r = next(batches)
         guided = is_guided(cfg, step, t, y, run.null)
@@ -371,7 +370,7 @@ def train(cfg):
             fid.add_errors(errors, square / z[0].numel(), t - r)
         norm, mean, stop = total(run.grad, loss_sum, tally["scale"])          # the one wait of a step
         if math.isfinite(norm + mean):            # else: no step, and no trace of it in weights and moments
-            opt.step()
+            opt.step()                            # of run.flat, whose gradient is run.grad
         run.grad.zero_()
         run.flat_ema.lerp_(run.flat, 1 - cfg.ema_beta)
 
@@ -392,7 +391,7 @@ def train(cfg):
             fail(75, f"stopped by a signal; step {done} is saved, run the same command again to go on")
 
 
-DECAYS = {"linear": lambda cfg, step: 1 - step / cfg.steps, "constant": lambda cfg, step: 1.0}        # B.2
+DECAYS = {"linear": lambda cfg, step: 1 - step / cfg.steps, "constant": lambda cfg, step: 1.0}
 ENDLESS = ["constant"]                                # decays that do not look at the end: more --steps go on
 
 
@@ -636,7 +635,8 @@ def launch(cfg):
     """Join the other processes of torchrun, if any: gloo on CPUs, NCCL on GPUs. Plain python: one process."""
     global RANK, WORLD, DEVICE
     fid.SAID.clear()                                  # one process may call main twice: what fid remembers
-    RANK, WORLD, fid.OUT = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), ""
+    fid.OUT = ""
+    RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if torch.cuda.is_available():
         DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(DEVICE)

@@ -292,8 +292,8 @@ def solve_size(cfg):
 def teacher_pairs(cfg, teacher, text, null, shape, g):
     """Eq. 8: a roll-out of the frozen teacher for each caption, text (n, L, D), gives all pairs of states.
 
-    Every process rolls out its share and gets all. Returns z (P n, C, H, W), t and r (P n,), the number of
-    the caption (P n,), and the target, as pairs_of_states. `train` shuffles them.
+    Every process rolls out its share and gets all. Returns, shuffled, z (P n, C, H, W), t and r (P n,), the
+    number of the caption (P n,), and the target, as pairs_of_states.
     """
     n, times = len(text), torch.linspace(1, 0, cfg.nodes, dtype=torch.float64)
     mine = slice(RANK * n // WORLD, (RANK + 1) * n // WORLD)
@@ -301,7 +301,8 @@ def teacher_pairs(cfg, teacher, text, null, shape, g):
     with torch.autocast(DEVICE.type, HALF.get(cfg.precision), enabled=cfg.precision in HALF):
         states, velocities = rollout(cfg, teacher, noise, text[mine], null, times)
     z, t, r, target = pairs_of_states(gather(states), gather(velocities), times)
-    return z, t, r, torch.arange(n, device=g.device).repeat(len(z) // n), target
+    owner, order = torch.arange(n, device=g.device), torch.randperm(len(z), generator=g, device=g.device)
+    return [a[order] for a in (z, t, r, owner.repeat(len(z) // n), target)]
 
 
 # ---- train ------------------------------------------------------------------------------------
@@ -325,14 +326,14 @@ def train(cfg):
     def solve(number):
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", number))
         texts = features_of(*captions_of_solve(cfg, images, number))
-        pairs = fid.check_pairs(teacher_pairs(cfg, run.teacher, texts, run.null, shape, g), per_solve)
-        return pairs, texts, torch.randperm(per_solve, generator=g, device=DEVICE)
+        pairs = teacher_pairs(cfg, run.teacher, texts, run.null, shape, g)
+        return fid.check_pairs(pairs, per_solve), texts
 
     def batch_of(step):                               # this process's share of it, a row an image or pair
         if cfg.stage == "mid":
             number, at = divmod(step * B, per_solve)  # which solve; where in it the step's pairs begin
-            pairs, texts, order = solve(number)
-            z, t, r, owner, target = (a[order[at:at + B][mine]] for a in pairs)
+            pairs, texts = solve(number)
+            z, t, r, owner, target = (a[at:at + B][mine] for a in pairs)
             return z, t, r, texts[owner], target
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         raw, tokens, words, drop, t, r, guided = next(batches)
@@ -367,7 +368,7 @@ def train(cfg):
         if cfg.clip and norm > cfg.clip:
             run.grad *= cfg.clip / norm
         if math.isfinite(norm + mean):            # else: no step, and no trace of it in weights and moments
-            opt.step()
+            opt.step()                            # of run.flat, whose gradient is run.grad
         run.grad.zero_()
         run.flat_ema.lerp_(run.flat, 1 - cfg.ema_beta)
 
@@ -387,7 +388,7 @@ def train(cfg):
             fail(75, f"stopped by a signal; step {done} is saved, run the same command again to go on")
 
 
-DECAYS = {"linear": lambda cfg, step: 1 - step / cfg.steps, "constant": lambda cfg, step: 1.0}        # B.2
+DECAYS = {"linear": lambda cfg, step: 1 - step / cfg.steps, "constant": lambda cfg, step: 1.0}
 ENDLESS = ["constant"]                                # decays that do not look at the end: more --steps go on
 
 
@@ -797,7 +798,8 @@ def launch(cfg):
     """Join the other processes of torchrun, if any: gloo on CPUs, NCCL on GPUs. Plain python: one process."""
     global RANK, WORLD, DEVICE
     fid.SAID.clear()                                  # one process may call main twice: what fid remembers
-    RANK, WORLD, fid.OUT = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), ""
+    fid.OUT = ""
+    RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if torch.cuda.is_available():
         DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(DEVICE)

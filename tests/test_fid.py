@@ -813,8 +813,8 @@ def test_the_heading_of_scored_images_has_every_net_in_one_step(tmp_path, monkey
     rows = [{"stage": "teacher, balanced labels", "1-step FID": "99.0", "8-step FID": "2.0"}, {"stage": "mid", "1-step FID": "5.0", "2-step FID": "-"},
             {"stage": "post", "1-step FID": "6.0 +- 1.0, min 5.0", "2-step FID": "3.0"}]
     fid.save_stages(str(tmp_path), shown, (), " Seed 0.", rows, 500)
-    assert said[0] == ("FID in one step: teacher 99.0, mid-training alone 5.0, after post-training 6.0 +- 1.0, min 5.0\nA column: one noise, drawn by all nets. "
-                       "Score: Frechet distance of 500 images to the data, lower is better; of few it is off, mostly high.\nSeed 0.")
+    assert said[0] == ("FID in one step, lower is better: teacher 99.0, mid-training alone 5.0, after post-training 6.0 +- 1.0, min 5.0\nA column: one noise, drawn by all nets. "
+                       "Score: Frechet distance of 500 images to the data; of few it is off, mostly high.\nSeed 0.")
     fid.save_stages(str(tmp_path), shown, (), "", [{"stage": "teacher", "8-step FID": "2.0"}])
     fid.save_stages(str(tmp_path), shown, (), "A heading\nand more", rows)
     assert said[1].startswith("The same noises, drawn by every net\nA column") and said[2].startswith("A heading\nA column") and said[2].endswith("\nand more")
@@ -881,7 +881,7 @@ def test_every_stage_has_an_axis_of_its_own(tmp_path, monkeypatch):
     scores = {"stage": "teacher, balanced labels", "8-step FID": "2.00"}, {"stage": "mid", "1-step FID": "5.00 +- 1.00, min 4.00"}, {"stage": "post", "1-step FID": "-"}
     save_curve(cfg, scores)
     assert drawn["caption"].startswith("Loss and gradient norm of each stage; only scores tell what is better\n")
-    assert drawn["caption"].endswith(" A point: a mean since the last one. FID in one step: mid-training alone 5.00 +- 1.00, min 4.00, after post-training -; 50,000 samples each, lower is better.")
+    assert drawn["caption"].endswith(" A point: a mean since the last one. FID in one step, lower is better: mid-training alone 5.00 +- 1.00, min 4.00, after post-training -; 50,000 samples each.")
 
 
 

@@ -288,7 +288,7 @@ def curves(args, device):
         norms[name] = [(x, y) for (x, _), y in zip(every, medians)]
     scores["teacher, 16 steps"] = [(0, level), (seen, level)]
     one = [row["1-step FD-digits"] for row in rows]          # teacher, mid, mid and post, post alone
-    only = " It does not in the other scripts (README)." * (args.net == FLAGS["net"]["default"])
+    only = " Mid-training helps no other script in one step (README)." * (args.net == FLAGS["net"]["default"])
     answer = f"Mid-training by pixels {verdict(*map(float, (one[3], one[2])))}"
     words = (f"{answer} (seed 0). FD-digits in one step, lower is better: {one[2]} with it, "
              f"{one[3]} without; teacher, {cfg.nfe} steps: {rows[0][f'{cfg.nfe}-step FD-digits']}\n"

@@ -15,7 +15,7 @@
                             begin_run, same_folder, stages_of, check_values,      flags: what may not begin is
                             check_solve, check_pairs, finished_mid, seed_range    refused in one line
   processes and stages      agree, from_first, wait_for_first, patient_group,     what they share, compared by
-                            same_data, say_changed, made_by,                      content
+                            same_data, same_names, say_changed, made_by,          content
                             steps_left, check_teacher, same_guidance, guidance_note
   the folder of a run       new_tally, count, report, begin_stage, overview,      log.txt, metrics.jsonl,
                             dry_run, save_curve, save_preview, save_samples,      config.json, previews and
@@ -1331,25 +1331,24 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
     answers = {name: torch.stack([firsts[name][:2], *(f(x[:2], level[:2]) if level.all() else x[:2]
                                                       for x, level in later)]) for name, f in nets.items()}
     errors = {k: (x - states[-1]).square().flatten(1).mean(1).sqrt().tolist() for k, x in firsts.items()}
-    means = {net: sum(e) / len(e) for net, e in errors.items()}                           # the teacher first
+    means = ", ".join(f"{called(net)} {sum(e) / len(e):.2f}" for net, e in errors.items())
     rows = []
     for j in range(min(2, states.shape[1])):
         name = f"noise {j + 1}, {names[j % len(names)]}" if names else f"noise {j + 1}"
         rows.append((f"{name}\nstates of the teacher", show((states / wide)[:, j])))          # at unit scale
         for net, x in answers.items():
             rows.append((f"{called(net)}\nin one step, error {errors[net][j]:.2f}", show(x[:, j])))
-    means = ", ".join(f"{called(net)} {mean:.2f}" for net, mean in means.items())
     consistency = bool(levels.max() > 1)
     caption = ("The teacher walks from noise to an image; below, each net jumps to the end\n"
                + ("Mid-training's target everywhere is the end of the first row. " if consistency else
                   "Mid-training's target is the mean velocity between any two states. ")
-               + f"Error: root mean square of pixels between the leftmost answer and the end; means of "
+               + "Error: root mean square of pixels between the leftmost answer and the end; means of "
                f"{states.shape[1]} noises: {means}; ends of two noises: {apart:.2f}. Smaller is nearer "
                f"to the teacher, not better: post-training learns from images.{words}"
                + f" Of {n} states {len(some)} are shown, where most changes." * (len(some) < n)
                + " States above sigma 1 are divided by sigma." * consistency)
     first, *middle, end = (f"{level:.2g}" for level in levels.tolist())
-    what = "noise level sigma" if levels.max() > 1 else "noise level t"
+    what = "noise level sigma" if consistency else "noise level t"
     header = [what, f"noise\n{first}", *middle, f"the end\n{end}"]
     save_sheet(f"{out}/trajectory.png", rows, caption, header, range(0, len(rows), 1 + len(answers)))
 
@@ -1922,6 +1921,12 @@ def same_data(ckpt, path, data):
     if ckpt and ckpt["data"] != data:
         was, now = (text.replace("none, teacher", "a teacher of") for text in (ckpt["data"], data))
         fail(2, f"--data or --teacher has changed: {path} saw {was}, now {now}; use another --out")
+
+
+def same_names(cfg, ckpt, names):
+    """Whether names say enough: as in the checkpoint, and no --teacher FILE of mid, which may be new."""
+    is_file = cfg.stage == "mid" and os.path.exists(cfg.teacher)
+    return not is_file and all(ckpt["cfg"][name] == vars(cfg)[name] for name in names)
 
 
 def say_changed(found, stamp):

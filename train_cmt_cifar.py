@@ -318,6 +318,8 @@ def set_up(cfg):
         found = f"{cfg.out}/pretrain.pt" if nets.finished(f"{cfg.out}/pretrain.pt") else "the official one"
         return log(f"pretrain: not trained, the teacher is {cfg.teacher or found}")
     ckpt, left = resume(cfg)                          # left: steps to go
+    if not left and fid.same_names(cfg, ckpt, BY_CONTENT):            # finished; nothing need be read
+        return log(f"{cfg.stage}: finished, nothing to do")
     images, stamp, teacher, asked = None, "none", None, None     # stamp: what identifies data and teacher
     if needs_data(cfg):
         images = load_data(cfg)
@@ -328,7 +330,7 @@ def set_up(cfg):
         asked = teacher_state(cfg)                    # (weights, kwargs of its net)
         stamp += f", teacher {nets.stamp(asked[0])}"
     fid.same_data(ckpt, f"{cfg.out}/{cfg.stage}.pt", stamp)
-    if not left:
+    if not left:                                      # finished, with other names of the same content
         return log(f"{cfg.stage}: finished, nothing to do")
     if asked:
         # choice: the teacher too in --precision: bf16 moves its ends less than a finer solve would
@@ -421,6 +423,7 @@ if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:            # trap: nohup i
     SIGNALS.append(signal.SIGHUP)
 STOP = []                                             # signals received: the loop saves, then ends
 TIMEOUT = timedelta(minutes=10)                       # choice: ten minutes for an answer in a step
+BY_CONTENT = "data", "teacher"                        # compared by content, wherever it lies
 NO_WEIGHT = ("dry_run data stage out teacher seeds samples repeat mid_sigma sigma_shift compile batch_gpu "
              "log_every save_every")                  # knobs on which no weight depends
 READ_BY = {  # knobs that some stages read, or "stage method"; what is not named here, all read

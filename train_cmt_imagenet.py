@@ -261,6 +261,7 @@ def new_vgg(cfg, classes):
 
 def vgg_noise(cfg, step, shape):
     """What is added to a batch of digits, so that their VGG knows noisy ones too; one strength a batch."""
+    # the word "dropout" is an old mistake for "noise": kept, since the scores in docs depend on it
     g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step, "dropout", 0))
     return 0.2 * torch.rand((), generator=g, device=DEVICE) * randn(shape, g)
 
@@ -391,12 +392,14 @@ def set_up(cfg):
     if cfg.stage == "vgg" and not wants_vgg(cfg):
         return log(f"vgg: not trained, --loss {cfg.loss} of --data {cfg.data} needs none")
     ckpt, left = resume(cfg)                          # left: steps to go
+    if not left and fid.same_names(cfg, ckpt, BY_CONTENT):            # finished; nothing need be read
+        return log(f"{cfg.stage}: finished, nothing to do")
     images = load_data(cfg) if needs_data(cfg) else None
     stamp = images.stamp if images else "none"
     asked = asked_nets(cfg)
     stamp += "".join(f", {name} {nets.stamp(state)}" for name, (state, _) in asked.items())
     fid.same_data(ckpt, f"{cfg.out}/{cfg.stage}.pt", stamp)
-    if not left:
+    if not left:                                      # finished, with other names of the same content
         return log(f"{cfg.stage}: finished, nothing to do")
     frozen = {name: build(cfg, size, state, getattr(cfg, name) or "the teacher")
               for name, (state, size) in asked.items() if name != "guide" or cfg.w != 1}
@@ -627,6 +630,7 @@ if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:            # trap: nohup i
     SIGNALS.append(signal.SIGHUP)
 STOP = []                                             # signals received: the loop saves, then ends
 TIMEOUT = timedelta(minutes=10)                       # choice: ten minutes for an answer in a step
+BY_CONTENT = "data", "teacher", "main", "guide"       # compared by content, wherever it lies
 NEED_STAGE = {"vgg": "steps batch lr"}                # flags that need the stage's name: --vgg.steps
 NO_WEIGHT = ("dry_run data stage out source teacher main guide vae seeds samples repeat mid_sigma sampler "
              "labels compile batch_gpu log_every save_every")     # knobs on which no weight depends

@@ -405,6 +405,8 @@ def set_up(cfg):
     if left_out(cfg) or cfg.stage == "pretrain" and cfg.teacher:
         return log(f"{cfg.stage}: not trained, as --teacher or --mid none says")
     ckpt, left = resume(cfg)                          # left: steps to go
+    if not left and fid.same_names(cfg, ckpt, BY_CONTENT):            # finished; nothing need be read
+        return log(f"{cfg.stage}: finished, nothing to do")
     images, stamp, teacher = None, "none", None       # stamp: what identifies data and teacher
     if cfg.stage != "mid":                                                    # CMT needs no data
         images = load_data(cfg)
@@ -416,7 +418,7 @@ def set_up(cfg):
         null, shape = kwargs["num_classes"], (kwargs["in_channels"], *[kwargs["input_size"]] * 2)
         stamp += f", teacher {nets.stamp(weights)}"
     fid.same_data(ckpt, f"{cfg.out}/{cfg.stage}.pt", stamp)
-    if not left:
+    if not left:                                      # finished, with other names of the same content
         return log(f"{cfg.stage}: finished, nothing to do")
     kwargs = dict(size_row(cfg, "weak" if cfg.stage == "pretrain" else "size", shape[-1]),
                  input_size=shape[-1], in_channels=shape[0], num_classes=null,
@@ -622,6 +624,7 @@ if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:            # trap: nohup i
     SIGNALS.append(signal.SIGHUP)
 STOP = []                                             # signals received: the loop saves, then ends
 TIMEOUT = timedelta(minutes=10)                       # choice: ten minutes for an answer in a step
+BY_CONTENT = "data", "teacher"                        # compared by content, wherever it lies
 NO_WEIGHT = ("dry_run data stage out source teacher vae seeds samples repeat nfe labels compile batch_gpu "
              "log_every save_every")                  # knobs on which no weight depends
 READ_BY = {  # knobs that some stages read, or "stage method"; what is not named here, all read

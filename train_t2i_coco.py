@@ -402,6 +402,8 @@ def set_up(cfg):
     if left_out(cfg) or cfg.stage == "pretrain" and cfg.teacher:
         return log(f"{cfg.stage}: not trained, as --teacher or --mid none says")
     ckpt, left = resume(cfg)                          # left: steps to go
+    if not left and fid.same_names(cfg, ckpt, BY_CONTENT):            # finished; nothing need be read
+        return log(f"{cfg.stage}: finished, nothing to do")
     images, encoder = load_data(cfg), text_encoder(cfg)                   # mid reads captions, never an image
     stamp, null, teacher = images.stamp, encoder(images.null[None]), None
     if cfg.stage == "mid":
@@ -410,7 +412,7 @@ def set_up(cfg):
         teacher.requires_grad_()                      # else autocast casts its weights anew at each call
         stamp += f", teacher {nets.stamp(weights)}"
     fid.same_data(ckpt, f"{cfg.out}/{cfg.stage}.pt", stamp)
-    if not left:
+    if not left:                                      # finished, with other names of the same content
         return log(f"{cfg.stage}: finished, nothing to do")
     kwargs = model_size(cfg, images, null.shape[-1])
     state, what = (None, "") if ckpt else first_weights(cfg)
@@ -785,6 +787,7 @@ if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:            # trap: nohup i
     SIGNALS.append(signal.SIGHUP)
 STOP = []                                             # signals received: the loop saves, then ends
 TIMEOUT = timedelta(minutes=10)                       # choice: ten minutes for an answer in a step
+BY_CONTENT = "data", "teacher"                        # compared by content, wherever it lies
 NO_WEIGHT = ("dry_run data stage out source encoders teacher vae prompts seeds samples repeat nfe compile "
              "batch_gpu log_every save_every")        # knobs on which no weight depends
 READ_BY = {  # knobs that some stages read, or "stage method"; what is not named here, all read

@@ -566,3 +566,16 @@ def test_pictures_that_changed_after_pre_training_are_refused(script, model, cap
         code, lines = refused(script, capsys)
         assert code == expected and len(lines) == bool(expected)
         assert not expected or f"saw {data}, now {seen}" in lines[0]
+
+
+@pytest.mark.parametrize("script, model", ROADS, ids=lambda v: getattr(v, "__name__", ""))
+@pytest.mark.parametrize("stage", ["mid", "post"])
+def test_a_finished_stage_reads_neither_data_nor_teacher(script, model, stage, monkeypatch, capsys):
+    """A road that a scheduler starts again goes on at its last stage, wherever the teacher of an earlier one is by now."""
+    cfg = script.parse(["--data", "digits", "--stage", stage, "--teacher", "gone.pt", "--out", "x"])
+    os.makedirs("x")
+    keys = {"net": {}, "ema": {}, "opt": {}, "scale": 1.0, "seconds": 0.0, "skipped": 0, "bad": 0}
+    torch.save(dict(keys, model=model, data="1 image", step=cfg.steps, cfg=vars(cfg)), f"x/{stage}.pt")
+    for name in "load_data", "teacher_state", "build":
+        monkeypatch.setattr(script, name, lambda *a: pytest.fail("read"))
+    assert script.set_up(cfg) is None and f"{stage}: finished, nothing to do" in capsys.readouterr().out

@@ -251,7 +251,7 @@ def curves(args, device):
     cfg = script.parse(["--data", "digits", "--stage", "eval", "--teacher", args.net])
     features = fid.DigitsNet().to(device)
     reference = fid.measure(features, script.load_data(cfg).split(250), device)
-    scores, norms, marks, shown, rows = {}, {}, {}, [], [{"stage": "teacher"}]
+    scores, norms, marks, shown, rows = {"one step": {}, "two steps": {}}, {}, {}, [], [{"stage": "teacher"}]
 
     def score(net, kind):
         sampler = script.make_sampler(cfg, net, kind)
@@ -273,10 +273,10 @@ def curves(args, device):
                 script.main([*flags, *call.split(), "--save_every", "150", "--log_every", "1"])
             for state in kept:
                 net, drawn = script.build(cfg, state["model"], state["ema"]), []
-                for steps, words in (1, "1 step"), (2, "2 steps"):
+                at = seen + state["step"] * state["cfg"]["batch"]
+                for steps, panel in enumerate(scores.values(), 1):
                     level_of, images = score(net, steps)
-                    at = seen + state["step"] * state["cfg"]["batch"]
-                    scores.setdefault(f"{name}, {words}", []).append((at, level_of))
+                    panel.setdefault(name, []).append((at, level_of))
                     drawn.append((steps, images, f"{level_of:.2f}"))
             label = name if call is calls[-1] else "mid-training alone"
             shown.append((label, *drawn[0][:2]))                         # in one step
@@ -286,7 +286,8 @@ def curves(args, device):
             seen = at
         medians = (statistics.median(y for _, y in every[max(0, k - 12):k + 13]) for k in range(len(every)))
         norms[name] = [(x, y) for (x, _), y in zip(every, medians)]
-    scores["teacher, 16 steps"] = [(0, level), (seen, level)]
+    for panel in scores.values():
+        panel[f"teacher, {cfg.nfe} steps"] = [(0, level), (seen, level)]
     one = [row["1-step FD-digits"] for row in rows]          # teacher, mid, mid and post, post alone
     only = " Mid-training helps no other script in one step (README)." * (args.net == FLAGS["net"]["default"])
     answer = f"Mid-training by pixels {verdict(*map(float, (one[3], one[2])))}"
@@ -297,7 +298,8 @@ def curves(args, device):
     fid.save_stages(args.out, shown, (), words, rows, cfg.samples)
     caption = ("\nBlue: mid-training on ends of the teacher's trajectories, then post-training on images. "
                "Red: post-training alone.")
-    fid.save_chart(f"{args.out}/scores.png", {"FD-digits, lower is better": scores},
+    panels = {f"FD-digits in {words}, lower is better": panel for words, panel in scores.items()}
+    fid.save_chart(f"{args.out}/scores.png", panels,
                    f"{answer} (seed 0). One step: {one[2]} with it, {one[3]} without"
                    f"{caption} Compare the last dots: both are tuned for their end. FD-digits: distance of "
                    f"{cfg.samples:,} images to real ones; images all alike: 197.6.{only}",
@@ -306,8 +308,9 @@ def curves(args, device):
                    "Post-training's gradient is large: its loss is divided by a small gap (seed 0)"
                    f"{caption} Each stair of red doubles q of the gap t - r = n t / q, from 2 to 256 (512 in "
                    "the last four steps); blue has 512.", "images or pairs", marks)
-    for name, points in scores.items():
-        print(f"{name}: " + ", ".join(f"{x:,} {y:.2f}" for x, y in points))
+    for words, panel in scores.items():
+        for name, points in panel.items():
+            print(f"{name}, {words}: " + ", ".join(f"{x:,} {y:.2f}" for x, y in points))
     print(f"open stages.png, scores.png, norms.png in {args.out}")
 
 
@@ -355,7 +358,10 @@ PHOTOS = {  # row: calls, laid over the settings of digits; the last net is scor
     "ECT, annealed": [f"{ANNEALED} --huber_c 0"],
 }
 CALLED = {"after CMT": "mid-training alone", "CMT + ECT": "mid- and post-training",
-          "ECT, annealed": "post-training alone"}     # in the picture
+          "ECT, annealed": "post-training alone", "CMT + Mean Flow": "mid- and post-training",
+          "from scratch": "post-training alone, from scratch",
+          "from flow matching": "post-training of a flow-matching net",
+          "flow matching, CMT, teacher's v": "mid- and post-training of it, teacher's v"}  # in the pictures
 SHARED = "steps batch lr decay warmup ema_beta q double dropout precision log_every save_every".split()
 
 
@@ -419,8 +425,9 @@ def photos(args, device):
             for kind, steps in (1, 1), ("teacher", cfg.nfe) if row == "teacher" else (2, 2):
                 sampler = script.make_sampler(cfg, net, kind)
                 found.append(fid.score(sampler, features, reference, n)[0])
-                label = f"{fid.net_label(CALLED.get(row, row), steps)}, FD-photos {found[-1]}"
-                shown.append((label, sampler(range(12))))
+                if steps == 1 or kind == "teacher":
+                    label = f"{fid.net_label(CALLED.get(row, row), steps)}, FD-photos {found[-1]}"
+                    shown.append((label, sampler(range(12))))
             one[row] = found[row == "teacher"]                           # the teacher: in its many steps
             print(f"| {row} | {seed} | {' / '.join(found)} | {state['seconds']:.0f} |", flush=True)
             ours, alone, many = (one.get(k, "-") for k in ("CMT + ECT", "ECT, annealed", "teacher"))
@@ -440,9 +447,10 @@ def photos(args, device):
 FM = "--pretrain fm --weak SIZE --init sit"           # SIZE: --size, of student and flow-matching teacher
 CAPTION = ("Does mid-training help Mean Flow on photos ({})? In one step it {}; in two it {}\n"
            "FD-photos (Frechet distance to {} at 16x16, by features of a small net; {} against the other) "
-           "against CPU seconds (a busy machine adds some), teacher or start net included. CMT: "
-           "mid-training by a small teacher, then training on photos. The others train on photos alone, "
-           "from random weights or a flow-matching net. Compare the last dots. docs/results.md: three seeds.")
+           "against CPU seconds (a busy machine adds some), teacher or start net included. Mid-training "
+           "is by a small teacher. Post-training, Mean Flow's own training, is on photos; alone it "
+           "starts from random weights or a flow-matching net. Compare the last dots. docs/results.md: three "
+           "seeds.")
 ROADS = {  # road: the road whose teacher it goes on from, its calls, laid over the settings of digits
     "flow matching": ("", ["--stage pretrain --pretrain fm --weak SIZE --steps 320"]),
     "weak Mean Flow": ("", ["--stage pretrain --weak 2x64x3 --steps 800"]),
@@ -476,7 +484,7 @@ def roads(args, device):
     """Mean Flow's ROADS on photos of 16x16: score against CPU seconds, a teacher's too: <out>/roads.png."""
     *data, features, reference = judged_photos(args, f"{args.out}/photos.npz")
     cfg, panels = flow.parse(["--data", "digits", "--labels", "random", *args.flags.split()]), {}
-    mid = {}                                                             # road: {seed: where its mid ends}
+    mid = {}                                                             # {seed: where its mid ends} of roads
     print("| road | seed | stage, steps | CPU s, with the teacher's | FD-photos |\n|---|---|---|---|---|")
     for seed in args.seeds.split(","):
         ends = {"": 0.0}
@@ -491,22 +499,23 @@ def roads(args, device):
                 stage = f"{state['cfg']['stage']}, {state['step']}"
                 print(f"| {road} | {seed} | {stage} | {seconds:.0f} | {scores} |", flush=True)
                 if ROADS[road][0] or "scratch" in road:                  # a teacher's seconds, no curve
+                    name = CALLED.get(road, road)
                     if state["cfg"]["stage"] == "mid":
-                        mid.setdefault(road, {})[seed] = seconds
+                        mid.setdefault(name, {})[seed] = seconds
                     for words, score in zip(("one step", "two steps"), found):
                         panel = panels.setdefault(f"FD-photos, drawn in {words}, lower is better", {})
-                        panel.setdefault(road, {}).setdefault(stage, []).append((seconds, score))
+                        panel.setdefault(name, {}).setdefault(stage, []).append((seconds, score))
     for title, panel in panels.items():                                  # means of the seeds, place by place
         panels[title] = {name: [tuple(map(statistics.mean, zip(*seen))) for seen in panel[name].values()]
                          for name in sorted(panel, key=lambda name: ("flow" in name, name))}
     seeds = f"{'means of the seeds' if ',' in args.seeds else 'seed'} {args.seeds}"
     ends = [{name: points[-1][1] for name, points in panel.items()} for panel in panels.values()]
-    best = [[min((y for name, y in end.items() if ("CMT" in name) is ours), default=float("nan"))
+    best = [[min((y for name, y in end.items() if ("mid-" in name) is ours), default=float("nan"))
              for ours in (False, True)] for end in ends]
     said = [f"{verdict(*pair)}: " * (sum(pair) > 0)                             # not of nan
             + f"{pair[1]:.2f} with it, {pair[0]:.2f} the best without" for pair in best]
     words = CAPTION.format(seeds, *said, os.path.basename(args.data), features.scale)
-    marks = {statistics.mean(end.values()): f"{road}: post-training begins" for road, end in mid.items()}
+    marks = {statistics.mean(end.values()): f"{name}: mid-training ends" for name, end in mid.items()}
     fid.save_chart(f"{args.out}/roads.png", panels, words, "CPU seconds", marks)
 
 

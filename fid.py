@@ -1390,7 +1390,7 @@ def save_chart(path, panels, caption, across="images", marks=(), joined=True, co
     cell, rows = (width - legend) // columns, -(-len(panels) // columns)
     titles = [boxed(title + " (log scale)" * (columns == 1), cell - 400, font)[0] for title in panels]
     over = 160 + 76 * max([0, *(title.count("\n") for title in titles)])                    # for the title
-    height = over + (920 if rows < 4 else 570) + 200
+    height = over + max(570, 1140 - 220 * rows) + 200
     heading, words = headed(caption)
     wide, large = width - 420, ImageFont.load_default(96)
     heading, words = boxed(heading, wide, large), boxed(words, wide, font)
@@ -1816,7 +1816,7 @@ def check_values(cfg, limits, world):
         written = re.search(rf"""["']{re.escape(value)}["']""", code)
         if value != default and not written:
             fail(2, f"--{name} {value}: no function of {os.path.basename(home.__file__)} holds the word, in "
-                    "quotes; write its branch (README, Fork it)")
+                    "quotes; write its branch (docs/forking.md)")
     path = os.sep in cfg.data or "." in cfg.data or os.path.exists(cfg.data)
     if home.data_name(cfg) == "own" and cfg.stage != "encode" and not path:
         names = [*(home.FILES if type(cfg).data in home.FILES else [type(cfg).data]), "digits"]

@@ -141,7 +141,7 @@ def dropout_masks(net, seeds):
     """
     size = sum(sum(getattr(m, "sizes", ())) for m in net.modules())
     if not size and net.training and any("Dropout" in type(m).__name__ and m.p for m in net.modules()):
-        raise WeightsError("nn.Dropout draws anew in both calls of Eq. 3; use nets.dropout: docs/faq.md")
+        raise WeightsError("nn.Dropout draws anew in both calls of Eq. 3; use nets.dropout: docs/forking.md")
     if not size or not net.training:
         return None
     rates, device = {getattr(m, "dropout", 0) for m in net.modules()} - {0}, next(net.parameters()).device

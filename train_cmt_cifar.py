@@ -246,20 +246,20 @@ def train(cfg):
         target = run.distance.features(x_0)           # once per end, not per pair
         return fid.check_pairs(pairs, per_solve, target), target
 
-    def batch_of(step):                               # this process's share of it, a row an image or pair
+    def batch_of(step):                               # this process's rows, an image or pair each; targets
         if cfg.stage == "mid":
             number, at = divmod(step * B, per_solve)  # which solve; where in it the step's pairs begin
-            return [a[at:at + B][mine] for a in solve(number)[0]]
+            pairs, target = solve(number)
+            return [a[at:at + B][mine] for a in pairs], target
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         x, eps = draw(run.images, B, g)[mine], randn((B, *shape), g)[mine]
-        return x, (cfg.P_mean + cfg.P_std * randn(B, g))[mine].exp(), eps
+        return (x, (cfg.P_mean + cfg.P_std * randn(B, g))[mine].exp(), eps), None
 
-    def loss_of(step, k, rows):                       # of a micro-batch, whose first row is k of the batch
+    def loss_of(step, k, rows, target):               # of a micro-batch, whose first row is k of the batch
         seed = fold(cfg.seed, cfg.stage, step, "dropout") + k
         student = partial(cast_net, masks=nets.dropout_masks(net, range(seed, seed + micro)))
         if cfg.stage == "mid":
-            x_t, t, owner = rows
-            target = solve(step * B // per_solve)[1]  # of the ends, which owner gives to the pairs
+            x_t, t, owner = rows                      # owner: which end is a pair's
             return loss_cmt(student, x_t, t, [a[owner] for a in target], run.distance)          # Eq. 7
         x, t, eps = rows
         if cfg.stage == "pretrain":
@@ -274,8 +274,9 @@ def train(cfg):
     for step in range(start, cfg.steps):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
         loss_sum, part = 0.0, micro / B * tally["scale"]      # part of the mean; scale: of fp16, else 1
-        for k, *rows in zip(range(B)[mine][::micro], *(a.split(micro) for a in batch_of(step))):
-            loss = loss_of(step, k, rows)
+        batch, target = batch_of(step)
+        for k, *rows in zip(range(B)[mine][::micro], *(a.split(micro) for a in batch)):
+            loss = loss_of(step, k, rows, target)
             (loss * part).backward()
             loss_sum += loss.detach() * part
         norm, mean, stop = total(run.grad, loss_sum, tally["scale"])          # the one wait of a step
@@ -315,8 +316,7 @@ def set_up(cfg):
         return log("mid: left out by --mid none")
     if cfg.stage == "pretrain" and given_teacher(cfg):
         teacher_state(cfg)                            # fetched and checked
-        found = f"{cfg.out}/pretrain.pt" if nets.finished(f"{cfg.out}/pretrain.pt") else "the official one"
-        return log(f"pretrain: not trained, the teacher is {cfg.teacher or found}")
+        return log(f"pretrain: not trained, the teacher is {cfg.teacher or 'there'}")
     ckpt, left = resume(cfg)                          # left: steps to go
     if not left and fid.same_names(cfg, ckpt, BY_CONTENT):            # finished; nothing need be read
         return log(f"{cfg.stage}: finished, nothing to do")

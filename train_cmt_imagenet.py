@@ -278,8 +278,6 @@ def train(cfg):
     if not (run := set_up(cfg)):                      # run: its fields are those of begin
         return
     net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
-    kwargs = run.saved["model"]                       # the VGG's, too, has the size of the data
-    shape, classes = (kwargs["img_channels"], *[kwargs["img_resolution"]] * 2), kwargs["label_dim"]
     share, micro = B // WORLD, cfg.batch_gpu or B // WORLD    # rows of a process, of a forward pass
     mine = slice(RANK * share, (RANK + 1) * share)
     per_solve = math.prod(solve_size(cfg))            # pairs, as 128 x 16: whole batches (check)
@@ -288,39 +286,39 @@ def train(cfg):
     @lru_cache(1)                                     # kept for the steps that share it; resumed: solved anew
     def solve(number):
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", number))
-        *pairs, x_0 = teacher_pairs(cfg, run.teacher, shape, g, classes)
+        *pairs, x_0 = teacher_pairs(cfg, run.teacher, run.shape, g, run.classes)
         views = {} if cfg.ensemble == "none" else run.distance.draw(pairs[0], g)    # random, of each pair
         target = [x_0] if views else run.distance.features(x_0)       # once per end; of views: of each pair
         return fid.check_pairs(pairs, per_solve, target), target, views
 
-    def batch_of(step):                               # this process's share of it, a row an image or pair
+    def batch_of(step):                               # this process's rows, an image or pair each; targets
         if cfg.stage == "mid":
             number, at = divmod(step * B, per_solve)  # which solve; where in it the step's pairs begin
-            pairs, _, views = solve(number)
-            return [a[at:at + B][mine] for a in (*pairs, *views.values())]
+            pairs, target, views = solve(number)
+            return [a[at:at + B][mine] for a in (*pairs, *views.values())], (target, [*views])
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         raw, labels = next(batches)                   # in the order of steps: one call a step
-        latent_noise, eps = randn((B, *shape), g)[mine], randn((B, *shape), g)[mine]
+        latent_noise, eps = randn((B, *run.shape), g)[mine], randn((B, *run.shape), g)[mine]
         x, labels = to_input(raw, latent_noise), labels.to(DEVICE, non_blocking=True)
-        t, y = (cfg.P_mean + cfg.P_std * randn(B, g))[mine].exp(), one_hot(labels, classes)
+        t, y = (cfg.P_mean + cfg.P_std * randn(B, g))[mine].exp(), one_hot(labels, run.classes)
         if cfg.stage == "vgg" and cfg.data == "digits":
-            x = x + vgg_noise(cfg, step, (B, *shape))[mine]
-        return x, t, y, eps, labels
+            x = x + vgg_noise(cfg, step, (B, *run.shape))[mine]
+        return (x, t, y, eps, labels), None
 
-    def loss_of(step, k, rows):                       # of a micro-batch, whose first row is k of the batch
+    def loss_of(step, k, rows, ends):                 # of a micro-batch, whose first row is k of the batch
         seed = fold(cfg.seed, cfg.stage, step, "dropout") + k
         if cfg.stage == "mid":
-            x_t, t, y, owner, *view = rows
+            x_t, t, y, owner, *view = rows            # owner: which end is a pair's
         else:
             x, t, y, eps, labels = rows
         if cfg.stage == "vgg":
             return loss_vgg(net, x, labels, seed)
         student = partial(net, class_labels=y, masks=nets.dropout_masks(net, range(seed, seed + micro)))
         if cfg.stage == "mid":
-            _, target, views = solve(step * B // per_solve)
+            (target, views), distance = ends, run.distance
             if views:
-                return loss_cmt_views(student, x_t, t, target[0][owner], run.distance, dict(zip(views, view)))
-            return loss_cmt(student, x_t, t, [a[owner] for a in target], run.distance)          # Eq. 7
+                return loss_cmt_views(student, x_t, t, target[0][owner], distance, dict(zip(views, view)))
+            return loss_cmt(student, x_t, t, [a[owner] for a in target], distance)              # Eq. 7
         if cfg.stage == "pretrain":
             return loss_edm2(student, x, t, eps, net.sigma_data)
         r, weight = ect_step(t, cfg.q), edm_weight(t, net.sigma_data)
@@ -334,8 +332,9 @@ def train(cfg):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
         loss_sum, part = 0.0, micro / B * tally["scale"]      # part of the mean; scale: of fp16, else 1
         with nets.hoist(net, force=True):             # EDM2 Eq. 66: normalised once for all micro-batches
-            for k, *rows in zip(range(B)[mine][::micro], *(a.split(micro) for a in batch_of(step))):
-                loss = loss_of(step, k, rows)
+            batch, ends = batch_of(step)
+            for k, *rows in zip(range(B)[mine][::micro], *(a.split(micro) for a in batch)):
+                loss = loss_of(step, k, rows, ends)
                 (loss * part).backward()
                 loss_sum += loss.detach() * part
         norm, mean, stop = total(run.grad, loss_sum, tally["scale"])          # the one wait of a step
@@ -387,8 +386,7 @@ def set_up(cfg):
         state, kwargs = teacher_state(cfg)            # fetched and checked
         if cfg.teacher and not os.path.exists(f"{cfg.out}/mid.pt"):
             build(cfg, kwargs, state, cfg.teacher)    # does it fit? not after hours of training the VGG
-        found = f"{cfg.out}/pretrain.pt" if nets.finished(f"{cfg.out}/pretrain.pt") else "the official one"
-        return log(f"pretrain: not trained, the teacher is {cfg.teacher or found}")
+        return log(f"pretrain: not trained, the teacher is {cfg.teacher or 'there'}")
     if cfg.stage == "vgg" and not wants_vgg(cfg):
         return log(f"vgg: not trained, --loss {cfg.loss} of --data {cfg.data} needs none")
     ckpt, left = resume(cfg)                          # left: steps to go
@@ -412,7 +410,9 @@ def set_up(cfg):
     optimizer = partial(torch.optim.Adam, betas=(0.9, beta2), fused=True)
     if cfg.stage == "vgg" and data_name(cfg) == "imagenet512":
         optimizer = partial(torch.optim.SGD, momentum=0.9, weight_decay=1e-4, fused=True)     # B.5
-    return begin(cfg, ckpt, net, optimizer, stamp, kwargs, images=images, teacher=teacher, distance=distance)
+    shape = kwargs["img_channels"], *[kwargs["img_resolution"]] * 2           # the VGG's, too
+    return begin(cfg, ckpt, net, optimizer, stamp, kwargs, images=images, teacher=teacher, distance=distance,
+                 shape=shape, classes=kwargs["label_dim"])
 
 
 # ---- sample -----------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ OWN = {"Config", "load_data", "data_name", "check", "teacher_pairs", "make_sampl
 # step at full size; claims: Mean Flow's roads, photos; scripts: what is refused before anything is trained, latents and encoders.
 BUDGET = {"train_cmt_cifar.py": 698, "train_cmt_imagenet.py": 944, "train_mf_imagenet256.py": 903,
           "train_t2i_coco.py": 1119, "nets.py": 1857, "fid.py": 2511, "solvers.py": 198, "bench.py": 968,
-          "claims.py": 631, "README.md": 214}
+          "claims.py": 640, "README.md": 156}
 FLAGS = {"train_cmt_cifar.py": 35, "train_cmt_imagenet.py": 42, "train_mf_imagenet256.py": 42, "train_t2i_coco.py": 43}
 README = (ROOT / "README.md").read_text()
 DOCS = {p.name: p.read_text() for p in sorted((ROOT / "docs").glob("*.md"))}
@@ -230,7 +230,7 @@ def test_every_printed_command_parses(command, monkeypatch):
     import claims
     words = shlex.split(command)
     name, *flags = words[next(i for i, w in enumerate(words) if w.endswith(".py") and (ROOT / w).exists()):]
-    flags = ["l2" if flag == "edges" else flag for flag in flags]         # README's fork, which is not in the script
+    flags = ["l2" if flag == "edges" else flag for flag in flags]         # the fork of docs/forking.md, which is not in the script
     if name.startswith("train_"):
         __import__(name[:-3]).parse(flags)
     monkeypatch.setattr(bench, "gpu_name", lambda: "a GPU")
@@ -267,7 +267,7 @@ def test_scores_of_readme_are_those_of_docs_and_means_are_means():
             assert not stated or stated[0] == pytest.approx(middles[:len(stated[0])], abs=0.0101), row    # cell and mean are rounded, 0.005 each
             known |= {f"{value:.2f}" for value in sum(stated, []) + middles + [v for values in seeds for v in values]}
             compared += len(sum(stated, []))
-    for name, columns, text, least in (("README.md", ["with, without"], README, 8),
+    for name, columns, text, least in (("README.md", ["one step: with, without", "two steps"], README, 14),
                                        ("results.md", ["with mid-training", "without it"], DOCS["results.md"], 31),
                                        ("results.md", ["ours", "verdict"], DOCS["results.md"], 21),
                                        ("results.md", ["CMT + ECT, mean of 3 seeds", "beside it", "verdict"], DOCS["results.md"], 25)):
@@ -280,13 +280,14 @@ def test_scores_of_readme_are_those_of_docs_and_means_are_means():
         was, now = scores(row["without it"]), scores(row["with mid-training"])
         said = [row["one step"].strip("*"), row["two"]]
         assert said == [claims.verdict(*pair).removeprefix("is ") for pair in zip(was, now)] or "--loss huber" in row["mid-training compares by"] and said[0] == "level", row
-        best.setdefault(row["script"].split(",")[0], f"{now[0]:.2f}, {was[0]:.2f}: **{said[0]}**")
-    readme = next(rows for rows in tables(README) if "with, without" in rows[0])
-    assert {row["script"]: row["with, without"] for row in readme} == best and len(best) == 4 and len(verdicts) == 10
+        best.setdefault(row["script"].split(",")[0], [f"{now[0]:.2f}, {was[0]:.2f}: **{said[0]}**", f"{now[1]:.2f}, {was[1]:.2f}: {said[1]}"])
+    readme = next(rows for rows in tables(README) if "two steps" in rows[0])
+    assert {row["script"]: [row["one step: with, without"], row["two steps"]] for row in readme} == best and len(best) == 4 and len(verdicts) == 10
 
 
 STATED = {  # what README and docs say of defaults; digits: cifar imagenet flow coco, the paper's: big_*, ffhq, afhqv2
-    "README.md": ["lengths ({own.pretrain.steps:,}, {own.mid.steps:,} and {own.post.steps:,} steps)", "each of its {cifar.mid.nfe} states", "noise of level {cifar.eval.mid_sigma} "],
+    "README.md": ["each of its {cifar.mid.nfe} states", "noise of level {cifar.eval.mid_sigma} "],
+    "usage.md": ["lengths ({own.pretrain.steps:,}, {own.mid.steps:,} and {own.post.steps:,} steps)"],
     "results.md": ["{big_cifar.mid.millions:.1f} + {big_cifar.post.millions:.1f} Mimg",
                    "{ffhq.mid.millions:.1f} + {ffhq.post.millions:.1f} Mimg", "{afhqv2.mid.millions:.1f} + {afhqv2.post.millions:.1f} Mimg",
                    "{cifar.mid.millions:.3f} + {cifar.post.millions:.3f} Mimg", "{imagenet.mid.millions:.3f} + {imagenet.post.millions:.3f} Mimg",
@@ -371,10 +372,10 @@ def test_readme_prints_commands_and_docs_the_choices_of_the_code():
 
 
 def test_the_loss_of_the_forking_guide_works():
-    """The README's code block, as printed: zero on equal images, one number per image, a gradient."""
+    """The distance of docs/forking.md, as printed: zero on equal images, one number per image, a gradient."""
     import torch
     space = {}
-    exec(re.search(r"```python\n(.*?)```", README, re.S)[1], space)
+    exec(re.search(r"```python\n(.*?)```", DOCS["forking.md"], re.S)[1], space)
     distance, x = space["Edges"](), torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(0))
     near = (x + 0.1 * x.roll(1, 0)).requires_grad_()
     far = distance.distance(distance.features(near), distance.features(x))

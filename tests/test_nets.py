@@ -187,7 +187,7 @@ def test_batch_norm_is_refused_and_other_nets_have_no_dropout_masks():
 
 
 def test_dropout_of_a_network_of_ones_own_is_the_same_in_both_calls():
-    """As docs/faq.md says: a module tells its sizes, and drops by masks."""
+    """As docs/forking.md says: a module tells its sizes, and drops by masks."""
     class Own(torch.nn.Module):
         def __init__(self):
             super().__init__()

@@ -207,10 +207,11 @@ def test_sample_writes_one_file_per_seed_that_depends_on_the_seed_alone(road, tm
 @pytest.mark.parametrize("scripts", ["train_cmt", pytest.param("train_", marks=pytest.mark.long)])
 def test_every_readme_command_on_digits_runs(road, scripts, monkeypatch, capsys):
     """As printed, but for a few steps; the first of a script makes its teacher."""
-    from test_house import ALL, README
+    from test_house import ALL, DOCS, README
+    readme = README + DOCS["usage.md"] + DOCS["forking.md"]
     tiny = ["--steps", "2", "--samples", "8", "--trajectories", "4", "--batch", "16", "--nfe", "4"]
-    lines = sorted((c for c in ALL if scripts in c and "--data digits" in c and c in README and "edges" not in c), key=len)
-    variants = re.findall("`(.*?)`", " ".join(re.search(r"\*\*Variants\*\*(.*?)fixed gap", README, re.S)[1].split()))
+    lines = sorted((c for c in ALL if scripts in c and "--data digits" in c and c in readme and "edges" not in c), key=len)
+    variants = re.findall("`(.*?)`", " ".join(re.search(r"\*\*Variants\*\*(.*?)fixed gap", readme, re.S)[1].split()))
     variants = variants if scripts == "train_" else variants[:2]                # the others with --long
     lines += [f"{lines[-1].split('--out')[0]} {flags} --out out/{k}" for k, flags in enumerate(variants)]
     for line in lines:
@@ -819,8 +820,8 @@ def forked(text, monkeypatch):
 
 
 def test_the_post_training_of_the_forking_guide_trains(here, monkeypatch):
-    """docs/faq.md: its row, its loss and its branch; the branch forgotten is refused before anything is trained."""
-    row, loss, branch = re.search(r'`(\("digits", "post", "mine"\).*?)`.*?```python\n(def loss_mine.*?)```.*?```python\n(.*?)```', (ROOT / "docs/faq.md").read_text(), re.S).groups()
+    """docs/forking.md: its row, its loss and its branch; the branch forgotten is refused before anything is trained."""
+    row, loss, branch = re.search(r'`(\("digits", "post", "mine"\).*?)`.*?```python\n(def loss_mine.*?)```.*?```python\n(.*?)```', (ROOT / "docs/forking.md").read_text(), re.S).groups()
     text = (ROOT / "train_cmt_cifar.py").read_text()
     for old, new in (('] = "ect"', ', "mine"] = "ect"'), ("\n}\nABOUT", f"\n    {row}\n}}\nABOUT"), ("def make_distance(", loss + "\n\ndef make_distance(")):
         assert text.count(old) == 1
@@ -836,8 +837,8 @@ def test_the_post_training_of_the_forking_guide_trains(here, monkeypatch):
 
 
 def test_the_network_of_the_forking_guide_trains(here, monkeypatch):
-    """docs/faq.md: its class and its two edits, in a copy of the script, through every stage."""
-    own = re.search(r"```python\n(class Small.*?)```.*?`(net = nets.make.*?)`.*?`(return dict.*?)`", (ROOT / "docs/faq.md").read_text(), re.S)
+    """docs/forking.md: its class and its two edits, in a copy of the script, through every stage."""
+    own = re.search(r"```python\n(class Small.*?)```.*?`(net = nets.make.*?)`.*?`(return dict.*?)`", (ROOT / "docs/forking.md").read_text(), re.S)
     text = (ROOT / "train_cmt_cifar.py").read_text()
     for old, new in (("def build(", own[1] + "\n\ndef build("), (re.search(r"net = nets.make\(.*?sigma_shift\)", text, re.S)[0], own[2]),
                      (re.search(r'return \{\*\*nets.SIZES.*', text)[0], own[3])):

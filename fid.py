@@ -2360,8 +2360,8 @@ def save_samples(cfg, found, make_sampler):
 
 def save_captions(path, name, steps, rows, columns=(), scores=""):
     """A sheet of what a net draws in so many steps: rows are captions, each with its images."""
-    label = net_label(name, steps, sep=", ")
-    save_sheet(path, rows, f"{label}\nA row is one caption{scores}.", ["caption", *columns])
+    caption = f"{net_label(name, steps, sep=', ')}\nA row is one caption{scores}."
+    save_sheet(path, rows, caption, ["caption", *columns])
 
 
 def slug(text):
@@ -2377,13 +2377,14 @@ def save_classes(cfg, found, samplers, n):
     """
     columns, shown = range(min(n or 10, 10)), []
     seeds, classes = [k + (n or 10) * j for j in range(10) for k in columns], [str(k) for k in columns if n]
+    most = {name: steps for name, steps in samplers}
     for (name, steps), sampler in samplers.items():
         images = draw_seeds(sampler, seeds, cfg.batch_gpu or 64).cpu()
-        label = net_label(name, steps, sep=", ")
-        caption = f"{label}\nOne image a seed; its score is in stages.png, results.md."
+        caption = f"{net_label(name, steps, sep=', ')}\nOne image a seed; scores: stages.png, results.md."
         header = classes and ["class", *classes]
         save_seeds(f"{cfg.out}/samples_{name}_{steps}step.png", images, seeds, caption, header, 10)
-        shown.append((name, steps, images[:len(columns)]))
+        if steps in (1, most[name] if name == "teacher" else 2):        # made for many steps, or for few
+            shown.append((name, steps, images[:len(columns)]))
     save_stages(cfg.out, shown, classes, words := about(cfg, found))
     return shown, classes, words
 
@@ -2400,26 +2401,25 @@ def save_results(cfg, rows, note, stages):
 
     Earlier tables stay below. stages: arguments of save_stages, of the first process alone, which writes.
     """
-    out = cfg.out
     say_missing(cfg, [row["stage"].partition(",")[0] for row in rows])
     alone = f"_{rows[0]['stage']}" * rows[0]["stage"].startswith("init_")                  # --init FILE
-    took = {m["stage"]: m["seconds"] for m in read_metrics(out) if "seconds" in m and not alone}
+    took = {m["stage"]: m["seconds"] for m in read_metrics(cfg.out) if "seconds" in m and not alone}
     text = f"{table(rows)}\n\n{note}" + f"\n{HALVES}" * note.startswith("FD-digits")
     text += f"\n{', '.join(took)} took {duration(sum(took.values()))} of training." * bool(took)
-    file = pathlib.Path(out, "results.md")
+    file = pathlib.Path(cfg.out, "results.md")
     below = " (earlier tables stay below)" * file.exists()
     if processes()[0] == 0:
         new, old = text.encode(errors="backslashreplace"), file.read_bytes() if file.exists() else b""
         if not old.startswith(new + b"\n"):                   # else drawn again, with the same scores
             new += f"\n{time.strftime('%Y-%m-%d')}, {MADE_BY}\n".encode(errors="backslashreplace")
             write_whole(str(file), lambda f: f.write(new + b"\n" * bool(old) + old))
-        save_stages(out, *stages, table=rows, samples=cfg.samples)
+        save_stages(cfg.out, *stages, table=rows, samples=cfg.samples)
         if took:
             save_curve(cfg, rows)
     names = [f"stages{alone}.png", *(["trajectory.png", "curve.png"] * (not alone))]
-    made = [name for name in names if os.path.exists(f"{out}/{name}")]
-    made += [f"samples{alone}_*.png"] * any(pathlib.Path(out).glob(f"samples{alone}_*.png"))
-    return f"{text}\nopen {', '.join(made)} and results.md{below} in {out}"
+    made = [name for name in names if os.path.exists(f"{cfg.out}/{name}")]
+    made += [f"samples{alone}_*.png"] * any(pathlib.Path(cfg.out).glob(f"samples{alone}_*.png"))
+    return f"{text}\nopen {', '.join(made)} and results.md{below} in {cfg.out}"
 
 
 # ---- command line ------------------------------------------------------------------------------

@@ -543,16 +543,16 @@ def check_files(cfg):
     read_teacher = teacher_state if given_teacher(cfg) else None
     if cfg.stage == "mid" and (cfg.data == "digits" or data_name(cfg) == "own" and os.path.exists(cfg.data)):
         side, _, channels = (8, 8, 1) if cfg.data == "digits" else fid.image_shape(cfg.data, cfg.res)
-        if read_teacher:
+        if read_teacher:                              # it is to draw such images
             shape = dict(img_channels=channels, img_resolution=side, label_dim=0)
             fid.check_teacher(cfg, nets.finished, read_teacher, None, shape)
         if cfg.loss == "lpips" and (channels != 3 or side < 16):
             fail(2, f"--loss lpips needs 3x16x16 at least, not {channels}x{side}x{side}; or --loss huber")
     if cfg.stage == "mid" and cfg.loss == "lpips" and (cfg.data in FILES or os.path.exists(cfg.data)):
-        nets.pretrained_lpips()                       # downloaded now
+        nets.pretrained_lpips()                       # is it there? else downloaded now
     if cfg.stage != "pretrain" and cfg.init not in INITS:
         candidates(cfg)                               # --init FILE: is it a net?
-    if needs_data(cfg):
+    if needs_data(cfg):                               # can it be read, and by the teacher and its net?
         images = load_data(cfg)
         if cfg.stage == "pretrain":
             model_size(cfg, images)                   # is there a net for this size?

@@ -210,7 +210,7 @@ def train_vgg(path, seed, steps=300, batch=128, lr=3e-3):
 # ---- curves -----------------------------------------------------------------------------------
 def plot(args, device):
     """The curves of any runs beside each other, a panel for each stage and quantity: <out>/plot.png."""
-    titles = dict(loss="loss", grad="gradient norm", mse_gap1="square error of velocities, t - r up to 1/4")
+    titles = dict(loss="loss", grad="gradient norm", mse_gap1="squared error of velocities, t - r up to 1/4")
     panels = {f"{stage}: {title}": {} for stage in fid.SPOKEN.values() for title in titles.values()}
     for run in dict.fromkeys(args.runs):
         if not (steps := fid.read_steps(run)):
@@ -359,7 +359,6 @@ PHOTOS = {  # row: calls, laid over the settings of digits; the last net is scor
 }
 CALLED = {"after CMT": "mid-training alone", "CMT + ECT": "mid- and post-training",
           "ECT, annealed": "post-training alone", "CMT + Mean Flow": "mid- and post-training",
-          "from scratch": "post-training alone, from scratch",
           "from flow matching": "post-training of a flow-matching net",
           "flow matching, CMT, teacher's v": "mid- and post-training of it, teacher's v"}  # in the pictures
 SHARED = "steps batch lr decay warmup ema_beta q double dropout precision log_every save_every".split()

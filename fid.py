@@ -1173,10 +1173,9 @@ def plain(text):
 
 def boxed(text, wide, font):
     """(text in lines of so many pixels or fewer, its width, its height): nothing is cut."""
-    lines, text = [], plain(text)
-    for whole in (" %", " +- ", " -> ", " - ", "mid- and "):                                # no break inside
-        text = text.replace(whole, whole.replace(" ", "\0"))
-    text = re.sub(r" (?=\d)", "\0", text)                                   # a number stays with its word
+    # no break before a number, a sign or %, behind a sign, and in "mid- and post-training"
+    text = re.sub(r" (?=[-%\d]|\+-)|(?<=[ +]-) |(?<=->) |(?<=mid-) |(?<=mid- and) ", "\0", plain(text))
+    lines = []
     for part in text.split("\n"):
         fit = int(1.1 * wide * len(part) / (font.getlength(part) or 1)) + 9
         for letters in range(min(len(part) + 1, fit), 0, -1):
@@ -1273,10 +1272,17 @@ def about(cfg, found):
 
 
 def headline(table):
-    """For a heading: the distance of every net of a table in one step; "" where none has one."""
-    key = next((key for row in table for key in row if key.startswith("1-step F")), "")
-    nets = [f"{called(row['stage'].partition(',')[0])} {row[key]}" for row in table if key in row]
-    return f"{key[7:]} in one step, lower is better: {', '.join(nets)}" * bool(nets)
+    """For a heading: distances of all nets of a table in one step, a teacher's in many; "" of none."""
+    one = next((key for row in table for key in row if key.startswith("1-step F")), "")
+    nets = {row["stage"].partition(",")[0]: row for row in reversed(table) if one in row}
+    texts, distance = [], one.partition(" ")[2]
+    for name, row in reversed(nets.items()):
+        scored = [(k.partition("-")[0], v) for k, v in row.items() if k.endswith(distance) and v != "-"]
+        more = f" ({scored[-1][0]} steps: {scored[-1][1]})" if name == "teacher" and scored else ""
+        texts.append(f"{called(name)} {row[one]}{more}")
+    mid, post = (nets.get(name, {one: "-"})[one].split()[0] for name in ("mid", "post"))
+    worse = "; post-training hurts here" * ("-" not in (mid, post) and float(post) > 1.1 * float(mid))
+    return f"{distance} in one step, lower is better: {', '.join(texts)}{worse}" * bool(nets)
 
 
 def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
@@ -1564,7 +1570,7 @@ def open_out(out, script, argv):
     return lock
 
 
-DRAWN = "mid_sigma sigma_shift labels sampler precision w"                 # change samples of the same net
+DRAWN = "second_sigma sigma_shift labels sampler precision w"              # change samples of the same net
 SAMPLED = f"init nfe nodes prompts omega kappa guide_from guide_to {DRAWN}"           # knobs of sampling, too
 
 
@@ -1697,7 +1703,7 @@ def stages_of(home, argv):
         if stage in ("eval", "sample"):
             return field not in of_samples(home)
         never = never_read(dataclasses.replace(cfg, stage=stage))
-        return field in (*never, "seeds", "samples", "repeat", "mid_sigma")
+        return field in (*never, "seeds", "samples", "repeat", "second_sigma")
 
     for flag in [word.partition("=")[0] for word in argv if word[:2] == "--"]:
         stage, dot, field = flag[2:].removeprefix("no-").rpartition(".")
@@ -2151,7 +2157,7 @@ def report(cfg, lr, tally, **more):
 
 
 def add_errors(errors, square, gap):
-    """Add each sample's mean square error, square (B,), to the column of its gap t - r: 0, or a quarter.
+    """Add each sample's mean squared error, square (B,), to the column of its gap t - r: 0, or a quarter.
 
     errors (2, 5 or more): sums, counts, on the device. What is not finite is left out.
     """
@@ -2278,10 +2284,10 @@ def dry_run(home, argv, configs):
 
 
 def save_curve(cfg, table=()):
-    """curve.png of cfg.out, a column a stage; of a Mean Flow, whose loss stays near 1, the square error."""
+    """curve.png of cfg.out, a column a stage; of a Mean Flow, whose loss stays near 1, the squared error."""
     stages, drawn, scores = {}, "loss", headline(table)
     for m in read_steps(cfg.out):
-        drawn = "square error" if "mse_same" in m or "mse_gap1" in m else "loss"
+        drawn = "squared error" if "mse_same" in m or "mse_gap1" in m else "loss"
         title = drawn + ", short jumps" * (drawn != "loss")
         _, losses, norms = stages.setdefault(SPOKEN[m["stage"]], (title, [], []))
         losses.append((m["images"], m.get("mse_gap1", m.get("mse_same", m["loss"]))))
@@ -2309,12 +2315,11 @@ def save_preview(cfg, tally, stop, sampler, drawn=""):
     if sampler and not stop:
         images = draw_in(30, sampler, range(60), cfg.batch_gpu or 64)
         how = f"solved in {cfg.nfe} steps" if cfg.stage == "pretrain" else "in one step"
-        header = ["class" if "class" in drawn else "digit", *map(str, range(10))]
-        header = header if drawn and cfg.data == "digits" else ()
+        header = ["class" if "class" in drawn else "digit", *map(str, range(10))] * (cfg.data == "digits")
         save_seeds(f"{cfg.out}/previews/{cfg.stage}_{done:07d}.png", images, range(60),
                    f"{SPOKEN[cfg.stage].capitalize()}, after {done:,} of {cfg.steps:,} steps of training\n"
                    f"Averaged weights, {how}, the same noises in every preview{drawn}. Scores: stages.png.",
-                   header, 10 if drawn else 12)
+                   header * bool(drawn), 10 if drawn else 12)
     tally["clock"] = time.time()                             # saving is no training
 
 
@@ -2331,7 +2336,7 @@ def samples_folder(cfg, name, steps):
     """<out>/samples/<net>_<steps>, and what a command asks for that is no default: so they never mix."""
     own = {k: getattr(cfg, k) for k in ("data", "res") if hasattr(cfg, k)} | dict(stage="sample")
     plain = vars(home_of(cfg).parse([f"--{k}={v}" for k, v in own.items()]))
-    knobs = [k for k in DRAWN.split() if k != "mid_sigma" or steps == 2]
+    knobs = [k for k in DRAWN.split() if k != "second_sigma" or steps == 2]
     asked = [f"_{k}_{getattr(cfg, k)}" for k in knobs if plain.get(k) != vars(cfg).get(k)]
     return f"{cfg.out}/samples/{name}_{steps}{''.join(asked)}"
 
@@ -2350,7 +2355,7 @@ def save_samples(cfg, found, make_sampler):
             label = net_label(name, steps, sep=", ")
             caption = f"{label}\nOne image a seed; every net has the same noises."
             caption += f" The first 64 of {len(seeds):,}." * (len(seeds) > 64)
-            caption += f" Second noise level {getattr(cfg, 'mid_sigma', 0)}." * (kind == 2)
+            caption += f" Second noise level {getattr(cfg, 'second_sigma', 0)}." * (kind == 2)
             other = os.path.basename(folder[:-1]).removeprefix(f"{name}_{steps}")         # as the folder
             sheet = f"{cfg.out}/samples_{name}_{steps}step{other}_seeds.png"
             if processes()[0] == 0:
@@ -2362,12 +2367,6 @@ def save_captions(path, name, steps, rows, columns=(), scores=""):
     """A sheet of what a net draws in so many steps: rows are captions, each with its images."""
     caption = f"{net_label(name, steps, sep=', ')}\nA row is one caption{scores}."
     save_sheet(path, rows, caption, ["caption", *columns])
-
-
-def slug(text):
-    """A caption as part of a file's name; with a checksum where another caption would have the same one."""
-    words = re.sub(r"\W+", "-", text.lower()).strip("-")[:40]
-    return words if words.replace("-", " ") == text else f"{words}-{zlib.crc32(text.encode()):08x}"
 
 
 def save_classes(cfg, found, samplers, n):

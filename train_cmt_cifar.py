@@ -54,7 +54,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     decay: Literal["linear", "constant"] = "linear"      # of lr, to zero (B.2)
     warmup: int = 0             # steps of linear warm-up
     ema_beta: float = 0.999     # average weights keep this share a step; choice: as in the authors' code
-    dropout: float = 0.2        # of the student (B.2)
+    dropout: float = 0.2        # of the net that trains (B.2; pretrain: EDM)
 
     loss: Literal["lpips", "huber", "l2"] = "lpips"      # mid: d of Eq. 7; the others are those of App. D
     huber_c: float = 0.06       # of sqrt(|.|^2 + c^2) - c, mid and post; post: 0 = the norm itself (ECT)
@@ -65,7 +65,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     P_mean: float = -1.1        # ln sigma ~ N(P_mean, P_std^2), not cut off (ECT)
     P_std: float = 2.0
 
-    mid_sigma: float = 0.821    # second noise level of 2-step sampling (ECT); not of --stage mid
+    second_sigma: float = 0.821 # second noise level of 2-step sampling (ECT)
     sigma_shift: float = 0.0    # choice: sample the trained function; official files are scored with 0.003
     seeds: str = "0-63"         # sample: one image per seed, FIRST-LAST or FIRST-LAST:STEP
     samples: int = 50_000       # eval: images per score
@@ -358,7 +358,7 @@ def make_sampler(cfg, net, kind):
         x_T, generators = prior(net, seeds)
         if kind == "teacher":
             return teacher_solver(net, x_T, teacher_sigmas(cfg.nfe))[-1]
-        return solvers.few_step(net, x_T, [80.0, cfg.mid_sigma][:kind], generators)
+        return solvers.few_step(net, x_T, [80.0, cfg.second_sigma][:kind], generators)
     return sampler
 
 
@@ -424,7 +424,7 @@ if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:            # trap: nohup i
 STOP = []                                             # signals received: the loop saves, then ends
 TIMEOUT = timedelta(minutes=10)                       # choice: ten minutes for an answer in a step
 BY_CONTENT = "data", "teacher"                        # compared by content, wherever it lies
-NO_WEIGHT = ("dry_run data stage out teacher seeds samples repeat mid_sigma sigma_shift compile batch_gpu "
+NO_WEIGHT = ("dry_run data stage out teacher seeds samples repeat second_sigma sigma_shift compile batch_gpu "
              "log_every save_every")                  # knobs on which no weight depends
 READ_BY = {  # knobs that some stages read, or "stage method"; what is not named here, all read
     "mid init huber_c": "mid, post",
@@ -504,7 +504,7 @@ def on_signal(number, frame):
 
 LIMITS = {  # (rule, least, below): fields; for fid.check_values
     ("above 0, below 1e12", 1e-300, 1e12): "batch steps repeat log_every save_every lr P_std",
-    ("above 0, below 80", 1e-300, 80): "mid_sigma",
+    ("above 0, below 80", 1e-300, 80): "second_sigma",
     ("in 2 to 1,000", 2, 1001): "nfe",
     ("in -10 to 10", -10, 10.001): "P_mean",
     ("0 or more", 0, math.inf): "batch_gpu warmup double huber_c trajectories res sigma_shift",
@@ -658,7 +658,7 @@ def evaluate(cfg):
         rows.append(dict(stage=name, **nets.cost(ckpt)))
         samplers = {steps: make_sampler(cfg, net, kind) for steps, kind in kinds.items()}
         ours = fid.score_net(rows[-1], samplers, features, reference, cfg)
-    note = (f"{cfg.samples} samples a score, seeds from 0, EMA weights, second noise level {cfg.mid_sigma}, "
+    note = (f"{cfg.samples} samples a score, seeds from 0, EMA weights, second sigma {cfg.second_sigma}, "
             f"sigma_shift {cfg.sigma_shift}, teacher by {fid.name_of(teacher_solver)}.")
     log(fid.save_results(cfg, rows, f"{fid.protocol(ours, reference)}\n{note}", stages))
 

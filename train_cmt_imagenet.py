@@ -75,7 +75,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     P_mean: float = -0.8        # ln sigma ~ N(P_mean, P_std^2), not cut off (ECT, EDM2)
     P_std: float = 1.6
 
-    mid_sigma: float = 1.526    # second noise level of 2-step sampling (ECT); not of --stage mid
+    second_sigma: float = 1.526 # second noise level of 2-step sampling (ECT)
     sampler: Literal["dpmpp", "heun"] = "dpmpp"          # of the teacher: nfe steps; heun: 32 steps, 63 calls
     labels: Literal["random", "balanced"] = "random"     # of samples: drawn by seed, or seed % classes
     seeds: str = "0-63"         # sample: FIRST-LAST[:STEP]; 7-997:10 of balanced labels: class 7
@@ -435,7 +435,7 @@ def make_sampler(cfg, net, kind):
         x_T, y, generators = prior(net, seeds, cfg.labels)
         f = partial(D, class_labels=y)
         if kind != "teacher":
-            return to_images(cfg, solvers.few_step(f, x_T, [80.0, cfg.mid_sigma][:kind], generators))
+            return to_images(cfg, solvers.few_step(f, x_T, [80.0, cfg.second_sigma][:kind], generators))
         if cfg.sampler == "heun":
             return to_images(cfg, solvers.heun(f, x_T, solvers.edm_sigmas(HEUN_STEPS))[-1])
         return to_images(cfg, teacher_solver(f, x_T, teacher_sigmas(cfg.nfe))[-1])
@@ -632,7 +632,7 @@ STOP = []                                             # signals received: the lo
 TIMEOUT = timedelta(minutes=10)                       # choice: ten minutes for an answer in a step
 BY_CONTENT = "data", "teacher", "main", "guide"       # compared by content, wherever it lies
 NEED_STAGE = {"vgg": "steps batch lr"}                # flags that need the stage's name: --vgg.steps
-NO_WEIGHT = ("dry_run data stage out source teacher main guide vae seeds samples repeat mid_sigma sampler "
+NO_WEIGHT = ("dry_run data stage out source teacher main guide vae seeds samples repeat second_sigma sampler "
              "labels compile batch_gpu log_every save_every")     # knobs on which no weight depends
 READ_BY = {  # knobs that some stages read, or "stage method"; what is not named here, all read
     "mid init huber_c": "mid, post",
@@ -712,7 +712,7 @@ def on_signal(number, frame):
 
 LIMITS = {  # (rule, least, below): fields; for fid.check_values
     ("above 0, below 1e12", 1e-300, 1e12): "batch steps repeat log_every save_every lr P_std res",
-    ("above 0, below 80", 1e-300, 80): "mid_sigma",
+    ("above 0, below 80", 1e-300, 80): "second_sigma",
     ("in 2 to 1,000", 2, 1001): "nfe",
     ("in -10 to 10", -10, 10.001): "P_mean",
     ("0 or more", 0, math.inf): "batch_gpu warmup huber_c trajectories ema_std",
@@ -904,7 +904,7 @@ def evaluate(cfg):
         samplers = {steps: make_sampler(cfg, net, kind) for steps, kind in kinds.items()}
         ours = fid.score_net(rows[-1], samplers, features, reference, cfg)
     solver = "heun" if cfg.sampler == "heun" else fid.name_of(teacher_solver)
-    note = (f"{cfg.samples} samples a score, seeds from 0, EMA weights, second noise level {cfg.mid_sigma}, "
+    note = (f"{cfg.samples} samples a score, seeds from 0, EMA weights, second sigma {cfg.second_sigma}, "
             f"{cfg.labels} labels, teacher by {solver}, guide {cfg.guide or 'none'}, w {cfg.w}")
     log(fid.save_results(cfg, rows, f"{fid.protocol(ours, reference)}\n{note}.", stages))
 

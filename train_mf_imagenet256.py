@@ -114,9 +114,11 @@ PRESETS = {  # (data, stage, its --mid or --post): the lower row wins, --help sh
     ("digits", "post", "*"): dict(steps=1_000, batch=64, lr=4e-3, ema_beta=0.99, unguided=250),
     ("digits", "post", "vanilla"): dict(steps=1_900),                      # the time of mid and post together
 }
-ABOUT = {"pretrain": "stage 1 of 4, pre-training: square errors fall; the loss stays near 1 for any net",
-         "mid": "stage 2 of 4, mid-training (Eq. 8): square errors fall, and so their mean, the loss",
+ABOUT = {"pretrain": "stage 1 of 4, pre-training: squared errors fall; the loss stays near 1 for any net",
+         "pretrain fm": "stage 1 of 4, pre-training: the loss, a squared error, falls, soon slowly",
+         "mid": "stage 2 of 4, mid-training (Eq. 8): squared errors fall, and so their mean, the loss",
          "post": "stage 3 of 4, post-training: the loss stays near 1 for any net; judge by scores",
+         "post teacher": "stage 3 of 4, post-training: the loss, a squared error, falls slowly",
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = ["pretrain", "mid", "post", "eval"]          # what --stage all runs, in this order
 INITS = "sit", "random"                            # other values of --init are a FILE
@@ -174,42 +176,34 @@ def flow_of(cfg, net, null):
 def loss_mf(flow, z, v, t, r, y, guided, cfg):
     """Mean Flow: w |u - sg(v~ - (t - r) du/dt)|^2, w = sg(|.|^2 + c)^-p, mean over samples.
 
-    z (B, C, H, W) = (1 - t) x + t eps; v = eps - x; y (B, ...): conditions. In full, as in tests/test_mf.py:
-        v~ = where(guided, omega v + kappa u(z, t, t, y) + (1 - omega - kappa) u(z, t, t, null), v)
-        u, du/dt = jvp of u at (z, t, r) along (v~, 1, 0)
-    Here every term is asked for only where it counts: where r = t there is no du/dt, and u(z, t, t, y) is u.
-    t, r and guided (B,) stay on the CPU, where it costs no wait to know which samples are meant. Returns the
-    loss, |.|^2 (B,), and REPA's features (None without a projector).
+    z (B, C, H, W) = (1 - t) x + t eps; v = eps - x; y (B, ...): conditions; v~: led() below; u, du/dt: at
+    (z, t, r), along (v~, 1, 0). The net is asked only where an answer counts: where r = t there is no du/dt,
+    and u(z, t, t, y) is u. t, r, guided (B,) come from the CPU, where it costs no wait to know which samples
+    are meant. Returns the loss, |.|^2 (B,), and REPA's features (None without a projector).
     """
-    def places(mask):
-        return mask.nonzero()[:, 0].to(z.device, non_blocking=True)
+    apart, null_weight, nowhere = r < t, 1 - cfg.omega - cfg.kappa, torch.zeros_like(guided)
+    ask_null = guided if abs(null_weight) > 1e-9 else nowhere              # who needs u(z, t, t, null),
+    ask_own = guided & apart if cfg.kappa else nowhere                     # who u(z, t, t, y); du/dt: apart
+    ask_null, ask_own, ask_slope = (mask.nonzero()[:, 0].to(z.device, non_blocking=True)
+                                    for mask in (ask_null, ask_own, apart))
+    t, r, apart, guided = (a.to(z.device, non_blocking=True) for a in (t, r, apart, guided))
+    gap, apart, guided = (a.view(-1, 1, 1, 1) for a in (t - r, apart, guided))
+    null, own, dudt = (torch.zeros_like(z) for _ in range(3))
 
-    apart, nowhere = r < t, torch.zeros_like(guided)                              # apart: these need du/dt
-    null_weight = 1 - cfg.omega - cfg.kappa
-    # target = v~ - (t - r) du/dt is made in place, in three steps; each list: the samples that need a term
-    ask_null = places(guided if abs(null_weight) > 1e-9 else nowhere)             # u(z, t, t, null) is needed
-    ask_own = places(guided & apart if cfg.kappa else nowhere)                    # u(z, t, t, y) is needed
-    reuse_u = places(guided & ~apart if cfg.kappa else nowhere)                   # it is u(z, t, r, y)
-    ask_slope = places(apart)
-    v_weight = 1 + (cfg.omega - 1) * guided.to(v.dtype)                           # omega where guided, else 1
-    t, r, v_weight = (a.to(z.device, non_blocking=True) for a in (t, r, v_weight))
-    target = v_weight.view(-1, 1, 1, 1) * v
+    def led():                                        # v~
+        return torch.where(guided, cfg.omega * v + null_weight * null + cfg.kappa * own, v)
+
     with torch.no_grad():
-        # 1: v~, where r < t the tangent of step 2
-        if len(ask_null) + len(ask_own):
+        if len(ask_null) + len(ask_own):              # in one call
             both = torch.cat([ask_null, ask_own])
             conditions = torch.cat([flow.null.expand_as(y[ask_null]), y[ask_own]])
-            answers = flow.u(z[both], t[both], t[both], conditions)
-            target[ask_null] += null_weight * answers[:len(ask_null)]
-            target[ask_own] += cfg.kappa * answers[len(ask_null):]
-        # 2: - (t - r) du/dt
+            answers = flow.u(z[both], t[both], t[both], conditions).to(z.dtype)
+            null[ask_null], own[ask_own] = answers.split([len(ask_null), len(ask_own)])
         if len(ask_slope):
-            points = (a[ask_slope] for a in (z, t, r, y, target))
-            target[ask_slope] -= (t - r)[ask_slope].view(-1, 1, 1, 1) * flow.slope(*points)
+            dudt[ask_slope] = flow.slope(*(a[ask_slope] for a in (z, t, r, y, led())))
     u, features = flow.u(z, t, r, y, repa=True)
-    # 3: the last term of v~ where r = t: u itself; no slope was taken there
-    target[reuse_u] += cfg.kappa * u.detach()[reuse_u]
-    square = (u - target).square().flatten(1).sum(1)
+    own = torch.where(apart, own, u.detach())
+    square = (u - (led() - gap * dudt)).square().flatten(1).sum(1)
     loss = (square / (square.detach() + WEIGHT_C) ** cfg.power).mean()
     return loss, square.detach(), features
 
@@ -219,8 +213,9 @@ def teacher_velocity(cfg, teacher, z, t, y, guided):
     """v_T(z, t, y) of a frozen net, in --post teacher for eps - x: u's target is v_T - (t - r) du/dt.
 
     It is the tangent too, and has no noise of a single image. A Mean Flow net's u(z, t, t) is guided already,
-    flow matching by omega / (1 - kappa) where `guided` (B,) says so, a mask on the CPU.
+    flow matching by omega / (1 - kappa) where `guided` (B,) says so. t and guided come from the CPU.
     """
+    t = t.to(z.device, non_blocking=True)
     with torch.autocast(DEVICE.type, HALF.get(cfg.precision), enabled=cfg.precision in HALF):
         v = teacher(z, t, t, y)
         if teacher.r_embedder is None and guided.any():
@@ -326,7 +321,7 @@ def train(cfg):
         return
     net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
     flow = flow_of(cfg, net, torch.tensor(run.null, device=DEVICE))
-    errors = torch.zeros(2, 5, device=DEVICE)         # square errors and their number, by t - r: 0, quarters
+    errors = torch.zeros(2, 5, device=DEVICE)         # squared errors and their number, by t - r: 0, quarters
     share, micro = B // WORLD, cfg.batch_gpu or B // WORLD    # rows of a process, of a forward pass
     mine = slice(RANK * share, (RANK + 1) * share)
     per_solve = math.prod(solve_size(cfg))            # pairs, as 256 x 28: whole batches (check)
@@ -344,21 +339,18 @@ def train(cfg):
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         raw, y, t, r = next(batches)
         guided = is_guided(cfg, step, t, y, run.null)
-        noise, eps = randn((B, *run.shape), g)[mine], randn((B, *run.shape), g)[mine]
-        x, y = to_input(raw, noise), y.to(DEVICE, non_blocking=True)
-        level = t.to(DEVICE, non_blocking=True).view(-1, 1, 1, 1)
-        return (1 - level) * x + level * eps, t, r, y, eps - x, level.view(-1), guided
+        latent_noise, eps = randn((B, *run.shape), g)[mine], randn((B, *run.shape), g)[mine]
+        x, y = to_input(raw, latent_noise), y.to(DEVICE, non_blocking=True)
+        wide = t.to(DEVICE, non_blocking=True).view(-1, 1, 1, 1)
+        return (1 - wide) * x + wide * eps, t, r, y, eps - x, guided
 
-    def loss_of(z, t, r, y, target, *more):           # and the square errors (rows,)
+    def loss_of(z, t, r, y, v, guided=None):          # v: of a pair or an image; and squared errors (rows,)
         if cfg.stage == "mid":
-            return loss_cmt_mf(flow.u, z, t, r, y, target)                                    # Eq. 8
-        level, guided = more                          # t on the device; which samples guidance changes
-        if cfg.stage == "pretrain":
-            return loss_mf(flow, z, target, t, r, y, guided, cfg)[:2]
-        if cfg.post == "teacher":                     # guided already; "vanilla": other numbers alone
-            target = teacher_velocity(cfg, run.teacher, z, level, y, guided)
+            return loss_cmt_mf(flow.u, z, t, r, y, v)                                         # Eq. 8
+        if cfg.stage == "post" and cfg.post == "teacher":     # guided already; "vanilla": other numbers alone
+            v = teacher_velocity(cfg, run.teacher, z, t, y, guided)
             guided = torch.zeros_like(guided)
-        return loss_mf(flow, z, target, t, r, y, guided, cfg)[:2]
+        return loss_mf(flow, z, v, t, r, y, guided, cfg)[:2]
 
     for step in range(start, cfg.steps):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)

@@ -117,8 +117,8 @@ PRESETS = {  # (data, stage, its --mid or --post): the lower row wins, --help sh
     ("digits", "mid", "*"): dict(steps=800, lr=1e-3),
     ("digits", "post", "*"): dict(steps=700, lr=5e-4),
 }
-ABOUT = {"pretrain": "stage 1 of 4, pre-training: square errors fall; so does the loss, less REPA's reward",
-         "mid": "stage 2 of 4, mid-training (Eq. 8): square errors fall, and so their mean, the loss",
+ABOUT = {"pretrain": "stage 1 of 4, pre-training: squared errors fall; so does the loss, less REPA's reward",
+         "mid": "stage 2 of 4, mid-training (Eq. 8): squared errors fall, and so their mean, the loss",
          "post": "stage 3 of 4, post-training: the loss hardly falls; judge by scores",
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = ["pretrain", "mid", "post", "eval"]          # what --stage all runs, in this order
@@ -188,42 +188,34 @@ def loss_sit(flow, z, v, t, text):
 def loss_mf(flow, z, v, t, r, y, guided, cfg):
     """Mean Flow: w |u - sg(v~ - (t - r) du/dt)|^2, w = sg(|.|^2 + c)^-p, mean over samples.
 
-    z (B, C, H, W) = (1 - t) x + t eps; v = eps - x; y (B, ...): conditions. In full, as in tests/test_mf.py:
-        v~ = where(guided, omega v + kappa u(z, t, t, y) + (1 - omega - kappa) u(z, t, t, null), v)
-        u, du/dt = jvp of u at (z, t, r) along (v~, 1, 0)
-    Here every term is asked for only where it counts: where r = t there is no du/dt, and u(z, t, t, y) is u.
-    t, r and guided (B,) stay on the CPU, where it costs no wait to know which samples are meant. Returns the
-    loss, |.|^2 (B,), and REPA's features (None without a projector).
+    z (B, C, H, W) = (1 - t) x + t eps; v = eps - x; y (B, ...): conditions; v~: led() below; u, du/dt: at
+    (z, t, r), along (v~, 1, 0). The net is asked only where an answer counts: where r = t there is no du/dt,
+    and u(z, t, t, y) is u. t, r, guided (B,) come from the CPU, where it costs no wait to know which samples
+    are meant. Returns the loss, |.|^2 (B,), and REPA's features (None without a projector).
     """
-    def places(mask):
-        return mask.nonzero()[:, 0].to(z.device, non_blocking=True)
+    apart, null_weight, nowhere = r < t, 1 - cfg.omega - cfg.kappa, torch.zeros_like(guided)
+    ask_null = guided if abs(null_weight) > 1e-9 else nowhere              # who needs u(z, t, t, null),
+    ask_own = guided & apart if cfg.kappa else nowhere                     # who u(z, t, t, y); du/dt: apart
+    ask_null, ask_own, ask_slope = (mask.nonzero()[:, 0].to(z.device, non_blocking=True)
+                                    for mask in (ask_null, ask_own, apart))
+    t, r, apart, guided = (a.to(z.device, non_blocking=True) for a in (t, r, apart, guided))
+    gap, apart, guided = (a.view(-1, 1, 1, 1) for a in (t - r, apart, guided))
+    null, own, dudt = (torch.zeros_like(z) for _ in range(3))
 
-    apart, nowhere = r < t, torch.zeros_like(guided)                              # apart: these need du/dt
-    null_weight = 1 - cfg.omega - cfg.kappa
-    # target = v~ - (t - r) du/dt is made in place, in three steps; each list: the samples that need a term
-    ask_null = places(guided if abs(null_weight) > 1e-9 else nowhere)             # u(z, t, t, null) is needed
-    ask_own = places(guided & apart if cfg.kappa else nowhere)                    # u(z, t, t, y) is needed
-    reuse_u = places(guided & ~apart if cfg.kappa else nowhere)                   # it is u(z, t, r, y)
-    ask_slope = places(apart)
-    v_weight = 1 + (cfg.omega - 1) * guided.to(v.dtype)                           # omega where guided, else 1
-    t, r, v_weight = (a.to(z.device, non_blocking=True) for a in (t, r, v_weight))
-    target = v_weight.view(-1, 1, 1, 1) * v
+    def led():                                        # v~
+        return torch.where(guided, cfg.omega * v + null_weight * null + cfg.kappa * own, v)
+
     with torch.no_grad():
-        # 1: v~, where r < t the tangent of step 2
-        if len(ask_null) + len(ask_own):
+        if len(ask_null) + len(ask_own):              # in one call
             both = torch.cat([ask_null, ask_own])
             conditions = torch.cat([flow.null.expand_as(y[ask_null]), y[ask_own]])
-            answers = flow.u(z[both], t[both], t[both], conditions)
-            target[ask_null] += null_weight * answers[:len(ask_null)]
-            target[ask_own] += cfg.kappa * answers[len(ask_null):]
-        # 2: - (t - r) du/dt
+            answers = flow.u(z[both], t[both], t[both], conditions).to(z.dtype)
+            null[ask_null], own[ask_own] = answers.split([len(ask_null), len(ask_own)])
         if len(ask_slope):
-            points = (a[ask_slope] for a in (z, t, r, y, target))
-            target[ask_slope] -= (t - r)[ask_slope].view(-1, 1, 1, 1) * flow.slope(*points)
+            dudt[ask_slope] = flow.slope(*(a[ask_slope] for a in (z, t, r, y, led())))
     u, features = flow.u(z, t, r, y, repa=True)
-    # 3: the last term of v~ where r = t: u itself; no slope was taken there
-    target[reuse_u] += cfg.kappa * u.detach()[reuse_u]
-    square = (u - target).square().flatten(1).sum(1)
+    own = torch.where(apart, own, u.detach())
+    square = (u - (led() - gap * dudt)).square().flatten(1).sum(1)
     loss = (square / (square.detach() + WEIGHT_C) ** cfg.power).mean()
     return loss, square.detach(), features
 
@@ -313,7 +305,7 @@ def train(cfg):
     net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
     images, shape = run.images, run.images.shape
     flow = flow_of(cfg, lambda z, t, r, text, repa: net(z, t, text, r, repa), run.null)    # r behind text
-    errors = torch.zeros(2, 6, device=DEVICE)         # square errors and their number, by t - r; REPA's
+    errors = torch.zeros(2, 6, device=DEVICE)         # squared errors and their number, by t - r; REPA's
     share, micro = B // WORLD, cfg.batch_gpu or B // WORLD    # rows of a process, of a forward pass
     mine = slice(RANK * share, (RANK + 1) * share)
     per_solve = math.prod(solve_size(cfg))            # pairs, as 256 x 28: whole batches (check)
@@ -337,19 +329,19 @@ def train(cfg):
             return z, t, r, texts[owner], target
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         raw, tokens, words, drop, t, r, guided = next(batches)
-        noise, eps = randn((B, *shape), g)[mine], randn((B, *shape), g)[mine]
-        x, text = to_input(raw, noise), features_of(words, drop)
-        level, tokens = (a.to(DEVICE, non_blocking=True) for a in (t.view(-1, 1, 1, 1), tokens))
-        return (1 - level) * x + level * eps, t, r, text, eps - x, level.flatten(), guided, tokens
+        latent_noise, eps = randn((B, *shape), g)[mine], randn((B, *shape), g)[mine]
+        x, text = to_input(raw, latent_noise), features_of(words, drop)
+        wide, tokens = (a.to(DEVICE, non_blocking=True) for a in (t.view(-1, 1, 1, 1), tokens))
+        return (1 - wide) * x + wide * eps, t, r, text, eps - x, guided, tokens
 
-    def loss_of(z, t, r, text, target, *more):        # and the square errors (rows,)
+    def loss_of(z, t, r, text, v, *more):             # v: of a pair or an image; and squared errors (rows,)
         if cfg.stage == "mid":
-            return loss_cmt_mf(flow.u, z, t, r, text, target)                                 # Eq. 8
-        level, guided, tokens = more                  # t on the device; which samples guidance changes
+            return loss_cmt_mf(flow.u, z, t, r, text, v)                                      # Eq. 8
+        guided, tokens = more                         # which samples guidance changes; DINOv2's of the images
         if cfg.stage == "pretrain":
-            loss, square, features = loss_sit(flow, z, target, level, text)
+            loss, square, features = loss_sit(flow, z, v, t.to(DEVICE, non_blocking=True), text)
         else:                                         # "plain", "vanilla", "xl": other numbers alone
-            loss, square, features = loss_mf(flow, z, target, t, r, text, guided, cfg)
+            loss, square, features = loss_mf(flow, z, v, t, r, text, guided, cfg)
         if features is not None:          # trap: REPA acts on the forward pass, never inside du/dt
             repa = loss_repa(features, tokens)
             loss = loss + cfg.repa * repa
@@ -1031,6 +1023,12 @@ def given_prompts(cfg):
     return captions or fail(2, f"--prompts {given}: holds no caption; write one a line, or 'a cat|a dog'")
 
 
+def slug(text):
+    """A caption as part of a file's name; with a checksum where another caption would have the same one."""
+    words = re.sub(r"\W+", "-", text.lower()).strip("-")[:40]
+    return words if words.replace("-", " ") == text else f"{words}-{zlib.crc32(text.encode()):08x}"
+
+
 def sample_captions(cfg):
     """A PNG per caption and seed in <out>/samples/<net>_<steps>, and a sheet with the captions."""
     seeds, batch, encoder = fid.seed_range(cfg.seeds), cfg.batch_gpu or 64, text_encoder(cfg)
@@ -1045,7 +1043,7 @@ def sample_captions(cfg):
             for prompt in prompts:
                 text = encoder(encoder.ids([prompt]))
                 sampler = make_sampler(cfg, net, steps, lambda part: text.expand(len(part), -1, -1), null)
-                fid.save_images(sampler, seeds, f"{folder}/{fid.slug(prompt)}_", batch)
+                fid.save_images(sampler, seeds, f"{folder}/{slug(prompt)}_", batch)
                 if RANK == 0 and len(shown) < 64:
                     shown.append((prompt, fid.draw_seeds(sampler, seeds[:8], batch)))
             sheet = f"{cfg.out}/samples_{name}_{steps}step_prompts.png"

@@ -757,12 +757,6 @@ def test_stages_have_the_scores_once_the_table_has_them(tmp_path, monkeypatch):
     assert heights[0] < heights[1]
 
 
-def test_a_slug_names_one_caption():
-    assert fid.slug("the digit seven") == "the-digit-seven"
-    slugs = {fid.slug(c) for c in ("A cat!", "a cat", "a  cat", "a cat.", "\u4e2d\u6587", "a/../b", "x" * 300, "x" * 301)}
-    assert len(slugs) == 8 and all("/" not in s and "." not in s and len(s) < 60 for s in slugs)
-
-
 def test_charts_leave_out_what_is_not_above_zero(tmp_path):
     path = str(tmp_path / "chart.png")
     for points in ([(1, 0.5), (2, 0.25)], [(0, 1.0)], [(5, 3e-7), (6, float("nan")), (7, -1.0), (9e7, 4e5)], []):
@@ -805,7 +799,7 @@ def test_of_a_long_trajectory_nine_states_are_drawn_where_most_changes(tmp_path,
 
 
 def test_the_heading_of_scored_images_has_every_net_in_one_step(tmp_path, monkeypatch):
-    """No verdict: whether mid-training gains, a run without it tells. Nets are named as in the rows, scores as in the table."""
+    """Whether mid-training gains, a run without it tells; whether post-training hurts, the table. Nets and scores as in rows and table."""
     said = []
     monkeypatch.setattr(fid, "MADE_BY", "")
     monkeypatch.setattr(fid, "save_sheet", lambda path, rows, caption, *more: said.append(caption))
@@ -813,10 +807,12 @@ def test_the_heading_of_scored_images_has_every_net_in_one_step(tmp_path, monkey
     rows = [{"stage": "teacher, balanced labels", "1-step FID": "99.0", "8-step FID": "2.0"}, {"stage": "mid", "1-step FID": "5.0", "2-step FID": "-"},
             {"stage": "post", "1-step FID": "6.0 +- 1.0, min 5.0", "2-step FID": "3.0"}]
     fid.save_stages(str(tmp_path), shown, (), " Seed 0.", rows, 500)
-    assert said[0] == ("FID in one step, lower is better: teacher 99.0, mid-training alone 5.0, after post-training 6.0 +- 1.0, min 5.0\nA column: one noise, drawn by all nets. "
+    assert said[0] == ("FID in one step, lower is better: teacher 99.0 (8 steps: 2.0), mid-training alone 5.0, after post-training 6.0 +- 1.0, min 5.0; "
+                       "post-training hurts here\nA column: one noise, drawn by all nets. "
                        "Score: Frechet distance of 500 images to the data; of few it is off, mostly high.\nSeed 0.")
     fid.save_stages(str(tmp_path), shown, (), "", [{"stage": "teacher", "8-step FID": "2.0"}])
     fid.save_stages(str(tmp_path), shown, (), "A heading\nand more", rows)
+    assert "hurts" not in fid.headline([{"stage": "mid", "1-step FID": "5.0"}, {"stage": "post", "1-step FID": "5.4"}])
     assert said[1].startswith("The same noises, drawn by every net\nA column") and said[2].startswith("A heading\nA column") and said[2].endswith("\nand more")
 
 

@@ -29,9 +29,9 @@ OWN = {"Config", "load_data", "data_name", "check", "teacher_pairs", "make_sampl
 # norms in one pass; fid: other people's pictures and labels, the engine of the encode stages, sheets and charts with words, and what all runs share and
 # stood in four scripts (flags over presets, log, lock, refusals, dry run, comparisons of data, knobs and teachers); bench: a GPU without data, plan, a
 # step at full size; claims: Mean Flow's roads, photos; scripts: what is refused before anything is trained, latents and encoders.
-BUDGET = {"train_cmt_cifar.py": 698, "train_cmt_imagenet.py": 944, "train_mf_imagenet256.py": 903,
-          "train_t2i_coco.py": 1119, "nets.py": 1857, "fid.py": 2511, "solvers.py": 198, "bench.py": 968,
-          "claims.py": 640, "README.md": 156}
+BUDGET = {"train_cmt_cifar.py": 698, "train_cmt_imagenet.py": 944, "train_mf_imagenet256.py": 895,
+          "train_t2i_coco.py": 1117, "nets.py": 1857, "fid.py": 2510, "solvers.py": 198, "bench.py": 968,
+          "claims.py": 639, "README.md": 158}
 FLAGS = {"train_cmt_cifar.py": 35, "train_cmt_imagenet.py": 42, "train_mf_imagenet256.py": 42, "train_t2i_coco.py": 43}
 README = (ROOT / "README.md").read_text()
 DOCS = {p.name: p.read_text() for p in sorted((ROOT / "docs").glob("*.md"))}
@@ -286,7 +286,7 @@ def test_scores_of_readme_are_those_of_docs_and_means_are_means():
 
 
 STATED = {  # what README and docs say of defaults; digits: cifar imagenet flow coco, the paper's: big_*, ffhq, afhqv2
-    "README.md": ["each of its {cifar.mid.nfe} states", "noise of level {cifar.eval.mid_sigma} "],
+    "README.md": ["each of its {cifar.mid.nfe} states", "noise of level {cifar.eval.second_sigma} "],
     "usage.md": ["lengths ({own.pretrain.steps:,}, {own.mid.steps:,} and {own.post.steps:,} steps)"],
     "results.md": ["{big_cifar.mid.millions:.1f} + {big_cifar.post.millions:.1f} Mimg",
                    "{ffhq.mid.millions:.1f} + {ffhq.post.millions:.1f} Mimg", "{afhqv2.mid.millions:.1f} + {afhqv2.post.millions:.1f} Mimg",
@@ -307,7 +307,7 @@ STATED = {  # what README and docs say of defaults; digits: cifar imagenet flow 
     "choices.md": ["begins with {cifar.post.warmup} steps of warm-up", "post-training are not stated; {big_flow.post.steps:,} is",
                    "give {big_coco.mid.steps:,} and {big_coco.post.steps:,}", "per solve: {big_cifar.mid.trajectories}, and",
                    "per solve: {big_flow.mid.trajectories}, for", "per solve {big_coco.mid.trajectories}, whose"],
-    "walkthrough.md": ["in {cifar.mid.nfe} calls", "`--trajectories {cifar.mid.trajectories}`", "noise of level {cifar.eval.mid_sigma} "],
+    "walkthrough.md": ["in {cifar.mid.nfe} calls", "`--trajectories {cifar.mid.trajectories}`", "noise of level {cifar.eval.second_sigma} "],
 }
 
 

@@ -736,3 +736,9 @@ BAD = [
 def test_bad_input_is_one_line_with_its_exit_code(line, expected, text, capsys):
     exit_code, err = code(["--data", "digits", *line.split()], capsys, main=script.main)
     assert exit_code == expected and text in err and len(err.strip().splitlines()) == 1, err
+
+
+def test_a_slug_names_one_caption():
+    assert script.slug("the digit seven") == "the-digit-seven"
+    slugs = {script.slug(c) for c in ("A cat!", "a cat", "a  cat", "a cat.", "\u4e2d\u6587", "a/../b", "x" * 300, "x" * 301)}
+    assert len(slugs) == 8 and all("/" not in s and "." not in s and len(s) < 60 for s in slugs)

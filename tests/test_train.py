@@ -96,10 +96,10 @@ def test_knobs_of_stages_that_a_command_does_not_train_are_compared_with_what_ma
 def test_samples_of_other_knobs_lie_in_a_folder_of_their_own(tmp_path):
     cfg = script.parse(["--data", "digits", "--stage", "sample", "--out", "x"])
     assert script.fid.samples_folder(cfg, "mid", 2) == "x/samples/mid_2"
-    assert script.fid.samples_folder(replace(cfg, mid_sigma=0.3), "mid", 1) == "x/samples/mid_1"             # one step has no second level
-    other = replace(cfg, mid_sigma=0.3, sigma_shift=0.003)
-    assert len({script.fid.samples_folder(c, "mid", 2) for c in (cfg, other, replace(other, mid_sigma=0.03))}) == 3
-    assert script.fid.samples_folder(replace(cfg, mid_sigma=0.3), "mid", 2) == "x/samples/mid_2_mid_sigma_0.3"
+    assert script.fid.samples_folder(replace(cfg, second_sigma=0.3), "mid", 1) == "x/samples/mid_1"             # one step has no second level
+    other = replace(cfg, second_sigma=0.3, sigma_shift=0.003)
+    assert len({script.fid.samples_folder(c, "mid", 2) for c in (cfg, other, replace(other, second_sigma=0.03))}) == 3
+    assert script.fid.samples_folder(replace(cfg, second_sigma=0.3), "mid", 2) == "x/samples/mid_2_second_sigma_0.3"
 
 
 def test_the_time_of_mid_training_counts_the_calls_of_its_teacher():

@@ -214,7 +214,7 @@ def loss_mf(flow, z, v, t, r, y, guided, cfg):
         if len(ask_slope):
             dudt[ask_slope] = flow.slope(*(a[ask_slope] for a in (z, t, r, y, led())))
     u, features = flow.u(z, t, r, y, repa=True)
-    own = torch.where(apart, own, u.detach())
+    own = torch.where(apart, own, u.detach())         # u(z, t, t, y), where r = t
     square = (u - (led() - gap * dudt)).square().flatten(1).sum(1)
     loss = (square / (square.detach() + WEIGHT_C) ** cfg.power).mean()
     return loss, square.detach(), features

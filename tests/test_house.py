@@ -31,7 +31,7 @@ OWN = {"Config", "load_data", "data_name", "check", "teacher_pairs", "make_sampl
 # step at full size; claims: Mean Flow's roads, photos; scripts: what is refused before anything is trained, latents and encoders.
 BUDGET = {"train_cmt_cifar.py": 698, "train_cmt_imagenet.py": 944, "train_mf_imagenet256.py": 895,
           "train_t2i_coco.py": 1117, "nets.py": 1857, "fid.py": 2510, "solvers.py": 198, "bench.py": 968,
-          "claims.py": 639, "README.md": 158}
+          "claims.py": 639, "README.md": 161}
 FLAGS = {"train_cmt_cifar.py": 35, "train_cmt_imagenet.py": 42, "train_mf_imagenet256.py": 42, "train_t2i_coco.py": 43}
 README = (ROOT / "README.md").read_text()
 DOCS = {p.name: p.read_text() for p in sorted((ROOT / "docs").glob("*.md"))}
@@ -366,6 +366,8 @@ def test_hours_of_readme_are_those_of_plan():
 
 def test_readme_prints_commands_and_docs_the_choices_of_the_code():
     assert len([c for c in ALL if c in README]) >= 12
+    method = [(ROOT / "solvers.py").read_text(), (ROOT / "train_cmt_cifar.py").read_text().partition("\n# ---- sample")[0]]
+    assert f"the first script {round(sum(len(text.splitlines()) for text in method), -1)} lines" in README
     for path in [*SCRIPTS, ROOT / "solvers.py", ROOT / "nets.py"]:
         for line in re.findall(r"# choice: (.{20})", path.read_text()):
             assert line.split(",")[0].split(";")[0][:14].strip().lower() in DOCS["choices.md"].lower(), f"{path.name}: not in docs/choices.md: {line}"

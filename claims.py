@@ -446,10 +446,9 @@ def photos(args, device):
 FM = "--pretrain fm --weak SIZE --init sit"           # SIZE: --size, of student and flow-matching teacher
 CAPTION = ("Does mid-training help Mean Flow on photos ({})? In one step it {}; in two it {}\n"
            "FD-photos (Frechet distance to {} at 16x16, by features of a small net; {} against the other) "
-           "against CPU seconds (a busy machine adds some), teacher or start net included. Mid-training "
-           "is by a small teacher. Post-training, Mean Flow's own training, is on photos; alone it "
-           "starts from random weights or a flow-matching net. Compare the last dots. docs/results.md: three "
-           "seeds.")
+           "against CPU seconds (a busy machine adds some), teacher included. Mid-training is by a small "
+           "teacher. From scratch: post-training, Mean Flow's own training on photos, from random weights. "
+           "Compare the last dots. docs/results.md: three seeds.")
 ROADS = {  # road: the road whose teacher it goes on from, its calls, laid over the settings of digits
     "flow matching": ("", ["--stage pretrain --pretrain fm --weak SIZE --steps 320"]),
     "weak Mean Flow": ("", ["--stage pretrain --weak 2x64x3 --steps 800"]),

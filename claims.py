@@ -448,7 +448,7 @@ CAPTION = ("Does mid-training help Mean Flow on photos ({})? In one step it {}; 
            "FD-photos (Frechet distance to {} at 16x16, by features of a small net; {} against the other) "
            "against CPU seconds (a busy machine adds some), teacher included. Mid-training is by a small "
            "teacher. From scratch: post-training, Mean Flow's own training on photos, from random weights. "
-           "Compare the last dots. docs/results.md: three seeds.")
+           "Compare the last dots. docs/results.md has three seeds{}.")
 ROADS = {  # road: the road whose teacher it goes on from, its calls, laid over the settings of digits
     "flow matching": ("", ["--stage pretrain --pretrain fm --weak SIZE --steps 320"]),
     "weak Mean Flow": ("", ["--stage pretrain --weak 2x64x3 --steps 800"]),
@@ -512,7 +512,8 @@ def roads(args, device):
              for ours in (False, True)] for end in ends]
     said = [f"{verdict(*pair)}: " * (sum(pair) > 0)                             # not of nan
             + f"{pair[1]:.2f} with it, {pair[0]:.2f} the best without" for pair in best]
-    words = CAPTION.format(seeds, *said, os.path.basename(args.data), features.scale)
+    more = ": it hurts in both" * ("cifar10" in args.data)
+    words = CAPTION.format(seeds, *said, os.path.basename(args.data), features.scale, more)
     marks = {statistics.mean(end.values()): f"{name}: mid-training ends" for name, end in mid.items()}
     fid.save_chart(f"{args.out}/roads.png", panels, words, "CPU seconds", marks)
 

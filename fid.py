@@ -454,7 +454,8 @@ def protocol(a, b):
     if a.features and b.features and a.features != b.features:
         raise DataError(f"features differ: {a.file} has {a.features}; {b.file} has {b.features}")
     sides = [f"{r.n or '?'} images {r.file or 'of this run'}" + f" (sha256 {r.sha256})" * bool(r.sha256)
-             + f", too few for {len(r.mu)} features (a distance comes out high)," * (0 < r.n < 16 * len(r.mu))
+             + f" (too few for {len(r.mu)} features, under {16 * len(r.mu)}: it comes out high)"
+             * (0 < r.n < 16 * len(r.mu))
              for r in (a, b)]
     return f"{a.features or b.features or 'features not stated'}, covariance N-1, {' against '.join(sides)}"
 
@@ -1175,13 +1176,19 @@ def boxed(text, wide, font):
     """(text in lines of so many pixels or fewer, its width, its height): nothing is cut."""
     # no break before a number, a sign or %, behind a sign, and in "mid- and post-training"
     text = re.sub(r" (?=[-%\d]|\+-)|(?<=[ +]-) |(?<=->) |(?<=mid-) |(?<=mid- and) ", "\0", plain(text))
-    lines = []
+    lines, letters = [], max(1, int(wide / font.getlength("W")))
     for part in text.split("\n"):
-        fit = int(1.1 * wide * len(part) / (font.getlength(part) or 1)) + 9
-        for letters in range(min(len(part) + 1, fit), 0, -1):
-            some = textwrap.wrap(part.strip(), letters, break_on_hyphens=False) or [""]
-            alone = len(some) > 1 and 4 * len(some[-1]) < letters             # a word on the last line
-            if max(map(font.getlength, some)) <= wide and not alone:
+        if max(map(font.getlength, part.split(" "))) > wide:                # then breaks are anywhere
+            words = re.split("[ \0]", part)
+            words = (textwrap.wrap(w, letters) if font.getlength(w) > wide else [w] for w in words)
+            part = " ".join(itertools.chain(*words))
+        for limit in range(round(wide), 0, -10):         # narrower while a word is alone on the last line
+            some = [""]
+            for word in part.split(" "):
+                longer = f"{some[-1]} {word}".strip()
+                fits = not some[-1] or font.getlength(longer.replace("\0", " ")) <= limit
+                some[-1:] = [longer] if fits else [some[-1], word]
+            if len(some) == 1 or 4 * font.getlength(some[-1]) > limit:
                 break
         lines += some
     text = "\n".join(lines).replace("\0", " ")
@@ -1281,7 +1288,7 @@ def headline(table):
         more = f" ({scored[-1][0]} steps: {scored[-1][1]})" if name == "teacher" and scored else ""
         texts.append(f"{called(name)} {row[one]}{more}")
     mid, post = (nets.get(name, {one: "-"})[one].split()[0] for name in ("mid", "post"))
-    worse = "; post-training hurts here" * ("-" not in (mid, post) and float(post) > 1.1 * float(mid))
+    worse = "; post-training hurts in this run" * ("-" not in (mid, post) and float(post) > 1.1 * float(mid))
     return f"{distance} in one step, lower is better: {', '.join(texts)}{worse}" * bool(nets)
 
 
@@ -1310,6 +1317,8 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
     caption += (f" Score: Frechet distance of {samples:,} images to the data"
                 f"{'; of few it is off, mostly high' * (samples < 1_000)}.") * bool(table)
     caption += f" {HALVES}" * real
+    caption += (" Whether mid-training helps, only a run without it tells (README)."
+                * any(row["stage"].startswith("mid,") or row["stage"] == "mid" for row in table))
     caption += (" Shows its digit: a classifier reads it as the caption's digit."
                 * any("shows its digit" in key for row in table for key in row)) + f"\n{words.strip()}"
     path = f"{out}/stages" + f"_{shown[0][0]}" * shown[0][0].startswith("init_") + ".png"    # --init FILE
@@ -1784,6 +1793,8 @@ def refuse(flags, where, message):
         more = f"it is a flag of {others}; " * bool(others)
     if re.search("arguments: (True|False)$", message):
         more = "a switch is --NAME or --no-NAME; "
+    if "expected one argument" in message:
+        more = "a value below 0 is written --NAME=-1; "
     fail(2, f"{message.replace('invalid int value', 'not a whole number')}; {more}{where}")
 
 
@@ -2224,7 +2235,8 @@ def overview(road, device, cfg):
     if ROAD and device.type == "cpu":
         small = cfg.data == "digits" or getattr(cfg, "res", 0) == 16
         scores = "half a minute of scores" if cfg.data == "digits" else "scores"
-        text += (f"; {duration(least)} to {duration(4 * least)} of a core in fp32, and {scores}" if small else
+        scores = f", and {scores}" * (cfg.stage in ("all", "eval"))
+        text += (f"; {duration(least)} to {duration(4 * least)} of a core in fp32{scores}" if small else
                  "\nwarning: there is no GPU; a CPU trains --data digits in minutes, and in hours, with "
                  "OMP_NUM_THREADS=1, nets as small as those of --res 16")
     for c in [c for left, c in road if left]:

@@ -131,13 +131,8 @@ RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch(
 def loss_dm(net, x, sigma, eps, sigma_data=0.5):
     """EDM Eq. 8: denoising, mean over pixels. sigma: (B,)."""
     D_x = net(x + sigma.view(-1, 1, 1, 1) * eps, sigma)
-    weight = edm_weight(sigma, sigma_data)
+    weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2          # 1 / c_out^2
     return (weight.view(-1, 1, 1, 1) * (D_x - x) ** 2).mean()
-
-
-def edm_weight(sigma, sigma_data=0.5):
-    """(sigma^2 + sd^2) / (sigma sd)^2 = 1 / c_out^2, (B,): EDM's weight, and ECT's on ImageNet."""
-    return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
 
 
 teacher_solver = solvers.dpmpp                        # of every trajectory and sample of the teacher
@@ -325,6 +320,8 @@ def set_up(cfg):
         images = load_data(cfg)
         stamp, seen = fid.stamp(images), cfg.steps * cfg.batch / len(images)
         fid.announce(f"{cfg.data}: {stamp}, each seen {seen:,.3g} times, unconditional")
+        if len(images) < 1_000:
+            fid.say(f"warning: {len(images)} images will be learned by heart (docs/faq.md); add some")
         images = images.to(DEVICE)
     if cfg.stage == "mid" or cfg.stage == "post" and cfg.post not in ALONE:
         asked = teacher_state(cfg)                    # (weights, kwargs of its net)
@@ -503,7 +500,8 @@ def on_signal(number, frame):
 
 
 LIMITS = {  # (rule, least, below): fields; for fid.check_values
-    ("above 0, below 1e12", 1e-300, 1e12): "batch steps repeat log_every save_every lr P_std",
+    ("above 0, below 1e12", 1e-300, 1e12): "batch steps repeat log_every save_every P_std",
+    ("above 0, at most 1", 1e-300, 1 + 1e-9): "lr",
     ("above 0, below 80", 1e-300, 80): "second_sigma",
     ("in 2 to 1,000", 2, 1001): "nfe",
     ("in -10 to 10", -10, 10.001): "P_mean",

@@ -394,6 +394,8 @@ def set_up(cfg):
         return log(f"{cfg.stage}: finished, nothing to do")
     images = load_data(cfg) if needs_data(cfg) else None
     stamp = images.stamp if images else "none"
+    if images and len(images.labels) < 1_000:
+        fid.say(f"warning: {len(images.labels)} images will be learned by heart (docs/faq.md); add some")
     asked = asked_nets(cfg)
     stamp += "".join(f", {name} {nets.stamp(state)}" for name, (state, _) in asked.items())
     fid.same_data(ckpt, f"{cfg.out}/{cfg.stage}.pt", stamp)
@@ -711,7 +713,8 @@ def on_signal(number, frame):
 
 
 LIMITS = {  # (rule, least, below): fields; for fid.check_values
-    ("above 0, below 1e12", 1e-300, 1e12): "batch steps repeat log_every save_every lr P_std res",
+    ("above 0, below 1e12", 1e-300, 1e12): "batch steps repeat log_every save_every P_std res",
+    ("above 0, at most 1", 1e-300, 1 + 1e-9): "lr",
     ("above 0, below 80", 1e-300, 80): "second_sigma",
     ("in 2 to 1,000", 2, 1001): "nfe",
     ("in -10 to 10", -10, 10.001): "P_mean",

@@ -176,7 +176,7 @@ def flow_of(cfg, net, null):
 def loss_mf(flow, z, v, t, r, y, guided, cfg):
     """Mean Flow: w |u - sg(v~ - (t - r) du/dt)|^2, w = sg(|.|^2 + c)^-p, mean over samples.
 
-    z (B, C, H, W) = (1 - t) x + t eps; v = eps - x; y (B, ...): conditions; v~: led() below; u, du/dt: at
+    z (B, C, H, W) = (1 - t) x + t eps; v = eps - x; y (B, ...): conditions; v~: led below; u, du/dt: at
     (z, t, r), along (v~, 1, 0). The net is asked only where an answer counts: where r = t there is no du/dt,
     and u(z, t, t, y) is u. t, r, guided (B,) come from the CPU, where it costs no wait to know which samples
     are meant. Returns the loss, |.|^2 (B,), and REPA's features (None without a projector).
@@ -190,7 +190,7 @@ def loss_mf(flow, z, v, t, r, y, guided, cfg):
     gap, apart, guided = (a.view(-1, 1, 1, 1) for a in (t - r, apart, guided))
     null, own, dudt = (torch.zeros_like(z) for _ in range(3))
 
-    def led():                                        # v~
+    def led(own):                                     # v~
         return torch.where(guided, cfg.omega * v + null_weight * null + cfg.kappa * own, v)
 
     with torch.no_grad():
@@ -200,10 +200,10 @@ def loss_mf(flow, z, v, t, r, y, guided, cfg):
             answers = flow.u(z[both], t[both], t[both], conditions).to(z.dtype)
             null[ask_null], own[ask_own] = answers.split([len(ask_null), len(ask_own)])
         if len(ask_slope):
-            dudt[ask_slope] = flow.slope(*(a[ask_slope] for a in (z, t, r, y, led())))
+            dudt[ask_slope] = flow.slope(*(a[ask_slope] for a in (z, t, r, y, led(own))))
     u, features = flow.u(z, t, r, y, repa=True)
-    own = torch.where(apart, own, u.detach())         # u(z, t, t, y), where r = t
-    square = (u - (led() - gap * dudt)).square().flatten(1).sum(1)
+    target = led(torch.where(apart, own, u.detach())) - gap * dudt       # where r = t, u(z, t, t, y) is u
+    square = (u - target).square().flatten(1).sum(1)
     loss = (square / (square.detach() + WEIGHT_C) ** cfg.power).mean()
     return loss, square.detach(), features
 
@@ -696,7 +696,8 @@ def on_signal(number, frame):
 
 LIMITS = {  # (rule, least, below): fields; for fid.check_values
     ("above 0, below 1e12", 1e-300, 1e12):
-        "batch steps repeat log_every save_every lr P_std omega trajectories",
+        "batch steps repeat log_every save_every P_std omega trajectories",
+    ("above 0, at most 1", 1e-300, 1 + 1e-9): "lr",
     ("in 1 to 1,000", 1, 1001): "nfe",
     ("in -10 to 10", -10, 10.001): "P_mean",
     ("0 or more", 0, math.inf): "batch_gpu warmup power unguided",

@@ -609,7 +609,7 @@ def test_a_score_says_first_that_features_differ_and_last_that_images_are_few():
     assert drawn == []
     reference = other._replace(features=net.protocol)
     text = fid.protocol(fid.score(sampler, net, reference, 8)[2], reference)
-    assert drawn == [8] and "8 images of this run, too few for 64 features (a distance comes out high)," in text and text.count("too few") == 1
+    assert drawn == [8] and "8 images of this run (too few for 64 features, under 1024: it comes out high) against" in text and text.count("too few") == 1
 
 
 def test_numbers_of_different_features_are_not_compared(run, tmp_path):
@@ -808,8 +808,8 @@ def test_the_heading_of_scored_images_has_every_net_in_one_step(tmp_path, monkey
             {"stage": "post", "1-step FID": "6.0 +- 1.0, min 5.0", "2-step FID": "3.0"}]
     fid.save_stages(str(tmp_path), shown, (), " Seed 0.", rows, 500)
     assert said[0] == ("FID in one step, lower is better: teacher 99.0 (8 steps: 2.0), mid-training alone 5.0, after post-training 6.0 +- 1.0, min 5.0; "
-                       "post-training hurts here\nA column: one noise, drawn by all nets. "
-                       "Score: Frechet distance of 500 images to the data; of few it is off, mostly high.\nSeed 0.")
+                       "post-training hurts in this run\nA column: one noise, drawn by all nets. "
+                       "Score: Frechet distance of 500 images to the data; of few it is off, mostly high. Whether mid-training helps, only a run without it tells (README).\nSeed 0.")
     fid.save_stages(str(tmp_path), shown, (), "", [{"stage": "teacher", "8-step FID": "2.0"}])
     fid.save_stages(str(tmp_path), shown, (), "A heading\nand more", rows)
     assert "hurts" not in fid.headline([{"stage": "mid", "1-step FID": "5.0"}, {"stage": "post", "1-step FID": "5.4"}])

@@ -505,6 +505,8 @@ BAD = [  # (command line, exit code, what the line must say)
     ("--data digits --steps=0", 2, "--steps 0 is not possible"),
     ("--data digits --lr nan", 2, "--lr: nan is not possible"),
     ("--data digits --batch", 2, "--batch: expected one argument"),
+    ("--data digits --lr -1e-3", 2, "a value below 0 is written --NAME=-1"),
+    ("--data digits --lr 30", 2, "--lr 30.0 is not possible; it must be above 0, at most 1"),
     ("--data digits --compile=yes", 2, "--compile"),
     ("--data own.zip --res -16", 2, "--res -16 is not possible"),
     ("--data cifra10", 2, "no file or folder, nor a name, as cifar10"), ("--data mine", 2, "nor a name, as cifar10, ffhq, afhqv2, digits"), ("--nfe 1", 2, "--nfe 1 is not possible; it must be in 2 to"), ("--data gone.zip", 3, "pass --data PATH, cifar10, ffhq, afhqv2 or digits"),
@@ -859,3 +861,12 @@ def test_a_teacher_of_another_script_is_named(capsys):
         exit_code, err = code([*argv, *["--loss", "huber"] * (home in scripts[:2])], capsys, home.main)
         assert exit_code == 3 and f" of {other.__name__}.py" in err and err.count("\n") == 1, (home, other, err)
         assert not os.path.exists("new")
+
+
+@pytest.mark.parametrize("name", ["train_cmt_cifar", "train_cmt_imagenet"])
+def test_few_images_bring_a_warning(name, monkeypatch, capsys, here):
+    """They are learned by heart, and no score tells."""
+    images, labels = fid.digits()
+    monkeypatch.setattr(fid, "digits", lambda: (images[:60], labels[:60]))
+    importlib.import_module(name).main([*TINY, "--stage", "pretrain", "--steps", "1", "--out", "few"])
+    assert f"warning: 60 images will be learned by heart" in capsys.readouterr().err

@@ -43,7 +43,7 @@ def quiet():
 
 def verdict(was, now):
     """What a change of a score means, where lower is better: "helps", "is level" (within 10 %) or "hurts"."""
-    return "is level" if abs(now - was) < 0.1 * was else "helps" if now < was else "hurts"
+    return "is level" if abs(now - was) < fid.LEVEL * was else "helps" if now < was else "hurts"
 
 
 # ---- claims -----------------------------------------------------------------------------------

@@ -1156,6 +1156,7 @@ def read_record(file, when):
 NAMES = dict(teacher="teacher", mid="mid-training alone", post="after post-training")
 SPOKEN = dict(pretrain="pre-training", vgg="VGG", mid="mid-training", post="post-training")
 WIDE = 1_800                                             # pixels of a sheet
+LEVEL = 0.1                                              # scores that differ by a smaller share are level
 INKS = {"alone|scratch": "#c0392b", "flow": "#8e44ad", "mid|CMT": "#1f5fbf", "teacher|pre-": "#2e8b57",
         "post": "#d98a00", "VGG": "#555555"}             # what a name speaks of: its colour in every chart
 
@@ -1287,8 +1288,8 @@ def headline(table):
         scored = [(k.partition("-")[0], v) for k, v in row.items() if k.endswith(distance) and v != "-"]
         more = f" ({scored[-1][0]} steps: {scored[-1][1]})" if name == "teacher" and scored else ""
         texts.append(f"{called(name)} {row[one]}{more}")
-    mid, post = (nets.get(name, {one: "-"})[one].split()[0] for name in ("mid", "post"))
-    worse = "; post-training hurts in this run" * ("-" not in (mid, post) and float(post) > 1.1 * float(mid))
+    mid, post = (float(nets.get(k, {one: "-"})[one].split()[0].replace("-", "nan")) for k in ("mid", "post"))
+    worse = "; post-training hurts in this run" * (post > (1 + LEVEL) * mid)
     return f"{distance} in one step, lower is better: {', '.join(texts)}{worse}" * bool(nets)
 
 
@@ -1318,7 +1319,7 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
                 f"{'; of few it is off, mostly high' * (samples < 1_000)}.") * bool(table)
     caption += f" {HALVES}" * real
     caption += (" Whether mid-training helps, only a run without it tells (README)."
-                * any(row["stage"].startswith("mid,") or row["stage"] == "mid" for row in table))
+                * any(row["stage"].partition(",")[0] == "mid" for row in table))
     caption += (" Shows its digit: a classifier reads it as the caption's digit."
                 * any("shows its digit" in key for row in table for key in row)) + f"\n{words.strip()}"
     path = f"{out}/stages" + f"_{shown[0][0]}" * shown[0][0].startswith("init_") + ".png"    # --init FILE
@@ -2234,8 +2235,7 @@ def overview(road, device, cfg):
     text += ", what is there is drawn and scored (again)" * (not ROAD and cfg.stage in ("all", "eval"))
     if ROAD and device.type == "cpu":
         small = cfg.data == "digits" or getattr(cfg, "res", 0) == 16
-        scores = "half a minute of scores" if cfg.data == "digits" else "scores"
-        scores = f", and {scores}" * (cfg.stage in ("all", "eval"))
+        scores = f", and {'half a minute of ' * (cfg.data == 'digits')}scores" * (cfg.stage == "all")
         text += (f"; {duration(least)} to {duration(4 * least)} of a core in fp32{scores}" if small else
                  "\nwarning: there is no GPU; a CPU trains --data digits in minutes, and in hours, with "
                  "OMP_NUM_THREADS=1, nets as small as those of --res 16")

@@ -281,6 +281,8 @@ def test_scores_of_readme_are_those_of_docs_and_means_are_means():
         said = [row["one step"].strip("*"), row["two"]]
         assert said == [claims.verdict(*pair).removeprefix("is ") for pair in zip(was, now)] or "--loss huber" in row["mid-training compares by"] and said[0] == "level", row
         best.setdefault(row["script"].split(",")[0], [f"{now[0]:.2f}, {was[0]:.2f}: **{said[0]}**", f"{now[1]:.2f}, {was[1]:.2f}: {said[1]}"])
+    roads = next(row for row in verdicts if row["script"].startswith("train_mf_imagenet256.py, [photos]"))
+    assert [roads["one step"], roads["two"]] == ["**hurts**", "hurts"] and sum("helps" in text for text, _ in best.values()) == 1    # what claims' pictures say
     readme = next(rows for rows in tables(README) if "two steps" in rows[0])
     assert {row["script"]: [row["one step: with, without"], row["two steps"]] for row in readme} == best and len(best) == 4 and len(verdicts) == 10
 
@@ -366,6 +368,9 @@ def test_hours_of_readme_are_those_of_plan():
 
 def test_readme_prints_commands_and_docs_the_choices_of_the_code():
     assert len([c for c in ALL if c in README]) >= 12
+    for name, text in {"README.md": README, **DOCS}.items():                       # a line break would hide a command from these tests
+        spans = [s for block in re.sub(r"```.*?```", "", text, flags=re.S).split("\n\n") for s in re.findall(r"`([^`]*)`", block)]
+        assert not (odd := [s for s in spans if "\n" in s and re.match(r"(python|torchrun|--)", s)]), f"{name}: {odd}"
     method = [(ROOT / "solvers.py").read_text(), (ROOT / "train_cmt_cifar.py").read_text().partition("\n# ---- sample")[0]]
     assert f"the first script {round(sum(len(text.splitlines()) for text in method), -1)} lines" in README
     for path in [*SCRIPTS, ROOT / "solvers.py", ROOT / "nets.py"]:

@@ -244,14 +244,14 @@ def kept_checkpoints(folder):
 
 
 def curves(args, device):
-    """The paper's Figure 1 on digits: <out>/scores.png; norms.png, the gradients; stages.png, the images.
+    """The paper's Figure 1 on digits: <out>/scores.png, and the images: <out>/stages.png.
 
     Both sides at their best in `claims`: pseudo-Huber losses, ECT annealed.
     """
     cfg = script.parse(["--data", "digits", "--stage", "eval", "--teacher", args.net])
     features = fid.DigitsNet().to(device)
     reference = fid.measure(features, script.load_data(cfg).split(250), device)
-    scores, norms, marks, shown, rows = {"one step": {}, "two steps": {}}, {}, {}, [], [{"stage": "teacher"}]
+    scores, marks, shown, rows = {"one step": {}, "two steps": {}}, {}, [], [{"stage": "teacher"}]
 
     def score(net, kind):
         sampler = script.make_sampler(cfg, net, kind)
@@ -265,12 +265,12 @@ def curves(args, device):
     for name, calls in {"mid- and post-training": [PIXELS, HUBER],
                         "post-training alone": [f"{ANNEALED} --huber_c 0.06"]}.items():
         folder, seen = f"{args.out}/{name.replace(' ', '_')}", 0
-        flags, every = ["--data", "digits", "--teacher", args.net, "--out", folder], []
+        flags = ["--data", "digits", "--teacher", args.net, "--out", folder, "--save_every", "150"]
         for call in calls:
             marks |= {seen: "blue: post-training begins"} if seen else {}
             print(f"{name}: {call}, log in {folder}", flush=True)
-            with kept_checkpoints(folder) as kept, quiet():                  # it logs every step
-                script.main([*flags, *call.split(), "--save_every", "150", "--log_every", "1"])
+            with kept_checkpoints(folder) as kept, quiet():
+                script.main([*flags, *call.split()])
             for state in kept:
                 net, drawn = script.build(cfg, state["model"], state["ema"]), []
                 at = seen + state["step"] * state["cfg"]["batch"]
@@ -281,11 +281,7 @@ def curves(args, device):
             label = name if call is calls[-1] else "mid-training alone"
             shown.append((label, *drawn[0][:2]))                         # in one step
             rows.append({"stage": label} | {f"{steps}-step FD-digits": text for steps, _, text in drawn})
-            steps_of = (m for m in fid.read_metrics(folder) if m["stage"] == state["cfg"]["stage"])
-            every += [(seen + m["images"], m["grad"]) for m in steps_of]
             seen = at
-        medians = (statistics.median(y for _, y in every[max(0, k - 12):k + 13]) for k in range(len(every)))
-        norms[name] = [(x, y) for (x, _), y in zip(every, medians)]
     for panel in scores.values():
         panel[f"teacher, {cfg.nfe} steps"] = [(0, level), (seen, level)]
     one = [row["1-step FD-digits"] for row in rows]          # teacher, mid, mid and post, post alone
@@ -296,22 +292,17 @@ def curves(args, device):
              f"The last two students saw {seen:,} images or pairs each, by the pseudo-Huber loss. "
              f"The rows look alike; scores tell them apart.{only}")
     fid.save_stages(args.out, shown, (), words, rows, cfg.samples)
-    caption = ("\nBlue: mid-training on ends of the teacher's trajectories, then post-training on images. "
-               "Red: post-training alone.")
     panels = {f"FD-digits in {words}, lower is better": panel for words, panel in scores.items()}
     fid.save_chart(f"{args.out}/scores.png", panels,
                    f"{answer} (seed 0). One step: {one[2]} with it, {one[3]} without"
-                   f"{caption} Compare the last dots: both are tuned for their end. FD-digits: distance of "
-                   f"{cfg.samples:,} images to real ones; images all alike: 197.6.{only}",
-                   "images or pairs", marks)
-    fid.save_chart(f"{args.out}/norms.png", {"gradient norm, median of 25 steps": norms},
-                   "Post-training's gradient is large: its loss is divided by a small gap (seed 0)"
-                   f"{caption} Each stair of red doubles q of the gap t - r = n t / q, from 2 to 256 (512 in "
-                   "the last four steps); blue has 512.", "images or pairs", marks)
+                   "\nBlue: mid-training on ends of the teacher's trajectories, then post-training on "
+                   "images. Red: post-training alone. Compare the last dots: both are tuned for their end. "
+                   f"FD-digits: distance of {cfg.samples:,} images to real ones; images all alike: 197.6."
+                   f"{only}", "images or pairs", marks)
     for words, panel in scores.items():
         for name, points in panel.items():
             print(f"{name}, {words}: " + ", ".join(f"{x:,} {y:.2f}" for x, y in points))
-    print(f"open stages.png, scores.png, norms.png in {args.out}")
+    print(f"open stages.png, scores.png in {args.out}")
 
 
 # ---- photos -----------------------------------------------------------------------------------

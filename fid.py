@@ -1388,11 +1388,11 @@ def colours_of(names):
             for name, one, p in zip(names, kin, pale)}
 
 
-def save_chart(path, panels, caption, across="images", marks=(), joined=True, columns=1):
+def save_chart(path, panels, caption, across="images", marks=(), columns=1):
     """{title: {name: [(x, y)]}} -> a PNG, a panel a title; x counts `across`; y, above 0, is logarithmic.
 
-    marks: {x: what begins there}. joined=False: dots, not a line, for points of several runs. columns: so
-    many panels stand side by side, with axes of their own and without legends.
+    marks: {x: what begins there}. columns: so many panels stand side by side, with axes of their own and
+    without legends.
     """
     font, width = ImageFont.load_default(64), 4000                       # twice the size of the file: smooth
     panels = {title: {plain(name): seen for name, points in curves.items()
@@ -1400,8 +1400,8 @@ def save_chart(path, panels, caption, across="images", marks=(), joined=True, co
               for title, curves in panels.items()}
     panels = {title: curves for title, curves in panels.items() if curves}
     colours = colours_of([*dict.fromkeys(name for curves in panels.values() for name in curves)])
-    labels = [[name + f": {points[-1][1] if joined else sum(y for _, y in points) / len(points):.2f}"
-               * ("better" in title) for name, points in curves.items()] for title, curves in panels.items()]
+    labels = [[name + f": {points[-1][1]:.2f}" * ("better" in title) for name, points in curves.items()]
+              for title, curves in panels.items()]
     legend = round(max([0, *map(font.getlength, sum(labels, []))])) + 220 if columns == 1 else 0
     cell, rows = (width - legend) // columns, -(-len(panels) // columns)
     titles = [boxed(title + " (log scale)" * (columns == 1), cell - 400, font)[0] for title in panels]
@@ -1449,14 +1449,14 @@ def save_chart(path, panels, caption, across="images", marks=(), joined=True, co
             pen.text((x + 20, top + 8 + 88 * row), begins, "#555555", font, anchor="lt")
         few = len(xs) < 20 * len(curves)                         # what was measured, as dots
         for row, (name, points) in reversed([*enumerate(curves.items())]):       # the first one on top
-            dots, dot = [at(*p) for p in points], 16 if joined else 12
+            dots = [at(*p) for p in points]
             level = len(dots) == 2 and dots[0][1] == dots[1][1]              # a line to compare with: dashes
             for x in range(int(dots[0][0]), int(dots[1][0]), 60) if level else ():
                 pen.line((x, dots[0][1], x + 36, dots[0][1]), colours[name], 8)
-            if joined and len(dots) > 1 and not level:
+            if len(dots) > 1 and not level:
                 pen.line(dots, colours[name], 8, joint="curve")
-            for x, y in dots if (few or len(dots) == 1 or not joined) and not level else ():
-                pen.ellipse((x - dot, y - dot, x + dot, y + dot), colours[name])
+            for x, y in dots if (few or len(dots) == 1) and not level else ():
+                pen.ellipse((x - 16, y - 16, x + 16, y + 16), colours[name])
             x, y = right + 80, top + 88 * row
             if columns == 1 and (k == 0 or labels[k] != labels[k - 1]):                  # said once
                 pen.rectangle((x, y + 16, x + 48, y + 40), colours[name])

@@ -98,8 +98,7 @@ REFERENCES = {         # nobody publishes their checksums, so the one found is p
 }
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")         # inside, whatever the name ends in
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-HALVES = ("For scale: two halves of the real digits 0.78 (900 each; 2,000 can score lower), random pixels "
-          "119.5, images all alike 197.6.")                                # --train-digits
+HALVES = "For scale: two halves of the real digits 0.78 (900 each; 2,000 can score lower)."  # --train-digits
 HIDDEN = re.compile(r"(^|/)(\.[^/]|__MACOSX/)")                          # .DS_Store, ._x.png, .git
 Reference = collections.namedtuple("Reference", "mu cov n features file sha256")    # not stated: n 0, text ""
 FOREIGN = {"cannot identify image file": "not a picture, or a part of one",
@@ -1328,7 +1327,7 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
 
 
 def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words=""):
-    """<out>/trajectory.png: two trajectories of the teacher, and below each what all nets answer along it.
+    """<out>/trajectory.png: a trajectory of the teacher, and below it what all nets answer along it.
 
     states (N+1, n, C, H, W) at levels (N+1,): sigma, or the time t of a flow; errors are means over all n.
     nets: {name: f(x, levels on the CPU) -> where the first len(x) of them land in one step}. show: a batch of
@@ -1342,31 +1341,26 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
     states, levels, wide = states[some], levels[some], wide[some]
     apart = (states[-1] - states[-1].roll(1, 0)).square().mean().sqrt().item()
     first, *later = [(x, level.expand(len(x))) for x, level in zip(states, levels.float())]
-    firsts = {name: f(*first) for name, f in nets.items()}       # of all noises; later, of those shown
-    # where no noise is left the answer is the state itself: a consistency model would see ln 0
-    answers = {name: torch.stack([firsts[name][:2], *(f(x[:2], level[:2]) if level.all() else x[:2]
-                                                      for x, level in later)]) for name, f in nets.items()}
-    errors = {k: (x - states[-1]).square().flatten(1).mean(1).sqrt().tolist() for k, x in firsts.items()}
-    means = ", ".join(f"{called(net)} {sum(e) / len(e):.2f}" for net, e in errors.items())
-    rows = []
-    for j in range(min(2, states.shape[1])):
-        name = f"noise {j + 1}, {names[j % len(names)]}" if names else f"noise {j + 1}"
-        rows.append((f"{name}\nstates of the teacher", show((states / wide)[:, j])))          # at unit scale
-        for net, x in answers.items():
-            rows.append((f"{called(net)}\nin one step, error {errors[net][j]:.2f}", show(x[:, j])))
+    rows = [("\n".join(["states of the teacher", *names[:1]]), show((states / wide)[:, 0]))]  # at unit scale
+    for net, f in nets.items():
+        ends = f(*first)                                 # of all noises; below, of the one that is shown
+        error = (ends - states[-1]).square().flatten(1).mean(1).sqrt().mean()
+        # where no noise is left the answer is the state itself: a consistency model would see ln 0
+        answers = [ends[:1], *(f(x[:1], level[:1]) if level.all() else x[:1] for x, level in later)]
+        rows.append((f"{called(net)}\nin one step, error {error:.2f}", show(torch.cat(answers))))
     consistency = bool(levels.max() > 1)
-    caption = ("The teacher walks from noise to an image; below, each net jumps to the end\n"
+    caption = ("The teacher walks from noise to an image; below, what each net answers in one step\n"
                + ("Mid-training's target everywhere is the end of the first row. " if consistency else
                   "Mid-training's target is the mean velocity between any two states. ")
-               + "Error: root mean square of pixels between the leftmost answer and the end; means of "
-               f"{states.shape[1]} noises: {means}; ends of two noises: {apart:.2f}. Smaller is nearer "
+               + "Error: root mean square of pixels between the leftmost answer and the end, mean of "
+               f"{states.shape[1]} noises; ends of two noises: {apart:.2f}. Smaller is nearer "
                f"to the teacher, not better: post-training learns from images.{words}"
                + f" Of {n} states {len(some)} are shown, where most changes." * (len(some) < n)
                + " States above sigma 1 are divided by sigma." * consistency)
     first, *middle, end = (f"{level:.2g}" for level in levels.tolist())
     what = "noise level sigma" if consistency else "noise level t"
     header = [what, f"noise\n{first}", *middle, f"the end\n{end}"]
-    save_sheet(f"{out}/trajectory.png", rows, caption, header, range(0, len(rows), 1 + len(answers)))
+    save_sheet(f"{out}/trajectory.png", rows, caption, header, (1,))
 
 
 def ticks_of(low, high, firsts=(1, 2, 5)):
@@ -2310,7 +2304,7 @@ def save_curve(cfg, table=()):
              for s in home_of(cfg).STAGES if SPOKEN.get(s) in stages]
     save_chart(f"{cfg.out}/curve.png", panels,
                f"{drawn.capitalize()} and gradient norm of each stage; only scores tell what is better\n"
-               f"To expect in {'; in '.join(words)}. Each panel has log scales of its own, against images "
+               f"To expect in {'; in '.join(words)}. Each panel has a log scale of its own, against images "
                "trained on (mid-training: pairs). A point: a mean since the last one."
                + " Short jumps: of velocities over t - r up to 1/4." * (drawn != "loss")
                + f" {scores}; {cfg.samples:,} samples each." * bool(scores),

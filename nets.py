@@ -734,6 +734,8 @@ class ELatentLPIPS(VGG):
         if ensemble not in self.ENSEMBLES:
             raise ValueError(f"ensemble={ensemble!r}: it must be one of {', '.join(self.ENSEMBLES)}")
         self.parts = self.ENSEMBLES[ensemble]
+        names = dict(affine="b", colour="c", gains="f", noise="n", mask="o")
+        self.views = [name for name, part in names.items() if part in self.parts]      # what .draw returns
         if num_classes:
             self.head = nn.Sequential(
                 nn.AdaptiveAvgPool2d(7), nn.Flatten(), nn.Linear(512 * 49, 4096), nn.ReLU(), nn.Dropout(),
@@ -1804,7 +1806,7 @@ def cost(ckpt):
     if not ckpt:
         return dict(steps="-", images="-", seconds="-")
     images, cfg = ckpt["step"] * ckpt["cfg"]["batch"], {"init": "", **ckpt["cfg"]}
-    on = cfg["stage"] != "pretrain" and cfg["init"] not in ("", "teacher", "random", "sit")
+    on = cfg["stage"] != "pretrain" and cfg["init"] not in ("", "teacher", "random")
     steps = str(ckpt["step"]) + f" on {cfg['init']}" * on
     return dict(steps=steps, images=f"{images:,}", seconds=f"{ckpt['seconds']:.0f}")
 

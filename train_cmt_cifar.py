@@ -100,6 +100,7 @@ PRESETS = {  # (data, stage, its --mid or --post): the lower row wins, --help sh
     ("own", "pretrain", "*"): dict(steps=50_000, batch=128, lr=2e-4, warmup=1_000),
     ("own", "mid", "*"): dict(steps=20_000),
     ("own", "post", "*"): dict(steps=10_000, warmup=100, ema_beta=0.999),
+    ("own", "post", "annealed"): dict(double=1_250),                                       # q from 2 to 256
     # choice: pseudo-Huber in both stages, which scores best on digits (docs/results.md)
     ("digits", "*", "*"): dict(precision="fp32", dropout=0.0, loss="huber", log_every=50, save_every=250,
                                samples=2_000, batch=32),
@@ -107,7 +108,7 @@ PRESETS = {  # (data, stage, its --mid or --post): the lower row wins, --help sh
     ("digits", "mid", "*"): dict(steps=900, lr=2e-3, ema_beta=0.99),
     # choice: warm-up: RAdam's first 5 steps are plain gradient steps, and the gradient grows with q
     ("digits", "post", "*"): dict(steps=600, lr=3e-4, ema_beta=0.99, q=512, warmup=20, huber_c=0.06),
-    ("digits", "post", "annealed"): dict(q=2, double=187, steps=1_500, lr=1e-3, decay="linear"),  # last: 512
+    ("digits", "post", "annealed"): dict(double=187, steps=1_500, lr=1e-3, decay="linear", q=2),     # to 256
 }
 ABOUT = {"pretrain": "stage 1 of 4, pre-training: the loss soon falls slowly, images still improve",
          "mid": "stage 2 of 4, mid-training (Eq. 7): the loss, distance to the teacher's ends, falls",
@@ -323,7 +324,7 @@ def set_up(cfg):
         if len(images) < 1_000:
             fid.say(f"warning: {len(images)} images will be learned by heart (docs/faq.md); add some")
         images = images.to(DEVICE)
-    if cfg.stage == "mid" or cfg.stage == "post" and cfg.post not in ALONE:
+    if cfg.stage == "mid" or (cfg.stage == "post" and cfg.post not in ALONE):
         asked = teacher_state(cfg)                    # (weights, kwargs of its net)
         stamp += f", teacher {nets.stamp(asked[0])}"
     fid.same_data(ckpt, f"{cfg.out}/{cfg.stage}.pt", stamp)
@@ -523,6 +524,8 @@ def check(cfg):
         fail(2, f"--double {cfg.double} with --post {cfg.post}: of annealed alone, above 0; leave it out")
     if cfg.stage == "post" and cfg.double and cfg.q ** (1 + (cfg.steps - 1) // cfg.double) > 2**20:
         fail(2, f"--double {cfg.double}: q passes 2^20 in {cfg.steps} steps, t = r in fp32; raise it")
+    if cfg.stage == "post" and cfg.double >= cfg.steps:
+        fid.say(f"warning: q stays {cfg.q} in {cfg.steps} steps; pass --double of an eighth of them")
     if cfg.stage == "mid" and trains:
         fid.check_solve(cfg, *solve_size(cfg), WORLD)
         if cfg.loss == "huber" and not cfg.huber_c:

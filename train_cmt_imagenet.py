@@ -287,15 +287,15 @@ def train(cfg):
     def solve(number):
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", number))
         *pairs, x_0 = teacher_pairs(cfg, run.teacher, run.shape, g, run.classes)
-        views = {} if cfg.ensemble == "none" else run.distance.draw(pairs[0], g)    # random, of each pair
-        target = [x_0] if views else run.distance.features(x_0)       # once per end; of views: of each pair
-        return fid.check_pairs(pairs, per_solve, target), target, views
+        views = () if cfg.ensemble == "none" else run.distance.draw(pairs[0], g).values()    # of each pair
+        target = [x_0] if views else run.distance.features(x_0)       # once per end; of views: per pair
+        return [*fid.check_pairs(pairs, per_solve, target), *views], target
 
     def batch_of(step):                               # this process's rows, an image or pair each; targets
         if cfg.stage == "mid":
             number, at = divmod(step * B, per_solve)  # which solve; where in it the step's pairs begin
-            pairs, target, views = solve(number)
-            return [a[at:at + B][mine] for a in (*pairs, *views.values())], (target, [*views])
+            pairs, target = solve(number)
+            return [a[at:at + B][mine] for a in pairs], target
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         raw, labels = next(batches)                   # in the order of steps: one call a step
         latent_noise, eps = randn((B, *run.shape), g)[mine], randn((B, *run.shape), g)[mine]
@@ -305,7 +305,7 @@ def train(cfg):
             x = x + vgg_noise(cfg, step, (B, *run.shape))[mine]
         return (x, t, y, eps, labels), None
 
-    def loss_of(step, k, rows, ends):                 # of a micro-batch, whose first row is k of the batch
+    def loss_of(step, k, rows, target):               # of a micro-batch, whose first row is k of the batch
         seed = fold(cfg.seed, cfg.stage, step, "dropout") + k
         if cfg.stage == "mid":
             x_t, t, y, owner, *view = rows            # owner: which end is a pair's
@@ -315,10 +315,11 @@ def train(cfg):
             return loss_vgg(net, x, labels, seed)
         student = partial(net, class_labels=y, masks=nets.dropout_masks(net, range(seed, seed + micro)))
         if cfg.stage == "mid":
-            (target, views), distance = ends, run.distance
-            if views:
-                return loss_cmt_views(student, x_t, t, target[0][owner], distance, dict(zip(views, view)))
-            return loss_cmt(student, x_t, t, [a[owner] for a in target], distance)              # Eq. 7
+            target = [a[owner] for a in target]
+            if view:
+                view = dict(zip(run.distance.views, view))
+                return loss_cmt_views(student, x_t, t, *target, run.distance, view)
+            return loss_cmt(student, x_t, t, target, run.distance)                              # Eq. 7
         if cfg.stage == "pretrain":
             return loss_edm2(student, x, t, eps, net.sigma_data)
         r, weight = ect_step(t, cfg.q), edm_weight(t, net.sigma_data)
@@ -332,9 +333,9 @@ def train(cfg):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
         loss_sum, part = 0.0, micro / B * tally["scale"]      # part of the mean; scale: of fp16, else 1
         with nets.hoist(net, force=True):             # EDM2 Eq. 66: normalised once for all micro-batches
-            batch, ends = batch_of(step)
+            batch, target = batch_of(step)
             for k, *rows in zip(range(B)[mine][::micro], *(a.split(micro) for a in batch)):
-                loss = loss_of(step, k, rows, ends)
+                loss = loss_of(step, k, rows, target)
                 (loss * part).backward()
                 loss_sum += loss.detach() * part
         norm, mean, stop = total(run.grad, loss_sum, tally["scale"])          # the one wait of a step

@@ -4,12 +4,13 @@
   python train_mf_imagenet256.py --stage encode --source ILSVRC2012_img_train    # SD-VAE latents
   torchrun --nproc_per_node=8 train_mf_imagenet256.py               # the paper: MF-B/4, CMT, MF-XL/2
   torchrun --nproc_per_node=8 train_mf_imagenet256.py --mid none --post vanilla --out out/scratch
-  torchrun --nproc_per_node=8 train_mf_imagenet256.py --mid none --init sit --teacher SiT-XL-2-256.pt
+  torchrun --nproc_per_node=8 train_mf_imagenet256.py --mid none --init teacher --teacher SiT-XL-2-256.pt
   python train_mf_imagenet256.py --data digits --stage sample --seeds 0-63
 
 pretrain: train the teacher, a small Mean Flow net. mid: regress the student onto the mean velocities between
 all states of the teacher's roll-outs (Eq. 8). post: Mean Flow again. Paper: 1-step FID 3.34 in half the time.
 Run the same command again to resume. Copy and fork. "choice": ours, not the paper's; "trap": a bug avoided.
+New: t from 1 to 0, u(z, t, r), du/dt, guidance in training, pairs of states; not here: distances, views, VGG.
 """
 # /// script
 # dependencies = ["torch", "numpy", "lpips", "pillow", "scipy"]
@@ -51,8 +52,8 @@ class Config:                   # field default < matching rows of PRESETS < --f
     teacher: str = ""           # FILE, URL of a Mean Flow net or a SiT; "" = <out>/pretrain.pt
     pretrain: Literal["mf", "fm"] = "mf"     # teacher: Mean Flow (B.4) or flow matching (SiT)
     mid: Literal["cmt", "none"] = "cmt"                  # Eq. 8
-    post: Literal["mf", "vanilla", "teacher"] = "mf"  # B.4: batch 64; MF's recipe; B.4 by the teacher's v
-    init: str = "random"        # first weights: random | sit (the teacher's) | FILE; sample, eval: show FILE
+    post: Literal["mf", "vanilla", "teacher"] = "mf"  # mf: B.4; vanilla: as MF; teacher: by its v
+    init: str = "random"        # first weights: random | teacher (B.4: SiT) | FILE; sample: show FILE
     weak: str = "dit-b/4"       # size of the teacher: row of nets.SIZES, or PATCHxWIDTHxDEPTH[xHEADS]
     size: str = "dit-xl/2"      # size of the student
 
@@ -69,7 +70,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     kappa: float = 0.92         # scale omega / (1 - kappa), one for all stages (B.4; MF-XL/2: 0.2, 0.92) ...
     guide_from: float = 0.0     # ... and only at times t from here ...
     guide_to: float = 0.75      # ... to here
-    unguided: int = 100_080     # --mid none --init sit: first steps without guidance (B.4, Zhu: 20 epochs)
+    unguided: int = 100_080     # --mid none --init teacher: steps before guidance (B.4, Zhu: 20 epochs)
 
     ratio: float = 0.25         # share of samples with r < t (MF)
     P_mean: float = -0.4        # logit t, logit r ~ N(P_mean, P_std^2), the larger is t (MF)
@@ -114,14 +115,14 @@ PRESETS = {  # (data, stage, its --mid or --post): the lower row wins, --help sh
     ("digits", "post", "*"): dict(steps=1_000, batch=64, lr=4e-3, ema_beta=0.99, unguided=250),
     ("digits", "post", "vanilla"): dict(steps=1_900),                      # the time of mid and post together
 }
-ABOUT = {"pretrain": "stage 1 of 4, pre-training: squared errors fall; the loss stays near 1 for any net",
+ABOUT = {"pretrain": "stage 1 of 4, pre-training: squared errors fall; the log's loss stays near 1",
          "pretrain fm": "stage 1 of 4, pre-training: the loss, a squared error, falls, soon slowly",
          "mid": "stage 2 of 4, mid-training (Eq. 8): squared errors fall, and so their mean, the loss",
-         "post": "stage 3 of 4, post-training: the loss stays near 1 for any net; judge by scores",
+         "post": "stage 3 of 4, post-training: squared errors fall slowly, the log's loss stays near 1",
          "post teacher": "stage 3 of 4, post-training: the loss, a squared error, falls slowly",
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = ["pretrain", "mid", "post", "eval"]          # what --stage all runs, in this order
-INITS = "sit", "random"                            # other values of --init are a FILE
+INITS = "teacher", "random"                           # other values of --init are a FILE
 FILES = {"imagenet": "data/imagenet256-sd"}
 REFERENCE = {"imagenet": "imagenet256"}               # scored by ADM's statistics, others by their own
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -251,9 +252,9 @@ def loss_cmt_mf(u, z, t, r, y, target):
 
 def is_guided(cfg, step, t, y, null):
     """Which samples (B,) have a guided target: those with a class, t in the interval, past --unguided."""
-    from_sit = cfg.stage == "post" and cfg.mid == "none" and cfg.init == "sit"
+    started = cfg.stage == "post" and cfg.mid == "none" and cfg.init == "teacher"
     plain = cfg.omega == 1 and cfg.kappa == 0 or cfg.stage == "pretrain" and cfg.pretrain == "fm"
-    if plain or from_sit and step < cfg.unguided:
+    if plain or started and step < cfg.unguided:
         return torch.zeros_like(y, dtype=torch.bool)
     return (t >= cfg.guide_from) & (t <= cfg.guide_to) & (y != null)
 
@@ -276,14 +277,15 @@ def rollout(cfg, net, z, y, times):
         return states, torch.stack(answers)
     # u = omega v + kappa u + (1 - omega - kappa) plain, where loss_mf is 0: u = plain + scale (v - plain)
     scale, both = cfg.omega / (1 - cfg.kappa), torch.cat([torch.full_like(y, net.num_classes), y])
-    inside = ((times.float() >= cfg.guide_from) & (times.float() <= cfg.guide_to)).tolist()
+    asked = torch.stack([times[:-1], times[1:]], 1).flatten().float()        # by Heun: both ends of each step
+    inside = ((asked >= cfg.guide_from) & (asked <= cfg.guide_to)).tolist()
 
     def v(x, t):
-        if scale == 1 or not inside[(len(answers) + 1) // 2]:        # Heun asks at times 0, 1, 1, 2, 2, ...
+        if scale == 1 or not inside[len(answers)]:
             answers.append(net(x, t, y=y))
         else:
-            plain, led = net(torch.cat([x, x]), torch.cat([t, t]), y=both).chunk(2)
-            answers.append(plain.lerp(led, scale))
+            plain, own = net(torch.cat([x, x]), torch.cat([t, t]), y=both).chunk(2)
+            answers.append(plain.lerp(own, scale))
         return answers[-1]
     states = solvers.flow_heun(v, z, times)
     return states, torch.stack(answers).unflatten(0, (-1, 2)).mean(1)       # its step is the mean of two
@@ -344,7 +346,7 @@ def train(cfg):
         wide = t.to(DEVICE, non_blocking=True).view(-1, 1, 1, 1)
         return (1 - wide) * x + wide * eps, t, r, y, eps - x, guided
 
-    def loss_of(z, t, r, y, v, guided=None):          # v: of a pair or an image; and squared errors (rows,)
+    def loss_of(z, t, r, y, v, guided=None):          # v: a pair's target, or eps - x. Returns errors, too
         if cfg.stage == "mid":
             return loss_cmt_mf(flow.u, z, t, r, y, v)                                         # Eq. 8
         if cfg.stage == "post" and cfg.post == "teacher":     # guided already; "vanilla": other numbers alone
@@ -709,7 +711,7 @@ LIMITS = {  # (rule, least, below): fields; for fid.check_values
 
 def left_out(cfg):
     """Whether --mid none leaves this stage out: pre-training too, unless post-training asks for its net."""
-    asked = cfg.init == "sit" or cfg.post == "teacher"
+    asked = cfg.init == "teacher" or cfg.post == "teacher"
     return cfg.mid == "none" and (cfg.stage == "mid" or cfg.stage == "pretrain" and not asked)
 
 
@@ -732,7 +734,7 @@ def check(cfg):
             images = load_data(cfg)
             channels, _, side = images.shape
             by_teacher = cfg.post == "teacher"
-            if cfg.stage == "post" and (cfg.mid != "none" or cfg.init == "sit" or by_teacher):
+            if cfg.stage == "post" and (cfg.mid != "none" or cfg.init == "teacher" or by_teacher):
                 shape = dict(in_channels=channels, input_size=side, num_classes=images.classes)
                 asked = cfg.teacher and (by_teacher or not os.path.exists(f"{cfg.out}/mid.pt"))
                 fid.check_teacher(cfg, nets.finished, teacher_state if asked else None, images.stamp, shape)
@@ -811,8 +813,8 @@ def first_weights(cfg, kwargs):
         fid.same_guidance(cfg, ckpt["cfg"], path)
         # choice: the average, not the last weights
         return nets.fitting(ckpt["ema"], ckpt["model"], kwargs, path), path
-    what = "the teacher (--init sit)"
-    return (nets.fitting(*teacher_state(cfg), kwargs, what), what) if cfg.init == "sit" else (None, "")
+    what = "the teacher (--init teacher)"
+    return (nets.fitting(*teacher_state(cfg), kwargs, what), what) if cfg.init == "teacher" else (None, "")
 
 
 # ---- main -------------------------------------------------------------------------------------

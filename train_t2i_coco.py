@@ -11,6 +11,7 @@ pretrain: SiT + REPA, the teacher. mid: from its weights, regress onto the mean 
 of its guided trajectories (Eq. 8; reads captions, no image). post: Mean Flow + REPA. Paper: 1- and 2-step FID
 15.12, 5.01 in half the time (teacher, mid, post: 32 hours, Mean Flow from scratch: 60).
 Run the same command again to resume. Copy and fork. "choice": ours, not the paper's; "trap": a bug avoided.
+New: captions, their encoders, SiT, REPA, --clip; not here: a weak teacher, --post teacher, --unguided.
 """
 # /// script
 # dependencies = ["torch", "numpy", "lpips", "pillow", "scipy"]
@@ -56,7 +57,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     pretrain: Literal["repa", "plain"] = "repa"          # the teacher: SiT with REPA (B.6), or without
     mid: Literal["cmt", "none"] = "cmt"                  # Eq. 8
     post: Literal["mf", "vanilla", "xl"] = "mf"          # after mid | MF's own length | xl: other kappa
-    init: str = "sit"           # first weights: sit, the teacher's (B.6) | random | FILE; sample: show FILE
+    init: str = "teacher"       # first weights: the teacher's (B.6: SiT) | random | FILE; sample: show FILE
     size: str = "mmdit/2"       # of teacher and student: mmdit/2, or PATCHxDEPTH (width 32 DEPTH)
 
     steps: int = 50_000         # optimiser steps (B.6: the teacher)
@@ -119,10 +120,10 @@ PRESETS = {  # (data, stage, its --mid or --post): the lower row wins, --help sh
 }
 ABOUT = {"pretrain": "stage 1 of 4, pre-training: squared errors fall; so does the loss, less REPA's reward",
          "mid": "stage 2 of 4, mid-training (Eq. 8): squared errors fall, and so their mean, the loss",
-         "post": "stage 3 of 4, post-training: the loss hardly falls; judge by scores",
+         "post": "stage 3 of 4, post-training: squared errors fall slowly, the log's loss hardly",
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = ["pretrain", "mid", "post", "eval"]          # what --stage all runs, in this order
-INITS = "sit", "random"                            # other values of --init are a FILE
+INITS = "teacher", "random"                           # other values of --init are a FILE
 FILES = {"coco": "data/coco256-sd"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # fid reads these tables and calls some functions (its docstring). A new knob: Config, LIMITS, READ_BY
@@ -262,14 +263,15 @@ def rollout(cfg, net, z, text, null, times):
         return states, torch.stack(answers)
     # u = omega v + kappa u + (1 - omega - kappa) plain, where loss_mf is 0: u = plain + scale (v - plain)
     scale, both = cfg.omega / (1 - cfg.kappa), torch.cat([null.expand_as(text), text])
-    inside = ((times.float() >= cfg.guide_from) & (times.float() <= cfg.guide_to)).tolist()
+    asked = torch.stack([times[:-1], times[1:]], 1).flatten().float()        # by Heun: both ends of each step
+    inside = ((asked >= cfg.guide_from) & (asked <= cfg.guide_to)).tolist()
 
     def v(x, t):
-        if scale == 1 or not inside[(len(answers) + 1) // 2]:        # Heun asks at times 0, 1, 1, 2, 2, ...
+        if scale == 1 or not inside[len(answers)]:
             answers.append(net(x, t, text, repa=False))
         else:
-            plain, led = net(torch.cat([x, x]), torch.cat([t, t]), both, repa=False).chunk(2)
-            answers.append(plain.lerp(led, scale))
+            plain, own = net(torch.cat([x, x]), torch.cat([t, t]), both, repa=False).chunk(2)
+            answers.append(plain.lerp(own, scale))
         return answers[-1]
     states = solvers.flow_heun(v, z, times)
     return states, torch.stack(answers).unflatten(0, (-1, 2)).mean(1)       # its step is the mean of two
@@ -334,7 +336,7 @@ def train(cfg):
         wide, tokens = (a.to(DEVICE, non_blocking=True) for a in (t.view(-1, 1, 1, 1), tokens))
         return (1 - wide) * x + wide * eps, t, r, text, eps - x, guided, tokens
 
-    def loss_of(z, t, r, text, v, *more):             # v: of a pair or an image; and squared errors (rows,)
+    def loss_of(z, t, r, text, v, *more):             # v: a pair's target, or eps - x. Returns errors, too
         if cfg.stage == "mid":
             return loss_cmt_mf(flow.u, z, t, r, text, v)                                      # Eq. 8
         guided, tokens = more                         # which samples guidance changes; DINOv2's of the images
@@ -872,7 +874,7 @@ LIMITS = {  # (rule, least, below): fields; for fid.check_values
 
 def left_out(cfg):
     """Whether --mid none leaves this stage out: pre-training too, unless post-training asks for its net."""
-    return cfg.mid == "none" and (cfg.stage == "mid" or cfg.stage == "pretrain" and cfg.init != "sit")
+    return cfg.mid == "none" and (cfg.stage == "mid" or cfg.stage == "pretrain" and cfg.init != "teacher")
 
 
 def check(cfg):
@@ -894,7 +896,7 @@ def check(cfg):
     if trains and not os.path.exists(f"{cfg.out}/{cfg.stage}.pt"):
         images = load_data(cfg)                       # do they have what this stage needs, of this size?
         shape = model_size(cfg, images, text_encoder(cfg)(images.null[None]).shape[-1])
-        if cfg.stage != "pretrain" and (cfg.mid != "none" or cfg.init == "sit"):
+        if cfg.stage != "pretrain" and (cfg.mid != "none" or cfg.init == "teacher"):
             shape = {k: shape[k] for k in ("input_size", "in_channels", "context_dim")}
             fid.check_teacher(cfg, nets.finished, teacher_state if cfg.teacher else None, images.stamp, shape)
         if cfg.stage != "pretrain" and cfg.init not in INITS:
@@ -980,7 +982,7 @@ def first_weights(cfg):
         ckpt, path = fid.finished_mid(cfg, nets.finished), f"{cfg.out}/mid.pt"
         fid.same_guidance(cfg, ckpt["cfg"], path)
         return ckpt["ema"], path
-    return (teacher_state(cfg)[0], "the teacher (--init sit)") if cfg.init == "sit" else (None, "")
+    return (teacher_state(cfg)[0], "the teacher") if cfg.init == "teacher" else (None, "")
 
 
 # ---- main -------------------------------------------------------------------------------------

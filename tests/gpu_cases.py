@@ -43,7 +43,7 @@ VARIANTS = [
     (MF, "pretrain", "--precision fp16 --batch_gpu 2 --pretrain fm"),
     (MF, "mid", "--precision bf16 --batch_gpu 2"),
     (MF, "post", "--precision bf16 --batch_gpu 2"),
-    (MF, "post", "--precision tf32 --post vanilla --mid none --init sit --size 4x32x1 --unguided 1"),
+    (MF, "post", "--precision tf32 --post vanilla --mid none --init teacher --size 4x32x1 --unguided 1"),
     (T2I, "pretrain", "--precision bf16 --pretrain plain --clip 1"),
     (T2I, "mid", "--precision fp16 --batch_gpu 2"),
     (T2I, "post", "--precision bf16 --batch_gpu 2 --post xl --clip 1"),

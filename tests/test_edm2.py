@@ -349,6 +349,12 @@ def test_one_draw_for_both_images_by_the_generator_alone(distance):
     assert torch.equal(distance.augment(a, {}), a)
 
 
+@pytest.mark.parametrize("ensemble", nets.ELatentLPIPS.ENSEMBLES)
+def test_views_names_what_is_drawn(ensemble):
+    distance = nets.ELatentLPIPS(ensemble=ensemble)
+    assert [*distance.draw(latents()[0], seeded())] == distance.views
+
+
 def test_blit_moves_whole_pixels(monkeypatch, distance):
     monkeypatch.setattr(distance, "parts", "b")
     x = latents(16)[0]

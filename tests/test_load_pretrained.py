@@ -803,13 +803,13 @@ def test_impossible_heads_are_one_line(here, capsys, line, text):
 
 
 def test_a_student_with_other_heads_than_its_file_is_refused(here, capsys):
-    """--init FILE, --init sit and mid.pt: the shapes agree, the pictures would not."""
+    """--init FILE, --init teacher and mid.pt: the shapes agree, the pictures would not."""
     net = nets.DiT(**FLOW)
     for name in ("x.pt", "o/mid.pt"):
         nets.os.makedirs("o", exist_ok=True)
         torch.save(dict(net=net.state_dict(), ema=net.state_dict(), model=FLOW, step=1, cfg=dict(stage="mid", steps=1)), name)
     flags = ["--data", "digits", "--size", "4x64x1x1", "--stage", "post", "--out"]
-    for more in (["p", "--mid", "none", "--init", "x.pt"], ["p", "--mid", "none", "--init", "sit", "--teacher", "x.pt"], ["o"]):
+    for more in (["p", "--mid", "none", "--init", "x.pt"], ["p", "--mid", "none", "--init", "teacher", "--teacher", "x.pt"], ["o"]):
         exit_code, err = code([*flags, *more], capsys, train_mf_imagenet256.main)
         assert exit_code == 3 and "was trained with num_heads 2, the net to train has 1" in err, err
 

@@ -252,7 +252,7 @@ def test_the_teachers_velocity_is_the_target_and_the_tangent(monkeypatch):
     monkeypatch.setattr(script, "teacher_velocity", lambda *a: given.append(real_v(*a)) or given[-1])
     monkeypatch.setattr(script, "loss_mf", lambda *a: seen.append(a) or real(*a))
     flags = [*TINY, "--out", "led", "--mid", "none", "--post", "teacher", "--steps", 2, "--batch_gpu", 8]
-    run(*flags, "--stage", "pretrain", "--init", "sit")
+    run(*flags, "--stage", "pretrain", "--init", "teacher")
     run(*flags, "--stage", "post")
     v, guided, a = *(torch.cat([a[k] for a in seen[-4:]]) for k in (2, 6)), seen[-1][7]
     assert torch.equal(v, torch.cat(given)) and len(given) == 4 and not guided.any() and (a.power, a.ratio) == (0, 0.75)
@@ -278,7 +278,7 @@ def test_an_official_sit_starts_the_student_exactly(monkeypatch):
     real = nets.DiT.__init__
     init = functools.wraps(real)(lambda self, *a, **k: (real(self, *a, **k), self.double())[0])
     monkeypatch.setattr(nets.DiT, "__init__", init)
-    for flags in (["--init", "sit", "--teacher", "sit.pt"], ["--init", "sit.pt"]):
+    for flags in (["--init", "teacher", "--teacher", "sit.pt"], ["--init", "sit.pt"]):
         c = cfg("--stage", "post", "--mid", "none", "--size", "2x16x2x1", *flags)
         state, model = script.read_net(c, "sit.pt")
         net = script.build(c, {**model, "average_velocity": True}, *script.first_weights(c, model), train=True)
@@ -317,7 +317,7 @@ def test_stages_with_different_guidance_are_refused(road, tmp_path, capsys):
     run(*base, "--stage", "mid", "--omega", "0.6", "--kappa", "0.25")
     exit_code, err = code([*base, "--stage", "post", "--kappa", "0.6"], capsys, main=script.main)
     assert exit_code == 2 and "mid.pt was trained with guidance 0.8" in err
-    exit_code, err = code([*base, "--stage", "post", "--mid", "none", "--init", "sit", "--kappa", "0.6", "--out", tmp_path / "x"],
+    exit_code, err = code([*base, "--stage", "post", "--mid", "none", "--init", "teacher", "--kappa", "0.6", "--out", tmp_path / "x"],
                           capsys, main=script.main)
     assert exit_code == 2 and "pretrain.pt was trained with guidance" in err
     exit_code, err = code([*TINY, "--steps", 3, "--out", road, "--stage", "eval", "--kappa", "0.6"], capsys, main=script.main)
@@ -349,7 +349,7 @@ def test_all_stages_leave_checkpoints_pictures_and_a_table(road):
 
 
 @pytest.mark.parametrize("flags", ["--mid none --batch_gpu 4 --precision bf16", "--mid none --post vanilla",
-                                   "--mid none --init sit --unguided 1 --size 4x32x1", "--nodes 9 --trajectories 16",
+                                   "--mid none --init teacher --unguided 1 --size 4x32x1", "--nodes 9 --trajectories 16",
                                    "--mid none --precision tf32 --ratio 1", "--mid none --precision fp16", "--nodes 5 --teacher fm"])
 def test_baselines_and_variants_train(road, tmp_path, flags):
     stage, teacher = "post" if "--mid none" in flags else "mid", road / "pretrain.pt"
@@ -396,7 +396,7 @@ def test_first_steps_of_a_sit_start_are_unguided():
     t, y = torch.full((8,), 0.5), torch.arange(8)
     on = lambda step, *a: script.is_guided(cfg("--omega", 0.2, "--kappa", 0.92, "--stage", "post", *a), step, t, y, 7)    # noqa: E731
     assert on(0).tolist() == [True] * 7 + [False]                                     # the null class never is
-    sit = "--init", "sit", "--unguided", 10
+    sit = "--init", "teacher", "--unguided", 10
     assert not on(9, *sit, "--mid", "none").any() and on(10, *sit, "--mid", "none").any()
     assert on(0, *sit).any()                            # a mid-trained student has its guidance already
     assert not on(0, "--guide_to", 0.4).any() and not on(0, "--guide_from", 0.6).any()

@@ -276,7 +276,8 @@ def load_inception(path="", resize="tf1"):
 
     DataError for a missing or damaged file; another than the published file is called so in the protocol.
     """
-    file = path or fetch(INCEPTION_URLS, INCEPTION_SHA256, "give a copy with --inception FILE")
+    remedy = "give a copy with --inception FILE; 8x8 digits: --features digits"
+    file = path or fetch(INCEPTION_URLS, INCEPTION_SHA256, remedy)
     with blame(f"--inception {file}"):
         found = sha256(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
@@ -1371,15 +1372,12 @@ def ticks_of(low, high, firsts=(1, 2, 5)):
 
 
 def colours_of(names):
-    """{name: (R, G, B)}: names alike up to their last comma share a colour, and the later ones are paler."""
-    kin = [name.rpartition(", ")[0] or name for name in names]
-    own, inks = {one: [ink for words, ink in INKS.items() if re.search(words, one)] for one in kin}, {}
-    for one in sorted(own, key=lambda one: not own[one]):                   # those with a colour of their own
-        free = [ink for ink in (*own[one], *INKS.values()) if ink not in inks.values()]
-        inks[one] = [*free, *INKS.values()][0]
-    pale = [0.7 ** kin[:k].count(one) for k, one in enumerate(kin)]
-    return {name: tuple(int(255 - (255 - c) * p) for c in ImageColor.getrgb(inks[one]))
-            for name, one, p in zip(names, kin, pale)}
+    """{name: (R, G, B)}: the colour of what a name speaks of, else one that is free."""
+    own, inks = {name: [ink for words, ink in INKS.items() if re.search(words, name)] for name in names}, {}
+    for name in sorted(own, key=lambda name: not own[name]):                # those with a colour of their own
+        free = [ink for ink in (*own[name], *INKS.values()) if ink not in inks.values()]
+        inks[name] = [*free, *INKS.values()][0]
+    return {name: ImageColor.getrgb(ink) for name, ink in inks.items()}
 
 
 def save_chart(path, panels, caption, across="images", marks=(), columns=1):
@@ -1566,6 +1564,8 @@ def open_out(out, script, argv):
     folder, name = os.path.split(os.path.abspath(script))
     git = f"git -C '{folder}' describe --always --dirty --exclude='*' 2>/dev/null || echo unknown"
     commit = subprocess.getoutput(git)                      # -dirty: with changes of your own
+    untracked = subprocess.getoutput(f"git -C '{folder}' ls-files --others '{name}' 2>/dev/null")
+    commit += f", without {name}" * (untracked == name)     # a fork that is not committed yet
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     MADE_BY = f"{name} {shlex.join(argv)} | torch {torch.__version__} | {device} | commit {commit}"
     log(MADE_BY)
@@ -1770,12 +1770,17 @@ def parser(doc, config, stages):
     return p
 
 
+REMEDIES = {"arguments: (True|False)$": "a switch is --NAME or --no-NAME; ",
+            "expected one argument": "a value below 0 is written --NAME=-1; ",
+            "not a whole number": "write its digits, as 1000; ", "not a number": "write 0.001 or 1e-3; "}
 MEANT = {"learning_rate": "lr", "epochs": "steps", "iterations": "steps", "max_steps": "steps",
          "class": "labels", "classes": "labels", "ema": "ema_beta"}           # elsewhere: here
 
 
 def refuse(flags, where, message):
     """Exit code 2 for a command line that argparse does not take; of a flag that is none, the one meant."""
+    for value, words in {"int": "not a whole number", "number": "not a number"}.items():
+        message = message.replace(f"invalid {value} value", words)
     unknown = re.search(r"unrecognized arguments: --([\w.-]+)", message)
     typed = unknown[1].replace("no_", "no-") if unknown else ""
     meant = re.sub(r"[^.]+$", lambda name: MEANT.get(name[0], name[0]), typed)
@@ -1786,11 +1791,8 @@ def refuse(flags, where, message):
         texts = {p.name: p.read_text() for p in sorted(pathlib.Path(__file__).parent.glob("train_*.py"))}
         others = " and ".join(name for name, text in texts.items() if f"\n    {typed}: " in text)
         more = f"it is a flag of {others}; " * bool(others)
-    if re.search("arguments: (True|False)$", message):
-        more = "a switch is --NAME or --no-NAME; "
-    if "expected one argument" in message:
-        more = "a value below 0 is written --NAME=-1; "
-    fail(2, f"{message.replace('invalid int value', 'not a whole number')}; {more}{where}")
+    more = "".join(text for words, text in REMEDIES.items() if re.search(words, message)) or more
+    fail(2, f"{message}; {more}{where}")
 
 
 def commands(home, prog):
@@ -1994,8 +1996,10 @@ def steps_left(cfg, ckpt, path):
             how = f"; if {own[0]} is a knob of yours, say in READ_BY which stages read it"
         flags = {k: f"--{k}" if k in home.STAGES else f"--{cfg.stage}.{k}" for k in changed}     # a method
         all_of = " and ".join(f"{flag} {old[k]}, now {getattr(cfg, k)}" for k, flag in flags.items())
-        fail(2, f"{path} was made by {made} --data {data} with {all_of}; repeat its flags, see log.txt, or "
-                f"use another --out{how}")
+        if (teacher := f"{cfg.out}/pretrain.pt") != path and os.path.exists(teacher) and not how:
+            how = f", with --teacher {teacher} to keep its teacher"
+        fail(2, f"{path} was made by {made} --data {data} with {all_of}; repeat its flags (log.txt, "
+                f"--dry_run for all stages), or use another --out{how}")
     if cfg.stage == "post" and cfg.mid == "none" and not ckpt and os.path.exists(f"{cfg.out}/mid.pt"):
         fail(2, f"{cfg.out}/mid.pt is there, this road has --mid none; use another --out")
     agree(f"step of {path}", ckpt and ckpt["step"])
@@ -2277,12 +2281,16 @@ def dry_run(home, argv, configs):
         text = overview(road.values(), home.DEVICE, c)
         cause = f"\nnothing starts before this is mended (see above): {', '.join(codes)}" * bool(codes)
         idle = ", ".join(c.stage for c in configs if c.stage not in (*ROAD, *codes, *home.RUN)) or "none"
+        bench = pathlib.Path(__file__).with_name("bench.py")             # counts what it knows, and no fork
+        counted = bool(ROAD) and bench.is_file() and pathlib.Path(home.__file__).stem in bench.read_text()
         plan = ["plan", os.path.basename(home.__file__), *(a for a in argv if a != "--dry_run"), "--gpus"]
-        asked = dict(sample="\nto draw: seeds {seeds}", encode="\nto encode: {source}",
+        images = len(seed_range(c.seeds))
+        asked = dict(sample=f"\nto draw: {images:,} images of each net and number of steps",
+                     encode="\nto encode: {source}",
                      eval="\nto score: {samples:,} samples of a net, {repeat} times")
         asked = asked.get(c.stage, f"\nfinished or not needed: {idle}").format(**vars(c))
         show(f"{text}{asked}\nfolder of the run, --out: {c.out}{cause}"
-             + f"\nmemory, hours on GPUs: python bench.py {shlex.join(plan)} {processes()[1]}" * bool(ROAD),
+             + f"\nmemory, hours on GPUs: python bench.py {shlex.join(plan)} {processes()[1]}" * counted,
              sys.stdout)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -2366,7 +2374,7 @@ def save_samples(cfg, found, make_sampler):
             sheet = f"{cfg.out}/samples_{name}_{steps}step{other}_seeds.png"
             if processes()[0] == 0:
                 save_seeds(sheet, draw_seeds(sampler, seeds[:64], batch), seeds, caption)
-            log(f"sample: {len(seeds)} images in {folder}; open {sheet}")
+            log(f"sample: {len(seeds)} images in {folder}; open {sheet} (other --seeds replace it)")
 
 
 def save_captions(path, name, steps, rows, columns=(), scores=""):

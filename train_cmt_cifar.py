@@ -322,7 +322,7 @@ def set_up(cfg):
         stamp, seen = fid.stamp(images), cfg.steps * cfg.batch / len(images)
         fid.announce(f"{cfg.data}: {stamp}, each seen {seen:,.3g} times, unconditional")
         if len(images) < 1_000:
-            fid.say(f"warning: {len(images)} images will be learned by heart (docs/faq.md); add some")
+            fid.say(f"warning: images: {len(images)}; so few are learned by heart (docs/faq.md)")
         images = images.to(DEVICE)
     if cfg.stage == "mid" or (cfg.stage == "post" and cfg.post not in ALONE):
         asked = teacher_state(cfg)                    # (weights, kwargs of its net)

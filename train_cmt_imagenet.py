@@ -396,7 +396,7 @@ def set_up(cfg):
     images = load_data(cfg) if needs_data(cfg) else None
     stamp = images.stamp if images else "none"
     if images and len(images.labels) < 1_000:
-        fid.say(f"warning: {len(images.labels)} images will be learned by heart (docs/faq.md); add some")
+        fid.say(f"warning: images: {len(images.labels)}; so few are learned by heart (docs/faq.md)")
     asked = asked_nets(cfg)
     stamp += "".join(f", {name} {nets.stamp(state)}" for name, (state, _) in asked.items())
     fid.same_data(ckpt, f"{cfg.out}/{cfg.stage}.pt", stamp)

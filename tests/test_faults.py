@@ -819,7 +819,7 @@ def test_f14_an_out_that_is_a_file_is_refused(capsys, monkeypatch):
 def test_f14_a_folder_of_another_configuration_is_refused_and_left_alone(road, capsys):
     before = (road / "mid.pt").read_bytes()
     exit_code, err = code([*TINY, "--out", road, "--steps", "3", "--stage", "mid", "--lr", "1"], capsys)
-    assert exit_code == 2 and "--mid.lr 0.002, now 1.0; repeat its flags" in err and "another --out" in err and (road / "mid.pt").read_bytes() == before
+    assert exit_code == 2 and "--mid.lr 0.002, now 1.0; repeat its flags" in err and err.endswith(f"use another --out, with --teacher {road}/pretrain.pt to keep its teacher\n") and (road / "mid.pt").read_bytes() == before
 
 
 def test_f15_a_second_run_in_the_same_folder_is_refused():

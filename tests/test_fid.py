@@ -847,12 +847,6 @@ def test_a_colour_means_one_thing_in_every_chart():
     assert mixed["mid"] == run["mid-training"] and mixed["flow matching, CMT, v"] == roads["from flow matching"] and len({*mixed.values()}) == 6
 
 
-def test_curves_of_one_method_share_a_colour():
-    dark, pale, other = fid.colours_of(["ECT, 1 step", "ECT, 2 steps", "mid"]).values()
-    assert min(dark) < min(pale) and max(range(3), key=dark.__getitem__) == max(range(3), key=pale.__getitem__) != \
-        max(range(3), key=other.__getitem__)
-
-
 def test_every_stage_has_an_axis_of_its_own(tmp_path, monkeypatch):
     """At full size the VGG sees ten times the images of the other stages, which would be left a tenth of the width."""
     rows = [dict(stage=s, images=k, loss=1.0, grad=1.0) for s, most in (("vgg", 9000), ("mid", 900), ("post", 600)) for k in (most // 4, most // 2, most)]

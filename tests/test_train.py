@@ -501,7 +501,7 @@ BAD = [  # (command line, exit code, what the line must say)
     ("--data digits --seeds 5-3", 2, "--seeds 5-3 is not possible; write 7, 0-63 or 7-997:10"),
     ("--data digits --seeds -5", 2, "--seeds -5 is not possible"),
     ("--data digits --seeds \u00b2", 2, "--seeds \u00b2 is not possible"),
-    ("--data digits --steps 1e4", 2, "--steps: not a whole number: '1e4'"),
+    ("--data digits --steps 1e4", 2, "--steps: not a whole number: '1e4'; write its digits, as 1000; --help"), ("--data digits --lr 1,5e-3", 2, "--lr: not a number: '1,5e-3'; write 0.001 or 1e-3; --help"),
     ("--data digits --steps=0", 2, "--steps 0 is not possible"),
     ("--data digits --lr nan", 2, "--lr: nan is not possible"),
     ("--data digits --batch", 2, "--batch: expected one argument"),
@@ -735,6 +735,16 @@ def test_a_machine_without_git_runs_all_the_same(monkeypatch):
     assert "commit unknown" in Path("x/log.txt").read_text()
 
 
+def test_a_fork_that_is_not_committed_is_not_logged_as_part_of_the_commit(here):
+    """git describe --dirty does not see files that git does not know."""
+    git = "git -c user.name=a -c user.email=a@b"
+    assert subprocess.run(f"git init -q && touch own.py && {git} add own.py && {git} commit -qm a && touch fork.py", shell=True).returncode == 0
+    for name in ("own", "fork"):
+        script.fid.open_out(name, f"{name}.py", []).close()
+    commit = subprocess.getoutput("git describe --always")
+    assert [Path(f"{name}/log.txt").read_text().strip().endswith(f"commit {commit}{more}") for name, more in (("own", ""), ("fork", ", without fork.py"))] == [True, True]
+
+
 def test_the_average_has_no_gradients():
     net = torch.nn.Linear(3, 2)
     (flat, grad), (average, none) = nets.flatten(net), nets.flatten(torch.nn.Linear(3, 2).requires_grad_(False))
@@ -821,7 +831,7 @@ def forked(text, monkeypatch):
     return fork
 
 
-def test_the_post_training_of_the_forking_guide_trains(here, monkeypatch):
+def test_the_post_training_of_the_forking_guide_trains(here, monkeypatch, capsys):
     """docs/forking.md: its row, its loss and its branch; the branch forgotten is refused before anything is trained."""
     row, loss, branch = re.search(r'`(\("digits", "post", "mine"\).*?)`.*?```python\n(def loss_mine.*?)```.*?```python\n(.*?)```', (ROOT / "docs/forking.md").read_text(), re.S).groups()
     text = (ROOT / "train_cmt_cifar.py").read_text()
@@ -836,6 +846,11 @@ def test_the_post_training_of_the_forking_guide_trains(here, monkeypatch):
     fork.main([*mine, "--out", "x"])
     before, after = (nets.load_checkpoint(f"x/{stage}.pt")["ema"] for stage in ("mid", "post"))
     assert Path("x/results.md").exists() and any(not torch.equal(before[k], after[k]) for k in before)
+    for home, counted in ((fork, False), (script, True)):             # bench.py knows no forks
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            home.main([*TINY, "--out", "new", "--dry_run"])
+        assert ("python bench.py plan" in capsys.readouterr().out) == counted
 
 
 def test_the_network_of_the_forking_guide_trains(here, monkeypatch):
@@ -869,4 +884,4 @@ def test_few_images_bring_a_warning(name, monkeypatch, capsys, here):
     images, labels = fid.digits()
     monkeypatch.setattr(fid, "digits", lambda: (images[:60], labels[:60]))
     importlib.import_module(name).main([*TINY, "--stage", "pretrain", "--steps", "1", "--out", "few"])
-    assert f"warning: 60 images will be learned by heart" in capsys.readouterr().err
+    assert "warning: images: 60; so few are learned by heart (docs/faq.md)" in capsys.readouterr().err

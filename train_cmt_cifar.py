@@ -230,6 +230,7 @@ def train(cfg):
     shape = net.img_channels, net.img_resolution, net.img_resolution
     share, micro = B // WORLD, cfg.batch_gpu or B // WORLD    # rows of a process, of a forward pass
     mine = slice(RANK * share, (RANK + 1) * share)
+    firsts = range(mine.start, mine.stop, micro)      # rows of the batch where this process's passes begin
     per_solve = math.prod(solve_size(cfg))            # pairs, as 128 x 16: whole batches (check)
 
     @lru_cache(1)                                     # kept for the steps that share it; resumed: solved anew
@@ -271,7 +272,7 @@ def train(cfg):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
         loss_sum, part = 0.0, micro / B * tally["scale"]      # part of the mean; scale: of fp16, else 1
         batch, target = batch_of(step)
-        for k, *rows in zip(range(B)[mine][::micro], *(a.split(micro) for a in batch)):
+        for k, *rows in zip(firsts, *(a.split(micro) for a in batch)):
             loss = loss_of(step, k, rows, target)
             (loss * part).backward()
             loss_sum += loss.detach() * part

@@ -198,7 +198,8 @@ def loss_cmt(net, x_t, t, target, distance):
 
 
 def loss_cmt_views(net, x_t, t, x_0, distance, view):
-    """loss_cmt, each pair seen through a random view of its own (B.5); view: rows of distance.draw's."""
+    """loss_cmt, each pair seen through a random view of its own (B.5); view: rows of distance.draw."""
+    view = dict(zip(distance.views, view))
     seen, end = (distance.features(distance.augment(x, view)) for x in (net(x_t, t), x_0))
     return distance.distance(seen, end).mean()
 
@@ -280,6 +281,7 @@ def train(cfg):
     net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
     share, micro = B // WORLD, cfg.batch_gpu or B // WORLD    # rows of a process, of a forward pass
     mine = slice(RANK * share, (RANK + 1) * share)
+    firsts = range(mine.start, mine.stop, micro)      # rows of the batch where this process's passes begin
     per_solve = math.prod(solve_size(cfg))            # pairs, as 128 x 16: whole batches (check)
     batches = fid.ahead(partial(read_batch, cfg, run.images), range(start, cfg.steps))   # lazy; mid: none
 
@@ -317,7 +319,6 @@ def train(cfg):
         if cfg.stage == "mid":
             target = [a[owner] for a in target]
             if view:
-                view = dict(zip(run.distance.views, view))
                 return loss_cmt_views(student, x_t, t, *target, run.distance, view)
             return loss_cmt(student, x_t, t, target, run.distance)                              # Eq. 7
         if cfg.stage == "pretrain":
@@ -334,7 +335,7 @@ def train(cfg):
         loss_sum, part = 0.0, micro / B * tally["scale"]      # part of the mean; scale: of fp16, else 1
         with nets.hoist(net, force=True):             # EDM2 Eq. 66: normalised once for all micro-batches
             batch, target = batch_of(step)
-            for k, *rows in zip(range(B)[mine][::micro], *(a.split(micro) for a in batch)):
+            for k, *rows in zip(firsts, *(a.split(micro) for a in batch)):
                 loss = loss_of(step, k, rows, target)
                 (loss * part).backward()
                 loss_sum += loss.detach() * part

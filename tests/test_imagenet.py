@@ -240,7 +240,7 @@ def test_ensembled_distance_sees_both_images_alike():
     def seen(a, b, seed):
         views = elatent.draw(x, torch.Generator().manual_seed(seed))
         assert [*views] == elatent.views == ["affine", "colour", "gains", "noise", "mask"]
-        return script.loss_cmt_views(lambda x_t, t: a, None, None, b, elatent, views).item()
+        return script.loss_cmt_views(lambda x_t, t: a, None, None, b, elatent, views.values()).item()
     assert seen(x, x, 1) == 0 < seen(x, y, 1) == seen(x, y, 1)
     assert len({elatent(x, y).item(), seen(x, y, 1), seen(x, y, 2)}) == 3
 

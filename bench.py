@@ -440,7 +440,7 @@ def install():
 
 def autocast(policy, op, *args, **kwargs):
     """op with its floats in bf16 or fp16 (LOWER), in the widest among them (PROMOTE), else in float32."""
-    low = policy == "LOWER" or policy == "PROMOTE" and torch.float32 not in floats(leaves(args, kwargs))
+    low = policy == "LOWER" or (policy == "PROMOTE" and torch.float32 not in floats(leaves(args, kwargs)))
     dtype = torch.get_autocast_dtype("gpu") if low else torch.float32
 
     def cast(a):
@@ -513,20 +513,20 @@ class FakeGPU(TorchDispatchMode):
         if op is aten.nonzero:
             self.wait("nonzero")
             return self.fake(torch.empty(args[0].numel(), args[0].ndim, dtype=torch.long, device="meta"))
-        mixed = not all(o or t.ndim == 0 and op not in SAME_DEVICE for o, t in zip(on, tensors))
+        mixed = not all(o or (t.ndim == 0 and op not in SAME_DEVICE) for o, t in zip(on, tensors))
         if op in COPY and on[-1] and (mixed or not here):
             self.wait("to cpu")
             dtype = kwargs.get("dtype") or args[0].dtype
             return args[0] if op is aten.copy_ else torch.zeros(args[0].shape, dtype=dtype)
         if op in COPY and mixed:
             source = tensors[-1]
-            if not (kwargs.get("non_blocking") or op is aten.copy_ and args[-1] is True):
+            if not (kwargs.get("non_blocking") or (op is aten.copy_ and args[-1] is True)):
                 self.wait("to gpu, blocking")
             # CUDA sets up to 64 KB aside: a vector has a number for each sample, whatever the size of the net
             elif source.ndim > 1 and not getattr(source.untyped_storage(), "pinned", False):
                 self.wait("to gpu, not pinned")
-        elif mixed and not (op in INDEX and on[0] or kwargs.get("device")) or \
-                op in SAME_DTYPE and len(floats(tensors)) > 1:
+        elif (mixed and not ((op in INDEX and on[0]) or kwargs.get("device"))) or \
+                (op in SAME_DTYPE and len(floats(tensors)) > 1):
             raise RuntimeError(f"{func}: {[(*t.shape, t.dtype, t.device.type) for t in tensors]}")
         if op in INDEX:
             mask = [i is not None and i.dtype == torch.bool for i in args[1]]

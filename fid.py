@@ -609,13 +609,13 @@ def open_picture(file, label, exif=True):
     with blame(label), Image.open(file, formats=FORMATS) as image:
         mode, grey = image.mode, image.mode in ("1", "L", "LA")
         # trap: Pillow compares such a transparent colour with pixels of 8 bits; in a TIFF, 0 may be white
-        odd = "transparency" in image.info and image.tile[0][3] in ("L;2", "L;4", "I;16B", "RGB;16B") \
-            or mode.startswith("I;16") and getattr(image, "tag_v2", {}).get(262) == 0
+        odd = ("transparency" in image.info and image.tile[0][3] in ("L;2", "L;4", "I;16B", "RGB;16B")) \
+            or (mode.startswith("I;16") and getattr(image, "tag_v2", {}).get(262) == 0)
         if exif:
             ImageOps.exif_transpose(image, in_place=True)
-        if not odd and (mode.startswith("I;16") or mode == "I" and image.format in ("PNG", "PPM")):
+        if not odd and (mode.startswith("I;16") or (mode == "I" and image.format in ("PNG", "PPM"))):
             return ((np.asarray(image).astype(int) + 128) // 257).astype(np.uint8)[..., None]
-        if odd or not grey and mode not in ("P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"):
+        if odd or (not grey and mode not in ("P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")):
             raise DataError(f"{label}: this kind of mode {mode} is not read; save it as an 8-bit RGB PNG")
         if image.has_transparency_data:
             image = image.convert("RGBA")
@@ -1715,10 +1715,10 @@ def stages_of(home, argv):
             fail(2, f"{flag}: {stage} never reads it; leave it out")
         asked = [stage] if dot else stages if cfg.stage == "all" and field not in stages else ()
         from_mid = field == "init" and "mid" in stages and cfg.mid != "none"
-        if asked and all(s in idle or unread(s, field) or from_mid and s == "post" for s in asked):
+        if asked and all(s in idle or unread(s, field) or (from_mid and s == "post") for s in asked):
             say(f"warning: {flag} has no effect: {stage or 'every stage'} does without it, or is not run")
     for k, c in enumerate(configs):                          # --init FILE starts the first stage, not all
-        later = cfg.stage == "all" and (c.stage == "eval" or c.stage == "post" and c.mid != "none")
+        later = cfg.stage == "all" and (c.stage == "eval" or (c.stage == "post" and c.mid != "none"))
         if later and c.init not in home.INITS:
             configs[k] = dataclasses.replace(c, init=home.Config.init)
     return configs
@@ -2019,7 +2019,7 @@ def command(cfg, stage, names, **new):
     argv = ["--data", cfg.data, "--stage", stage]
     plain = vars(home_of(cfg).parse(argv))
     for name, value in {**vars(cfg), **new}.items():
-        if name in new or name in names and value != plain[name]:
+        if name in new or (name in names and value != plain[name]):
             argv += [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", value]
     return shlex.join(["python", os.path.basename(home_of(cfg).__file__), *map(str, argv)])
 
@@ -2036,7 +2036,7 @@ def check_teacher(cfg, finished, given, data, wanted):
     maker = home_of(cfg).nets.MAKERS.get(cfg.teacher, "")
     odd = [name for name in wanted if said.get(name, wanted[name]) != wanted[name]]
     other = maker.startswith(" of train_") and maker != f" of {os.path.basename(home_of(cfg).__file__)}"
-    if said and (odd and other or not {*wanted} & {*said}):
+    if said and ((odd and other) or not {*wanted} & {*said}):
         fail(3, f"--teacher {cfg.teacher}: a net{maker}, no teacher of this script and data; pass one")
     if odd:
         fail(3, f"--teacher {cfg.teacher}: its {odd[0]} is {said[odd[0]]}, that of --data {cfg.data} is "
@@ -2049,11 +2049,11 @@ def same_guidance(cfg, stated, what):
     stated: the configuration in the checkpoint called `what`. A flow-matching teacher has none of its own: it
     is guided when it is rolled out.
     """
-    if "omega" not in stated or stated["stage"] == "pretrain" and stated.get("pretrain", "mf") != "mf":
+    if "omega" not in stated or (stated["stage"] == "pretrain" and stated.get("pretrain", "mf") != "mf"):
         return
     scales = [c["omega"] / (1 - c["kappa"]) for c in (stated, dataclasses.asdict(cfg))]
     spans = [[c["guide_from"], c["guide_to"]] for c in (stated, dataclasses.asdict(cfg))]
-    if abs(scales[0] - scales[1]) > 1e-6 or spans[0] != spans[1] and scales[0] != 1:
+    if abs(scales[0] - scales[1]) > 1e-6 or (spans[0] != spans[1] and scales[0] != 1):
         fail(2, f"{what} was trained with guidance {scales[0]:.4g} for t in {spans[0]}, this stage has "
                 f"{scales[1]:.4g} in {spans[1]}; pass its --omega, --kappa, --guide_from, --guide_to")
 
@@ -2268,7 +2268,7 @@ def dry_run(home, argv, configs):
 
     for c, trains in [(c, tried(c, home.check)) for c in configs]:
         # what misses a file is to train as well; what is refused for its flags is not counted with them
-        if trains or trains is None and c.stage not in home.RUN and codes.get(c.stage) != 2:
+        if trains or (trains is None and c.stage not in home.RUN and codes.get(c.stage) != 2):
             left = c.steps if c.stage in codes else (tried(c, home.resume) or (None, 0))[1]
             road[c.stage] = left, c
     for c in configs:
@@ -2477,7 +2477,7 @@ def references(args):
                             + ", ".join(REFERENCES))
         with blame(path):
             named = path in REFERENCES and not os.path.exists(path)
-            if named or path.endswith(".pkl") or path.endswith(".npz") and "mu" in np.load(path):
+            if named or path.endswith(".pkl") or (path.endswith(".npz") and "mu" in np.load(path)):
                 found[path] = load_reference(path)
             else:
                 image_source(path)

@@ -915,7 +915,7 @@ def read_pickle(stream, refused=REFUSED):
     start = stream.tell()
     for op, arg, position in pickletools.genops(stream):
         # trap: a memo index is an order for memory, nine bytes of file can ask for 64 GB
-        if op.name in refused or op.name.endswith("PUT") and arg > position:
+        if op.name in refused or (op.name.endswith("PUT") and arg > position):
             raise UnsafePickle(f"it uses opcode {op.name} {arg!r:.20} at byte {position}")
     stream.seek(start)
     return Reader(stream).load()
@@ -1221,8 +1221,8 @@ def load_weights(net, state, what):
     wrong = {"missing": [k for k in own if k not in state], "unexpected": [k for k in state if k not in own],
              "of another shape": [f"{k} {tuple(state[k].shape)} in the file, {tuple(own[k].shape)} in the net"
                                   for k in own if k in state and state[k].shape != own[k].shape],
-             "not finite, or integers": [k for k, v in state.items() if not v.isfinite().all() or k in own
-                                         and v.is_floating_point() != own[k].is_floating_point()]}
+             "not finite, or integers": [k for k, v in state.items() if not v.isfinite().all() or (
+                                         k in own and v.is_floating_point() != own[k].is_floating_point())]}
     text = [f"{len(w)} {how}: {', '.join(w[:5])}{', ...' * (len(w) > 5)}" for how, w in wrong.items() if w]
     if text:                                          # trap: before any copy, or a failed load is half a load
         raise WeightsError(f"{what} does not fit the network: {'; '.join(text)}")

@@ -516,7 +516,7 @@ LIMITS = {  # (rule, least, below): fields; for fid.check_values
 
 def check(cfg):
     """Whether this stage trains; before any does, what would stop it: values (exit code 2), files (3)."""
-    trains = cfg.stage not in RUN and (needs_data(cfg) or cfg.stage == "mid" and cfg.mid != "none")
+    trains = cfg.stage not in RUN and (needs_data(cfg) or (cfg.stage == "mid" and cfg.mid != "none"))
     fid.check_values(cfg, LIMITS, WORLD if trains else 0)
     side = dict(cifar10=32, ffhq=64, afhqv2=64).get(cfg.data, cfg.res)
     if cfg.res and cfg.res != side:
@@ -542,15 +542,15 @@ def check(cfg):
 
 def check_files(cfg):
     """Whether a stage can begin with --data, --teacher, --init, its VGG: not after days of others."""
-    read_teacher = teacher_state if given_teacher(cfg) else None
-    if cfg.stage == "mid" and (cfg.data == "digits" or data_name(cfg) == "own" and os.path.exists(cfg.data)):
+    read_teacher, there = teacher_state if given_teacher(cfg) else None, os.path.exists(cfg.data)
+    if cfg.stage == "mid" and (cfg.data == "digits" or (data_name(cfg) == "own" and there)):
         side, _, channels = (8, 8, 1) if cfg.data == "digits" else fid.image_shape(cfg.data, cfg.res)
         if read_teacher:                              # it is to draw such images
             shape = dict(img_channels=channels, img_resolution=side, label_dim=0)
             fid.check_teacher(cfg, nets.finished, read_teacher, None, shape)
         if cfg.loss == "lpips" and (channels != 3 or side < 16):
             fail(2, f"--loss lpips needs 3x16x16 at least, not {channels}x{side}x{side}; or --loss huber")
-    if cfg.stage == "mid" and cfg.loss == "lpips" and (cfg.data in FILES or os.path.exists(cfg.data)):
+    if cfg.stage == "mid" and cfg.loss == "lpips" and (cfg.data in FILES or there):
         nets.pretrained_lpips()                       # is it there? else downloaded now
     if cfg.stage != "pretrain" and cfg.init not in INITS:
         candidates(cfg)                               # --init FILE: is it a net?

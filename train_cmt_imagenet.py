@@ -249,7 +249,7 @@ def make_distance(cfg):
 
 def wants_vgg(cfg):
     """Whether mid-training measures by a VGG that is trained on the labels of the data first."""
-    return cfg.mid != "none" and (cfg.loss == "elatent" or cfg.data == "digits" and cfg.loss == "lpips")
+    return cfg.mid != "none" and (cfg.loss == "elatent" or (cfg.data == "digits" and cfg.loss == "lpips"))
 
 
 def new_vgg(cfg, classes):
@@ -729,7 +729,7 @@ LIMITS = {  # (rule, least, below): fields; for fid.check_values
 
 def check(cfg):
     """Whether this stage trains; before any does, what would stop it: values (exit code 2), files (3)."""
-    trains = cfg.stage not in RUN and (needs_data(cfg) or cfg.stage == "mid" and cfg.mid != "none")
+    trains = cfg.stage not in RUN and (needs_data(cfg) or (cfg.stage == "mid" and cfg.mid != "none"))
     fid.check_values(cfg, LIMITS, WORLD if trains else 0)
     if cfg.stage == "encode":
         encode_target(cfg)
@@ -842,7 +842,7 @@ def asked_nets(cfg):
     """{name: (weights, arguments)} of nets that a stage asks: the teacher; ECD: or --main, and --guide."""
     names = ("main", "guide") if cfg.stage == "post" and cfg.post not in ALONE else ()
     asked = {name: nets.load_pretrained(getattr(cfg, name)) for name in names if getattr(cfg, name)}
-    if cfg.stage == "mid" or names and not cfg.main:
+    if cfg.stage == "mid" or (names and not cfg.main):
         asked["teacher"] = teacher_state(cfg)
     return asked
 

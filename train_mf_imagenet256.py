@@ -253,8 +253,8 @@ def loss_cmt_mf(u, z, t, r, y, target):
 def is_guided(cfg, step, t, y, null):
     """Which samples (B,) have a guided target: those with a class, t in the interval, past --unguided."""
     started = cfg.stage == "post" and cfg.mid == "none" and cfg.init == "teacher"
-    plain = cfg.omega == 1 and cfg.kappa == 0 or cfg.stage == "pretrain" and cfg.pretrain == "fm"
-    if plain or started and step < cfg.unguided:
+    plain = (cfg.omega == 1 and cfg.kappa == 0) or (cfg.stage == "pretrain" and cfg.pretrain == "fm")
+    if plain or (started and step < cfg.unguided):
         return torch.zeros_like(y, dtype=torch.bool)
     return (t >= cfg.guide_from) & (t <= cfg.guide_to) & (y != null)
 
@@ -396,7 +396,7 @@ def lr_at(cfg, step):
 
 def set_up(cfg):
     """The stage's images, teacher, sizes and, by begin, net and counts; None: nothing is to be done."""
-    if left_out(cfg) or cfg.stage == "pretrain" and cfg.teacher:
+    if left_out(cfg) or (cfg.stage == "pretrain" and cfg.teacher):
         return log(f"{cfg.stage}: not trained, as --teacher or --mid none says")
     ckpt, left = resume(cfg)                          # left: steps to go
     if not left and fid.same_names(cfg, ckpt, BY_CONTENT):            # finished; nothing need be read
@@ -405,7 +405,7 @@ def set_up(cfg):
     if cfg.stage != "mid":                                                    # CMT needs no data
         images = load_data(cfg)
         stamp, shape, null = images.stamp, images.shape, images.classes        # "no class": the one after all
-    if cfg.stage == "mid" or cfg.stage == "post" and cfg.post == "teacher":
+    if cfg.stage == "mid" or (cfg.stage == "post" and cfg.post == "teacher"):
         weights, kwargs = teacher_state(cfg)
         teacher = build(cfg, kwargs, weights, cfg.teacher or "the teacher")
         teacher.requires_grad_()                      # else autocast casts its weights anew at each call
@@ -712,12 +712,12 @@ LIMITS = {  # (rule, least, below): fields; for fid.check_values
 def left_out(cfg):
     """Whether --mid none leaves this stage out: pre-training too, unless post-training asks for its net."""
     asked = cfg.init == "teacher" or cfg.post == "teacher"
-    return cfg.mid == "none" and (cfg.stage == "mid" or cfg.stage == "pretrain" and not asked)
+    return cfg.mid == "none" and (cfg.stage == "mid" or (cfg.stage == "pretrain" and not asked))
 
 
 def check(cfg):
     """Whether this stage trains; before any does, what would stop it: values (exit code 2), files (3)."""
-    given = cfg.stage in RUN or cfg.stage == "pretrain" and cfg.teacher
+    given = cfg.stage in RUN or (cfg.stage == "pretrain" and cfg.teacher)
     trains = not given and not left_out(cfg)
     fid.check_values(cfg, LIMITS, WORLD if trains else 0)
     if cfg.stage == "pretrain" and cfg.teacher and not left_out(cfg):

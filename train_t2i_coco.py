@@ -393,7 +393,7 @@ def lr_at(cfg, step):
 
 def set_up(cfg):
     """The stage's images, teacher, sizes and, by begin, net and counts; None: nothing is to be done."""
-    if left_out(cfg) or cfg.stage == "pretrain" and cfg.teacher:
+    if left_out(cfg) or (cfg.stage == "pretrain" and cfg.teacher):
         return log(f"{cfg.stage}: not trained, as --teacher or --mid none says")
     ckpt, left = resume(cfg)                          # left: steps to go
     if not left and fid.same_names(cfg, ckpt, BY_CONTENT):            # finished; nothing need be read
@@ -550,7 +550,7 @@ class Coco:
 
     def array(self, name):
         x = self.open(f"{name}.npy")
-        if x.dtype.kind != "f" or x.ndim != 3 - ("_" in name) or "_" not in name and len(x) != 8:
+        if x.dtype.kind != "f" or x.ndim != 3 - ("_" in name) or ("_" not in name and len(x) != 8):
             raise fid.DataError(f"{self.path}/{name}.npy: {x.dtype} {x.shape}, not what U-ViT keeps there")
         return torch.from_numpy(x.astype(np.float32))
 
@@ -874,12 +874,12 @@ LIMITS = {  # (rule, least, below): fields; for fid.check_values
 
 def left_out(cfg):
     """Whether --mid none leaves this stage out: pre-training too, unless post-training asks for its net."""
-    return cfg.mid == "none" and (cfg.stage == "mid" or cfg.stage == "pretrain" and cfg.init != "teacher")
+    return cfg.mid == "none" and (cfg.stage == "mid" or (cfg.stage == "pretrain" and cfg.init != "teacher"))
 
 
 def check(cfg):
     """Whether this stage trains; before any does, what would stop it: values (exit code 2), files (3)."""
-    given = cfg.stage in RUN or cfg.stage == "pretrain" and cfg.teacher
+    given = cfg.stage in RUN or (cfg.stage == "pretrain" and cfg.teacher)
     trains = not given and not left_out(cfg)
     fid.check_values(cfg, LIMITS, WORLD if trains else 0)
     if cfg.stage == "pretrain" and cfg.teacher and not left_out(cfg):

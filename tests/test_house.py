@@ -102,6 +102,16 @@ def test_imports_follow_the_house(path):
     assert roots(ast.walk(tree)) - set(sys.stdlib_module_names) <= allowed | optional
 
 
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda p: p.name)
+def test_an_and_inside_an_or_has_parentheses(path):
+    """Nobody should have to know which of them binds first."""
+    lines = path.read_text().split("\n")
+    inner = [v for n in ast.walk(ast.parse("\n".join(lines))) if isinstance(n, ast.BoolOp) and isinstance(n.op, ast.Or)
+             for v in n.values if isinstance(v, ast.BoolOp)]
+    assert not [v.lineno for v in inner if lines[v.lineno - 1][:v.col_offset].strip()[-1:] not in ("(", "")
+                or not lines[v.end_lineno - 1][v.end_col_offset:].startswith(")")]
+
+
 def test_uv_installs_what_requirements_say():
     """PEP 723: `uv run train_cmt_cifar.py` needs no environment; pytest is for the tests alone."""
     blocks = {re.search(r"^# /// script\n# dependencies = (.*)\n# ///$", p.read_text(), re.M)[1] for p in SCRIPTS}

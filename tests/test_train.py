@@ -878,6 +878,15 @@ def test_a_teacher_of_another_script_is_named(capsys):
         assert not os.path.exists("new")
 
 
+def test_an_annealing_that_never_moves_q_is_told(capsys):
+    """Of every preset q grows; where --steps end before the first stair does, a line says so."""
+    for data in ("cifar10", "ffhq", "afhqv2", "digits", "own.zip"):
+        cfg = script.parse(["--data", data, "--stage", "post", "--post", "annealed"])
+        assert cfg.q == 2 and 128 < cfg.q ** (cfg.steps // cfg.double) <= 512, data
+    script.check(script.parse(["--data", "digits", "--stage", "post", "--post", "annealed", "--mid", "none", "--init", "random", "--steps", "187"]))
+    assert "warning: q stays 2 in 187 steps; pass --double of an eighth of them\n" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["train_cmt_cifar", "train_cmt_imagenet"])
 def test_few_images_bring_a_warning(name, monkeypatch, capsys, here):
     """They are learned by heart, and no score tells."""

@@ -98,11 +98,11 @@ CLAIMS = {  # row: (script, row whose teacher and, with "mid", mid-training it g
     "ECT, a quarter": ("cmt_cifar", "CMT + ECT", [f"{ECT} --steps 375"]),
     "ECT, half": ("cmt_cifar", "CMT + ECT", [f"{ECT} --steps 750"]),
     "ECT, annealed, pseudo-Huber, a quarter": ("cmt_cifar", "CMT + ECT", [
-        f"{ANNEALED} --huber_c 0.06 --steps 375 --double 47"]),
+        f"{ANNEALED} --huber_c 0.06 --steps 375 --stair 47"]),
     "ECT, annealed, pseudo-Huber, half": ("cmt_cifar", "CMT + ECT", [
-        f"{ANNEALED} --huber_c 0.06 --steps 750 --double 94"]),
+        f"{ANNEALED} --huber_c 0.06 --steps 750 --stair 94"]),
     "ECT, annealed, pseudo-Huber, twice": ("cmt_cifar", "CMT + ECT", [
-        f"{ANNEALED} --huber_c 0.06 --steps 3000 --double 375"]),
+        f"{ANNEALED} --huber_c 0.06 --steps 3000 --stair 375"]),
     "EDM2: CMT + ECT": ("cmt_imagenet", "", [""]),
     "EDM2: CMT + ECT, both by pseudo-Huber": ("cmt_imagenet", "EDM2: CMT + ECT", ["--loss huber"]),
     "EDM2: ECT": ("cmt_imagenet", "EDM2: CMT + ECT", ["--mid none --steps 1500"]),
@@ -285,7 +285,7 @@ def curves(args, device):
     for panel in scores.values():
         panel[f"teacher, {cfg.nfe} steps"] = [(0, level), (seen, level)]
     one = [row["1-step FD-digits"] for row in rows]          # teacher, mid, mid and post, post alone
-    only = " Mid-training helps no other script in one step (README)." * (args.net == FLAGS["net"]["default"])
+    only = " In README's runs it helps no other script in one step." * (args.net == FLAGS["net"]["default"])
     answer = f"Mid-training by pixels {verdict(*map(float, (one[3], one[2])))}"
     words = (f"{answer} (seed 0). FD-digits in one step, lower is better: {one[2]} with it, "
              f"{one[3]} without; teacher, {cfg.nfe} steps: {rows[0][f'{cfg.nfe}-step FD-digits']}\n"
@@ -351,10 +351,8 @@ PHOTOS = {  # row: calls, laid over the settings of digits; the last net is scor
     "ECT, annealed": [f"{ANNEALED} --huber_c 0"],
 }
 CALLED = {"after CMT": "mid-training alone", "CMT + ECT": "mid- and post-training",
-          "ECT, annealed": "post-training alone", "CMT + Mean Flow": "mid- and post-training",
-          "from flow matching": "post-training of a flow-matching net",
-          "flow matching, CMT, teacher's v": "mid- and post-training of it, teacher's v"}  # in the pictures
-SHARED = "steps batch lr decay warmup ema_beta q double dropout precision log_every save_every".split()
+          "ECT, annealed": "post-training alone"}                        # in the pictures
+SHARED = "steps batch lr decay warmup ema_beta q stair dropout precision log_every save_every".split()
 
 
 def small_photos(path, small):
@@ -430,18 +428,14 @@ def photos(args, device):
                        f"FD-photos: Frechet distance of {n:,} images to the real ones, by features of a "
                        f"small net; {features.scale} against the other. Judge by it: such nets hardly draw "
                        "objects.\n"
-                       "Mid-training on the teacher's ends: pseudo-Huber; post-training on images: plain "
-                       f"norm, alone annealed; as many images or pairs, of {os.path.basename(args.data)}.")
+                       "By pixels: mid-training compares with the teacher's image pixel by pixel "
+                       "(pseudo-Huber). Post-training: by plain norm, alone by the best schedule that we "
+                       f"found; as many images or pairs, of {os.path.basename(args.data)}.")
             breaks = fid.breaks_between([label.partition("\n")[0] for label, _ in (*shown, real)])
             fid.save_sheet(f"{args.out}/{seed}/photos.png", [*shown, real], caption, breaks=breaks)
 
 
 FM = "--pretrain fm --weak SIZE --init teacher"           # SIZE: --size, of student and flow-matching teacher
-CAPTION = ("Does mid-training help Mean Flow on photos ({})? In one step it {}; in two it {}\n"
-           "FD-photos (Frechet distance to {} at 16x16, by features of a small net; {} against the other) "
-           "against CPU seconds (a busy machine adds some), teacher included. Mid-training is by a small "
-           "teacher. From scratch: post-training, Mean Flow's own training on photos, from random weights. "
-           "Compare the last dots. docs/results.md has three seeds{}.")
 ROADS = {  # road: the road whose teacher it goes on from, its calls, laid over the settings of digits
     "flow matching": ("", ["--stage pretrain --pretrain fm --weak SIZE --steps 320"]),
     "weak Mean Flow": ("", ["--stage pretrain --weak 2x64x3 --steps 800"]),
@@ -472,10 +466,9 @@ def road_run(road, seed, data, args):
 
 
 def roads(args, device):
-    """Mean Flow's ROADS on photos of 16x16: score against CPU seconds, a teacher's too: <out>/roads.png."""
+    """Mean Flow's ROADS on photos of 16x16: score against CPU seconds, a teacher's too."""
     *data, features, reference = judged_photos(args, f"{args.out}/photos.npz")
-    cfg, panels = flow.parse(["--data", "digits", "--labels", "random", *args.flags.split()]), {}
-    mid = {}                                                             # {seed: where its mid ends} of roads
+    cfg = flow.parse(["--data", "digits", "--labels", "random", *args.flags.split()])
     print("| road | seed | stage, steps | CPU s, with the teacher's | FD-photos |\n|---|---|---|---|---|")
     for seed in args.seeds.split(","):
         ends = {"": 0.0}
@@ -489,26 +482,6 @@ def roads(args, device):
                 scores = " / ".join(f"{x:.2f}" for x in found)
                 stage = f"{state['cfg']['stage']}, {state['step']}"
                 print(f"| {road} | {seed} | {stage} | {seconds:.0f} | {scores} |", flush=True)
-                if ROADS[road][0] or "scratch" in road:                  # a teacher's seconds, no curve
-                    name = CALLED.get(road, road)
-                    if state["cfg"]["stage"] == "mid":
-                        mid.setdefault(name, {})[seed] = seconds
-                    for words, score in zip(("one step", "two steps"), found):
-                        panel = panels.setdefault(f"FD-photos, drawn in {words}, lower is better", {})
-                        panel.setdefault(name, {}).setdefault(stage, []).append((seconds, score))
-    for title, panel in panels.items():                                  # means of the seeds, place by place
-        panels[title] = {name: [tuple(map(statistics.mean, zip(*seen))) for seen in panel[name].values()]
-                         for name in sorted(panel, key=lambda name: ("flow" in name, name))}
-    seeds = f"{'means of the seeds' if ',' in args.seeds else 'seed'} {args.seeds}"
-    ends = [{name: points[-1][1] for name, points in panel.items()} for panel in panels.values()]
-    best = [[min((y for name, y in end.items() if ("mid-" in name) is ours), default=float("nan"))
-             for ours in (False, True)] for end in ends]
-    said = [f"{verdict(*pair)}: " * (sum(pair) > 0)                             # not of nan
-            + f"{pair[1]:.2f} with it, {pair[0]:.2f} the best without" for pair in best]
-    more = ": it hurts in both" * ("cifar10" in args.data)
-    words = CAPTION.format(seeds, *said, os.path.basename(args.data), features.scale, more)
-    marks = {statistics.mean(end.values()): f"{name}: mid-training ends" for name, end in mid.items()}
-    fid.save_chart(f"{args.out}/roads.png", panels, words, "CPU seconds", marks)
 
 
 # ---- gradient bias ----------------------------------------------------------------------------

@@ -98,7 +98,7 @@ REFERENCES = {         # nobody publishes their checksums, so the one found is p
 }
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")         # inside, whatever the name ends in
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-HALVES = "For scale: two halves of the real digits 0.78 (900 each; 2,000 can score lower)."  # --train-digits
+HALVES = "For scale: two halves of the real digits 0.78 (of 900 each; more can score lower)."  # train_digits
 HIDDEN = re.compile(r"(^|/)(\.[^/]|__MACOSX/)")                          # .DS_Store, ._x.png, .git
 Reference = collections.namedtuple("Reference", "mu cov n features file sha256")    # not stated: n 0, text ""
 FOREIGN = {"cannot identify image file": "not a picture, or a part of one",
@@ -1331,7 +1331,7 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
     """<out>/trajectory.png: a trajectory of the teacher, and below it what all nets answer along it.
 
     states (N+1, n, C, H, W) at levels (N+1,): sigma, or the time t of a flow; errors are means over all n.
-    nets: {name: f(x, levels on the CPU) -> where the first len(x) of them land in one step}. show: a batch of
+    nets: {name: f(x, levels on the CPU) -> where the states x of all n land in one step}. show: a batch of
     states or answers -> images. names: what each is to be. words: of the teacher, for the caption.
     """
     wide = levels.clamp(min=1).to(states).view(-1, 1, 1, 1, 1)
@@ -1341,21 +1341,24 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
     some = sorted({0, *evenly.tolist(), n - 1}) if n > 9 else range(n)
     states, levels, wide = states[some], levels[some], wide[some]
     apart = (states[-1] - states[-1].roll(1, 0)).square().mean().sqrt().item()
-    first, *later = [(x, level.expand(len(x))) for x, level in zip(states, levels.float())]
-    rows = [("\n".join(["states of the teacher", *names[:1]]), show((states / wide)[:, 0]))]  # at unit scale
-    for net, f in nets.items():
-        ends = f(*first)                                 # of all noises; below, of the one that is shown
-        error = (ends - states[-1]).square().flatten(1).mean(1).sqrt().mean()
-        # where no noise is left the answer is the state itself: a consistency model would see ln 0
-        answers = [ends[:1], *(f(x[:1], level[:1]) if level.all() else x[:1] for x, level in later)]
-        rows.append((f"{called(net)}\nin one step, error {error:.2f}", show(torch.cat(answers))))
+    along = [(x, level.expand(len(x))) for x, level in zip(states, levels.float())]
+    # where no noise is left the answer is the state itself: a consistency model would see ln 0
+    answers = {net: torch.stack([f(x, level) if level.all() else x for x, level in along])
+               for net, f in nets.items()}
+    errors = {net: (x[0] - states[-1]).square().flatten(1).mean(1).sqrt() for net, x in answers.items()}
+    k = int(next(iter(errors.values()), torch.zeros(1)).argmax())                # the noise that is shown
+    name = f"\n{names[k % len(names)]}" if names else ""
+    rows = [(f"states of the teacher{name}", show((states / wide)[:, k]))]                  # at unit scale
+    rows += [(f"{called(net)}\nin one step, error {errors[net].mean():.2f}", show(x[:, k]))
+             for net, x in answers.items()]
     consistency = bool(levels.max() > 1)
     caption = ("The teacher walks from noise to an image; below, what each net answers in one step\n"
                + ("Mid-training's target everywhere is the end of the first row. " if consistency else
                   "Mid-training's target is the mean velocity between any two states. ")
                + "Error: root mean square of pixels between the leftmost answer and the end, mean of "
-               f"{states.shape[1]} noises; ends of two noises: {apart:.2f}. Smaller is nearer "
-               f"to the teacher, not better: post-training learns from images.{words}"
+               f"{states.shape[1]} noises; the one is shown where the first net errs most. Ends of two: "
+               f"{apart:.2f}. Smaller is nearer to the teacher, not better: post-training learns from images."
+               f"{words}"
                + f" Of {n} states {len(some)} are shown, where most changes." * (len(some) < n)
                + " States above sigma 1 are divided by sigma." * consistency)
     first, *middle, end = (f"{level:.2g}" for level in levels.tolist())

@@ -61,7 +61,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     nfe: int = 16               # teacher steps per trajectory (B.2)
     trajectories: int = 128     # choice: per solve, pairs shuffled over several steps; 0 = batch/nfe (paper)
     q: int = 4096               # post: the step in t is n(t) t / q (B.2: 1/4096)
-    double: int = 0             # post annealed: steps of one stair of q, q^2, q^3, ... (q 2: 2, 4, 8); else 0
+    stair: int = 0              # post annealed: steps at each of q, q^2, q^3, ... (q 2: 2, 4, 8); else 0
     P_mean: float = -1.1        # ln sigma ~ N(P_mean, P_std^2), not cut off (ECT)
     P_std: float = 2.0
 
@@ -94,13 +94,13 @@ PRESETS = {  # (data, stage, its --mid or --post): the lower row wins, --help sh
     ("*", "post", "*"): dict(steps=100_000, lr=1e-4, ema_beta=0.9999, huber_c=0.0),       # B.2
     ("ffhq", "post", "*"): dict(q=512),
     ("afhqv2", "post", "*"): dict(q=1024),
-    ("*", "post", "annealed"): dict(q=2, double=25_000, steps=200_000, decay="constant"),  # ECT, 25.6 million
+    ("*", "post", "annealed"): dict(q=2, stair=25_000, steps=200_000, decay="constant"),   # ECT, 25.6 million
     # choice: a start for own images, hours on one GPU; the lengths above are for 50,000 and more
     ("own", "*", "*"): dict(samples=10_000),
     ("own", "pretrain", "*"): dict(steps=50_000, batch=128, lr=2e-4, warmup=1_000),
     ("own", "mid", "*"): dict(steps=20_000),
     ("own", "post", "*"): dict(steps=10_000, warmup=100, ema_beta=0.999),
-    ("own", "post", "annealed"): dict(double=1_250),                                       # q from 2 to 256
+    ("own", "post", "annealed"): dict(stair=1_250),                                        # q from 2 to 256
     # choice: pseudo-Huber in both stages, which scores best on digits (docs/results.md)
     ("digits", "*", "*"): dict(precision="fp32", dropout=0.0, loss="huber", log_every=50, save_every=250,
                                samples=2_000, batch=32),
@@ -108,7 +108,7 @@ PRESETS = {  # (data, stage, its --mid or --post): the lower row wins, --help sh
     ("digits", "mid", "*"): dict(steps=900, lr=2e-3, ema_beta=0.99),
     # choice: warm-up: RAdam's first 5 steps are plain gradient steps, and the gradient grows with q
     ("digits", "post", "*"): dict(steps=600, lr=3e-4, ema_beta=0.99, q=512, warmup=20, huber_c=0.06),
-    ("digits", "post", "annealed"): dict(double=187, steps=1_500, lr=1e-3, decay="linear", q=2),     # to 256
+    ("digits", "post", "annealed"): dict(stair=187, steps=1_500, lr=1e-3, decay="linear", q=2),   # to 512
 }
 ABOUT = {"pretrain": "stage 1 of 4, pre-training: the loss soon falls slowly, images still improve",
          "mid": "stage 2 of 4, mid-training (Eq. 7): the loss, distance to the teacher's ends, falls",
@@ -261,7 +261,7 @@ def train(cfg):
         x, t, eps = rows
         if cfg.stage == "pretrain":
             return loss_dm(student, x, t, eps, net.sigma_data)
-        power = 1 + step // cfg.double if cfg.post == "annealed" else 1       # q, q^2, q^3, ...
+        power = 1 + step // cfg.stair if cfg.post == "annealed" else 1       # q, q^2, q^3, ...
         r = ect_step(t, cfg.q**power)
         x_t, x_r = (x + s.view(-1, 1, 1, 1) * eps for s in (t, r))
         if cfg.post in ("ecd", "ecd_euler"):          # by the frozen teacher: no gradient
@@ -429,7 +429,7 @@ READ_BY = {  # knobs that some stages read, or "stage method"; what is not named
     "mid init huber_c": "mid, post",
     "nfe loss": "mid", "trajectories": "mid, not mid kd",
     "P_mean P_std": "pretrain, post",
-    "post q double": "post",
+    "post q stair": "post",
 }
 
 
@@ -507,10 +507,10 @@ LIMITS = {  # (rule, least, below): fields; for fid.check_values
     ("above 0, below 80", 1e-300, 80): "second_sigma",
     ("in 2 to 1,000", 2, 1001): "nfe",
     ("in -10 to 10", -10, 10.001): "P_mean",
-    ("0 or more", 0, math.inf): "batch_gpu warmup double huber_c trajectories res sigma_shift",
+    ("0 or more", 0, math.inf): "batch_gpu warmup stair huber_c trajectories res sigma_shift",
     ("in [0, 1)", 0, 1): "ema_beta dropout",
     ("2 or more", 2, math.inf): "samples",
-    ("in 2 to 2^20: beyond, t and r would be one number", 2, 2**20 + 1): "q",
+    ("in 2 to 2^20: beyond, t - r is mostly rounding", 2, 2**20 + 1): "q",
 }
 
 
@@ -521,12 +521,12 @@ def check(cfg):
     side = dict(cifar10=32, ffhq=64, afhqv2=64).get(cfg.data, cfg.res)
     if cfg.res and cfg.res != side:
         fail(2, f"--res {cfg.res}: --data {cfg.data} has {side}x{side} pixels; leave --res out")
-    if cfg.stage == "post" and (cfg.post == "annealed") != (cfg.double > 0):
-        fail(2, f"--double {cfg.double} with --post {cfg.post}: of annealed alone, above 0; leave it out")
-    if cfg.stage == "post" and cfg.double and cfg.q ** (1 + (cfg.steps - 1) // cfg.double) > 2**20:
-        fail(2, f"--double {cfg.double}: q passes 2^20 in {cfg.steps} steps, t = r in fp32; raise it")
-    if cfg.stage == "post" and cfg.double >= cfg.steps:
-        fid.say(f"warning: q stays {cfg.q} in {cfg.steps} steps; pass --double of an eighth of them")
+    if cfg.stage == "post" and (cfg.post == "annealed") != (cfg.stair > 0):
+        fail(2, f"--stair {cfg.stair} with --post {cfg.post}: of annealed alone, above 0; leave it out")
+    if cfg.stage == "post" and cfg.stair and cfg.q ** (1 + (cfg.steps - 1) // cfg.stair) > 2**20:
+        fail(2, f"--stair {cfg.stair}: q passes 2^20 in {cfg.steps} steps, t - r is rounding; raise it")
+    if cfg.stage == "post" and cfg.stair >= cfg.steps:
+        fid.say(f"warning: q stays {cfg.q} in {cfg.steps} steps; pass --stair of an eighth of them")
     if cfg.stage == "mid" and trains:
         fid.check_solve(cfg, *solve_size(cfg), WORLD)
         if cfg.loss == "huber" and not cfg.huber_c:

@@ -723,7 +723,7 @@ LIMITS = {  # (rule, least, below): fields; for fid.check_values
     ("0 or more", 0, math.inf): "batch_gpu warmup huber_c trajectories ema_std",
     ("in [0, 1)", 0, 1): "ema_beta dropout",
     ("2 or more", 2, math.inf): "samples",
-    ("in 2 to 2^20: beyond, t and r would be one number", 2, 2**20 + 1): "q",
+    ("in 2 to 2^20: beyond, t - r is mostly rounding", 2, 2**20 + 1): "q",
 }
 
 

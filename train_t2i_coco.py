@@ -203,8 +203,8 @@ def loss_mf(flow, z, v, t, r, y, guided, cfg):
     gap, apart, guided = (a.view(-1, 1, 1, 1) for a in (t - r, apart, guided))
     null, own, dudt = (torch.zeros_like(z) for _ in range(3))
 
-    def led(own):                                     # v~
-        return torch.where(guided, cfg.omega * v + null_weight * null + cfg.kappa * own, v)
+    def led(u_own):                                   # v~
+        return torch.where(guided, cfg.omega * v + null_weight * null + cfg.kappa * u_own, v)
 
     with torch.no_grad():
         if len(ask_null) + len(ask_own):              # in one call
@@ -230,7 +230,7 @@ def pairs_of_states(states, velocities, times):
     first, second = torch.triu_indices(len(states), len(states), 1, device=states.device)
     times, wide = times.to(states, non_blocking=True), (-1, 1, 1, 1, 1)
     steps = velocities * -times.diff().view(wide)
-    path = torch.cat([torch.zeros_like(states[:1]), steps.cumsum(0)])       # a difference of states rounds
+    path = torch.cat([torch.zeros_like(states[:1]), steps.cumsum(0)])       # summed: states round
     target = (path[second] - path[first]) / (times[first] - times[second]).view(wide)
     t, r = (times[k].repeat_interleave(states.shape[1]) for k in (first, second))
     return states[first].flatten(0, 1), t, r, target.flatten(0, 1)

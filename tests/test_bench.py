@@ -64,7 +64,7 @@ def test_precision_says_that_bf16_rounds_the_step_away(tmp_path, capsys, data):
     torch.manual_seed(0)
     for p in net.parameters():
         if p.ndim:
-            torch.nn.init.normal_(p, 0, p[0].numel() ** -0.5 if p.ndim > 1 else 0.1)
+            torch.nn.init.normal_(p, 0, 2 * p[0].numel() ** -0.5 if p.ndim > 1 else 0.1)      # large, as trained ones
         else:
             p.data.fill_(1)
     torch.save(dict(ema=net.state_dict(), model=model), tmp_path / "net.pt")

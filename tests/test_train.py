@@ -531,9 +531,9 @@ BAD = [  # (command line, exit code, what the line must say)
     ("--data digits --steps 99999999999999", 2, "it must be above 0, below 1e12"),
     ("--data digits --P_mean nan", 2, "--P_mean: nan is not possible; it must be finite"),
     ("--data cifar10 --res 16 --loss huber", 2, "--res 16: --data cifar10 has 32x32 pixels; leave --res out"),
-    ("--data digits --post annealed --double 0 --stage post", 2, "--double 0 with --post annealed: of annealed alone, above 0"),
+    ("--data digits --post annealed --stair 0 --stage post", 2, "--stair 0 with --post annealed: of annealed alone, above 0"),
     ("--data digits --post.P_mean -40", 2, "--P_mean -40.0 is not possible; it must be in -10 to 10"),
-    ("--data digits --q 2 --double 187 --stage post", 2, "--double 187 with --post ect: of annealed alone, above 0; leave it out"),
+    ("--data digits --q 2 --stair 187 --stage post", 2, "--stair 187 with --post ect: of annealed alone, above 0; leave it out"),
     ("--data digits --post.mid none", 2, "--post.mid: the method belongs to the folder, not to a stage; write --mid"),
     ("--data digits --mid.mid none --dry_run", 2, "--mid.mid: the method belongs to the folder, not to a stage; write --mid"),
     ("--data digits --pretrain.post annealed", 2, "--pretrain.post: the method belongs to the folder, not to a stage; write --post"),
@@ -646,7 +646,7 @@ def test_a_flag_of_a_stage_that_is_not_trained_is_named(monkeypatch, capsys):
         assert ("--post.P_std: post never reads it" in capsys.readouterr().err) == idle
 
 
-@pytest.mark.parametrize("flags", ["--q 2000000", "--post annealed --double 2 --steps 80"])
+@pytest.mark.parametrize("flags", ["--q 2000000", "--post annealed --stair 2 --steps 80"])
 def test_two_noise_levels_that_fp32_cannot_tell_apart_are_refused(flags, capsys):
     with pytest.raises(SystemExit) as stop:
         script.check(script.parse(f"--data digits --stage post {flags}".split()))
@@ -882,9 +882,9 @@ def test_an_annealing_that_never_moves_q_is_told(capsys):
     """Of every preset q grows; where --steps end before the first stair does, a line says so."""
     for data in ("cifar10", "ffhq", "afhqv2", "digits", "own.zip"):
         cfg = script.parse(["--data", data, "--stage", "post", "--post", "annealed"])
-        assert cfg.q == 2 and 128 < cfg.q ** (cfg.steps // cfg.double) <= 512, data
+        assert cfg.q == 2 and 128 < cfg.q ** (cfg.steps // cfg.stair) <= 512, data
     script.check(script.parse(["--data", "digits", "--stage", "post", "--post", "annealed", "--mid", "none", "--init", "random", "--steps", "187"]))
-    assert "warning: q stays 2 in 187 steps; pass --double of an eighth of them\n" in capsys.readouterr().err
+    assert "warning: q stays 2 in 187 steps; pass --stair of an eighth of them\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["train_cmt_cifar", "train_cmt_imagenet"])

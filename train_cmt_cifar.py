@@ -253,7 +253,7 @@ def train(cfg):
         return (x, (cfg.P_mean + cfg.P_std * randn(B, g))[mine].exp(), eps), None
 
     def loss_of(step, k, rows, target):               # of a micro-batch, whose first row is k of the batch
-        seed = fold(cfg.seed, cfg.stage, step, "dropout") + k
+        seed = fold(cfg.seed, cfg.stage, step, "dropout") + k    # row k's; every row has its own
         student = partial(cast_net, masks=nets.dropout_masks(net, range(seed, seed + micro)))
         if cfg.stage == "mid":
             x_t, t, owner = rows                      # owner: which end is a pair's

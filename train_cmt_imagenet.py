@@ -308,7 +308,7 @@ def train(cfg):
         return (x, t, y, eps, labels), None
 
     def loss_of(step, k, rows, target):               # of a micro-batch, whose first row is k of the batch
-        seed = fold(cfg.seed, cfg.stage, step, "dropout") + k
+        seed = fold(cfg.seed, cfg.stage, step, "dropout") + k    # row k's; every row has its own
         if cfg.stage == "mid":
             x_t, t, y, owner, *view = rows            # owner: which end is a pair's
         else:

@@ -195,10 +195,10 @@ def loss_mf(flow, z, v, t, r, y, guided, cfg):
     are meant. Returns the loss, |.|^2 (B,), and REPA's features (None without a projector).
     """
     apart, null_weight, nowhere = r < t, 1 - cfg.omega - cfg.kappa, torch.zeros_like(guided)
-    ask_null = guided if abs(null_weight) > 1e-9 else nowhere              # who needs u(z, t, t, null),
-    ask_own = guided & apart if cfg.kappa else nowhere                     # who u(z, t, t, y); du/dt: apart
+    needs_null = guided if abs(null_weight) > 1e-9 else nowhere            # u(z, t, t, null)
+    needs_own = guided & apart if cfg.kappa else nowhere                   # u(z, t, t, y)
     ask_null, ask_own, ask_slope = (mask.nonzero()[:, 0].to(z.device, non_blocking=True)
-                                    for mask in (ask_null, ask_own, apart))
+                                    for mask in (needs_null, needs_own, apart))
     t, r, apart, guided = (a.to(z.device, non_blocking=True) for a in (t, r, apart, guided))
     gap, apart, guided = (a.view(-1, 1, 1, 1) for a in (t - r, apart, guided))
     null, own, dudt = (torch.zeros_like(z) for _ in range(3))

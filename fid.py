@@ -1356,9 +1356,9 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
                + ("Mid-training's target everywhere is the end of the first row. " if consistency else
                   "Mid-training's target is the mean velocity between any two states. ")
                + "Error: root mean square of pixels between the leftmost answer and the end, mean of "
-               f"{states.shape[1]} noises; the one is shown where the first net errs most. Ends of two: "
-               f"{apart:.2f}. Smaller is nearer to the teacher, not better: post-training learns from images."
-               f"{words}"
+               f"{states.shape[1]} noises, whose ends are {apart:.2f} apart; shown is the one where the "
+               "first net errs most. Smaller is nearer to the teacher, not better: post-training learns "
+               f"from images.{words}"
                + f" Of {n} states {len(some)} are shown, where most changes." * (len(some) < n)
                + " States above sigma 1 are divided by sigma." * consistency)
     first, *middle, end = (f"{level:.2g}" for level in levels.tolist())

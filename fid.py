@@ -929,7 +929,7 @@ def load_images(path, res=0):
         image = read(names[k])
         h, w, _ = image.shape
         if min(h, w) < res:
-            raise DataError(f"{path}: {names[k]} is {w}x{h}, too small for --res {res}; pass a smaller one")
+            raise DataError(f"{path}: {names[k]} is {w}x{h}, too small for --res {res}; at most {min(w, h)}")
         image = np.asarray(square(rgb(image), res)) if res else image
         if image.shape == shape:
             images[k] = image.transpose(2, 0, 1)

@@ -285,7 +285,8 @@ def curves(args, device):
     for panel in scores.values():
         panel[f"teacher, {cfg.nfe} steps"] = [(0, level), (seen, level)]
     one = [row["1-step FD-digits"] for row in rows]          # teacher, mid, mid and post, post alone
-    only = " In README's runs it helps no other script in one step." * (args.net == FLAGS["net"]["default"])
+    ours = args.net == FLAGS["net"]["default"]
+    only = " In README's runs mid-training helps no other script in one step." * ours
     answer = f"Mid-training by pixels {verdict(*map(float, (one[3], one[2])))}"
     words = (f"{answer} (seed 0). FD-digits in one step, lower is better: {one[2]} with it, "
              f"{one[3]} without; teacher, {cfg.nfe} steps: {rows[0][f'{cfg.nfe}-step FD-digits']}\n"
@@ -426,11 +427,12 @@ def photos(args, device):
                        f"lower is better: {ours} with it, {alone} without; teacher, {cfg.nfe} steps: {many}\n"
                        "A column: one noise, drawn by all nets. "
                        f"FD-photos: Frechet distance of {n:,} images to the real ones, by features of a "
-                       f"small net; {features.scale} against the other. Judge by it: such nets hardly draw "
-                       "objects.\n"
+                       f"small net; {features.scale} against the other. Judge by the score: such nets hardly "
+                       "draw objects.\n"
                        "By pixels: mid-training compares with the teacher's image pixel by pixel "
-                       "(pseudo-Huber). Post-training: by plain norm, alone by the best schedule that we "
-                       f"found; as many images or pairs, of {os.path.basename(args.data)}.")
+                       "(pseudo-Huber). Post-training compares by plain norm, alone by the best schedule "
+                       "that we found. Both students that have it saw as many images or pairs, of "
+                       f"{os.path.basename(args.data)}.")
             breaks = fid.breaks_between([label.partition("\n")[0] for label, _ in (*shown, real)])
             fid.save_sheet(f"{args.out}/{seed}/photos.png", [*shown, real], caption, breaks=breaks)
 

@@ -116,7 +116,7 @@ ABOUT = {"pretrain": "stage 1 of 4, pre-training: the loss soon falls slowly, im
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = ["pretrain", "mid", "post", "eval"]          # what --stage all runs, in this order
 INITS = "teacher", "random"                           # other values of --init are a FILE
-ALONE = ["ect", "annealed"]                           # post-trainings that ask no teacher
+NO_TEACHER = ["ect", "annealed"]                           # post-trainings that ask no teacher
 FILES = {"cifar10": "data/cifar-10-python.tar.gz",
          "ffhq": "data/ffhq-64x64.zip", "afhqv2": "data/afhqv2-64x64.zip"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -195,8 +195,8 @@ def ect_step(t, q, k=8.0, b=1.0):
     return t * (1 - (1 + k * torch.sigmoid(-b * t)) / q).clamp(min=0)
 
 
-def loss_ect(net, x_t, x_r, t, r, huber_c=0.0, weight=None):
-    """Eq. 3: w |f(x_t, t) - stop_gradient f(x_r, r)|, mean over images. w (B,): weight, None = 1 / (t - r).
+def loss_ect(net, x_t, x_r, t, r, huber_c=0.0):
+    """Eq. 3: |f(x_t, t) - stop_gradient f(x_r, r)| / (t - r), mean over images.
 
     x_t, x_r: the same image with the same noise at t > r (ECT), or joined by a teacher's step (ECD).
     net(x, sigma) has one dropout mask for both calls. huber_c: of sqrt(d^2 + c^2) - c, 0 for the norm itself.
@@ -208,7 +208,7 @@ def loss_ect(net, x_t, x_r, t, r, huber_c=0.0, weight=None):
     d = torch.linalg.vector_norm((f_t - f_r).flatten(1), dim=1)
     if huber_c:
         d = (d.square() + huber_c**2).sqrt() - huber_c
-    return (d / (t - r) if weight is None else d * weight).mean()
+    return (d / (t - r)).mean()
 
 
 def make_distance(cfg, channels):
@@ -314,10 +314,10 @@ def set_up(cfg):
     if cfg.stage == "pretrain" and given_teacher(cfg):
         teacher_state(cfg)                            # fetched and checked
         return log(f"pretrain: not trained, the teacher is {cfg.teacher or 'there'}")
-    ckpt, left = resume(cfg)                          # left: steps to go
-    if not left and fid.same_names(cfg, ckpt, BY_CONTENT):            # finished; nothing need be read
+    ckpt, to_go = resume(cfg)                         # steps that are left
+    if not to_go and fid.same_names(cfg, ckpt, BY_CONTENT):            # finished; nothing need be read
         return log(f"{cfg.stage}: finished, nothing to do")
-    images, stamp, teacher, asked = None, "none", None, None     # stamp: what identifies data and teacher
+    images, stamp, teacher, weights = None, "none", None, None   # stamp: what identifies data and teacher
     if needs_data(cfg):
         images = load_data(cfg)
         stamp, seen = fid.stamp(images), cfg.steps * cfg.batch / len(images)
@@ -325,16 +325,16 @@ def set_up(cfg):
         if len(images) < 1_000:
             fid.say(f"warning: images: {len(images)}; so few are learned by heart (docs/faq.md)")
         images = images.to(DEVICE)
-    if cfg.stage == "mid" or (cfg.stage == "post" and cfg.post not in ALONE):
-        asked = teacher_state(cfg)                    # (weights, kwargs of its net)
-        stamp += f", teacher {nets.stamp(asked[0])}"
+    if cfg.stage == "mid" or (cfg.stage == "post" and cfg.post not in NO_TEACHER):
+        weights = teacher_state(cfg)                  # and the kwargs of its net
+        stamp += f", teacher {nets.stamp(weights[0])}"
     fid.same_data(ckpt, f"{cfg.out}/{cfg.stage}.pt", stamp)
-    if not left:                                      # finished, with other names of the same content
+    if not to_go:                                     # finished, with other names of the same content
         return log(f"{cfg.stage}: finished, nothing to do")
-    if asked:
+    if weights:
         # choice: the teacher too in --precision: bf16 moves its ends less than a finer solve would
-        teacher = in_precision(cfg, build(cfg, asked[1], asked[0], cfg.teacher or "the teacher"))
-    state, kwargs, source = (None, ckpt["model"], "") if ckpt else first_weights(cfg, images, asked)
+        teacher = in_precision(cfg, build(cfg, weights[1], weights[0], cfg.teacher or "the teacher"))
+    state, kwargs, source = (None, ckpt["model"], "") if ckpt else first_weights(cfg, images, weights)
     net = build(cfg, kwargs, state, source, train=True)        # with a checkpoint begin loads its weights
     distance = make_distance(cfg, net.img_channels) if cfg.stage == "mid" else None
     adam, radam = partial(torch.optim.Adam, fused=True), partial(torch.optim.RAdam, foreach=False)
@@ -542,15 +542,15 @@ def check(cfg):
 
 def check_files(cfg):
     """Whether a stage can begin with --data, --teacher, --init, its VGG: not after days of others."""
-    read_teacher, there = teacher_state if given_teacher(cfg) else None, os.path.exists(cfg.data)
-    if cfg.stage == "mid" and (cfg.data == "digits" or (data_name(cfg) == "own" and there)):
+    read_teacher = teacher_state if given_teacher(cfg) else None
+    if cfg.stage == "mid" and (cfg.data == "digits" or (cfg.data not in FILES and os.path.exists(cfg.data))):
         side, _, channels = (8, 8, 1) if cfg.data == "digits" else fid.image_shape(cfg.data, cfg.res)
         if read_teacher:                              # it is to draw such images
             shape = dict(img_channels=channels, img_resolution=side, label_dim=0)
             fid.check_teacher(cfg, nets.finished, read_teacher, None, shape)
         if cfg.loss == "lpips" and (channels != 3 or side < 16):
             fail(2, f"--loss lpips needs 3x16x16 at least, not {channels}x{side}x{side}; or --loss huber")
-    if cfg.stage == "mid" and cfg.loss == "lpips" and (cfg.data in FILES or there):
+    if cfg.stage == "mid" and cfg.loss == "lpips" and (cfg.data in FILES or os.path.exists(cfg.data)):
         nets.pretrained_lpips()                       # is it there? else downloaded now
     if cfg.stage != "pretrain" and cfg.init not in INITS:
         candidates(cfg)                               # --init FILE: is it a net?
@@ -593,14 +593,14 @@ def build(cfg, kwargs, state=None, what="", train=False):
     return net.train() if train else net.requires_grad_(False).eval()
 
 
-def first_weights(cfg, images, asked):
-    """(weights, kwargs, their name) a net starts from; asked: those of a teacher, if asked."""
+def first_weights(cfg, images, weights):
+    """(weights, kwargs, their name) a net starts from; weights: the teacher's and its kwargs, if read."""
     if cfg.stage == "pretrain":
         return None, model_size(cfg, images), ""
     if cfg.stage == "post" and cfg.mid != "none" and cfg.init in INITS:
         ckpt = fid.finished_mid(cfg, nets.finished)
         return ckpt["ema"], ckpt["model"], f"{cfg.out}/mid.pt"
-    state, kwargs = asked or teacher_state(cfg)       # the student has the teacher's size
+    state, kwargs = weights or teacher_state(cfg)       # the student has the teacher's size
     if cfg.init not in INITS:
         return nets.fitting(*nets.load_pretrained(cfg.init), kwargs, cfg.init), kwargs, cfg.init
     return (state, kwargs, "the teacher") if cfg.init == "teacher" else (None, kwargs, "")

@@ -132,7 +132,7 @@ ABOUT = {"pretrain": "stage 1 of 5, pre-training (EDM2): the loss falls while th
          "eval": "stage 5 of 5, scores: the images of every net against the data; lower is better"}
 STAGES = ["pretrain", "vgg", "mid", "post", "eval"]   # what --stage all runs, in this order
 INITS = "teacher", "random"                           # other values of --init are a FILE
-ALONE = ["ect"]                                       # post-trainings that ask no teacher
+NO_TEACHER = ["ect"]                                       # post-trainings that ask no teacher
 FILES = {"imagenet64": "data/imagenet64.zip", "imagenet512": "data/imagenet512-sd.zip"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # fid reads these tables and calls some functions (its docstring). A new knob: Config, LIMITS, READ_BY
@@ -209,8 +209,8 @@ def ect_step(t, q, k=8.0, b=1.0):
     return t * (1 - (1 + k * torch.sigmoid(-b * t)) / q).clamp(min=0)
 
 
-def loss_ect(net, x_t, x_r, t, r, huber_c=0.0, weight=None):
-    """Eq. 3: w |f(x_t, t) - stop_gradient f(x_r, r)|, mean over images. w (B,): weight, None = 1 / (t - r).
+def loss_ect(net, x_t, x_r, t, r, weight, huber_c=0.0):
+    """Eq. 3: weight |f(x_t, t) - stop_gradient f(x_r, r)|, mean over images; weight (B,): edm_weight of t.
 
     x_t, x_r: the same image with the same noise at t > r (ECT), or joined by a teacher's step (ECD).
     net(x, sigma) has one dropout mask for both calls. huber_c: of sqrt(d^2 + c^2) - c, 0 for the norm itself.
@@ -222,7 +222,7 @@ def loss_ect(net, x_t, x_r, t, r, huber_c=0.0, weight=None):
     d = torch.linalg.vector_norm((f_t - f_r).flatten(1), dim=1)
     if huber_c:
         d = (d.square() + huber_c**2).sqrt() - huber_c
-    return (d / (t - r) if weight is None else d * weight).mean()
+    return (d * weight).mean()
 
 
 def autoguided(main, guide, w):
@@ -262,7 +262,7 @@ def new_vgg(cfg, classes):
 
 def vgg_noise(cfg, step, shape):
     """What is added to a batch of digits, so that their VGG knows noisy ones too; one strength a batch."""
-    # the word "dropout" is an old mistake for "noise": kept, since the scores in docs depend on it
+    # "dropout" is only a name of a seed; scores in docs depend on it
     g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step, "dropout", 0))
     return 0.2 * torch.rand((), generator=g, device=DEVICE) * randn(shape, g)
 
@@ -328,7 +328,7 @@ def train(cfg):
         if cfg.post in ("ecd", "ecd_euler", "ecd_code"):      # by the frozen teacher: no gradient
             teacher, order = partial(run.teacher, class_labels=y), 1 if cfg.post == "ecd_euler" else 2
             x_r = solvers.ode_step(teacher, x_t, t, r, order)
-        return loss_ect(student, x_t, x_r, t, r, cfg.huber_c, weight)                           # Eq. 3
+        return loss_ect(student, x_t, x_r, t, r, weight, cfg.huber_c)                           # Eq. 3
 
     for step in range(start, cfg.steps):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
@@ -391,8 +391,8 @@ def set_up(cfg):
         return log(f"pretrain: not trained, the teacher is {cfg.teacher or 'there'}")
     if cfg.stage == "vgg" and not wants_vgg(cfg):
         return log(f"vgg: not trained, --loss {cfg.loss} of --data {cfg.data} needs none")
-    ckpt, left = resume(cfg)                          # left: steps to go
-    if not left and fid.same_names(cfg, ckpt, BY_CONTENT):            # finished; nothing need be read
+    ckpt, to_go = resume(cfg)                         # steps that are left
+    if not to_go and fid.same_names(cfg, ckpt, BY_CONTENT):            # finished; nothing need be read
         return log(f"{cfg.stage}: finished, nothing to do")
     images = load_data(cfg) if needs_data(cfg) else None
     stamp = images.stamp if images else "none"
@@ -401,7 +401,7 @@ def set_up(cfg):
     asked = asked_nets(cfg)
     stamp += "".join(f", {name} {nets.stamp(state)}" for name, (state, _) in asked.items())
     fid.same_data(ckpt, f"{cfg.out}/{cfg.stage}.pt", stamp)
-    if not left:                                      # finished, with other names of the same content
+    if not to_go:                                     # finished, with other names of the same content
         return log(f"{cfg.stage}: finished, nothing to do")
     frozen = {name: build(cfg, size, state, getattr(cfg, name) or "the teacher")
               for name, (state, size) in asked.items() if name != "guide" or cfg.w != 1}
@@ -771,7 +771,7 @@ def check_files(cfg, trains):
         nets.pretrained_lpips()                       # downloaded now
     if cfg.res == 512 and cfg.data != "digits" and cfg.stage in ("encode", "sample", "eval"):
         vae_of(cfg)                                   # are diffusers and the VAE there?
-    for file in (cfg.main, cfg.guide) if cfg.stage == "post" and cfg.post not in ALONE else ():
+    for file in (cfg.main, cfg.guide) if cfg.stage == "post" and cfg.post not in NO_TEACHER else ():
         if file.startswith("edm2-") and not os.path.exists(file):
             nets.fetch(nets.EDM2_URL % file)          # not after days of mid-training
     if cfg.stage == "eval" and cfg.data != "digits":
@@ -840,7 +840,7 @@ def weak_model(cfg):
 
 def asked_nets(cfg):
     """{name: (weights, arguments)} of nets that a stage asks: the teacher; ECD: or --main, and --guide."""
-    names = ("main", "guide") if cfg.stage == "post" and cfg.post not in ALONE else ()
+    names = ("main", "guide") if cfg.stage == "post" and cfg.post not in NO_TEACHER else ()
     asked = {name: nets.load_pretrained(getattr(cfg, name)) for name in names if getattr(cfg, name)}
     if cfg.stage == "mid" or (names and not cfg.main):
         asked["teacher"] = teacher_state(cfg)

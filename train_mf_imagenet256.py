@@ -177,10 +177,11 @@ def flow_of(cfg, net, null):
 def loss_mf(flow, z, v, t, r, y, guided, cfg):
     """Mean Flow: w |u - sg(v~ - (t - r) du/dt)|^2, w = sg(|.|^2 + c)^-p, mean over samples.
 
-    z (B, C, H, W) = (1 - t) x + t eps; v = eps - x; y (B, ...): conditions; v~: led below; u, du/dt: at
-    (z, t, r), along (v~, 1, 0). The net is asked only where an answer counts: where r = t there is no du/dt,
-    and u(z, t, t, y) is u. t, r, guided (B,) come from the CPU, where it costs no wait to know which samples
-    are meant. Returns the loss, |.|^2 (B,), and REPA's features (None without a projector).
+    z (B, C, H, W) = (1 - t) x + t eps; v = eps - x; y (B, ...): conditions; u, du/dt: at (z, t, r), along
+    (v~, 1, 0). Unguided (omega 1, kappa 0) v~ is v: all of this is for guidance but u and du/dt. The net is
+    asked only where an answer counts: where r = t there is no du/dt, and u(z, t, t, y) is u. t, r, guided
+    (B,) come from the CPU, where it costs no wait to know which samples are meant. Returns the loss, |.|^2
+    (B,), and REPA's features (None without a projector).
     """
     apart, null_weight, nowhere = r < t, 1 - cfg.omega - cfg.kappa, torch.zeros_like(guided)
     needs_null = guided if abs(null_weight) > 1e-9 else nowhere            # u(z, t, t, null)
@@ -191,7 +192,7 @@ def loss_mf(flow, z, v, t, r, y, guided, cfg):
     gap, apart, guided = (a.view(-1, 1, 1, 1) for a in (t - r, apart, guided))
     null, own, dudt = (torch.zeros_like(z) for _ in range(3))
 
-    def led(u_own):                                   # v~
+    def guided_v(u_own):                              # v~
         return torch.where(guided, cfg.omega * v + null_weight * null + cfg.kappa * u_own, v)
 
     with torch.no_grad():
@@ -201,9 +202,9 @@ def loss_mf(flow, z, v, t, r, y, guided, cfg):
             answers = flow.u(z[both], t[both], t[both], conditions).to(z.dtype)
             null[ask_null], own[ask_own] = answers.split([len(ask_null), len(ask_own)])
         if len(ask_slope):
-            dudt[ask_slope] = flow.slope(*(a[ask_slope] for a in (z, t, r, y, led(own))))
+            dudt[ask_slope] = flow.slope(*(a[ask_slope] for a in (z, t, r, y, guided_v(own))))
     u, features = flow.u(z, t, r, y, repa=True)
-    target = led(torch.where(apart, own, u.detach())) - gap * dudt       # where r = t, u(z, t, t, y) is u
+    target = guided_v(torch.where(apart, own, u.detach())) - gap * dudt   # where r = t, u(z, t, t, y) is u
     square = (u - target).square().flatten(1).sum(1)
     loss = (square / (square.detach() + WEIGHT_C) ** cfg.power).mean()
     return loss, square.detach(), features
@@ -398,8 +399,8 @@ def set_up(cfg):
     """The stage's images, teacher, sizes and, by begin, net and counts; None: nothing is to be done."""
     if left_out(cfg) or (cfg.stage == "pretrain" and cfg.teacher):
         return log(f"{cfg.stage}: not trained, as --teacher or --mid none says")
-    ckpt, left = resume(cfg)                          # left: steps to go
-    if not left and fid.same_names(cfg, ckpt, BY_CONTENT):            # finished; nothing need be read
+    ckpt, to_go = resume(cfg)                         # steps that are left
+    if not to_go and fid.same_names(cfg, ckpt, BY_CONTENT):            # finished; nothing need be read
         return log(f"{cfg.stage}: finished, nothing to do")
     images, stamp, teacher = None, "none", None       # stamp: what identifies data and teacher
     if cfg.stage != "mid":                                                    # CMT needs no data
@@ -412,7 +413,7 @@ def set_up(cfg):
         null, shape = kwargs["num_classes"], (kwargs["in_channels"], *[kwargs["input_size"]] * 2)
         stamp += f", teacher {nets.stamp(weights)}"
     fid.same_data(ckpt, f"{cfg.out}/{cfg.stage}.pt", stamp)
-    if not left:                                      # finished, with other names of the same content
+    if not to_go:                                     # finished, with other names of the same content
         return log(f"{cfg.stage}: finished, nothing to do")
     kwargs = dict(size_row(cfg, "weak" if cfg.stage == "pretrain" else "size", shape[-1]),
                  input_size=shape[-1], in_channels=shape[0], num_classes=null,

@@ -189,10 +189,11 @@ def loss_sit(flow, z, v, t, text):
 def loss_mf(flow, z, v, t, r, y, guided, cfg):
     """Mean Flow: w |u - sg(v~ - (t - r) du/dt)|^2, w = sg(|.|^2 + c)^-p, mean over samples.
 
-    z (B, C, H, W) = (1 - t) x + t eps; v = eps - x; y (B, ...): conditions; v~: led below; u, du/dt: at
-    (z, t, r), along (v~, 1, 0). The net is asked only where an answer counts: where r = t there is no du/dt,
-    and u(z, t, t, y) is u. t, r, guided (B,) come from the CPU, where it costs no wait to know which samples
-    are meant. Returns the loss, |.|^2 (B,), and REPA's features (None without a projector).
+    z (B, C, H, W) = (1 - t) x + t eps; v = eps - x; y (B, ...): conditions; u, du/dt: at (z, t, r), along
+    (v~, 1, 0). Unguided (omega 1, kappa 0) v~ is v: all of this is for guidance but u and du/dt. The net is
+    asked only where an answer counts: where r = t there is no du/dt, and u(z, t, t, y) is u. t, r, guided
+    (B,) come from the CPU, where it costs no wait to know which samples are meant. Returns the loss, |.|^2
+    (B,), and REPA's features (None without a projector).
     """
     apart, null_weight, nowhere = r < t, 1 - cfg.omega - cfg.kappa, torch.zeros_like(guided)
     needs_null = guided if abs(null_weight) > 1e-9 else nowhere            # u(z, t, t, null)
@@ -203,7 +204,7 @@ def loss_mf(flow, z, v, t, r, y, guided, cfg):
     gap, apart, guided = (a.view(-1, 1, 1, 1) for a in (t - r, apart, guided))
     null, own, dudt = (torch.zeros_like(z) for _ in range(3))
 
-    def led(u_own):                                   # v~
+    def guided_v(u_own):                              # v~
         return torch.where(guided, cfg.omega * v + null_weight * null + cfg.kappa * u_own, v)
 
     with torch.no_grad():
@@ -213,9 +214,9 @@ def loss_mf(flow, z, v, t, r, y, guided, cfg):
             answers = flow.u(z[both], t[both], t[both], conditions).to(z.dtype)
             null[ask_null], own[ask_own] = answers.split([len(ask_null), len(ask_own)])
         if len(ask_slope):
-            dudt[ask_slope] = flow.slope(*(a[ask_slope] for a in (z, t, r, y, led(own))))
+            dudt[ask_slope] = flow.slope(*(a[ask_slope] for a in (z, t, r, y, guided_v(own))))
     u, features = flow.u(z, t, r, y, repa=True)
-    target = led(torch.where(apart, own, u.detach())) - gap * dudt       # where r = t, u(z, t, t, y) is u
+    target = guided_v(torch.where(apart, own, u.detach())) - gap * dudt   # where r = t, u(z, t, t, y) is u
     square = (u - target).square().flatten(1).sum(1)
     loss = (square / (square.detach() + WEIGHT_C) ** cfg.power).mean()
     return loss, square.detach(), features
@@ -395,8 +396,8 @@ def set_up(cfg):
     """The stage's images, teacher, sizes and, by begin, net and counts; None: nothing is to be done."""
     if left_out(cfg) or (cfg.stage == "pretrain" and cfg.teacher):
         return log(f"{cfg.stage}: not trained, as --teacher or --mid none says")
-    ckpt, left = resume(cfg)                          # left: steps to go
-    if not left and fid.same_names(cfg, ckpt, BY_CONTENT):            # finished; nothing need be read
+    ckpt, to_go = resume(cfg)                         # steps that are left
+    if not to_go and fid.same_names(cfg, ckpt, BY_CONTENT):            # finished; nothing need be read
         return log(f"{cfg.stage}: finished, nothing to do")
     images, encoder = load_data(cfg), text_encoder(cfg)                   # mid reads captions, never an image
     stamp, null, teacher = images.stamp, encoder(images.null[None]), None
@@ -406,7 +407,7 @@ def set_up(cfg):
         teacher.requires_grad_()                      # else autocast casts its weights anew at each call
         stamp += f", teacher {nets.stamp(weights)}"
     fid.same_data(ckpt, f"{cfg.out}/{cfg.stage}.pt", stamp)
-    if not left:                                      # finished, with other names of the same content
+    if not to_go:                                     # finished, with other names of the same content
         return log(f"{cfg.stage}: finished, nothing to do")
     kwargs = model_size(cfg, images, null.shape[-1])
     state, what = (None, "") if ckpt else first_weights(cfg)
@@ -874,7 +875,8 @@ LIMITS = {  # (rule, least, below): fields; for fid.check_values
 
 def left_out(cfg):
     """Whether --mid none leaves this stage out: pre-training too, unless post-training asks for its net."""
-    return cfg.mid == "none" and (cfg.stage == "mid" or (cfg.stage == "pretrain" and cfg.init != "teacher"))
+    asked = cfg.init == "teacher" or cfg.post == "teacher"
+    return cfg.mid == "none" and (cfg.stage == "mid" or (cfg.stage == "pretrain" and not asked))
 
 
 def check(cfg):

@@ -10,6 +10,7 @@ import fid
 import nets
 import solvers
 import train_cmt_cifar as script
+import train_cmt_imagenet as imagenet
 
 
 def gaussian(x, sigma, mean=0.3, s0=0.5):
@@ -184,9 +185,17 @@ def test_ect_has_one_dropout_mask_for_both_answers():
     from functools import partial
     net, x, t = Half(nets.EDMPrecond), torch.zeros(4, 1, 8, 8), torch.full((4,), 2.0)
     D = partial(net, masks=nets.dropout_masks(net.net, range(4)))
-    assert script.loss_ect(D, x, x, t, t, weight=torch.ones(4)).item() == 0
+    assert imagenet.loss_ect(D, x, x, t, t, torch.ones(4)).item() == 0
     torch.manual_seed(0)
-    assert script.loss_ect(net, x, x, t, t, weight=torch.ones(4)).item() > 0       # two masks: this is what is avoided
+    assert imagenet.loss_ect(net, x, x, t, t, torch.ones(4)).item() > 0       # two masks: this is what is avoided
+
+
+@pytest.mark.parametrize("c", [0.0, 0.06])
+def test_both_scripts_have_one_ect_but_for_the_weight(c):
+    """Eq. 3 by 1 / (t - r), and by a weight that is given."""
+    (x_t, x_r), t = torch.randn((2, 2, 3, 2, 2)), torch.tensor([7.0, 0.2])
+    ours, given = (f(tanh_net, x_t, x_r, t, t / 2, *weight, huber_c=c) for f, weight in ((script.loss_ect, ()), (imagenet.loss_ect, (2 / t,))))
+    assert ours.item() == pytest.approx(given.item(), rel=1e-5) and ours > 0
 
 
 def test_pseudo_huber_and_denoising_loss_by_hand():

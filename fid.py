@@ -1346,10 +1346,10 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
     answers = {net: torch.stack([f(x, level) if level.all() else x for x, level in along])
                for net, f in nets.items()}
     errors = {net: (x[0] - states[-1]).square().flatten(1).mean(1).sqrt() for net, x in answers.items()}
-    k = int(next(iter(errors.values()), torch.zeros(1)).argmax())                # the noise that is shown
+    k = next(iter(errors.values()), torch.zeros(1)).argmax().item()              # the noise that is shown
     name = f"\n{names[k % len(names)]}" if names else ""
     rows = [(f"states of the teacher{name}", show((states / wide)[:, k]))]                  # at unit scale
-    rows += [(f"{called(net)}\nin one step, error {errors[net].mean():.2f}", show(x[:, k]))
+    rows += [(f"{called(net)}\nin one step, error {errors[net].mean().item():.2f}", show(x[:, k]))
              for net, x in answers.items()]
     consistency = bool(levels.max() > 1)
     caption = ("The teacher walks from noise to an image; below, what each net answers in one step\n"

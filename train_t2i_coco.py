@@ -134,7 +134,7 @@ RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch(
 # ---- pairs and losses -------------------------------------------------------------------------
 WEIGHT_C = 1e-3                                       # c of the adaptive weight (MF's text; its code: 1e-2)
 # What the losses ask of a network: u(z, t, r, y, repa=False), its derivative slope(z, t, r, y, v) along the
-# flow, and the null condition, which stands for "no class" or "no caption".
+# flow, and the null condition, for "no class" or "no caption". z: README's x_t.
 Flow = namedtuple("Flow", "u slope null")
 
 

@@ -67,6 +67,7 @@ CLAIMS = {  # row: (script, row whose teacher and, with "mid", mid-training it g
     "ECT, annealed": ("cmt_cifar", "CMT + ECT", [f"{ANNEALED} --huber_c 0"]),
     "ECT, annealed, pseudo-Huber": ("cmt_cifar", "CMT + ECT", [f"{ANNEALED} --huber_c 0.06"]),
     "ECT, pseudo-Huber": ("cmt_cifar", "CMT + ECT", [f"{ECT} --huber_c 0.06"]),
+    "CMT + ECT, post by pseudo-Huber": ("cmt_cifar", "CMT + ECT mid", [HUBER]),
     "CMT + ECT, both by pseudo-Huber": ("cmt_cifar", "CMT by pseudo-Huber + ECT mid", [HUBER]),
     "ECT, annealed, random start": ("cmt_cifar", "CMT + ECT", [f"{ANNEALED} --init random --huber_c 0"]),
     "KD + ECT": ("cmt_cifar", "CMT + ECT", [f"{VGG} --mid kd", PLAIN]),
@@ -431,7 +432,7 @@ def photos(args, device):
                        "draw objects.\n"
                        "By pixels: mid-training compares with the teacher's image pixel by pixel "
                        "(pseudo-Huber). Post-training compares by plain norm, alone by the best schedule "
-                       "that we found. Both students that have it saw as many images or pairs, of "
+                       "that we found. Both students that have it saw equally many images or pairs of "
                        f"{os.path.basename(args.data)}.")
             breaks = fid.breaks_between([label.partition("\n")[0] for label, _ in (*shown, real)])
             fid.save_sheet(f"{args.out}/{seed}/photos.png", [*shown, real], caption, breaks=breaks)

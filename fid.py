@@ -98,7 +98,7 @@ REFERENCES = {         # nobody publishes their checksums, so the one found is p
 }
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")         # inside, whatever the name ends in
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-HALVES = "For scale: two halves of the real digits 0.78 (of 900 each; more can score lower)."  # train_digits
+HALVES = "For scale: two halves of the real digits 0.78 (900 each; larger sets score lower)."  # train_digits
 HIDDEN = re.compile(r"(^|/)(\.[^/]|__MACOSX/)")                          # .DS_Store, ._x.png, .git
 Reference = collections.namedtuple("Reference", "mu cov n features file sha256")    # not stated: n 0, text ""
 FOREIGN = {"cannot identify image file": "not a picture, or a part of one",
@@ -1357,7 +1357,7 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
                   "Mid-training's target is the mean velocity between any two states. ")
                + "Error: root mean square of pixels between the leftmost answer and the end, mean of "
                f"{states.shape[1]} noises, whose ends are {apart:.2f} apart; shown is the one where the "
-               "first net errs most. Smaller is nearer to the teacher, not better: post-training learns "
+               "teacher errs most. Smaller is nearer to the teacher, not better: post-training learns "
                f"from images.{words}"
                + f" Of {n} states {len(some)} are shown, where most changes." * (len(some) < n)
                + " States above sigma 1 are divided by sigma." * consistency)

@@ -128,7 +128,7 @@ RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch(
 
 
 # ---- pairs and losses -------------------------------------------------------------------------
-# sigma, t, r and levels: strengths of noise, from 80 to 0.002; D_x and f: answers of a net, clean images
+# sigma, t, r, levels: strengths of noise, a trajectory's from 80 to 0.002; D_x, f: answers of a net, images
 def loss_dm(net, x, sigma, eps, sigma_data=0.5):
     """EDM Eq. 8: denoising, mean over pixels. sigma: (B,)."""
     D_x = net(x + sigma.view(-1, 1, 1, 1) * eps, sigma)

@@ -141,7 +141,7 @@ RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch(
 
 
 # ---- pairs and losses -------------------------------------------------------------------------
-# sigma, t, r and levels: strengths of noise, from 80 to 0.002; D_x and f: answers of a net, clean images
+# sigma, t, r, levels: strengths of noise, a trajectory's from 80 to 0.002; D_x, f: answers of a net, images
 def loss_edm2(net, x, sigma, eps, sigma_data=0.5):
     """EDM2 Eq. 21: denoising under a learned log variance u(sigma); sum over pixels, mean over images."""
     D_x, u = net(x + sigma.view(-1, 1, 1, 1) * eps, sigma, return_logvar=True)
@@ -309,18 +309,17 @@ def train(cfg):
 
     def loss_of(step, k, rows, target):               # of a micro-batch, whose first row is k of the batch
         seed = fold(cfg.seed, cfg.stage, step, "dropout") + k    # row k's; every row has its own
-        if cfg.stage == "mid":
-            x_t, t, y, owner, *view = rows            # owner: which end is a pair's
-        else:
-            x, t, y, eps, labels = rows
+        x, t, y, *more = rows                         # x: an image, or a state of a trajectory
         if cfg.stage == "vgg":
-            return loss_vgg(net, x, labels, seed)
+            return loss_vgg(net, x, more[1], seed)    # by labels
         student = partial(net, class_labels=y, masks=nets.dropout_masks(net, range(seed, seed + micro)))
         if cfg.stage == "mid":
+            owner, *view = more                       # which end is a pair's; what distance.views names
             target = [a[owner] for a in target]
             if view:
-                return loss_cmt_views(student, x_t, t, *target, run.distance, view)
-            return loss_cmt(student, x_t, t, target, run.distance)                              # Eq. 7
+                return loss_cmt_views(student, x, t, *target, run.distance, view)
+            return loss_cmt(student, x, t, target, run.distance)                                # Eq. 7
+        eps = more[0]
         if cfg.stage == "pretrain":
             return loss_edm2(student, x, t, eps, net.sigma_data)
         r, weight = ect_step(t, cfg.q), edm_weight(t, net.sigma_data)

@@ -186,37 +186,44 @@ def loss_sit(flow, z, v, t, text):
     return square.mean() / v[0].numel(), square.detach(), features
 
 
+@torch.no_grad()
+def guides(flow, z, t, y, needs_null, needs_own):
+    """For guidance: u(z, t, t, null) and u(z, t, t, y), each (B, C, H, W), in one call; 0 where not needed.
+
+    t and the masks (B,) come from the CPU, where it costs no wait to know which samples are meant.
+    """
+    null, own = torch.zeros_like(z), torch.zeros_like(z)
+    i, j = (mask.nonzero()[:, 0].to(z.device, non_blocking=True) for mask in (needs_null, needs_own))
+    if len(i) + len(j):
+        both, conditions = torch.cat([i, j]), torch.cat([flow.null.expand_as(y[i]), y[j]])
+        t = t.to(z.device, non_blocking=True)[both]
+        null[i], own[j] = flow.u(z[both], t, t, conditions).to(z.dtype).split([len(i), len(j)])
+    return null, own
+
+
 def loss_mf(flow, z, v, t, r, y, guided, cfg):
     """Mean Flow: w |u - sg(v~ - (t - r) du/dt)|^2, w = sg(|.|^2 + c)^-p, mean over samples.
 
-    z (B, C, H, W) = (1 - t) x + t eps; v = eps - x; y (B, ...): conditions; u, du/dt: at (z, t, r), along
-    (v~, 1, 0). Unguided (omega 1, kappa 0) v~ is v: all of this is for guidance but u and du/dt. The net is
-    asked only where an answer counts: where r = t there is no du/dt, and u(z, t, t, y) is u. t, r, guided
-    (B,) come from the CPU, where it costs no wait to know which samples are meant. Returns the loss, |.|^2
-    (B,), and REPA's features (None without a projector).
+    z (B, C, H, W) = (1 - t) x + t eps; v = eps - x; v~: v, or guided where `guided` (B,) says so; y (B, ...):
+    conditions; u, du/dt: at (z, t, r), along (v~, 1, 0). Where r = t no du/dt counts, and u(z, t, t, y) is u.
+    t, r, guided: on the CPU. Returns the loss, |.|^2 (B,), and REPA's features (None without a projector).
     """
-    apart, null_weight, nowhere = r < t, 1 - cfg.omega - cfg.kappa, torch.zeros_like(guided)
-    needs_null = guided if abs(null_weight) > 1e-9 else nowhere            # u(z, t, t, null)
-    needs_own = guided & apart if cfg.kappa else nowhere                   # u(z, t, t, y)
-    ask_null, ask_own, ask_slope = (mask.nonzero()[:, 0].to(z.device, non_blocking=True)
-                                    for mask in (needs_null, needs_own, apart))
+    apart, null_weight = r < t, 1 - cfg.omega - cfg.kappa
+    needs_null, needs_own = guided & (abs(null_weight) > 1e-9), guided & apart & (cfg.kappa > 0)
+    null, own = guides(flow, z, t, y, needs_null, needs_own)
+    i = apart.nonzero()[:, 0].to(z.device, non_blocking=True)
     t, r, apart, guided = (a.to(z.device, non_blocking=True) for a in (t, r, apart, guided))
     gap, apart, guided = (a.view(-1, 1, 1, 1) for a in (t - r, apart, guided))
-    null, own, dudt = (torch.zeros_like(z) for _ in range(3))
 
     def guided_v(u_own):                              # v~
         return torch.where(guided, cfg.omega * v + null_weight * null + cfg.kappa * u_own, v)
 
-    with torch.no_grad():
-        if len(ask_null) + len(ask_own):              # in one call
-            both = torch.cat([ask_null, ask_own])
-            conditions = torch.cat([flow.null.expand_as(y[ask_null]), y[ask_own]])
-            answers = flow.u(z[both], t[both], t[both], conditions).to(z.dtype)
-            null[ask_null], own[ask_own] = answers.split([len(ask_null), len(ask_own)])
-        if len(ask_slope):
-            dudt[ask_slope] = flow.slope(*(a[ask_slope] for a in (z, t, r, y, guided_v(own))))
+    dudt = torch.zeros_like(z)
+    if len(i):
+        with torch.no_grad():
+            dudt[i] = flow.slope(*(a[i] for a in (z, t, r, y, guided_v(own))))
     u, features = flow.u(z, t, r, y, repa=True)
-    target = guided_v(torch.where(apart, own, u.detach())) - gap * dudt   # where r = t, u(z, t, t, y) is u
+    target = guided_v(torch.where(apart, own, u.detach())) - gap * dudt
     square = (u - target).square().flatten(1).sum(1)
     loss = (square / (square.detach() + WEIGHT_C) ** cfg.power).mean()
     return loss, square.detach(), features

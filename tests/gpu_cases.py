@@ -62,7 +62,7 @@ PLANTS = [  # script, stage, file, what stands there, the fault in its place, wh
     (IMAGENET, "post", IMAGENET, "if huber_c:", "d = d[d > 0]\n    if huber_c:", "loss_ect: mask"),
     (MF, "pretrain", MF, "a.pin_memory()", "a", "to_float: to gpu, not pinned"),
     (MF, "pretrain", "fid", "finite.float())", "finite.bfloat16())", "aten.index_add_"),
-    (MF, "pretrain", MF, "answers.split([len(", "answers.half().split([len(", "aten.index_put_"),
+    (MF, "pretrain", MF, ".to(z.dtype).split([len(", ".half().split([len(", "aten.index_put_"),
     (MF, "mid", MF, "r, y) - target)", "r, y) - target * torch.tensor([1.0], device=z.device))",
      "loss_cmt_mf: to gpu, blocking"),
     (T2I, "pretrain", T2I, "(loss * part).back", "loss > 0 and (loss * part).back", "train: item"),

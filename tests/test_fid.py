@@ -792,7 +792,7 @@ def test_of_a_long_trajectory_nine_states_are_drawn_where_most_changes(tmp_path,
     assert [label for label, _ in (*late, *short)] == ["states of the teacher", "states of the teacher\nclass 7"]
     assert rows[1][0] == "mid-training alone\nin one step, error 16.00"
     assert said[0].startswith("The teacher walks from noise to an image; below, what each net answers in one step\n")
-    assert "the end, mean of 2 noises, whose ends are 0.00 apart; shown is the one where the first net errs most." in said[0] and "divided by sigma" not in said[0] and "Of 17 states 9 are shown" in said[0]
+    assert "the end, mean of 2 noises, whose ends are 0.00 apart; shown is the one where the teacher errs most." in said[0] and "divided by sigma" not in said[0] and "Of 17 states 9 are shown" in said[0]
     fid.save_trajectory("", x, torch.linspace(80, 0, 17), {"teacher": lambda x, level: x, "mid": lambda x, level: x + 9, "post": lambda x, level: x - 1})
     assert [label.split()[-1] for label, _ in drawn[-1][0][1:]] == ["16.00", "7.00", "17.00"]
     assert "target everywhere is the end" in said[-1] and "divided by sigma" in said[-1]

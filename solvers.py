@@ -98,9 +98,9 @@ def dpmpp_coefficients(sigmas, order):
             b[1] += 0.5 * phi1 / r0
         elif k == 3:
             phi2 = phi1 / h + 1                     # trap: with the wrong sign of phi2 images still look fine
-            phi3 = phi2 / h - 0.5                   # choice: half of Taylor's, as the official code
+            phi3 = phi2 / h - 0.5
             r0, r1 = (lambdas[i] - lambdas[i - 1]) / h, (lambdas[i - 1] - lambdas[i - 2]) / h
-            c = (phi2 * r0 - phi3) / (r0 + r1)
+            c = (phi2 * r0 - phi3) / (r0 + r1)      # choice: half of Taylor's D'', as the official code
             b[0] += (phi2 + c) / r0
             b[1] -= (phi2 + c) / r0 + c / r1
             b[2] += c / r1

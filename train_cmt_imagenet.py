@@ -311,7 +311,8 @@ def train(cfg):
         seed = fold(cfg.seed, cfg.stage, step, "dropout") + k    # row k's; every row has its own
         x, t, y, *more = rows                         # x: an image, or a state of a trajectory
         if cfg.stage == "vgg":
-            return loss_vgg(net, x, more[1], seed)    # by labels
+            _, labels = more
+            return loss_vgg(net, x, labels, seed)
         student = partial(net, class_labels=y, masks=nets.dropout_masks(net, range(seed, seed + micro)))
         if cfg.stage == "mid":
             owner, *view = more                       # which end is a pair's; what distance.views names
@@ -319,7 +320,7 @@ def train(cfg):
             if view:
                 return loss_cmt_views(student, x, t, *target, run.distance, view)
             return loss_cmt(student, x, t, target, run.distance)                                # Eq. 7
-        eps = more[0]
+        eps, _ = more
         if cfg.stage == "pretrain":
             return loss_edm2(student, x, t, eps, net.sigma_data)
         r, weight = ect_step(t, cfg.q), edm_weight(t, net.sigma_data)

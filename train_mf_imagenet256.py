@@ -354,9 +354,10 @@ def train(cfg):
         wide = t.to(DEVICE, non_blocking=True).view(-1, 1, 1, 1)
         return (1 - wide) * x + wide * eps, t, r, y, eps - x, guided
 
-    def loss_of(z, t, r, y, v, guided=None):          # v: a pair's target, or eps - x. Returns errors, too
+    def loss_of(z, t, r, y, *more):                   # the loss, and squared errors (rows,)
         if cfg.stage == "mid":
-            return loss_cmt_mf(flow.u, z, t, r, y, v)                                         # Eq. 8
+            return loss_cmt_mf(flow.u, z, t, r, y, *more)                                 # Eq. 8: the target
+        v, guided = more                              # eps - x; which samples guidance changes
         if cfg.stage == "post" and cfg.post == "teacher":     # guided already; "vanilla": other numbers alone
             v = teacher_velocity(cfg, run.teacher, z, t, y, guided)
             guided = torch.zeros_like(guided)

@@ -344,10 +344,10 @@ def train(cfg):
         wide, tokens = (a.to(DEVICE, non_blocking=True) for a in (t.view(-1, 1, 1, 1), tokens))
         return (1 - wide) * x + wide * eps, t, r, text, eps - x, guided, tokens
 
-    def loss_of(z, t, r, text, v, *more):             # v: a pair's target, or eps - x. Returns errors, too
+    def loss_of(z, t, r, text, *more):                # the loss, and squared errors (rows,)
         if cfg.stage == "mid":
-            return loss_cmt_mf(flow.u, z, t, r, text, v)                                      # Eq. 8
-        guided, tokens = more                         # which samples guidance changes; DINOv2's of the images
+            return loss_cmt_mf(flow.u, z, t, r, text, *more)                              # Eq. 8: the target
+        v, guided, tokens = more                      # eps - x; which samples guidance changes; DINOv2's
         if cfg.stage == "pretrain":
             loss, square, features = loss_sit(flow, z, v, t.to(DEVICE, non_blocking=True), text)
         else:                                         # "plain", "vanilla", "xl": other numbers alone

@@ -1981,7 +1981,10 @@ def steps_left(cfg, ckpt, path):
             "anew, use another --out")                       # once for all stages
     known = " ".join(["seed", home.NO_WEIGHT, *home.READ_BY, *itertools.chain(*home.PRESETS.values())])
     may = {*never_read(cfg), *home.NO_WEIGHT.split(), *["steps"] * (cfg.decay in home.ENDLESS)}
-    old = {f.name: ckpt["cfg"].get(f.name, f.default) for f in dataclasses.fields(cfg)} if ckpt else {}
+    was = dict(ckpt["cfg"]) if ckpt else {}
+    was |= {"stair": was["double"]} if "double" in was else {}               # their names before 2026-11-29
+    was |= {"init": "teacher"} if was.get("init") == "sit" else {}
+    old = {f.name: was.get(f.name, f.default) for f in dataclasses.fields(cfg)} if ckpt else {}
     if old and (later or cfg.steps < ckpt["step"]):
         may -= {"steps"}
     if changed := [name for name, was in old.items() if was != getattr(cfg, name) and name not in may]:

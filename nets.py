@@ -1806,7 +1806,7 @@ def cost(ckpt):
     if not ckpt:
         return dict(steps="-", images="-", seconds="-")
     images, cfg = ckpt["step"] * ckpt["cfg"]["batch"], {"init": "", **ckpt["cfg"]}
-    on = cfg["stage"] != "pretrain" and cfg["init"] not in ("", "teacher", "random")
+    on = cfg["stage"] != "pretrain" and cfg["init"] not in ("", "teacher", "random", "sit")
     steps = str(ckpt["step"]) + f" on {cfg['init']}" * on
     return dict(steps=steps, images=f"{images:,}", seconds=f"{ckpt['seconds']:.0f}")
 

@@ -482,7 +482,8 @@ def draw_sheets(cfg, found, images, encoder):
             path = f"{cfg.out}/samples_{name}_{steps}step.png"
             fid.save_captions(path, name, steps, rows, scores="; scores: results.md in this folder")
             shown.append((name, steps, torch.stack([row[0] for _, row in rows])))
-    words = fid.about(cfg, found) + (guided := " The teacher is guided: one step of it overshoots.")
+    heun = " A step of the teacher is one of Heun, two calls; one alone overshoots."
+    words = fid.about(cfg, found) + heun
     fid.save_stages(cfg.out, shown, captions, words)
     if found[0][0] == "teacher":
         teacher, times = found[0][1], torch.linspace(1, 0, cfg.nodes, dtype=torch.float64)
@@ -490,7 +491,7 @@ def draw_sheets(cfg, found, images, encoder):
         jumps = {name: lambda x, t, net=net:                                          # to 0 in one step
                  rollout(cfg, net, x, text[:len(x)], null, torch.stack([t[0], 0 * t[0]]))[0][-1]
                  for name, net, *_ in found}
-        fid.save_trajectory(cfg.out, states, times, jumps, partial(to_images, cfg), captions, guided)
+        fid.save_trajectory(cfg.out, states, times, jumps, partial(to_images, cfg), captions, heun)
     return shown, captions, words
 
 

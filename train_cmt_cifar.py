@@ -116,7 +116,7 @@ ABOUT = {"pretrain": "stage 1 of 4, pre-training: the loss soon falls slowly, im
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = ["pretrain", "mid", "post", "eval"]          # what --stage all runs, in this order
 INITS = "teacher", "random"                           # other values of --init are a FILE
-NO_TEACHER = ["ect", "annealed"]                           # post-trainings that ask no teacher
+NO_TEACHER = ["ect", "annealed"]                      # post-trainings that ask no teacher
 FILES = {"cifar10": "data/cifar-10-python.tar.gz",
          "ffhq": "data/ffhq-64x64.zip", "afhqv2": "data/afhqv2-64x64.zip"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -315,7 +315,7 @@ def set_up(cfg):
         teacher_state(cfg)                            # fetched and checked
         return log(f"pretrain: not trained, the teacher is {cfg.teacher or 'there'}")
     ckpt, to_go = resume(cfg)                         # steps that are left
-    if not to_go and fid.same_names(cfg, ckpt, BY_CONTENT):            # finished; nothing need be read
+    if not to_go and fid.same_names(cfg, ckpt, BY_CONTENT):           # finished; nothing need be read
         return log(f"{cfg.stage}: finished, nothing to do")
     images, stamp, teacher, weights = None, "none", None, None   # stamp: what identifies data and teacher
     if needs_data(cfg):
@@ -600,7 +600,7 @@ def first_weights(cfg, images, weights):
     if cfg.stage == "post" and cfg.mid != "none" and cfg.init in INITS:
         ckpt = fid.finished_mid(cfg, nets.finished)
         return ckpt["ema"], ckpt["model"], f"{cfg.out}/mid.pt"
-    state, kwargs = weights or teacher_state(cfg)       # the student has the teacher's size
+    state, kwargs = weights or teacher_state(cfg)     # the student has the teacher's size
     if cfg.init not in INITS:
         return nets.fitting(*nets.load_pretrained(cfg.init), kwargs, cfg.init), kwargs, cfg.init
     return (state, kwargs, "the teacher") if cfg.init == "teacher" else (None, kwargs, "")

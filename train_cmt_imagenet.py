@@ -132,7 +132,7 @@ ABOUT = {"pretrain": "stage 1 of 5, pre-training (EDM2): the loss falls while th
          "eval": "stage 5 of 5, scores: the images of every net against the data; lower is better"}
 STAGES = ["pretrain", "vgg", "mid", "post", "eval"]   # what --stage all runs, in this order
 INITS = "teacher", "random"                           # other values of --init are a FILE
-NO_TEACHER = ["ect"]                                       # post-trainings that ask no teacher
+NO_TEACHER = ["ect"]                                  # post-trainings that ask no teacher
 FILES = {"imagenet64": "data/imagenet64.zip", "imagenet512": "data/imagenet512-sd.zip"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # fid reads these tables and calls some functions (its docstring). A new knob: Config, LIMITS, READ_BY
@@ -464,7 +464,7 @@ def draw_sheets(cfg, found):
         teacher, sigmas = found[0][1], teacher_sigmas(cfg.nfe)
         x_T, y, _ = prior(teacher, range(12), "balanced")
         xs = teacher_solver(lambda x, sigma: teacher(x, sigma, y), x_T, sigmas)      # (nfe+1, 12, C, H, W)
-        answers = {name: lambda x, sigma, net=net: net(x, sigma.to(x), y[:len(x)]) for name, net, *_ in found}
+        answers = {name: lambda x, sigma, net=net: net(x, sigma.to(x), y) for name, net, *_ in found}
         fid.save_trajectory(cfg.out, xs, sigmas, answers, partial(to_images, cfg),
                             [f"class {k}" for k in classes])
     return shown, classes, words

@@ -466,7 +466,7 @@ def draw_sheets(cfg, found):
         z, y = prior(teacher, range(12), "balanced")
         states = rollout(cfg, teacher, z, y, times)[0]                               # (nodes, 12, C, H, W)
         jumps = {name: lambda x, t, net=net:                                          # to 0 in one step
-                 rollout(cfg, net, x, y[:len(x)], torch.stack([t[0], 0 * t[0]]))[0][-1]
+                 rollout(cfg, net, x, y, torch.stack([t[0], 0 * t[0]]))[0][-1]
                  for name, net, *_ in found}
         fid.save_trajectory(cfg.out, states, times, jumps, partial(to_images, cfg),
                             [f"class {k}" for k in classes])

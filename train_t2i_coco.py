@@ -489,7 +489,7 @@ def draw_sheets(cfg, found, images, encoder):
         teacher, times = found[0][1], torch.linspace(1, 0, cfg.nodes, dtype=torch.float64)
         states = rollout(cfg, teacher, prior(teacher, range(len(text))), text, null, times)[0]
         jumps = {name: lambda x, t, net=net:                                          # to 0 in one step
-                 rollout(cfg, net, x, text[:len(x)], null, torch.stack([t[0], 0 * t[0]]))[0][-1]
+                 rollout(cfg, net, x, text, null, torch.stack([t[0], 0 * t[0]]))[0][-1]
                  for name, net, *_ in found}
         fid.save_trajectory(cfg.out, states, times, jumps, partial(to_images, cfg), captions, heun)
     return shown, captions, words

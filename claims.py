@@ -432,8 +432,8 @@ def photos(args, device):
                        "draw objects.\n"
                        "By pixels: mid-training compares with the teacher's image pixel by pixel "
                        "(pseudo-Huber). Post-training compares by plain norm, alone by the best schedule "
-                       "that we found. Both students that have it saw as many images or pairs, of "
-                       f"{os.path.basename(args.data)}.")
+                       "that we found. Both students that have it saw equally many images or pairs. The "
+                       f"photos: {os.path.basename(args.data)}.")
             breaks = fid.breaks_between([label.partition("\n")[0] for label, _ in (*shown, real)])
             fid.save_sheet(f"{args.out}/{seed}/photos.png", [*shown, real], caption, breaks=breaks)
 

@@ -1275,8 +1275,9 @@ def about(cfg, found):
     """For a caption: by which seed these nets were made, and how large they are; found: (name, net, ...)."""
     sizes = {"teacher" if name == "teacher" else "students":              # frozen weights are buffers
              sum(p.numel() for p in (*net.parameters(), *net.buffers())) for name, net, *_ in found}
-    sizes = ", ".join(f"{name} {n / 1e6:.2f}M" for name, n in sizes.items())
-    return f" Seed {cfg.seed}; parameters: {sizes}."
+    grown = sizes.get("students", 0) > 1.2 * sizes.get("teacher", math.inf)
+    text = ", ".join(f"{name} {n / 1e6:.2f}M" for name, n in sizes.items())
+    return f" Seed {cfg.seed}; parameters: {text}{': part of their gain is size' * grown}."
 
 
 def headline(table):
@@ -1347,23 +1348,22 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
                for net, f in nets.items()}
     errors = {net: (x[0] - states[-1]).square().flatten(1).mean(1).sqrt() for net, x in answers.items()}
     k = next(iter(errors.values()), torch.zeros(1)).argmax().item()              # the noise that is shown
+    missed = ", ".join(f"{called(net)} {error.mean():.2f}" for net, error in errors.items())
     name = f"\n{names[k % len(names)]}" if names else ""
     rows = [(f"states of the teacher{name}", show((states / wide)[:, k]))]                  # at unit scale
-    rows += [(f"{called(net)}\nin one step, error {errors[net].mean().item():.2f}", show(x[:, k]))
-             for net, x in answers.items()]
+    rows += [(f"{called(net)}\nin one step", show(x[:, k])) for net, x in answers.items()]
     consistency = bool(levels.max() > 1)
-    caption = ("The teacher walks from noise to an image; below, what each net answers in one step\n"
-               + ("Mid-training's target everywhere is the end of the first row. " if consistency else
-                  "Mid-training's target is the mean velocity between any two states. ")
-               + "Error: root mean square of pixels between the leftmost answer and the end, mean of "
-               f"{states.shape[1]} noises, whose ends are {apart:.2f} apart; shown is the one where the "
-               "teacher errs most. Smaller is nearer to the teacher, not better: post-training learns "
-               f"from images.{words}"
+    target = "everywhere is the end of that row" if consistency else "is the mean velocity of any two states"
+    caption = (f"One step from noise misses the end of the teacher's walk by: {missed}\n"
+               "First row: the teacher walks from noise to an image; below, what each net answers there in "
+               f"one step. Mid-training's target {target}. By: root mean square of pixels between the "
+               f"leftmost answer and the end, mean of {states.shape[1]} noises, whose ends are {apart:.2f} "
+               "apart; shown is the one where the teacher misses most. Smaller is nearer to the teacher, not "
+               f"better: post-training learns from images.{words}"
                + f" Of {n} states {len(some)} are shown, where most changes." * (len(some) < n)
                + " States above sigma 1 are divided by sigma." * consistency)
     first, *middle, end = (f"{level:.2g}" for level in levels.tolist())
-    what = "noise level sigma" if consistency else "noise level t"
-    header = [what, f"noise\n{first}", *middle, f"the end\n{end}"]
+    header = [f"noise level {'sigma' if consistency else 't'}", f"noise\n{first}", *middle, f"the end\n{end}"]
     save_sheet(f"{out}/trajectory.png", rows, caption, header, (1,))
 
 
@@ -1708,7 +1708,7 @@ def stages_of(home, argv):
 
     def unread(stage, field):
         if stage in ("eval", "sample"):
-            return field not in of_samples(home)
+            return field not in of_samples(home) or (field == "seeds" and stage == "eval")
         never = never_read(dataclasses.replace(cfg, stage=stage))
         return field in (*never, "seeds", "samples", "repeat", "second_sigma")
 
@@ -1716,10 +1716,11 @@ def stages_of(home, argv):
         stage, dot, field = flag[2:].removeprefix("no-").rpartition(".")
         if dot and unread(stage, field):
             fail(2, f"{flag}: {stage} never reads it; leave it out")
-        asked = [stage] if dot else stages if cfg.stage == "all" and field not in stages else ()
+        asked = [stage] if dot else stages if field not in home.STAGES else ()
         from_mid = field == "init" and "mid" in stages and cfg.mid != "none"
         if asked and all(s in idle or unread(s, field) or (from_mid and s == "post") for s in asked):
-            say(f"warning: {flag} has no effect: {stage or 'every stage'} does without it, or is not run")
+            who = stage or (f"--stage {cfg.stage}" if cfg.stage != "all" else "every stage")
+            say(f"warning: {flag} has no effect: {who} does without it, or is not run")
     for k, c in enumerate(configs):                          # --init FILE starts the first stage, not all
         later = cfg.stage == "all" and (c.stage == "eval" or (c.stage == "post" and c.mid != "none"))
         if later and c.init not in home.INITS:
@@ -1788,7 +1789,7 @@ def refuse(flags, where, message):
     typed = unknown[1].replace("no_", "no-") if unknown else ""
     meant = re.sub(r"[^.]+$", lambda name: MEANT.get(name[0], name[0]), typed)
     meant = meant.rpartition(".")[2] if meant.rpartition(".")[2] in ("data", "stage", "out") else meant
-    trained = {flag for flag in flags if not flag.startswith(("eval.", "sample."))} - {unknown and unknown[1]}
+    trained = {flag for flag in flags if not re.match(r"eval\.|sample\.|.*\.(mid|post)$", flag)} - {typed}
     more = "".join(f"did you mean --{flag}? " for flag in difflib.get_close_matches(meant, trained, 1, 0.7))
     if typed and not more:
         texts = {p.name: p.read_text() for p in sorted(pathlib.Path(__file__).parent.glob("train_*.py"))}
@@ -1857,8 +1858,6 @@ def check_values(cfg, limits, world):
     if cfg.data == "digits" and cfg.stage == "encode":
         fail(2, "--stage encode: --data digits needs none; leave --data out, or name what is to be made")
     seed_range(cfg.seeds)
-    if cfg.stage != "sample" and cfg.seeds != type(cfg).seeds:
-        say("warning: --seeds need --stage sample")
 
 
 def check_out(out):

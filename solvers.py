@@ -81,7 +81,7 @@ def dpmpp_coefficients(sigmas, order):
       order 2   x_next = a x - phi1 (D_i + u / 2)
       order 3   x_next = a x - phi1 D_i + phi2 D1 - phi3 D2          D2 = (u - v) / (r0 + r1), half of D''
                                                                      D1 = u + r0 D2
-    In order 3 u weighs phi2 + c, and v weighs -c: c = (phi2 r0 - phi3) / (r0 + r1). Taylor: 2 phi3 D2.
+    In order 3 u weighs phi2 + c, and v weighs -c: c = (phi2 r0 - phi3) / (r0 + r1).
     """
     lambdas = [-math.log(s) if s > 0 else math.inf for s in sigmas]
     rows, steps = [], len(sigmas) - 1
@@ -100,7 +100,7 @@ def dpmpp_coefficients(sigmas, order):
             phi2 = phi1 / h + 1                     # trap: with the wrong sign of phi2 images still look fine
             phi3 = phi2 / h - 0.5
             r0, r1 = (lambdas[i] - lambdas[i - 1]) / h, (lambdas[i - 1] - lambdas[i - 2]) / h
-            c = (phi2 * r0 - phi3) / (r0 + r1)      # choice: half of Taylor's D'', as the official code
+            c = (phi2 * r0 - phi3) / (r0 + r1)      # choice: phi3 D2, as the official code; Taylor 2 phi3 D2
             b[0] += (phi2 + c) / r0
             b[1] -= (phi2 + c) / r0 + c / r1
             b[2] += c / r1

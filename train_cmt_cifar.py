@@ -254,19 +254,19 @@ def train(cfg):
 
     def loss_of(step, k, rows, target):               # of a micro-batch, whose first row is k of the batch
         seed = fold(cfg.seed, cfg.stage, step, "dropout") + k    # row k's; every row has its own
-        student = partial(cast_net, masks=nets.dropout_masks(net, range(seed, seed + micro)))
+        f = partial(cast_net, masks=nets.dropout_masks(net, range(seed, seed + micro)))
         if cfg.stage == "mid":
             x_t, t, owner = rows                      # owner: which end is a pair's
-            return loss_cmt(student, x_t, t, [a[owner] for a in target], run.distance)          # Eq. 7
+            return loss_cmt(f, x_t, t, [a[owner] for a in target], run.distance)          # Eq. 7
         x, t, eps = rows
         if cfg.stage == "pretrain":
-            return loss_dm(student, x, t, eps, net.sigma_data)
+            return loss_dm(f, x, t, eps, net.sigma_data)
         power = 1 + step // cfg.stair if cfg.post == "annealed" else 1       # q, q^2, q^3, ...
         r = ect_step(t, cfg.q**power)
         x_t, x_r = (x + s.view(-1, 1, 1, 1) * eps for s in (t, r))
         if cfg.post in ("ecd", "ecd_euler"):          # by the frozen teacher: no gradient
             x_r = solvers.ode_step(run.teacher, x_t, t, r, 1 if cfg.post == "ecd_euler" else 2)
-        return loss_ect(student, x_t, x_r, t, r, cfg.huber_c)                                   # Eq. 3
+        return loss_ect(f, x_t, x_r, t, r, cfg.huber_c)                                   # Eq. 3
 
     for step in range(start, cfg.steps):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)

@@ -309,26 +309,25 @@ def train(cfg):
 
     def loss_of(step, k, rows, target):               # of a micro-batch, whose first row is k of the batch
         seed = fold(cfg.seed, cfg.stage, step, "dropout") + k    # row k's; every row has its own
-        x, t, y, *more = rows                         # x: an image, or a state of a trajectory
         if cfg.stage == "vgg":
-            _, labels = more
+            x, *_, labels = rows
             return loss_vgg(net, x, labels, seed)
-        student = partial(net, class_labels=y, masks=nets.dropout_masks(net, range(seed, seed + micro)))
+        f = partial(net, class_labels=rows[2], masks=nets.dropout_masks(net, range(seed, seed + micro)))
         if cfg.stage == "mid":
-            owner, *view = more                       # which end is a pair's; what distance.views names
+            x_t, t, y, owner, *view = rows            # owner: which end is a pair's; view: of distance.views
             target = [a[owner] for a in target]
             if view:
-                return loss_cmt_views(student, x, t, *target, run.distance, view)
-            return loss_cmt(student, x, t, target, run.distance)                                # Eq. 7
-        eps, _ = more
+                return loss_cmt_views(f, x_t, t, *target, run.distance, view)
+            return loss_cmt(f, x_t, t, target, run.distance)                                    # Eq. 7
+        x, t, y, eps, labels = rows
         if cfg.stage == "pretrain":
-            return loss_edm2(student, x, t, eps, net.sigma_data)
+            return loss_edm2(f, x, t, eps, net.sigma_data)
         r, weight = ect_step(t, cfg.q), edm_weight(t, net.sigma_data)
         x_t, x_r = (x + s.view(-1, 1, 1, 1) * eps for s in (t, r))
         if cfg.post in ("ecd", "ecd_euler", "ecd_code"):      # by the frozen teacher: no gradient
             teacher, order = partial(run.teacher, class_labels=y), 1 if cfg.post == "ecd_euler" else 2
             x_r = solvers.ode_step(teacher, x_t, t, r, order)
-        return loss_ect(student, x_t, x_r, t, r, weight, cfg.huber_c)                           # Eq. 3
+        return loss_ect(f, x_t, x_r, t, r, weight, cfg.huber_c)                                 # Eq. 3
 
     for step in range(start, cfg.steps):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)

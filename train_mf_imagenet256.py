@@ -135,7 +135,7 @@ RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch(
 WEIGHT_C = 1e-3                                       # c of the adaptive weight (MF's text; its code: 1e-2)
 # What the losses ask of a network: u(z, t, r, y, repa=False), its derivative slope(z, t, r, y, v) along the
 # flow, and the null condition, for "no class" or "no caption". z: README's x_t. repa: for COCO alone.
-Flow = namedtuple("Flow", "u slope null")
+Flow = namedtuple("Flow", "u slope null_y")
 
 
 def draw_times(n, g, ratio, mean, std):
@@ -150,7 +150,7 @@ def draw_times(n, g, ratio, mean, std):
     return t, torch.where(i * k // n < (i + 1) * k // n, r, t)
 
 
-def flow_of(cfg, net, null):
+def flow_of(cfg, net, null_y):
     """net(z, t, r, y, repa), and its null condition, as a Flow: u in --precision, du/dt in fp32 or TF32.
 
     --compile compiles both functions. u(..., repa=True) is a pair: u, and REPA's features, None for a net
@@ -171,22 +171,22 @@ def flow_of(cfg, net, null):
         # trap: a compiled module inside jvp runs eager, in silence: functions are compiled
         torch.compiler.reset()                        # trap: a ninth graph of u, in all stages, runs eager
         u, slope = torch.compile(u), torch.compile(slope)
-    return Flow(u, slope, null)
+    return Flow(u, slope, null_y)
 
 
 @torch.no_grad()
 def guides(flow, z, t, y, needs_null, needs_own):
-    """For guidance: u(z, t, t, null) and u(z, t, t, y), each (B, C, H, W), in one call; 0 where not needed.
+    """For guidance: u(z, t, t, null_y) and u(z, t, t, y), each (B, C, H, W), in one call; 0 where not needed.
 
     t and the masks (B,) come from the CPU, where it costs no wait to know which samples are meant.
     """
-    null, own = torch.zeros_like(z), torch.zeros_like(z)
+    u_null, u_own = torch.zeros_like(z), torch.zeros_like(z)
     i, j = (mask.nonzero()[:, 0].to(z.device, non_blocking=True) for mask in (needs_null, needs_own))
     if len(i) + len(j):
-        both, conditions = torch.cat([i, j]), torch.cat([flow.null.expand_as(y[i]), y[j]])
+        both, conditions = torch.cat([i, j]), torch.cat([flow.null_y.expand_as(y[i]), y[j]])
         t = t.to(z.device, non_blocking=True)[both]
-        null[i], own[j] = flow.u(z[both], t, t, conditions).to(z.dtype).split([len(i), len(j)])
-    return null, own
+        u_null[i], u_own[j] = flow.u(z[both], t, t, conditions).to(z.dtype).split([len(i), len(j)])
+    return u_null, u_own
 
 
 def loss_mf(flow, z, v, t, r, y, guided, cfg):
@@ -198,20 +198,20 @@ def loss_mf(flow, z, v, t, r, y, guided, cfg):
     """
     apart, null_weight = r < t, 1 - cfg.omega - cfg.kappa
     needs_null, needs_own = guided & (abs(null_weight) > 1e-9), guided & apart & (cfg.kappa > 0)
-    null, own = guides(flow, z, t, y, needs_null, needs_own)
+    u_null, u_own = guides(flow, z, t, y, needs_null, needs_own)
     i = apart.nonzero()[:, 0].to(z.device, non_blocking=True)
     t, r, apart, guided = (a.to(z.device, non_blocking=True) for a in (t, r, apart, guided))
     gap, apart, guided = (a.view(-1, 1, 1, 1) for a in (t - r, apart, guided))
 
-    def guided_v(u_own):                              # v~
-        return torch.where(guided, cfg.omega * v + null_weight * null + cfg.kappa * u_own, v)
+    def guided_v(u_y):                                # v~
+        return torch.where(guided, cfg.omega * v + null_weight * u_null + cfg.kappa * u_y, v)
 
     dudt = torch.zeros_like(z)
     if len(i):
         with torch.no_grad():
-            dudt[i] = flow.slope(*(a[i] for a in (z, t, r, y, guided_v(own))))
+            dudt[i] = flow.slope(*(a[i] for a in (z, t, r, y, guided_v(u_own))))
     u, features = flow.u(z, t, r, y, repa=True)
-    target = guided_v(torch.where(apart, own, u.detach())) - gap * dudt
+    target = guided_v(torch.where(apart, u_own, u.detach())) - gap * dudt
     square = (u - target).square().flatten(1).sum(1)
     loss = (square / (square.detach() + WEIGHT_C) ** cfg.power).mean()
     return loss, square.detach(), features
@@ -258,13 +258,13 @@ def loss_cmt_mf(u, z, t, r, y, target):
     return square.mean() / target[0].numel(), square.detach()
 
 
-def is_guided(cfg, step, t, y, null):
+def is_guided(cfg, step, t, y, null_class):
     """Which samples (B,) have a guided target: those with a class, t in the interval, past --unguided."""
     started = cfg.stage == "post" and cfg.mid == "none" and cfg.init == "teacher"
     plain = (cfg.omega == 1 and cfg.kappa == 0) or (cfg.stage == "pretrain" and cfg.pretrain == "fm")
     if plain or (started and step < cfg.unguided):
         return torch.zeros_like(y, dtype=torch.bool)
-    return (t >= cfg.guide_from) & (t <= cfg.guide_to) & (y != null)
+    return (t >= cfg.guide_from) & (t <= cfg.guide_to) & (y != null_class)
 
 
 @torch.no_grad()
@@ -330,7 +330,7 @@ def train(cfg):
     if not (run := set_up(cfg)):                      # run: its fields are those of begin
         return
     net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
-    flow = flow_of(cfg, net, torch.tensor(run.null, device=DEVICE))
+    flow = flow_of(cfg, net, torch.tensor(net.num_classes, device=DEVICE))    # "no class" is the last
     errors = torch.zeros(2, 5, device=DEVICE)         # squared errors and their number, by t - r: 0, quarters
     share, micro = B // WORLD, cfg.batch_gpu or B // WORLD    # rows of a process, of a forward pass
     mine = slice(RANK * share, (RANK + 1) * share)
@@ -348,7 +348,7 @@ def train(cfg):
             return [a[at:at + B][mine] for a in solve(number)]
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         raw, y, t, r = next(batches)
-        guided = is_guided(cfg, step, t, y, run.null)
+        guided = is_guided(cfg, step, t, y, net.num_classes)
         latent_noise, eps = randn((B, *run.shape), g)[mine], randn((B, *run.shape), g)[mine]
         x, y = to_input(raw, latent_noise), y.to(DEVICE, non_blocking=True)
         wide = t.to(DEVICE, non_blocking=True).view(-1, 1, 1, 1)
@@ -413,23 +413,23 @@ def set_up(cfg):
     images, stamp, teacher = None, "none", None       # stamp: what identifies data and teacher
     if cfg.stage != "mid":                                                    # CMT needs no data
         images = load_data(cfg)
-        stamp, shape, null = images.stamp, images.shape, images.classes        # "no class": the one after all
+        stamp, shape, classes = images.stamp, images.shape, images.classes
     if cfg.stage == "mid" or (cfg.stage == "post" and cfg.post == "teacher"):
         weights, kwargs = teacher_state(cfg)
         teacher = build(cfg, kwargs, weights, cfg.teacher or "the teacher")
         teacher.requires_grad_()                      # else autocast casts its weights anew at each call
-        null, shape = kwargs["num_classes"], (kwargs["in_channels"], *[kwargs["input_size"]] * 2)
+        classes, shape = kwargs["num_classes"], (kwargs["in_channels"], *[kwargs["input_size"]] * 2)
         stamp += f", teacher {nets.stamp(weights)}"
     fid.same_data(ckpt, f"{cfg.out}/{cfg.stage}.pt", stamp)
     if not to_go:                                     # finished, with other names of the same content
         return log(f"{cfg.stage}: finished, nothing to do")
     kwargs = dict(size_row(cfg, "weak" if cfg.stage == "pretrain" else "size", shape[-1]),
-                 input_size=shape[-1], in_channels=shape[0], num_classes=null,
+                 input_size=shape[-1], in_channels=shape[0], num_classes=classes,
                  average_velocity=cfg.stage != "pretrain" or cfg.pretrain == "mf")
     state, what = (None, "") if ckpt else first_weights(cfg, kwargs)
     net = build(cfg, kwargs, state, what, train=True)
     adam = partial(torch.optim.Adam, betas=(0.9, 0.95), fused=True)           # MF
-    return begin(cfg, ckpt, net, adam, stamp, kwargs, images=images, null=null, shape=shape, teacher=teacher)
+    return begin(cfg, ckpt, net, adam, stamp, kwargs, images=images, shape=shape, teacher=teacher)
 
 
 # ---- sample -----------------------------------------------------------------------------------

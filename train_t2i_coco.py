@@ -135,7 +135,7 @@ RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch(
 WEIGHT_C = 1e-3                                       # c of the adaptive weight (MF's text; its code: 1e-2)
 # What the losses ask of a network: u(z, t, r, y, repa=False), its derivative slope(z, t, r, y, v) along the
 # flow, and the null condition, for "no class" or "no caption". z: README's x_t.
-Flow = namedtuple("Flow", "u slope null")
+Flow = namedtuple("Flow", "u slope null_y")
 
 
 def draw_times(n, g, ratio, mean, std):
@@ -150,7 +150,7 @@ def draw_times(n, g, ratio, mean, std):
     return t, torch.where(i * k // n < (i + 1) * k // n, r, t)
 
 
-def flow_of(cfg, net, null):
+def flow_of(cfg, net, null_y):
     """net(z, t, r, y, repa), and its null condition, as a Flow: u in --precision, du/dt in fp32 or TF32.
 
     --compile compiles both functions. u(..., repa=True) is a pair: u, and REPA's features, None for a net
@@ -171,7 +171,7 @@ def flow_of(cfg, net, null):
         # trap: a compiled module inside jvp runs eager, in silence: functions are compiled
         torch.compiler.reset()                        # trap: a ninth graph of u, in all stages, runs eager
         u, slope = torch.compile(u), torch.compile(slope)
-    return Flow(u, slope, null)
+    return Flow(u, slope, null_y)
 
 
 def loss_repa(features, tokens):
@@ -188,17 +188,17 @@ def loss_sit(flow, z, v, t, text):
 
 @torch.no_grad()
 def guides(flow, z, t, y, needs_null, needs_own):
-    """For guidance: u(z, t, t, null) and u(z, t, t, y), each (B, C, H, W), in one call; 0 where not needed.
+    """For guidance: u(z, t, t, null_y) and u(z, t, t, y), each (B, C, H, W), in one call; 0 where not needed.
 
     t and the masks (B,) come from the CPU, where it costs no wait to know which samples are meant.
     """
-    null, own = torch.zeros_like(z), torch.zeros_like(z)
+    u_null, u_own = torch.zeros_like(z), torch.zeros_like(z)
     i, j = (mask.nonzero()[:, 0].to(z.device, non_blocking=True) for mask in (needs_null, needs_own))
     if len(i) + len(j):
-        both, conditions = torch.cat([i, j]), torch.cat([flow.null.expand_as(y[i]), y[j]])
+        both, conditions = torch.cat([i, j]), torch.cat([flow.null_y.expand_as(y[i]), y[j]])
         t = t.to(z.device, non_blocking=True)[both]
-        null[i], own[j] = flow.u(z[both], t, t, conditions).to(z.dtype).split([len(i), len(j)])
-    return null, own
+        u_null[i], u_own[j] = flow.u(z[both], t, t, conditions).to(z.dtype).split([len(i), len(j)])
+    return u_null, u_own
 
 
 def loss_mf(flow, z, v, t, r, y, guided, cfg):
@@ -210,20 +210,20 @@ def loss_mf(flow, z, v, t, r, y, guided, cfg):
     """
     apart, null_weight = r < t, 1 - cfg.omega - cfg.kappa
     needs_null, needs_own = guided & (abs(null_weight) > 1e-9), guided & apart & (cfg.kappa > 0)
-    null, own = guides(flow, z, t, y, needs_null, needs_own)
+    u_null, u_own = guides(flow, z, t, y, needs_null, needs_own)
     i = apart.nonzero()[:, 0].to(z.device, non_blocking=True)
     t, r, apart, guided = (a.to(z.device, non_blocking=True) for a in (t, r, apart, guided))
     gap, apart, guided = (a.view(-1, 1, 1, 1) for a in (t - r, apart, guided))
 
-    def guided_v(u_own):                              # v~
-        return torch.where(guided, cfg.omega * v + null_weight * null + cfg.kappa * u_own, v)
+    def guided_v(u_y):                                # v~
+        return torch.where(guided, cfg.omega * v + null_weight * u_null + cfg.kappa * u_y, v)
 
     dudt = torch.zeros_like(z)
     if len(i):
         with torch.no_grad():
-            dudt[i] = flow.slope(*(a[i] for a in (z, t, r, y, guided_v(own))))
+            dudt[i] = flow.slope(*(a[i] for a in (z, t, r, y, guided_v(u_own))))
     u, features = flow.u(z, t, r, y, repa=True)
-    target = guided_v(torch.where(apart, own, u.detach())) - gap * dudt
+    target = guided_v(torch.where(apart, u_own, u.detach())) - gap * dudt
     square = (u - target).square().flatten(1).sum(1)
     loss = (square / (square.detach() + WEIGHT_C) ** cfg.power).mean()
     return loss, square.detach(), features

@@ -790,11 +790,11 @@ def test_of_a_long_trajectory_nine_states_are_drawn_where_most_changes(tmp_path,
     assert [len(images) for _, images in rows] == [9] * 2 and header[1:] == ["noise\n1", *"0.88 0.75 0.62 0.5 0.38 0.25 0.12".split(), "the end\n0"]
     assert late[0][1][:, 0, 0, 0].tolist() == [*range(9)] and len(short[0][1]) == 8
     assert [label for label, _ in (*late, *short)] == ["states of the teacher", "states of the teacher\nclass 7"]
-    assert rows[1][0] == "mid-training alone\nin one step, error 16.00"
-    assert said[0].startswith("The teacher walks from noise to an image; below, what each net answers in one step\n")
-    assert "the end, mean of 2 noises, whose ends are 0.00 apart; shown is the one where the teacher errs most." in said[0] and "divided by sigma" not in said[0] and "Of 17 states 9 are shown" in said[0]
+    assert rows[1][0] == "mid-training alone\nin one step"
+    assert said[0].startswith("One step from noise misses the end of the teacher's walk by: mid-training alone 16.00\nFirst row: the teacher walks")
+    assert "the end, mean of 2 noises, whose ends are 0.00 apart; shown is the one where the teacher misses most." in said[0] and "divided by sigma" not in said[0] and "Of 17 states 9 are shown" in said[0]
     fid.save_trajectory("", x, torch.linspace(80, 0, 17), {"teacher": lambda x, level: x, "mid": lambda x, level: x + 9, "post": lambda x, level: x - 1})
-    assert [label.split()[-1] for label, _ in drawn[-1][0][1:]] == ["16.00", "7.00", "17.00"]
+    assert said[-1].startswith("One step from noise misses the end of the teacher's walk by: teacher 16.00, mid-training alone 7.00, after post-training 17.00\n")
     assert "target everywhere is the end" in said[-1] and "divided by sigma" in said[-1]
 
 
@@ -832,7 +832,8 @@ def test_a_picture_with_scores_stays_until_there_are_others(tmp_path, monkeypatc
 def test_a_caption_names_seed_and_sizes():
     import train_cmt_cifar
     found = [("teacher", torch.nn.Linear(999, 1000), {}), ("mid", torch.nn.Linear(1999, 1000), {}), ("post", torch.nn.Linear(1999, 1000), {})]
-    assert fid.about(train_cmt_cifar.Config(seed=7), found) == " Seed 7; parameters: teacher 1.00M, students 2.00M."
+    assert fid.about(train_cmt_cifar.Config(seed=7), found) == " Seed 7; parameters: teacher 1.00M, students 2.00M: part of their gain is size."
+    assert fid.about(train_cmt_cifar.Config(seed=7), found[1:]) == " Seed 7; parameters: students 2.00M."
 
 
 def test_a_colour_means_one_thing_in_every_chart():

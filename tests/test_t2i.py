@@ -271,7 +271,7 @@ def test_dropped_captions_are_the_null_caption_for_teacher_and_student(road, mon
     seen, solved, real, pairs, loss_mid = [], [], script.loss_mf, script.teacher_pairs, script.loss_cmt_mf
 
     def spy(flow, z, v, t, r, text, guided, c):
-        seen.append((text, flow.null, guided))
+        seen.append((text, flow.null_y, guided))
         return real(flow, z, v, t, r, text, guided, c)
 
     def watch(c, teacher, text, null, *a):

@@ -635,6 +635,7 @@ def test_a_flag_of_a_stage_that_is_not_trained_is_named(monkeypatch, capsys):
     script.fid.stages_of(script, "--data digits --mid none --post.init random".split())            # then it starts the student
     assert not capsys.readouterr().err
     for flags, idle in (("--mid kd --trajectories 64", "--trajectories"), ("--mid none --nfe=5 --loss l2", "--loss"),       # of no stage
+                        ("--stage mid --q 9", "--q"), ("--stage sample --lr 1", "--lr"), ("--stage sample --seeds 0-3", ""), ("--seeds 0-3", "--seeds"),
                         ("--mid none --teacher t.pt --post annealed --dropout 0.1 --no-compile --samples 9", "")):
         script.fid.stages_of(script, ["--data", "digits", *flags.split()])
         said = capsys.readouterr().err

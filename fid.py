@@ -1331,9 +1331,8 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
 def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words=""):
     """<out>/trajectory.png: a trajectory of the teacher, and below it what all nets answer along it.
 
-    states (N+1, n, C, H, W) at levels (N+1,): sigma, or the time t of a flow; errors are means over all n.
-    nets: {name: f(x, levels on the CPU) -> where the states x of all n land in one step}. show: a batch of
-    states or answers -> images. names: what each is to be. words: of the teacher, for the caption.
+    states (N+1, n, C, H, W) at levels (N+1,): sigma, or a flow's t. nets: {name: f(x, level on the CPU) ->
+    where all n land in one step}. show: states -> images. names: of each. words: for the caption.
     """
     wide = levels.clamp(min=1).to(states).view(-1, 1, 1, 1, 1)
     moved = (states / wide).diff(dim=0).flatten(1).norm(dim=1).cumsum(0)     # of many states nine are shown
@@ -1348,7 +1347,7 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
                for net, f in nets.items()}
     errors = {net: (x[0] - states[-1]).square().flatten(1).mean(1).sqrt() for net, x in answers.items()}
     k = next(iter(errors.values()), torch.zeros(1)).argmax().item()              # the noise that is shown
-    missed = ", ".join(f"{called(net)} {error.mean():.2f}" for net, error in errors.items())
+    missed = ", ".join(f"{called(net)} {e.mean().item():.2f}" for net, e in errors.items())
     name = f"\n{names[k % len(names)]}" if names else ""
     rows = [(f"states of the teacher{name}", show((states / wide)[:, k]))]                  # at unit scale
     rows += [(f"{called(net)}\nin one step", show(x[:, k])) for net, x in answers.items()]
@@ -1356,7 +1355,7 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
     target = "everywhere is the end of that row" if consistency else "is the mean velocity of any two states"
     caption = (f"One step from noise misses the end of the teacher's walk by: {missed}\n"
                "First row: the teacher walks from noise to an image; below, what each net answers there in "
-               f"one step. Mid-training's target {target}. By: root mean square of pixels between the "
+               f"one step. Mid-training's target {target}. Numbers: root mean square of pixels between the "
                f"leftmost answer and the end, mean of {states.shape[1]} noises, whose ends are {apart:.2f} "
                "apart; shown is the one where the teacher misses most. Smaller is nearer to the teacher, not "
                f"better: post-training learns from images.{words}"
@@ -1708,7 +1707,7 @@ def stages_of(home, argv):
 
     def unread(stage, field):
         if stage in ("eval", "sample"):
-            return field not in of_samples(home) or (field == "seeds" and stage == "eval")
+            return field not in of_samples(home)
         never = never_read(dataclasses.replace(cfg, stage=stage))
         return field in (*never, "seeds", "samples", "repeat", "second_sigma")
 
@@ -1716,11 +1715,10 @@ def stages_of(home, argv):
         stage, dot, field = flag[2:].removeprefix("no-").rpartition(".")
         if dot and unread(stage, field):
             fail(2, f"{flag}: {stage} never reads it; leave it out")
-        asked = [stage] if dot else stages if field not in home.STAGES else ()
+        asked = [stage] if dot else stages if cfg.stage == "all" and field not in stages else ()
         from_mid = field == "init" and "mid" in stages and cfg.mid != "none"
         if asked and all(s in idle or unread(s, field) or (from_mid and s == "post") for s in asked):
-            who = stage or (f"--stage {cfg.stage}" if cfg.stage != "all" else "every stage")
-            say(f"warning: {flag} has no effect: {who} does without it, or is not run")
+            say(f"warning: {flag} has no effect: {stage or 'every stage'} does without it, or is not run")
     for k, c in enumerate(configs):                          # --init FILE starts the first stage, not all
         later = cfg.stage == "all" and (c.stage == "eval" or (c.stage == "post" and c.mid != "none"))
         if later and c.init not in home.INITS:
@@ -1789,8 +1787,9 @@ def refuse(flags, where, message):
     typed = unknown[1].replace("no_", "no-") if unknown else ""
     meant = re.sub(r"[^.]+$", lambda name: MEANT.get(name[0], name[0]), typed)
     meant = meant.rpartition(".")[2] if meant.rpartition(".")[2] in ("data", "stage", "out") else meant
-    trained = {flag for flag in flags if not re.match(r"eval\.|sample\.|.*\.(mid|post)$", flag)} - {typed}
-    more = "".join(f"did you mean --{flag}? " for flag in difflib.get_close_matches(meant, trained, 1, 0.7))
+    known = [flag for flag in {*flags} - {unknown and unknown[1]}
+             if not re.match(r"eval\.|sample\.|.*\.(mid|post)$", flag)]
+    more = "".join(f"did you mean --{flag}? " for flag in difflib.get_close_matches(meant, known, 1, 0.7))
     if typed and not more:
         texts = {p.name: p.read_text() for p in sorted(pathlib.Path(__file__).parent.glob("train_*.py"))}
         others = " and ".join(name for name, text in texts.items() if f"\n    {typed}: " in text)
@@ -1858,6 +1857,8 @@ def check_values(cfg, limits, world):
     if cfg.data == "digits" and cfg.stage == "encode":
         fail(2, "--stage encode: --data digits needs none; leave --data out, or name what is to be made")
     seed_range(cfg.seeds)
+    if cfg.stage != "sample" and cfg.seeds != type(cfg).seeds:
+        say("warning: --seeds need --stage sample")
 
 
 def check_out(out):

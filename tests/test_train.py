@@ -527,6 +527,7 @@ BAD = [  # (command line, exit code, what the line must say)
     ("--data digits --stage mid --teacher none.pt", 3, "none.pt: no such file"),
     ("--data digits --stage eval", 3, "run --stage pretrain, or"),
     ("--data digits --mid.learning_rate 4", 2, "did you mean --mid.lr?"), ("--epochs=4", 2, "did you mean --steps?"), ("--no_compile", 2, "did you mean --no-compile?"), ("--data digits --mid.stage post", 2, "did you mean --stage?"),
+    ("--data digits --mid.method kd", 2, "unrecognized arguments: --mid.method kd; --help lists every flag"),
     ("--data digits --mid.stesp 4", 2, "unrecognized arguments: --mid.stesp 4; did you mean --mid.steps? --help lists every flag"),
     ("--data digits --steps 99999999999999", 2, "it must be above 0, below 1e12"),
     ("--data digits --P_mean nan", 2, "--P_mean: nan is not possible; it must be finite"),
@@ -635,7 +636,6 @@ def test_a_flag_of_a_stage_that_is_not_trained_is_named(monkeypatch, capsys):
     script.fid.stages_of(script, "--data digits --mid none --post.init random".split())            # then it starts the student
     assert not capsys.readouterr().err
     for flags, idle in (("--mid kd --trajectories 64", "--trajectories"), ("--mid none --nfe=5 --loss l2", "--loss"),       # of no stage
-                        ("--stage mid --q 9", "--q"), ("--stage sample --lr 1", "--lr"), ("--stage sample --seeds 0-3", ""), ("--seeds 0-3", "--seeds"),
                         ("--mid none --teacher t.pt --post annealed --dropout 0.1 --no-compile --samples 9", "")):
         script.fid.stages_of(script, ["--data", "digits", *flags.split()])
         said = capsys.readouterr().err

@@ -1275,9 +1275,9 @@ def about(cfg, found):
     """For a caption: by which seed these nets were made, and how large they are; found: (name, net, ...)."""
     sizes = {"teacher" if name == "teacher" else "students":              # frozen weights are buffers
              sum(p.numel() for p in (*net.parameters(), *net.buffers())) for name, net, *_ in found}
-    grown = sizes.get("students", 0) > 1.2 * sizes.get("teacher", math.inf)
-    text = ", ".join(f"{name} {n / 1e6:.2f}M" for name, n in sizes.items())
-    return f" Seed {cfg.seed}; parameters: {text}{': part of their gain is size' * grown}."
+    larger = " (larger)" * (sizes.get("students", 0) > 1.2 * sizes.get("teacher", math.inf))
+    sizes = ", ".join(f"{name} {n / 1e6:.2f}M" for name, n in sizes.items())
+    return f" Seed {cfg.seed}; parameters: {sizes}{larger}."
 
 
 def headline(table):

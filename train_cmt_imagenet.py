@@ -210,9 +210,9 @@ def ect_step(t, q, k=8.0, b=1.0):
 
 
 def loss_ect(net, x_t, x_r, t, r, weight, huber_c=0.0):
-    """Eq. 3: weight |f(x_t, t) - stop_gradient f(x_r, r)|, mean over images; weight (B,): edm_weight of t.
+    """Eq. 3 with EDM's weight (B,) for 1 / (t - r), as ECT on ImageNet: weight |f(x_t, t) - sg f(x_r, r)|.
 
-    x_t, x_r: the same image with the same noise at t > r (ECT), or joined by a teacher's step (ECD).
+    A mean over images. x_t, x_r: one image and noise at t > r (ECT), or joined by a teacher's step (ECD).
     net(x, sigma) has one dropout mask for both calls. huber_c: of sqrt(d^2 + c^2) - c, 0 for the norm itself.
     """
     with torch.no_grad():

@@ -52,7 +52,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     teacher: str = ""           # FILE, URL of a Mean Flow net or a SiT; "" = <out>/pretrain.pt
     pretrain: Literal["mf", "fm"] = "mf"     # teacher: Mean Flow (B.4) or flow matching (SiT)
     mid: Literal["cmt", "none"] = "cmt"                  # Eq. 8
-    post: Literal["mf", "vanilla", "teacher"] = "mf"  # mf: B.4; vanilla: as MF; teacher: by its v
+    post: Literal["mf", "vanilla", "teacher"] = "mf"  # presets of B.4; vanilla: MF's; teacher: by its v
     init: str = "random"        # first weights: random | teacher (B.4: SiT) | FILE; sample: show FILE
     weak: str = "dit-b/4"       # size of the teacher: row of nets.SIZES, or PATCHxWIDTHxDEPTH[xHEADS]
     size: str = "dit-xl/2"      # size of the student
@@ -200,18 +200,18 @@ def loss_mf(flow, z, v, t, r, y, guided, cfg):
     needs_null, needs_own = guided & (abs(null_weight) > 1e-9), guided & apart & (cfg.kappa > 0)
     u_null, u_own = guides(flow, z, t, y, needs_null, needs_own)
     i = apart.nonzero()[:, 0].to(z.device, non_blocking=True)
-    t, r, apart, guided = (a.to(z.device, non_blocking=True) for a in (t, r, apart, guided))
-    gap, apart, guided = (a.view(-1, 1, 1, 1) for a in (t - r, apart, guided))
-
-    def guided_v(u_y):                                # v~
-        return torch.where(guided, cfg.omega * v + null_weight * u_null + cfg.kappa * u_y, v)
+    t, r, guided = (a.to(z.device, non_blocking=True) for a in (t, r, guided))
+    gap, guided = (a.view(-1, 1, 1, 1) for a in (t - r, guided))
+    rest = torch.where(guided, cfg.omega * v + null_weight * u_null, v)
+    kappa = cfg.kappa * guided.to(z.dtype)            # v~ = rest + kappa u_own
 
     dudt = torch.zeros_like(z)
     if len(i):
         with torch.no_grad():
-            dudt[i] = flow.slope(*(a[i] for a in (z, t, r, y, guided_v(u_own))))
+            dudt[i] = flow.slope(*(a[i] for a in (z, t, r, y, rest + kappa * u_own)))
     u, features = flow.u(z, t, r, y, repa=True)
-    target = guided_v(torch.where(apart, u_own, u.detach())) - gap * dudt
+    u_own = torch.where(gap > 0, u_own, u.detach())   # where r = t the answer itself: no second call
+    target = rest + kappa * u_own - gap * dudt
     square = (u - target).square().flatten(1).sum(1)
     loss = (square / (square.detach() + WEIGHT_C) ** cfg.power).mean()
     return loss, square.detach(), features

@@ -832,7 +832,7 @@ def test_a_picture_with_scores_stays_until_there_are_others(tmp_path, monkeypatc
 def test_a_caption_names_seed_and_sizes():
     import train_cmt_cifar
     found = [("teacher", torch.nn.Linear(999, 1000), {}), ("mid", torch.nn.Linear(1999, 1000), {}), ("post", torch.nn.Linear(1999, 1000), {})]
-    assert fid.about(train_cmt_cifar.Config(seed=7), found) == " Seed 7; parameters: teacher 1.00M, students 2.00M: part of their gain is size."
+    assert fid.about(train_cmt_cifar.Config(seed=7), found) == " Seed 7; parameters: teacher 1.00M, students 2.00M (larger)."
     assert fid.about(train_cmt_cifar.Config(seed=7), found[1:]) == " Seed 7; parameters: students 2.00M."
 
 

@@ -433,7 +433,7 @@ def photos(args, device):
                        "By pixels: mid-training compares with the teacher's image pixel by pixel "
                        "(pseudo-Huber). Post-training compares by the plain norm; alone it has the best "
                        "schedule that we found. The last two students saw equally many images or pairs. "
-                       f"Photos: {os.path.basename(args.data)}, shrunk.")
+                       f"Photos: {len(images):,} of {os.path.basename(args.data)}, shrunk.")
             breaks = fid.breaks_between([label.partition("\n")[0] for label, _ in (*shown, real)])
             fid.save_sheet(f"{args.out}/{seed}/photos.png", [*shown, real], caption, breaks=breaks)
 

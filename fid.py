@@ -213,8 +213,7 @@ class InceptionV3(nn.Module):
 
     state: its state dict, loaded strictly (None: untrained, for shapes). resize: "tf1" or "half_pixel"; the
     bare class takes the public port's half_pixel, every score of ours comes from load_inception, whose
-    default is tf1. forward: images uint8 (B, 3 or 1, H, W) -> pool3 features (B, 2048) float32, without
-    gradient.
+    default is tf1. forward: images uint8 (B, 3 or 1, H, W) -> pool3 features (B, 2048) float32, no gradient.
     """
     dim = 2048
 
@@ -1281,14 +1280,14 @@ def about(cfg, found):
 
 
 def headline(table):
-    """For a heading: distances of all nets of a table in one step, a teacher's in many; "" of none."""
+    """For a heading: distances of all nets of a table in 1 and 2 steps, a teacher's in many; "" of none."""
     one = next((key for row in table for key in row if key.startswith("1-step F")), "")
     nets = {row["stage"].partition(",")[0]: row for row in reversed(table) if one in row}
     texts, distance = [], one.partition(" ")[2]
     for name, row in reversed(nets.items()):
         scored = [(k.partition("-")[0], v) for k, v in row.items() if k.endswith(distance) and v != "-"]
-        more = f" ({scored[-1][0]} steps: {scored[-1][1]})" if name == "teacher" and scored else ""
-        texts.append(f"{called(name)} {row[one]}{more}")
+        many = scored[-1:] if name == "teacher" else [kv for kv in scored if kv[0] == "2"]
+        texts.append(f"{called(name)} {row[one]}" + "".join(f" ({k} steps: {v})" for k, v in many))
     mid, post = (float(nets.get(k, {one: "-"})[one].split()[0].replace("-", "nan")) for k in ("mid", "post"))
     worse = "; post-training hurts in this run" * (post > (1 + LEVEL) * mid)
     return f"{distance} in one step, lower is better: {', '.join(texts)}{worse}" * bool(nets)
@@ -1385,8 +1384,7 @@ def colours_of(names):
 def save_chart(path, panels, caption, across="images", marks=(), columns=1):
     """{title: {name: [(x, y)]}} -> a PNG, a panel a title; x counts `across`; y, above 0, is logarithmic.
 
-    marks: {x: what begins there}. columns: so many panels stand side by side, with axes of their own and
-    without legends.
+    marks: {x: what begins there}. columns: so many panels stand side by side, with own axes, no legends.
     """
     font, width = ImageFont.load_default(64), 4000                       # twice the size of the file: smooth
     panels = {title: {plain(name): seen for name, points in curves.items()
@@ -1623,7 +1621,6 @@ def same_folder(cfg, script, argv):
 @contextlib.contextmanager
 def begin_run(cfg, script, argv):
     """open_out by the first process; all compare its log. A new folder where nothing began goes again."""
-    SOON.clear()
     out = cfg.out
     new = not os.path.exists(out)
     lock = contextlib.nullcontext() if processes()[0] else open_out(out, script, argv)
@@ -1697,7 +1694,9 @@ def parse(home, argv):
 
 def stages_of(home, argv):
     """The Config of each stage that a command of the script `home` runs."""
+    SOON.clear()                                             # of a call before, in the same process
     cfg = parse(home, argv)
+    seed_range(cfg.seeds)                                    # is it one?
     stages = home.STAGES if cfg.stage == "all" else [cfg.stage]
     configs = [parse(home, [*argv, "--stage", stage]) for stage in stages]
     for name in {"pretrain", "mid", "post"} & {*vars(cfg)}:
@@ -1707,7 +1706,7 @@ def stages_of(home, argv):
 
     def unread(stage, field):
         if stage in ("eval", "sample"):
-            return field not in of_samples(home)
+            return field not in of_samples(home) or (field == "seeds" and stage == "eval")
         never = never_read(dataclasses.replace(cfg, stage=stage))
         return field in (*never, "seeds", "samples", "repeat", "second_sigma")
 
@@ -1715,10 +1714,11 @@ def stages_of(home, argv):
         stage, dot, field = flag[2:].removeprefix("no-").rpartition(".")
         if dot and unread(stage, field):
             fail(2, f"{flag}: {stage} never reads it; leave it out")
-        asked = [stage] if dot else stages if cfg.stage == "all" and field not in stages else ()
+        asked = [stage] if dot else stages if field not in home.STAGES else ()
         from_mid = field == "init" and "mid" in stages and cfg.mid != "none"
         if asked and all(s in idle or unread(s, field) or (from_mid and s == "post") for s in asked):
-            say(f"warning: {flag} has no effect: {stage or 'every stage'} does without it, or is not run")
+            said = f"{flag} has no effect: {stage or 'every stage'} does without it, or is not run"
+            say(f"warning: {said}") if stage or len(stages) > 1 else announce(f"{cfg.stage} reads no {flag}")
     for k, c in enumerate(configs):                          # --init FILE starts the first stage, not all
         later = cfg.stage == "all" and (c.stage == "eval" or (c.stage == "post" and c.mid != "none"))
         if later and c.init not in home.INITS:
@@ -1856,9 +1856,6 @@ def check_values(cfg, limits, world):
             fail(2, f"--{name} {getattr(cfg, name)}: --data digits has 8x8 pixels; leave --{name} out")
     if cfg.data == "digits" and cfg.stage == "encode":
         fail(2, "--stage encode: --data digits needs none; leave --data out, or name what is to be made")
-    seed_range(cfg.seeds)
-    if cfg.stage != "sample" and cfg.seeds != type(cfg).seeds:
-        say("warning: --seeds need --stage sample")
 
 
 def check_out(out):
@@ -1975,7 +1972,8 @@ def steps_left(cfg, ckpt, path):
         fail(2, f"{path} is not there, {later[0]}.pt, which went on from it, is; use another --out")
     made, here = ckpt.get("script", "an older script") if ckpt else "", made_by(inspect.getfile(type(cfg)))
     if ckpt and made.startswith("train_") and made != here["script"]:
-        fail(2, f"{path} was made by {made}; use another --out")
+        fail(2, f"{path} was made by {made}; use another --out, a copy of it with --teacher "
+                f"{cfg.out}/pretrain.pt")
     if ckpt and ckpt.get("code", here["code"]) != here["code"]:
         say(f"warning: {made}, nets.py or solvers.py was changed since {cfg.out} was begun; to train that "
             "anew, use another --out")                       # once for all stages
@@ -1991,12 +1989,15 @@ def steps_left(cfg, ckpt, path):
         data, more, how = old["data"], cfg.steps - old["steps"], ""
         if cfg.data != data:
             fail(2, f"{path} was made by {made} --data {data}, now {cfg.data}; use another --out")
-        if changed == ["steps"] and more > 0 and cfg.stage != "pretrain":
-            teacher = cfg.teacher if cfg.teacher not in ("", "scratch") else f"{cfg.out}/pretrain.pt"
-            how = "; to train it on, in a folder of its own: " + command(
-                cfg, cfg.stage, vars(cfg).keys() - {"data", "stage", "dry_run"}, init=path, teacher=teacher,
-                steps=more, out=f"{cfg.out}-longer")
-        elif changed == ["steps"] and more > 0 and cfg.decay == "linear":
+        longer, names = changed == ["steps"] and more > 0, vars(cfg).keys() - {"data", "stage", "dry_run"}
+        new = dict(teacher=cfg.teacher if cfg.teacher not in ("", "scratch") else f"{cfg.out}/pretrain.pt")
+        if longer and cfg.stage != "pretrain":
+            new |= dict(init=path, steps=more, out=f"{cfg.out}-longer")
+            how = f"; to train it on, in a folder of its own: {command(cfg, cfg.stage, names, **new)}"
+        elif cfg.stage == "post" and cfg.mid != "none" and os.path.exists(mid := f"{cfg.out}/mid.pt"):
+            new |= dict(init=mid, out=f"{cfg.out}-2")
+            how = f"; to keep its mid-training: {command(cfg, cfg.stage, names, **new)}"
+        elif longer and cfg.decay == "linear":
             how = "; a linear --decay is at its end"
         if own := [name for name in changed if name not in known.split()]:
             how = f"; if {own[0]} is a knob of yours, say in READ_BY which stages read it"
@@ -2033,8 +2034,7 @@ def command(cfg, stage, names, **new):
 def check_teacher(cfg, finished, given, data, wanted):
     """Exit code 2 if our own teacher learned other data than `data`; 3 if a given one did.
 
-    finished: that of nets.py; given(cfg) -> (weights, constructor arguments), or None where none is given;
-    wanted: what those arguments must be.
+    finished: that of nets.py; given(cfg) -> (weights, arguments), or None; wanted: what those must be.
     """
     own = finished(f"{cfg.out}/pretrain.pt") if cfg.teacher in ("", "scratch") else None
     same_data(own, f"{cfg.out}/pretrain.pt", data)
@@ -2052,8 +2052,7 @@ def check_teacher(cfg, finished, given, data, wanted):
 def same_guidance(cfg, stated, what):
     """Guidance is part of a Mean Flow, so all stages share it (B.4); exit code 2 if weights have another.
 
-    stated: the configuration in the checkpoint called `what`. A flow-matching teacher has none of its own: it
-    is guided when it is rolled out.
+    stated: the configuration in the checkpoint `what`. Flow matching is guided only when it is rolled out.
     """
     if "omega" not in stated or (stated["stage"] == "pretrain" and stated.get("pretrain", "mf") != "mf"):
         return
@@ -2186,8 +2185,7 @@ def add_errors(errors, square, gap):
 def mse_by_gap(errors):
     """Means since the last log, by name, from errors (2, 5), with REPA's (2, 6), which is cleared.
 
-    mse_same: samples with r = t; mse_gap1 to 4: those with t - r in each quarter. What had no sample is left
-    out. The host waits here.
+    mse_same: samples with r = t; mse_gap1 to 4: with t - r in each quarter; if any. The host waits here.
     """
     if processes()[1] > 1:
         dist.all_reduce(errors)
@@ -2200,8 +2198,7 @@ def mse_by_gap(errors):
 def begin_stage(cfg, tally, memory):
     """Before a stage goes on from its last step: its knobs go to config.json, later metrics go away.
 
-    A killed run has logged steps that are not in its checkpoint and come again. The first process writes;
-    returned is the line that says so.
+    A killed run has logged steps that come again. The first process writes. Returns the line that says so.
     """
     file, configs, done = f"{cfg.out}/config.json", {}, tally["step"]
     begins = f"{cfg.stage}: goes on from step {done}" if done else f"{cfg.stage}: begins"
@@ -2214,7 +2211,8 @@ def begin_stage(cfg, tally, memory):
     if os.path.exists(file):
         with blame(file):
             configs = json.loads(pathlib.Path(file).read_bytes())
-    configs[cfg.stage] = dict(script=os.path.basename(inspect.getfile(type(cfg))), **dataclasses.asdict(cfg))
+    read = {k: v for k, v in vars(cfg).items() if k not in never_read(cfg)}
+    configs[cfg.stage] = dict(script=os.path.basename(inspect.getfile(type(cfg))), **read)
     write_whole(file, lambda f: f.write((json.dumps(configs, indent=1) + "\n").encode()))
     kept = [m for m in read_metrics(cfg.out) if m["stage"] != cfg.stage or m["step"] <= done]
     if os.path.isfile(f"{cfg.out}/metrics.jsonl"):
@@ -2243,6 +2241,8 @@ def overview(road, device, cfg):
         text += (f"; {duration(least)} to {duration(4 * least)} of a core in fp32{scores}" if small else
                  "\nwarning: there is no GPU; a CPU trains --data digits in minutes, and in hours, with "
                  "OMP_NUM_THREADS=1, nets as small as those of --res 16")
+    text += (f"\nwarning: a score of {cfg.samples} samples is off, mostly high; pass --samples 1000 or more"
+             ) * (cfg.samples < 1_000 and cfg.stage in ("all", "eval"))
     for c in [c for left, c in road if left]:
         text += (f"\nwarning: {c.stage}: {c.precision} is slow on most CPUs, up to eight times; pass "
                  f"--{c.stage}.precision fp32") * (device.type == "cpu" and c.precision in ("bf16", "fp16"))
@@ -2308,7 +2308,7 @@ def save_curve(cfg, table=()):
     stages, drawn, scores = {}, "loss", headline(table)
     for m in read_steps(cfg.out):
         drawn = "squared error" if "mse_same" in m or "mse_gap1" in m else "loss"
-        title = drawn + ", short jumps" * (drawn != "loss")
+        title = drawn + (", short jumps" if "mse_gap1" in m else ", r = t" if "mse_same" in m else "")
         _, losses, norms = stages.setdefault(SPOKEN[m["stage"]], (title, [], []))
         losses.append((m["images"], m.get("mse_gap1", m.get("mse_same", m["loss"]))))
         norms.append((m["images"], m["grad"]))
@@ -2320,7 +2320,7 @@ def save_curve(cfg, table=()):
                f"{drawn.capitalize()} and gradient norm of each stage; only scores tell what is better\n"
                f"To expect in {'; in '.join(words)}. Each panel has a log scale of its own, against images "
                "trained on (mid-training: pairs). A point: a mean since the last one."
-               + " Short jumps: of velocities over 0 < t - r <= 1/4." * (drawn != "loss")
+               + " Of velocities; short jumps: 0 < t - r <= 1/4." * (drawn != "loss")
                + f" {scores}; {cfg.samples:,} samples each." * bool(scores),
                columns=max(1, len(stages)))
 

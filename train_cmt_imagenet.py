@@ -743,7 +743,7 @@ def check(cfg):
         if (cfg.res == 512) != (cfg.loss == "elatent") and cfg.loss in ("lpips", "elatent"):
             fail(2, f"--loss {cfg.loss} does not measure --res {cfg.res}; lpips is for 64, elatent for 512")
         if cfg.loss == "huber" and not cfg.huber_c:
-            fail(2, f"--loss huber --huber_c {cfg.huber_c}: huber needs a c above 0")
+            fail(2, f"--loss huber --huber_c {cfg.huber_c}: huber needs a c above 0; or --loss l2")
     if cfg.stage == "post" and cfg.precision in ("bf16", "fp16"):
         fid.say(f"warning: {cfg.precision} is too coarse for post-training (docs/faq.md); pass tf32")
     check_files(cfg, trains)

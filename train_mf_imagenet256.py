@@ -196,22 +196,22 @@ def loss_mf(flow, z, v, t, r, y, guided, cfg):
     conditions; u, du/dt: at (z, t, r), along (v~, 1, 0). Where r = t no du/dt counts, and u(z, t, t, y) is u.
     t, r, guided: on the CPU. Returns the loss, |.|^2 (B,), and REPA's features (None without a projector).
     """
-    apart, null_weight = r < t, 1 - cfg.omega - cfg.kappa
-    needs_null, needs_own = guided & (abs(null_weight) > 1e-9), guided & apart & (cfg.kappa > 0)
+    apart = r < t                                     # where r = t, du/dt does not count
+    w_null = 1 - cfg.omega - cfg.kappa
+    needs_null, needs_own = guided & (abs(w_null) > 1e-9), guided & apart & (cfg.kappa > 0)
     u_null, u_own = guides(flow, z, t, y, needs_null, needs_own)
     i = apart.nonzero()[:, 0].to(z.device, non_blocking=True)
     t, r, guided = (a.to(z.device, non_blocking=True) for a in (t, r, guided))
     gap, guided = (a.view(-1, 1, 1, 1) for a in (t - r, guided))
-    rest = torch.where(guided, cfg.omega * v + null_weight * u_null, v)
-    kappa = cfg.kappa * guided.to(z.dtype)            # v~ = rest + kappa u_own
-
+    rest = torch.where(guided, cfg.omega * v + w_null * u_null, v)
+    w_own = cfg.kappa * guided.to(z.dtype)            # v~ = rest + w_own u_own
     dudt = torch.zeros_like(z)
     if len(i):
         with torch.no_grad():
-            dudt[i] = flow.slope(*(a[i] for a in (z, t, r, y, rest + kappa * u_own)))
+            dudt[i] = flow.slope(*(a[i] for a in (z, t, r, y, rest + w_own * u_own)))
     u, features = flow.u(z, t, r, y, repa=True)
     u_own = torch.where(gap > 0, u_own, u.detach())   # where r = t the answer itself: no second call
-    target = rest + kappa * u_own - gap * dudt
+    target = rest + w_own * u_own - gap * dudt
     square = (u - target).square().flatten(1).sum(1)
     loss = (square / (square.detach() + WEIGHT_C) ** cfg.power).mean()
     return loss, square.detach(), features

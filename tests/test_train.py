@@ -618,7 +618,8 @@ def test_what_is_refused_is_not_announced(road, capsys):
         out = capsys.readouterr().out
         assert "to train" not in out and "stage " not in out.replace("--stage ", "") and not os.path.exists("x")
     script.main([*TINY, "--stage", "eval", "--out", str(road)])
-    assert "to train: nothing, what is there is drawn and scored (again)\nstage 4 of 4" in capsys.readouterr().out
+    few = "warning: a score of 16 samples is off, mostly high; pass --samples 1000 or more"
+    assert f"to train: nothing, what is there is drawn and scored (again)\n{few}\nstage 4 of 4" in capsys.readouterr().out
 
 
 def test_a_flag_of_a_stage_that_is_not_trained_is_named(monkeypatch, capsys):
@@ -640,6 +641,10 @@ def test_a_flag_of_a_stage_that_is_not_trained_is_named(monkeypatch, capsys):
         script.fid.stages_of(script, ["--data", "digits", *flags.split()])
         said = capsys.readouterr().err
         assert said.count("no effect") == bool(idle) and f"warning: {idle}" in said + "warning: " * (not idle), (flags, said)
+    for flags, unread in (("--stage post --loss l2 --nfe 8 --q 7", ["post reads no --loss", "post reads no --nfe"]), ("--stage eval --lr 1 --nfe 3", ["eval reads no --lr"]),
+                          ("--seeds 0-3 --stage sample", [])):                # a stage alone: in a line of the log, when it begins
+        script.fid.stages_of(script, ["--data", "digits", *flags.split()])
+        assert script.fid.SOON == unread and not capsys.readouterr().err
     for post, idle in ("ect", True), ("ecd", False):                                                     # of one method
         monkeypatch.setitem(script.READ_BY, "P_std", "post, not post ect")
         with pytest.raises(SystemExit) if idle else contextlib.nullcontext():

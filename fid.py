@@ -1565,7 +1565,7 @@ def open_out(out, script, argv):
     git = f"git -C '{folder}' describe --always --dirty --exclude='*' 2>/dev/null || echo unknown"
     commit = subprocess.getoutput(git)                      # -dirty: with changes of your own
     untracked = subprocess.getoutput(f"git -C '{folder}' ls-files --others '{name}' 2>/dev/null")
-    commit += f", without {name}" * (untracked == name)     # a fork that is not committed yet
+    commit += f", {name} not committed" * (untracked == name)          # a fork
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     MADE_BY = f"{name} {shlex.join(argv)} | torch {torch.__version__} | {device} | commit {commit}"
     log(MADE_BY)
@@ -1716,7 +1716,8 @@ def stages_of(home, argv):
             fail(2, f"{flag}: {stage} never reads it; leave it out")
         asked = [stage] if dot else stages if field not in home.STAGES else ()
         from_mid = field == "init" and "mid" in stages and cfg.mid != "none"
-        if asked and all(s in idle or unread(s, field) or (from_mid and s == "post") for s in asked):
+        skipped = idle if dot or len(stages) > 1 else ()     # of one alone a line says that it is left out
+        if asked and all(s in skipped or unread(s, field) or (from_mid and s == "post") for s in asked):
             said = f"{flag} has no effect: {stage or 'every stage'} does without it, or is not run"
             say(f"warning: {said}") if stage or len(stages) > 1 else announce(f"{cfg.stage} reads no {flag}")
     for k, c in enumerate(configs):                          # --init FILE starts the first stage, not all
@@ -2255,14 +2256,12 @@ def overview(road, device, cfg):
 
 
 def dry_run(home, argv, configs):
-    """Print what a command of the script `home` would train and skip, and what it misses: its exit code.
-
-    Every stage is checked, and the first with work to do is set up.
-    """
+    """Print what a command of the script `home` would train and skip, and what it misses: its exit code."""
+    # every stage is checked, and the first with work to do is set up
     global KEEP
     os.environ.setdefault("CMT_OFFLINE", DRY)
     os.environ["HF_HUB_OFFLINE"] = "1"
-    codes, road, KEEP = {}, {}, False
+    codes, road, KEEP, notes = {}, {}, False, [*SOON]
 
     def tried(c, work):
         """work(c); None where it is refused, or wants a download, which is a line and SystemExit(0)."""
@@ -2284,7 +2283,7 @@ def dry_run(home, argv, configs):
         if c.stage in codes or road.get(c.stage, (0,))[0]:               # later ones start from what it makes
             break
     if processes()[0] == 0:
-        text = overview(road.values(), home.DEVICE, c)
+        text = "\n".join([*notes, overview(road.values(), home.DEVICE, home.parse(argv))])
         cause = f"\nnothing starts before this is mended (see above): {', '.join(codes)}" * bool(codes)
         idle = ", ".join(c.stage for c in configs if c.stage not in (*ROAD, *codes, *home.RUN)) or "none"
         bench = pathlib.Path(__file__).with_name("bench.py")             # counts what it knows, and no fork

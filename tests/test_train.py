@@ -343,10 +343,11 @@ def test_a_dry_run_says_what_it_would_do_and_does_nothing(name, monkeypatch, cap
     main = __import__(name).main
     monkeypatch.setattr(nets.urllib.request, "urlopen", lambda *a, **k: pytest.fail("downloads"))
     with pytest.raises(SystemExit) as stop:
-        main(["--data", "digits", "--dry_run", "--mid.steps", "7"])
+        main(["--data", "digits", "--dry_run", "--mid.steps", "7", "--samples", "9"])
     out = capsys.readouterr().out
+    assert "and half a minute of scores\nwarning: a score of 9 samples is off" in out                     # as the run itself
     assert re.search(r"; [\d.]+ (s|min) to [\d.]+ min of a core in fp32", out)
-    assert stop.value.code == 0 and "mid 7 steps of 32" in out and f"plan {name}.py --data digits --mid.steps 7" in out
+    assert stop.value.code == 0 and "mid 7 steps of 32" in out and f"plan {name}.py --data digits --mid.steps 7 --samples 9" in out
     monkeypatch.setenv("CMT_CACHE", "cache")
     with pytest.raises(SystemExit) as stop:
         main(["--dry_run"])
@@ -641,6 +642,9 @@ def test_a_flag_of_a_stage_that_is_not_trained_is_named(monkeypatch, capsys):
         script.fid.stages_of(script, ["--data", "digits", *flags.split()])
         said = capsys.readouterr().err
         assert said.count("no effect") == bool(idle) and f"warning: {idle}" in said + "warning: " * (not idle), (flags, said)
+    for flags in "--stage mid --mid none", "--stage pretrain --teacher t.pt --steps 5":      # left out whole: a line of its own says so
+        script.fid.stages_of(script, ["--data", "digits", *flags.split()])
+        assert not script.fid.SOON and not capsys.readouterr().err
     for flags, unread in (("--stage post --loss l2 --nfe 8 --q 7", ["post reads no --loss", "post reads no --nfe"]), ("--stage eval --lr 1 --nfe 3", ["eval reads no --lr"]),
                           ("--seeds 0-3 --stage sample", [])):                # a stage alone: in a line of the log, when it begins
         script.fid.stages_of(script, ["--data", "digits", *flags.split()])
@@ -748,7 +752,7 @@ def test_a_fork_that_is_not_committed_is_not_logged_as_part_of_the_commit(here):
     for name in ("own", "fork"):
         script.fid.open_out(name, f"{name}.py", []).close()
     commit = subprocess.getoutput("git describe --always")
-    assert [Path(f"{name}/log.txt").read_text().strip().endswith(f"commit {commit}{more}") for name, more in (("own", ""), ("fork", ", without fork.py"))] == [True, True]
+    assert [Path(f"{name}/log.txt").read_text().strip().endswith(f"commit {commit}{more}") for name, more in (("own", ""), ("fork", ", fork.py not committed"))] == [True, True]
 
 
 def test_the_average_has_no_gradients():

@@ -2319,7 +2319,8 @@ def save_curve(cfg, table=()):
                f"{drawn.capitalize()} and gradient norm of each stage; only scores tell what is better\n"
                f"To expect in {'; in '.join(words)}. Each panel has a log scale of its own, against images "
                "trained on (mid-training: pairs). A point: a mean since the last one."
-               + " Errors of velocities; short jumps: 0 < t - r <= 1/4." * (drawn != "loss")
+               + (" Errors of velocities; short jumps: 0 < t - r <= 1/4. Post-training's targets are noisy; "
+                  "its errors and mid-training's do not compare.") * (drawn != "loss")
                + f" {scores}; {cfg.samples:,} samples each." * bool(scores),
                columns=max(1, len(stages)))
 

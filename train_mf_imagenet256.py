@@ -52,7 +52,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     teacher: str = ""           # FILE, URL of a Mean Flow net or a SiT; "" = <out>/pretrain.pt
     pretrain: Literal["mf", "fm"] = "mf"     # teacher: Mean Flow (B.4) or flow matching (SiT)
     mid: Literal["cmt", "none"] = "cmt"                  # Eq. 8
-    post: Literal["mf", "vanilla", "teacher"] = "mf"  # presets of B.4; vanilla: MF's; teacher: by its v
+    post: Literal["mf", "vanilla", "teacher"] = "mf"  # steps of B.4; vanilla: MF's; teacher: by its v
     init: str = "random"        # first weights: random | teacher (B.4: SiT) | FILE; sample: show FILE
     weak: str = "dit-b/4"       # size of the teacher: row of nets.SIZES, or PATCHxWIDTHxDEPTH[xHEADS]
     size: str = "dit-xl/2"      # size of the student
@@ -204,7 +204,7 @@ def loss_mf(flow, z, v, t, r, y, guided, cfg):
     t, r, guided = (a.to(z.device, non_blocking=True) for a in (t, r, guided))
     gap, guided = (a.view(-1, 1, 1, 1) for a in (t - r, guided))
     rest = torch.where(guided, cfg.omega * v + w_null * u_null, v)
-    w_own = cfg.kappa * guided.to(z.dtype)            # v~ = rest + w_own u_own
+    w_own = cfg.kappa * guided.to(z.dtype)            # v~ = rest + w_own u_own; unguided: v
     dudt = torch.zeros_like(z)
     if len(i):
         with torch.no_grad():

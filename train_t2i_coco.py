@@ -216,7 +216,7 @@ def loss_mf(flow, z, v, t, r, y, guided, cfg):
     t, r, guided = (a.to(z.device, non_blocking=True) for a in (t, r, guided))
     gap, guided = (a.view(-1, 1, 1, 1) for a in (t - r, guided))
     rest = torch.where(guided, cfg.omega * v + w_null * u_null, v)
-    w_own = cfg.kappa * guided.to(z.dtype)            # v~ = rest + w_own u_own
+    w_own = cfg.kappa * guided.to(z.dtype)            # v~ = rest + w_own u_own; unguided: v
     dudt = torch.zeros_like(z)
     if len(i):
         with torch.no_grad():

@@ -287,7 +287,7 @@ def curves(args, device):
         panel[f"teacher, {cfg.nfe} steps"] = [(0, level), (seen, level)]
     one = [row["1-step FD-digits"] for row in rows]          # teacher, mid, mid and post, post alone
     ours = args.net == FLAGS["net"]["default"]
-    only = " With the other three scripts mid-training does not help in one step." * ours
+    only = " By features, as in the paper, it does not help; nor the other three scripts in one step." * ours
     answer = f"Mid-training by pixels {verdict(*map(float, (one[3], one[2])))}"
     words = (f"{answer} (seed 0). FD-digits in one step, lower is better: {one[2]} with it, "
              f"{one[3]} without; teacher, {cfg.nfe} steps: {rows[0][f'{cfg.nfe}-step FD-digits']}\n"
@@ -433,7 +433,7 @@ def photos(args, device):
                        "By pixels: mid-training compares with the teacher's image pixel by pixel "
                        "(pseudo-Huber). Post-training compares by the plain norm; alone it has the best "
                        "schedule that we found. The last two students saw equally many images or pairs. "
-                       f"Photos: {len(images):,} of {os.path.basename(args.data)}, shrunk.")
+                       f"Photos: {len(images):,} of {os.path.basename(args.data)}; with Mean Flow it hurts.")
             breaks = fid.breaks_between([label.partition("\n")[0] for label, _ in (*shown, real)])
             fid.save_sheet(f"{args.out}/{seed}/photos.png", [*shown, real], caption, breaks=breaks)
 

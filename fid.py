@@ -1981,7 +1981,8 @@ def steps_left(cfg, ckpt, path):
     known = " ".join(["seed", home.NO_WEIGHT, *home.READ_BY, *itertools.chain(*home.PRESETS.values())])
     may = {*never_read(cfg), *home.NO_WEIGHT.split(), *["steps"] * (cfg.decay in home.ENDLESS)}
     was = dict(ckpt["cfg"]) if ckpt else {}
-    was |= {"stair": was["double"]} if "double" in was else {}               # their names before 2026-11-29
+    for new, name in dict(stair="double", class_dropout="dropout", caption_dropout="dropout").items():
+        was |= {new: was[name]} if name in was and new not in was else {}    # their names before 2026-11-29
     was |= {"init": "teacher"} if was.get("init") == "sit" else {}
     old = {f.name: was.get(f.name, f.default) for f in dataclasses.fields(cfg)} if ckpt else {}
     if old and (later or cfg.steps < ckpt["step"]):
@@ -2257,7 +2258,6 @@ def overview(road, device, cfg):
 
 def dry_run(home, argv, configs):
     """Print what a command of the script `home` would train and skip, and what it misses: its exit code."""
-    # every stage is checked, and the first with work to do is set up
     global KEEP
     os.environ.setdefault("CMT_OFFLINE", DRY)
     os.environ["HF_HUB_OFFLINE"] = "1"

@@ -91,6 +91,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     dry_run: bool = False       # say what would be skipped and trained and what is missing, and end
 
 
+# No knobs, but of the data: Adam's beta2 and the VGG's SGD (set_up), where sqrt begins (SQRT_FROM).
 ECD = dict(steps=100_000, decay="constant", q=256)                                          # B.3
 # choice: the nets of 64's ECD teacher are not named; XL by its cost, the guide of EDM2's own preset
 GUIDED = dict(guide="edm2-img64-xs-0134217-0.110", w=1.7)
@@ -332,8 +333,8 @@ def train(cfg):
     for step in range(start, cfg.steps):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
         loss_sum, part = 0.0, micro / B * tally["scale"]      # part of the mean; scale: of fp16, else 1
+        batch, target = batch_of(step)
         with nets.hoist(net, force=True):             # EDM2 Eq. 66: normalised once for all micro-batches
-            batch, target = batch_of(step)
             for k, *rows in zip(firsts, *(a.split(micro) for a in batch)):
                 loss = loss_of(step, k, rows, target)
                 (loss * part).backward()

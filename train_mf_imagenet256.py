@@ -64,7 +64,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     decay: Literal["linear", "constant"] = "constant"    # of lr, to zero (B.4: constant)
     warmup: int = 0             # steps of linear warm-up; MF: none
     ema_beta: float = 0.9999    # average weights keep this share a step (MF)
-    dropout: float = 0.1        # of the class: share of samples (mid: trajectories) with the null class (MF)
+    class_dropout: float = 0.1  # share of samples (mid: trajectories) that get the null class (MF)
 
     omega: float = 0.2          # guided: omega v + kappa u(y) + (1 - omega - kappa) u(null), u at r = t;
     kappa: float = 0.92         # scale omega / (1 - kappa), one for all stages (B.4; MF-XL/2: 0.2, 0.92) ...
@@ -315,7 +315,7 @@ def teacher_pairs(cfg, teacher, shape, g):
     mine = slice(RANK * n // WORLD, (RANK + 1) * n // WORLD)
     noise = randn((n, *shape), g)[mine]
     y = torch.randint(teacher.num_classes, (n,), generator=g, device=g.device)
-    dropped = torch.rand(n, generator=g, device=g.device) < cfg.dropout
+    dropped = torch.rand(n, generator=g, device=g.device) < cfg.class_dropout
     y = torch.where(dropped, teacher.num_classes, y)  # choice: null trajectories too, for guidance in post
     with torch.autocast(DEVICE.type, HALF.get(cfg.precision), enabled=cfg.precision in HALF):
         states, velocities = rollout(cfg, teacher, noise, y[mine], times)
@@ -568,7 +568,7 @@ def read_batch(cfg, images, step):
     g = torch.Generator().manual_seed(fold(cfg.seed, cfg.stage, step, "data"))
     index = torch.randint(len(images.labels), (cfg.batch,), generator=g)
     flips = torch.rand(cfg.batch, generator=g) < 0.5
-    dropped = torch.rand(cfg.batch, generator=g) < cfg.dropout
+    dropped = torch.rand(cfg.batch, generator=g) < cfg.class_dropout
     y = torch.where(dropped, images.classes, images.labels[index])
     t, r = draw_times(cfg.batch, g, cfg.ratio, cfg.P_mean, cfg.P_std)
     if cfg.stage == "pretrain" and cfg.pretrain == "fm":      # trap: one clock learns v, no average of it
@@ -712,7 +712,7 @@ LIMITS = {  # (rule, least, below): fields; for fid.check_values
     ("in 1 to 1,000", 1, 1001): "nfe",
     ("in -10 to 10", -10, 10.001): "P_mean",
     ("0 or more", 0, math.inf): "batch_gpu warmup power unguided",
-    ("in [0, 1)", 0, 1): "ema_beta dropout kappa",
+    ("in [0, 1)", 0, 1): "ema_beta class_dropout kappa",
     ("in [0, 1]", 0, 1 + 1e-9): "ratio guide_from guide_to",
     ("2 or more", 2, math.inf): "samples nodes",
 }

@@ -68,7 +68,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     warmup: int = 0             # steps of linear warm-up; MF, REPA: none
     clip: float = 0.0           # largest gradient norm; 0 = off, as MF
     ema_beta: float = 0.9999    # average weights keep this share a step (MF, REPA)
-    dropout: float = 0.1        # share of samples (mid: trajectories) with the null caption (U-ViT)
+    caption_dropout: float = 0.1    # share of samples (mid: trajectories) with the null caption (U-ViT)
 
     omega: float = 1.0          # guided velocity: omega v + kappa u(text) + (1 - omega - kappa) u(null);
     kappa: float = 0.5          # choice: scale omega / (1 - kappa) = 2 (B.6), these two as MF-B/2
@@ -677,7 +677,7 @@ def load_data(cfg):
 def draw_captions(cfg, images, n, g):
     """n images by number, a number in [0, 1) that picks a caption of each, and whether it is dropped."""
     index = torch.randint(images.count, (n,), generator=g)
-    return index, torch.rand(n, generator=g), torch.rand(n, generator=g) < cfg.dropout
+    return index, torch.rand(n, generator=g), torch.rand(n, generator=g) < cfg.caption_dropout
 
 
 def captions_of_solve(cfg, images, solve):
@@ -875,7 +875,7 @@ LIMITS = {  # (rule, least, below): fields; for fid.check_values
     ("in 1 to 1,000", 1, 1001): "nfe",
     ("in -10 to 10", -10, 10.001): "P_mean",
     ("0 or more", 0, math.inf): "batch_gpu warmup clip repa power",
-    ("in [0, 1)", 0, 1): "ema_beta dropout kappa",
+    ("in [0, 1)", 0, 1): "ema_beta caption_dropout kappa",
     ("in [0, 1]", 0, 1 + 1e-9): "ratio guide_from guide_to",
     ("2 or more", 2, math.inf): "samples nodes",
 }

@@ -285,7 +285,7 @@ def test_dropped_captions_are_the_null_caption_for_teacher_and_student(road, mon
         return loss_mid(f, z, t, r, text, target)
     for name, f in (("loss_mf", spy), ("teacher_pairs", watch), ("loss_cmt_mf", own)):
         monkeypatch.setattr(script, name, f)
-    base = [*TINY, "--teacher", road / "pretrain.pt", "--out", "o", "--steps", 6, "--dropout", 0.4]
+    base = [*TINY, "--teacher", road / "pretrain.pt", "--out", "o", "--steps", 6, "--caption_dropout", 0.4]
     run(*base, "--stage", "post", "--mid", "none")
     text, null, led = (torch.cat(x) for x in zip(*seen))
     dropped = (text == null[:1]).flatten(1).all(1)

@@ -889,16 +889,20 @@ def test_a_teacher_of_another_script_is_named(capsys):
 
 
 def test_a_run_with_the_old_names_of_knobs_goes_on():
-    """double is stair, --init sit is teacher since 2026-11-29: a checkpoint of before is the same run."""
+    """double is stair, dropout of a class or caption has its own name, --init sit is teacher since 2026-11-29: a checkpoint of before is the same run."""
     def left(home, new, **old):
         cfg = home.parse(new)
-        made = {k: v for k, v in vars(cfg).items() if k not in ("stair", "init")} | dict(init="teacher") | old
+        made = {k: v for k, v in vars(cfg).items() if k not in ("stair", "init", "class_dropout", "caption_dropout")} | dict(init="teacher") | old
         return fid.steps_left(cfg, dict(cfg=made, data="x", step=cfg.steps), "x/post.pt")
     annealed = ["--data", "digits", "--stage", "post", "--mid", "none", "--post", "annealed", "--out", "gone"]
     assert left(script, annealed, double=187) == 0
     with pytest.raises(SystemExit):
         left(script, annealed, double=100)
-    assert left(importlib.import_module("train_t2i_coco"), ["--data", "digits", "--stage", "mid", "--out", "gone"], init="sit") == 0
+    coco, flow = map(importlib.import_module, ("train_t2i_coco", "train_mf_imagenet256"))
+    mid = ["--data", "digits", "--stage", "mid", "--out", "gone"]
+    assert left(coco, [*mid, "--caption_dropout", "0.3"], init="sit", dropout=0.3) == left(flow, [*mid, "--class_dropout", "0.3"], init="random", dropout=0.3) == 0
+    with pytest.raises(SystemExit):
+        left(flow, mid, init="random", dropout=0.3)
 
 
 def test_an_annealing_that_never_moves_q_is_told(capsys):

@@ -1994,7 +1994,7 @@ def steps_left(cfg, ckpt, path):
         longer, names = changed == ["steps"] and more > 0, vars(cfg).keys() - {"data", "stage", "dry_run"}
         new = dict(teacher=cfg.teacher if cfg.teacher not in ("", "scratch") else f"{cfg.out}/pretrain.pt")
         if longer and cfg.stage != "pretrain":
-            new |= dict(init=path, steps=more, out=f"{cfg.out}-longer")
+            new |= dict(init=path, steps=more, out=f"{cfg.out}-longer-{cfg.stage}")
             how = f"; to train it on, in a folder of its own: {command(cfg, cfg.stage, names, **new)}"
         elif cfg.stage == "post" and cfg.mid != "none" and os.path.exists(mid := f"{cfg.out}/mid.pt"):
             new |= dict(init=mid, out=f"{cfg.out}-2")
@@ -2283,14 +2283,14 @@ def dry_run(home, argv, configs):
         if c.stage in codes or road.get(c.stage, (0,))[0]:               # later ones start from what it makes
             break
     if processes()[0] == 0:
-        text = "\n".join([*notes, overview(road.values(), home.DEVICE, home.parse(argv))])
-        cause = f"\nnothing starts before this is mended (see above): {', '.join(codes)}" * bool(codes)
+        text = "\n".join([*notes, overview(road.values(), home.DEVICE, c if codes else home.parse(argv))])
+        odd = ", ".join(c.stage for c in configs if c.stage in codes)
+        cause = f"\nnothing starts before this is mended (see above): {odd}" * bool(codes)
         idle = ", ".join(c.stage for c in configs if c.stage not in (*ROAD, *codes, *home.RUN)) or "none"
         bench = pathlib.Path(__file__).with_name("bench.py")             # counts what it knows, and no fork
         counted = bool(ROAD) and bench.is_file() and pathlib.Path(home.__file__).stem in bench.read_text()
         plan = ["plan", os.path.basename(home.__file__), *(a for a in argv if a != "--dry_run"), "--gpus"]
-        images = len(seed_range(c.seeds))
-        asked = dict(sample=f"\nto draw: {images:,} images of each net and number of steps",
+        asked = dict(sample=f"\nto draw: {len(seed_range(c.seeds)):,} images of each net and number of steps",
                      encode="\nto encode: {source}",
                      eval="\nto score: {samples:,} samples of a net, {repeat} times")
         asked = asked.get(c.stage, f"\nfinished or not needed: {idle}").format(**vars(c))

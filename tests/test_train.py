@@ -138,6 +138,8 @@ def test_a_dry_run_does_not_count_with_what_it_refuses(flags, trains, capsys):
         script.main(["--data", "digits", "--dry_run", *flags.split()])
     said = capsys.readouterr()
     assert stop.value.code == 2 and said.err.count("\n") == 1 and f"to train: {trains or 'nothing'}" in said.out and "keeps" not in said.out
+    odd = [s for s in script.STAGES if s in said.out.partition("(see above): ")[2].splitlines()[0].split(", ")]
+    assert odd and f"(see above): {', '.join(odd)}\n" in said.out and "drawn and scored" not in said.out         # in their order
 
 
 def test_a_method_may_have_words_of_its_own(road, monkeypatch):

@@ -1973,7 +1973,7 @@ def steps_left(cfg, ckpt, path):
         fail(2, f"{path} is not there, {later[0]}.pt, which went on from it, is; use another --out")
     made, here = ckpt.get("script", "an older script") if ckpt else "", made_by(inspect.getfile(type(cfg)))
     if ckpt and made.startswith("train_") and made != here["script"]:
-        fail(2, f"{path} was made by {made}; use another --out, a copy of it with --teacher "
+        fail(2, f"{path} was made by {made}; use another --out, in a copy of that script with --teacher "
                 f"{cfg.out}/pretrain.pt")
     if ckpt and ckpt.get("code", here["code"]) != here["code"]:
         say(f"warning: {made}, nets.py or solvers.py was changed since {cfg.out} was begun; to train that "

@@ -315,12 +315,12 @@ def train(cfg):
             return loss_vgg(net, x, labels, seed)
         f = partial(net, class_labels=rows[2], masks=nets.dropout_masks(net, range(seed, seed + micro)))
         if cfg.stage == "mid":
-            x_t, t, y, owner, *view = rows            # owner: which end is a pair's; view: of distance.views
+            x_t, t, _, owner, *view = rows            # owner: which end is a pair's; view: of distance.views
             target = [a[owner] for a in target]
             if view:
                 return loss_cmt_views(f, x_t, t, *target, run.distance, view)
             return loss_cmt(f, x_t, t, target, run.distance)                                    # Eq. 7
-        x, t, y, eps, labels = rows
+        x, t, y, eps, _ = rows
         if cfg.stage == "pretrain":
             return loss_edm2(f, x, t, eps, net.sigma_data)
         r, weight = ect_step(t, cfg.q), edm_weight(t, net.sigma_data)

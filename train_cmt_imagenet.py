@@ -91,7 +91,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     dry_run: bool = False       # say what would be skipped and trained and what is missing, and end
 
 
-# No knobs, but of the data: Adam's beta2 and the VGG's SGD (set_up), where sqrt begins (SQRT_FROM).
+# Settings of the data that are no knobs: Adam's beta2, the VGG's SGD (set_up), SQRT_FROM.
 ECD = dict(steps=100_000, decay="constant", q=256)                                          # B.3
 # choice: the nets of 64's ECD teacher are not named; XL by its cost, the guide of EDM2's own preset
 GUIDED = dict(guide="edm2-img64-xs-0134217-0.110", w=1.7)

@@ -665,8 +665,7 @@ def gather(x):
 
 def resume(cfg):
     """This stage's checkpoint, or None, and steps still to go; exit code 2 if other knobs made it."""
-    path = f"{cfg.out}/{cfg.stage}.pt"
-    ckpt = nets.load_checkpoint(path, whole=True)
+    ckpt = nets.load_checkpoint(path := f"{cfg.out}/{cfg.stage}.pt", whole=True)
     return ckpt, fid.steps_left(cfg, ckpt, path)
 
 
@@ -702,6 +701,7 @@ def total(grad, loss, scale):
 def on_signal(number, frame):
     """Ask the loop to save and leave (exit code 75); a second Ctrl-C leaves at once."""
     STOP.append(number)
+    os.write(2, b"stopping: this step is saved first; Ctrl-C now leaves at once\n" * (RANK == 0))
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 

@@ -383,6 +383,7 @@ def test_f16_ctrl_c_saves_and_a_second_one_leaves_at_once():
         time.sleep(0.01)
     os.kill(pid, signal.SIGINT)
     sent = time.time()
+    assert Path("log").read_text().count("stopping: this step is saved first; Ctrl-C now leaves at once\n") == 2      # in both runs, before the step ends
     assert wait(pid) == -signal.SIGINT and time.time() - sent < 2 and nets.load_checkpoint("run/pretrain.pt")["step"] == first
 
 

@@ -2213,8 +2213,8 @@ def begin_stage(cfg, tally, memory):
     if os.path.exists(file):
         with blame(file):
             configs = json.loads(pathlib.Path(file).read_bytes())
-    read = {k: v for k, v in vars(cfg).items() if k not in never_read(cfg)}
-    configs[cfg.stage] = dict(script=os.path.basename(inspect.getfile(type(cfg))), **read)
+    script, idle = os.path.basename(inspect.getfile(type(cfg))), never_read(cfg)
+    configs[cfg.stage] = dict(script=script, **{k: v for k, v in vars(cfg).items() if k not in idle})
     write_whole(file, lambda f: f.write((json.dumps(configs, indent=1) + "\n").encode()))
     kept = [m for m in read_metrics(cfg.out) if m["stage"] != cfg.stage or m["step"] <= done]
     if os.path.isfile(f"{cfg.out}/metrics.jsonl"):

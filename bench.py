@@ -226,10 +226,9 @@ def pairs(args, device):
         shown = " | ".join(f"{calls.get(kind, 0):.2f}" for kind in ("teacher", "forward", "backward"))
         each, of_cmt = times[name], [a / b for a, b in zip(times[name], times["cmt"])]
         middle, flops = statistics.median(each), calls["flop"]
-        print(f"| {name} | {middle:.0f} ({min(each):.0f}-{max(each):.0f}) | "
-              f"{statistics.median(of_cmt):.2f} ({min(of_cmt):.2f}-{max(of_cmt):.2f}) | "
-              f"{PAPER.get(name, '-')} | {shown} | {flops / 1e6:.1f} | {flops / middle / top * 1e6:.0%} | "
-              f"{peak[0] / 1e6:.0f} |", flush=True)
+        print(f"| {name} | {middle:.0f} ({min(each):.0f}-{max(each):.0f}) | {statistics.median(of_cmt):.2f} "
+              f"({min(of_cmt):.2f}-{max(of_cmt):.2f}) | {PAPER.get(name, '-')} | {shown} | {flops / 1e6:.1f}"
+              f" | {flops / middle / top * 1e6:.0%} | {peak[0] / 1e6:.0f} |", flush=True)
 
 
 # ---- a step of Mean Flow ----------------------------------------------------------------------
@@ -653,9 +652,8 @@ def blank(home, cfg):
 
     def texts(index, pick):
         return text.repeat(len(index), 1, 1)
-    return types.SimpleNamespace(
-        read=read, texts=texts, null=text, count=1000, stamp="",
-        labels=torch.zeros(1000, dtype=torch.long), classes=1000, shape=shape if res else (4, 32, 32))
+    return types.SimpleNamespace(read=read, texts=texts, null=text, count=1000, stamp="", classes=1000,
+                                 labels=torch.zeros(1000).long(), shape=shape if res else (4, 32, 32))
 
 
 def teacher_size(home, cfg, images):
@@ -693,8 +691,8 @@ def random_weights(home, cfg, gpus, device, sent, more):
                                  all_gather=all_gather)
     stand_ins = {
         home: dict(WORLD=gpus, DEVICE=device, dist=nccl, build=device_decorator(device, home.build),
-                   load_data=lambda cfg: images, teacher_state=lambda cfg: ({"": ""}, size),
-                   report=skip, log=skip, resume=lambda cfg: (None, cfg.steps),
+                   load_data=lambda cfg: images, teacher_state=lambda cfg: ({"": ""}, size), report=skip,
+                   log=skip, resume=lambda cfg: (None, cfg.steps),
                    first_weights=lambda *a: (None, *[size] * ("cmt" in home.__name__), "")),
         nets: dict(load_pretrained=load, finished=lambda path: dict(ema={}), pretrained_lpips=nets.LPIPS,
                    load_weights=skip, load_flow=skip, fitting=skip, stamp=str, memory=skip),
@@ -736,7 +734,7 @@ def measure(home, cfg, gpus):
     cfg = replace(cfg, compile=False)
     conv, norm, last = F.conv2d, F.group_norm, torch.channels_last
 
-    def memory(weights, opt, path):
+    def memory(weights, opt, path, stages):
         found.parameters, found.held, found.opt = len(weights), sum(meter.alive.values()), opt
         meter.calls.clear()
         meter.peak = found.held

@@ -259,6 +259,9 @@ def curves(args, device):
         return fid.score(sampler, features, reference, cfg.samples)[1][0], sampler(range(12))
 
     weights, model = script.teacher_state(cfg)
+    taught, plain = script.nets.finished(args.net), script.parse(["--data", "digits", "--stage", "pretrain"])
+    if taught and taught["step"] != plain.steps:
+        print(f"warning: {args.net} has {taught['step']:,} steps, README's teacher has {plain.steps:,}")
     for kind, steps in (1, 1), ("teacher", cfg.nfe):
         level, images = score(script.build(cfg, model, weights), kind)
         shown.append(("teacher", steps, images))
@@ -289,20 +292,18 @@ def curves(args, device):
     ours = args.net == FLAGS["net"]["default"]
     only = " It does not help by features, as in the paper, nor in one step in the other scripts." * ours
     answer = f"Mid-training by pixels {verdict(*map(float, (one[3], one[2])))}"
-    words = (f"{answer} (seed 0). FD-digits in one step, lower is better: {one[2]} with it, "
-             f"{one[3]} without; teacher, {cfg.nfe} steps: {rows[0][f'{cfg.nfe}-step FD-digits']}\n"
-             "By pixels: mid-training compares with the teacher's image pixel by pixel (pseudo-Huber). "
-             f"The last two students saw {seen:,} images or pairs each. The rows look alike; scores tell "
-             f"them apart.{only}")
+    words = (f"One step where the teacher takes {cfg.nfe}. FD-digits, lower is better: {one[2]} with "
+             f"mid-training, {one[3]} without, teacher {rows[0][f'{cfg.nfe}-step FD-digits']}\n"
+             f"{answer} (seed 0): it compares with the teacher's image pixel by pixel (pseudo-Huber). The "
+             f"last two students saw {seen:,} images or pairs each; scores tell them apart.{only}")
     fid.save_stages(args.out, shown, (), words, rows, cfg.samples)
     panels = {f"FD-digits in {words}, lower is better": panel for words, panel in scores.items()}
     fid.save_chart(f"{args.out}/scores.png", panels,
-                   f"{answer} (seed 0). One step: {one[2]} with it, {one[3]} without"
-                   "\nBlue: mid-training on ends of the teacher's trajectories, pixel by "
-                   "pixel, then post-training on images. Red: post-training alone, by the best schedule that "
-                   "we found. Both are tuned for their last dot; their teacher is the same, and not counted. "
-                   f"FD-digits: distance of {cfg.samples:,} images to real ones.{only}",
-                   "images or pairs", marks)
+                   f"{answer} (seed 0). One step: {one[2]} with it, {one[3]} without\nBlue: mid-training on "
+                   "ends of the teacher's trajectories, pixel by pixel, then post-training on images. Red: "
+                   "post-training alone, by the best schedule that we found. Both are tuned for their last "
+                   "dot; their teacher is the same, and not counted. FD-digits: distance of "
+                   f"{cfg.samples:,} images to real ones.{only}", "images or pairs", marks)
     for words, panel in scores.items():
         for name, points in panel.items():
             print(f"{name}, {words}: " + ", ".join(f"{x:,} {y:.2f}" for x, y in points))
@@ -426,14 +427,13 @@ def photos(args, device):
             does = "?" if "-" in (ours, alone) else verdict(float(alone), float(ours))
             caption = (f"Mid-training by pixels {does} on photos (seed {seed}). FD-photos in one step, "
                        f"lower is better: {ours} with it, {alone} without; teacher, {cfg.nfe} steps: {many}\n"
-                       "A column: one noise, drawn by all nets. "
-                       f"FD-photos: Frechet distance of {n:,} images to the real ones, by features of a "
-                       f"small net; {features.scale} against the other. Judge by the score: such nets hardly "
-                       "draw objects.\n"
+                       "A column: one noise, drawn by all nets. FD-photos: Frechet distance of "
+                       f"{n:,} images to the real ones, by features of a small net; {features.scale} "
+                       "against the other, fewer more. Judge by the score: such nets hardly draw objects.\n"
                        "By pixels: mid-training compares with the teacher's image pixel by pixel "
-                       "(pseudo-Huber). Post-training compares by the plain norm; alone it has the best "
-                       "schedule that we found. The last two students saw equally many images or pairs. "
-                       f"Photos: {len(images):,} of {os.path.basename(args.data)}; with Mean Flow it hurts.")
+                       "(pseudo-Huber). Post-training compares by the plain norm; alone it has the better "
+                       "of two schedules. The last two students saw equally many images or pairs. "
+                       f"Photos: {len(images):,} of {os.path.basename(args.data)}.")
             breaks = fid.breaks_between([label.partition("\n")[0] for label, _ in (*shown, real)])
             fid.save_sheet(f"{args.out}/{seed}/photos.png", [*shown, real], caption, breaks=breaks)
 

@@ -1,25 +1,25 @@
 """Images and their score, FID; and what the scripts' runs share: flags, log, files, pictures with words.
 
-  part (its banner)         main names                                            what it is
-  Inception-v3              InceptionV3, load_inception, resize_tf1               FID's net: TF graph of 2015
-  digits                    DigitsNet, digits                                     FD-digits' net, made here
-  statistics and distance   Statistics, measure, frechet_distance, protocol       Heusel et al. 2017, Eq. 6
-  images of a sampler       draw_seeds, score, score_net, save_images             seeds -> images, score, PNGs
-  files                     list_pictures, read_labels, load_images, read_cifar,  pictures of other people, as
-                            image_shape, check_once, prefetch, load_reference,    seen by a person, or refused
-                            to_float, to_uint8, stamp
-  images to train on        rgb, crop, square, ahead                              crops of ADM, EDM2, U-ViT
-  encode                    begin_encode, encode_shards, encoder_of               pictures -> arrays, resumed
-  pictures with words       save_stages, save_trajectory, save_chart, about       read without the README
-  a run of a script         log, announce, words_of, say, fail, one_line, parse,  its lines, errors, lock and
-                            begin_run, same_folder, stages_of, check_values,      flags: what may not begin is
-                            check_solve, check_pairs, finished_mid, seed_range    refused in one line
-  processes and stages      agree, from_first, wait_for_first, patient_group,     what they share, compared by
-                            same_data, same_names, say_changed, made_by,          content
-                            steps_left, check_teacher, same_guidance, guidance_note
-  the folder of a run       new_tally, count, report, begin_stage, overview,      log.txt, metrics.jsonl,
-                            dry_run, save_curve, save_preview, save_samples,      config.json, previews and
-                            save_captions, save_classes, save_results             results.md
+  part (its banner)         what it is: its main names
+  Inception-v3              FID's net, the TF graph of 2015: InceptionV3, load_inception, resize_tf1
+  digits                    FD-digits' net, made here: DigitsNet, digits
+  statistics and distance   Heusel et al. 2017, Eq. 6: Statistics, measure, frechet_distance, protocol
+  images of a sampler       seeds -> images, score, PNGs: draw_seeds, score, score_net, save_images
+  files                     pictures of other people, as seen by a person, or refused: list_pictures,
+                            read_labels, load_images, read_cifar, image_shape, check_once, prefetch,
+                            load_reference, to_float, to_uint8, stamp
+  images to train on        crops of ADM, EDM2, U-ViT: rgb, crop, square, ahead
+  encode                    pictures -> arrays, resumed: begin_encode, encode_shards, encoder_of
+  pictures with words       read without the README: save_stages, save_trajectory, save_chart, about
+  a run of a script         its lines, lock and flags; what may not begin is refused in one line: log, say,
+                            announce, words_of, fail, one_line, parse, begin_run, same_folder, stages_of,
+                            check_values, check_solve, check_pairs, finished_mid, seed_range
+  processes and stages      what they share, compared by content: agree, from_first, wait_for_first,
+                            patient_group, same_data, same_names, say_changed, made_by, steps_left,
+                            check_teacher, same_guidance, guidance_note
+  the folder of a run       log.txt, metrics.jsonl, config.json, previews, results.md: new_tally, count,
+                            report, begin_stage, overview, dry_run, save_curve, save_preview,
+                            save_samples, save_captions, save_classes, save_results
   command line              this:
   python fid.py A B                              folders, .zip, .npz or .png of images, .npz
                                                  of statistics, or a name such as cifar10
@@ -351,9 +351,7 @@ def train_digits(path, steps=800, seed=0):
     def fd(a, b):
         return frechet_distance(*measure(net, [a])[:2], *measure(net, [b])[:2])
     halves = [fd(images[i[::2]], images[i[1::2]]) for i in map(torch.randperm, [len(images)] * 20)]
-    noise, mean = torch.randint(256, images.shape).byte(), images.float().mean(0, keepdim=True).byte()
-    print(f"FD-digits: half against half {np.mean(halves):.2f} +- {np.std(halves):.2f} (20 random halves), "
-          f"mean image {fd(images, mean.expand_as(images)):.1f}, uniform noise {fd(images, noise):.1f}")
+    print(f"FD-digits: half against half {np.mean(halves):.2f} +- {np.std(halves):.2f} (20 random halves)")
 
 
 # ---- statistics and distance -------------------------------------------------------------------
@@ -461,14 +459,9 @@ def protocol(a, b):
 
 # ---- images of a sampler -----------------------------------------------------------------------
 # A sampler is a function: seeds (a range) -> images (B, C, H, W) in [-1, 1], image i of seed i alone.
-def draw_seeds(sampler, seeds, batch=64):
-    """Images of all seeds, `batch` at a time."""
-    return torch.cat([sampler(seeds[i:i + batch]) for i in range(0, len(seeds), batch)])
-
-
-def draw_in(seconds, sampler, seeds, batch=64):
-    """Images of the seeds, of fewer where the machine is slow: after so many seconds no more are begun."""
-    end, images = time.time() + seconds, sampler(seeds[:2])
+def draw_seeds(sampler, seeds, batch=64, seconds=math.inf):
+    """Images of all seeds, `batch` at a time; on a slow machine fewer: after so many seconds none begin."""
+    end, images = time.time() + seconds, sampler(seeds[:batch if seconds == math.inf else 2])
     while len(images) < len(seeds) and time.time() < end:
         some = seeds[len(images):len(images) + min(len(images), batch)]
         images = torch.cat([images, sampler(some)])
@@ -568,7 +561,7 @@ def fetch(urls, expected="", remedy=""):
     """
     cache = os.environ.get("CMT_CACHE") or os.path.expanduser("~/.cache/cmt")
     path, problems = os.path.join(cache, os.path.basename(urls[0])), {}
-    if os.environ.get("CMT_OFFLINE") == DRY and not os.path.exists(path):
+    if os.environ.get("CMT_OFFLINE") == "dry run" and not os.path.exists(path):
         return say(f"to download: {urls[0]} -> {path}")
     temporary = f"{path}.{os.getpid()}"
     with blame(f"{cache}, set $CMT_CACHE to a folder of yours"):
@@ -972,8 +965,7 @@ def prefetch(name, must=True):
     if problems and must:
         raise DataError("; ".join(problems))
     if problems:                                      # for which one address and no sum will do
-        less = f" (sha256 {INCEPTION_SHA256})", f" or {INCEPTION_URLS[1]}"
-        short = problems[0].replace(less[0], "").replace(less[1], "")
+        short = problems[0].replace(f" (sha256 {INCEPTION_SHA256})", "").replace(f" or {wanted[0][0][1]}", "")
         say(f"warning: pictures will be drawn, but not scored: {short}")
     return bool(problems)
 
@@ -1156,6 +1148,8 @@ NAMES = dict(teacher="teacher", mid="mid-training alone", post="after post-train
 SPOKEN = dict(pretrain="pre-training", vgg="VGG", mid="mid-training", post="post-training")
 WIDE = 1_800                                             # pixels of a sheet
 LEVEL = 0.1                                              # scores that differ by a smaller share are level
+COMPARED = dict(huber="pixels", l2="pixels", lpips="features", elatentlpips="features")     # by --loss
+FEW = {"1": "one step", "2": "two"}                      # the steps of students that a heading tells
 INKS = {"alone|scratch": "#c0392b", "flow": "#8e44ad", "mid|CMT": "#1f5fbf", "teacher|pre-": "#2e8b57",
         "post": "#d98a00", "VGG": "#555555"}             # what a name speaks of: its colour in every chart
 
@@ -1271,26 +1265,30 @@ def breaks_between(nets):
 
 
 def about(cfg, found):
-    """For a caption: by which seed these nets were made, and how large they are; found: (name, net, ...)."""
+    """For a caption: how nets were made, and how large they are; found: (name, net, ..., checkpoint)."""
     sizes = {"teacher" if name == "teacher" else "students":              # frozen weights are buffers
              sum(p.numel() for p in (*net.parameters(), *net.buffers())) for name, net, *_ in found}
     larger = " (larger)" * (sizes.get("students", 0) > 1.2 * sizes.get("teacher", math.inf))
     sizes = ", ".join(f"{name} {n / 1e6:.2f}M" for name, n in sizes.items())
-    return f" Seed {cfg.seed}; parameters: {sizes}{larger}."
+    losses = [ckpt["cfg"].get("loss", "velocities") for name, *_, ckpt in found if name == "mid"]
+    by = "".join(f"; mid-training compares by {COMPARED.get(loss, loss)}" for loss in losses)
+    return f" Seed {cfg.seed}{by}; parameters: {sizes}{larger}."
 
 
 def headline(table):
-    """For a heading: distances of all nets of a table in 1 and 2 steps, a teacher's in many; "" of none."""
-    one = next((key for row in table for key in row if key.startswith("1-step F")), "")
-    nets = {row["stage"].partition(",")[0]: row for row in reversed(table) if one in row}
-    texts, distance = [], one.partition(" ")[2]
-    for name, row in reversed(nets.items()):
-        scored = [(k.partition("-")[0], v) for k, v in row.items() if k.endswith(distance) and v != "-"]
-        many = scored[-1:] if name == "teacher" else [kv for kv in scored if kv[0] == "2"]
-        texts.append(f"{called(name)} {row[one]}" + "".join(f" ({k} steps: {v})" for k, v in many))
-    mid, post = (float(nets.get(k, {one: "-"})[one].split()[0].replace("-", "nan")) for k in ("mid", "post"))
-    worse = "; post-training hurts in this run" * (post > (1 + LEVEL) * mid)
-    return f"{distance} in one step, lower is better: {', '.join(texts)}{worse}" * bool(nets)
+    """For a heading: distances of a table's last net in 1 and 2 steps, a teacher's in many; "" of none."""
+    distance = next((key.partition(" ")[2] for row in table for key in row if key.startswith("1-step F")), "")
+    rows = [(row["stage"].partition(",")[0], {k.partition("-")[0]: v for k, v in row.items()
+                                              if k.endswith(f"-step {distance}") and v != "-"})
+            for row in reversed(table) if distance]
+    nets = {name: found for name, found in rows if found}                # of several rows of a net the first
+    texts = [f"{called(name)} " + ", ".join(f"{v} in {FEW[k]}" for k, v in found.items() if k in FEW)
+             for name, found in [*nets.items()][:1] if name != "teacher"]
+    texts += [f"teacher {value} in {steps} steps" for steps, value in [*nets.get("teacher", {}).items()][-1:]]
+    mid, post = nets.get("mid", {}), nets.get("post", {})
+    hurts = any(float(post[k].split()[0]) > (1 + LEVEL) * float(mid[k].split()[0]) for k in {*mid} & {*post})
+    return (f"{distance}, lower is better: {'; '.join(texts)}" + "; post-training hurts in this run" * hurts
+            ) * bool(nets)
 
 
 def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
@@ -1351,13 +1349,13 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
     rows = [(f"states of the teacher{name}", show((states / wide)[:, k]))]                  # at unit scale
     rows += [(f"{called(net)}\nin one step", show(x[:, k])) for net, x in answers.items()]
     consistency = bool(levels.max() > 1)
-    target = "everywhere is the end of that row" if consistency else "is the mean velocity of any two states"
-    caption = (f"One step from noise misses the end of the teacher's walk by: {missed}\n"
+    jump = "from every state to the end" if consistency else "between any two states"
+    caption = (f"Mid-training teaches the jump {jump} of the teacher's walk. "
+               f"From noise one step misses the end by: {missed}\n"
                "First row: the teacher walks from noise to an image; below, what each net answers there in "
-               f"one step. Mid-training's target {target}. Numbers: root mean square of pixels between the "
-               f"leftmost answer and the end, mean of {states.shape[1]} noises, whose ends are {apart:.2f} "
-               "apart; shown is the one where the teacher misses most. Smaller is nearer to the teacher, not "
-               f"better: post-training learns from images.{words}"
+               f"one step. By: root mean square of pixels, mean of {states.shape[1]} noises, whose ends are "
+               f"{apart:.2f} apart; shown is the one where the teacher misses most. Smaller is nearer to the "
+               f"teacher, not better: post-training learns from images.{words}"
                + f" Of {n} states {len(some)} are shown, where most changes." * (len(some) < n)
                + " States above sigma 1 are divided by sigma." * consistency)
     first, *middle, end = (f"{level:.2g}" for level in levels.tolist())
@@ -1464,7 +1462,6 @@ SAID = []                                                # lines about files: al
 PACE = []                                                # seconds and step of a process's first line
 SOON = []                                                # what announce() was told
 KEEP = True                                              # False in a dry run, which writes nothing
-DRY = "dry run"                                          # CMT_OFFLINE then: a download is a line, no error
 
 
 def show(text, stream):
@@ -1521,6 +1518,8 @@ def one_line(cfg, *errors):
     """
     try:
         yield
+    except KeyboardInterrupt:
+        leave(2, None)
     except (DataError, OSError, *errors) as e:
         full = getattr(e, "errno", 0) in (errno.EFBIG, errno.ENOSPC, errno.EDQUOT)
         fail(3, first_line(e) + f"; free some space for {cfg.out} and run again" * full)
@@ -1574,6 +1573,7 @@ def open_out(out, script, argv):
     return lock
 
 
+SCORED = "seeds samples repeat second_sigma".split()                       # knobs that no training reads
 DRAWN = "second_sigma sigma_shift labels sampler precision w"              # change samples of the same net
 SAMPLED = f"init nfe nodes prompts omega kappa guide_from guide_to {DRAWN}"           # knobs of sampling, too
 
@@ -1612,7 +1612,8 @@ def same_folder(cfg, script, argv):
             if flag == "script":                         # which explains whatever else differs
                 break
     if odd:
-        fail(2, f"{cfg.out} was made with {' and '.join(odd)}; give the first, or another --out")
+        teacher = f" (a copy of that script: --teacher {cfg.out}/pretrain.pt)" * odd[0].startswith("script")
+        fail(2, f"{cfg.out} was made with {' and '.join(odd)}; give what it has, or another --out{teacher}")
     told = [c["teacher"] for c in made.values() if c.get("teacher", "scratch") not in ("", "scratch")]
     if drawn and told and not cfg.teacher and not os.path.exists(cfg.init):
         say(f"warning: its teacher is neither drawn nor scored; pass --teacher {told[-1]}")
@@ -1688,27 +1689,28 @@ def parse(home, argv):
     key = name, whole.stage, getattr(whole, whole.stage, "*")      # the method is what --mid or --post says
     rows = [row for pattern, row in presets.items() if all(a in ("*", b) for a, b in zip(pattern, key))]
     preset = {field: value for row in rows for field, value in row.items()}
-    folder = pathlib.Path(whole.data).stem or name if name == "own" else name
+    path = pathlib.Path(whole.data)
+    folder = (path.name if path.is_dir() else path.stem) or name if name == "own" else name
     return config(**{"out": f"out/{folder}", **preset, **flags})
 
 
 def stages_of(home, argv):
     """The Config of each stage that a command of the script `home` runs."""
-    SOON.clear()                                             # of a call before, in the same process
+    global OUT
+    OUT = ""                                                 # what a call before, in this process, has left
+    SOON.clear()
+    SAID.clear()
     cfg = parse(home, argv)
     seed_range(cfg.seeds)                                    # is it one?
     stages = home.STAGES if cfg.stage == "all" else [cfg.stage]
     configs = [parse(home, [*argv, "--stage", stage]) for stage in stages]
-    for name in {"pretrain", "mid", "post"} & {*vars(cfg)}:
-        if odd := [c.stage for c in configs if getattr(c, name) != getattr(cfg, name)]:
-            fail(2, f"--{odd[0]}.{name}: the method belongs to the folder, not to a stage; write --{name}")
     idle = ["pretrain"] * (cfg.teacher not in ("", "scratch")) + ["mid"] * (cfg.mid == "none")
 
     def unread(stage, field):
         if stage in ("eval", "sample"):
             return field not in of_samples(home) or (field == "seeds" and stage == "eval")
         never = never_read(dataclasses.replace(cfg, stage=stage))
-        return field in (*never, "seeds", "samples", "repeat", "second_sigma")
+        return field in (*never, *SCORED)
 
     for flag in [word.partition("=")[0] for word in argv if word[:2] == "--"]:
         stage, dot, field = flag[2:].removeprefix("no-").rpartition(".")
@@ -1766,18 +1768,23 @@ def parser(doc, config, stages):
         if f.type is bool:
             kind = dict(action=argparse.BooleanOptionalAction)
             flags.append(f"no-{f.name}")
-        own = () if f.name in ("data", "stage", "out", "dry_run") else stages
+        own = () if f.name in (*OF_FOLDER, "dry_run") else stages
         for stage in ("", *(f"{name}." for name in own)):
             flags.append(f"{stage}{f.name}")
             p.add_argument(f"--{flags[-1]}", help=argparse.SUPPRESS, **kind)
     return p
 
 
-REMEDIES = {"arguments: (True|False)$": "a switch is --NAME or --no-NAME; ",
+REMEDIES = {"arguments: (?i:true|false)$": "a switch is --NAME or --no-NAME; ",
+            "arguments: (?!-|(?i:true|false)$)": "a value stands behind its flag, as --data digits; ",
+            "--(resume|continue)": "the same command, without it, goes on; ",
+            "--(fp16|bf16|amp)": "write --precision bf16; ", "--no.mid": "write --mid none; ",
+            "--(device|gpus?|cuda)( |$)": "CUDA_VISIBLE_DEVICES=0 picks a GPU; ",
             "expected one argument": "a value below 0 is written --NAME=-1; ",
             "not a whole number": "write its digits, as 1000; ", "not a number": "write 0.001 or 1e-3; "}
-MEANT = {"learning_rate": "lr", "epochs": "steps", "iterations": "steps", "max_steps": "steps",
-         "class": "labels", "classes": "labels", "ema": "ema_beta"}           # elsewhere: here
+OF_FOLDER = "data", "stage", "out", "pretrain", "mid", "post"           # flags of a run, not of one stage
+MEANT = dict(lr="learning_rate", steps="epochs num_epochs iterations max_steps", batch="batch_size",
+             out="output output_dir save_dir", init="checkpoint ckpt", labels="class classes", ema_beta="ema")
 
 
 def refuse(flags, where, message):
@@ -1786,10 +1793,10 @@ def refuse(flags, where, message):
         message = message.replace(f"invalid {value} value", words)
     unknown = re.search(r"unrecognized arguments: --([\w.-]+)", message)
     typed = unknown[1].replace("no_", "no-") if unknown else ""
-    meant = re.sub(r"[^.]+$", lambda name: MEANT.get(name[0], name[0]), typed)
-    meant = meant.rpartition(".")[2] if meant.rpartition(".")[2] in ("data", "stage", "out") else meant
-    known = [flag for flag in {*flags} - {unknown and unknown[1]}
-             if not re.match(r"eval\.|sample\.|.*\.(mid|post)$", flag)]
+    here = {word: flag for flag, words in MEANT.items() for word in words.split()}           # elsewhere: here
+    meant = re.sub(r"[^.]+$", lambda name: here.get(name[0].replace("-", "_"), name[0]), typed)
+    meant = meant.rpartition(".")[2] if meant.rpartition(".")[2] in OF_FOLDER else meant
+    known = [flag for flag in {*flags} - {unknown and unknown[1]} if not re.match(r"(eval|sample)\.", flag)]
     more = "".join(f"did you mean --{flag}? " for flag in difflib.get_close_matches(meant, known, 1, 0.7))
     if typed and not more:
         texts = {p.name: p.read_text() for p in sorted(pathlib.Path(__file__).parent.glob("train_*.py"))}
@@ -1824,11 +1831,17 @@ def check_values(cfg, limits, world):
     """
     home = home_of(cfg)
     idle = never_read(cfg)
+    code, bounded = pathlib.Path(home.__file__).read_text(), " ".join([*limits.values(), "seed"]).split()
+    for f in [f for f in dataclasses.fields(cfg) if f.type in (int, float, bool)]:           # of a fork
+        if f.type is not bool and f.name not in bounded:
+            say(f"warning: --{f.name}: no row of LIMITS says what it may be, so any number trains")
+        if not re.search(rf"\bc(fg)?\.{f.name}\b", code + pathlib.Path(__file__).read_text()):
+            say(f"warning: --{f.name}: no code reads cfg.{f.name}, so it changes nothing")
     for (rule, least, below), names in limits.items():
         for name in [name for name in names.split() if name not in idle]:
             if not least <= getattr(cfg, name) < below:
                 fail(2, f"--{name} {getattr(cfg, name)} is not possible; it must be {rule}")
-    code = pathlib.Path(home.__file__).read_text().partition("\ndef ")[2]        # behind Config and PRESETS
+    code = code.partition("\ndef ")[2]                       # behind Config and PRESETS
     for name in {"pretrain", "mid", "post", "loss"} & {*vars(cfg)}:              # else one trains as another
         value, default = getattr(cfg, name), getattr(type(cfg), name)
         written = re.search(rf"""["']{re.escape(value)}["']""", code)
@@ -1866,8 +1879,6 @@ def check_out(out):
     if not there.is_dir() or not os.access(there, os.W_OK) or there.parts[1:2] in (("proc",), ("sys",)):
         why = "may not be written to" if there.is_dir() else "is a file, or leads nowhere"
         fail(2, f"--out {out}: {there} {why}; name another folder")
-    if out.lower().endswith(PICTURES):
-        fail(2, f"--out {out}: is named as a picture; name a folder")
 
 
 def check_solve(cfg, n, used, world):
@@ -1938,9 +1949,10 @@ def same_data(ckpt, path, data):
         fail(2, f"--data or --teacher has changed: {path} saw {was}, now {now}; use another --out")
 
 
-def same_names(cfg, ckpt, names):
-    """Whether names say enough: as in the checkpoint, and no --teacher FILE of mid, which may be new."""
+def same_names(cfg, ckpt):
+    """Whether names of files say enough: as in the checkpoint, and none of mid, where a FILE may be new."""
     is_file = cfg.stage == "mid" and os.path.exists(cfg.teacher)
+    names = {"data", "teacher", "main", "guide"} & {*vars(cfg)}
     return not is_file and all(ckpt["cfg"][name] == vars(cfg)[name] for name in names)
 
 
@@ -1972,9 +1984,6 @@ def steps_left(cfg, ckpt, path):
     if cfg.stage == "mid" and later and not ckpt:
         fail(2, f"{path} is not there, {later[0]}.pt, which went on from it, is; use another --out")
     made, here = ckpt.get("script", "an older script") if ckpt else "", made_by(inspect.getfile(type(cfg)))
-    if ckpt and made.startswith("train_") and made != here["script"]:
-        fail(2, f"{path} was made by {made}; use another --out, in a copy of that script with --teacher "
-                f"{cfg.out}/pretrain.pt")
     if ckpt and ckpt.get("code", here["code"]) != here["code"]:
         say(f"warning: {made}, nets.py or solvers.py was changed since {cfg.out} was begun; to train that "
             "anew, use another --out")                       # once for all stages
@@ -1991,7 +2000,8 @@ def steps_left(cfg, ckpt, path):
         data, more, how = old["data"], cfg.steps - old["steps"], ""
         if cfg.data != data:
             fail(2, f"{path} was made by {made} --data {data}, now {cfg.data}; use another --out")
-        longer, names = changed == ["steps"] and more > 0, vars(cfg).keys() - {"data", "stage", "dry_run"}
+        longer, idle = changed == ["steps"] and more > 0, {"data", "stage", "dry_run", *never_read(cfg)}
+        names = vars(cfg).keys() - idle - {*SCORED}
         new = dict(teacher=cfg.teacher if cfg.teacher not in ("", "scratch") else f"{cfg.out}/pretrain.pt")
         if longer and cfg.stage != "pretrain":
             new |= dict(init=path, steps=more, out=f"{cfg.out}-longer-{cfg.stage}")
@@ -2000,7 +2010,7 @@ def steps_left(cfg, ckpt, path):
             new |= dict(init=mid, out=f"{cfg.out}-2")
             how = f"; to keep its mid-training: {command(cfg, cfg.stage, names, **new)}"
         elif longer and cfg.decay == "linear":
-            how = "; a linear --decay is at its end"
+            how = "; its rate has come to 0 (--decay linear), so it cannot go on"
         if own := [name for name in changed if name not in known.split()]:
             how = f"; if {own[0]} is a knob of yours, say in READ_BY which stages read it"
         flags = {k: f"--{k}" if k in home.STAGES else f"--{cfg.stage}.{k}" for k in changed}     # a method
@@ -2259,7 +2269,7 @@ def overview(road, device, cfg):
 def dry_run(home, argv, configs):
     """Print what a command of the script `home` would train and skip, and what it misses: its exit code."""
     global KEEP
-    os.environ.setdefault("CMT_OFFLINE", DRY)
+    os.environ.setdefault("CMT_OFFLINE", "dry run")          # a download is then a line, no error
     os.environ["HF_HUB_OFFLINE"] = "1"
     codes, road, KEEP, notes = {}, {}, False, [*SOON]
 
@@ -2333,7 +2343,7 @@ def save_preview(cfg, tally, stop, sampler, drawn=""):
     done = tally["step"]
     save_curve(cfg)
     if sampler and not stop:
-        images = draw_in(30, sampler, range(60), cfg.batch_gpu or 64)
+        images = draw_seeds(sampler, range(60), cfg.batch_gpu or 64, seconds=30)
         how = f"solved in {cfg.nfe} steps" if cfg.stage == "pretrain" else "in one step"
         header = ["class" if "class" in drawn else "digit", *map(str, range(10))] * (cfg.data == "digits")
         save_seeds(f"{cfg.out}/previews/{cfg.stage}_{done:07d}.png", images, range(60),
@@ -2352,13 +2362,24 @@ def say_missing(cfg, names):
                 f"warning: {path} is not finished, so neither drawn nor scored; run again without --stage")
 
 
-def samples_folder(cfg, name, steps):
-    """<out>/samples/<net>_<steps>, and what a command asks for that is no default: so they never mix."""
+def samples_folder(cfg, name, steps, net=None):
+    """<out>/samples/<net>_<steps>, and all that is no default. Exit code 2 if another net drew it."""
     own = {k: getattr(cfg, k) for k in ("data", "res") if hasattr(cfg, k)} | dict(stage="sample")
     plain = vars(home_of(cfg).parse([f"--{k}={v}" for k, v in own.items()]))
     knobs = [k for k in DRAWN.split() if k != "second_sigma" or steps == 2]
     asked = [f"_{k}_{getattr(cfg, k)}" for k in knobs if plain.get(k) != vars(cfg).get(k)]
-    return f"{cfg.out}/samples/{name}_{steps}{''.join(asked)}"
+    folder = f"{cfg.out}/samples/{name}_{steps}{''.join(asked)}"
+
+    def claim():
+        note, weights = pathlib.Path(f"{folder}.txt"), dict([*net.named_parameters(), *net.named_buffers()])
+        was, now = note.read_text() if note.exists() else "", home_of(cfg).nets.stamp(weights)
+        if os.path.isdir(folder) and was not in ("", now):
+            fail(2, f"{folder} was drawn by other weights, {was}, now {now}; move it away first")
+        note.parent.mkdir(exist_ok=True)
+        note.write_text(now)
+    if net:
+        from_first(claim)
+    return folder
 
 
 def save_samples(cfg, found, make_sampler):
@@ -2370,7 +2391,7 @@ def save_samples(cfg, found, make_sampler):
     say_missing(cfg, [name for name, *_ in found])
     for name, net, kinds, *_ in found:
         for steps, kind in kinds.items():
-            sampler, folder = make_sampler(cfg, net, kind), f"{samples_folder(cfg, name, steps)}/"
+            sampler, folder = make_sampler(cfg, net, kind), f"{samples_folder(cfg, name, steps, net)}/"
             save_images(sampler, seeds, folder, batch)
             label = net_label(name, steps, sep=", ")
             caption = f"{label}\nOne image a seed; every net has the same noises."

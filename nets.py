@@ -1769,7 +1769,7 @@ def load_checkpoint(path, whole=False):
         except Exception as e:                        # damage can surface as any error
             print(f"warning: {p} is damaged, cut or changed ({type(e).__name__})", file=sys.stderr)
     if found:
-        raise WeightsError(f"{' and '.join(found)}: damaged; move that and later stages away to start again")
+        raise WeightsError(f"{' and '.join(found)}: damaged; move these and later stages' away to start anew")
     return None
 
 
@@ -1820,17 +1820,17 @@ def peak_memory():
     return dict(GB=peak)
 
 
-def memory(weights, opt, path):
+def memory(weights, opt, path, stages=1):
     """What a process holds for certain before its first step, as a text; on a GPU also of how much.
 
-    OSError where the disk has no room for the checkpoint at path and the one before; for one, if it is there.
+    OSError where the disk has no room for two checkpoints of each stage that is left; path: this one's.
     """
     one, moments = weights.nbytes / 1e9, 1 if isinstance(opt, torch.optim.SGD) else 2
     folder = next(p for p in pathlib.Path(path).absolute().parents if p.is_dir())     # in a dry run, above it
-    free, copies = shutil.disk_usage(folder).free / 1e9, 2 - os.path.exists(path)
+    free, copies = shutil.disk_usage(folder).free / 1e9, 2 * max(1, stages) - os.path.exists(path)
     if free < (need := copies * (2 + moments) * one):
-        what = "two checkpoints take" if copies == 2 else "a checkpoint takes"
-        raise OSError(f"{path}: {what} {need:.3g} GB, {free:.3g} are free; make room, or use another --out")
+        what = f"{copies} checkpoints of this and later stages take {need:.3g} GB"
+        raise OSError(f"{path}: {what}, {free:.3g} are free; make room, or use another --out")
     text = f"{len(weights):,} parameters"
     if one < 0.1 and not weights.is_cuda:
         return text

@@ -142,7 +142,7 @@ RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch(
 
 
 # ---- pairs and losses -------------------------------------------------------------------------
-# sigma, t, r, levels: strengths of noise, a trajectory's from 80 to 0.002; D_x, f: answers of a net, images
+# sigma, t, r, levels: strengths of noise, a trajectory's from 80 to 0.002; D_x, f_t, f_r: a net's images
 def loss_edm2(net, x, sigma, eps, sigma_data=0.5):
     """EDM2 Eq. 21: denoising under a learned log variance u(sigma); sum over pixels, mean over images."""
     D_x, u = net(x + sigma.view(-1, 1, 1, 1) * eps, sigma, return_logvar=True)
@@ -392,7 +392,7 @@ def set_up(cfg):
     if cfg.stage == "vgg" and not wants_vgg(cfg):
         return log(f"vgg: not trained, --loss {cfg.loss} of --data {cfg.data} needs none")
     ckpt, to_go = resume(cfg)                         # steps that are left
-    if not to_go and fid.same_names(cfg, ckpt, BY_CONTENT):            # finished; nothing need be read
+    if not to_go and fid.same_names(cfg, ckpt):            # finished; nothing need be read
         return log(f"{cfg.stage}: finished, nothing to do")
     images = load_data(cfg) if needs_data(cfg) else None
     stamp = images.stamp if images else "none"
@@ -630,11 +630,9 @@ def encode_data(cfg):
 
 # ---- plumbing ---------------------------------------------------------------------------------
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]                      # USR1: Slurm's --signal
-if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:            # trap: nohup ignores it, and so shall we
-    SIGNALS.append(signal.SIGHUP)
+SIGNALS += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)      # trap: nohup ignores it
 STOP = []                                             # signals received: the loop saves, then ends
 TIMEOUT = timedelta(minutes=10)                       # choice: ten minutes for an answer in a step
-BY_CONTENT = "data", "teacher", "main", "guide"       # compared by content, wherever it lies
 NEED_STAGE = {"vgg": "steps batch lr"}                # flags that need the stage's name: --vgg.steps
 NO_WEIGHT = ("dry_run data stage out source teacher main guide vae seeds samples repeat second_sigma sampler "
              "labels compile batch_gpu log_every save_every")     # knobs on which no weight depends
@@ -649,8 +647,6 @@ READ_BY = {  # knobs that some stages read, or "stage method"; what is not named
 def launch(cfg):
     """Join the other processes of torchrun, if any: gloo on CPUs, NCCL on GPUs. Plain python: one process."""
     global RANK, WORLD, DEVICE
-    fid.SAID.clear()                                  # one process may call main twice: what fid remembers
-    fid.OUT = ""
     RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if torch.cuda.is_available():
         DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -687,13 +683,13 @@ def begin(cfg, ckpt, net, optimizer, stamp, kwargs, **parts):
     tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
     fid.agree("data and sum of the first weights", (stamp, flat.sum(dtype=torch.float64).item()))
     saved = dict(data=stamp, model=kwargs, cfg=asdict(cfg), **fid.made_by(__file__))
-    log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))
+    log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path, len(fid.ROAD))))
     return SimpleNamespace(net=net, ema=ema, opt=opt, flat=flat, flat_ema=flat_ema, grad=grad, tally=tally,
                            path=path, saved=saved, **parts)
 
 
 def total(grad, loss, scale):
-    """Sum the gradient, the loss and the wish to stop over the processes; divide by scale.
+    """Sum the gradient, the loss and the number of signals over the processes; divide by scale.
 
     Returns gradient norm, loss and stop as numbers: this is where the host waits for the device.
     """
@@ -720,7 +716,7 @@ LIMITS = {  # (rule, least, below): fields; for fid.check_values
     ("above 0, below 80", 1e-300, 80): "second_sigma",
     ("in 2 to 1,000", 2, 1001): "nfe",
     ("in -10 to 10", -10, 10.001): "P_mean",
-    ("0 or more", 0, math.inf): "batch_gpu warmup huber_c trajectories ema_std",
+    ("0 or more", 0, math.inf): "batch_gpu warmup huber_c trajectories ema_std w",
     ("in [0, 1)", 0, 1): "ema_beta dropout",
     ("2 or more", 2, math.inf): "samples",
     ("in 2 to 2^20: beyond, t - r is mostly rounding", 2, 2**20 + 1): "q",

@@ -204,9 +204,9 @@ def guides(flow, z, t, y, needs_null, needs_own):
 def loss_mf(flow, z, v, t, r, y, guided, cfg):
     """Mean Flow: w |u - sg(v~ - (t - r) du/dt)|^2, w = sg(|.|^2 + c)^-p, mean over samples.
 
-    z (B, C, H, W) = (1 - t) x + t eps; v = eps - x; v~: v, or guided where `guided` (B,) says so; y (B, ...):
-    conditions; u, du/dt: at (z, t, r), along (v~, 1, 0). Where r = t no du/dt counts, and u(z, t, t, y) is u.
-    t, r, guided: on the CPU. Returns the loss, |.|^2 (B,), and REPA's features (None without a projector).
+    z (B, C, H, W) = (1 - t) x + t eps; v = eps - x; u, du/dt: at (z, t, r, y), along (v~, 1, 0); v~: v, but
+    where `guided` (B,) omega v + kappa u(z, t, t, y) + (1 - omega - kappa) u(z, t, t, null). Where r = t no
+    du/dt counts, and u(z, t, t, y) is u. t, r, guided: on the CPU. Returns loss, |.|^2 (B,), REPA's features.
     """
     apart = r < t                                     # where r = t, du/dt does not count
     w_null = 1 - cfg.omega - cfg.kappa
@@ -238,7 +238,7 @@ def pairs_of_states(states, velocities, times):
     first, second = torch.triu_indices(len(states), len(states), 1, device=states.device)
     times, wide = times.to(states, non_blocking=True), (-1, 1, 1, 1, 1)
     steps = velocities * -times.diff().view(wide)
-    path = torch.cat([torch.zeros_like(states[:1]), steps.cumsum(0)])       # summed: states round
+    path = torch.cat([torch.zeros_like(states[:1]), steps.cumsum(0)])      # states are rounded, sums less
     target = (path[second] - path[first]) / (times[first] - times[second]).view(wide)
     t, r = (times[k].repeat_interleave(states.shape[1]) for k in (first, second))
     return states[first].flatten(0, 1), t, r, target.flatten(0, 1)
@@ -338,7 +338,7 @@ def train(cfg):
             z, t, r, owner, target = (a[at:at + B][mine] for a in pairs)
             return z, t, r, texts[owner], target
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
-        raw, tokens, words, drop, t, r, guided = next(batches)
+        raw, tokens, words, drop, t, r, guided = next(batches)        # in the order of steps
         latent_noise, eps = randn((B, *shape), g)[mine], randn((B, *shape), g)[mine]
         x, text = to_input(raw, latent_noise), features_of(words, drop)
         wide, tokens = (a.to(DEVICE, non_blocking=True) for a in (t.view(-1, 1, 1, 1), tokens))
@@ -404,7 +404,7 @@ def set_up(cfg):
     if left_out(cfg) or (cfg.stage == "pretrain" and cfg.teacher):
         return log(f"{cfg.stage}: not trained, as --teacher or --mid none says")
     ckpt, to_go = resume(cfg)                         # steps that are left
-    if not to_go and fid.same_names(cfg, ckpt, BY_CONTENT):            # finished; nothing need be read
+    if not to_go and fid.same_names(cfg, ckpt):            # finished; nothing need be read
         return log(f"{cfg.stage}: finished, nothing to do")
     images, encoder = load_data(cfg), text_encoder(cfg)                   # mid reads captions, never an image
     stamp, null, teacher = images.stamp, encoder(images.null[None]), None
@@ -786,11 +786,9 @@ def encode_data(cfg):
 
 # ---- plumbing ---------------------------------------------------------------------------------
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]                      # USR1: Slurm's --signal
-if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:            # trap: nohup ignores it, and so shall we
-    SIGNALS.append(signal.SIGHUP)
+SIGNALS += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)      # trap: nohup ignores it
 STOP = []                                             # signals received: the loop saves, then ends
 TIMEOUT = timedelta(minutes=10)                       # choice: ten minutes for an answer in a step
-BY_CONTENT = "data", "teacher"                        # compared by content, wherever it lies
 NO_WEIGHT = ("dry_run data stage out source encoders teacher vae prompts seeds samples repeat nfe compile "
              "batch_gpu log_every save_every")        # knobs on which no weight depends
 READ_BY = {  # knobs that some stages read, or "stage method"; what is not named here, all read
@@ -803,8 +801,6 @@ READ_BY = {  # knobs that some stages read, or "stage method"; what is not named
 def launch(cfg):
     """Join the other processes of torchrun, if any: gloo on CPUs, NCCL on GPUs. Plain python: one process."""
     global RANK, WORLD, DEVICE
-    fid.SAID.clear()                                  # one process may call main twice: what fid remembers
-    fid.OUT = ""
     RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if torch.cuda.is_available():
         DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -841,13 +837,13 @@ def begin(cfg, ckpt, net, optimizer, stamp, kwargs, **parts):
     tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
     fid.agree("data and sum of the first weights", (stamp, flat.sum(dtype=torch.float64).item()))
     saved = dict(data=stamp, model=kwargs, cfg=asdict(cfg), **fid.made_by(__file__))
-    log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path)))
+    log(fid.begin_stage(cfg, tally, nets.memory(flat, opt, path, len(fid.ROAD))))
     return SimpleNamespace(net=net, ema=ema, opt=opt, flat=flat, flat_ema=flat_ema, grad=grad, tally=tally,
                            path=path, saved=saved, **parts)
 
 
 def total(grad, loss, scale):
-    """Sum the gradient, the loss and the wish to stop over the processes; divide by scale.
+    """Sum the gradient, the loss and the number of signals over the processes; divide by scale.
 
     Returns gradient norm, loss and stop as numbers: this is where the host waits for the device.
     """
@@ -1052,7 +1048,7 @@ def sample_captions(cfg):
             log(f"warning: --prompts {prompt!r} fills the text encoder, which reads no word more")
     for name, net, kinds, _ in found:
         for steps in kinds:
-            folder, shown = fid.samples_folder(cfg, name, steps), []
+            folder, shown = fid.samples_folder(cfg, name, steps, net), []
             for prompt in prompts:
                 text = encoder(encoder.ids([prompt]))
                 sampler = make_sampler(cfg, net, steps, lambda part: text.expand(len(part), -1, -1), null)

@@ -1,4 +1,5 @@
 """One thread, so that results do not depend on the machine; the repository on the path; what the script tests share."""
+import math
 import os
 import signal
 import subprocess
@@ -27,7 +28,7 @@ SHIPPED = {size: dict(nets.SIZES[size]) for size in ("ddpm++-8", "edm2-8")}
 for size in SHIPPED:                                   # narrow nets: what is tested is what scripts do, not what they reach
     nets.SIZES[size]["model_channels"] = 16
 nets.SIZES["ddpm++-8"]["channel_mult"] = (1,)
-draw, draw_in, save_curve, WIDE = fid.draw_seeds, fid.draw_in, fid.save_curve, fid.WIDE
+draw_seeds, save_curve, WIDE = fid.draw_seeds, fid.save_curve, fid.WIDE
 TINY = "--data digits --samples 16 --trajectories 4 --nfe 4 --batch 16 --log_every 1".split()
 
 
@@ -84,7 +85,8 @@ def no_run(environment, monkeypatch):
     monkeypatch.setattr(fid, "save_curve", lambda cfg, table=(): None)
     monkeypatch.setattr(fid, "OUT", "")
     monkeypatch.setattr(fid, "KEEP", True)
-    monkeypatch.setattr(fid, "draw_in", lambda seconds, sampler, seeds, batch: draw(sampler, seeds[:2], batch))
+    monkeypatch.setattr(fid, "draw_seeds", lambda sampler, seeds, batch=64, seconds=math.inf:
+                        draw_seeds(sampler, seeds if seconds == math.inf else seeds[:2], batch))
     fid.SAID.clear()
     nets.tell.cache_clear()
 

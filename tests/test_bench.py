@@ -239,7 +239,7 @@ def test_a_stage_says_what_it_holds(road, monkeypatch):
         begun = nets.memory(Weights(), argparse.Namespace(state={0: "moments"}), str(road / "none.pt"))                   # allocated by now
         assert "frozen nets and data -2: 18 of" in begun
     monkeypatch.setattr(nets.shutil, "disk_usage", lambda out: argparse.Namespace(free=31e9))
-    with pytest.raises(OSError, match="none.pt: two checkpoints take 32 GB, 31 are free"):                 # before the first step
+    with pytest.raises(OSError, match="none.pt: 2 checkpoints of this and later stages take 32 GB, 31 are free"):                 # before the first step
         nets.memory(Weights(), argparse.Namespace(state={}), str(road / "none.pt"))
     assert nets.memory(Weights(), argparse.Namespace(state={}), road / "mid.pt")        # going on asks for one
 

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, code, draw_in, fork, wait, weights
+from conftest import ROOT, TINY, code, draw_seeds, fork, wait, weights
 from PIL import Image
 
 import fid
@@ -550,7 +550,7 @@ def test_f5_truncated_checkpoints_fall_back_to_the_one_before(capsys):
     for name in ("run/pretrain.pt", "run/pretrain.pt.prev"):
         Path(name).write_bytes(b"nothing")
     exit_code, err = code(argv, capsys)
-    assert exit_code == 3 and "pretrain.pt and run/pretrain.pt.prev: damaged; move that and later stages away" in err                        # never a fresh start
+    assert exit_code == 3 and "pretrain.pt and run/pretrain.pt.prev: damaged; move these and later stages' away" in err                        # never a fresh start
 
 
 def test_f5_flipped_bits_are_found_or_harmless(often, capsys):
@@ -701,9 +701,12 @@ def test_a_finished_stage_of_constant_rate_goes_on_with_more_steps(road, capsys)
     assert f"--out {road}-2 --teacher {road}/pretrain.pt --init {road}/mid.pt " in keeps and "--lr 1.0 " in keeps + " " and "--q 64" in keeps
     script.main(shlex.split(f"{keeps} --out kept --steps 1"))
     assert nets.finished("kept/post.pt")["step"] == 1
-    script.main(shlex.split(f"{command} --out new"))                      # with every flag of the run, TINY's too
+    capsys.readouterr()
+    script.main(shlex.split(f"{command} --out new"))                      # with every flag of the run that post reads, TINY's too, and no other
     made, new = (nets.finished(f"{out}/post.pt") for out in (road, "new"))
-    assert new["step"] == 3 and {k for k in made["cfg"] if made["cfg"][k] != new["cfg"][k]} <= {"out", "init", "teacher"}
+    unread = {*fid.never_read(script.parse([*TINY, "--stage", "post"])), *fid.SCORED}
+    assert new["step"] == 3 and {k for k in made["cfg"] if made["cfg"][k] != new["cfg"][k]} <= {"out", "init", "teacher", *unread}
+    assert "reads no" not in capsys.readouterr().out and new["cfg"]["batch"] == 16
 
 
 def test_a_signal_between_stages_ends_the_road(road, capsys, monkeypatch):
@@ -901,7 +904,7 @@ def test_out_of_memory_names_the_flag(capsys):
 def test_previews_and_scores_respect_batch_gpu(road, monkeypatch):
     """What --batch_gpu is for: a sample grid or a score must not need more memory than a training step."""
     sizes, real = [], script.prior
-    monkeypatch.setattr(script.fid, "draw_in", draw_in)
+    monkeypatch.setattr(script.fid, "draw_seeds", draw_seeds)
     monkeypatch.setattr(script, "prior", lambda net, seeds: sizes.append(len(seeds)) or real(net, seeds))
     script.main([*PRETRAIN, "--steps", "1", "--batch_gpu", "4", "--out", "run"])
     script.main([*TINY, "--out", str(road), "--steps", "3", "--stage", "sample", "--batch_gpu", "4", "--seeds", "0-8"])

@@ -23,7 +23,7 @@ import pytest
 import scipy.linalg
 import torch
 import torch.multiprocessing as mp
-from conftest import WIDE, draw_in, save_curve
+from conftest import WIDE, draw_seeds, save_curve
 from PIL import Image
 
 import fid
@@ -791,14 +791,14 @@ def test_of_a_long_trajectory_nine_states_are_drawn_where_most_changes(tmp_path,
     assert late[0][1][:, 0, 0, 0].tolist() == [*range(9)] and len(short[0][1]) == 8
     assert [label for label, _ in (*late, *short)] == ["states of the teacher", "states of the teacher\nclass 7"]
     assert rows[1][0] == "mid-training alone\nin one step"
-    assert said[0].startswith("One step from noise misses the end of the teacher's walk by: mid-training alone 16.00\nFirst row: the teacher walks")
-    assert "the end, mean of 2 noises, whose ends are 0.00 apart; shown is the one where the teacher misses most." in said[0] and "divided by sigma" not in said[0] and "Of 17 states 9 are shown" in said[0]
+    assert said[0].startswith("Mid-training teaches the jump between any two states of the teacher's walk. From noise one step misses the end by: mid-training alone 16.00\nFirst row: the teacher walks")
+    assert "of pixels, mean of 2 noises, whose ends are 0.00 apart; shown is the one where the teacher misses most." in said[0] and "divided by sigma" not in said[0] and "Of 17 states 9 are shown" in said[0]
     fid.save_trajectory("", x, torch.linspace(80, 0, 17), {"teacher": lambda x, level: x, "mid": lambda x, level: x + 9, "post": lambda x, level: x - 1})
-    assert said[-1].startswith("One step from noise misses the end of the teacher's walk by: teacher 16.00, mid-training alone 7.00, after post-training 17.00\n")
-    assert "target everywhere is the end" in said[-1] and "divided by sigma" in said[-1]
+    assert said[-1].startswith("Mid-training teaches the jump from every state to the end of the teacher's walk. From noise one step misses the end by: teacher 16.00, mid-training alone 7.00, after post-training 17.00\n")
+    assert "divided by sigma" in said[-1]
 
 
-def test_the_heading_of_scored_images_has_every_net_in_one_step_and_two(tmp_path, monkeypatch):
+def test_the_heading_of_scored_images_has_the_last_net_in_one_step_and_two_and_the_teacher(tmp_path, monkeypatch):
     """Whether mid-training gains, a run without it tells; whether post-training hurts, the table. Nets and scores as in rows and table."""
     said = []
     monkeypatch.setattr(fid, "MADE_BY", "")
@@ -807,12 +807,15 @@ def test_the_heading_of_scored_images_has_every_net_in_one_step_and_two(tmp_path
     rows = [{"stage": "teacher, balanced labels", "1-step FID": "99.0", "8-step FID": "2.0"}, {"stage": "mid", "1-step FID": "5.0", "2-step FID": "-"},
             {"stage": "post", "1-step FID": "6.0 +- 1.0, min 5.0", "2-step FID": "3.0"}]
     fid.save_stages(str(tmp_path), shown, (), " Seed 0.", rows, 500)
-    assert said[0] == ("FID in one step, lower is better: teacher 99.0 (8 steps: 2.0), mid-training alone 5.0, after post-training 6.0 +- 1.0, min 5.0 (2 steps: 3.0); "
+    assert said[0] == ("FID, lower is better: after post-training 6.0 +- 1.0, min 5.0 in one step, 3.0 in two; teacher 2.0 in 8 steps; "
                        "post-training hurts in this run\nA column: one noise, drawn by all nets. "
                        "Score: Frechet distance of 500 images to the data; of few it is off, mostly high. Whether mid-training helps, only a run without it tells (README).\nSeed 0.")
     fid.save_stages(str(tmp_path), shown, (), "", [{"stage": "teacher", "8-step FID": "2.0"}])
     fid.save_stages(str(tmp_path), shown, (), "A heading\nand more", rows)
-    assert "hurts" not in fid.headline([{"stage": "mid", "1-step FID": "5.0"}, {"stage": "post", "1-step FID": "5.4"}])
+    nearly = [{"stage": "mid", "1-step FID": "5.0", "2-step FID": "3.0"}, {"stage": "post", "1-step FID": "5.4", "2-step FID": "3.2"}]
+    assert "hurts" not in fid.headline(nearly) and "hurts" in fid.headline([nearly[0], nearly[1] | {"2-step FID": "3.5"}])       # in either
+    assert fid.headline([{"stage": "teacher", "1-step FID": "9.0", "8-step FID": "2.0"}]) == "FID, lower is better: teacher 2.0 in 8 steps"
+    assert fid.headline([{"stage": "teacher", "8-step FID": "2.0"}]) == ""
     assert said[1].startswith("The same noises, drawn by every net\nA column") and said[2].startswith("A heading\nA column") and said[2].endswith("\nand more")
 
 
@@ -831,9 +834,13 @@ def test_a_picture_with_scores_stays_until_there_are_others(tmp_path, monkeypatc
 
 def test_a_caption_names_seed_and_sizes():
     import train_cmt_cifar
-    found = [("teacher", torch.nn.Linear(999, 1000), {}), ("mid", torch.nn.Linear(1999, 1000), {}), ("post", torch.nn.Linear(1999, 1000), {})]
-    assert fid.about(train_cmt_cifar.Config(seed=7), found) == " Seed 7; parameters: teacher 1.00M, students 2.00M (larger)."
-    assert fid.about(train_cmt_cifar.Config(seed=7), found[1:]) == " Seed 7; parameters: students 2.00M."
+    losses = dict(huber="pixels", elatentlpips="features", edges="edges")                     # of a fork
+    found = [("teacher", torch.nn.Linear(999, 1000), {}), ("mid", torch.nn.Linear(1999, 1000), dict(cfg={})), ("post", torch.nn.Linear(1999, 1000), {})]
+    assert fid.about(train_cmt_cifar.Config(seed=7), found) == " Seed 7; mid-training compares by velocities; parameters: teacher 1.00M, students 2.00M (larger)."
+    for loss, words in losses.items():
+        found[1][2]["cfg"]["loss"] = loss
+        assert fid.about(train_cmt_cifar.Config(seed=7), found[1:]) == f" Seed 7; mid-training compares by {words}; parameters: students 2.00M."
+    assert fid.about(train_cmt_cifar.Config(seed=7), found[2:]) == " Seed 7; parameters: students 2.00M."
 
 
 def test_a_colour_means_one_thing_in_every_chart():
@@ -872,7 +879,7 @@ def test_every_stage_has_an_axis_of_its_own(tmp_path, monkeypatch):
     scores = {"stage": "teacher, balanced labels", "8-step FID": "2.00"}, {"stage": "mid", "1-step FID": "5.00 +- 1.00, min 4.00"}, {"stage": "post", "1-step FID": "-"}
     save_curve(cfg, scores)
     assert drawn["caption"].startswith("Loss and gradient norm of each stage; only scores tell what is better\n")
-    assert drawn["caption"].endswith(" A point: a mean since the last one. FID in one step, lower is better: mid-training alone 5.00 +- 1.00, min 4.00, after post-training -; 50,000 samples each.")
+    assert drawn["caption"].endswith(" A point: a mean since the last one. FID, lower is better: mid-training alone 5.00 +- 1.00, min 4.00 in one step; teacher 2.00 in 8 steps; 50,000 samples each.")
 
 
 
@@ -880,7 +887,7 @@ def test_slow_samplers_draw_fewer_images():
     def slow(seeds):
         time.sleep(0.03)
         return seeded(seeds)
-    assert len(draw_in(0.05, slow, range(64))) in (4, 8) and torch.equal(draw_in(99, seeded, range(30), 5), seeded(range(30)))
+    assert len(draw_seeds(slow, range(64), seconds=0.05)) in (4, 8) and torch.equal(draw_seeds(seeded, range(30), 5, 99), seeded(range(30)))
 
 
 def test_metrics_have_every_step_once_after_a_kill(tmp_path):

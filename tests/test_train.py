@@ -66,7 +66,7 @@ def test_finished_stages_are_skipped_and_left_alone(road, capsys):
     (script, ["--data", "digits", "--loss", "l2"], "was made with --loss huber, now l2"), (script, [], "was made with --data digits, now cifar10"),
     (script, ["--data", "digits", "--mid", "none"], "was made with --mid cmt, now none"),
     (importlib.import_module("train_cmt_imagenet"), ["--data", "digits"], "was made with script train_cmt_cifar.py, now train_cmt_imagenet.py; give"),
-    (importlib.import_module("train_cmt_imagenet"), ["--data", "digits", "--loss", "l2"], "now train_cmt_imagenet.py; give the first, or another --out")])
+    (importlib.import_module("train_cmt_imagenet"), ["--data", "digits", "--loss", "l2"], "now train_cmt_imagenet.py; give what it has, or another --out (a copy of that script: --teacher ")])
 def test_what_is_drawn_was_made_by_the_command_that_draws(road, home, argv, words, capsys):
     """Else the samples of another loss, script or data set are shown in silence. A teacher elsewhere is missed in a line."""
     for stage in ("sample", "eval"):
@@ -203,7 +203,7 @@ def test_sample_writes_one_file_per_seed_that_depends_on_the_seed_alone(road, tm
     first = np.asarray(Image.open(road / "samples/post_2/000004.png"))
     script.main([*TINY, "--out", str(road), "--steps", "3", "--stage", "sample", "--seeds", "4"])
     assert (first == np.asarray(Image.open(road / "samples/post_2/000004.png"))).mean() > 0.9    # rounding of batches
-    assert {p.name for p in (road / "samples").iterdir()} == {"teacher_1", "teacher_4", "mid_1", "mid_2", "post_1", "post_2"}
+    assert {p.name for p in (road / "samples").iterdir() if p.is_dir()} == {"teacher_1", "teacher_4", "mid_1", "mid_2", "post_1", "post_2"}
 
 
 @pytest.mark.parametrize("scripts", ["train_cmt", pytest.param("train_", marks=pytest.mark.long)])
@@ -412,6 +412,59 @@ def test_seeds_by_steps_draw_one_class(road):
     assert sorted(p.name for p in Path("y/samples/init_pretrain_1").iterdir()) == ["000007.png", "000017.png", "000027.png"]
 
 
+def test_samples_of_other_weights_never_join_those_that_are_there(here, capsys):
+    """A score of the folder would be of two nets. The same weights add theirs, also after the folder was moved away."""
+    for seed in "01":
+        script.main([*TINY, "--stage", "pretrain", "--steps", "1", "--seed", seed, "--out", f"of{seed}"])
+    argv = ["--data", "digits", "--stage", "sample", "--out", "y", "--seeds"]
+    for seeds in "0-1", "2":
+        script.main([*argv, seeds, "--init", "of0/pretrain.pt"])
+    exit_code, err = code([*argv, "2-4", "--init", "of1/pretrain.pt"], capsys)
+    assert exit_code == 2 and re.search("y/samples/init_pretrain_1 was drawn by other weights, crc32 .*, now crc32 .*; move it away first", err)
+    assert sorted(os.listdir("y/samples/init_pretrain_1")) == ["000000.png", "000001.png", "000002.png"]
+    os.rename("y/samples/init_pretrain_1", "y/old")
+    os.rename("y/samples/init_pretrain_2", "y/old2")
+    script.main([*argv, "2-4", "--init", "of1/pretrain.pt"])
+    assert len(os.listdir("y/samples/init_pretrain_1")) == 3
+
+
+def test_a_folder_of_pictures_keeps_its_dots_in_the_name_of_its_run(here):
+    """Else faces.v1 and faces.v2 are one run; of a file the ending is none of its name."""
+    os.mkdir("faces.v1")
+    assert [script.parse(["--data", path]).out for path in ("faces.v1", "./faces.v1/", "faces.zip")] == ["out/faces.v1", "out/faces.v1", "out/faces"]
+
+
+def test_a_knob_that_nothing_reads_or_bounds_is_told_of(here, monkeypatch, capsys):
+    """The commonest slips of a fork; the four scripts have none, nor has a knob with both."""
+    text = (ROOT / "train_cmt_cifar.py").read_text()
+    for lines, told in {"lam: float = 0.1": ["--lam: no row of LIMITS", "--lam: no code reads cfg.lam"], "lam: bool = False": ["--lam: no code reads cfg.lam"],
+                        "lam: str = ''": []}.items():
+        fork = forked(text.replace("    dry_run: bool", f"    {lines}\n    dry_run: bool", 1), monkeypatch)
+        fork.check(fork.parse([*TINY, "--stage", "pretrain", "--out", "x"]))
+        warned = [line for line in capsys.readouterr().err.splitlines() if "--lam" in line]
+        assert len(warned) == len(told) and all(words in line for words, line in zip(told, warned)), warned
+        fid.SAID.clear()
+    for home in (script, *(importlib.import_module(f"train_{name}") for name in ("cmt_imagenet", "mf_imagenet256", "t2i_coco"))):
+        home.check(home.parse(["--data", "digits", "--stage", "pretrain", "--out", "x"]))
+        assert "warning" not in capsys.readouterr().err
+
+
+def test_a_branch_that_returns_nothing_does_not_train_as_another_method(road, monkeypatch):
+    """Without `return` before loss_mine, a fork's post-training would be ECT, in silence."""
+    text = (ROOT / "train_cmt_cifar.py").read_text().replace('] = "ect"', ', "mine"] = "ect"')
+    fork = forked(text.replace("        assert cfg.post in", '        if cfg.post == "mine":\n            loss_ect(f, x, x, t, t / 2)\n        assert cfg.post in'), monkeypatch)
+    with pytest.raises(AssertionError, match="mine: its branch returns no loss"):
+        fork.main([*TINY, "--stage", "post", "--mid", "none", "--post", "mine", "--teacher", str(road / "pretrain.pt"), "--steps", "1", "--out", "x"])
+
+
+def test_ctrl_c_before_a_run_begins_is_a_line(here):
+    """In the checks and in a dry run, which may read a large folder, as everywhere else."""
+    text = "import signal, train_cmt_cifar as s; s.load_data = lambda cfg: signal.raise_signal(2); s.main(['--data', 'digits', '--out', 'x'{}])"
+    for more in "", ", '--dry_run'":
+        run = subprocess.run([sys.executable, "-c", text.format(more)], capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=str(ROOT)))
+        assert run.returncode == 130 and run.stderr == "stopped by a signal; nothing is lost, the same command does it again\n", run.stderr
+
+
 def test_a_finished_road_says_that_nothing_is_to_train_also_one_from_init_file(road, monkeypatch, capsys):
     """--init FILE starts the first stage alone, in a dry run too; and a prompt is printed as a shell takes it."""
     argv = [*TINY, "--steps", "1", "--init", str(road / "mid.pt"), "--out", "x"]
@@ -529,6 +582,9 @@ BAD = [  # (command line, exit code, what the line must say)
     ("--data digits --stage mid", 3, "run --stage pretrain first"),
     ("--data digits --stage mid --teacher none.pt", 3, "none.pt: no such file"),
     ("--data digits --stage eval", 3, "run --stage pretrain, or"),
+    ("--batch-size 4", 2, "did you mean --batch?"), ("--mid.num_epochs 4", 2, "did you mean --mid.steps?"), ("--save_dir x", 2, "did you mean --out?"), ("--ckpt x", 2, "did you mean --init?"),
+    ("--resume x", 2, "the same command, without it, goes on"), ("--bf16", 2, "write --precision bf16"), ("--no-mid", 2, "write --mid none"), ("--device cuda", 2, "CUDA_VISIBLE_DEVICES=0 picks"),
+    ("--compile true", 2, "true; a switch is --NAME or --no-NAME; --help"), ("digits", 2, "digits; a value stands behind its flag, as --data digits; --help"),
     ("--data digits --mid.learning_rate 4", 2, "did you mean --mid.lr?"), ("--epochs=4", 2, "did you mean --steps?"), ("--no_compile", 2, "did you mean --no-compile?"), ("--data digits --mid.stage post", 2, "did you mean --stage?"),
     ("--data digits --mid.method kd", 2, "unrecognized arguments: --mid.method kd; --help lists every flag"),
     ("--data digits --mid.stesp 4", 2, "unrecognized arguments: --mid.stesp 4; did you mean --mid.steps? --help lists every flag"),
@@ -538,9 +594,9 @@ BAD = [  # (command line, exit code, what the line must say)
     ("--data digits --post annealed --stair 0 --stage post", 2, "--stair 0 with --post annealed: of annealed alone, above 0"),
     ("--data digits --post.P_mean -40", 2, "--P_mean -40.0 is not possible; it must be in -10 to 10"),
     ("--data digits --q 2 --stair 187 --stage post", 2, "--stair 187 with --post ect: of annealed alone, above 0; leave it out"),
-    ("--data digits --post.mid none", 2, "--post.mid: the method belongs to the folder, not to a stage; write --mid"),
-    ("--data digits --mid.mid none --dry_run", 2, "--mid.mid: the method belongs to the folder, not to a stage; write --mid"),
-    ("--data digits --pretrain.post annealed", 2, "--pretrain.post: the method belongs to the folder, not to a stage; write --post"),
+    ("--data digits --post.mid none", 2, "unrecognized arguments: --post.mid none; did you mean --mid? "),
+    ("--data digits --mid.mid none --dry_run", 2, "unrecognized arguments: --mid.mid none; did you mean --mid? "),
+    ("--data digits --pretrain.post annealed", 2, "unrecognized arguments: --pretrain.post annealed; did you mean --post? "),
     ("--data digits --out /proc/x", 2, "/proc may not be written to"),
     ("--data digits --out /sys/x", 2, "/sys may not be written to"),
 ]
@@ -854,7 +910,7 @@ def test_the_post_training_of_the_forking_guide_trains(here, monkeypatch, capsys
     with pytest.raises(SystemExit) as stop:
         forked(text, monkeypatch).main([*mine, "--out", "none"])
     assert stop.value.code == 2 and not Path("none").exists()
-    fork = forked(text.replace("        r = ect_step(", branch + "        r = ect_step("), monkeypatch)
+    fork = forked(text.replace("        assert cfg.post", branch + "        assert cfg.post"), monkeypatch)
     fork.main([*mine, "--out", "x"])
     before, after = (nets.load_checkpoint(f"x/{stage}.pt")["ema"] for stage in ("mid", "post"))
     assert Path("x/results.md").exists() and any(not torch.equal(before[k], after[k]) for k in before)

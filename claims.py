@@ -295,7 +295,8 @@ def curves(args, device):
     words = (f"One step where the teacher takes {cfg.nfe}. FD-digits, lower is better: {one[2]} with "
              f"mid-training, {one[3]} without, teacher {rows[0][f'{cfg.nfe}-step FD-digits']}\n"
              f"{answer} (seed 0): it compares with the teacher's image pixel by pixel (pseudo-Huber). The "
-             f"last two students saw {seen:,} images or pairs each; scores tell them apart.{only}")
+             f"last two students saw {seen:,} images or pairs each, the last by the best schedule that we "
+             f"found; the eye cannot tell them apart, the score can.{only}")
     fid.save_stages(args.out, shown, (), words, rows, cfg.samples)
     panels = {f"FD-digits in {words}, lower is better": panel for words, panel in scores.items()}
     fid.save_chart(f"{args.out}/scores.png", panels,
@@ -429,7 +430,7 @@ def photos(args, device):
                        f"lower is better: {ours} with it, {alone} without; teacher, {cfg.nfe} steps: {many}\n"
                        "A column: one noise, drawn by all nets. FD-photos: Frechet distance of "
                        f"{n:,} images to the real ones, by features of a small net; {features.scale} "
-                       "against the other, fewer more. Judge by the score: such nets hardly draw objects.\n"
+                       "against the other (fewer: more). Judge by the score: such nets hardly draw objects.\n"
                        "By pixels: mid-training compares with the teacher's image pixel by pixel "
                        "(pseudo-Huber). Post-training compares by the plain norm; alone it has the better "
                        "of two schedules. The last two students saw equally many images or pairs. "

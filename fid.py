@@ -807,7 +807,9 @@ def array_images(path):
     """Images of a .npy, or arr_0 or images of an .npz: uint8 (N, H, W, C) or (N, C, H, W) -> (N, H, W, C)."""
     array = np.load(path, mmap_mode="r")
     if path.lower().endswith(".npz"):
-        array = next((array[key] for key in ("arr_0", "images") if key in array), np.zeros(()))
+        if not (found := [array[key] for key in ("arr_0", "images") if key in array]):
+            raise DataError(f"{path}: holds {', '.join(array)}; expected arr_0 or images, or mu and sigma")
+        array = found[0]
     if array.ndim == 4 and array.shape[3] not in (1, 3):
         array = array.transpose(0, 2, 3, 1)
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] not in (1, 3):
@@ -1273,15 +1275,13 @@ def about(cfg, found):
     sizes = ", ".join(f"{name} {n / 1e6:.2f}M" for name, n in sizes.items())
     losses = [ckpt["cfg"].get("loss", "velocities") for name, *_, ckpt in found if name == "mid"]
     by = "".join(f"; mid-training compares by {COMPARED.get(loss, loss)}" for loss in losses)
-    tells = " Whether mid-training helps, only a run without it tells (README)."
-    if cfg.data == "digits":
-        tells = (f" Without mid-training, by the best way that we found: {home_of(cfg).WITHOUT} in 1 / 2 "
-                 "steps (as long as the defaults, means of 3 seeds; README).")
+    tells = (" Without mid-training: the best way we found, as long as the defaults, means of 3 seeds."
+             if cfg.data == "digits" else " Whether mid-training helps, only a run without it tells: README.")
     return f"{tells * bool(losses)} Seed {cfg.seed}{by}; parameters: {sizes}{larger}."
 
 
-def headline(table):
-    """For a heading: distances of a table's last net in 1 and 2 steps, a teacher's in many; "" of none."""
+def headline(table, without=""):
+    """For a heading: a table's last net in 1 and 2 steps, what is reached without mid-training, a teacher."""
     distance = next((key.partition(" ")[2] for row in table for key in row if key.startswith("1-step F")), "")
     rows = [(row["stage"].partition(",")[0], {k.partition("-")[0]: v for k, v in row.items()
                                               if k.endswith(f"-step {distance}") and v != "-"})
@@ -1289,6 +1289,7 @@ def headline(table):
     nets = {name: found for name, found in rows if found}                # of several rows of a net the first
     texts = [f"{called(name)} " + ", ".join(f"{v} in {FEW[k]}" for k, v in found.items() if k in FEW)
              for name, found in [*nets.items()][:1] if name != "teacher"]
+    texts += [f"without mid-training {without.replace(' /', ',')}"] * bool(without and "mid" in nets)
     texts += [f"teacher {value} in {steps} steps" for steps, value in [*nets.get("teacher", {}).items()][-1:]]
     mid, post = nets.get("mid", {}), nets.get("post", {})
     hurts = any(float(post[k].split()[0]) > (1 + LEVEL) * float(mid[k].split()[0]) for k in {*mid} & {*post})
@@ -1296,7 +1297,7 @@ def headline(table):
             ) * bool(nets)
 
 
-def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
+def save_stages(out, shown, names=(), words="", table=(), samples=2_000, without=""):
     """<out>/stages.png: the same noises through every net. The scores are in it once the table has them.
 
     shown: a list of (net, steps, images (n, C, H, W)). names: n texts, what is to be drawn: classes stand
@@ -1316,7 +1317,7 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
         columns = torch.stack([x.cpu() for *_, x in shown], 1)
         rows, header, line, breaks = [*zip(names, columns)], [what, *labels], "row", ()
     title, _, words = words.rpartition("\n")
-    title = title or headline(table) or "The same noises, drawn by every net"
+    title = title or headline(table, without) or "The same noises, drawn by every net"
     caption = f"{title}\nA {line}: one noise, drawn by all nets."
     caption += (f" Score: Frechet distance of {samples:,} images to the data"
                 f"{'; of few it is off, mostly high' * (samples < 1_000)}.") * bool(table)
@@ -1357,7 +1358,7 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
                f"From noise one step misses the end by: {missed}\n"
                "First row: the teacher walks from noise to an image; below, what each net answers there in "
                f"one step. Numbers: root mean square of pixels, mean of {states.shape[1]} noises, whose ends "
-               f"are {apart:.2f} apart; shown is the one where the teacher misses most. Smaller is nearer to "
+               f"differ by {apart:.2f}; shown is the one where the teacher misses most. Smaller is nearer to "
                f"the teacher, not better: post-training learns from images.{words}"
                + f" Of {n} states {len(some)} are shown, where most changes." * (len(some) < n)
                + " States above sigma 1 are divided by sigma." * consistency)
@@ -1615,7 +1616,8 @@ def same_folder(cfg, script, argv):
             if flag == "script":                         # which explains whatever else differs
                 break
     if odd:
-        teacher = f" (a copy of that script: --teacher {cfg.out}/pretrain.pt)" * odd[0].startswith("script")
+        teacher = f"; a copy of that script keeps its teacher by --teacher {cfg.out}/pretrain.pt"
+        teacher *= odd[0].startswith("script")
         fail(2, f"{cfg.out} was made with {' and '.join(odd)}; give what it has, or another --out{teacher}")
     told = [c["teacher"] for c in made.values() if c.get("teacher", "scratch") not in ("", "scratch")]
     if drawn and told and not cfg.teacher and not os.path.exists(cfg.init):
@@ -1711,7 +1713,8 @@ def stages_of(home, argv):
 
     def unread(stage, field):
         if stage in ("eval", "sample"):
-            return field not in of_samples(home) or (field == "seeds" and stage == "eval")
+            idle = dict(eval=["seeds"], sample=["samples", "repeat"])[stage]
+            return field not in of_samples(home) or field in idle
         never = never_read(dataclasses.replace(cfg, stage=stage))
         return field in (*never, *SCORED)
 
@@ -1778,11 +1781,11 @@ def parser(doc, config, stages):
     return p
 
 
-REMEDIES = {"arguments: (?i:true|false)$": "a switch is --NAME or --no-NAME; ",
-            "arguments: (?!-|(?i:true|false)$)": "a value stands behind its flag, as --data digits; ",
+REMEDIES = {"arguments: (?i:true|false|yes|no|on|off)$|explicit arg": "a switch is --NAME or --no-NAME; ",
+            "arguments: (?!-|(?i:true|false|yes|no|on|off)$)": "a value is behind its flag: --data digits; ",
             "--(resume|continue)": "the same command, without it, goes on; ",
             "--(fp16|bf16|amp)": "write --precision bf16; ", "--no.mid": "write --mid none; ",
-            "--(device|gpus?|cuda)( |$)": "CUDA_VISIBLE_DEVICES=0 picks a GPU; ",
+            "--(device|gpus?|cuda)( |$)": "torchrun runs on several GPUs, CUDA_VISIBLE_DEVICES=0 picks one; ",
             "expected one argument": "a value below 0 is written --NAME=-1; ",
             "not a whole number": "write its digits, as 1000; ", "not a number": "write 0.001 or 1e-3; "}
 OF_FOLDER = "data", "stage", "out", "pretrain", "mid", "post"           # flags of a run, not of one stage
@@ -2051,7 +2054,7 @@ def command(cfg, stage, names, **new):
 
 
 def check_teacher(cfg, finished, given, data, wanted):
-    """Exit code 2 if our own teacher learned other data than `data`; 3 if a given one did.
+    """Exit code 2 if our own teacher learned other data than `data`; 3 if a given one has other shapes.
 
     finished: that of nets.py; given(cfg) -> (weights, arguments), or None; wanted: what those must be.
     """
@@ -2066,6 +2069,10 @@ def check_teacher(cfg, finished, given, data, wanted):
     if odd:
         fail(3, f"--teacher {cfg.teacher}: its {odd[0]} is {said[odd[0]]}, that of --data {cfg.data} is "
                 f"{wanted[odd[0]]}; pass a teacher of such data")
+    if ckpt := finished(cfg.teacher) if maker.startswith(" of train_") else None:
+        name, stamp = ckpt["cfg"]["data"], ckpt["data"]
+        if data != stamp if data else pathlib.Path(name).name != pathlib.Path(cfg.data).name:
+            say(f"warning: --teacher {cfg.teacher} learned --data {name}, {stamp}, not {cfg.data}")
 
 
 def same_guidance(cfg, stated, what):
@@ -2460,7 +2467,8 @@ def save_results(cfg, rows, note, stages):
         if not old.startswith(new + b"\n"):                   # else drawn again, with the same scores
             new += f"\n{time.strftime('%Y-%m-%d')}, {MADE_BY}\n".encode(errors="backslashreplace")
             write_whole(str(file), lambda f: f.write(new + b"\n" * bool(old) + old))
-        save_stages(cfg.out, *stages, table=rows, samples=cfg.samples)
+        without = home_of(cfg).WITHOUT if cfg.data == "digits" else ""
+        save_stages(cfg.out, *stages, table=rows, samples=cfg.samples, without=without)
         if took:
             save_curve(cfg, rows)
     names = [f"stages{alone}.png", *(["trajectory.png", "curve.png"] * (not alone))]

@@ -331,6 +331,7 @@ def train(cfg):
             x_r = solvers.ode_step(teacher, x_t, t, r, order)
         return loss_ect(f, x_t, x_r, t, r, weight, cfg.huber_c)                                 # Eq. 3
 
+    # a step: batch_of draws rows, images or pairs; loss_of takes them in parts; total sums over processes
     for step in range(start, cfg.steps):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
         loss_sum, part = 0.0, micro / B * tally["scale"]      # part of the mean; scale: of fp16, else 1

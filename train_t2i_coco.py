@@ -203,7 +203,7 @@ def guides(flow, z, t, y, needs_null, needs_own):
 
 
 def loss_mf(flow, z, v, t, r, y, guided, cfg):
-    """Mean Flow: w |u - sg(v~ - (t - r) du/dt)|^2, w = sg(|.|^2 + c)^-p, mean over samples.
+    """Mean Flow: w |u - sg(v~ - (t - r) du/dt)|^2, w = sg(|.|^2 + WEIGHT_C)^-p, mean over samples.
 
     z (B, C, H, W) = (1 - t) x + t eps; v = eps - x; u, du/dt: at (z, t, r, y), along (v~, 1, 0); v~: v, but
     where `guided` (B,) omega v + kappa u(z, t, t, y) + (1 - omega - kappa) u(z, t, t, null). Where r = t no
@@ -224,7 +224,7 @@ def loss_mf(flow, z, v, t, r, y, guided, cfg):
             dudt[i] = flow.slope(*(a[i] for a in (z, t, r, y, rest + w_own * u_own)))
     u, features = flow.u(z, t, r, y, repa=True)
     u_own = torch.where(gap > 0, u_own, u.detach())   # where r = t the answer itself: no second call
-    target = rest + w_own * u_own - gap * dudt
+    target = rest + w_own * u_own - gap * dudt        # sg: none of it was made with a gradient
     square = (u - target).square().flatten(1).sum(1)
     loss = (square / (square.detach() + WEIGHT_C) ** cfg.power).mean()
     return loss, square.detach(), features
@@ -359,6 +359,7 @@ def train(cfg):
             errors[:, 5] += torch.stack([-repa.detach(), torch.ones_like(repa)]).nan_to_num() * micro
         return loss, square
 
+    # a step: batch_of draws rows, images or pairs; loss_of takes them in parts; total sums over processes
     for step in range(start, cfg.steps):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
         loss_sum, part = 0.0, micro / B * tally["scale"]      # part of the mean; scale: of fp16, else 1

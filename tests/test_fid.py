@@ -792,7 +792,7 @@ def test_of_a_long_trajectory_nine_states_are_drawn_where_most_changes(tmp_path,
     assert [label for label, _ in (*late, *short)] == ["states of the teacher", "states of the teacher\nclass 7"]
     assert rows[1][0] == "mid-training alone\nin one step"
     assert said[0].startswith("Mid-training teaches the jump between any two states of the teacher's walk. From noise one step misses the end by: mid-training alone 16.00\nFirst row: the teacher walks")
-    assert "of pixels, mean of 2 noises, whose ends are 0.00 apart; shown is the one where the teacher misses most." in said[0] and "divided by sigma" not in said[0] and "Of 17 states 9 are shown" in said[0]
+    assert "of pixels, mean of 2 noises, whose ends differ by 0.00; shown is the one where the teacher misses most." in said[0] and "divided by sigma" not in said[0] and "Of 17 states 9 are shown" in said[0]
     fid.save_trajectory("", x, torch.linspace(80, 0, 17), {"teacher": lambda x, level: x, "mid": lambda x, level: x + 9, "post": lambda x, level: x - 1})
     assert said[-1].startswith("Mid-training teaches the jump from every state to the end of the teacher's walk. From noise one step misses the end by: teacher 16.00, mid-training alone 7.00, after post-training 17.00\n")
     assert "divided by sigma" in said[-1]
@@ -816,6 +816,8 @@ def test_the_heading_of_scored_images_has_the_last_net_in_one_step_and_two_and_t
     assert "hurts" not in fid.headline(nearly) and "hurts" in fid.headline([nearly[0], nearly[1] | {"2-step FID": "3.5"}])       # in either
     assert fid.headline([{"stage": "teacher", "1-step FID": "9.0", "8-step FID": "2.0"}]) == "FID, lower is better: teacher 2.0 in 8 steps"
     assert fid.headline([{"stage": "teacher", "8-step FID": "2.0"}]) == ""
+    assert fid.headline(nearly, "1.48 / 0.97") == "FID, lower is better: after post-training 5.4 in one step, 3.2 in two; without mid-training 1.48, 0.97"
+    assert "without" not in fid.headline(nearly[1:], "1.48 / 0.97")                # of a run that has none
     assert said[1].startswith("The same noises, drawn by every net\nA column") and said[2].startswith("A heading\nA column") and said[2].endswith("\nand more")
 
 
@@ -837,12 +839,12 @@ def test_a_caption_names_seed_and_sizes():
     losses = dict(huber="pixels", elatentlpips="features", edges="edges")                     # of a fork
     found = [("teacher", torch.nn.Linear(999, 1000), {}), ("mid", torch.nn.Linear(1999, 1000), dict(cfg={})), ("post", torch.nn.Linear(1999, 1000), {})]
     assert fid.about(train_cmt_cifar.Config(seed=7), found) == (
-        " Whether mid-training helps, only a run without it tells (README). Seed 7; mid-training compares by velocities; parameters: teacher 1.00M, students 2.00M (larger).")
+        " Whether mid-training helps, only a run without it tells: README. Seed 7; mid-training compares by velocities; parameters: teacher 1.00M, students 2.00M (larger).")
     for loss, words in losses.items():
         found[1][2]["cfg"]["loss"] = loss
-        assert fid.about(train_cmt_cifar.Config(seed=7), found[1:]).endswith(f" tells (README). Seed 7; mid-training compares by {words}; parameters: students 2.00M.")
+        assert fid.about(train_cmt_cifar.Config(seed=7), found[1:]).endswith(f" tells: README. Seed 7; mid-training compares by {words}; parameters: students 2.00M.")
     digits = fid.about(train_cmt_cifar.Config(data="digits", seed=7), found)
-    assert digits.startswith(" Without mid-training, by the best way that we found: 5.58 / 3.37 in 1 / 2 steps (as long as the defaults, means of 3 seeds; README). Seed 7")
+    assert digits.startswith(" Without mid-training: the best way we found, as long as the defaults, means of 3 seeds. Seed 7")
     assert fid.about(train_cmt_cifar.Config(seed=7), found[2:]) == " Seed 7; parameters: students 2.00M."
 
 

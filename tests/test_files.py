@@ -286,7 +286,7 @@ def test_names_in_a_zip_that_would_lose_a_picture_or_a_class_are_refused(names):
 def test_lines_and_tables_hold_any_name(capfd, monkeypatch):
     monkeypatch.setattr(fid, "save_stages", lambda *a, **k: None)
     fid.show("data/\udce9", sys.stdout)
-    fid.save_results(types.SimpleNamespace(out=".", samples=8), [dict(stage="post")], "of --data \udce9", ())
+    fid.save_results(types.SimpleNamespace(out=".", samples=8, data="own"), [dict(stage="post")], "of --data \udce9", ())
     assert "udce9" in capfd.readouterr().out and "udce9" in Path("results.md").read_text()
 
 

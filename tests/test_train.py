@@ -66,7 +66,7 @@ def test_finished_stages_are_skipped_and_left_alone(road, capsys):
     (script, ["--data", "digits", "--loss", "l2"], "was made with --loss huber, now l2"), (script, [], "was made with --data digits, now cifar10"),
     (script, ["--data", "digits", "--mid", "none"], "was made with --mid cmt, now none"),
     (importlib.import_module("train_cmt_imagenet"), ["--data", "digits"], "was made with script train_cmt_cifar.py, now train_cmt_imagenet.py; give"),
-    (importlib.import_module("train_cmt_imagenet"), ["--data", "digits", "--loss", "l2"], "now train_cmt_imagenet.py; give what it has, or another --out (a copy of that script: --teacher ")])
+    (importlib.import_module("train_cmt_imagenet"), ["--data", "digits", "--loss", "l2"], "now train_cmt_imagenet.py; give what it has, or another --out; a copy of that script keeps its teacher by --teacher ")])
 def test_what_is_drawn_was_made_by_the_command_that_draws(road, home, argv, words, capsys):
     """Else the samples of another loss, script or data set are shown in silence. A teacher elsewhere is missed in a line."""
     for stage in ("sample", "eval"):
@@ -428,6 +428,32 @@ def test_samples_of_other_weights_never_join_those_that_are_there(here, capsys):
     assert len(os.listdir("y/samples/init_pretrain_1")) == 3
 
 
+def test_a_teacher_of_other_images_is_told_of(here, capsys):
+    """The student draws what it learned; by content where images are read, for mid-training alone by name."""
+    for name, sizes in dict(one=[16] * 3, two=[16] * 4).items():
+        make_zip(f"{name}.zip", sizes)
+        script.main(["--data", f"{name}.zip", "--stage", "pretrain", "--steps", "1", "--batch", "2", "--out", name])
+    os.rename("two.zip", "moved.zip")
+    for data, flags, words in (("moved.zip", "--stage post --mid none", "learned --data one.zip, 3 images"), ("moved.zip", "--stage mid --loss huber", "learned --data one.zip"),
+                               ("one.zip", "--stage post --mid none", "")):
+        capsys.readouterr()
+        fid.SAID.clear()
+        script.check(script.parse(["--data", data, *flags.split(), "--teacher", "one/pretrain.pt", "--out", "x"]))
+        warned = [line for line in capsys.readouterr().err.splitlines() if "--teacher" in line]
+        assert len(warned) == bool(words) and all(words in line for line in warned), warned
+
+
+def test_samples_are_counted_by_seeds_and_an_npz_says_what_it_holds(here, capsys):
+    with pytest.raises(SystemExit):
+        script.main(["--data", "digits", "--stage", "sample", "--samples", "5", "--dry_run"])
+    assert "sample reads no --samples" in "".join(capsys.readouterr())
+    np.savez("odd.npz", foo=np.zeros((3, 4)))
+    np.savez("float.npz", images=np.zeros((3, 4, 4, 3)))
+    for name, words in dict(odd="odd.npz: holds foo; expected arr_0 or images", float="is float64 (3, 4, 4, 3); expected uint8").items():
+        exit_code, err = code(["--data", f"{name}.npz", "--stage", "pretrain", "--out", "x"], capsys)
+        assert exit_code == 3 and words in err
+
+
 def test_a_folder_of_pictures_keeps_its_dots_in_the_name_of_its_run(here):
     """Else faces.v1 and faces.v2 are one run; of a file the ending is none of its name."""
     os.mkdir("faces.v1")
@@ -583,8 +609,8 @@ BAD = [  # (command line, exit code, what the line must say)
     ("--data digits --stage mid --teacher none.pt", 3, "none.pt: no such file"),
     ("--data digits --stage eval", 3, "run --stage pretrain, or"),
     ("--batch-size 4", 2, "did you mean --batch?"), ("--mid.num_epochs 4", 2, "did you mean --mid.steps?"), ("--save_dir x", 2, "did you mean --out?"), ("--ckpt x", 2, "did you mean --init?"),
-    ("--resume x", 2, "the same command, without it, goes on"), ("--bf16", 2, "write --precision bf16"), ("--no-mid", 2, "write --mid none"), ("--device cuda", 2, "CUDA_VISIBLE_DEVICES=0 picks"),
-    ("--compile true", 2, "true; a switch is --NAME or --no-NAME; --help"), ("digits", 2, "digits; a value stands behind its flag, as --data digits; --help"),
+    ("--resume x", 2, "the same command, without it, goes on"), ("--bf16", 2, "write --precision bf16"), ("--no-mid", 2, "write --mid none"), ("--device cuda", 2, "CUDA_VISIBLE_DEVICES=0 picks"), ("--compile=False", 2, "a switch is --NAME or --no-NAME; --help"), ("--compile yes", 2, "yes; a switch is --NAME or --no-NAME; --help"),
+    ("--compile true", 2, "true; a switch is --NAME or --no-NAME; --help"), ("digits", 2, "digits; a value is behind its flag: --data digits; --help"),
     ("--data digits --mid.learning_rate 4", 2, "did you mean --mid.lr?"), ("--epochs=4", 2, "did you mean --steps?"), ("--no_compile", 2, "did you mean --no-compile?"), ("--data digits --mid.stage post", 2, "did you mean --stage?"),
     ("--data digits --mid.method kd", 2, "unrecognized arguments: --mid.method kd; --help lists every flag"),
     ("--data digits --mid.stesp 4", 2, "unrecognized arguments: --mid.stesp 4; did you mean --mid.steps? --help lists every flag"),

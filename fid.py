@@ -1732,7 +1732,9 @@ def stages_of(home, argv):
         later = cfg.stage == "all" and (c.stage == "eval" or (c.stage == "post" and c.mid != "none"))
         if later and c.init not in home.INITS:
             configs[k] = dataclasses.replace(c, init=home.Config.init)
-    return configs
+    # a stage sees the default of a number that READ_BY denies it: a wrong row shows
+    plain = {f.name: f.default for f in dataclasses.fields(home.Config) if f.type in (int, float, bool)}
+    return [dataclasses.replace(c, **{k: plain[k] for k in plain.keys() & {*never_read(c)}}) for c in configs]
 
 
 def name_of(function):

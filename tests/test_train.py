@@ -475,6 +475,15 @@ def test_a_knob_that_nothing_reads_or_bounds_is_told_of(here, monkeypatch, capsy
         assert "warning" not in capsys.readouterr().err
 
 
+def test_a_number_that_a_wrong_row_denies_a_stage_changes_nothing(road):
+    """Else the run trains by it, and neither config.json nor a refusal ever says so."""
+    argv = ["--data", "digits", "--trajectories", "64", "--q", "9", "--post.steps", "3"]
+    seen = {c.stage: c for c in fid.stages_of(script, argv)}
+    assert [seen[stage].trajectories for stage in ("pretrain", "mid", "post")] == [128, 64, 128]
+    assert [seen[stage].q for stage in ("pretrain", "mid", "post")] == [4096, 4096, 9]
+    assert seen["eval"].q == 9 and [seen[stage].mid for stage in ("pretrain", "post")] == ["cmt"] * 2
+
+
 def test_a_branch_that_returns_nothing_does_not_train_as_another_method(road, monkeypatch):
     """Without `return` before loss_mine, a fork's post-training would be ECT, in silence."""
     text = (ROOT / "train_cmt_cifar.py").read_text().replace('] = "ect"', ', "mine"] = "ect"')

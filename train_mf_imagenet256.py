@@ -134,8 +134,8 @@ RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch(
 
 # ---- pairs and losses -------------------------------------------------------------------------
 WEIGHT_C = 1e-3                                       # c of the adaptive weight (MF's text; its code: 1e-2)
-# What the losses ask of a network: u(z, t, r, y, repa=False), its derivative slope(z, t, r, y, v) along the
-# flow, and the null condition, for "no class" or "no caption". z: README's x_t. repa: for COCO alone.
+# What the losses ask of a network: u(z, t, r, y), its derivative slope(z, t, r, y, v) along the flow, and the
+# null condition, for "no class" or "no caption". z: README's x_t.
 Flow = namedtuple("Flow", "u slope null_y")
 
 
@@ -152,17 +152,12 @@ def draw_times(n, g, ratio, mean, std):
 
 
 def flow_of(cfg, net, null_y):
-    """net(z, t, r, y, repa), and its null condition, as a Flow: u in --precision, du/dt in fp32 or TF32.
-
-    --compile compiles both functions. u(..., repa=True) is a pair: u, and REPA's features, None for a net
-    without a projector.
-    """
+    """The Flow of net(z, t, r, y): u in --precision, du/dt in fp32 or TF32, both compiled by --compile."""
     cast = HALF.get(cfg.precision)
 
-    def u(z, t, r, y, repa=False):
+    def u(z, t, r, y):
         with torch.autocast(DEVICE.type, cast, enabled=cast is not None):
-            answer = net(z, t, r, y, repa=repa)
-        return (answer, None) if repa and torch.is_tensor(answer) else answer
+            return net(z, t, r, y)
 
     def slope(z, t, r, y, v):
         # choice: du/dt outside autocast: TF32 moves it by a thousandth, bf16 by a hundredth (docs/costs.md)
@@ -195,7 +190,7 @@ def loss_mf(flow, z, v, t, r, y, guided, cfg):
 
     z (B, C, H, W) = (1 - t) x + t eps; v = eps - x; u, du/dt: at (z, t, r, y), along (v~, 1, 0); v~: v, but
     where `guided` (B,) omega v + kappa u(z, t, t, y) + (1 - omega - kappa) u(z, t, t, null). Where r = t no
-    du/dt counts, and u(z, t, t, y) is u. t, r, guided: on the CPU. Returns loss, |.|^2 (B,), REPA's features.
+    du/dt counts, and u(z, t, t, y) is u. t, r, guided: on the CPU. Returns the loss, and |.|^2 (B,).
     """
     apart = r < t                                     # where r = t, du/dt does not count
     w_null = 1 - cfg.omega - cfg.kappa
@@ -210,12 +205,12 @@ def loss_mf(flow, z, v, t, r, y, guided, cfg):
     if len(i):
         with torch.no_grad():
             dudt[i] = flow.slope(*(a[i] for a in (z, t, r, y, rest + w_own * u_own)))
-    u, features = flow.u(z, t, r, y, repa=True)
+    u = flow.u(z, t, r, y)
     u_own = torch.where(gap > 0, u_own, u.detach())   # where r = t the answer itself: no second call
     target = rest + w_own * u_own - gap * dudt        # sg: none of it was made with a gradient
     square = (u - target).square().flatten(1).sum(1)
     loss = (square / (square.detach() + WEIGHT_C) ** cfg.power).mean()
-    return loss, square.detach(), features
+    return loss, square.detach()
 
 
 @torch.no_grad()
@@ -362,7 +357,7 @@ def train(cfg):
         if cfg.stage == "post" and cfg.post == "teacher":     # guided already; "vanilla": other numbers alone
             v = teacher_velocity(cfg, run.teacher, z, t, y, guided)
             guided = torch.zeros_like(guided)
-        return loss_mf(flow, z, v, t, r, y, guided, cfg)[:2]          # without features, which are COCO's
+        return loss_mf(flow, z, v, t, r, y, guided, cfg)
 
     # a step: batch_of draws rows, images or pairs; loss_of takes them in parts; total sums over processes
     for step in range(start, cfg.steps):

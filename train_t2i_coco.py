@@ -134,8 +134,8 @@ RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch(
 
 # ---- pairs and losses -------------------------------------------------------------------------
 WEIGHT_C = 1e-3                                       # c of the adaptive weight (MF's text; its code: 1e-2)
-# What the losses ask of a network: u(z, t, r, y, repa=False), its derivative slope(z, t, r, y, v) along the
-# flow, and the null condition, for "no class" or "no caption". z: README's x_t.
+# What the losses ask of a network: u(z, t, r, y), its derivative slope(z, t, r, y, v) along the flow, and the
+# null condition, for "no class" or "no caption". z: README's x_t.
 Flow = namedtuple("Flow", "u slope null_y")
 
 
@@ -152,17 +152,12 @@ def draw_times(n, g, ratio, mean, std):
 
 
 def flow_of(cfg, net, null_y):
-    """net(z, t, r, y, repa), and its null condition, as a Flow: u in --precision, du/dt in fp32 or TF32.
-
-    --compile compiles both functions. u(..., repa=True) is a pair: u, and REPA's features, None for a net
-    without a projector.
-    """
+    """The Flow of net(z, t, r, y): u in --precision, du/dt in fp32 or TF32, both compiled by --compile."""
     cast = HALF.get(cfg.precision)
 
-    def u(z, t, r, y, repa=False):
+    def u(z, t, r, y):
         with torch.autocast(DEVICE.type, cast, enabled=cast is not None):
-            answer = net(z, t, r, y, repa=repa)
-        return (answer, None) if repa and torch.is_tensor(answer) else answer
+            return net(z, t, r, y)
 
     def slope(z, t, r, y, v):
         # choice: du/dt outside autocast: TF32 moves it by a thousandth, bf16 by a hundredth (docs/costs.md)
@@ -175,16 +170,31 @@ def flow_of(cfg, net, null_y):
     return Flow(u, slope, null_y)
 
 
+def repa_flow(cfg, net, null):
+    """The Flow of net(z, t, text, r); a list that keeps REPA's features of its last pass with a gradient."""
+    kept, aligned = [], cfg.stage != "mid"            # mid-training leaves the projector as it is
+
+    def in_order(z, t, r, text, repa=True):           # r behind text; trap: no REPA in du/dt and guidance
+        return net(z, t, text, r, repa and aligned and torch.is_grad_enabled())
+    flow = flow_of(cfg, in_order, null)
+
+    def u(*args):
+        answer = flow.u(*args)
+        if isinstance(answer, tuple):                 # of a net with a projector
+            answer, kept[:] = answer[0], answer[1:]
+        return answer
+    return flow._replace(u=u), kept
+
+
 def loss_repa(features, tokens):
     """REPA: minus the mean cosine of projected features (B, N, D) and DINOv2's tokens of the clean image."""
     return -F.cosine_similarity(features.float(), tokens.float(), dim=2).mean()
 
 
-def loss_sit(flow, z, v, t, text):
-    """Flow matching: |u(z, t) - v|^2, mean over numbers; also the sum (B,) of each, and REPA's features."""
-    u, features = flow.u(z, t, t, text, repa=True)
-    square = (u - v).square().flatten(1).sum(1)
-    return square.mean() / v[0].numel(), square.detach(), features
+def loss_sit(u, z, v, t, text):
+    """Flow matching: |u(z, t) - v|^2, mean over numbers; also the sum (B,) of each."""
+    square = (u(z, t, t, text) - v).square().flatten(1).sum(1)
+    return square.mean() / v[0].numel(), square.detach()
 
 
 @torch.no_grad()
@@ -207,7 +217,7 @@ def loss_mf(flow, z, v, t, r, y, guided, cfg):
 
     z (B, C, H, W) = (1 - t) x + t eps; v = eps - x; u, du/dt: at (z, t, r, y), along (v~, 1, 0); v~: v, but
     where `guided` (B,) omega v + kappa u(z, t, t, y) + (1 - omega - kappa) u(z, t, t, null). Where r = t no
-    du/dt counts, and u(z, t, t, y) is u. t, r, guided: on the CPU. Returns loss, |.|^2 (B,), REPA's features.
+    du/dt counts, and u(z, t, t, y) is u. t, r, guided: on the CPU. Returns the loss, and |.|^2 (B,).
     """
     apart = r < t                                     # where r = t, du/dt does not count
     w_null = 1 - cfg.omega - cfg.kappa
@@ -222,12 +232,12 @@ def loss_mf(flow, z, v, t, r, y, guided, cfg):
     if len(i):
         with torch.no_grad():
             dudt[i] = flow.slope(*(a[i] for a in (z, t, r, y, rest + w_own * u_own)))
-    u, features = flow.u(z, t, r, y, repa=True)
+    u = flow.u(z, t, r, y)
     u_own = torch.where(gap > 0, u_own, u.detach())   # where r = t the answer itself: no second call
     target = rest + w_own * u_own - gap * dudt        # sg: none of it was made with a gradient
     square = (u - target).square().flatten(1).sum(1)
     loss = (square / (square.detach() + WEIGHT_C) ** cfg.power).mean()
-    return loss, square.detach(), features
+    return loss, square.detach()
 
 
 def pairs_of_states(states, velocities, times):
@@ -315,7 +325,7 @@ def train(cfg):
         return
     net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
     images, shape = run.images, run.images.shape
-    flow = flow_of(cfg, lambda z, t, r, text, repa: net(z, t, text, r, repa), run.null)    # r behind text
+    flow, kept = repa_flow(cfg, net, run.null)
     errors = torch.zeros(2, 6, device=DEVICE)         # squared errors and their number, by t - r; REPA's
     share, micro = B // WORLD, cfg.batch_gpu or B // WORLD    # rows of a process, of a forward pass
     mine = slice(RANK * share, (RANK + 1) * share)
@@ -350,11 +360,11 @@ def train(cfg):
             return loss_cmt_mf(flow.u, z, t, r, text, *more)                              # Eq. 8: the target
         v, guided, tokens = more                      # eps - x; which samples guidance changes; DINOv2's
         if cfg.stage == "pretrain":
-            loss, square, features = loss_sit(flow, z, v, t.to(DEVICE, non_blocking=True), text)
+            loss, square = loss_sit(flow.u, z, v, t.to(DEVICE, non_blocking=True), text)
         else:                                         # "plain", "vanilla", "xl": other numbers alone
-            loss, square, features = loss_mf(flow, z, v, t, r, text, guided, cfg)
-        if features is not None:          # trap: REPA acts on the forward pass, never inside du/dt
-            repa = loss_repa(features, tokens)
+            loss, square = loss_mf(flow, z, v, t, r, text, guided, cfg)
+        if kept:                                      # REPA's features of that pass
+            repa = loss_repa(kept.pop(), tokens)
             loss = loss + cfg.repa * repa
             errors[:, 5] += torch.stack([-repa.detach(), torch.ones_like(repa)]).nan_to_num() * micro
         return loss, square

@@ -73,7 +73,8 @@ def batch(n=16, seed=0, ratio=0.25):
 
 
 def flow(net, null, *flags):
-    return script.flow_of(cfg("--stage", "post", *flags), lambda z, t, r, text, repa: net(z, t, text, r, repa), null)
+    """The Flow, and the list with REPA's features."""
+    return script.repa_flow(cfg("--stage", "post", *flags), net, null)
 
 
 def stop_in(n):
@@ -94,7 +95,8 @@ def test_loss_is_mean_flow_by_the_book(omega, kappa):
     net, (z, v, t, r, text, null, drop) = tiny(), batch()
     c = cfg("--omega", omega, "--kappa", kappa)
     led = ~drop & (omega != 1 or kappa != 0)
-    loss, square, h = script.loss_mf(flow(net, null), z, v, t, r, text, led, c)
+    made, kept = flow(net, null)
+    loss, square = script.loss_mf(made, z, v, t, r, text, led, c)
     book = lambda z, t, r, text: net(z, t, text, r, repa=False)                      # noqa: E731
     with torch.no_grad():
         guided = omega * v + kappa * book(z, t, t, text) + (1 - omega - kappa) * book(z, t, t, null.expand_as(text))
@@ -106,7 +108,7 @@ def test_loss_is_mean_flow_by_the_book(omega, kappa):
     params = [p for n, p in net.named_parameters() if "projectors" not in n]
     ours, theirs = (torch.autograd.grad(x, params, allow_unused=True) for x in (loss, expected))
     assert all(a is b is None or torch.allclose(a, b, rtol=1e-8, atol=1e-12) for a, b in zip(ours, theirs))
-    assert torch.equal(h, net(z, t, text, r)[1])
+    assert len(kept) == 1 and torch.equal(kept[0], net(z, t, text, r)[1])
 
 
 def test_repa_teaches_the_first_blocks_and_never_enters_the_product():
@@ -114,7 +116,9 @@ def test_repa_teaches_the_first_blocks_and_never_enters_the_product():
     net, (z, v, t, r, text, null, drop) = tiny(), batch()
     calls = []
     net.projectors[0].register_forward_hook(lambda m, a, out: calls.append((len(out), out.requires_grad)))
-    _, _, h = script.loss_mf(flow(net, null), z, v, t, r, text, ~drop, cfg())
+    made, kept = flow(net, null)
+    script.loss_mf(made, z, v, t, r, text, ~drop, cfg())
+    h, = kept
     assert calls == [(16, True)] and h.shape == (16, 4, 5)
     script.loss_repa(h, torch.randn(16, 4, 5)).backward()
     first, last = (b.x_block.mlp.fc2.weight.grad for b in net.joint_blocks)
@@ -131,8 +135,9 @@ def test_compiled_functions_hold_the_product_and_change_nothing(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f: real(f, backend=lambda g, _: graphs.append(g) or g.forward))
     net, (z, v, t, r, text, null, drop) = tiny(depth=1), batch()
     for flags in ([], ["--compile"]):
-        loss, _, h = script.loss_mf(flow(net, null, *flags), z, v, t, r, text, ~drop, cfg())
-        results.append([loss, h, *torch.autograd.grad(loss, net.final_layer.parameters())])
+        made, kept = flow(net, null, *flags)
+        loss, _ = script.loss_mf(made, z, v, t, r, text, ~drop, cfg())
+        results.append([loss, *kept, *torch.autograd.grad(loss, net.final_layer.parameters())])
     assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(*results))
     assert len(graphs) >= 2 and any("jvp" in g.code or "make_dual" in g.code for g in graphs)
 
@@ -151,9 +156,9 @@ def test_repa_reaches_the_weights_through_training(road, tmp_path):
 
 def test_sit_loss_is_zero_for_the_right_velocity():
     z, v, t, _, text, *_ = batch()
-    right = script.Flow(lambda z, t, r, text, repa: (v, None), None, None)
+    right = lambda z, t, r, text: v                      # noqa: E731
     assert script.loss_sit(right, z, v, t, text)[0] == 0
-    loss, square, _ = script.loss_sit(right, z, v + 2, t, text)
+    loss, square = script.loss_sit(right, z, v + 2, t, text)
     assert loss == pytest.approx(4) and square.tolist() == pytest.approx([4 * 32] * 16)
 
 
@@ -651,8 +656,8 @@ def test_a_step_that_is_not_finite_is_skipped_and_ten_end_the_run(monkeypatch, c
     real, calls, bad = script.loss_sit, [], {2}
 
     def faulty(*a):
-        loss, square, h = real(*a)
-        return loss * (float("nan") if calls.append(1) or len(calls) in bad else 1), square, h
+        loss, square = real(*a)
+        return loss * (float("nan") if calls.append(1) or len(calls) in bad else 1), square
     monkeypatch.setattr(script, "loss_sit", faulty)
     run(*TINY, "--stage", "pretrain", "--steps", 4, "--out", "few", "--save_every", 1)
     assert nets.load_checkpoint("few/pretrain.pt")["skipped"] == 1

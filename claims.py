@@ -41,11 +41,6 @@ def quiet():
         yield
 
 
-def verdict(was, now):
-    """What a change of a score means, where lower is better: "helps", "is level" (within 10 %) or "hurts"."""
-    return "is level" if abs(now - was) < fid.LEVEL * was else "helps" if now < was else "hurts"
-
-
 # ---- claims -----------------------------------------------------------------------------------
 # The rows are those of docs/results.md. Where they were made, mid-training measured by a VGG of the labels
 # and post-training had the plain norm; the CIFAR script's own default on digits is pseudo-Huber in both.
@@ -290,8 +285,8 @@ def curves(args, device):
         panel[f"teacher, {cfg.nfe} steps"] = [(0, level), (seen, level)]
     one = [row["1-step FD-digits"] for row in rows]          # teacher, mid, mid and post, post alone
     ours = args.net == FLAGS["net"]["default"]
-    only = " It does not help by features, as in the paper, nor in one step in the other scripts." * ours
-    answer = f"Mid-training by pixels {verdict(*map(float, (one[3], one[2])))}"
+    only = " Mid-training does not help by features, as in the paper, nor in one step elsewhere." * ours
+    answer = f"Mid-training by pixels {fid.verdict(*map(float, (one[3], one[2])))}"
     words = (f"One step where the teacher takes {cfg.nfe}. FD-digits, lower is better: {one[2]} with "
              f"mid-training, {one[3]} without, teacher {rows[0][f'{cfg.nfe}-step FD-digits']}\n"
              f"{answer} (seed 0): it compares with the teacher's image pixel by pixel (pseudo-Huber). The "
@@ -425,7 +420,7 @@ def photos(args, device):
             one[row] = found[row == "teacher"]                           # the teacher: in its many steps
             print(f"| {row} | {seed} | {' / '.join(found)} | {state['seconds']:.0f} |", flush=True)
             ours, alone, many = (one.get(k, "-") for k in ("CMT + ECT", "ECT, annealed", "teacher"))
-            does = "?" if "-" in (ours, alone) else verdict(float(alone), float(ours))
+            does = "?" if "-" in (ours, alone) else fid.verdict(float(alone), float(ours))
             caption = (f"Mid-training by pixels {does} on photos (seed {seed}). FD-photos in one step, "
                        f"lower is better: {ours} with it, {alone} without; teacher, {cfg.nfe} steps: {many}\n"
                        "A column: one noise, drawn by all nets. FD-photos: Frechet distance of "

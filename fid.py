@@ -1275,13 +1275,16 @@ def about(cfg, found):
     sizes = ", ".join(f"{name} {n / 1e6:.2f}M" for name, n in sizes.items())
     losses = [ckpt["cfg"].get("loss", "velocities") for name, *_, ckpt in found if name == "mid"]
     by = "".join(f"; mid-training compares by {COMPARED.get(loss, loss)}" for loss in losses)
-    tells = (" Without mid-training: the best way we found, as long as the defaults, means of 3 seeds."
-             if cfg.data == "digits" else " Whether mid-training helps, only a run without it tells: README.")
-    return f"{tells * bool(losses)} Seed {cfg.seed}{by}; parameters: {sizes}{larger}."
+    return f" Seed {cfg.seed}{by}; parameters: {sizes}{larger}."
+
+
+def verdict(was, now):
+    """What a change of a score means, where lower is better: "helps", "is level" (within 10 %) or "hurts"."""
+    return "is level" if abs(now - was) < LEVEL * was else "helps" if now < was else "hurts"
 
 
 def headline(table, without=""):
-    """For a heading: a table's last net in 1 and 2 steps, what is reached without mid-training, a teacher."""
+    """For a heading: a table's last net in 1 and 2 steps, a teacher, and whether mid-training helps."""
     distance = next((key.partition(" ")[2] for row in table for key in row if key.startswith("1-step F")), "")
     rows = [(row["stage"].partition(",")[0], {k.partition("-")[0]: v for k, v in row.items()
                                               if k.endswith(f"-step {distance}") and v != "-"})
@@ -1289,12 +1292,13 @@ def headline(table, without=""):
     nets = {name: found for name, found in rows if found}                # of several rows of a net the first
     texts = [f"{called(name)} " + ", ".join(f"{v} in {FEW[k]}" for k, v in found.items() if k in FEW)
              for name, found in [*nets.items()][:1] if name != "teacher"]
-    texts += [f"without mid-training {without.replace(' /', ',')}"] * bool(without and "mid" in nets)
+    texts += [f"without it {without.replace(' /', ',')}"] * bool(without)
     texts += [f"teacher {value} in {steps} steps" for steps, value in [*nets.get("teacher", {}).items()][-1:]]
     mid, post = nets.get("mid", {}), nets.get("post", {})
     hurts = any(float(post[k].split()[0]) > (1 + LEVEL) * float(mid[k].split()[0]) for k in {*mid} & {*post})
-    return (f"{distance}, lower is better: {'; '.join(texts)}" + "; post-training hurts in this run" * hurts
-            ) * bool(nets)
+    helps = without and verdict(*(float(text.split()[0]) for text in (without, post["1"])))
+    text = f"Mid-training {helps} here. " * bool(without) + f"{distance}, lower is better: {'; '.join(texts)}"
+    return (text + "; post-training hurts in this run" * hurts) * bool(nets)
 
 
 def save_stages(out, shown, names=(), words="", table=(), samples=2_000, without=""):
@@ -1322,6 +1326,9 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000, without
     caption += (f" Score: Frechet distance of {samples:,} images to the data"
                 f"{'; of few it is off, mostly high' * (samples < 1_000)}.") * bool(table)
     caption += f" {HALVES}" * real
+    caption += (" Without it: the best way we found, on as many images, means of 3 seeds." if without else
+                " Whether mid-training helps, only a run without it tells (README)."
+                * any(row["stage"].partition(",")[0] == "mid" for row in table))
     caption += (" Shows its digit: a classifier reads it as the caption's digit."
                 * any("shows its digit" in key for row in table for key in row)) + f"\n{words.strip()}"
     path = f"{out}/stages" + f"_{shown[0][0]}" * shown[0][0].startswith("init_") + ".png"    # --init FILE
@@ -2469,7 +2476,10 @@ def save_results(cfg, rows, note, stages):
         if not old.startswith(new + b"\n"):                   # else drawn again, with the same scores
             new += f"\n{time.strftime('%Y-%m-%d')}, {MADE_BY}\n".encode(errors="backslashreplace")
             write_whole(str(file), lambda f: f.write(new + b"\n" * bool(old) + old))
-        without = home_of(cfg).WITHOUT if cfg.data == "digits" else ""
+        steps = {row["stage"].partition(",")[0]: str(row.get("steps")) for row in rows}
+        plain = ((s, home_of(cfg).parse(["--data", "digits", "--stage", s])) for s in ("mid", "post"))
+        as_long = cfg.data == "digits" and all(steps.get(s) == str(c.steps) for s, c in plain)
+        without = home_of(cfg).WITHOUT if as_long else ""  # what runs of these lengths reach
         save_stages(cfg.out, *stages, table=rows, samples=cfg.samples, without=without)
         if took:
             save_curve(cfg, rows)

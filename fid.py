@@ -1623,9 +1623,9 @@ def same_folder(cfg, script, argv):
             if flag == "script":                         # which explains whatever else differs
                 break
     if odd:
-        teacher = f"; a copy of that script keeps its teacher by --teacher {cfg.out}/pretrain.pt"
-        teacher *= odd[0].startswith("script")
-        fail(2, f"{cfg.out} was made with {' and '.join(odd)}; give what it has, or another --out{teacher}")
+        keeps = odd[0].startswith("script") and os.path.exists(teacher := f"{cfg.out}/pretrain.pt")
+        how = f"; a copy of that script keeps its teacher by --teacher {teacher}" if keeps else ""
+        fail(2, f"{cfg.out} was made with {' and '.join(odd)}; use another --out, or the flags of then{how}")
     told = [c["teacher"] for c in made.values() if c.get("teacher", "scratch") not in ("", "scratch")]
     if drawn and told and not cfg.teacher and not os.path.exists(cfg.init):
         say(f"warning: its teacher is neither drawn nor scored; pass --teacher {told[-1]}")
@@ -2477,9 +2477,13 @@ def save_results(cfg, rows, note, stages):
             new += f"\n{time.strftime('%Y-%m-%d')}, {MADE_BY}\n".encode(errors="backslashreplace")
             write_whole(str(file), lambda f: f.write(new + b"\n" * bool(old) + old))
         steps = {row["stage"].partition(",")[0]: str(row.get("steps")) for row in rows}
-        plain = ((s, home_of(cfg).parse(["--data", "digits", "--stage", s])) for s in ("mid", "post"))
-        as_long = cfg.data == "digits" and all(steps.get(s) == str(c.steps) for s, c in plain)
-        without = home_of(cfg).WITHOUT if as_long else ""  # what runs of these lengths reach
+        without = ""                                        # compared with runs of the defaults alone
+        if cfg.data == "digits":
+            mid, post, plain = (
+                home_of(cfg).parse(["--data", "digits", "--stage", s]) for s in ("mid", "post", "eval"))
+            other = {k for k, v in vars(plain).items() if v != vars(cfg)[k]} - {"out", "seed", "teacher"}
+            if not other and [steps.get("mid"), steps.get("post")] == [str(mid.steps), str(post.steps)]:
+                without = home_of(cfg).WITHOUT
         save_stages(cfg.out, *stages, table=rows, samples=cfg.samples, without=without)
         if took:
             save_curve(cfg, rows)

@@ -1203,8 +1203,9 @@ def fitting(state, said, model, what):
     """state, of a net with arguments `said`, if one with arguments `model` would compute the same with it."""
     usual = {k: p.default for network in (Block, EDM2UNet, EDM2Precond, DiT)
              for k, p in inspect.signature(network).parameters.items()}
-    for k in HIDDEN if said.keys() & model.keys() else ():
-        was, now = said.get(k, usual[k]), model.get(k, usual[k])
+    sizes = {"img_channels", "img_resolution", "in_channels", "input_size"} & said.keys() & model.keys()
+    for k in (*sorted(sizes), *HIDDEN) if said.keys() & model.keys() else ():
+        was, now = said.get(k, usual.get(k)), model.get(k, usual.get(k))
         if was != now:
             raise WeightsError(f"{what} was trained with {k} {was}, the net to train has {now}")
     return state
@@ -1769,7 +1770,7 @@ def load_checkpoint(path, whole=False):
         except Exception as e:                        # damage can surface as any error
             print(f"warning: {p} is damaged, cut or changed ({type(e).__name__})", file=sys.stderr)
     if found:
-        raise WeightsError(f"{' and '.join(found)}: damaged; move these and later stages' away to start anew")
+        raise WeightsError(f"{' and '.join(found)}: damaged; to start anew move them and later stages away")
     return None
 
 

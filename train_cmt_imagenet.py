@@ -196,7 +196,8 @@ def loss_cmt(net, x_t, t, target, distance):
     target: distance.features of the ends, computed once per trajectory. Unit weight, a mean (B.2, B.3).
     The target is fixed data: no stop-gradient is needed (Sec. 3.2).
     """
-    return distance.distance(distance.features(net(x_t, t)), target).mean()
+    d = distance.distance(distance.features(net(x_t, t)), target)
+    return d.mean() if d.shape == t.shape else fail(2, f"distance: {[*d.shape]}, not a number for each image")
 
 
 def loss_cmt_views(net, x_t, t, x_0, distance, view):

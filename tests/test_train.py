@@ -15,6 +15,7 @@ import typing
 import zipfile
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -65,8 +66,8 @@ def test_finished_stages_are_skipped_and_left_alone(road, capsys):
 @pytest.mark.parametrize("home, argv, words", [
     (script, ["--data", "digits", "--loss", "l2"], "was made with --loss huber, now l2"), (script, [], "was made with --data digits, now cifar10"),
     (script, ["--data", "digits", "--mid", "none"], "was made with --mid cmt, now none"),
-    (importlib.import_module("train_cmt_imagenet"), ["--data", "digits"], "was made with script train_cmt_cifar.py, now train_cmt_imagenet.py; give"),
-    (importlib.import_module("train_cmt_imagenet"), ["--data", "digits", "--loss", "l2"], "now train_cmt_imagenet.py; give what it has, or another --out; a copy of that script keeps its teacher by --teacher ")])
+    (importlib.import_module("train_cmt_imagenet"), ["--data", "digits"], "was made with script train_cmt_cifar.py, now train_cmt_imagenet.py; use another --out"),
+    (importlib.import_module("train_cmt_imagenet"), ["--data", "digits", "--loss", "l2"], "now train_cmt_imagenet.py; use another --out, or the flags of then; a copy of that script keeps its teacher by --teacher ")])
 def test_what_is_drawn_was_made_by_the_command_that_draws(road, home, argv, words, capsys):
     """Else the samples of another loss, script or data set are shown in silence. A teacher elsewhere is missed in a line."""
     for stage in ("sample", "eval"):
@@ -452,6 +453,31 @@ def test_samples_are_counted_by_seeds_and_an_npz_says_what_it_holds(here, capsys
     for name, words in dict(odd="odd.npz: holds foo; expected arr_0 or images", float="is float64 (3, 4, 4, 3); expected uint8").items():
         exit_code, err = code(["--data", f"{name}.npz", "--stage", "pretrain", "--out", "x"], capsys)
         assert exit_code == 3 and words in err
+
+
+def test_a_distance_that_is_not_per_image_is_refused():
+    """A sum over the batch would make the gradient depend on --batch_gpu."""
+    for home in (script, importlib.import_module("train_cmt_imagenet")):
+        whole = SimpleNamespace(features=lambda x: [x], distance=lambda a, b: (a[0] - b[0]).square().mean())
+        with pytest.raises(SystemExit) as stop:
+            home.loss_cmt(lambda x, t: x, torch.ones(4, 1, 8, 8), torch.ones(4), [torch.zeros(4, 1, 8, 8)], whole)
+        assert stop.value.code == 2
+
+
+def test_first_weights_of_other_images_are_told_of_by_what_differs(road, capsys):
+    make_zip("own.zip", [16] * 3)
+    script.main(["--data", "own.zip", "--stage", "pretrain", "--steps", "1", "--batch", "2", "--out", "own"])
+    exit_code, err = code([*TINY, "--stage", "mid", "--init", "own/pretrain.pt", "--teacher", str(road / "pretrain.pt"), "--out", "x"], capsys)
+    assert exit_code == 3 and "own/pretrain.pt was trained with img_channels 3, the net to train has 1" in err
+
+
+def test_the_heading_compares_runs_of_the_defaults_alone(monkeypatch, tmp_path):
+    """A run of a few steps, of fewer samples or of another method is not as long as what it would be compared with."""
+    seen, rows = [], lambda mid, post: [dict(stage="teacher", steps=2000), dict(stage="mid", steps=mid), dict(stage="post", steps=post)]    # noqa: E731
+    monkeypatch.setattr(fid, "save_stages", lambda *a, without, **k: seen.append(without))
+    for steps, flags in ((900, 600), ""), ((40, 600), ""), ((900, 600), "--samples 200"), ((900, 600), "--post annealed"), ((900, 600), "--seed 1"):
+        fid.save_results(script.parse(["--data", "digits", "--stage", "eval", "--out", str(tmp_path), *flags.split()]), rows(*steps), "FD-digits", ())
+    assert seen == ["5.58 / 3.37", "", "", "", "5.58 / 3.37"]
 
 
 def test_a_folder_of_pictures_keeps_its_dots_in_the_name_of_its_run(here):

@@ -2278,15 +2278,17 @@ def overview(road, device, cfg):
                  "OMP_NUM_THREADS=1, nets as small as those of --res 16")
     text += (f"\nwarning: a score of {cfg.samples} samples is off, mostly high; pass --samples 1000 or more"
              ) * (cfg.samples < 1_000 and cfg.stage in ("all", "eval"))
+    slow, average, warm = [], [], []                         # one line a kind, not a stage
     for c in [c for left, c in road if left]:
-        text += (f"\nwarning: {c.stage}: {c.precision} is slow on most CPUs, up to eight times; pass "
-                 f"--{c.stage}.precision fp32") * (device.type == "cpu" and c.precision in ("bf16", "fp16"))
+        half = device.type == "cpu" and c.precision in ("bf16", "fp16")
         kept, low = c.ema_beta**c.steps * (not getattr(c, "ema_std", 0)), max(0.1, 1 - 5 / c.steps)
-        text += (f"\nwarning: {c.stage}: the average, which is shown and scored, keeps {kept:.0%} of the "
-                 f"first weights; pass a lower --{c.stage}.ema_beta, as {low:.3g}") * (kept > 0.1)
-        text += (f"\nwarning: {c.stage}: warm-up takes {c.warmup} of {c.steps} steps; pass a lower "
-                 f"--{c.stage}.warmup, as {c.steps // 20}") * (2 * c.warmup > c.steps)
-    return text
+        slow += [f"{c.precision} (pass --{c.stage}.precision fp32)"] * half
+        average += [f"{kept:.0%} (pass --{c.stage}.ema_beta {low:.3g})"] * (kept > 0.1)
+        less = f"{c.warmup} of {c.steps} (pass --{c.stage}.warmup {c.steps // 20})"
+        warm += [less] * (2 * c.warmup > c.steps)
+    kinds = {"slow on most CPUs, up to eight times": slow, "steps of warm-up": warm,
+             "averages, which are shown and scored, keep of the first weights": average}
+    return text + "".join(f"\nwarning: {kind}: {', '.join(odd)}" for kind, odd in kinds.items() if odd)
 
 
 def dry_run(home, argv, configs):

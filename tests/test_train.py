@@ -785,8 +785,8 @@ def test_two_noise_levels_that_fp32_cannot_tell_apart_are_refused(flags, capsys)
 def test_a_stage_too_short_for_its_average_or_its_warm_up_says_so():
     short, whole = (script.parse(f"--data digits --stage post {flags}".split()) for flags in ("--steps 7 --ema_beta 0.99", ""))
     said = script.fid.overview([(7, short), (600, whole)], script.DEVICE, short)
-    assert said.count("warning") == 2 and "warm-up takes 20 of 7 steps; pass a lower --post.warmup" in said
-    assert "keeps 93% of the first weights; pass a lower --post.ema_beta, as 0.286" in said
+    assert said.count("warning") == 2 and "steps of warm-up: 20 of 7 (pass --post.warmup 0)" in said
+    assert "keep of the first weights: 93% (pass --post.ema_beta 0.286)" in said
     assert "warning" not in script.fid.overview([(0, short)], script.DEVICE, short)             # it is finished
 
 

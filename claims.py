@@ -285,7 +285,7 @@ def curves(args, device):
         panel[f"teacher, {cfg.nfe} steps"] = [(0, level), (seen, level)]
     one = [row["1-step FD-digits"] for row in rows]          # teacher, mid, mid and post, post alone
     ours = args.net == FLAGS["net"]["default"]
-    only = " Mid-training does not help by features, as in the paper, nor in one step elsewhere." * ours
+    only = " By features, the paper's way, it is level here, and it helps no other script in one step." * ours
     answer = f"Mid-training by pixels {fid.verdict(*map(float, (one[3], one[2])))}"
     words = (f"One step where the teacher takes {cfg.nfe}. FD-digits, lower is better: {one[2]} with "
              f"mid-training, {one[3]} without, teacher {rows[0][f'{cfg.nfe}-step FD-digits']}\n"

@@ -1296,8 +1296,9 @@ def headline(table, without=""):
     texts += [f"teacher {value} in {steps} steps" for steps, value in [*nets.get("teacher", {}).items()][-1:]]
     mid, post = nets.get("mid", {}), nets.get("post", {})
     hurts = any(float(post[k].split()[0]) > (1 + LEVEL) * float(mid[k].split()[0]) for k in {*mid} & {*post})
-    helps = without and verdict(*(float(text.split()[0]) for text in (without, post["1"])))
-    text = f"Mid-training {helps} here. " * bool(without) + f"{distance}, lower is better: {'; '.join(texts)}"
+    both = [(k, float(score)) for k, score in zip(FEW, without.split(" / ")) if without and k in post]
+    helps = ", ".join(f"{verdict(score, float(post[k].split()[0]))} in {FEW[k]}" for k, score in both)
+    text = f"Mid-training {helps}. " * bool(without) + f"{distance}, lower is better: {'; '.join(texts)}"
     return (text + "; post-training hurts in this run" * hurts) * bool(nets)
 
 
@@ -1326,7 +1327,7 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000, without
     caption += (f" Score: Frechet distance of {samples:,} images to the data"
                 f"{'; of few it is off, mostly high' * (samples < 1_000)}.") * bool(table)
     caption += f" {HALVES}" * real
-    caption += (" Without it: the best way we found, on as many images, means of 3 seeds." if without else
+    caption += (" Without it: the best way we found, at about equal cost, means of 3 seeds." if without else
                 " Whether mid-training helps, only a run without it tells (README)."
                 * any(row["stage"].partition(",")[0] == "mid" for row in table))
     caption += (" Shows its digit: a classifier reads it as the caption's digit."
@@ -1909,12 +1910,15 @@ def check_solve(cfg, n, used, world):
         fail(2, f"the {n} --trajectories of a solve must be a multiple of the {world} processes")
 
 
-def check_pairs(pairs, expected, features=[]):
-    """pairs, what a solve returned; exit code 2 if solve_size says another number, or features is no list."""
+def check_pairs(pairs, expected, features=[], distance=None):
+    """pairs, what a solve returned; exit code 2 if solve_size says another number, or a distance is none."""
     if len(pairs[0]) != expected:
         fail(2, f"a solve returned {len(pairs[0])} pairs, solve_size says {expected}; make them agree")
     if not isinstance(features, list):
         fail(2, f"features of a distance are a {type(features).__name__}, not a list of tensors, as [x]")
+    two = [a[:2] for a in features]
+    if distance and (d := distance.distance(two, two)).shape != two[0].shape[:1]:
+        fail(2, f"a distance of {len(two[0])} images is {[*d.shape]}, not a number for each of them")
     return pairs
 
 

@@ -1203,8 +1203,8 @@ def fitting(state, said, model, what):
     """state, of a net with arguments `said`, if one with arguments `model` would compute the same with it."""
     usual = {k: p.default for network in (Block, EDM2UNet, EDM2Precond, DiT)
              for k, p in inspect.signature(network).parameters.items()}
-    sizes = {"img_channels", "img_resolution", "in_channels", "input_size"} & said.keys() & model.keys()
-    for k in (*sorted(sizes), *HIDDEN) if said.keys() & model.keys() else ():
+    both = said.keys() & model.keys()
+    for k in (*sorted(both & {"img_channels", "in_channels", "input_size"}), *HIDDEN) if both else ():
         was, now = said.get(k, usual.get(k)), model.get(k, usual.get(k))
         if was != now:
             raise WeightsError(f"{what} was trained with {k} {was}, the net to train has {now}")

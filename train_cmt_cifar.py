@@ -188,8 +188,7 @@ def loss_cmt(net, x_t, t, target, distance):
     target: distance.features of the ends, computed once per trajectory. Unit weight, a mean (B.2, B.3).
     The target is fixed data: no stop-gradient is needed (Sec. 3.2).
     """
-    d = distance.distance(distance.features(net(x_t, t)), target)
-    return d.mean() if d.shape == t.shape else fail(2, f"distance: {[*d.shape]}, not a number for each image")
+    return distance.distance(distance.features(net(x_t, t)), target).mean()
 
 
 def ect_step(t, q, k=8.0, b=1.0):
@@ -243,7 +242,7 @@ def train(cfg):
         else:
             *pairs, x_0 = teacher_pairs(cfg, run.teacher, shape, g)
         target = run.distance.features(x_0)           # once per end, not per pair
-        return fid.check_pairs(pairs, per_solve, target), target
+        return fid.check_pairs(pairs, per_solve, target, run.distance), target
 
     def batch_of(step):                               # this process's rows, an image or pair each; targets
         if cfg.stage == "mid":
@@ -586,7 +585,7 @@ def build(cfg, kwargs, state=None, what="", train=False):
     """A DDPM++ from kwargs (of an official file or SIZES), with weights by name if given."""
     torch.manual_seed(fold(cfg.seed, cfg.stage, "init"))    # choice: a random student has a start of its own
     net = nets.make(nets.EDMPrecond, kwargs, what, augment_dim=0, dropout=cfg.dropout if train else 0.0,
-                    sigma_shift=cfg.sigma_shift)
+                    sigma_shift=(cfg.stage in RUN) * cfg.sigma_shift)      # trap: a teacher's ends would move
     if state is not None:
         nets.load_weights(net, state, what)
     net = net.to(DEVICE, memory_format=torch.channels_last)

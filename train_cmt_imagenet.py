@@ -196,8 +196,7 @@ def loss_cmt(net, x_t, t, target, distance):
     target: distance.features of the ends, computed once per trajectory. Unit weight, a mean (B.2, B.3).
     The target is fixed data: no stop-gradient is needed (Sec. 3.2).
     """
-    d = distance.distance(distance.features(net(x_t, t)), target)
-    return d.mean() if d.shape == t.shape else fail(2, f"distance: {[*d.shape]}, not a number for each image")
+    return distance.distance(distance.features(net(x_t, t)), target).mean()
 
 
 def loss_cmt_views(net, x_t, t, x_0, distance, view):
@@ -294,7 +293,7 @@ def train(cfg):
         *pairs, x_0 = teacher_pairs(cfg, run.teacher, run.shape, g, run.classes)
         views = () if cfg.ensemble == "none" else run.distance.draw(pairs[0], g).values()    # of each pair
         target = [x_0] if views else run.distance.features(x_0)       # once per end; of views: per pair
-        return [*fid.check_pairs(pairs, per_solve, target), *views], target
+        return [*fid.check_pairs(pairs, per_solve, target, run.distance), *views], target
 
     def batch_of(step):                               # this process's rows, an image or pair each; targets
         if cfg.stage == "mid":

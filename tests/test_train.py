@@ -459,9 +459,22 @@ def test_a_distance_that_is_not_per_image_is_refused():
     """A sum over the batch would make the gradient depend on --batch_gpu."""
     for home in (script, importlib.import_module("train_cmt_imagenet")):
         whole = SimpleNamespace(features=lambda x: [x], distance=lambda a, b: (a[0] - b[0]).square().mean())
-        with pytest.raises(SystemExit) as stop:
-            home.loss_cmt(lambda x, t: x, torch.ones(4, 1, 8, 8), torch.ones(4), [torch.zeros(4, 1, 8, 8)], whole)
+        each = SimpleNamespace(features=whole.features, distance=lambda a, b: (a[0] - b[0]).square().flatten(1).mean(1))
+        for distance in each, whole:
+            with pytest.raises(SystemExit) if distance is whole else contextlib.nullcontext() as stop:
+                home.fid.check_pairs([torch.ones(4)], 4, [torch.zeros(4, 1, 8, 8)], distance)
         assert stop.value.code == 2
+
+
+def test_a_shift_of_sampling_moves_no_end_of_mid_training(road):
+    """--sigma_shift is no knob of training: the teacher of mid-training and of ECD draws by what it has learned."""
+    teacher = ["--teacher", str(road / "pretrain.pt"), "--steps", "2", "--out"]
+    for out, flags in ("plain", []), ("shifted", ["--sigma_shift", "0.3"]):
+        script.main([*TINY, *flags, "--stage", "mid", *teacher, out])
+    one, two = (nets.load_checkpoint(f"{out}/mid.pt")["net"] for out in ("plain", "shifted"))
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    nets_of = [script.candidates(script.parse([*TINY, "--stage", "sample", "--out", "plain", "--sigma_shift", s]))[-1][1] for s in ("0", "0.3")]
+    assert [net.sigma_shift for net in nets_of] == [0, 0.3]
 
 
 def test_first_weights_of_other_images_are_told_of_by_what_differs(road, capsys):

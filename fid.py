@@ -1522,6 +1522,11 @@ def fail(code, message):
     raise SystemExit(code)
 
 
+SLIPS = {"implicitly created only for scalar": "a loss is one number: end it in .mean()",        # of forks
+         "does not require grad": "a loss has no gradient: was the net called under no_grad, or detached?",
+         "'NoneType' object is not callable": "is a method that asks the teacher in NO_TEACHER?"}
+
+
 @contextlib.contextmanager
 def one_line(cfg, *errors):
     """Turns errors that a user can mend into one line with its exit code; the rest stays a crash.
@@ -1544,6 +1549,8 @@ def one_line(cfg, *errors):
         calls = [f.line for f in traceback.extract_tb(e.__traceback__) if "dist." in f.line]
         if calls and isinstance(e, RuntimeError):
             fail(1, f"{calls[0]}: {first_line(e)}; if another process died, it says why; run again")
+        if hint := "".join(text for words, text in SLIPS.items() if words in str(e)):
+            say(f"hint: {hint}", everyone=True)
         write_line("log.txt", traceback.format_exc().rstrip())
         raise
 

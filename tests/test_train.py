@@ -531,6 +531,17 @@ def test_a_branch_that_returns_nothing_does_not_train_as_another_method(road, mo
         fork.main([*TINY, "--stage", "post", "--mid", "none", "--post", "mine", "--teacher", str(road / "pretrain.pt"), "--steps", "1", "--out", "x"])
 
 
+@pytest.mark.parametrize("branch, words", [("return (f(x, t) - x).square().flatten(1).mean(1)", "a loss is one number: end it in .mean()"),
+                                           ("return (f(x, t) - x).detach().square().mean()", "a loss has no gradient"),
+                                           ("return f(run.teacher(x, t), t).mean()", "is a method that asks the teacher in NO_TEACHER?")])
+def test_a_slip_in_the_loss_of_a_fork_has_a_hint_before_its_traceback(branch, words, road, monkeypatch, capsys):
+    text = (ROOT / "train_cmt_cifar.py").read_text().replace('] = "ect"', ', "mine"] = "ect"').replace('NO_TEACHER = ["ect"', 'NO_TEACHER = ["mine", "ect"')
+    fork = forked(text.replace("        assert cfg.post in", f'        if cfg.post == "mine":\n            {branch}\n        assert cfg.post in'), monkeypatch)
+    with pytest.raises((RuntimeError, TypeError)):
+        fork.main([*TINY, "--stage", "post", "--mid", "none", "--post", "mine", "--teacher", str(road / "pretrain.pt"), "--steps", "1", "--out", "x"])
+    assert f"hint: {words}" in capsys.readouterr().err
+
+
 def test_ctrl_c_before_a_run_begins_is_a_line(here):
     """In the checks and in a dry run, which may read a large folder, as everywhere else."""
     text = "import signal, train_cmt_cifar as s; s.load_data = lambda cfg: signal.raise_signal(2); s.main(['--data', 'digits', '--out', 'x'{}])"

@@ -1294,10 +1294,10 @@ def headline(table, without=""):
              for name, found in [*nets.items()][:1] if name != "teacher"]
     texts += [f"without it {without.replace(' /', ',')}"] * bool(without)
     texts += [f"teacher {value} in {steps} steps" for steps, value in [*nets.get("teacher", {}).items()][-1:]]
-    mid, post = nets.get("mid", {}), nets.get("post", {})
-    hurts = any(float(post[k].split()[0]) > (1 + LEVEL) * float(mid[k].split()[0]) for k in {*mid} & {*post})
-    both = [(k, float(score)) for k, score in zip(FEW, without.split(" / ")) if without and k in post]
-    helps = ", ".join(f"{verdict(score, float(post[k].split()[0]))} in {FEW[k]}" for k, score in both)
+    mid, post = ({k: float(v.split()[0]) for k, v in nets.get(net, {}).items()} for net in ("mid", "post"))
+    hurts = any(verdict(mid[k], post[k]) == "hurts" for k in {*mid} & {*post})
+    rivals = dict(zip(FEW, map(float, without.split(" / ")))) if without else {}
+    helps = ", ".join(f"{verdict(rivals[k], post[k])} in {FEW[k]}" for k in rivals if k in post)
     text = f"Mid-training {helps}. " * bool(without) + f"{distance}, lower is better: {'; '.join(texts)}"
     return (text + "; post-training hurts in this run" * hurts) * bool(nets)
 
@@ -1728,8 +1728,8 @@ def stages_of(home, argv):
 
     def unread(stage, field):
         if stage in ("eval", "sample"):
-            idle = dict(eval=["seeds"], sample=["samples", "repeat"])[stage]
-            return field not in of_samples(home) or field in idle
+            never = dict(eval=["seeds"], sample=["samples", "repeat"])[stage]
+            return field not in of_samples(home) or field in never
         never = never_read(dataclasses.replace(cfg, stage=stage))
         return field in (*never, *SCORED)
 
@@ -1852,13 +1852,13 @@ def check_values(cfg, limits, world):
 
     world: number of processes that train, 0 where a stage does not.
     """
-    home = home_of(cfg)
-    idle = never_read(cfg)
+    home, idle = home_of(cfg), never_read(cfg)
     code, bounded = pathlib.Path(home.__file__).read_text(), " ".join([*limits.values(), "seed"]).split()
+    used = {*re.findall(r"\bc(?:fg)?\.(\w+)", code + pathlib.Path(__file__).read_text())}
     for f in [f for f in dataclasses.fields(cfg) if f.type in (int, float, bool)]:           # of a fork
         if f.type is not bool and f.name not in bounded:
             say(f"warning: --{f.name}: no row of LIMITS says what it may be, so any number trains")
-        if not re.search(rf"\bc(fg)?\.{f.name}\b", code + pathlib.Path(__file__).read_text()):
+        if f.name not in used:
             say(f"warning: --{f.name}: no code reads cfg.{f.name}, so it changes nothing")
     for (rule, least, below), names in limits.items():
         for name in [name for name in names.split() if name not in idle]:

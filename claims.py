@@ -285,21 +285,21 @@ def curves(args, device):
         panel[f"teacher, {cfg.nfe} steps"] = [(0, level), (seen, level)]
     one = [row["1-step FD-digits"] for row in rows]          # teacher, mid, mid and post, post alone
     ours = args.net == FLAGS["net"]["default"]
-    only = " By features, the paper's way, it is level here, and it helps no other script in one step." * ours
+    only = " By features, the paper's way, it is level; in one step it helps no other script." * ours
     answer = f"Mid-training by pixels {fid.verdict(*map(float, (one[3], one[2])))}"
     words = (f"One step where the teacher takes {cfg.nfe}. FD-digits, lower is better: {one[2]} with "
              f"mid-training, {one[3]} without, teacher {rows[0][f'{cfg.nfe}-step FD-digits']}\n"
-             f"{answer} (seed 0): it compares with the teacher's image pixel by pixel (pseudo-Huber). The "
-             f"last two students saw {seen:,} images or pairs each, the last by the best schedule that we "
-             f"found; the eye cannot tell them apart, the score can.{only}")
+             f"The last two students saw {seen:,} images or pairs each, the last by the best schedule that "
+             f"we found. The eye cannot tell them apart, the score can: {answer[0].lower()}{answer[1:]} "
+             f"(seed 0).{only}")
     fid.save_stages(args.out, shown, (), words, rows, cfg.samples)
     panels = {f"FD-digits in {words}, lower is better": panel for words, panel in scores.items()}
     fid.save_chart(f"{args.out}/scores.png", panels,
                    f"{answer} (seed 0). One step: {one[2]} with it, {one[3]} without\nBlue: mid-training on "
-                   "ends of the teacher's trajectories, pixel by pixel, then post-training on images. Red: "
-                   "post-training alone, by the best schedule that we found. Both are tuned for their last "
-                   "dot; their teacher is the same, and not counted. FD-digits: distance of "
-                   f"{cfg.samples:,} images to real ones.{only}", "images or pairs", marks)
+                   "pairs, a state of the teacher's and where it ends, then post-training on images. Red: "
+                   "images alone, by the best schedule that we found. Both are tuned for their last dot. "
+                   f"FD-digits: distance of {cfg.samples:,} images to real ones.{only}",
+                   "images or pairs that the student has seen", marks)
     for words, panel in scores.items():
         for name, points in panel.items():
             print(f"{name}, {words}: " + ", ".join(f"{x:,} {y:.2f}" for x, y in points))
@@ -425,11 +425,10 @@ def photos(args, device):
                        f"lower is better: {ours} with it, {alone} without; teacher, {cfg.nfe} steps: {many}\n"
                        "A column: one noise, drawn by all nets. FD-photos: Frechet distance of "
                        f"{n:,} images to the real ones, by features of a small net; {features.scale} "
-                       "against the other (fewer: more). Judge by the score: such nets hardly draw objects.\n"
-                       "By pixels: mid-training compares with the teacher's image pixel by pixel "
-                       "(pseudo-Huber). Post-training compares by the plain norm; alone it has the better "
-                       "of two schedules. The last two students saw equally many images or pairs. "
-                       f"Photos: {len(images):,} of {os.path.basename(args.data)}.")
+                       "against the other. Judge by the score: nets so small hardly draw objects.\nThe last "
+                       "two students saw equally many images or pairs. Mid-training compares with the "
+                       "teacher's image pixel by pixel, post-training by the plain norm; alone it has the "
+                       f"better of two schedules. Photos: {len(images):,} of {os.path.basename(args.data)}.")
             breaks = fid.breaks_between([label.partition("\n")[0] for label, _ in (*shown, real)])
             fid.save_sheet(f"{args.out}/{seed}/photos.png", [*shown, real], caption, breaks=breaks)
 

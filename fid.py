@@ -98,7 +98,7 @@ REFERENCES = {         # nobody publishes their checksums, so the one found is p
 }
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")         # inside, whatever the name ends in
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-HALVES = "For scale: two halves of the real digits 0.78 (900 each; larger sets score lower)."  # train_digits
+HALVES = "Two halves of the real digits, 900 each, score 0.78 (larger sets less)."  # train_digits
 HIDDEN = re.compile(r"(^|/)(\.[^/]|__MACOSX/)")                          # .DS_Store, ._x.png, .git
 Reference = collections.namedtuple("Reference", "mu cov n features file sha256")    # not stated: n 0, text ""
 FOREIGN = {"cannot identify image file": "not a picture, or a part of one",
@@ -1275,7 +1275,9 @@ def about(cfg, found):
     sizes = ", ".join(f"{name} {n / 1e6:.2f}M" for name, n in sizes.items())
     losses = [ckpt["cfg"].get("loss", "velocities") for name, *_, ckpt in found if name == "mid"]
     by = "".join(f"; mid-training compares by {COMPARED.get(loss, loss)}" for loss in losses)
-    return f" Seed {cfg.seed}{by}; parameters: {sizes}{larger}."
+    noise = (f" Before the second of two steps noise of level {cfg.second_sigma} is added again."
+             if hasattr(cfg, "second_sigma") else "")
+    return f" Seed {cfg.seed}{by}; parameters: {sizes}{larger}.{noise}"
 
 
 def verdict(was, now):
@@ -1298,6 +1300,7 @@ def headline(table, without=""):
     hurts = any(verdict(mid[k], post[k]) == "hurts" for k in {*mid} & {*post})
     rivals = dict(zip(FEW, map(float, without.split(" / ")))) if without else {}
     helps = ", ".join(f"{verdict(rivals[k], post[k])} in {FEW[k]}" for k in rivals if k in post)
+    helps = re.sub(r"^(.*) in one step, \1 in", r"\1 in one step and in", helps)
     text = f"Mid-training {helps}. " * bool(without) + f"{distance}, lower is better: {'; '.join(texts)}"
     return (text + "; post-training hurts in this run" * hurts) * bool(nets)
 

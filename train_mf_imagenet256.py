@@ -188,26 +188,24 @@ def guides(flow, z, t, y, needs_null, needs_own):
 def loss_mf(flow, z, v, t, r, y, guided, cfg):
     """Mean Flow: w |u - sg(v~ - (t - r) du/dt)|^2, w = sg(|.|^2 + WEIGHT_C)^-p, mean over samples.
 
-    z (B, C, H, W) = (1 - t) x + t eps; v = eps - x; u, du/dt: at (z, t, r, y), along (v~, 1, 0); v~: v, but
-    where `guided` (B,) omega v + kappa u(z, t, t, y) + (1 - omega - kappa) u(z, t, t, null). Where r = t no
-    du/dt counts, and u(z, t, t, y) is u. t, r, guided: on the CPU. Returns the loss, and |.|^2 (B,).
+    z (B, C, H, W) = (1 - t) x + t eps, v = eps - x; u and du/dt: at (z, t, r, y), du/dt along (v~, 1, 0).
+    v~ is v, but where `guided` (B,) omega v + kappa u(z, t, t, y) + (1 - omega - kappa) u(z, t, t, null).
+    t, r and guided are on the CPU. Returns the loss, and |.|^2 (B,).
     """
-    apart = r < t                                     # where r = t, du/dt does not count
-    w_null = 1 - cfg.omega - cfg.kappa
+    apart, w_null = r < t, 1 - cfg.omega - cfg.kappa
     needs_null, needs_own = guided & (abs(w_null) > 1e-9), guided & apart & (cfg.kappa > 0)
     u_null, u_own = guides(flow, z, t, y, needs_null, needs_own)
     i = apart.nonzero()[:, 0].to(z.device, non_blocking=True)
     t, r, guided = (a.to(z.device, non_blocking=True) for a in (t, r, guided))
     gap, guided = (a.view(-1, 1, 1, 1) for a in (t - r, guided))
-    rest = torch.where(guided, cfg.omega * v + w_null * u_null, v)
-    w_own = cfg.kappa * guided.to(z.dtype)            # v~ = rest + w_own u_own; unguided: v
-    dudt = torch.zeros_like(z)
+    u = flow.u(z, t, r, y)
+    u_own = torch.where(gap > 0, u_own, u.detach())   # where r = t it is the answer: no second call
+    v = torch.where(guided, cfg.omega * v + w_null * u_null + cfg.kappa * u_own, v)                  # v~
+    dudt = torch.zeros_like(z)                        # it counts where r < t alone
     if len(i):
         with torch.no_grad():
-            dudt[i] = flow.slope(*(a[i] for a in (z, t, r, y, rest + w_own * u_own)))
-    u = flow.u(z, t, r, y)
-    u_own = torch.where(gap > 0, u_own, u.detach())   # where r = t the answer itself: no second call
-    target = rest + w_own * u_own - gap * dudt        # sg: none of it was made with a gradient
+            dudt[i] = flow.slope(*(a[i] for a in (z, t, r, y, v)))
+    target = v - gap * dudt                           # sg: none of it was made with a gradient
     square = (u - target).square().flatten(1).sum(1)
     loss = (square / (square.detach() + WEIGHT_C) ** cfg.power).mean()
     return loss, square.detach()

@@ -816,7 +816,7 @@ def test_the_heading_of_scored_images_has_the_last_net_in_one_step_and_two_and_t
     assert "hurts" not in fid.headline(nearly) and "hurts" in fid.headline([nearly[0], nearly[1] | {"2-step FID": "3.5"}])       # in either
     assert fid.headline([{"stage": "teacher", "1-step FID": "9.0", "8-step FID": "2.0"}]) == "FID, lower is better: teacher 2.0 in 8 steps"
     assert fid.headline([{"stage": "teacher", "8-step FID": "2.0"}]) == ""
-    for without, word in {"1.48 / 0.97": "hurts in one step, hurts", "5.30 / 9.00": "is level in one step, helps", "8.00 / 3.10": "helps in one step, is level"}.items():
+    for without, word in {"1.48 / 0.97": "hurts in one step and", "5.30 / 9.00": "is level in one step, helps", "8.00 / 3.10": "helps in one step, is level"}.items():
         assert fid.headline(nearly, without) == f"Mid-training {word} in two. FID, lower is better: after post-training 5.4 in one step, 3.2 in two; without it {without.replace(' /', ',')}"
     assert said[1].startswith("The same noises, drawn by every net\nA column") and said[2].startswith("A heading\nA column") and said[2].endswith("\nand more")
 
@@ -836,14 +836,16 @@ def test_a_picture_with_scores_stays_until_there_are_others(tmp_path, monkeypatc
 
 def test_a_caption_names_seed_and_sizes():
     import train_cmt_cifar
+    import train_mf_imagenet256
+    noise = " Before the second of two steps noise of level 0.821 is added again."            # of a Mean Flow: none
     losses = dict(huber="pixels", elatentlpips="features", edges="edges")                     # of a fork
     found = [("teacher", torch.nn.Linear(999, 1000), {}), ("mid", torch.nn.Linear(1999, 1000), dict(cfg={})), ("post", torch.nn.Linear(1999, 1000), {})]
-    assert fid.about(train_cmt_cifar.Config(seed=7), found) == (
+    assert fid.about(train_mf_imagenet256.Config(seed=7), found) == (
         " Seed 7; mid-training compares by velocities; parameters: teacher 1.00M, students 2.00M (larger).")
     for loss, words in losses.items():
         found[1][2]["cfg"]["loss"] = loss
-        assert fid.about(train_cmt_cifar.Config(seed=7), found[1:]) == f" Seed 7; mid-training compares by {words}; parameters: students 2.00M."
-    assert fid.about(train_cmt_cifar.Config(seed=7), found[2:]) == " Seed 7; parameters: students 2.00M."
+        assert fid.about(train_cmt_cifar.Config(seed=7), found[1:]) == f" Seed 7; mid-training compares by {words}; parameters: students 2.00M.{noise}"
+    assert fid.about(train_cmt_cifar.Config(seed=7), found[2:]) == f" Seed 7; parameters: students 2.00M.{noise}"
 
 
 def test_a_colour_means_one_thing_in_every_chart():

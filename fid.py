@@ -1542,7 +1542,9 @@ def one_line(cfg, *errors):
         leave(2, None)
     except (DataError, OSError, *errors) as e:
         full = getattr(e, "errno", 0) in (errno.EFBIG, errno.ENOSPC, errno.EDQUOT)
-        fail(3, first_line(e) + f"; free some space for {cfg.out} and run again" * full)
+        text = first_line(e) + f"; free some space for {cfg.out} and run again" * full
+        flags = [f"--{k} " for k, v in vars(cfg).items() if v and text.startswith(f"{v}: ")]
+        fail(3, "".join(flags[:1]) + text)                # that of the file, where a flag names it
     except torch.OutOfMemoryError as e:
         now = cfg.batch_gpu or cfg.batch // processes()[1]
         fail(1, f"{first_line(e)} Run again with a --batch_gpu smaller than {now}")
@@ -2218,6 +2220,10 @@ def report(cfg, lr, tally, **more):
         f"grad {norm:.3g} | lr {lr:.2e} | {rate:.{0 if rate > 9 else 2}f} images/s{time_left}",
         stage=cfg.stage, step=done, images=images, loss=loss, grad=norm, skipped=tally["skipped"], lr=lr,
         images_per_second=rate, seconds=tally["seconds"], mean_of=n, **more)
+    losses = [m["loss"] for m in read_metrics(OUT) if m["stage"] == "mid"] if OUT and not left else [0]
+    if cfg.stage == "mid" and losses[-1] > 1.2 * losses[0]:
+        say(f"warning: mid: the loss has risen, from {losses[0]:.3g} to {losses[-1]:.3g}, and its target is "
+            "fixed; train it anew with a smaller --mid.lr and another --out")
 
 
 def add_errors(errors, square, gap):

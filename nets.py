@@ -1143,7 +1143,7 @@ def read_weights(path_or_url):
             raise
         reason = "it ends too early" if isinstance(e, OSError) else f"{type(e).__name__}: {e}"
         reason = reason.splitlines()[0].split(". ")[0][:200]
-        raise WeightsError(f"{path}: damaged, cut short or of another kind ({reason}); copy it again") from e
+        raise WeightsError(f"{path}: damaged, cut short or of another kind ({reason}); pass another") from e
     # trap: DiT and REPA keep weights under `model`, where our checkpoints keep constructor arguments
     no_weights = not any(map(torch.is_tensor, tree_leaves(model)))
     own = place[:1] == ("ema",) and isinstance(model, dict) and no_weights

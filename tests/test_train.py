@@ -665,7 +665,7 @@ BAD = [  # (command line, exit code, what the line must say)
     ("--data digits --stage post --batch_gpu 5", 2, "--batch_gpu 5 must divide the 32 of --batch in a process; pass 4"),
     ("--stage eval --init nothere.pkl", 3, "--init nothere.pkl: no such file"),
     ("--data digits --stage mid", 3, "run --stage pretrain first"),
-    ("--data digits --stage mid --teacher none.pt", 3, "none.pt: no such file"),
+    ("--data digits --stage mid --teacher none.pt", 3, "--teacher none.pt: no such file"),
     ("--data digits --stage eval", 3, "run --stage pretrain, or"),
     ("--batch-size 4", 2, "did you mean --batch?"), ("--mid.num_epochs 4", 2, "did you mean --mid.steps?"), ("--save_dir x", 2, "did you mean --out?"), ("--ckpt x", 2, "did you mean --init?"),
     ("--resume x", 2, "the same command, without it, goes on"), ("--bf16", 2, "write --precision bf16"), ("--no-mid", 2, "write --mid none"), ("--device cuda", 2, "CUDA_VISIBLE_DEVICES=0 picks"), ("--compile=False", 2, "a switch is --NAME or --no-NAME; --help"), ("--compile yes", 2, "yes; a switch is --NAME or --no-NAME; --help"),
@@ -721,6 +721,21 @@ def test_the_time_left_is_that_of_the_whole_stage_without_its_first_step(monkeyp
         script.fid.report(cfg, 1e-3, tally)
     first, *_, last = capsys.readouterr().out.splitlines()
     assert " left" not in first and last.endswith("| 44 s of training left, at least 82 s with the next stages")
+
+
+def test_a_mid_training_whose_loss_has_risen_is_said(tmp_path, monkeypatch, capsys):
+    """Its target is fixed, so something is wrong; that of post-training moves, its loss may rise."""
+    monkeypatch.setattr(script.fid, "OUT", str(tmp_path))
+    monkeypatch.setattr(script.fid.time, "time", itertools.count(1.0).__next__)
+    for stage, last, said in (("mid", 1.1, False), ("mid", 1.3, True), ("post", 1.3, False)):
+        (tmp_path / "metrics.jsonl").unlink(missing_ok=True)
+        script.fid.PACE.clear()
+        cfg = script.parse(["--data", "digits", "--stage", stage, "--steps", "100"])
+        tally = script.fid.new_tally(cfg)
+        for tally["step"], tally["losses"] in (1, [1.0]), (50, [9.0]), (100, [last]):
+            assert "has risen" not in capsys.readouterr().err
+            script.fid.report(cfg, 1e-3, tally)
+        assert ("mid: the loss has risen, from 1 to 1.3" in capsys.readouterr().err) == said
 
 
 @pytest.mark.parametrize("mode, side, res", [("L", 32, 0), ("RGB", 8, 0), ("RGB", 32, 8), ("LA", 16, 0)])

@@ -34,7 +34,7 @@ The resize is part of the protocol; the two differ by 8.6 grey levels on CIFAR-1
 Precision, recall and the like: reuse net(images). Exit codes: 0 done, 2 usage, 3 data or weights.
 Of the script at work fid takes Config and its tables: PRESETS (values), LIMITS (what they may be), READ_BY
 (which stages read a knob; not named: all), NO_WEIGHT (knobs that change no weight), ABOUT (a stage in words),
-DECAYS, ENDLESS, WITHOUT, STAGES, INITS, FILES, RUN, NEED_STAGE; DEVICE and nets; it calls parse, data_name,
+DECAYS, ENDLESS, STAGES, INITS, FILES, RUN, NEED_STAGE; DEVICE and nets; it calls parse, data_name,
 check, solve_size, resume, candidates and set_up.
 """
 import argparse
@@ -1147,7 +1147,8 @@ def read_record(file, when):
 
 
 # ---- pictures with words -----------------------------------------------------------------------
-NAMES = dict(teacher="teacher", mid="mid-training alone", post="after post-training")
+NAMES = dict(teacher="teacher", mid="mid-training alone", post="after post-training",
+             alone="without mid-training")
 SPOKEN = dict(pretrain="pre-training", vgg="VGG", mid="mid-training", post="post-training")
 WIDE = 1_800                                             # pixels of a sheet
 LEVEL = 0.1                                              # scores that differ by a smaller share are level
@@ -1285,27 +1286,27 @@ def verdict(was, now):
     return "is level" if abs(now - was) < LEVEL * was else "helps" if now < was else "hurts"
 
 
-def headline(table, without=""):
-    """For a heading: a table's last net in 1 and 2 steps, a teacher, and whether mid-training helps."""
+def headline(table):
+    """For a heading: a table's student, one without mid-training and a teacher; does mid-training help?"""
     distance = next((key.partition(" ")[2] for row in table for key in row if key.startswith("1-step F")), "")
     rows = [(row["stage"].partition(",")[0], {k.partition("-")[0]: v for k, v in row.items()
                                               if k.endswith(f"-step {distance}") and v != "-"})
             for row in reversed(table) if distance]
     nets = {name: found for name, found in rows if found}                # of several rows of a net the first
-    texts = [f"{called(name)} " + ", ".join(f"{v} in {FEW[k]}" for k, v in found.items() if k in FEW)
-             for name, found in [*nets.items()][:1] if name != "teacher"]
-    texts += [f"without it {without.replace(' /', ',')}"] * bool(without)
+    some = [name for name in nets if name not in ("alone", "teacher")][:1] + ["alone"] * ("alone" in nets)
+    texts = [f"{called(net)} " + ", ".join(f"{v} in {FEW[k]}" for k, v in nets[net].items() if k in FEW)
+             for net in some]
     texts += [f"teacher {value} in {steps} steps" for steps, value in [*nets.get("teacher", {}).items()][-1:]]
-    mid, post = ({k: float(v.split()[0]) for k, v in nets.get(net, {}).items()} for net in ("mid", "post"))
+    mid, post, alone = ({k: float(v.split()[0]) for k, v in nets.get(net, {}).items()}
+                        for net in ("mid", "post", "alone"))
     hurts = any(verdict(mid[k], post[k]) == "hurts" for k in {*mid} & {*post})
-    rivals = dict(zip(FEW, map(float, without.split(" / ")))) if without else {}
-    helps = ", ".join(f"{verdict(rivals[k], post[k])} in {FEW[k]}" for k in rivals if k in post)
+    helps = ", ".join(f"{verdict(alone[k], post[k])} in {FEW[k]}" for k in FEW if k in {*alone} & {*post})
     helps = re.sub(r"^(.*) in one step, \1 in", r"\1 in one step and in", helps)
-    text = f"Mid-training {helps}. " * bool(without) + f"{distance}, lower is better: {'; '.join(texts)}"
-    return (text + "; post-training hurts in this run" * hurts) * bool(nets)
+    text = f"Here mid-training {helps}. " * bool(mid and helps) + f"{distance}, lower is better: "
+    return (text + "; ".join(texts) + "; post-training hurts" * hurts) * bool(nets)
 
 
-def save_stages(out, shown, names=(), words="", table=(), samples=2_000, without=""):
+def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
     """<out>/stages.png: the same noises through every net. The scores are in it once the table has them.
 
     shown: a list of (net, steps, images (n, C, H, W)). names: n texts, what is to be drawn: classes stand
@@ -1325,14 +1326,17 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000, without
         columns = torch.stack([x.cpu() for *_, x in shown], 1)
         rows, header, line, breaks = [*zip(names, columns)], [what, *labels], "row", ()
     title, _, words = words.rpartition("\n")
-    title = title or headline(table, without) or "The same noises, drawn by every net"
+    title = title or headline(table) or "The same noises, drawn by every net"
     caption = f"{title}\nA {line}: one noise, drawn by all nets."
     caption += (f" Score: Frechet distance of {samples:,} images to the data"
                 f"{'; of few it is off, mostly high' * (samples < 1_000)}.") * bool(table)
     caption += f" {HALVES}" * real
-    caption += (" Without it: the best way we found, at about equal cost, means of 3 seeds." if without else
-                " Whether mid-training helps, only a run without it tells (README)."
-                * any(row["stage"].partition(",")[0] == "mid" for row in table))
+    seen = {row["stage"].partition(",")[0]: row.get("images", "-") for row in table}
+    if "alone" in seen and "mid" in seen:
+        caption += (f" Images or pairs seen: {seen['mid']} + {seen.get('post', 0)}; "
+                    f"without mid-training {seen['alone']}.")
+    elif "mid" in seen:
+        caption += " Whether mid-training helps, only a run without it tells (docs/usage.md)."
     caption += (" Shows its digit: a classifier reads it as the caption's digit."
                 * any("shows its digit" in key for row in table for key in row)) + f"\n{words.strip()}"
     path = f"{out}/stages" + f"_{shown[0][0]}" * shown[0][0].startswith("init_") + ".png"    # --init FILE
@@ -1356,7 +1360,7 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
     along = [(x, level.expand(len(x))) for x, level in zip(states, levels.float())]
     # where no noise is left the answer is the state itself: a consistency model would see ln 0
     answers = {net: torch.stack([f(x, level) if level.all() else x for x, level in along])
-               for net, f in nets.items()}
+               for net, f in nets.items() if net != "alone"}                 # whose ends are its own
     errors = {net: (x[0] - states[-1]).square().flatten(1).mean(1).sqrt() for net, x in answers.items()}
     k = next(iter(errors.values()), torch.zeros(1)).argmax().item()              # the noise that is shown
     missed = ", ".join(f"{called(net)} {e.mean().item():.2f}" for net, e in errors.items())
@@ -2498,15 +2502,7 @@ def save_results(cfg, rows, note, stages):
         if not old.startswith(new + b"\n"):                   # else drawn again, with the same scores
             new += f"\n{time.strftime('%Y-%m-%d')}, {MADE_BY}\n".encode(errors="backslashreplace")
             write_whole(str(file), lambda f: f.write(new + b"\n" * bool(old) + old))
-        steps = {row["stage"].partition(",")[0]: str(row.get("steps")) for row in rows}
-        without = ""                                        # compared with runs of the defaults alone
-        if cfg.data == "digits":
-            mid, post, plain = (
-                home_of(cfg).parse(["--data", "digits", "--stage", s]) for s in ("mid", "post", "eval"))
-            other = {k for k, v in vars(plain).items() if v != vars(cfg)[k]} - {"out", "seed", "teacher"}
-            if not other and [steps.get("mid"), steps.get("post")] == [str(mid.steps), str(post.steps)]:
-                without = home_of(cfg).WITHOUT
-        save_stages(cfg.out, *stages, table=rows, samples=cfg.samples, without=without)
+        save_stages(cfg.out, *stages, table=rows, samples=cfg.samples)
         if took:
             save_curve(cfg, rows)
     names = [f"stages{alone}.png", *(["trajectory.png", "curve.png"] * (not alone))]

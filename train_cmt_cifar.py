@@ -115,7 +115,6 @@ ABOUT = {"pretrain": "stage 1 of 4, pre-training: the loss soon falls slowly, im
          "post": "stage 3 of 4, post-training (Eq. 3): a large gradient and a level loss are normal",
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = ["pretrain", "mid", "post", "eval"]          # what --stage all runs, in this order
-WITHOUT = "5.58 / 3.37"                               # FD-digits without mid-training (README)
 INITS = "teacher", "random"                           # other values of --init are a FILE
 NO_TEACHER = ["ect", "annealed"]                      # post-trainings that ask no teacher
 FILES = {"cifar10": "data/cifar-10-python.tar.gz",
@@ -637,9 +636,10 @@ def candidates(cfg):
         state, kwargs = teacher_state(cfg)
         teacher = build(cfg, kwargs, state, cfg.teacher or "the teacher")
         found = [("teacher", teacher, {1: 1, cfg.nfe: "teacher"}, ckpt)]
-    for stage in ("mid", "post"):
+    for stage in ("mid", "post", "alone/post"):       # alone: a run without mid-training, to compare with
         if ckpt := nets.finished(f"{cfg.out}/{stage}.pt"):
-            found.append((stage, build(cfg, ckpt["model"], ckpt["ema"], stage), few, ckpt))
+            net = build(cfg, ckpt["model"], ckpt["ema"], stage)
+            found.append((stage.partition("/")[0], net, few, ckpt))
     return found or fail(3, f"no finished stage in {cfg.out}: right --out? run --stage pretrain, or --init")
 
 

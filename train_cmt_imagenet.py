@@ -132,7 +132,6 @@ ABOUT = {"pretrain": "stage 1 of 5, pre-training (EDM2): the loss falls while th
          "post": "stage 4 of 5, post-training (Eq. 3): the loss hardly falls; judge by scores",
          "eval": "stage 5 of 5, scores: the images of every net against the data; lower is better"}
 STAGES = ["pretrain", "vgg", "mid", "post", "eval"]   # what --stage all runs, in this order
-WITHOUT = "1.48 / 0.97"                               # FD-digits without mid-training (README)
 INITS = "teacher", "random"                           # other values of --init are a FILE
 NO_TEACHER = ["ect"]                                  # post-trainings that ask no teacher
 FILES = {"imagenet64": "data/imagenet64.zip", "imagenet512": "data/imagenet512-sd.zip"}
@@ -880,9 +879,10 @@ def candidates(cfg):
         steps = HEUN_STEPS if cfg.sampler == "heun" else cfg.nfe
         teacher = build(cfg, kwargs, state, cfg.teacher or "the teacher")
         found = [("teacher", teacher, {1: 1, steps: "teacher"}, ckpt)]
-    for stage in ("mid", "post"):
+    for stage in ("mid", "post", "alone/post"):       # alone: a run without mid-training, to compare with
         if ckpt := nets.finished(f"{cfg.out}/{stage}.pt"):
-            found.append((stage, build(cfg, ckpt["model"], ckpt["ema"], stage), few, ckpt))
+            net = build(cfg, ckpt["model"], ckpt["ema"], stage)
+            found.append((stage.partition("/")[0], net, few, ckpt))
     return found or fail(3, f"no finished stage in {cfg.out}: right --out? run --stage pretrain, or --init")
 
 

@@ -122,7 +122,6 @@ ABOUT = {"pretrain": "stage 1 of 4, pre-training: squared errors fall; the log's
          "post teacher": "stage 3 of 4, post-training: the loss, a squared error, falls slowly",
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = ["pretrain", "mid", "post", "eval"]          # what --stage all runs, in this order
-WITHOUT = "2.28 / 0.68"                               # FD-digits without mid-training (README)
 INITS = "teacher", "random"                           # other values of --init are a FILE
 FILES = {"imagenet": "data/imagenet256-sd"}
 REFERENCE = {"imagenet": "imagenet256"}               # scored by ADM's statistics, others by their own
@@ -820,17 +819,17 @@ def first_weights(cfg, kwargs):
 # ---- main -------------------------------------------------------------------------------------
 def candidates(cfg):
     """What to sample from: (name, net, {steps: kind of sampler}, checkpoint); --init FILE: it alone."""
-    found, stages = [], ["pretrain", "mid", "post"]
+    found, stages = [], ["pretrain", "mid", "post", "alone/post"]    # alone: a run without mid-training
     if file := cfg.teacher if cfg.init in INITS else cfg.init:
         base = os.path.basename(file).split(".")[0]
-        name, stages = ("teacher", ["mid", "post"]) if cfg.init in INITS else (f"init_{base}", [])
+        name, stages = ("teacher", stages[1:]) if cfg.init in INITS else (f"init_{base}", [])
         state, kwargs = read_net(cfg, file)
         found = [(name, build(cfg, kwargs, state, file), None)]
     for stage in stages:
         path = f"{cfg.out}/{stage}.pt"
         if ckpt := nets.finished(path):
             fid.same_guidance(cfg, ckpt["cfg"], path)
-            name = "teacher" if stage == "pretrain" else stage
+            name = "teacher" if stage == "pretrain" else stage.partition("/")[0]
             found.append((name, build(cfg, ckpt["model"], ckpt["ema"], stage), ckpt))
     if not found:
         fail(3, f"no finished stage in {cfg.out}: right --out? run --stage pretrain, or --init")

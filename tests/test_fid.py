@@ -808,16 +808,20 @@ def test_the_heading_of_scored_images_has_the_last_net_in_one_step_and_two_and_t
             {"stage": "post", "1-step FID": "6.0 +- 1.0, min 5.0", "2-step FID": "3.0"}]
     fid.save_stages(str(tmp_path), shown, (), " Seed 0.", rows, 500)
     assert said[0] == ("FID, lower is better: after post-training 6.0 +- 1.0, min 5.0 in one step, 3.0 in two; teacher 2.0 in 8 steps; "
-                       "post-training hurts in this run\nA column: one noise, drawn by all nets. "
-                       "Score: Frechet distance of 500 images to the data; of few it is off, mostly high. Whether mid-training helps, only a run without it tells (README).\nSeed 0.")
+                       "post-training hurts\nA column: one noise, drawn by all nets. "
+                       "Score: Frechet distance of 500 images to the data; of few it is off, mostly high. Whether mid-training helps, only a run without it tells (docs/usage.md).\nSeed 0.")
     fid.save_stages(str(tmp_path), shown, (), "", [{"stage": "teacher", "8-step FID": "2.0"}])
     fid.save_stages(str(tmp_path), shown, (), "A heading\nand more", rows)
     nearly = [{"stage": "mid", "1-step FID": "5.0", "2-step FID": "3.0"}, {"stage": "post", "1-step FID": "5.4", "2-step FID": "3.2"}]
     assert "hurts" not in fid.headline(nearly) and "hurts" in fid.headline([nearly[0], nearly[1] | {"2-step FID": "3.5"}])       # in either
     assert fid.headline([{"stage": "teacher", "1-step FID": "9.0", "8-step FID": "2.0"}]) == "FID, lower is better: teacher 2.0 in 8 steps"
     assert fid.headline([{"stage": "teacher", "8-step FID": "2.0"}]) == ""
-    for without, word in {"1.48 / 0.97": "hurts in one step and", "5.30 / 9.00": "is level in one step, helps", "8.00 / 3.10": "helps in one step, is level"}.items():
-        assert fid.headline(nearly, without) == f"Mid-training {word} in two. FID, lower is better: after post-training 5.4 in one step, 3.2 in two; without it {without.replace(' /', ',')}"
+    for (one, two), word in {("1.48", "0.97"): "hurts in one step and", ("5.30", "9.00"): "is level in one step, helps", ("8.00", "3.10"): "helps in one step, is level"}.items():
+        alone = {"stage": "alone", "1-step FID": one, "2-step FID": two}
+        assert fid.headline([*nearly, alone]) == f"Here mid-training {word} in two. FID, lower is better: after post-training 5.4 in one step, 3.2 in two; without mid-training {one} in one step, {two} in two"
+        assert fid.headline([nearly[1], alone]).startswith("FID, lower is better")      # the student had none either
+    fid.save_stages(str(tmp_path), shown, (), "", [row | {"images": "7"} for row in (*nearly, alone)])
+    assert "Images or pairs seen: 7 + 7; without mid-training 7." in said[3] and "README" not in said[3]
     assert said[1].startswith("The same noises, drawn by every net\nA column") and said[2].startswith("A heading\nA column") and said[2].endswith("\nand more")
 
 

@@ -3,6 +3,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -485,3 +486,12 @@ def test_512_runs_every_stage_on_latents_with_a_small_net(monkeypatch):
         assert dict(vgg=rule.get("momentum") == 0.9, mid=rule.get("betas") == (0.9, 0.999), post=rule.get("betas") == (0.9, 0.99))[stage]
     script.main([*base, "--stage", "sample", "--seeds", "0-1"])
     assert Image.open("x/samples/post_2/000001.png").size == (512, 512)
+
+
+def test_a_run_without_mid_training_in_the_folder_alone_is_scored_beside(road):
+    shutil.copytree(road, "x")
+    os.mkdir("x/alone")
+    shutil.copy("x/post.pt", "x/alone")
+    script.main([*TINY, "--out", "x", "--steps", "3", "--stage", "eval"])
+    rows = [line.split("|")[1:-1] for line in Path("x/results.md").read_text().partition("\n\n")[0].splitlines() if line.startswith(("| alone", "| post"))]
+    assert len(rows) >= 2 and len(rows) % 2 == 0 and rows[0][1:] == rows[len(rows) // 2][1:]       # one net twice

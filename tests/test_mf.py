@@ -676,3 +676,12 @@ BAD = [
 def test_bad_input_is_one_line_with_its_exit_code(line, expected, text, capsys):
     exit_code, err = code(["--data", "digits", *line.split()], capsys, main=script.main)
     assert exit_code == expected and text in err and len(err.strip().splitlines()) == 1, err
+
+
+def test_a_run_without_mid_training_in_the_folder_alone_is_scored_beside(road):
+    shutil.copytree(road, "x")
+    os.mkdir("x/alone")
+    shutil.copy("x/post.pt", "x/alone")
+    script.main([*TINY, "--out", "x", "--steps", "3", "--stage", "eval"])
+    rows = [line.split("|")[1:-1] for line in Path("x/results.md").read_text().partition("\n\n")[0].splitlines() if line.startswith(("| alone", "| post"))]
+    assert len(rows) >= 2 and len(rows) % 2 == 0 and rows[0][1:] == rows[len(rows) // 2][1:]       # one net twice

@@ -747,3 +747,12 @@ def test_a_slug_names_one_caption():
     assert script.slug("the digit seven") == "the-digit-seven"
     slugs = {script.slug(c) for c in ("A cat!", "a cat", "a  cat", "a cat.", "\u4e2d\u6587", "a/../b", "x" * 300, "x" * 301)}
     assert len(slugs) == 8 and all("/" not in s and "." not in s and len(s) < 60 for s in slugs)
+
+
+def test_a_run_without_mid_training_in_the_folder_alone_is_scored_beside(road):
+    shutil.copytree(road, "x")
+    os.mkdir("x/alone")
+    shutil.copy("x/post.pt", "x/alone")
+    script.main([*TINY, "--out", "x", "--steps", "3", "--stage", "eval"])
+    rows = [line.split("|")[1:-1] for line in Path("x/results.md").read_text().partition("\n\n")[0].splitlines() if line.startswith(("| alone", "| post"))]
+    assert len(rows) >= 2 and len(rows) % 2 == 0 and rows[0][1:] == rows[len(rows) // 2][1:]       # one net twice

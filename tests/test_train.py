@@ -587,6 +587,20 @@ def test_a_file_is_scored_beside_the_pictures_of_the_run(road, capsys):
     assert "too few for 64 features" in text
 
 
+def test_a_run_without_mid_training_in_the_folder_alone_is_scored_beside(road, monkeypatch):
+    shutil.copytree(road, "x")
+    os.mkdir("x/alone")
+    shutil.copy("x/post.pt", "x/alone")
+    sheets, save = {}, fid.save_sheet
+    monkeypatch.setattr(fid, "save_sheet", lambda path, rows, caption, *more: sheets.update({path: (rows, caption)}) or save(path, rows, caption, *more))
+    script.main([*TINY, "--out", "x", "--steps", "3", "--stage", "eval"])
+    rows = [line.split("|")[1:-1] for line in Path("x/results.md").read_text().partition("\n\n")[0].splitlines() if line.startswith(("| alone", "| post"))]
+    assert len(rows) >= 2 and len(rows) % 2 == 0 and rows[0][1:] == rows[len(rows) // 2][1:]       # one net twice
+    rows, caption = sheets["x/stages.png"]
+    assert caption.startswith("Here mid-training is level in one step and in two.") and [label for label, _ in rows if "without mid-training" in label]
+    assert not [label for label, _ in sheets["x/trajectory.png"][0] if "without" in label]         # its ends are its own
+
+
 @pytest.mark.parametrize("fetch", [fid.fetch, nets.fetch])
 def test_a_cache_that_cannot_be_used_is_named_with_the_way_out(fetch, monkeypatch):
     monkeypatch.setenv("CMT_CACHE", "/proc/none")

@@ -213,7 +213,8 @@ def plot(args, device):
             what = "has no step of a training" if os.path.exists(f"{run}/metrics.jsonl") else "is not there"
             script.fail(3, f"plot: {run}/metrics.jsonl {what}; name the folder of a run")
         ones = [m for m in fid.read_metrics(run) if m.get("metric", "").startswith("1-step")]
-        name = run + "".join(f", {m['metric']} {m['values'][0]:.2f} of {m['samples']:,}" for m in ones[-1:])
+        name = run + "".join(f", {m['metric']} {m['values'][0]:.2f} of {m['samples']:,} images"
+                             for m in ones[-1:])
         for m, key in ((m, key) for m in steps for key in titles):
             panel = panels[f"{fid.SPOKEN[m['stage']]}: {titles[key]}"]
             panel.setdefault(name, []).append((m["images"], m.get(key, 0)))

@@ -1770,7 +1770,7 @@ def load_checkpoint(path, whole=False):
         except Exception as e:                        # damage can surface as any error
             print(f"warning: {p} is damaged, cut or changed ({type(e).__name__})", file=sys.stderr)
     if found:
-        raise WeightsError(f"{' and '.join(found)}: damaged; to start anew move them and later stages away")
+        raise WeightsError(f"{' and '.join(found)}: damaged; to start anew move that and later stages away")
     return None
 
 

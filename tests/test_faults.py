@@ -550,7 +550,7 @@ def test_f5_truncated_checkpoints_fall_back_to_the_one_before(capsys):
     for name in ("run/pretrain.pt", "run/pretrain.pt.prev"):
         Path(name).write_bytes(b"nothing")
     exit_code, err = code(argv, capsys)
-    assert exit_code == 3 and "pretrain.pt and run/pretrain.pt.prev: damaged; to start anew move them and later stages away" in err                        # never a fresh start
+    assert exit_code == 3 and "pretrain.pt and run/pretrain.pt.prev: damaged; to start anew move that and later stages away" in err                        # never a fresh start
 
 
 def test_f5_flipped_bits_are_found_or_harmless(often, capsys):

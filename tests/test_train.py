@@ -484,13 +484,15 @@ def test_first_weights_of_other_images_are_told_of_by_what_differs(road, capsys)
     assert exit_code == 3 and "own/pretrain.pt was trained with img_channels 3, the net to train has 1" in err
 
 
-def test_the_heading_compares_runs_of_the_defaults_alone(monkeypatch, tmp_path):
-    """A run of a few steps, of fewer samples or of another method is not as long as what it would be compared with."""
-    seen, rows = [], lambda mid, post: [dict(stage="teacher", steps=2000), dict(stage="mid", steps=mid), dict(stage="post", steps=post)]    # noqa: E731
-    monkeypatch.setattr(fid, "save_stages", lambda *a, without, **k: seen.append(without))
-    for steps, flags in ((900, 600), ""), ((40, 600), ""), ((900, 600), "--samples 200"), ((900, 600), "--post annealed"), ((900, 600), "--seed 1"):
-        fid.save_results(script.parse(["--data", "digits", "--stage", "eval", "--out", str(tmp_path), *flags.split()]), rows(*steps), "FD-digits", ())
-    assert seen == ["5.58 / 3.37", "", "", "", "5.58 / 3.37"]
+def test_a_forgotten_data_is_refused_before_anything_is_fetched(road, monkeypatch, capsys):
+    """Of a folder of digits; the default of --data is cifar10. Else Inception is fetched first."""
+    monkeypatch.setattr(script, "check", lambda cfg: pytest.fail("files were looked for"))
+    for name in ("train_cmt_cifar", "train_cmt_imagenet"):
+        exit_code, err = code(["--out", road, "--steps", 3], capsys, importlib.import_module(name).main)
+        assert exit_code == 2 and f"{road} was made with " in err and len(err.strip().splitlines()) == 1, err
+        assert "--data digits, now cifar10" in err or "script" in err
+    exit_code, err = code(["--data", "digits", "--out", road, "--stage", "sample", "--steps", 2], capsys)
+    assert exit_code == 2 and "--steps 3, now 2" in err and "in one step and in two: leave it out" in err
 
 
 def test_a_folder_of_pictures_keeps_its_dots_in_the_name_of_its_run(here):
@@ -746,7 +748,7 @@ def test_a_mid_training_whose_loss_has_risen_is_said(tmp_path, monkeypatch, caps
         script.fid.PACE.clear()
         cfg = script.parse(["--data", "digits", "--stage", stage, "--steps", "100"])
         tally = script.fid.new_tally(cfg)
-        for tally["step"], tally["losses"] in (1, [1.0]), (50, [9.0]), (100, [last]):
+        for tally["step"], tally["losses"] in (1, [1.0]), (25, [9.0]), (50, [9.0]), (75, [9.0]), (100, [last]):
             assert "has risen" not in capsys.readouterr().err
             script.fid.report(cfg, 1e-3, tally)
         assert ("mid: the loss has risen, from 1 to 1.3" in capsys.readouterr().err) == said
@@ -839,7 +841,7 @@ def test_a_stage_too_short_for_its_average_or_its_warm_up_says_so():
     short, whole = (script.parse(f"--data digits --stage post {flags}".split()) for flags in ("--steps 7 --ema_beta 0.99", ""))
     said = script.fid.overview([(7, short), (600, whole)], script.DEVICE, short)
     assert said.count("warning") == 2 and "steps of warm-up: 20 of 7 (pass --post.warmup 0)" in said
-    assert "keep of the first weights: 93% (pass --post.ema_beta 0.286)" in said
+    assert "still hold of the first ones: 93% (pass --post.ema_beta 0.286)" in said
     assert "warning" not in script.fid.overview([(0, short)], script.DEVICE, short)             # it is finished
 
 

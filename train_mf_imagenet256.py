@@ -185,11 +185,14 @@ def guides(flow, z, t, y, needs_null, needs_own):
 
 
 def loss_mf(flow, z, v, t, r, y, guided, cfg):
-    """Mean Flow: w |u - sg(v~ - (t - r) du/dt)|^2, w = sg(|.|^2 + WEIGHT_C)^-p, mean over samples.
+    """Mean Flow at z (B, C, H, W) = (1 - t) x + t eps, with v = eps - x. Without guidance it is
 
-    z (B, C, H, W) = (1 - t) x + t eps, v = eps - x; u and du/dt: at (z, t, r, y), du/dt along (v~, 1, 0).
-    v~ is v, but where `guided` (B,) omega v + kappa u(z, t, t, y) + (1 - omega - kappa) u(z, t, t, null).
-    t, r and guided are on the CPU. Returns the loss, and |.|^2 (B,).
+      u, dudt = jvp(u(z, t, r, y), along (v, 1, 0))
+      square = |u - sg(v - (t - r) dudt)|^2
+      loss = mean of square / sg(square + WEIGHT_C)^p
+
+    Where `guided` (B,), v is omega v + kappa u(z, t, t, y) + (1 - omega - kappa) u(z, t, t, null). du/dt is
+    asked for where r < t alone: elsewhere it does not count. t, r, guided: on the CPU. Also returns square.
     """
     apart, w_null = r < t, 1 - cfg.omega - cfg.kappa
     needs_null, needs_own = guided & (abs(w_null) > 1e-9), guided & apart & (cfg.kappa > 0)
@@ -199,8 +202,8 @@ def loss_mf(flow, z, v, t, r, y, guided, cfg):
     gap, guided = (a.view(-1, 1, 1, 1) for a in (t - r, guided))
     u = flow.u(z, t, r, y)
     u_own = torch.where(gap > 0, u_own, u.detach())   # where r = t it is the answer: no second call
-    v = torch.where(guided, cfg.omega * v + w_null * u_null + cfg.kappa * u_own, v)                  # v~
-    dudt = torch.zeros_like(z)                        # it counts where r < t alone
+    v = torch.where(guided, cfg.omega * v + w_null * u_null + cfg.kappa * u_own, v)
+    dudt = torch.zeros_like(z)
     if len(i):
         with torch.no_grad():
             dudt[i] = flow.slope(*(a[i] for a in (z, t, r, y, v)))
@@ -279,10 +282,10 @@ def rollout(cfg, net, z, y, times):
     # u = omega v + kappa u + (1 - omega - kappa) plain, where loss_mf is 0: u = plain + scale (v - plain)
     scale, both = cfg.omega / (1 - cfg.kappa), torch.cat([torch.full_like(y, net.num_classes), y])
     asked = torch.stack([times[:-1], times[1:]], 1).flatten().float()        # by Heun: both ends of each step
-    inside = ((asked >= cfg.guide_from) & (asked <= cfg.guide_to)).tolist()
+    inside = iter(((asked >= cfg.guide_from) & (asked <= cfg.guide_to)).tolist())    # to read t would wait
 
     def v(x, t):
-        if scale == 1 or not inside[len(answers)]:
+        if scale == 1 or not next(inside):
             answers.append(net(x, t, y=y))
         else:
             plain, own = net(torch.cat([x, x]), torch.cat([t, t]), y=both).chunk(2)
@@ -306,12 +309,12 @@ def teacher_pairs(cfg, teacher, shape, g):
     """
     n, times = cfg.trajectories, torch.linspace(1, 0, cfg.nodes, dtype=torch.float64)
     mine = slice(RANK * n // WORLD, (RANK + 1) * n // WORLD)
-    noise = randn((n, *shape), g)[mine]
+    eps = randn((n, *shape), g)[mine]
     y = torch.randint(teacher.num_classes, (n,), generator=g, device=g.device)
     dropped = torch.rand(n, generator=g, device=g.device) < cfg.class_dropout
     y = torch.where(dropped, teacher.num_classes, y)  # choice: null trajectories too, for guidance in post
     with torch.autocast(DEVICE.type, HALF.get(cfg.precision), enabled=cfg.precision in HALF):
-        states, velocities = rollout(cfg, teacher, noise, y[mine], times)
+        states, velocities = rollout(cfg, teacher, eps, y[mine], times)
     z, t, r, target = pairs_of_states(gather(states), gather(velocities), times)
     order = torch.randperm(len(z), generator=g, device=g.device)
     return [a[order] for a in (z, t, r, y.repeat(len(z) // n), target)]

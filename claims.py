@@ -399,14 +399,15 @@ def photo_run(row, seed, small, args):
 def photos(args, device):
     """CMT + ECT beside ECT on photos of 16x16 (--data: an EDM zip with labels), with the settings of digits.
 
-    <out>/<seed>/photos.png shows the same noises through every net.
+    <out>/<seed>/photos.png shows the same noises through every net, and above means of the seeds so far.
     """
     small, n = f"{args.out}/photos.npz", args.samples or 5_000
     images, _, features, reference = judged_photos(args, small)
     real = "real photos (not matched)", fid.to_float(images[:12], "cpu")
     print("| run | seed | FD-photos, 1 / 2 steps (teacher: 1 / 16) | seconds |\n|---|---|---|---|")
-    for seed in args.seeds.split(","):
-        shown, one = [], {}
+    one = {}                                              # row: its scores in one step, of each seed
+    for number, seed in enumerate(args.seeds.split(","), 1):
+        shown = []
         for row in args.methods.split(";") if args.methods else PHOTOS:
             folder, stage = photo_run(row, seed, small, args)
             state = torch.load(f"{folder}/{stage}.pt", weights_only=True)
@@ -418,13 +419,15 @@ def photos(args, device):
                 if steps == 1 or kind == "teacher":
                     label = f"{fid.net_label(CALLED.get(row, row), steps)}, FD-photos {found[-1]}"
                     shown.append((label, sampler(range(12))))
-            one[row] = found[row == "teacher"]                           # the teacher: in its many steps
+            one.setdefault(row, []).append(float(found[row == "teacher"]))        # the teacher: in many steps
             print(f"| {row} | {seed} | {' / '.join(found)} | {state['seconds']:.0f} |", flush=True)
-            ours, alone, many = (one.get(k, "-") for k in ("CMT + ECT", "ECT, annealed", "teacher"))
-            does = "?" if "-" in (ours, alone) else fid.verdict(float(alone), float(ours))
-            caption = (f"Mid-training by pixels {does} on photos (seed {seed}). FD-photos in one step, "
-                       f"lower is better: {ours} with it, {alone} without; teacher, {cfg.nfe} steps: {many}\n"
-                       "A column: one noise, drawn by all nets. FD-photos: Frechet distance of "
+            means = {name: np.mean(scores) for name, scores in one.items()}
+            ours, alone, many = (means.get(k, np.nan) for k in ("CMT + ECT", "ECT, annealed", "teacher"))
+            does = "?" if np.isnan(ours + alone) else fid.verdict(alone, ours)
+            caption = (f"Mid-training by pixels {does} on photos. FD-photos in one step, lower is better, "
+                       f"mean of {number} seed{'s' * (number > 1)}: {ours:.2f} with it, {alone:.2f} without; "
+                       f"teacher, {cfg.nfe} steps: {many:.2f}\n"
+                       f"Seed {seed}. A column: one noise, drawn by all nets. FD-photos: Frechet distance of "
                        f"{n:,} images to the real ones, by features of a small net; {features.scale} "
                        "against the other. Judge by the score: nets so small hardly draw objects.\nThe last "
                        "two students saw equally many images or pairs. Mid-training compares with the "

@@ -1037,6 +1037,22 @@ def test_the_post_training_of_the_forking_guide_trains(here, monkeypatch, capsys
         assert ("python bench.py plan" in capsys.readouterr().out) == counted
 
 
+def test_the_knob_of_the_forking_guide_changes_mid_training(here, monkeypatch, capsys):
+    """docs/forking.md: its four edits; another value asks for mid-training anew, and for no other stage."""
+    field, row, use = re.search(r'`    (states: int.*?)`.*?`("states": "mid",)`.*?`(else \(n, min.*?\)\))`', (ROOT / "docs/forking.md").read_text(), re.S).groups()
+    text = (ROOT / "train_cmt_cifar.py").read_text()
+    for old, new in (("    dry_run: bool", f"    {field}\n    dry_run: bool"), ('1001): "nfe"', '1001): "nfe states"'), ('    "post q stair"', f'    {row}\n    "post q stair"'), ("else (n, cfg.nfe)", use)):
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    fork, argv = forked(text, monkeypatch), [*TINY, "--steps", "2", "--nfe", "8", "--trajectories", "8", "--batch", "16", "--out", "x"]
+    fork.main([*argv, "--states", "4"])
+    assert nets.load_checkpoint("x/mid.pt")["cfg"]["states"] == 4 and fork.solve_size(fork.parse([*argv, "--states", "4"])) == (8, 4)
+    capsys.readouterr()
+    assert code([*argv, "--states", "6"], capsys, fork.main)[0] == 2
+    fork.main([*argv, "--states", "6", "--stage", "post"])
+    assert "finished" in (said := capsys.readouterr()).out and "no row" not in said.err and "no code" not in said.err
+
+
 def test_the_network_of_the_forking_guide_trains(here, monkeypatch):
     """docs/forking.md: its class and its two edits, in a copy of the script, through every stage."""
     own = re.search(r"```python\n(class Small.*?)```.*?`(net = nets.make.*?)`.*?`(return dict.*?)`", (ROOT / "docs/forking.md").read_text(), re.S)

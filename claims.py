@@ -286,20 +286,19 @@ def curves(args, device):
         panel[f"teacher, {cfg.nfe} steps"] = [(0, level), (seen, level)]
     one = [row["1-step FD-digits"] for row in rows]          # teacher, mid, mid and post, post alone
     ours = args.net == FLAGS["net"]["default"]
-    only = " By features, as in the paper, it is level here; no other script gains in one step." * ours
+    only = " By a distance of features, the paper's kind, the scores are level." * ours
     answer = f"Mid-training by pixels {fid.verdict(*map(float, (one[3], one[2])))}"
     words = (f"One step where the teacher takes {cfg.nfe}. FD-digits, lower is better: {one[2]} with "
              f"mid-training, {one[3]} without, teacher {rows[0][f'{cfg.nfe}-step FD-digits']}\n"
              f"The last two students saw {seen:,} images or pairs each, the last by the best schedule that "
-             f"we found. The eye cannot tell them apart, the score can: {answer[0].lower()}{answer[1:]} "
-             f"(seed 0).{only}")
+             f"we found. The eye cannot tell them apart, the score can. {answer} (seed 0).{only}")
     fid.save_stages(args.out, shown, (), words, rows, cfg.samples)
     panels = {f"FD-digits in {words}, lower is better": panel for words, panel in scores.items()}
     fid.save_chart(f"{args.out}/scores.png", panels,
                    f"{answer} (seed 0). One step: {one[2]} with it, {one[3]} without\nBlue: mid-training on "
                    "pairs, a state of a trajectory and its end, then post-training on images. Red: images "
                    "alone, by the best schedule that we found. Both are tuned for the last dot. FD-digits: "
-                   f"distance of {cfg.samples:,} images to real ones. Mid-training is by pixels.{only}",
+                   f"distance of {cfg.samples:,} images to real ones.{only}",
                    "images or pairs that the student has seen", marks)
     for words, panel in scores.items():
         for name, points in panel.items():

@@ -98,7 +98,7 @@ REFERENCES = {         # nobody publishes their checksums, so the one found is p
 }
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")         # inside, whatever the name ends in
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-HALVES = "Two halves of the real digits, 900 each, score 0.78; 2,000 new ones would about 0.4."
+HALVES = "Halves of the real digits, 900 each, score 0.78; 2,000 new ones would score about 0.4."
 HIDDEN = re.compile(r"(^|/)(\.[^/]|__MACOSX/)")                          # .DS_Store, ._x.png, .git
 Reference = collections.namedtuple("Reference", "mu cov n features file sha256")    # not stated: n 0, text ""
 FOREIGN = {"cannot identify image file": "not a picture, or a part of one",
@@ -1293,17 +1293,17 @@ def headline(table):
                                               if k.endswith(f"-step {distance}") and v != "-"})
             for row in reversed(table) if distance]
     nets = {name: found for name, found in rows if found}                # of several rows of a net the first
-    some = [name for name in nets if name not in ("alone", "teacher")][:1] + ["alone"] * ("alone" in nets)
-    texts = [f"{called(net)} " + ", ".join(f"{v} in {FEW[k]}" for k, v in nets[net].items() if k in FEW)
-             for net in some]
-    texts += [f"teacher {value} in {steps} steps" for steps, value in [*nets.get("teacher", {}).items()][-1:]]
+    texts = [f"{called(net)} " + ", ".join(f"{v} in {FEW[k]}" for k, v in found.items() if k in FEW)
+             for net, found in nets.items() if net not in ("alone", "teacher")][:1]
     mid, post, alone = ({k: float(v.split()[0]) for k, v in nets.get(net, {}).items()}
                         for net in ("mid", "post", "alone"))
-    hurts = any(verdict(mid[k], post[k]) == "hurts" for k in {*mid} & {*post})
-    helps = ", ".join(f"{verdict(alone[k], post[k])} in {FEW[k]}" for k in FEW if k in {*alone} & {*post})
-    helps = re.sub(r"^(.*) in one step, \1 in", r"\1 in one step and in", helps)
-    text = f"Here mid-training {helps}. " * bool(mid and helps) + f"{distance}, lower is better: "
-    return (text + "; ".join(texts) + "; post-training hurts" * hurts) * bool(nets)
+    if mid and (both := [k for k in FEW if k in {*alone} & {*post}]):
+        found = [f"{verdict(alone[k], post[k])} in {FEW[k]} ({post[k]:.2f}, without it {alone[k]:.2f})"
+                 for k in both]
+        texts = ["here mid-training " + ", ".join(found)]
+    texts += [f"teacher {value} in {steps} steps" for steps, value in [*nets.get("teacher", {}).items()][-1:]]
+    texts += ["post-training hurts"] * any(verdict(mid[k], post[k]) == "hurts" for k in {*mid} & {*post})
+    return f"{'; '.join(texts)}. {distance}: lower is better" * bool(nets)
 
 
 def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
@@ -1328,7 +1328,7 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
     title, _, words = words.rpartition("\n")
     title = title or headline(table) or "The same noises, drawn by every net"
     caption = f"{title}\nA {line}: one noise, drawn by all nets."
-    caption += (f" Score: Frechet distance of {samples:,} images to the data"
+    caption += (f" Score: Frechet distance of {samples:,} images to the data, by features of a classifier"
                 f"{'; of few it is off, mostly high' * (samples < 1_000)}.") * bool(table)
     caption += f" {HALVES}" * real
     seen = {row["stage"].partition(",")[0]: row.get("images", "-") for row in table}
@@ -1372,9 +1372,9 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
     caption = (f"Mid-training teaches the jump {jump} of the teacher's walk. "
                f"From noise one step misses the end by: {missed}\n"
                "First row: the teacher walks from noise to an image; below, what each net answers there in "
-               f"one step. Numbers: root mean square of pixels, mean of {states.shape[1]} noises, whose ends "
-               f"differ by {apart:.2f}; shown is the one where the teacher misses most. Smaller is nearer to "
-               f"the teacher, not better: post-training learns from images.{words}"
+               f"one step. Numbers: root mean square of pixels, mean of {states.shape[1]} noises; two ends "
+               f"differ by {apart:.2f}. Shown is the noise where the teacher misses most. Smaller is nearer "
+               f"to the teacher, not better: post-training learns from images.{words}"
                + f" Of {n} states {len(some)} are shown, where most changes." * (len(some) < n)
                + " States above sigma 1 are divided by sigma." * consistency)
     first, *middle, end = (f"{level:.2g}" for level in levels.tolist())

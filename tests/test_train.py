@@ -216,7 +216,7 @@ def test_every_readme_command_on_digits_runs(road, scripts, monkeypatch, capsys)
     lines = sorted((c for c in ALL if scripts in c and "--data digits" in c and c in readme and "edges" not in c), key=len)
     variants = re.findall("`(.*?)`", " ".join(re.search(r"\*\*Variants\*\*(.*?)fixed gap", readme, re.S)[1].split()))
     variants = variants if scripts == "train_" else variants[:2]                # the others with --long
-    lines += [f"{lines[-1].split('--out')[0]} {flags} --out out/{k}" for k, flags in enumerate(variants)]
+    lines += [f"{next(c for c in lines if 'out/l2' in c).split('--out')[0]} {flags} --out out/{k}" for k, flags in enumerate(variants)]
     for line in lines:
         _, name, *flags = shlex.split(line)
         known = {f"--{f.name}" for f in fields(importlib.import_module(name[:-3]).Config)}
@@ -599,7 +599,7 @@ def test_a_run_without_mid_training_in_the_folder_alone_is_scored_beside(road, m
     rows = [line.split("|")[1:-1] for line in Path("x/results.md").read_text().partition("\n\n")[0].splitlines() if line.startswith(("| alone", "| post"))]
     assert len(rows) >= 2 and len(rows) % 2 == 0 and rows[0][1:] == rows[len(rows) // 2][1:]       # one net twice
     rows, caption = sheets["x/stages.png"]
-    assert caption.startswith("Here mid-training is level in one step and in two.") and [label for label, _ in rows if "without mid-training" in label]
+    assert caption.startswith("here mid-training is level in one step (") and [label for label, _ in rows if "without mid-training" in label]
     assert not [label for label, _ in sheets["x/trajectory.png"][0] if "without" in label]         # its ends are its own
 
 

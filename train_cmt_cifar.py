@@ -243,21 +243,21 @@ def train(cfg):
         target = run.distance.features(x_0)           # once per end, not per pair
         return fid.check_pairs(pairs, per_solve, target, run.distance), target
 
-    def batch_of(step):                               # this process's rows, an image or pair each; targets
+    def batch_of(step):                               # this process's share of it, a row an image or pair
         if cfg.stage == "mid":
             number, at = divmod(step * B, per_solve)  # which solve; where in it the step's pairs begin
-            pairs, target = solve(number)
-            return [a[at:at + B][mine] for a in pairs], target
+            return [a[at:at + B][mine] for a in solve(number)[0]]
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         x, eps = draw(run.images, B, g)[mine], randn((B, *shape), g)[mine]
-        return (x, (cfg.P_mean + cfg.P_std * randn(B, g))[mine].exp(), eps), None
+        return x, (cfg.P_mean + cfg.P_std * randn(B, g))[mine].exp(), eps
 
-    def loss_of(step, k, rows, target):               # of a micro-batch, whose first row is k of the batch
+    def loss_of(step, k, *rows):                      # of a micro-batch, whose first row is k of the batch
         seed = fold(cfg.seed, cfg.stage, step, "dropout") + k    # row k's; every row has its own
         f = partial(cast_net, masks=nets.dropout_masks(net, range(seed, seed + micro)))
         if cfg.stage == "mid":
-            x_t, t, owner = rows                      # owner: which end is a pair's
-            return loss_cmt(f, x_t, t, [a[owner] for a in target], run.distance)          # Eq. 7
+            x_t, t, owner = rows                      # owner: which end of the solve is a pair's
+            target = [a[owner] for a in solve(step * B // per_solve)[1]]
+            return loss_cmt(f, x_t, t, target, run.distance)                              # Eq. 7
         x, t, eps = rows
         if cfg.stage == "pretrain":
             return loss_dm(f, x, t, eps, net.sigma_data)
@@ -273,9 +273,8 @@ def train(cfg):
     for step in range(start, cfg.steps):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
         loss_sum, part = 0.0, micro / B * tally["scale"]      # part of the mean; scale: of fp16, else 1
-        batch, target = batch_of(step)
-        for k, *rows in zip(firsts, *(a.split(micro) for a in batch)):
-            loss = loss_of(step, k, rows, target)
+        for k, *rows in zip(firsts, *(a.split(micro) for a in batch_of(step))):
+            loss = loss_of(step, k, *rows)
             (loss * part).backward()
             loss_sum += loss.detach() * part
         norm, mean, stop = total(run.grad, loss_sum, tally["scale"])          # the one wait of a step

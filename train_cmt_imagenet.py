@@ -294,11 +294,10 @@ def train(cfg):
         target = [x_0] if views else run.distance.features(x_0)       # once per end; of views: per pair
         return [*fid.check_pairs(pairs, per_solve, target, run.distance), *views], target
 
-    def batch_of(step):                               # this process's rows, an image or pair each; targets
+    def batch_of(step):                               # this process's share of it, a row an image or pair
         if cfg.stage == "mid":
             number, at = divmod(step * B, per_solve)  # which solve; where in it the step's pairs begin
-            pairs, target = solve(number)
-            return [a[at:at + B][mine] for a in pairs], target
+            return [a[at:at + B][mine] for a in solve(number)[0]]
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         raw, labels = next(batches)                   # in the order of steps: one call a step
         latent_noise, eps = randn((B, *run.shape), g)[mine], randn((B, *run.shape), g)[mine]
@@ -306,17 +305,17 @@ def train(cfg):
         t, y = (cfg.P_mean + cfg.P_std * randn(B, g))[mine].exp(), one_hot(labels, run.classes)
         if cfg.stage == "vgg" and cfg.data == "digits":
             x = x + vgg_noise(cfg, step, (B, *run.shape))[mine]
-        return (x, t, y, eps, labels), None
+        return x, t, y, eps, labels
 
-    def loss_of(step, k, rows, target):               # of a micro-batch, whose first row is k of the batch
+    def loss_of(step, k, *rows):                      # of a micro-batch, whose first row is k of the batch
         seed = fold(cfg.seed, cfg.stage, step, "dropout") + k    # row k's; every row has its own
         if cfg.stage == "vgg":
             x, *_, labels = rows
             return loss_vgg(net, x, labels, seed)
         f = partial(net, class_labels=rows[2], masks=nets.dropout_masks(net, range(seed, seed + micro)))
         if cfg.stage == "mid":
-            x_t, t, _, owner, *view = rows            # owner: which end is a pair's; view: of distance.views
-            target = [a[owner] for a in target]
+            x_t, t, _, owner, *view = rows            # owner: which end of the solve is a pair's
+            target = [a[owner] for a in solve(step * B // per_solve)[1]]
             if view:
                 return loss_cmt_views(f, x_t, t, *target, run.distance, view)
             return loss_cmt(f, x_t, t, target, run.distance)                                    # Eq. 7
@@ -334,10 +333,10 @@ def train(cfg):
     for step in range(start, cfg.steps):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
         loss_sum, part = 0.0, micro / B * tally["scale"]      # part of the mean; scale: of fp16, else 1
-        batch, target = batch_of(step)
+        batch = batch_of(step)
         with nets.hoist(net, force=True):             # EDM2 Eq. 66: normalised once for all micro-batches
             for k, *rows in zip(firsts, *(a.split(micro) for a in batch)):
-                loss = loss_of(step, k, rows, target)
+                loss = loss_of(step, k, *rows)
                 (loss * part).backward()
                 loss_sum += loss.detach() * part
         norm, mean, stop = total(run.grad, loss_sum, tally["scale"])          # the one wait of a step

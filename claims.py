@@ -285,20 +285,19 @@ def curves(args, device):
     for panel in scores.values():
         panel[f"teacher, {cfg.nfe} steps"] = [(0, level), (seen, level)]
     one = [row["1-step FD-digits"] for row in rows]          # teacher, mid, mid and post, post alone
-    ours = args.net == FLAGS["net"]["default"]
-    only = " By a distance of features, the paper's kind, the scores are level." * ours
-    answer = f"Mid-training by pixels {fid.verdict(*map(float, (one[3], one[2])))}"
+    answer = f"Mid-training {fid.verdict(*map(float, (one[3], one[2])))} here (seed 0)"
+    pixels = "Mid-training's distance is one of pixels, not of features as in the paper."
     words = (f"One step where the teacher takes {cfg.nfe}. FD-digits, lower is better: {one[2]} with "
              f"mid-training, {one[3]} without, teacher {rows[0][f'{cfg.nfe}-step FD-digits']}\n"
              f"The last two students saw {seen:,} images or pairs each, the last by the best schedule that "
-             f"we found. The eye cannot tell them apart, the score can. {answer} (seed 0).{only}")
+             f"we found. The eye cannot tell them apart, the score can. {answer}. {pixels}")
     fid.save_stages(args.out, shown, (), words, rows, cfg.samples)
     panels = {f"FD-digits in {words}, lower is better": panel for words, panel in scores.items()}
     fid.save_chart(f"{args.out}/scores.png", panels,
-                   f"{answer} (seed 0). One step: {one[2]} with it, {one[3]} without\nBlue: mid-training on "
+                   f"{answer}. One step: {one[2]} with it, {one[3]} without\nBlue: mid-training on "
                    "pairs, a state of a trajectory and its end, then post-training on images. Red: images "
                    "alone, by the best schedule that we found. Both are tuned for the last dot. FD-digits: "
-                   f"distance of {cfg.samples:,} images to real ones.{only}",
+                   f"distance of {cfg.samples:,} images to real ones. {pixels}",
                    "images or pairs that the student has seen", marks)
     for words, panel in scores.items():
         for name, points in panel.items():
@@ -423,7 +422,7 @@ def photos(args, device):
             means = {name: np.mean(scores) for name, scores in one.items()}
             ours, alone, many = (means.get(k, np.nan) for k in ("CMT + ECT", "ECT, annealed", "teacher"))
             does = "?" if np.isnan(ours + alone) else fid.verdict(alone, ours)
-            caption = (f"Mid-training by pixels {does} on photos. FD-photos in one step, lower is better, "
+            caption = (f"Mid-training {does} on these photos. FD-photos in one step, lower is better, "
                        f"mean of {number} seed{'s' * (number > 1)}: {ours:.2f} with it, {alone:.2f} without; "
                        f"teacher, {cfg.nfe} steps: {many:.2f}\n"
                        f"Seed {seed}. A column: one noise, drawn by all nets. FD-photos: Frechet distance of "

@@ -16,7 +16,7 @@
                             check_values, check_solve, check_pairs, finished_mid, seed_range
   processes and stages      what they share, compared by content: agree, from_first, wait_for_first,
                             patient_group, same_data, same_names, say_changed, made_by, steps_left,
-                            check_teacher, same_guidance, guidance_note
+                            check_teacher, check_init, same_guidance, guidance_note
   the folder of a run       log.txt, metrics.jsonl, config.json, previews, results.md: new_tally, count,
                             report, begin_stage, overview, dry_run, save_curve, save_preview,
                             save_samples, save_captions, save_classes, save_results
@@ -924,7 +924,8 @@ def load_images(path, res=0):
         image = read(names[k])
         h, w, _ = image.shape
         if min(h, w) < res:
-            raise DataError(f"{path}: {names[k]} is {w}x{h}, too small for --res {res}; pass {min(w, h)}")
+            raise DataError(f"{path}: {names[k]} is {w}x{h}, too small for --res {res}; "
+                            f"take it out, or pass --res {min(w, h)}")
         image = np.asarray(square(rgb(image), res)) if res else image
         if image.shape == shape:
             images[k] = image.transpose(2, 0, 1)
@@ -937,7 +938,8 @@ def load_images(path, res=0):
         side = min(side, *shape[:2])
         fits = max((res for res in (16, 32, 64) if res <= side), default=side)
         raise DataError(f"{path}: {len(others)} of {len(names)} pictures are not {shape} (H, W, C) as "
-                        f"{names[0]}; {name} is {size}; pass --res {fits}, which crops and resizes all")
+                        f"{names[0]}; {name} is {size}; pass --res {fits}, which crops and resizes all, or "
+                        "take them out")
     return torch.from_numpy(images)
 
 
@@ -1531,6 +1533,7 @@ def fail(code, message):
 
 SLIPS = {"implicitly created only for scalar": "a loss is one number: end it in .mean()",        # of forks
          "does not require grad": "a loss has no gradient: was the net called under no_grad, or detached?",
+         "out of bounds for dimension 0": "has each feature of a distance a row for each image?",
          "'NoneType' object is not callable": "is a method that asks the teacher in NO_TEACHER?"}
 
 
@@ -1558,9 +1561,10 @@ def one_line(cfg, *errors):
         calls = [f.line for f in traceback.extract_tb(e.__traceback__) if "dist." in f.line]
         if calls and isinstance(e, RuntimeError):
             fail(1, f"{calls[0]}: {first_line(e)}; if another process died, it says why; run again")
-        if hint := "".join(text for words, text in SLIPS.items() if words in str(e)):
-            say(f"hint: {hint}", everyone=True)
         write_line("log.txt", traceback.format_exc().rstrip())
+        if hint := "".join(text for words, text in SLIPS.items() if words in str(e)):
+            traceback.print_exc()                            # which line it is; what to do stands last
+            fail(1, f"hint: {hint}")
         raise
 
 
@@ -1885,7 +1889,7 @@ def check_values(cfg, limits, world):
     path = os.sep in cfg.data or "." in cfg.data or os.path.exists(cfg.data)
     if home.data_name(cfg) == "own" and cfg.stage != "encode" and not path:
         names = [*(home.FILES if type(cfg).data in home.FILES else [type(cfg).data]), "digits"]
-        meant = difflib.get_close_matches(cfg.data, names, 1) or names
+        meant = difflib.get_close_matches(cfg.data.lower(), names, 1) or names
         fail(2, f"--data {cfg.data}: no file or folder, nor a name, as {', '.join(meant)}; pass one")
     if world and cfg.batch % world:
         fail(2, f"--batch {cfg.batch}: {world} processes share it; pass {-(-cfg.batch // world) * world}")
@@ -2052,8 +2056,7 @@ def steps_left(cfg, ckpt, path):
             new |= dict(init=mid, out=f"{cfg.out}-2")
             how = f"; to keep its mid-training: {command(cfg, cfg.stage, names, **new)}"
         elif longer and cfg.decay == "linear":
-            again = command(cfg, cfg.stage, names, out=f"{cfg.out}-longer", steps=cfg.steps)
-            how = f"; its rate has come to 0 (--decay linear), so a longer one begins anew: {again}"
+            how = "; its rate has come to 0 (--decay linear), so a longer one begins anew, in another --out"
         if own := [name for name in changed if name not in known.split()]:
             how = f"; if {own[0]} is a knob of yours, say in READ_BY which stages read it"
         flags = {k: f"--{k}" if k in home.STAGES else f"--{cfg.stage}.{k}" for k in changed}     # a method
@@ -2106,6 +2109,16 @@ def check_teacher(cfg, finished, given, data, wanted):
         name, stamp = ckpt["cfg"]["data"], ckpt["data"]
         if data != stamp if data else pathlib.Path(name).name != pathlib.Path(cfg.data).name:
             say(f"warning: --teacher {cfg.teacher} learned --data {name}, {stamp}, not {cfg.data}")
+
+
+def check_init(cfg, kwargs):
+    """Exit code 3 where --init FILE draws digits, 1x8x8, and --data has other images, or the other way."""
+    named = ("img_channels", "in_channels"), ("img_resolution", "input_size")
+    channels, side = (kwargs.get(ours, kwargs.get(flow, 0)) for ours, flow in named)
+    as_digits, own = (channels, side) == (1, 8), home_of(cfg).data_name(cfg) == "own"
+    if side and not own and as_digits != (cfg.data == "digits"):
+        fail(3, f"--init {cfg.init} draws {channels}x{side}x{side}, --data {cfg.data} has other images; pass "
+                "the --data of that net")
 
 
 def same_guidance(cfg, stated, what):
@@ -2191,6 +2204,8 @@ def count(cfg, tally, loss, norm):
     tally["step"] += 1
     if norm == 0:
         say(f"warning: {cfg.stage}: a gradient is exactly 0, nothing is learned; what do the flags do?")
+    if cfg.stage == "mid" and loss < 0:
+        say("warning: mid: the loss is below 0; a distance is 0 or more, what is its sign?")
     if math.isfinite(norm + loss):
         tally["losses"].append(loss)
         tally["norms"].append(norm)

@@ -870,6 +870,7 @@ def candidates(cfg):
     found, few = [], {1: 1, 2: 2}                     # steps of a row: how make_sampler draws it
     if cfg.init not in INITS:
         state, kwargs = nets.load_pretrained(cfg.init)
+        fid.check_init(cfg, kwargs)
         name = "init_" + os.path.basename(cfg.init).split(".")[0]
         return [(name, build(cfg, kwargs, state, cfg.init), few, None)]
     ckpt = nets.finished(f"{cfg.out}/pretrain.pt") if cfg.teacher in ("", "scratch") else None

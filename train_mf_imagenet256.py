@@ -773,6 +773,8 @@ def read_net(cfg, name):
     """(weights, kwargs of its net) of a FILE or URL: ours, or bare weights of SiT, REPA or Mean Flow."""
     state, kwargs, stated = nets.read_weights(name)
     shape = nets.dit_shape(state, name)                     # a net of another kind is refused here
+    if name == cfg.init and cfg.stage in RUN:
+        fid.check_init(cfg, kwargs or shape)
     fid.same_guidance(cfg, stated, name)
     for row in size_row(cfg, "weak"), size_row(cfg, "size"):
         if {**row, "num_heads": 0}.items() <= shape.items():          # its heads are not known yet

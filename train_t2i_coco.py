@@ -963,6 +963,8 @@ def read_net(cfg, name):
     if "context_embedder.weight" not in state:
         kind = f"no MM-DiT, but a net{nets.MAKERS.get(name, '')} without context_embedder.weight"
         raise nets.WeightsError(f"{name}: {kind}; pass one")
+    if name == cfg.init and cfg.stage in RUN:
+        fid.check_init(cfg, kwargs)
     fid.same_guidance(cfg, stated, name)
     if not kwargs:
         two_clocks = any(k.startswith(("r_embedder.", "h_embedder.")) for k in state)

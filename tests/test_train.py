@@ -481,7 +481,19 @@ def test_first_weights_of_other_images_are_told_of_by_what_differs(road, capsys)
     make_zip("own.zip", [16] * 3)
     script.main(["--data", "own.zip", "--stage", "pretrain", "--steps", "1", "--batch", "2", "--out", "own"])
     exit_code, err = code([*TINY, "--stage", "mid", "--init", "own/pretrain.pt", "--teacher", str(road / "pretrain.pt"), "--out", "x"], capsys)
-    assert exit_code == 3 and "own/pretrain.pt was trained with img_channels 3, the net to train has 1" in err
+    assert exit_code == 3 and ("own/pretrain.pt was trained with img_channels 3, the net to train has 1" in err or "draws 3x16x16" in err)
+    for stage in ("eval", "sample"):
+        exit_code, err = code([*TINY, "--stage", stage, "--init", "own/pretrain.pt", "--out", "y"], capsys)
+        assert exit_code == 3 and "--init own/pretrain.pt draws 3x16x16, --data digits has other images" in err and not os.path.exists("y/stages_init_pretrain.png")
+    script.main(["--data", "own.zip", "--stage", "sample", "--seeds", "0", "--init", "own/pretrain.pt", "--out", "own"])
+
+
+@pytest.mark.parametrize("name", ["cmt_cifar", "cmt_imagenet", "mf_imagenet256", "t2i_coco"])
+def test_a_net_of_digits_is_not_shown_as_one_of_the_default_data(name, capsys):
+    home = importlib.import_module(f"train_{name}")
+    home.main(f"--data digits --stage pretrain --steps 1 --batch 2 --out d --log_every 1".split())
+    exit_code, err = code("--stage sample --seeds 0 --init d/pretrain.pt --out x".split(), capsys, home.main)
+    assert exit_code == 3 and f"--init d/pretrain.pt draws 1x8x8, --data {home.Config.data} has other images; pass the --data of that net" in err and not os.path.exists("x/samples")
 
 
 def test_a_forgotten_data_is_refused_before_anything_is_fetched(road, monkeypatch, capsys):
@@ -536,12 +548,12 @@ def test_a_branch_that_returns_nothing_does_not_train_as_another_method(road, mo
 @pytest.mark.parametrize("branch, words", [("return (f(x, t) - x).square().flatten(1).mean(1)", "a loss is one number: end it in .mean()"),
                                            ("return (f(x, t) - x).detach().square().mean()", "a loss has no gradient"),
                                            ("return f(run.teacher(x, t), t).mean()", "is a method that asks the teacher in NO_TEACHER?")])
-def test_a_slip_in_the_loss_of_a_fork_has_a_hint_before_its_traceback(branch, words, road, monkeypatch, capsys):
+def test_a_slip_in_the_loss_of_a_fork_has_a_hint_below_its_traceback(branch, words, road, monkeypatch, capsys):
     text = (ROOT / "train_cmt_cifar.py").read_text().replace('] = "ect"', ', "mine"] = "ect"').replace('NO_TEACHER = ["ect"', 'NO_TEACHER = ["mine", "ect"')
     fork = forked(text.replace("        assert cfg.post in", f'        if cfg.post == "mine":\n            {branch}\n        assert cfg.post in'), monkeypatch)
-    with pytest.raises((RuntimeError, TypeError)):
-        fork.main([*TINY, "--stage", "post", "--mid", "none", "--post", "mine", "--teacher", str(road / "pretrain.pt"), "--steps", "1", "--out", "x"])
-    assert f"hint: {words}" in capsys.readouterr().err
+    exit_code, err = code([*TINY, "--stage", "post", "--mid", "none", "--post", "mine", "--teacher", str(road / "pretrain.pt"), "--steps", "1", "--out", "x"], capsys, fork.main)
+    assert exit_code == 1 and "Traceback" in err and f"hint: {words}" in err.splitlines()[-1], err
+    assert "Traceback" in (log := Path("x/log.txt").read_text()) and f"hint: {words}" in log
 
 
 def test_ctrl_c_before_a_run_begins_is_a_line(here):

@@ -749,10 +749,11 @@ def test_a_slug_names_one_caption():
     assert len(slugs) == 8 and all("/" not in s and "." not in s and len(s) < 60 for s in slugs)
 
 
-def test_a_run_without_mid_training_in_the_folder_alone_is_scored_beside(road):
+def test_a_run_without_mid_training_in_the_folder_alone_is_shown_beside(road):
+    """What is drawn and scored are these candidates; a whole evaluation: tests/test_train.py."""
     shutil.copytree(road, "x")
     os.mkdir("x/alone")
     shutil.copy("x/post.pt", "x/alone")
-    script.main([*TINY, "--out", "x", "--steps", "3", "--stage", "eval"])
-    rows = [line.split("|")[1:-1] for line in Path("x/results.md").read_text().partition("\n\n")[0].splitlines() if line.startswith(("| alone", "| post"))]
-    assert len(rows) >= 2 and len(rows) % 2 == 0 and rows[0][1:] == rows[len(rows) // 2][1:]       # one net twice
+    *_, (_, post, *_), (name, alone, *_) = found = script.candidates(script.parse([*TINY, "--out", "x", "--steps", "3", "--stage", "eval"]))
+    assert [name for name, *_ in found][-3:] == ["mid", "post", "alone"] and name == "alone"
+    assert all(torch.equal(a, b) for a, b in zip(post.parameters(), alone.parameters()))

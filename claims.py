@@ -241,68 +241,53 @@ def kept_checkpoints(folder):
 
 
 def curves(args, device):
-    """The paper's Figure 1 on digits: <out>/scores.png, and the images: <out>/stages.png.
-
-    Both sides at their best in `claims`: pseudo-Huber losses, ECT annealed.
-    """
+    """The paper's Figure 1 on digits, both sides at their best in `claims`: <out>/scores.png."""
     cfg = script.parse(["--data", "digits", "--stage", "eval", "--teacher", args.net])
     features = fid.DigitsNet().to(device)
     reference = fid.measure(features, script.load_data(cfg).split(250), device)
-    scores, marks, shown, rows = {"one step": {}, "two steps": {}}, {}, [], [{"stage": "teacher"}]
 
     def score(net, kind):
-        sampler = script.make_sampler(cfg, net, kind)
-        return fid.score(sampler, features, reference, cfg.samples)[1][0], sampler(range(12))
+        return fid.score(script.make_sampler(cfg, net, kind), features, reference, cfg.samples)[1][0]
 
     weights, model = script.teacher_state(cfg)
     taught, plain = script.nets.finished(args.net), script.parse(["--data", "digits", "--stage", "pretrain"])
     if taught and taught["step"] != plain.steps:
         print(f"warning: {args.net} has {taught['step']:,} steps, README's teacher has {plain.steps:,}")
-    for kind, steps in (1, 1), ("teacher", cfg.nfe):
-        level, images = score(script.build(cfg, model, weights), kind)
-        shown.append(("teacher", steps, images))
-        rows[0][f"{steps}-step FD-digits"] = f"{level:.2f}"
-    for name, calls in {"mid- and post-training": [PIXELS, HUBER],
-                        "post-training alone": [f"{ANNEALED} --huber_c 0.06"]}.items():
+    teacher, scores, marks = script.build(cfg, model, weights), {"one step": {}, "two steps": {}}, {}
+    with_mid, alone = "mid- and post-training", "post-training alone"
+    for name, calls in {with_mid: [PIXELS, HUBER], alone: [f"{ANNEALED} --huber_c 0.06"]}.items():
         folder, seen = f"{args.out}/{name.replace(' ', '_')}", 0
         flags = ["--data", "digits", "--teacher", args.net, "--out", folder, "--save_every", "150"]
+        for steps, panel in enumerate(scores.values(), 1):
+            panel[name] = [(0, score(teacher, steps))]                   # a student begins with its weights
         for call in calls:
             marks |= {seen: "blue: post-training begins"} if seen else {}
             print(f"{name}: {call}, log in {folder}", flush=True)
             with kept_checkpoints(folder) as kept, quiet():
                 script.main([*flags, *call.split()])
             for state in kept:
-                net, drawn = script.build(cfg, state["model"], state["ema"]), []
+                net = script.build(cfg, state["model"], state["ema"])
                 at = seen + state["step"] * state["cfg"]["batch"]
                 for steps, panel in enumerate(scores.values(), 1):
-                    level_of, images = score(net, steps)
-                    panel.setdefault(name, []).append((at, level_of))
-                    drawn.append((steps, images, f"{level_of:.2f}"))
-            label = name if call is calls[-1] else "mid-training alone"
-            shown.append((label, *drawn[0][:2]))                         # in one step
-            rows.append({"stage": label} | {f"{steps}-step FD-digits": text for steps, _, text in drawn})
+                    panel[name].append((at, score(net, steps)))
             seen = at
-    for panel in scores.values():
+    level, verdicts = score(teacher, "teacher"), []
+    for words, panel in scores.items():
         panel[f"teacher, {cfg.nfe} steps"] = [(0, level), (seen, level)]
-    one = [row["1-step FD-digits"] for row in rows]          # teacher, mid, mid and post, post alone
-    answer = f"Mid-training {fid.verdict(*map(float, (one[3], one[2])))} here (seed 0)"
-    pixels = "Mid-training's distance is one of pixels, not of features as in the paper."
-    words = (f"One step where the teacher takes {cfg.nfe}. FD-digits, lower is better: {one[2]} with "
-             f"mid-training, {one[3]} without, teacher {rows[0][f'{cfg.nfe}-step FD-digits']}\n"
-             f"The last two students saw {seen:,} images or pairs each, the last by the best schedule that "
-             f"we found. The eye cannot tell them apart, the score can. {answer}. {pixels}")
-    fid.save_stages(args.out, shown, (), words, rows, cfg.samples)
+        ours, rival = panel[with_mid][-1][1], panel[alone][-1][1]
+        verdicts.append(f"{fid.verdict(rival, ours)} in {words} ({ours:.2f}, without it {rival:.2f})")
     panels = {f"FD-digits in {words}, lower is better": panel for words, panel in scores.items()}
     fid.save_chart(f"{args.out}/scores.png", panels,
-                   f"{answer}. One step: {one[2]} with it, {one[3]} without\nBlue: mid-training on "
-                   "pairs, a state of a trajectory and its end, then post-training on images. Red: images "
-                   "alone, by the best schedule that we found. Both are tuned for the last dot. FD-digits: "
-                   f"distance of {cfg.samples:,} images to real ones. {pixels}",
+                   f"With seed 0 mid-training {', '.join(verdicts)}\nBlue: mid-training on pairs, a state "
+                   "of a trajectory and its end, then post-training on images. Red: images alone, by the "
+                   "best schedule that we found. Both begin with the teacher's weights, and are tuned for "
+                   f"their last dot. FD-digits: distance of {cfg.samples:,} images to real ones. "
+                   "Mid-training has a distance of pixels, not of features as in the paper.",
                    "images or pairs that the student has seen", marks)
     for words, panel in scores.items():
         for name, points in panel.items():
             print(f"{name}, {words}: " + ", ".join(f"{x:,} {y:.2f}" for x, y in points))
-    print(f"open stages.png, scores.png in {args.out}")
+    print(f"open {args.out}/scores.png")
 
 
 # ---- photos -----------------------------------------------------------------------------------

@@ -1278,6 +1278,9 @@ def about(cfg, found):
     sizes = ", ".join(f"{name} {n / 1e6:.2f}M" for name, n in sizes.items())
     losses = [ckpt["cfg"].get("loss", "velocities") for name, *_, ckpt in found if name == "mid"]
     by = "".join(f"; mid-training compares by {COMPARED.get(loss, loss)}" for loss in losses)
+    rivals = [ckpt["cfg"] for name, *_, ckpt in found if name == "alone"]
+    by += "".join(f"; without it: --post {c['post']} --lr {c['lr']:g}"
+                  + " of a flow-matching net" * (c.get("pretrain") == "fm") for c in rivals)
     noise = (f" Before the second of two steps noise of level {cfg.second_sigma} is added again."
              if hasattr(cfg, "second_sigma") else "")
     return f" Seed {cfg.seed}{by}; parameters: {sizes}{larger}.{noise}"
@@ -1302,9 +1305,10 @@ def headline(table):
     if mid and (both := [k for k in FEW if k in {*alone} & {*post}]):
         found = [f"{verdict(alone[k], post[k])} in {FEW[k]} ({post[k]:.2f}, without it {alone[k]:.2f})"
                  for k in both]
-        texts = ["here mid-training " + ", ".join(found)]
+        texts = ["with this seed mid-training " + ", ".join(found)]
     texts += [f"teacher {value} in {steps} steps" for steps, value in [*nets.get("teacher", {}).items()][-1:]]
-    texts += ["post-training hurts"] * any(verdict(mid[k], post[k]) == "hurts" for k in {*mid} & {*post})
+    texts += [f"post-training hurts in {FEW[k]} (before it {mid[k]:.2f})" for k in FEW
+              if k in {*mid} & {*post} and verdict(mid[k], post[k]) == "hurts"]
     return f"{'; '.join(texts)}. {distance}: lower is better" * bool(nets)
 
 

@@ -75,13 +75,13 @@ def dpmpp_coefficients(sigmas, order):
     lambda = -ln sigma, and r0, r1 the two steps before it in units of h:
 
       phi1 = e^-h - 1               phi2 = phi1 / h + 1              phi3 = phi2 / h - 1/2
-      u = (D_i - D_{i-1}) / r0      v = (D_{i-1} - D_{i-2}) / r1     slopes of D in lambda, times h
+      d0 = (D_i - D_{i-1}) / r0     d1 = (D_{i-1} - D_{i-2}) / r1    slopes of D in lambda, times h
 
       order 1   x_next = a x - phi1 D_i                              a = sigma_next / sigma
-      order 2   x_next = a x - phi1 (D_i + u / 2)
-      order 3   x_next = a x - phi1 D_i + phi2 D1 - phi3 D2          D2 = (u - v) / (r0 + r1), half of D''
-                                                                     D1 = u + r0 D2
-    In order 3 u weighs phi2 + c, and v weighs -c: c = (phi2 r0 - phi3) / (r0 + r1).
+      order 2   x_next = a x - phi1 (D_i + d0 / 2)
+      order 3   x_next = a x - phi1 D_i + phi2 D1 - phi3 D2          D2 = (d0 - d1) / (r0 + r1), half of D''
+                                                                     D1 = d0 + r0 D2
+    In order 3 d0 weighs phi2 + c, and d1 weighs -c: c = (phi2 r0 - phi3) / (r0 + r1).
     """
     lambdas = [-math.log(s) if s > 0 else math.inf for s in sigmas]
     rows, steps = [], len(sigmas) - 1

@@ -43,7 +43,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     stage: Literal["all", "pretrain", "mid", "post", "sample", "eval"] = "all"   # all: those not finished
     out: str = ""               # folder of the run; "" = out/<data>
     teacher: str = ""           # FILE, URL; "" = <out>/pretrain.pt, else the official one; scratch = train it
-    mid: Literal["cmt", "kd", "slow", "none"] = "cmt"    # kd: of noise alone; slow: own solves; none: skip
+    mid: Literal["cmt", "kd", "slow", "none"] = "cmt"    # kd: noise alone; slow: a solve a pair; none: no mid
     post: Literal["ect", "ecd", "ecd_euler", "annealed"] = "ect"   # its method; annealed: q grows
     init: str = "teacher"       # start of mid (--mid none: post): teacher | random | FILE; sample: show FILE
 
@@ -54,7 +54,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     decay: Literal["linear", "constant"] = "linear"      # of lr, to zero (B.2)
     warmup: int = 0             # steps of linear warm-up
     ema_beta: float = 0.999     # average weights keep this share a step; choice: as in the authors' code
-    dropout: float = 0.2        # of the net that trains (B.2; pretrain: EDM)
+    dropout: float = 0.2        # in the net that is trained (B.2; pretrain: EDM)
 
     loss: Literal["lpips", "huber", "l2"] = "lpips"      # mid: d of Eq. 7; the others are those of App. D
     huber_c: float = 0.06       # of sqrt(|.|^2 + c^2) - c, mid and post; post: 0 = the norm itself (ECT)
@@ -72,7 +72,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     repeat: int = 1             # eval: scores with fresh seeds, reported as mean, deviation and minimum
 
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"    # mid: bf16; TF32 rounds away ECT's 1/4096
-    compile: bool = False       # the nets that a stage trains or asks; --no-compile: not
+    compile: bool = False       # torch.compile for a stage's nets; --no-compile turns it off
     seed: int = 0
     log_every: int = 100
     save_every: int = 5_000     # steps between checkpoints and previews
@@ -256,7 +256,7 @@ def train(cfg):
         f = partial(cast_net, masks=nets.dropout_masks(net, range(seed, seed + micro)))
         if cfg.stage == "mid":
             x_t, t, owner = rows                      # owner: which end of the solve is a pair's
-            target = [a[owner] for a in solve(step * B // per_solve)[1]]
+            target = [a[owner] for a in solve(step * B // per_solve)[1]]      # kept by lru_cache
             return loss_cmt(f, x_t, t, target, run.distance)                              # Eq. 7
         x, t, eps = rows
         if cfg.stage == "pretrain":

@@ -315,7 +315,7 @@ def train(cfg):
         f = partial(net, class_labels=rows[2], masks=nets.dropout_masks(net, range(seed, seed + micro)))
         if cfg.stage == "mid":
             x_t, t, _, owner, *view = rows            # owner: which end of the solve is a pair's
-            target = [a[owner] for a in solve(step * B // per_solve)[1]]
+            target = [a[owner] for a in solve(step * B // per_solve)[1]]      # kept by lru_cache
             if view:
                 return loss_cmt_views(f, x_t, t, *target, run.distance, view)
             return loss_cmt(f, x_t, t, target, run.distance)                                    # Eq. 7

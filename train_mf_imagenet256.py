@@ -352,7 +352,8 @@ def train(cfg):
 
     def loss_of(z, t, r, y, *more):                   # the loss, and squared errors (rows,)
         if cfg.stage == "mid":
-            return loss_cmt_mf(flow.u, z, t, r, y, *more)                                 # Eq. 8: the target
+            (target,) = more
+            return loss_cmt_mf(flow.u, z, t, r, y, target)                                # Eq. 8
         v, guided = more                              # eps - x; which samples guidance changes
         if cfg.stage == "post" and cfg.post == "teacher":     # guided already; "vanilla": other numbers alone
             v = teacher_velocity(cfg, run.teacher, z, t, y, guided)

@@ -357,7 +357,8 @@ def train(cfg):
 
     def loss_of(z, t, r, text, *more):                # the loss, and squared errors (rows,)
         if cfg.stage == "mid":
-            return loss_cmt_mf(flow.u, z, t, r, text, *more)                              # Eq. 8: the target
+            (target,) = more
+            return loss_cmt_mf(flow.u, z, t, r, text, target)                             # Eq. 8
         v, guided, tokens = more                      # eps - x; which samples guidance changes; DINOv2's
         if cfg.stage == "pretrain":
             loss, square = loss_sit(flow.u, z, v, t.to(DEVICE, non_blocking=True), text)

@@ -76,7 +76,7 @@ def test_mid_training_by_a_vgg_of_the_labels(road, tmp_path):
 
 
 @pytest.mark.long
-def test_curves_score_every_checkpoint_and_draw_two_pictures(tmp_path, monkeypatch, capsys):
+def test_curves_score_the_teacher_and_every_checkpoint_and_draw_them(tmp_path, monkeypatch, capsys):
     """Trained weights move on after they are saved: what is scored must be what they were."""
     tiny = "--steps 4 --batch 16 --nfe 4 --trajectories 4 --save_every 2 --lr 1e-2".split()
     main, script = claims.script.main, claims.script
@@ -86,11 +86,11 @@ def test_curves_score_every_checkpoint_and_draw_two_pictures(tmp_path, monkeypat
     claims.main(["curves", "--net", str(tmp_path / "t/pretrain.pt"), "--out", str(tmp_path)])
     rows = re.findall(r"^(?:mid- and post-training|post-training alone), (?:one step|two steps): (.*)$", capsys.readouterr().out, re.M)
     points = [[tuple(p.split()) for p in row.split(", ")] for row in rows]
-    assert [len(p) for p in points] == [4, 2, 4, 2]
-    assert [x for x, _ in points[0]] == ["32", "64", "96", "128"] and len({y for _, y in points[0]}) == 4
-    for name in ("scores", "stages"):
-        with Image.open(tmp_path / f"{name}.png") as image:
-            assert image.size[0] >= 900 and len(image.getcolors(1000000)) > 10
+    assert [len(p) for p in points] == [5, 3, 5, 3]
+    assert [x for x, _ in points[0]] == ["0", "32", "64", "96", "128"] and len({y for _, y in points[0]}) == 5
+    assert points[0][0] == points[1][0] and points[2][0] == points[3][0] != points[0][0]              # both begin as the teacher
+    with Image.open(tmp_path / "scores.png") as image:
+        assert image.size[0] >= 900 and len(image.getcolors(1000000)) > 10
     claims.main(["plot", str(tmp_path / "mid-_and_post-training"), str(tmp_path / "post-training_alone"), "--out", str(tmp_path / "new")])
     assert Image.open(tmp_path / "new/plot.png").size[0] >= 900 and capsys.readouterr().out.startswith(f"open {tmp_path}/new/plot.png; ")
 

@@ -808,7 +808,7 @@ def test_the_heading_of_scored_images_has_the_last_net_in_one_step_and_two_and_t
             {"stage": "post", "1-step FID": "6.0 +- 1.0, min 5.0", "2-step FID": "3.0"}]
     fid.save_stages(str(tmp_path), shown, (), " Seed 0.", rows, 500)
     assert said[0] == ("after post-training 6.0 +- 1.0, min 5.0 in one step, 3.0 in two; teacher 2.0 in 8 steps; "
-                       "post-training hurts. FID: lower is better\nA column: one noise, drawn by all nets. "
+                       "post-training hurts in one step (before it 5.00). FID: lower is better\nA column: one noise, drawn by all nets. "
                        "Score: Frechet distance of 500 images to the data, by features of a classifier; of few it is off, mostly high. Whether mid-training helps, only a run without it tells (docs/usage.md).\nSeed 0.")
     fid.save_stages(str(tmp_path), shown, (), "", [{"stage": "teacher", "8-step FID": "2.0"}])
     fid.save_stages(str(tmp_path), shown, (), "A heading\nand more", rows)
@@ -819,7 +819,7 @@ def test_the_heading_of_scored_images_has_the_last_net_in_one_step_and_two_and_t
     for (one, two), words in {("1.48", "0.97"): ("hurts", "hurts"), ("5.30", "9.00"): ("is level", "helps"), ("8.00", "3.10"): ("helps", "is level")}.items():
         alone = {"stage": "alone", "1-step FID": one, "2-step FID": two}
         assert fid.headline([*nearly, alone]) == (
-            f"here mid-training {words[0]} in one step (5.40, without it {one}), {words[1]} in two (3.20, without it {two}). FID: lower is better")
+            f"with this seed mid-training {words[0]} in one step (5.40, without it {one}), {words[1]} in two (3.20, without it {two}). FID: lower is better")
         assert fid.headline([nearly[1], alone]).startswith("after post-training 5.4")      # the student had none either
     fid.save_stages(str(tmp_path), shown, (), "", [row | {"images": "7"} for row in (*nearly, alone)])
     assert "Images or pairs seen: 7 + 7; without mid-training 7." in said[3] and "README" not in said[3]

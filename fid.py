@@ -1298,7 +1298,7 @@ def headline(table):
                                               if k.endswith(f"-step {distance}") and v != "-"})
             for row in reversed(table) if distance]
     nets = {name: found for name, found in rows if found}                # of several rows of a net the first
-    texts = [f"{called(net)} " + ", ".join(f"{v} in {FEW[k]}" for k, v in found.items() if k in FEW)
+    texts = ["the student draws " + " or ".join(f"in {FEW[k]} ({v})" for k, v in found.items() if k in FEW)
              for net, found in nets.items() if net not in ("alone", "teacher")][:1]
     mid, post, alone = ({k: float(v.split()[0]) for k, v in nets.get(net, {}).items()}
                         for net in ("mid", "post", "alone"))
@@ -1306,9 +1306,10 @@ def headline(table):
         found = [f"{verdict(alone[k], post[k])} in {FEW[k]} ({post[k]:.2f}, without it {alone[k]:.2f})"
                  for k in both]
         texts = ["with this seed mid-training " + ", ".join(found)]
-    texts += [f"teacher {value} in {steps} steps" for steps, value in [*nets.get("teacher", {}).items()][-1:]]
-    texts += [f"post-training hurts in {FEW[k]} (before it {mid[k]:.2f})" for k in FEW
-              if k in {*mid} & {*post} and verdict(mid[k], post[k]) == "hurts"]
+    texts += [f"the teacher's {k} steps: {value}" for k, value in [*nets.get("teacher", {}).items()][-1:]]
+    worse = [f"{mid[k]:.2f} in {FEW[k]}" for k in FEW
+             if k in {*mid} & {*post} and verdict(mid[k], post[k]) == "hurts"]
+    texts += [f"post-training hurts (before it {', '.join(worse)})"] * bool(worse)
     return f"{'; '.join(texts)}. {distance}: lower is better" * bool(nets)
 
 

@@ -409,8 +409,8 @@ def photos(args, device):
             does = "?" if np.isnan(ours + alone) else fid.verdict(alone, ours)
             caption = (f"Mid-training {does} on these photos. FD-photos in one step, lower is better, "
                        f"mean of {number} seed{'s' * (number > 1)}: {ours:.2f} with it, {alone:.2f} without; "
-                       f"teacher, {cfg.nfe} steps: {many:.2f}\n"
-                       f"Seed {seed}. A column: one noise, drawn by all nets. FD-photos: Frechet distance of "
+                       f"teacher, {cfg.nfe} steps: {many:.2f}. Below: seed {seed}\n"
+                       "A column: one noise, drawn by all nets. FD-photos: Frechet distance of "
                        f"{n:,} images to the real ones, by features of a small net; {features.scale} "
                        "against the other. Judge by the score: nets so small hardly draw objects.\nThe last "
                        "two students saw equally many images or pairs. Mid-training compares with the "

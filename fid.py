@@ -1150,7 +1150,7 @@ def read_record(file, when):
 
 # ---- pictures with words -----------------------------------------------------------------------
 NAMES = dict(teacher="teacher", mid="mid-training alone", post="after post-training",
-             alone="without mid-training")
+             alone="post-training alone")
 SPOKEN = dict(pretrain="pre-training", vgg="VGG", mid="mid-training", post="post-training")
 WIDE = 1_800                                             # pixels of a sheet
 LEVEL = 0.1                                              # scores that differ by a smaller share are level
@@ -1298,18 +1298,18 @@ def headline(table):
                                               if k.endswith(f"-step {distance}") and v != "-"})
             for row in reversed(table) if distance]
     nets = {name: found for name, found in rows if found}                # of several rows of a net the first
-    texts = ["the student draws " + " or ".join(f"in {FEW[k]} ({v})" for k, v in found.items() if k in FEW)
+    texts = [f"{called(net)}: " + ", ".join(f"{v} in {FEW[k]}" for k, v in found.items() if k in FEW)
              for net, found in nets.items() if net not in ("alone", "teacher")][:1]
     mid, post, alone = ({k: float(v.split()[0]) for k, v in nets.get(net, {}).items()}
                         for net in ("mid", "post", "alone"))
+    worse = [f"{mid[k]:.2f} in {FEW[k]}" for k in FEW
+             if k in {*mid} & {*post} and verdict(mid[k], post[k]) == "hurts"]
+    texts += [f"post-training hurts (before it {', '.join(worse)})"] * bool(worse)
     if mid and (both := [k for k in FEW if k in {*alone} & {*post}]):
         found = [f"{verdict(alone[k], post[k])} in {FEW[k]} ({post[k]:.2f}, without it {alone[k]:.2f})"
                  for k in both]
         texts = ["with this seed mid-training " + ", ".join(found)]
     texts += [f"the teacher's {k} steps: {value}" for k, value in [*nets.get("teacher", {}).items()][-1:]]
-    worse = [f"{mid[k]:.2f} in {FEW[k]}" for k in FEW
-             if k in {*mid} & {*post} and verdict(mid[k], post[k]) == "hurts"]
-    texts += [f"post-training hurts (before it {', '.join(worse)})"] * bool(worse)
     return f"{'; '.join(texts)}. {distance}: lower is better" * bool(nets)
 
 
@@ -1379,9 +1379,9 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
     caption = (f"Mid-training teaches the jump {jump} of the teacher's walk. "
                f"From noise one step misses the end by: {missed}\n"
                "First row: the teacher walks from noise to an image; below, what each net answers there in "
-               f"one step. Numbers: root mean square of pixels, mean of {states.shape[1]} noises; two ends "
-               f"differ by {apart:.2f}. Shown is the noise where the teacher misses most. Smaller is nearer "
-               f"to the teacher, not better: post-training learns from images.{words}"
+               f"one step. Numbers: root mean square of pixels, mean of {states.shape[1]} noises (the ends "
+               f"of two differ by {apart:.2f}). Shown is the noise where the teacher misses most. Smaller is "
+               f"nearer to the teacher, not better: post-training learns from images.{words}"
                + f" Of {n} states {len(some)} are shown, where most changes." * (len(some) < n)
                + " States above sigma 1 are divided by sigma." * consistency)
     first, *middle, end = (f"{level:.2g}" for level in levels.tolist())

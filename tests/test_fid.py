@@ -792,7 +792,7 @@ def test_of_a_long_trajectory_nine_states_are_drawn_where_most_changes(tmp_path,
     assert [label for label, _ in (*late, *short)] == ["states of the teacher", "states of the teacher\nclass 7"]
     assert rows[1][0] == "mid-training alone\nin one step"
     assert said[0].startswith("Mid-training teaches the jump between any two states of the teacher's walk. From noise one step misses the end by: mid-training alone 16.00\nFirst row: the teacher walks")
-    assert "of pixels, mean of 2 noises; two ends differ by 0.00. Shown is the noise where the teacher misses most." in said[0] and "divided by sigma" not in said[0] and "Of 17 states 9 are shown" in said[0]
+    assert "of pixels, mean of 2 noises (the ends of two differ by 0.00). Shown is the noise where the teacher misses most." in said[0] and "divided by sigma" not in said[0] and "Of 17 states 9 are shown" in said[0]
     fid.save_trajectory("", x, torch.linspace(80, 0, 17), {"teacher": lambda x, level: x, "mid": lambda x, level: x + 9, "post": lambda x, level: x - 1})
     assert said[-1].startswith("Mid-training teaches the jump from every state to the end of the teacher's walk. From noise one step misses the end by: teacher 16.00, mid-training alone 7.00, after post-training 17.00\n")
     assert "divided by sigma" in said[-1]
@@ -807,8 +807,8 @@ def test_the_heading_of_scored_images_has_the_last_net_in_one_step_and_two_and_t
     rows = [{"stage": "teacher, balanced labels", "1-step FID": "99.0", "8-step FID": "2.0"}, {"stage": "mid", "1-step FID": "5.0", "2-step FID": "-"},
             {"stage": "post", "1-step FID": "6.0 +- 1.0, min 5.0", "2-step FID": "3.0"}]
     fid.save_stages(str(tmp_path), shown, (), " Seed 0.", rows, 500)
-    assert said[0] == ("the student draws in one step (6.0 +- 1.0, min 5.0) or in two (3.0); the teacher's 8 steps: 2.0; "
-                       "post-training hurts (before it 5.00 in one step). FID: lower is better\nA column: one noise, drawn by all nets. "
+    assert said[0] == ("after post-training: 6.0 +- 1.0, min 5.0 in one step, 3.0 in two; post-training hurts (before it 5.00 in one step); "
+                       "the teacher's 8 steps: 2.0. FID: lower is better\nA column: one noise, drawn by all nets. "
                        "Score: Frechet distance of 500 images to the data, by features of a classifier; of few it is off, mostly high. Whether mid-training helps, only a run without it tells (docs/usage.md).\nSeed 0.")
     fid.save_stages(str(tmp_path), shown, (), "", [{"stage": "teacher", "8-step FID": "2.0"}])
     fid.save_stages(str(tmp_path), shown, (), "A heading\nand more", rows)
@@ -820,7 +820,7 @@ def test_the_heading_of_scored_images_has_the_last_net_in_one_step_and_two_and_t
         alone = {"stage": "alone", "1-step FID": one, "2-step FID": two}
         assert fid.headline([*nearly, alone]) == (
             f"with this seed mid-training {words[0]} in one step (5.40, without it {one}), {words[1]} in two (3.20, without it {two}). FID: lower is better")
-        assert fid.headline([nearly[1], alone]).startswith("the student draws in one step (5.4) or")      # the student had none either
+        assert fid.headline([nearly[1], alone]).startswith("after post-training: 5.4 in one step")      # the student had none either
     fid.save_stages(str(tmp_path), shown, (), "", [row | {"images": "7"} for row in (*nearly, alone)])
     assert "Images or pairs seen: 7 + 7; without mid-training 7." in said[3] and "README" not in said[3]
     assert said[1].startswith("The same noises, drawn by every net\nA column") and said[2].startswith("A heading\nA column") and said[2].endswith("\nand more")
@@ -889,7 +889,7 @@ def test_every_stage_has_an_axis_of_its_own(tmp_path, monkeypatch):
     scores = {"stage": "teacher, balanced labels", "8-step FID": "2.00"}, {"stage": "mid", "1-step FID": "5.00 +- 1.00, min 4.00"}, {"stage": "post", "1-step FID": "-"}
     save_curve(cfg, scores)
     assert drawn["caption"].startswith("Loss and gradient norm of each stage; only scores tell what is better\n")
-    assert drawn["caption"].endswith(" A point: a mean since the last one. the student draws in one step (5.00 +- 1.00, min 4.00); the teacher's 8 steps: 2.00. FID: lower is better; 50,000 samples each.")
+    assert drawn["caption"].endswith(" A point: a mean since the last one. mid-training alone: 5.00 +- 1.00, min 4.00 in one step; the teacher's 8 steps: 2.00. FID: lower is better; 50,000 samples each.")
 
 
 

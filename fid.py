@@ -1150,7 +1150,7 @@ def read_record(file, when):
 
 # ---- pictures with words -----------------------------------------------------------------------
 NAMES = dict(teacher="teacher", mid="mid-training alone", post="after post-training",
-             alone="post-training alone")
+             alone="without mid-training")
 SPOKEN = dict(pretrain="pre-training", vgg="VGG", mid="mid-training", post="post-training")
 WIDE = 1_800                                             # pixels of a sheet
 LEVEL = 0.1                                              # scores that differ by a smaller share are level
@@ -1280,7 +1280,7 @@ def about(cfg, found):
     by = "".join(f"; mid-training compares by {COMPARED.get(loss, loss)}" for loss in losses)
     rivals = [ckpt["cfg"] for name, *_, ckpt in found if name == "alone"]
     by += "".join(f"; without it: --post {c['post']} --lr {c['lr']:g}"
-                  + " of a flow-matching net" * (c.get("pretrain") == "fm") for c in rivals)
+                  + " from a flow-matching net" * (c.get("pretrain") == "fm") for c in rivals)
     noise = (f" Before the second of two steps noise of level {cfg.second_sigma} is added again."
              if hasattr(cfg, "second_sigma") else "")
     return f" Seed {cfg.seed}{by}; parameters: {sizes}{larger}.{noise}"

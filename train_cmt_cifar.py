@@ -234,7 +234,7 @@ def train(cfg):
     per_solve = math.prod(solve_size(cfg))            # pairs, as 128 x 16: whole batches (check)
 
     @lru_cache(1)                                     # kept for the steps that share it; resumed: solved anew
-    def solve(number):
+    def solve(number):                                # (x_t, t, owner of each pair), features of the ends
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", number))
         if cfg.mid == "slow":
             *pairs, x_0 = slow_pairs(cfg, run.teacher, run.images, g)

@@ -547,6 +547,7 @@ def test_a_branch_that_returns_nothing_does_not_train_as_another_method(road, mo
 
 @pytest.mark.parametrize("branch, words", [("return (f(x, t) - x).square().flatten(1).mean(1)", "a loss is one number: end it in .mean()"),
                                            ("return (f(x, t) - x).detach().square().mean()", "a loss has no gradient"),
+                                           ("return x[torch.tensor([99])].mean()", "has each feature of a distance a row for each image?"),
                                            ("return f(run.teacher(x, t), t).mean()", "is a method that asks the teacher in NO_TEACHER?")])
 def test_a_slip_in_the_loss_of_a_fork_has_a_hint_below_its_traceback(branch, words, road, monkeypatch, capsys):
     text = (ROOT / "train_cmt_cifar.py").read_text().replace('] = "ect"', ', "mine"] = "ect"').replace('NO_TEACHER = ["ect"', 'NO_TEACHER = ["mine", "ect"')
@@ -695,6 +696,7 @@ BAD = [  # (command line, exit code, what the line must say)
     ("--data digits --stage mid", 3, "run --stage pretrain first"),
     ("--data digits --stage mid --teacher none.pt", 3, "--teacher none.pt: no such file"),
     ("--data digits --stage eval", 3, "run --stage pretrain, or"),
+    ("--data Digits", 2, "nor a name, as digits; pass one"), ("--post none", 2, "leave post-training out by --stage mid"),
     ("--batch-size 4", 2, "did you mean --batch?"), ("--mid.num_epochs 4", 2, "did you mean --mid.steps?"), ("--save_dir x", 2, "did you mean --out?"), ("--ckpt x", 2, "did you mean --init?"),
     ("--resume x", 2, "the same command, without it, goes on"), ("--bf16", 2, "write --precision bf16"), ("--no-mid", 2, "write --mid none"), ("--device cuda", 2, "CUDA_VISIBLE_DEVICES=0 picks"), ("--compile=False", 2, "a switch is --NAME or --no-NAME; --help"), ("--compile yes", 2, "yes; a switch is --NAME or --no-NAME; --help"),
     ("--compile true", 2, "true; a switch is --NAME or --no-NAME; --help"), ("digits", 2, "digits; a value is behind its flag: --data digits; --help"),
@@ -764,6 +766,9 @@ def test_a_mid_training_whose_loss_has_risen_is_said(tmp_path, monkeypatch, caps
             assert "has risen" not in capsys.readouterr().err
             script.fid.report(cfg, 1e-3, tally)
         assert ("mid: the loss has risen, from 1 to 1.3" in capsys.readouterr().err) == said
+        script.count(cfg, tally, -0.1, 1.0)
+        assert ("mid: the loss is below 0" in capsys.readouterr().err) == (stage == "mid")
+        script.fid.SAID.clear()
 
 
 @pytest.mark.parametrize("mode, side, res", [("L", 32, 0), ("RGB", 8, 0), ("RGB", 32, 8), ("LA", 16, 0)])

@@ -253,13 +253,14 @@ def curves(args, device):
     taught, plain = script.nets.finished(args.net), script.parse(["--data", "digits", "--stage", "pretrain"])
     if taught and taught["step"] != plain.steps:
         print(f"warning: {args.net} has {taught['step']:,} steps, README's teacher has {plain.steps:,}")
-    teacher, scores, marks = script.build(cfg, model, weights), {"one step": {}, "two steps": {}}, {}
-    with_mid, alone = "mid- and post-training", "post-training alone"
+    teacher, scores = script.build(cfg, model, weights), {"one step": {}, "two steps": {}}
+    level, *starts = (score(teacher, kind) for kind in ("teacher", 1, 2))
+    with_mid, alone, marks, verdicts = "mid- and post-training", "post-training alone", {}, []
     for name, calls in {with_mid: [PIXELS, HUBER], alone: [f"{ANNEALED} --huber_c 0.06"]}.items():
         folder, seen = f"{args.out}/{name.replace(' ', '_')}", 0
         flags = ["--data", "digits", "--teacher", args.net, "--out", folder, "--save_every", "150"]
-        for steps, panel in enumerate(scores.values(), 1):
-            panel[name] = [(0, score(teacher, steps))]                   # a student begins with its weights
+        for panel, start in zip(scores.values(), starts):
+            panel[name] = [(0, start)]                                   # a student begins with its weights
         for call in calls:
             marks |= {seen: "blue: post-training begins"} if seen else {}
             print(f"{name}: {call}, log in {folder}", flush=True)
@@ -271,7 +272,6 @@ def curves(args, device):
                 for steps, panel in enumerate(scores.values(), 1):
                     panel[name].append((at, score(net, steps)))
             seen = at
-    level, verdicts = score(teacher, "teacher"), []
     for words, panel in scores.items():
         panel[f"teacher, {cfg.nfe} steps"] = [(0, level), (seen, level)]
         ours, rival = panel[with_mid][-1][1], panel[alone][-1][1]

@@ -1,6 +1,7 @@
 """One thread, so that results do not depend on the machine; the repository on the path; what the script tests share."""
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -110,6 +111,21 @@ def road(tmp_path_factory):
     out = tmp_path_factory.mktemp("road")
     script.main([*TINY, "--out", str(out), "--steps", "3"])
     return out
+
+
+def with_alone(road):
+    """./x, a copy of a run whose last net stands in its folder alone/ too, as if it had had no mid-training."""
+    shutil.copytree(road, "x")
+    os.mkdir("x/alone")
+    shutil.copy("x/post.pt", "x/alone")
+
+
+def alone_is_shown(script, road, tiny):
+    """What is drawn and scored are these candidates; a whole evaluation: tests/test_train.py."""
+    with_alone(road)
+    *_, (_, post, *_), (name, alone, *_) = found = script.candidates(script.parse([*tiny, "--out", "x", "--steps", "3", "--stage", "eval"]))
+    assert [name for name, *_ in found][-3:] == ["mid", "post", "alone"] and name == "alone"
+    assert all(torch.equal(a, b) for a, b in zip(post.parameters(), alone.parameters()))
 
 
 class Pretrained(torch.nn.Module):

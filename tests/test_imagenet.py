@@ -3,7 +3,6 @@ import io
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import sys
@@ -17,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import conftest
-from conftest import code, fork, wait, weights
+from conftest import alone_is_shown, code, fork, wait, weights
 from PIL import Image
 
 import nets
@@ -489,10 +488,4 @@ def test_512_runs_every_stage_on_latents_with_a_small_net(monkeypatch):
 
 
 def test_a_run_without_mid_training_in_the_folder_alone_is_shown_beside(road):
-    """What is drawn and scored are these candidates; a whole evaluation: tests/test_train.py."""
-    shutil.copytree(road, "x")
-    os.mkdir("x/alone")
-    shutil.copy("x/post.pt", "x/alone")
-    *_, (_, post, *_), (name, alone, *_) = found = script.candidates(script.parse([*TINY, "--out", "x", "--steps", "3", "--stage", "eval"]))
-    assert [name for name, *_ in found][-3:] == ["mid", "post", "alone"] and name == "alone"
-    assert all(torch.equal(a, b) for a, b in zip(post.parameters(), alone.parameters()))
+    alone_is_shown(script, road, TINY)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Pretrained, code, fork, frozen_calls, wait, weights
+from conftest import Pretrained, alone_is_shown, code, fork, frozen_calls, wait, weights
 from PIL import Image
 
 import fid
@@ -750,10 +750,4 @@ def test_a_slug_names_one_caption():
 
 
 def test_a_run_without_mid_training_in_the_folder_alone_is_shown_beside(road):
-    """What is drawn and scored are these candidates; a whole evaluation: tests/test_train.py."""
-    shutil.copytree(road, "x")
-    os.mkdir("x/alone")
-    shutil.copy("x/post.pt", "x/alone")
-    *_, (_, post, *_), (name, alone, *_) = found = script.candidates(script.parse([*TINY, "--out", "x", "--steps", "3", "--stage", "eval"]))
-    assert [name for name, *_ in found][-3:] == ["mid", "post", "alone"] and name == "alone"
-    assert all(torch.equal(a, b) for a, b in zip(post.parameters(), alone.parameters()))
+    alone_is_shown(script, road, TINY)

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, code, frozen_calls
+from conftest import ROOT, TINY, code, frozen_calls, with_alone
 from PIL import Image
 
 import fid
@@ -491,7 +491,7 @@ def test_first_weights_of_other_images_are_told_of_by_what_differs(road, capsys)
 @pytest.mark.parametrize("name", ["cmt_cifar", "cmt_imagenet", "mf_imagenet256", "t2i_coco"])
 def test_a_net_of_digits_is_not_shown_as_one_of_the_default_data(name, capsys):
     home = importlib.import_module(f"train_{name}")
-    home.main(f"--data digits --stage pretrain --steps 1 --batch 2 --out d --log_every 1".split())
+    home.main("--data digits --stage pretrain --steps 1 --batch 2 --out d --log_every 1".split())
     exit_code, err = code("--stage sample --seeds 0 --init d/pretrain.pt --out x".split(), capsys, home.main)
     assert exit_code == 3 and f"--init d/pretrain.pt draws 1x8x8, --data {home.Config.data} has other images; pass the --data of that net" in err and not os.path.exists("x/samples")
 
@@ -603,9 +603,7 @@ def test_a_file_is_scored_beside_the_pictures_of_the_run(road, capsys):
 
 
 def test_a_run_without_mid_training_in_the_folder_alone_is_scored_beside(road, monkeypatch):
-    shutil.copytree(road, "x")
-    os.mkdir("x/alone")
-    shutil.copy("x/post.pt", "x/alone")
+    with_alone(road)
     sheets, save = {}, fid.save_sheet
     monkeypatch.setattr(fid, "save_sheet", lambda path, rows, caption, *more: sheets.update({path: (rows, caption)}) or save(path, rows, caption, *more))
     script.main([*TINY, "--out", "x", "--steps", "3", "--stage", "eval"])

@@ -1156,7 +1156,7 @@ WIDE = 1_800                                             # pixels of a sheet
 LEVEL = 0.1                                              # scores that differ by a smaller share are level
 COMPARED = dict(huber="pixels", l2="pixels", lpips="features", elatentlpips="features")     # by --loss
 FEW = {"1": "one step", "2": "two"}                      # the steps of students that a heading tells
-INKS = {"alone|scratch": "#c0392b", "flow": "#8e44ad", "mid|CMT": "#1f5fbf", "teacher|pre-": "#2e8b57",
+INKS = {"without|scratch": "#c0392b", "flow": "#8e44ad", "mid|CMT": "#1f5fbf", "teacher|pre-": "#2e8b57",
         "post": "#d98a00", "VGG": "#555555"}             # what a name speaks of: its colour in every chart
 
 
@@ -1278,9 +1278,6 @@ def about(cfg, found):
     sizes = ", ".join(f"{name} {n / 1e6:.2f}M" for name, n in sizes.items())
     losses = [ckpt["cfg"].get("loss", "velocities") for name, *_, ckpt in found if name == "mid"]
     by = "".join(f"; mid-training compares by {COMPARED.get(loss, loss)}" for loss in losses)
-    rivals = [ckpt["cfg"] for name, *_, ckpt in found if name == "alone"]
-    by += "".join(f"; without it: --post {c['post']} --lr {c['lr']:g}"
-                  + " from a flow-matching net" * (c.get("pretrain") == "fm") for c in rivals)
     noise = (f" Before the second of two steps noise of level {cfg.second_sigma} is added again."
              if hasattr(cfg, "second_sigma") else "")
     return f" Seed {cfg.seed}{by}; parameters: {sizes}{larger}.{noise}"
@@ -1289,6 +1286,13 @@ def about(cfg, found):
 def verdict(was, now):
     """What a change of a score means, where lower is better: "helps", "is level" (within 10 %) or "hurts"."""
     return "is level" if abs(now - was) < LEVEL * was else "helps" if now < was else "hurts"
+
+
+def effect(scores):
+    """Of mid-training, for a heading: {"one step": (score without it, with it), ...} -> verdicts in words."""
+    text = ", ".join(f"{verdict(was, now)} in {steps} ({now:.2f}, without it {was:.2f})"
+                     for steps, (was, now) in scores.items())
+    return re.sub(r"^(helps|hurts|is level)(.*), \1 ", r"\1\2 and ", text)               # the same: said once
 
 
 def headline(table):
@@ -1305,10 +1309,8 @@ def headline(table):
     worse = [f"{mid[k]:.2f} in {FEW[k]}" for k in FEW
              if k in {*mid} & {*post} and verdict(mid[k], post[k]) == "hurts"]
     texts += [f"post-training hurts (before it {', '.join(worse)})"] * bool(worse)
-    if mid and (both := [k for k in FEW if k in {*alone} & {*post}]):
-        found = [f"{verdict(alone[k], post[k])} in {FEW[k]} ({post[k]:.2f}, without it {alone[k]:.2f})"
-                 for k in both]
-        texts = ["with this seed mid-training " + ", ".join(found)]
+    if mid and (both := {FEW[k]: (alone[k], post[k]) for k in FEW if k in {*alone} & {*post}}):
+        texts = ["with this seed mid-training " + effect(both)]
     texts += [f"the teacher's {k} steps: {value}" for k, value in [*nets.get("teacher", {}).items()][-1:]]
     return f"{'; '.join(texts)}. {distance}: lower is better" * bool(nets)
 
@@ -1335,13 +1337,14 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
     title, _, words = words.rpartition("\n")
     title = title or headline(table) or "The same noises, drawn by every net"
     caption = f"{title}\nA {line}: one noise, drawn by all nets."
-    caption += (f" Score: Frechet distance of {samples:,} images to the data, by features of a classifier"
+    caption += (f" So few show little: judge by the score, the Frechet distance of {samples:,} images to "
+                "the data, by features of a classifier"
                 f"{'; of few it is off, mostly high' * (samples < 1_000)}.") * bool(table)
     caption += f" {HALVES}" * real
     seen = {row["stage"].partition(",")[0]: row.get("images", "-") for row in table}
     if "alone" in seen and "mid" in seen:
         caption += (f" Images or pairs seen: {seen['mid']} + {seen.get('post', 0)}; "
-                    f"without mid-training {seen['alone']}.")
+                    f"without mid-training {seen['alone']} (docs/usage.md says how).")
     elif "mid" in seen:
         caption += " Whether mid-training helps, only a run without it tells (docs/usage.md)."
     caption += (" Shows its digit: a classifier reads it as the caption's digit."

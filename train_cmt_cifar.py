@@ -43,7 +43,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     stage: Literal["all", "pretrain", "mid", "post", "sample", "eval"] = "all"   # all: those not finished
     out: str = ""               # folder of the run; "" = out/<data>
     teacher: str = ""           # FILE, URL; "" = <out>/pretrain.pt, else the official one; scratch = train it
-    mid: Literal["cmt", "kd", "slow", "none"] = "cmt"    # kd: noise alone; slow: a solve a pair; none: no mid
+    mid: Literal["cmt", "kd", "slow", "none"] = "cmt"    # kd: noise alone; slow: each pair solved for; none
     post: Literal["ect", "ecd", "ecd_euler", "annealed"] = "ect"   # its method; annealed: q grows
     init: str = "teacher"       # start of mid (--mid none: post): teacher | random | FILE; sample: show FILE
 
@@ -60,7 +60,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     huber_c: float = 0.06       # of sqrt(|.|^2 + c^2) - c, mid and post; post: 0 = the norm itself (ECT)
     nfe: int = 16               # teacher steps per trajectory (B.2)
     trajectories: int = 128     # choice: per solve, pairs shuffled over several steps; 0 = batch/nfe (paper)
-    q: int = 4096               # post: the step in t is n(t) t / q (B.2: 1/4096)
+    q: int = 4096               # post: from t to r is n(t) t / q, see ect_step (B.2: 1/4096)
     stair: int = 0              # post annealed: steps at each of q, q^2, q^3, ... (q 2: 2, 4, 8); else 0
     P_mean: float = -1.1        # ln sigma ~ N(P_mean, P_std^2), not cut off (ECT)
     P_std: float = 2.0
@@ -246,7 +246,8 @@ def train(cfg):
     def batch_of(step):                               # this process's share of it, a row an image or pair
         if cfg.stage == "mid":
             number, at = divmod(step * B, per_solve)  # which solve; where in it the step's pairs begin
-            return [a[at:at + B][mine] for a in solve(number)[0]]
+            pairs, _ = solve(number)
+            return [a[at:at + B][mine] for a in pairs]
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         x, eps = draw(run.images, B, g)[mine], randn((B, *shape), g)[mine]
         return x, (cfg.P_mean + cfg.P_std * randn(B, g))[mine].exp(), eps
@@ -256,8 +257,8 @@ def train(cfg):
         f = partial(cast_net, masks=nets.dropout_masks(net, range(seed, seed + micro)))
         if cfg.stage == "mid":
             x_t, t, owner = rows                      # owner: which end of the solve is a pair's
-            target = [a[owner] for a in solve(step * B // per_solve)[1]]      # kept by lru_cache
-            return loss_cmt(f, x_t, t, target, run.distance)                              # Eq. 7
+            _, ends = solve(step * B // per_solve)    # kept by lru_cache; their features
+            return loss_cmt(f, x_t, t, [a[owner] for a in ends], run.distance)            # Eq. 7
         x, t, eps = rows
         if cfg.stage == "pretrain":
             return loss_dm(f, x, t, eps, net.sigma_data)

@@ -297,7 +297,8 @@ def train(cfg):
     def batch_of(step):                               # this process's share of it, a row an image or pair
         if cfg.stage == "mid":
             number, at = divmod(step * B, per_solve)  # which solve; where in it the step's pairs begin
-            return [a[at:at + B][mine] for a in solve(number)[0]]
+            pairs, _ = solve(number)
+            return [a[at:at + B][mine] for a in pairs]
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         raw, labels = next(batches)                   # in the order of steps: one call a step
         latent_noise, eps = randn((B, *run.shape), g)[mine], randn((B, *run.shape), g)[mine]
@@ -315,7 +316,8 @@ def train(cfg):
         f = partial(net, class_labels=rows[2], masks=nets.dropout_masks(net, range(seed, seed + micro)))
         if cfg.stage == "mid":
             x_t, t, _, owner, *view = rows            # owner: which end of the solve is a pair's
-            target = [a[owner] for a in solve(step * B // per_solve)[1]]      # kept by lru_cache
+            _, ends = solve(step * B // per_solve)    # kept by lru_cache; their features
+            target = [a[owner] for a in ends]
             if view:
                 return loss_cmt_views(f, x_t, t, *target, run.distance, view)
             return loss_cmt(f, x_t, t, target, run.distance)                                    # Eq. 7

@@ -239,7 +239,7 @@ def pairs_of_states(states, velocities, times):
     first, second = torch.triu_indices(len(states), len(states), 1, device=states.device)
     times, wide = times.to(states, non_blocking=True), (-1, 1, 1, 1, 1)
     steps = velocities * -times.diff().view(wide)
-    path = torch.cat([torch.zeros_like(states[:1]), steps.cumsum(0)])      # states are rounded, sums less
+    path = torch.cat([torch.zeros_like(states[:1]), steps.cumsum(0)])      # z_t - z_r would lose digits
     target = (path[second] - path[first]) / (times[first] - times[second]).view(wide)
     t, r = (times[k].repeat_interleave(states.shape[1]) for k in (first, second))
     return states[first].flatten(0, 1), t, r, target.flatten(0, 1)
@@ -343,7 +343,7 @@ def train(cfg):
             number, at = divmod(step * B, per_solve)  # which solve; where in it the step's pairs begin
             return [a[at:at + B][mine] for a in solve(number)]
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
-        raw, y, t, r = next(batches)                  # in the order of steps: one call a step
+        raw, y, t, r = next(batches)                  # by read_batch, which draws times: one call a step
         guided = is_guided(cfg, step, t, y, net.num_classes)
         latent_noise, eps = randn((B, *run.shape), g)[mine], randn((B, *run.shape), g)[mine]
         x, y = to_input(raw, latent_noise), y.to(DEVICE, non_blocking=True)

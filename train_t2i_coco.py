@@ -249,7 +249,7 @@ def pairs_of_states(states, velocities, times):
     first, second = torch.triu_indices(len(states), len(states), 1, device=states.device)
     times, wide = times.to(states, non_blocking=True), (-1, 1, 1, 1, 1)
     steps = velocities * -times.diff().view(wide)
-    path = torch.cat([torch.zeros_like(states[:1]), steps.cumsum(0)])      # states are rounded, sums less
+    path = torch.cat([torch.zeros_like(states[:1]), steps.cumsum(0)])      # z_t - z_r would lose digits
     target = (path[second] - path[first]) / (times[first] - times[second]).view(wide)
     t, r = (times[k].repeat_interleave(states.shape[1]) for k in (first, second))
     return states[first].flatten(0, 1), t, r, target.flatten(0, 1)
@@ -349,7 +349,7 @@ def train(cfg):
             z, t, r, owner, target = (a[at:at + B][mine] for a in pairs)
             return z, t, r, texts[owner], target
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
-        raw, tokens, words, drop, t, r, guided = next(batches)        # in the order of steps
+        raw, tokens, words, drop, t, r, guided = next(batches)        # by read_batch: one call a step
         latent_noise, eps = randn((B, *shape), g)[mine], randn((B, *shape), g)[mine]
         x, text = to_input(raw, latent_noise), features_of(words, drop)
         wide, tokens = (a.to(DEVICE, non_blocking=True) for a in (t.view(-1, 1, 1, 1), tokens))
@@ -495,7 +495,7 @@ def draw_sheets(cfg, found, images, encoder):
             path = f"{cfg.out}/samples_{name}_{steps}step.png"
             fid.save_captions(path, name, steps, rows, scores="; scores: results.md in this folder")
             shown.append((name, steps, torch.stack([row[0] for _, row in rows])))
-    heun = " A step of the teacher is one of Heun, two calls; one alone overshoots."
+    heun = " A step of the teacher is one of Heun, two calls; one is too long a step for it."
     words = fid.about(cfg, found) + heun
     fid.save_stages(cfg.out, shown, captions, words)
     if found[0][0] == "teacher":

@@ -84,14 +84,14 @@ def test_curves_score_the_teacher_and_every_checkpoint_and_draw_them(tmp_path, m
     main(["--data", "digits", "--stage", "pretrain", "--out", str(tmp_path / "t"), *tiny])
     monkeypatch.setattr(script, "main", lambda argv: main([*argv, *tiny]))
     claims.main(["curves", "--net", str(tmp_path / "t/pretrain.pt"), "--out", str(tmp_path)])
-    rows = re.findall(r"^(?:mid- and post-training|post-training alone), (?:one step|two steps): (.*)$", capsys.readouterr().out, re.M)
+    rows = re.findall(r"^(?:mid- and post-training|without mid-training), (?:one step|two steps): (.*)$", capsys.readouterr().out, re.M)
     points = [[tuple(p.split()) for p in row.split(", ")] for row in rows]
     assert [len(p) for p in points] == [5, 3, 5, 3]
     assert [x for x, _ in points[0]] == ["0", "32", "64", "96", "128"] and len({y for _, y in points[0]}) == 5
     assert points[0][0] == points[1][0] and points[2][0] == points[3][0] != points[0][0]              # both begin as the teacher
     with Image.open(tmp_path / "scores.png") as image:
         assert image.size[0] >= 900 and len(image.getcolors(1000000)) > 10
-    claims.main(["plot", str(tmp_path / "mid-_and_post-training"), str(tmp_path / "post-training_alone"), "--out", str(tmp_path / "new")])
+    claims.main(["plot", str(tmp_path / "mid-_and_post-training"), str(tmp_path / "without_mid-training"), "--out", str(tmp_path / "new")])
     assert Image.open(tmp_path / "new/plot.png").size[0] >= 900 and capsys.readouterr().out.startswith(f"open {tmp_path}/new/plot.png; ")
 
 

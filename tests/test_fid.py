@@ -808,21 +808,20 @@ def test_the_heading_of_scored_images_has_the_last_net_in_one_step_and_two_and_t
             {"stage": "post", "1-step FID": "6.0 +- 1.0, min 5.0", "2-step FID": "3.0"}]
     fid.save_stages(str(tmp_path), shown, (), " Seed 0.", rows, 500)
     assert said[0] == ("after post-training: 6.0 +- 1.0, min 5.0 in one step, 3.0 in two; post-training hurts (before it 5.00 in one step); "
-                       "the teacher's 8 steps: 2.0. FID: lower is better\nA column: one noise, drawn by all nets. "
-                       "Score: Frechet distance of 500 images to the data, by features of a classifier; of few it is off, mostly high. Whether mid-training helps, only a run without it tells (docs/usage.md).\nSeed 0.")
+                       "the teacher's 8 steps: 2.0. FID: lower is better\nA column: one noise, drawn by all nets. So few show little: judge by the score, the Frechet distance of 500 images to the data, by features of a classifier; of few it is off, mostly high. Whether mid-training helps, only a run without it tells (docs/usage.md).\nSeed 0.")
     fid.save_stages(str(tmp_path), shown, (), "", [{"stage": "teacher", "8-step FID": "2.0"}])
     fid.save_stages(str(tmp_path), shown, (), "A heading\nand more", rows)
     nearly = [{"stage": "mid", "1-step FID": "5.0", "2-step FID": "3.0"}, {"stage": "post", "1-step FID": "5.4", "2-step FID": "3.2"}]
     assert "hurts" not in fid.headline(nearly) and "hurts" in fid.headline([nearly[0], nearly[1] | {"2-step FID": "3.5"}])       # in either
     assert fid.headline([{"stage": "teacher", "1-step FID": "9.0", "8-step FID": "2.0"}]) == "the teacher's 8 steps: 2.0. FID: lower is better"
     assert fid.headline([{"stage": "teacher", "8-step FID": "2.0"}]) == ""
-    for (one, two), words in {("1.48", "0.97"): ("hurts", "hurts"), ("5.30", "9.00"): ("is level", "helps"), ("8.00", "3.10"): ("helps", "is level")}.items():
+    for (one, two), words in {("1.48", "0.97"): ("hurts", " and"), ("5.30", "9.00"): ("is level", ", helps"), ("8.00", "3.10"): ("helps", ", is level")}.items():
         alone = {"stage": "alone", "1-step FID": one, "2-step FID": two}
         assert fid.headline([*nearly, alone]) == (
-            f"with this seed mid-training {words[0]} in one step (5.40, without it {one}), {words[1]} in two (3.20, without it {two}). FID: lower is better")
+            f"with this seed mid-training {words[0]} in one step (5.40, without it {one}){words[1]} in two (3.20, without it {two}). FID: lower is better")
         assert fid.headline([nearly[1], alone]).startswith("after post-training: 5.4 in one step")      # the student had none either
     fid.save_stages(str(tmp_path), shown, (), "", [row | {"images": "7"} for row in (*nearly, alone)])
-    assert "Images or pairs seen: 7 + 7; without mid-training 7." in said[3] and "README" not in said[3]
+    assert "Images or pairs seen: 7 + 7; without mid-training 7 (docs/usage.md says how)." in said[3] and "README" not in said[3]
     assert said[1].startswith("The same noises, drawn by every net\nA column") and said[2].startswith("A heading\nA column") and said[2].endswith("\nand more")
 
 
@@ -856,10 +855,10 @@ def test_a_caption_names_seed_and_sizes():
 def test_a_colour_means_one_thing_in_every_chart():
     """Of a run, of two trainings beside each other, of Mean Flow's roads; names without a meaning take what is left."""
     run = fid.colours_of([*fid.SPOKEN.values()])
-    two = fid.colours_of(["mid- and post-training, 1 step", "post-training alone, 1 step", "teacher, 16 steps"])
+    two = fid.colours_of(["mid- and post-training, 1 step", "without mid-training, 1 step", "teacher, 16 steps"])
     roads = fid.colours_of(["from scratch", "from flow matching", "CMT + Mean Flow"])
     assert [run["pre-training"], run["mid-training"]] == [two["teacher, 16 steps"], two["mid- and post-training, 1 step"]]
-    assert [two["post-training alone, 1 step"], run["mid-training"]] == [roads["from scratch"], roads["CMT + Mean Flow"]]
+    assert [two["without mid-training, 1 step"], run["mid-training"]] == [roads["from scratch"], roads["CMT + Mean Flow"]]
     assert len({*run.values(), *two.values(), *roads.values()}) == 6
     mixed = fid.colours_of([*"abcd", "mid", "flow matching, CMT, v", *"efg"])
     assert mixed["mid"] == run["mid-training"] and mixed["flow matching, CMT, v"] == roads["from flow matching"] and len({*mixed.values()}) == 6

@@ -413,9 +413,9 @@ def photos(args, device):
                        "A column: one noise, drawn by all nets. FD-photos: Frechet distance of "
                        f"{n:,} images to the real ones, by features of a small net; {features.scale} "
                        "against the other. Judge by the score: nets so small hardly draw objects.\nThe last "
-                       "two students saw equally many images or pairs. Mid-training compares with the "
-                       "teacher's image pixel by pixel, post-training by the plain norm; alone it has the "
-                       f"better of two schedules. Photos: {len(images):,} of {os.path.basename(args.data)}.")
+                       "two students saw equally many images or pairs. Mid-training compares by pixels, "
+                       "post-training by the plain norm; without mid-training it has the better of two "
+                       f"schedules. Photos: {len(images):,} of {os.path.basename(args.data)}.")
             breaks = fid.breaks_between([label.partition("\n")[0] for label, _ in (*shown, real)])
             fid.save_sheet(f"{args.out}/{seed}/photos.png", [*shown, real], caption, breaks=breaks)
 

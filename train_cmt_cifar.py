@@ -234,20 +234,19 @@ def train(cfg):
     per_solve = math.prod(solve_size(cfg))            # pairs, as 128 x 16: whole batches (check)
 
     @lru_cache(1)                                     # kept for the steps that share it; resumed: solved anew
-    def solve(number):                                # (x_t, t, owner of each pair), features of the ends
+    def solve(number):                                # pairs: x_t, t, owner of each; ends: their features
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", number))
         if cfg.mid == "slow":
             *pairs, x_0 = slow_pairs(cfg, run.teacher, run.images, g)
         else:
             *pairs, x_0 = teacher_pairs(cfg, run.teacher, shape, g)
-        target = run.distance.features(x_0)           # once per end, not per pair
-        return fid.check_pairs(pairs, per_solve, target, run.distance), target
+        ends = run.distance.features(x_0)             # once per end, not per pair
+        return SimpleNamespace(pairs=fid.check_pairs(pairs, per_solve, ends, run.distance), ends=ends)
 
     def batch_of(step):                               # this process's share of it, a row an image or pair
         if cfg.stage == "mid":
             number, at = divmod(step * B, per_solve)  # which solve; where in it the step's pairs begin
-            pairs, _ = solve(number)
-            return [a[at:at + B][mine] for a in pairs]
+            return [a[at:at + B][mine] for a in solve(number).pairs]
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         x, eps = draw(run.images, B, g)[mine], randn((B, *shape), g)[mine]
         return x, (cfg.P_mean + cfg.P_std * randn(B, g))[mine].exp(), eps
@@ -257,8 +256,8 @@ def train(cfg):
         f = partial(cast_net, masks=nets.dropout_masks(net, range(seed, seed + micro)))
         if cfg.stage == "mid":
             x_t, t, owner = rows                      # owner: which end of the solve is a pair's
-            _, ends = solve(step * B // per_solve)    # kept by lru_cache; their features
-            return loss_cmt(f, x_t, t, [a[owner] for a in ends], run.distance)            # Eq. 7
+            target = [a[owner] for a in solve(step * B // per_solve).ends]    # not solved again: lru_cache
+            return loss_cmt(f, x_t, t, target, run.distance)                              # Eq. 7
         x, t, eps = rows
         if cfg.stage == "pretrain":
             return loss_dm(f, x, t, eps, net.sigma_data)

@@ -287,18 +287,18 @@ def train(cfg):
     batches = fid.ahead(partial(read_batch, cfg, run.images), range(start, cfg.steps))   # lazy; mid: none
 
     @lru_cache(1)                                     # kept for the steps that share it; resumed: solved anew
-    def solve(number):
+    def solve(number):                                # pairs: x_t, t, ... of each; ends: their features
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", number))
         *pairs, x_0 = teacher_pairs(cfg, run.teacher, run.shape, g, run.classes)
         views = () if cfg.ensemble == "none" else run.distance.draw(pairs[0], g).values()    # of each pair
-        target = [x_0] if views else run.distance.features(x_0)       # once per end; of views: per pair
-        return [*fid.check_pairs(pairs, per_solve, target, run.distance), *views], target
+        ends = [x_0] if views else run.distance.features(x_0)         # once per end; of views: per pair
+        pairs = fid.check_pairs(pairs, per_solve, ends, run.distance)
+        return SimpleNamespace(pairs=[*pairs, *views], ends=ends)
 
     def batch_of(step):                               # this process's share of it, a row an image or pair
         if cfg.stage == "mid":
             number, at = divmod(step * B, per_solve)  # which solve; where in it the step's pairs begin
-            pairs, _ = solve(number)
-            return [a[at:at + B][mine] for a in pairs]
+            return [a[at:at + B][mine] for a in solve(number).pairs]
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         raw, labels = next(batches)                   # in the order of steps: one call a step
         latent_noise, eps = randn((B, *run.shape), g)[mine], randn((B, *run.shape), g)[mine]
@@ -316,8 +316,7 @@ def train(cfg):
         f = partial(net, class_labels=rows[2], masks=nets.dropout_masks(net, range(seed, seed + micro)))
         if cfg.stage == "mid":
             x_t, t, _, owner, *view = rows            # owner: which end of the solve is a pair's
-            _, ends = solve(step * B // per_solve)    # kept by lru_cache; their features
-            target = [a[owner] for a in ends]
+            target = [a[owner] for a in solve(step * B // per_solve).ends]    # not solved again: lru_cache
             if view:
                 return loss_cmt_views(f, x_t, t, *target, run.distance, view)
             return loss_cmt(f, x_t, t, target, run.distance)                                    # Eq. 7

@@ -31,7 +31,7 @@ OWN = {"Config", "load_data", "data_name", "check", "teacher_pairs", "make_sampl
 # step at full size; claims: Mean Flow's roads, photos; scripts: what is refused before anything is trained, latents and encoders.
 BUDGET = {"train_cmt_cifar.py": 699, "train_cmt_imagenet.py": 948, "train_mf_imagenet256.py": 903,
           "train_t2i_coco.py": 1141, "nets.py": 1860, "fid.py": 2628, "solvers.py": 198, "bench.py": 966,
-          "claims.py": 590, "README.md": 175}
+          "claims.py": 590, "README.md": 176}
 FLAGS = {"train_cmt_cifar.py": 35, "train_cmt_imagenet.py": 42, "train_mf_imagenet256.py": 42, "train_t2i_coco.py": 43}
 README = (ROOT / "README.md").read_text()
 DOCS = {p.name: p.read_text() for p in sorted((ROOT / "docs").glob("*.md"))}
@@ -377,6 +377,11 @@ def test_hours_of_readme_are_those_of_plan():
                           "train_t2i_coco.py .*# {} h": "coco pretrain repa, coco mid cmt, coco post mf"}.items():
         total = f"{sum(hours[stage] for stage in stages.split(', ')):.2g}"
         assert re.search(words.format(re.escape(total)), README), f"{words.format(total)}: not in README"
+
+
+def test_readme_says_which_functions_are_one_text_in_all_scripts():
+    texts, said = [toplevel(path) for path in SCRIPTS], re.search(r"losses; (.*?) are the same text", README, re.S)[1]
+    assert re.findall(r"`(\w+)`", said) == [name for name in texts[0] if len({t.get(name) for t in texts}) == 1] and said.startswith("`lr_at`")
 
 
 def test_readme_prints_commands_and_docs_the_choices_of_the_code():

@@ -414,8 +414,8 @@ def photos(args, device):
                        f"{n:,} images to the real ones, by features of a small net; {features.scale} "
                        "against the other. Judge by the score: nets so small hardly draw objects.\nThe last "
                        "two students saw equally many images or pairs. Mid-training compares by pixels, "
-                       "post-training by the plain norm; without mid-training it has the better of two "
-                       f"schedules. Photos: {len(images):,} of {os.path.basename(args.data)}.")
+                       "post-training by the plain norm; without mid-training its gap t - r falls, which is "
+                       f"better than a fixed one. Photos: {len(images):,} of {os.path.basename(args.data)}.")
             breaks = fid.breaks_between([label.partition("\n")[0] for label, _ in (*shown, real)])
             fid.save_sheet(f"{args.out}/{seed}/photos.png", [*shown, real], caption, breaks=breaks)
 

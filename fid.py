@@ -1277,10 +1277,11 @@ def about(cfg, found):
     larger = " (larger)" * (sizes.get("students", 0) > 1.2 * sizes.get("teacher", math.inf))
     sizes = ", ".join(f"{name} {n / 1e6:.2f}M" for name, n in sizes.items())
     losses = [ckpt["cfg"].get("loss", "velocities") for name, *_, ckpt in found if name == "mid"]
-    by = "".join(f"; mid-training compares by {COMPARED.get(loss, loss)}" for loss in losses)
+    by = "".join(" Mid-training teaches jumps along the teacher's trajectories, compared by "
+                 f"{COMPARED.get(loss, loss)}; post-training learns from images." for loss in losses)
     noise = (f" Before the second of two steps noise of level {cfg.second_sigma} is added again."
              if hasattr(cfg, "second_sigma") else "")
-    return f" Seed {cfg.seed}{by}; parameters: {sizes}{larger}.{noise}"
+    return f" Seed {cfg.seed}.{by} Parameters: {sizes}{larger}.{noise}"
 
 
 def verdict(was, now):
@@ -1308,9 +1309,9 @@ def headline(table):
                         for net in ("mid", "post", "alone"))
     worse = [f"{mid[k]:.2f} in {FEW[k]}" for k in FEW
              if k in {*mid} & {*post} and verdict(mid[k], post[k]) == "hurts"]
-    texts += [f"post-training hurts (before it {', '.join(worse)})"] * bool(worse)
     if mid and (both := {FEW[k]: (alone[k], post[k]) for k in FEW if k in {*alone} & {*post}}):
         texts = ["with this seed mid-training " + effect(both)]
+    texts += [f"post-training hurts (before it {', '.join(worse)})"] * bool(worse)
     texts += [f"the teacher's {k} steps: {value}" for k, value in [*nets.get("teacher", {}).items()][-1:]]
     return f"{'; '.join(texts)}. {distance}: lower is better" * bool(nets)
 
@@ -1341,10 +1342,11 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
                 "the data, by features of a classifier"
                 f"{'; of few it is off, mostly high' * (samples < 1_000)}.") * bool(table)
     caption += f" {HALVES}" * real
-    seen = {row["stage"].partition(",")[0]: row.get("images", "-") for row in table}
+    seen = {row["stage"].partition(",")[0]: row.get("images", "0").replace(",", "") for row in table}
     if "alone" in seen and "mid" in seen:
-        caption += (f" Images or pairs seen: {seen['mid']} + {seen.get('post', 0)}; "
-                    f"without mid-training {seen['alone']} (docs/usage.md says how).")
+        ours, rival = int(seen["mid"]) + int(seen.get("post", 0)), int(seen["alone"])
+        caption += (f" With mid-training and without it {ours:,} images or pairs are seen." if ours == rival
+                    else f" Images or pairs: {ours:,}; without mid-training {rival:,} (why: docs/usage.md).")
     elif "mid" in seen:
         caption += " Whether mid-training helps, only a run without it tells (docs/usage.md)."
     caption += (" Shows its digit: a classifier reads it as the caption's digit."

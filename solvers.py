@@ -35,6 +35,14 @@ def edm_sigmas(steps, sigma_max=80.0, sigma_min=0.002, rho=7):
     return torch.cat([sigmas, torch.zeros(1, dtype=torch.float64)])
 
 
+def as_grid(grid):
+    """A grid as a tuple of floats; ValueError unless it falls strictly, to 0 or above, and has a step."""
+    grid = tuple(float(g) for g in (grid.tolist() if torch.is_tensor(grid) else grid))
+    if len(grid) < 2 or any(b >= a for a, b in zip(grid, grid[1:])) or grid[-1] < 0:
+        raise ValueError(f"grid {grid}: it must have two or more values, fall strictly and end at 0 or above")
+    return grid
+
+
 # ---- denoiser D(x, sigma), consistency model f(x, sigma) ----------------------------------------
 def ode_step(D, x_t, t, r, order):
     """One step of dx/dsigma = (x - D)/sigma from t to r, both (B,). Order 1: Euler, 2: Heun (EDM Alg. 1).
@@ -52,8 +60,8 @@ def ode_step(D, x_t, t, r, order):
     return x_r
 
 
-def euler(D, x, sigmas, order=1):
-    """Euler on the probability-flow ODE, one call of D a step. Shapes as dpmpp. order 2 makes it Heun's."""
+def by_steps(D, x, sigmas, order):
+    """ode_step from level to level of a grid. Shapes as dpmpp."""
     xs, grid = [x], as_grid(sigmas)
     for s, s_next in zip(grid, grid[1:]):
         last = s_next == 0                            # there Heun is Euler: no second call
@@ -62,9 +70,14 @@ def euler(D, x, sigmas, order=1):
     return torch.stack(xs)
 
 
+def euler(D, x, sigmas):
+    """Euler on the probability-flow ODE, one call of D a step. Shapes as dpmpp."""
+    return by_steps(D, x, sigmas, 1)
+
+
 def heun(D, x, sigmas):
     """Heun on the same ODE, without churn. Two calls of D a step, one where the step ends at sigma 0."""
-    return euler(D, x, sigmas, order=2)
+    return by_steps(D, x, sigmas, 2)
 
 
 @functools.lru_cache(maxsize=64)
@@ -172,14 +185,6 @@ def mean_flow(u, x, times):
         x = x - (t - r) * u(x, x.new_full((len(x),), t), x.new_full((len(x),), r))
         xs.append(x)
     return torch.stack(xs)
-
-
-def as_grid(grid):
-    """A grid as a tuple of floats; ValueError unless it falls strictly, to 0 or above, and has a step."""
-    grid = tuple(float(g) for g in (grid.tolist() if torch.is_tensor(grid) else grid))
-    if len(grid) < 2 or any(b >= a for a, b in zip(grid, grid[1:])) or grid[-1] < 0:
-        raise ValueError(f"grid {grid}: it must have two or more values, fall strictly and end at 0 or above")
-    return grid
 
 
 # ---- seeds and noise ---------------------------------------------------------------------------

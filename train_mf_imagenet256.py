@@ -52,7 +52,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     teacher: str = ""           # FILE, URL of a Mean Flow net or a SiT; "" = <out>/pretrain.pt
     pretrain: Literal["mf", "fm"] = "mf"     # teacher: Mean Flow (B.4) or flow matching (SiT)
     mid: Literal["cmt", "none"] = "cmt"                  # Eq. 8
-    post: Literal["mf", "vanilla", "teacher"] = "mf"  # steps of B.4; vanilla: MF's; teacher: by its v
+    post: Literal["mf", "vanilla", "teacher"] = "mf"  # vanilla: the same, as long as MF; teacher: by its v
     init: str = "random"        # first weights: random | teacher (B.4: SiT) | FILE; sample: show FILE
     weak: str = "dit-b/4"       # size of the teacher: row of nets.SIZES, or PATCHxWIDTHxDEPTH[xHEADS]
     size: str = "dit-xl/2"      # size of the student
@@ -78,7 +78,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     power: float = 1.0          # p of the adaptive weight 1 / (|error|^2 + c)^p (MF)
 
     nodes: int = 8              # mid: states of a trajectory, the teacher's steps + 1: 28 pairs (B.4); 9: 36
-    trajectories: int = 256     # choice: per solve, for 64 steps of 4 x 28 pairs (B.4), shuffled
+    trajectories: int = 256     # choice: per solve; their pairs, shuffled, fill 64 steps of 112 (B.4)
 
     nfe: int = 8                # steps of the third score; 1 and 2 are the others; trajectories: --nodes
     labels: Literal["both", "random", "balanced"] = "both"    # of samples: drawn by seed, or seed % classes
@@ -102,7 +102,7 @@ PRESETS = {  # (data, stage, its --mid or --post): the lower row wins, --help sh
     # choice: a fixed target is drawn and learned in bf16 no worse than in fp32: measured on digits
     ("*", "mid", "*"): dict(steps=200_000, batch=112, precision="bf16",
                             ema_beta=0.999),                             # choice: EMA of mid-training
-    # choice: iterations of post-training, 587 h at the speed of Table 4's other rows
+    # choice: iterations of post-training, not stated: as 587 h hold at the speed of Table 4's other rows
     ("*", "post", "*"): dict(steps=1_860_000, batch=64),                                   # B.4: 64
     ("*", "post", "vanilla"): dict(steps=1_200_960, batch=256),                            # MF: 240 epochs
     # choice: by the teacher's velocity, squared error, and less often r = t: measured on digits

@@ -820,8 +820,8 @@ def test_the_heading_of_scored_images_has_the_last_net_in_one_step_and_two_and_t
         assert fid.headline([*nearly, alone]) == (
             f"with this seed mid-training {words[0]} in one step (5.40, without it {one}){words[1]} in two (3.20, without it {two}). FID: lower is better")
         assert fid.headline([nearly[1], alone]).startswith("after post-training: 5.4 in one step")      # the student had none either
-    fid.save_stages(str(tmp_path), shown, (), "", [row | {"images": "7"} for row in (*nearly, alone)])
-    assert "Images or pairs seen: 7 + 7; without mid-training 7 (docs/usage.md says how)." in said[3] and "README" not in said[3]
+    fid.save_stages(str(tmp_path), shown, (), "", [row | {"images": n} for row, n in zip((*nearly, alone), ("1,000", "7", "1,007"))])
+    assert "With mid-training and without it 1,007 images or pairs are seen." in said[3] and "README" not in said[3]
     assert said[1].startswith("The same noises, drawn by every net\nA column") and said[2].startswith("A heading\nA column") and said[2].endswith("\nand more")
 
 
@@ -845,11 +845,14 @@ def test_a_caption_names_seed_and_sizes():
     losses = dict(huber="pixels", elatentlpips="features", edges="edges")                     # of a fork
     found = [("teacher", torch.nn.Linear(999, 1000), {}), ("mid", torch.nn.Linear(1999, 1000), dict(cfg={})), ("post", torch.nn.Linear(1999, 1000), {})]
     assert fid.about(train_mf_imagenet256.Config(seed=7), found) == (
-        " Seed 7; mid-training compares by velocities; parameters: teacher 1.00M, students 2.00M (larger).")
+        " Seed 7. Mid-training teaches jumps along the teacher's trajectories, compared by velocities; post-training learns from images."
+        " Parameters: teacher 1.00M, students 2.00M (larger).")
     for loss, words in losses.items():
         found[1][2]["cfg"]["loss"] = loss
-        assert fid.about(train_cmt_cifar.Config(seed=7), found[1:]) == f" Seed 7; mid-training compares by {words}; parameters: students 2.00M.{noise}"
-    assert fid.about(train_cmt_cifar.Config(seed=7), found[2:]) == f" Seed 7; parameters: students 2.00M.{noise}"
+        assert fid.about(train_cmt_cifar.Config(seed=7), found[1:]) == (
+            f" Seed 7. Mid-training teaches jumps along the teacher's trajectories, compared by {words}; post-training learns from images."
+            f" Parameters: students 2.00M.{noise}")
+    assert fid.about(train_cmt_cifar.Config(seed=7), found[2:]) == f" Seed 7. Parameters: students 2.00M.{noise}"
 
 
 def test_a_colour_means_one_thing_in_every_chart():

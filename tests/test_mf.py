@@ -23,6 +23,7 @@ import nets
 import solvers
 import train_cmt_cifar as cifar
 import train_mf_imagenet256 as script
+import train_t2i_coco as texts
 
 TINY = ("--data digits --samples 16 --trajectories 8 --batch 16 --log_every 1 --nfe 3 --omega 0.4 --kappa 0.5 "
         "--guide_to 0.9 --weak 4x32x1 --size 4x64x1").split()
@@ -551,6 +552,7 @@ def test_the_walkthrough_runs_as_printed(road, capsys):
     """Its blocks, one after the other, with 20 images instead of 500; each prints what it says."""
     cifar.main([*conftest.TINY, "--out", "out/digits", "--steps", "2"])
     os.symlink(road, "out/digits-mf")
+    texts.main("--data digits --stage pretrain --steps 1 --batch 16".split())
     os.makedirs(drawn := "out/digits-t2i/samples/post_1")
     for caption in "seven-a", "two-seven":            # what the last exercise would draw
         Image.fromarray(np.zeros((8, 8), np.uint8)).save(f"{drawn}/{caption}_000000.png")
@@ -561,7 +563,7 @@ def test_the_walkthrough_runs_as_printed(road, capsys):
         for block in blocks:
             exec(block.replace("500", "20"), space)
             printed.append(len(capsys.readouterr().out.splitlines()))
-    assert printed == [0, 4, 4, 6, 4, 3, 4, 3, 4, 2] and space["xs"].shape == (17, 20, 1, 8, 8)
+    assert printed == [0, 4, 4, 6, 4, 3, 4, 3, 4, 2, 2] and space["xs"].shape == (17, 20, 1, 8, 8)
 
 
 # ---- faults --------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
   python claims.py claims                   # every claim, three seeds of every run (hours)
   python claims.py claims --methods "CMT + ECT;ECT" --seeds 0       # some rows, one seed
-  python claims.py curves                   # CMT + ECT beside ECT: score and gradient norm against images
+  python claims.py curves                   # CMT + ECT beside ECT: score against images, half an hour
   python claims.py plot out/digits out/ect  # loss and gradient norm of any runs beside each other
   python claims.py photos --data cifar10.zip --out out/photos       # CMT + ECT beside ECT on 16x16 photos
   python claims.py roads --data cifar10.zip --out out/roads         # Mean Flow's roads there: score, time
@@ -204,6 +204,9 @@ def train_vgg(path, seed, steps=300, batch=128, lr=3e-3):
 
 
 # ---- curves -----------------------------------------------------------------------------------
+WITH, WITHOUT = "mid- and post-training", "without mid-training"          # as the pictures call them
+
+
 def plot(args, device):
     """The curves of any runs beside each other, a panel for each stage and quantity: <out>/plot.png."""
     titles = dict(loss="loss", grad="gradient norm", mse_gap1="squared error of velocities, t - r up to 1/4")
@@ -240,53 +243,66 @@ def kept_checkpoints(folder):
         script.fail(2, f"{folder} is finished, its checkpoints are gone; use another --out")
 
 
-def curves(args, device):
-    """The paper's Figure 1 on digits, both sides at their best in `claims`: <out>/scores.png."""
-    cfg = script.parse(["--data", "digits", "--stage", "eval", "--teacher", args.net])
-    features = fid.DigitsNet().to(device)
-    reference = fid.measure(features, script.load_data(cfg).split(250), device)
+def curve(seed, features, args):
+    """Trains a teacher and two students: {"one step": {name: [(images, score)]}, "two steps": ...}, marks.
 
-    def score(net, kind):
-        return fid.score(script.make_sampler(cfg, net, kind), features, reference, cfg.samples)[1][0]
+    Both sides are at their best in `claims`. A student begins with its teacher's weights, and their score.
+    """
+    teacher = f"{args.out}/{seed}/teacher"
+    flags = ["--data", "digits", "--seed", seed, "--teacher", f"{teacher}/pretrain.pt", "--save_every", "150"]
+    with quiet():
+        script.main(["--data", "digits", "--seed", seed, "--stage", "pretrain", "--out", teacher])
+    cfg = script.parse([*flags, "--stage", "eval"])
+    reference = fid.measure(features, script.load_data(cfg).split(250), script.DEVICE)
 
-    weights, model = script.teacher_state(cfg)
-    taught, plain = script.nets.finished(args.net), script.parse(["--data", "digits", "--stage", "pretrain"])
-    if taught and taught["step"] != plain.steps:
-        print(f"warning: {args.net} has {taught['step']:,} steps, README's teacher has {plain.steps:,}")
-    teacher, scores = script.build(cfg, model, weights), {"one step": {}, "two steps": {}}
-    level, *starts = (score(teacher, kind) for kind in ("teacher", 1, 2))
-    with_mid, alone, marks = "mid- and post-training", "without mid-training", {}
-    for name, calls in {with_mid: [PIXELS, HUBER], alone: [f"{ANNEALED} --huber_c 0.06"]}.items():
-        folder, seen = f"{args.out}/{name.replace(' ', '_')}", 0
-        flags = ["--data", "digits", "--teacher", args.net, "--out", folder, "--save_every", "150"]
+    def score(weights, model, kind):
+        sampler = script.make_sampler(cfg, script.build(cfg, model, weights), kind)
+        return fid.score(sampler, features, reference, cfg.samples)[1][0]
+
+    taught = script.teacher_state(cfg)
+    level, *starts = (score(*taught, kind) for kind in ("teacher", 1, 2))
+    scores, marks = {"one step": {}, "two steps": {}}, {}
+    for name, calls in {WITH: [PIXELS, HUBER], WITHOUT: [f"{ANNEALED} --huber_c 0.06"]}.items():
+        folder, seen = f"{args.out}/{seed}/{name.replace(' ', '_')}", 0
         for panel, start in zip(scores.values(), starts):
-            panel[name] = [(0, start)]                                   # a student begins with its weights
+            panel[name] = [(0, start)]
         for call in calls:
             marks |= {seen: "blue: post-training begins"} if seen else {}
-            print(f"{name}: {call}, log in {folder}", flush=True)
+            print(f"seed {seed}, {name}: {call}, log in {folder}", flush=True)
             with kept_checkpoints(folder) as kept, quiet():
-                script.main([*flags, *call.split()])
+                script.main([*flags, "--out", folder, *call.split()])
             for state in kept:
-                net = script.build(cfg, state["model"], state["ema"])
                 at = seen + state["step"] * state["cfg"]["batch"]
                 for steps, panel in enumerate(scores.values(), 1):
-                    panel[name].append((at, score(net, steps)))
+                    panel[name].append((at, score(state["ema"], state["model"], steps)))
             seen = at
-    for words, panel in scores.items():
+    for panel in scores.values():
         panel[f"teacher, {cfg.nfe} steps"] = [(0, level), (seen, level)]
-    panels = {f"FD-digits in {words}, lower is better": panel for words, panel in scores.items()}
-    ends = {words: (panel[alone][-1][1], panel[with_mid][-1][1]) for words, panel in scores.items()}
+    return scores, marks
+
+
+def curves(args, device):
+    """The paper's Figure 1 on digits, means and range of the seeds: <out>/scores.png."""
+    features, runs = fid.DigitsNet().to(device), []
+    for seed in args.seeds.split(","):
+        scores, marks = curve(seed, features, args)
+        runs.append(scores)
+    panels, ends = {}, {}
+    for words, nets in runs[0].items():
+        panel = panels[f"FD-digits in {words}, lower is better"] = {}
+        for name, points in nets.items():
+            found = np.array([[y for _, y in run[words][name]] for run in runs])         # (seeds, dots)
+            panel[name] = [*zip((x for x, _ in points), found.mean(0), found.min(0), found.max(0))]
+            print(f"{name}, {words}: " + ", ".join(f"{x:,} {y:.2f}" for x, y, *_ in panel[name]))
+        ends[words] = panel[WITHOUT][-1][1], panel[WITH][-1][1]
     fid.save_chart(f"{args.out}/scores.png", panels,
-                   f"With seed 0 mid-training {fid.effect(ends)}\nBlue: mid-training on pairs, a state "
-                   "of a trajectory and its end, then post-training on images. Red: images alone, by the "
-                   "best schedule that we found. Both begin with the teacher's weights; a pair costs what "
-                   "an image does. Compare the last dots, where both learning rates have fallen to 0. "
-                   f"FD-digits: distance of {cfg.samples:,} images to real ones. "
-                   "Mid-training compares by pixels, not by features as in the paper.",
+                   f"Mid-training {fid.effect(ends)}\nMeans of seeds {args.seeds}; a bar reaches from the "
+                   "best of them to the worst. Blue: mid-training on pairs, a state of a trajectory and its "
+                   "end, then post-training on images. Red: images alone, by the best schedule that we "
+                   "found. Both begin with the teacher's weights; a pair costs what an image does. Compare "
+                   "the last dots, where both learning rates have fallen to 0. FD-digits: distance of 2,000 "
+                   "images to real ones. Mid-training compares by pixels, not by features as in the paper.",
                    "images or pairs that the student has seen", marks)
-    for words, panel in scores.items():
-        for name, points in panel.items():
-            print(f"{name}, {words}: " + ", ".join(f"{x:,} {y:.2f}" for x, y in points))
     print(f"open {args.out}/scores.png")
 
 
@@ -333,8 +349,7 @@ PHOTOS = {  # row: calls, laid over the settings of digits; the last net is scor
     "ECT, step 1/64": [f"{ECT} --q 64"],
     "ECT, annealed": [f"{ANNEALED} --huber_c 0"],
 }
-CALLED = {"after CMT": "mid-training alone", "CMT + ECT": "mid- and post-training",
-          "ECT, annealed": "without mid-training"}                        # in the pictures
+CALLED = {"after CMT": "mid-training alone", "CMT + ECT": WITH, "ECT, annealed": WITHOUT}
 SHARED = "steps batch lr decay warmup ema_beta q stair dropout precision log_every save_every".split()
 
 
@@ -388,7 +403,7 @@ def photos(args, device):
     images, _, features, reference = judged_photos(args, small)
     real = "real photos (not matched)", fid.to_float(images[:12], "cpu")
     print("| run | seed | FD-photos, 1 / 2 steps (teacher: 1 / 16) | seconds |\n|---|---|---|---|")
-    one = {}                                              # row: its scores in one step, of each seed
+    one = {}                                              # row, steps: its score with each seed so far
     for number, seed in enumerate(args.seeds.split(","), 1):
         shown = []
         for row in args.methods.split(";") if args.methods else PHOTOS:
@@ -400,22 +415,22 @@ def photos(args, device):
                 sampler = script.make_sampler(cfg, net, kind)
                 found.append(fid.score(sampler, features, reference, n)[0])
                 if steps == 1 or kind == "teacher":
-                    label = f"{fid.net_label(CALLED.get(row, row), steps)}, FD-photos {found[-1]}"
-                    shown.append((label, sampler(range(12))))
-            one.setdefault(row, []).append(float(found[row == "teacher"]))        # the teacher: in many steps
+                    one.setdefault((row, steps), []).append(float(found[-1]))
+                    label = f"{fid.net_label(CALLED.get(row, row), steps)}, FD-photos"
+                    shown.append((f"{label} {np.mean(one[row, steps]):.2f}", sampler(range(12))))
             print(f"| {row} | {seed} | {' / '.join(found)} | {state['seconds']:.0f} |", flush=True)
-            means = {name: np.mean(scores) for name, scores in one.items()}
-            ours, alone, many = (means.get(k, np.nan) for k in ("CMT + ECT", "ECT, annealed", "teacher"))
+            ends = ("CMT + ECT", 1), ("ECT, annealed", 1), ("teacher", cfg.nfe)
+            ours, alone, many = (np.mean(one.get(end, np.nan)) for end in ends)
             does = "?" if np.isnan(ours + alone) else fid.verdict(alone, ours)
-            caption = (f"Mid-training {does} on these photos. FD-photos in one step, lower is better, "
-                       f"mean of {number} seed{'s' * (number > 1)}: {ours:.2f} with it, {alone:.2f} without; "
-                       f"teacher, {cfg.nfe} steps: {many:.2f}. Below: seed {seed}\n"
-                       "A column: one noise, drawn by all nets. FD-photos: Frechet distance of "
-                       f"{n:,} images to the real ones, by features of a small net; {features.scale} "
-                       "against the other. Judge by the score: nets so small hardly draw objects.\nThe last "
-                       "two students saw equally many images or pairs. Mid-training compares by pixels, "
-                       "post-training by the plain norm; without mid-training its gap t - r falls, which is "
-                       f"better than a fixed one. Photos: {len(images):,} of {os.path.basename(args.data)}.")
+            caption = (f"Mid-training {does} on these photos: FD-photos in one step, lower is better, "
+                       f"{ours:.2f} with it, {alone:.2f} without; teacher, {cfg.nfe} steps: {many:.2f}\n"
+                       f"Scores: means of {number} seeds. Images: seed {seed}; a column: one noise, drawn by "
+                       f"all nets. FD-photos: Frechet distance of {n:,} images to the real ones, by features "
+                       f"of a small net; {features.scale} against the other. Judge by the score: nets so "
+                       "small hardly draw objects.\nMid-training teaches jumps along the teacher's "
+                       "trajectories, compared by pixels; post-training learns from images. The last two "
+                       f"students saw equally many images or pairs. Photos: {len(images):,} of "
+                       f"{os.path.basename(args.data)}.")
             breaks = fid.breaks_between([label.partition("\n")[0] for label, _ in (*shown, real)])
             fid.save_sheet(f"{args.out}/{seed}/photos.png", [*shown, real], caption, breaks=breaks)
 
@@ -547,7 +562,7 @@ def bias(args, device):
 
 # ---- command line -----------------------------------------------------------------------------
 USES = dict(  # command: its flags
-    claims="out methods seeds device", curves="out net device", plot="runs out device",
+    claims="out methods seeds device", curves="out seeds device", plot="runs out device",
     photos="data out methods seeds samples device", roads="data out methods seeds size flags samples device",
     bias="out samples device")
 FLAGS = dict(
@@ -555,7 +570,6 @@ FLAGS = dict(
     out=dict(default="", help="folder of the runs; \"\" = out/claims; bias: out/digits"),
     methods=dict(default="", help="rows, between semicolons; \"\" = all"),
     seeds=dict(default="0,1,2", help="of the whole pipeline"),
-    net=dict(default="out/digits/pretrain.pt", help="the teacher"),
     data=dict(required=True, help="an EDM zip with labels"),
     size=dict(default="2x128x6", help="of the student, PATCHxWIDTHxDEPTH"),
     flags=dict(default="--lr 4e-3", help="of every stage, as --flags=\"--lr 1e-3\""),

@@ -1281,7 +1281,8 @@ def about(cfg, found):
                  f"{COMPARED.get(loss, loss)}; post-training learns from images." for loss in losses)
     noise = (f" Before the second of two steps noise of level {cfg.second_sigma} is added again."
              if hasattr(cfg, "second_sigma") else "")
-    return f" Seed {cfg.seed}.{by} Parameters: {sizes}{larger}.{noise}"
+    mean = " (docs/results.md: means of three seeds)" * (cfg.data == "digits")
+    return f" Seed {cfg.seed}{mean}.{by} Parameters: {sizes}{larger}.{noise}"
 
 
 def verdict(was, now):
@@ -1413,7 +1414,8 @@ def colours_of(names):
 def save_chart(path, panels, caption, across="images", marks=(), columns=1):
     """{title: {name: [(x, y)]}} -> a PNG, a panel a title; x counts `across`; y, above 0, is logarithmic.
 
-    marks: {x: what begins there}. columns: so many panels stand side by side, with own axes, no legends.
+    (x, y, low, high) has a bar. marks: {x: what begins there}. columns: so many panels stand side by side,
+    with own axes, no legends.
     """
     font, width = ImageFont.load_default(64), 4000                       # twice the size of the file: smooth
     panels = {title: {plain(name): seen for name, points in curves.items()
@@ -1435,11 +1437,11 @@ def save_chart(path, panels, caption, across="images", marks=(), columns=1):
     picture = Image.new("RGB", (width, above + height * rows + words[2] + 80), "white")
     pen = ImageDraw.Draw(picture)
     pen.multiline_text((320, 60), heading[0], "black", large)
-    ends = [max(x for points in curves.values() for x, _ in points) or 1 for curves in panels.values()]
+    ends = [max(x for points in curves.values() for x, *_ in points) or 1 for curves in panels.values()]
     for k, (title, curves) in enumerate(panels.items()):
         left, top = 320 + k % columns * cell, above + k // columns * height + over
         right, bottom = left + cell - 420 + 20 * (columns > 1), top - over + height - 200
-        xs, ys = zip(*(p for points in curves.values() for p in points))
+        ys = [y for points in curves.values() for _, *some in points for y in some]
         shared = columns == 1 and 5 * ends[k] > 2 * max(ends)        # panels of like length share their axis
         end = max(ends) if shared else ends[k]
         step = next(t for t in ticks_of(1e-9, end) if end / t <= (6 if columns == 1 else 4))
@@ -1468,16 +1470,17 @@ def save_chart(path, panels, caption, across="images", marks=(), columns=1):
             x, _ = at(x, ticks[0])
             pen.line([(x, top), (x, bottom)], "#999999", 4)
             pen.text((x + 20, top + 8 + 88 * row), begins, "#555555", font, anchor="lt")
-        few = len(xs) < 20 * len(curves)                         # what was measured, as dots
+        few = sum(map(len, curves.values())) < 20 * len(curves)  # what was measured, as dots
         for row, (name, points) in reversed([*enumerate(curves.items())]):       # the first one on top
-            dots = [at(*p) for p in points]
+            dots = [at(x, y) for x, y, *_ in points]
             level = len(dots) == 2 and dots[0][1] == dots[1][1]              # a line to compare with: dashes
             for x in range(int(dots[0][0]), int(dots[1][0]), 60) if level else ():
                 pen.line((x, dots[0][1], x + 36, dots[0][1]), colours[name], 8)
             if len(dots) > 1 and not level:
                 pen.line(dots, colours[name], 8, joint="curve")
-            for x, y in dots if (few or len(dots) == 1) and not level else ():
+            for (x, y), (at_x, _, *bar) in zip(dots, points) if (few or len(dots) == 1) and not level else ():
                 pen.ellipse((x - 16, y - 16, x + 16, y + 16), colours[name])
+                pen.line([at(at_x, tip) for tip in bar], colours[name], 4)
             x, y = right + 80, top + 88 * row
             if columns == 1 and (k == 0 or labels[k] != labels[k - 1]):                  # said once
                 pen.rectangle((x, y + 16, x + 48, y + 40), colours[name])
@@ -2410,7 +2413,7 @@ def save_curve(cfg, table=()):
                "trained on (mid-training: pairs). A point: a mean since the last one."
                + (" Errors of velocities; short jumps: 0 < t - r <= 1/4. Post-training's targets are noisy; "
                   "its errors and mid-training's do not compare.") * (drawn != "loss")
-               + f" {scores}; {cfg.samples:,} samples each." * bool(scores),
+               + f" {scores[:1].upper()}{scores[1:]}; {cfg.samples:,} samples each." * bool(scores),
                columns=max(1, len(stages)))
 
 

@@ -47,7 +47,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     post: Literal["ect", "ecd", "ecd_euler", "annealed"] = "ect"   # its method; annealed: q grows
     init: str = "teacher"       # start of mid (--mid none: post): teacher | random | FILE; sample: show FILE
 
-    steps: int = 300_000        # of mid, others: PRESETS; x batch 128 = 38.4 million pairs (Sec. 4.2)
+    steps: int = 300_000        # mid; other stages: PRESETS; x batch 128 = 38.4 million pairs (Sec. 4.2)
     batch: int = 128            # images or pairs (x_t, x_0) per step, over all processes (B.2)
     batch_gpu: int = 0          # at once in a process, to save memory; the rest by accumulation; 0 = all
     lr: float = 2e-4            # learning rate of RAdam (B.2); pretrain: of Adam
@@ -233,7 +233,7 @@ def train(cfg):
     firsts = range(mine.start, mine.stop, micro)      # rows of the batch where this process's passes begin
     per_solve = math.prod(solve_size(cfg))            # pairs, as 128 x 16: whole batches (check)
 
-    @lru_cache(1)                                     # kept for the steps that share it; resumed: solved anew
+    @lru_cache(1)                                     # kept while steps use it; a resumed run solves anew
     def solve(number):                                # pairs: x_t, t, owner of each; ends: their features
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", number))
         if cfg.mid == "slow":
@@ -246,7 +246,7 @@ def train(cfg):
     def batch_of(step):                               # this process's share of it, a row an image or pair
         if cfg.stage == "mid":
             number, at = divmod(step * B, per_solve)  # which solve; where in it the step's pairs begin
-            return [a[at:at + B][mine] for a in solve(number).pairs]
+            return [a[at:at + B][mine] for a in solve(number).pairs]    # x_t, t, owner
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         x, eps = draw(run.images, B, g)[mine], randn((B, *shape), g)[mine]
         return x, (cfg.P_mean + cfg.P_std * randn(B, g))[mine].exp(), eps

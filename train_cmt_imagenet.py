@@ -286,7 +286,7 @@ def train(cfg):
     per_solve = math.prod(solve_size(cfg))            # pairs, as 128 x 16: whole batches (check)
     batches = fid.ahead(partial(read_batch, cfg, run.images), range(start, cfg.steps))   # lazy; mid: none
 
-    @lru_cache(1)                                     # kept for the steps that share it; resumed: solved anew
+    @lru_cache(1)                                     # kept while steps use it; a resumed run solves anew
     def solve(number):                                # pairs: x_t, t, ... of each; ends: their features
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", number))
         *pairs, x_0 = teacher_pairs(cfg, run.teacher, run.shape, g, run.classes)
@@ -298,7 +298,7 @@ def train(cfg):
     def batch_of(step):                               # this process's share of it, a row an image or pair
         if cfg.stage == "mid":
             number, at = divmod(step * B, per_solve)  # which solve; where in it the step's pairs begin
-            return [a[at:at + B][mine] for a in solve(number).pairs]
+            return [a[at:at + B][mine] for a in solve(number).pairs]    # x_t, t, y, owner, views
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         raw, labels = next(batches)                   # in the order of steps: one call a step
         latent_noise, eps = randn((B, *run.shape), g)[mine], randn((B, *run.shape), g)[mine]

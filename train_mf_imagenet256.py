@@ -333,7 +333,7 @@ def train(cfg):
     per_solve = math.prod(solve_size(cfg))            # pairs, as 256 x 28: whole batches (check)
     batches = fid.ahead(partial(read_batch, cfg, run.images), range(start, cfg.steps))
 
-    @lru_cache(1)                                     # kept for the steps that share it; resumed: solved anew
+    @lru_cache(1)                                     # kept while steps use it; a resumed run solves anew
     def solve(number):
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", number))
         return fid.check_pairs(teacher_pairs(cfg, run.teacher, run.shape, g), per_solve)
@@ -341,14 +341,14 @@ def train(cfg):
     def batch_of(step):                               # this process's share of it, a row an image or pair
         if cfg.stage == "mid":
             number, at = divmod(step * B, per_solve)  # which solve; where in it the step's pairs begin
-            return [a[at:at + B][mine] for a in solve(number)]
+            return [a[at:at + B][mine] for a in solve(number)]           # z, t, r, y, target
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         raw, y, t, r = next(batches)                  # by read_batch, which draws times: one call a step
         guided = is_guided(cfg, step, t, y, net.num_classes)
         latent_noise, eps = randn((B, *run.shape), g)[mine], randn((B, *run.shape), g)[mine]
         x, y = to_input(raw, latent_noise), y.to(DEVICE, non_blocking=True)
         wide = t.to(DEVICE, non_blocking=True).view(-1, 1, 1, 1)
-        return (1 - wide) * x + wide * eps, t, r, y, eps - x, guided
+        return (1 - wide) * x + wide * eps, t, r, y, eps - x, guided     # t, r, guided: on the CPU
 
     def loss_of(z, t, r, y, *more):                   # the loss, and squared errors (rows,)
         if cfg.stage == "mid":

@@ -335,7 +335,7 @@ def train(cfg):
     def features_of(words, drop):
         return torch.where(drop.to(DEVICE, non_blocking=True).view(-1, 1, 1), run.null, run.encoder(words))
 
-    @lru_cache(1)                                     # kept for the steps that share it; resumed: solved anew
+    @lru_cache(1)                                     # kept while steps use it; a resumed run solves anew
     def solve(number):
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", number))
         texts = features_of(*captions_of_solve(cfg, images, number))
@@ -353,7 +353,7 @@ def train(cfg):
         latent_noise, eps = randn((B, *shape), g)[mine], randn((B, *shape), g)[mine]
         x, text = to_input(raw, latent_noise), features_of(words, drop)
         wide, tokens = (a.to(DEVICE, non_blocking=True) for a in (t.view(-1, 1, 1, 1), tokens))
-        return (1 - wide) * x + wide * eps, t, r, text, eps - x, guided, tokens
+        return (1 - wide) * x + wide * eps, t, r, text, eps - x, guided, tokens     # t, r, guided: on the CPU
 
     def loss_of(z, t, r, text, *more):                # the loss, and squared errors (rows,)
         if cfg.stage == "mid":

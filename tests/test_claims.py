@@ -81,9 +81,11 @@ def test_curves_score_the_teacher_and_every_checkpoint_and_draw_them(tmp_path, m
     tiny = "--steps 4 --batch 16 --nfe 4 --trajectories 4 --save_every 2 --lr 1e-2".split()
     main, script = claims.script.main, claims.script
     monkeypatch.setitem(script.PRESETS, ("digits", "eval", "*"), dict(samples=64))
-    main(["--data", "digits", "--stage", "pretrain", "--out", str(tmp_path / "t"), *tiny])
     monkeypatch.setattr(script, "main", lambda argv: main([*argv, *tiny]))
-    claims.main(["curves", "--net", str(tmp_path / "t/pretrain.pt"), "--out", str(tmp_path)])
+    save, panels = claims.fid.save_chart, {}
+    monkeypatch.setattr(claims.fid, "save_chart", lambda path, what, *more: panels.update(what) or save(path, what, *more))
+    claims.main(["curves", "--seeds", "3,4", "--out", str(tmp_path)])
+    assert all(low < mean < high for panel in panels.values() for name in (claims.WITH, claims.WITHOUT) for _, mean, low, high in panel[name])
     rows = re.findall(r"^(?:mid- and post-training|without mid-training), (?:one step|two steps): (.*)$", capsys.readouterr().out, re.M)
     points = [[tuple(p.split()) for p in row.split(", ")] for row in rows]
     assert [len(p) for p in points] == [5, 3, 5, 3]
@@ -91,7 +93,7 @@ def test_curves_score_the_teacher_and_every_checkpoint_and_draw_them(tmp_path, m
     assert points[0][0] == points[1][0] and points[2][0] == points[3][0] != points[0][0]              # both begin as the teacher
     with Image.open(tmp_path / "scores.png") as image:
         assert image.size[0] >= 900 and len(image.getcolors(1000000)) > 10
-    claims.main(["plot", str(tmp_path / "mid-_and_post-training"), str(tmp_path / "without_mid-training"), "--out", str(tmp_path / "new")])
+    claims.main(["plot", str(tmp_path / "3/mid-_and_post-training"), str(tmp_path / "3/without_mid-training"), "--out", str(tmp_path / "new")])
     assert Image.open(tmp_path / "new/plot.png").size[0] >= 900 and capsys.readouterr().out.startswith(f"open {tmp_path}/new/plot.png; ")
 
 
@@ -203,7 +205,7 @@ def test_an_unknown_word_is_refused():
 @pytest.mark.parametrize("argv, words", [
     ("claims --methods foo", "--methods foo: no such row"), ("roads --methods ECT --data x", "roads; the nearest are"), ("photos", "--data"), ("plot --seeds 1 out", "--seeds"), ("claims --seeds x", "--seeds x is not possible"),
     ("photos --data gone.zip", "gone.zip"), ("photos --data plain", "no labels"), ("bias --samples -1", "--samples -1"),
-    ("claims --methods ECT --seeds 0", "--methods ECT: it goes on from"), ("bias --device gpu", "invalid choice"), ("curves --nett x", "did you mean --net?"), ("bias --out plain/1.png", "plain/1.png: plain/1.png is a file"), ("bias --out gone", "no finished checkpoint of train_cmt_cifar.py")])
+    ("claims --methods ECT --seeds 0", "--methods ECT: it goes on from"), ("bias --device gpu", "invalid choice"), ("curves --seedz x", "did you mean --seeds?"), ("bias --out plain/1.png", "plain/1.png: plain/1.png is a file"), ("bias --out gone", "no finished checkpoint of train_cmt_cifar.py")])
 def test_a_wrong_command_is_one_line(argv, words, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "plain").mkdir()

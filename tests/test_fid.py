@@ -891,7 +891,7 @@ def test_every_stage_has_an_axis_of_its_own(tmp_path, monkeypatch):
     scores = {"stage": "teacher, balanced labels", "8-step FID": "2.00"}, {"stage": "mid", "1-step FID": "5.00 +- 1.00, min 4.00"}, {"stage": "post", "1-step FID": "-"}
     save_curve(cfg, scores)
     assert drawn["caption"].startswith("Loss and gradient norm of each stage; only scores tell what is better\n")
-    assert drawn["caption"].endswith(" A point: a mean since the last one. mid-training alone: 5.00 +- 1.00, min 4.00 in one step; the teacher's 8 steps: 2.00. FID: lower is better; 50,000 samples each.")
+    assert drawn["caption"].endswith(" A point: a mean since the last one. Mid-training alone: 5.00 +- 1.00, min 4.00 in one step; the teacher's 8 steps: 2.00. FID: lower is better; 50,000 samples each.")
 
 
 

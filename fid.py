@@ -1508,7 +1508,7 @@ def show(text, stream):
 
 def write_line(file, text):
     """Adds a line to a file of the run's folder, if there is one."""
-    if OUT:
+    if os.path.isdir(OUT):                                   # a new one where nothing began is gone again
         with open(f"{OUT}/{file}", "a", errors="backslashreplace") as f:
             f.write(text + "\n")
 
@@ -2330,7 +2330,8 @@ def overview(road, device, cfg):
     if ROAD and device.type == "cpu":
         small = cfg.data == "digits" or getattr(cfg, "res", 0) == 16
         scores = f", and {'half a minute of ' * (cfg.data == 'digits')}scores" * (cfg.stage == "all")
-        text += (f"; {duration(least)} to {duration(4 * least)} of a core in fp32{scores}" if small else
+        by = "in fp32" + ", with OMP_NUM_THREADS=1" * (cfg.data != "digits")     # which sets it itself
+        text += (f"; {duration(least)} to {duration(4 * least)} of a core {by}{scores}" if small else
                  "\nwarning: there is no GPU; a CPU trains --data digits in minutes, and in hours, with "
                  "OMP_NUM_THREADS=1, nets as small as those of --res 16")
     text += (f"\nwarning: a score of {cfg.samples} samples is off, mostly high; pass --samples 1000 or more"

@@ -547,8 +547,8 @@ def check_files(cfg):
             fid.check_teacher(cfg, nets.finished, read_teacher, None, shape)
         if cfg.loss == "lpips" and (channels != 3 or side < 16):
             fail(2, f"--loss lpips needs 3x16x16 at least, not {channels}x{side}x{side}; or --loss huber")
-    if cfg.stage == "mid" and cfg.loss == "lpips" and (cfg.data in FILES or os.path.exists(cfg.data)):
-        nets.pretrained_lpips()                       # is it there? else downloaded now
+    if cfg.stage == "mid" and (cfg.data in (*FILES, "digits") or os.path.exists(cfg.data)):
+        make_distance(cfg, 1 if cfg.data == "digits" else 3)          # is its VGG there? else downloaded now
     if cfg.stage != "pretrain" and cfg.init not in INITS:
         candidates(cfg)                               # --init FILE: is it a net?
     if needs_data(cfg):                               # can it be read, and by the teacher and its net?

@@ -763,9 +763,9 @@ def check_files(cfg, trains):
         fail(3, "; ".join(missing))
     if trains and cfg.stage in ("mid", "post") and there and not begun:
         check_nets(cfg)                               # one that has begun compares its data in train
-    by_vgg16 = cfg.stage == "mid" and trains and cfg.loss == "lpips" and not wants_vgg(cfg)
-    if by_vgg16 and not begun and (cfg.dry_run or there):
-        nets.pretrained_lpips()                       # downloaded now
+    measures = cfg.stage == "mid" and trains and not wants_vgg(cfg)
+    if measures and not begun and (cfg.dry_run or there):
+        make_distance(cfg)                            # is its VGG there? else downloaded now
     if cfg.res == 512 and cfg.data != "digits" and cfg.stage in ("encode", "sample", "eval"):
         vae_of(cfg)                                   # are diffusers and the VAE there?
     for file in (cfg.main, cfg.guide) if cfg.stage == "post" and cfg.post not in NO_TEACHER else ():

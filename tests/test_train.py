@@ -349,7 +349,7 @@ def test_a_dry_run_says_what_it_would_do_and_does_nothing(name, monkeypatch, cap
         main(["--data", "digits", "--dry_run", "--mid.steps", "7", "--samples", "9"])
     out = capsys.readouterr().out
     assert "and half a minute of scores\nwarning: a score of 9 samples is off" in out                     # as the run itself
-    assert re.search(r"; [\d.]+ (s|min) to [\d.]+ min of a core in fp32", out)
+    assert re.search(r"; [\d.]+ (s|min) to [\d.]+ min of a core in fp32", out) and "OMP_NUM_THREADS" not in out
     assert stop.value.code == 0 and "mid 7 steps of 32" in out and f"plan {name}.py --data digits --mid.steps 7 --samples 9" in out
     monkeypatch.setenv("CMT_CACHE", "cache")
     with pytest.raises(SystemExit) as stop:
@@ -591,6 +591,22 @@ def test_own_images_offline_give_pictures_and_no_score(monkeypatch, capsys):
     assert not os.path.exists("x/results.md")
     with pytest.raises(ValueError, match="inception.*CMT_OFFLINE.*cifar10"):
         script.fid.prefetch("cifar10")
+
+
+def test_a_slip_in_a_distance_is_shown_before_the_teacher_is_trained_and_by_its_own_error(monkeypatch):
+    """A fork's: its line in log.txt has no folder any more, and must not be the error that is seen."""
+    def slip(cfg, channels):
+        raise NameError("name 'Edges' is not defined")
+    monkeypatch.setattr(script, "make_distance", slip)
+    for stage in ("all", "mid"):
+        with pytest.raises(NameError, match="Edges"):
+            script.main([*TINY, "--stage", stage, "--out", "x", "--steps", "2"])
+    assert not os.path.exists("x/pretrain.pt")
+    monkeypatch.setattr(script, "check_files", lambda cfg: None)
+    script.main([*TINY, "--stage", "pretrain", "--out", "y", "--steps", "2"])
+    with pytest.raises(NameError, match="Edges"):                        # in a folder that is new, and gone then
+        script.main([*TINY, "--stage", "mid", "--teacher", "y/pretrain.pt", "--out", "x", "--steps", "2"])
+    assert not os.path.exists("x")
 
 
 def test_a_file_is_scored_beside_the_pictures_of_the_run(road, capsys):

@@ -296,12 +296,12 @@ def curves(args, device):
             print(f"{name}, {words}: " + ", ".join(f"{x:,} {y:.2f}" for x, y, *_ in panel[name]))
         ends[words] = panel[WITHOUT][-1][1], panel[WITH][-1][1]
     fid.save_chart(f"{args.out}/scores.png", panels,
-                   f"Mid-training {fid.effect(ends)}\nMeans of seeds {args.seeds}; a bar reaches from the "
-                   "best of them to the worst. Blue: mid-training on pairs, a state of a trajectory and its "
-                   "end, then post-training on images. Red: images alone, by the best schedule that we "
-                   "found. Both begin with the teacher's weights; a pair costs what an image does. Compare "
-                   "the last dots, where both learning rates have fallen to 0. FD-digits: distance of 2,000 "
-                   "images to real ones. Mid-training compares by pixels, not by features as in the paper.",
+                   f"Mid-training {fid.effect(ends)}; means of {len(runs)} seeds\nBars: the best and the "
+                   "worst seed. Blue: mid-training on pairs, a state of a trajectory and its end, then "
+                   "post-training on images. Red: images alone, by the best schedule that we found. Both "
+                   "begin with the teacher's weights; a pair costs what an image does. Compare the last "
+                   "dots, where both learning rates have fallen to 0. FD-digits: distance of 2,000 images "
+                   "to real ones. Mid-training compares by pixels, not by features as in the paper.",
                    "images or pairs that the student has seen", marks)
     print(f"open {args.out}/scores.png")
 

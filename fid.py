@@ -1414,8 +1414,8 @@ def colours_of(names):
 def save_chart(path, panels, caption, across="images", marks=(), columns=1):
     """{title: {name: [(x, y)]}} -> a PNG, a panel a title; x counts `across`; y, above 0, is logarithmic.
 
-    (x, y, low, high) has a bar. marks: {x: what begins there}. columns: so many panels stand side by side,
-    with own axes, no legends.
+    (x, y, low, high) has a bar at both. marks: {x: what begins there}. columns: so many panels stand side
+    by side, with own axes, no legends.
     """
     font, width = ImageFont.load_default(64), 4000                       # twice the size of the file: smooth
     panels = {title: {plain(name): seen for name, points in curves.items()
@@ -1480,7 +1480,8 @@ def save_chart(path, panels, caption, across="images", marks=(), columns=1):
                 pen.line(dots, colours[name], 8, joint="curve")
             for (x, y), (at_x, _, *bar) in zip(dots, points) if (few or len(dots) == 1) and not level else ():
                 pen.ellipse((x - 16, y - 16, x + 16, y + 16), colours[name])
-                pen.line([at(at_x, tip) for tip in bar], colours[name], 4)
+                for tip in bar:
+                    pen.line((x - 24, at(at_x, tip)[1], x + 24, at(at_x, tip)[1]), colours[name], 6)
             x, y = right + 80, top + 88 * row
             if columns == 1 and (k == 0 or labels[k] != labels[k - 1]):                  # said once
                 pen.rectangle((x, y + 16, x + 48, y + 40), colours[name])

@@ -1176,22 +1176,12 @@ def boxed(text, wide, font):
     """(text in lines of so many pixels or fewer, its width, its height): nothing is cut."""
     # no break before a number, a sign or %, behind a sign, and in "mid- and post-training"
     text = re.sub(r" (?=[-%\d]|\+-)|(?<=[ +]-) |(?<=->) |(?<=mid-) |(?<=mid- and) ", "\0", plain(text))
-    lines, letters = [], max(1, int(wide / font.getlength("W")))
-    for part in text.split("\n"):
-        if max(map(font.getlength, part.split(" "))) > wide:                # then breaks are anywhere
-            words = re.split("[ \0]", part)
-            words = (textwrap.wrap(w, letters) if font.getlength(w) > wide else [w] for w in words)
-            part = " ".join(itertools.chain(*words))
-        for limit in range(round(wide), 0, -10):         # narrower while a word is alone on the last line
-            some = [""]
-            for word in part.split(" "):
-                longer = f"{some[-1]} {word}".strip()
-                fits = not some[-1] or font.getlength(longer.replace("\0", " ")) <= limit
-                some[-1:] = [longer] if fits else [some[-1], word]
-            if len(some) == 1 or 4 * font.getlength(some[-1]) > limit:
-                break
-        lines += some
-    text = "\n".join(lines).replace("\0", " ")
+    for letters in range(int(wide / font.getlength(".")), 0, -1):
+        parts = [textwrap.wrap(part, letters, break_on_hyphens=False) or [""] for part in text.split("\n")]
+        lines = [line.replace("\0", " ") for part in parts for line in part]
+        if max(map(font.getlength, lines)) <= wide:
+            break
+    text = "\n".join(lines)
     return text, *ImageDraw.Draw(Image.new("L", (1, 1))).multiline_textbbox((0, 0), text, font)[2:]
 
 

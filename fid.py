@@ -1310,9 +1310,11 @@ def headline(table):
 def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
     """<out>/stages.png: the same noises through every net. The scores are in it once the table has them.
 
-    shown: a list of (net, steps, images (n, C, H, W)). names: n texts, what is to be drawn: classes stand
-    above the columns; captions, which are long, at the left, and the nets above. words: end the caption.
+    shown: a list of (net, steps, images (n, C, H, W)), of students but one step. names: n texts, what is to
+    be drawn: classes stand above the columns; captions, which are long, at the left, and the nets above.
+    words: end the caption.
     """
+    shown = [row for row in shown if row[1] == 1 or row[0] == "teacher" or not row[1]]
     if any("1-step FD-digits" in row for row in table):                  # scored: what is it to look like?
         images, classes = digits()
         numbers = [classes.tolist().index(k) for k in range(len(names))] or range(0, len(images), 150)
@@ -2497,7 +2499,7 @@ def save_classes(cfg, found, samplers, n):
         caption = f"{net_label(name, steps, sep=', ')}\nOne image a seed; scores: stages.png, results.md."
         header = classes and ["class", *classes]
         save_seeds(f"{cfg.out}/samples_{name}_{steps}step.png", images, seeds, caption, header, 10)
-        if steps in (1, most[name] if name == "teacher" else 2):        # made for many steps, or for few
+        if steps in (1, most[name]):
             shown.append((name, steps, images[:len(columns)]))
     save_stages(cfg.out, shown, classes, words := about(cfg, found))
     return shown, classes, words

@@ -1314,7 +1314,7 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
     be drawn: classes stand above the columns; captions, which are long, at the left, and the nets above.
     words: end the caption.
     """
-    shown = [row for row in shown if row[1] == 1 or row[0] == "teacher" or not row[1]]
+    shown = [(name, steps, x) for name, steps, x in shown if steps < 2 or name == "teacher"]
     if any("1-step FD-digits" in row for row in table):                  # scored: what is it to look like?
         images, classes = digits()
         numbers = [classes.tolist().index(k) for k in range(len(names))] or range(0, len(images), 150)

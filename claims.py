@@ -300,8 +300,9 @@ def curves(args, device):
                    "worst seed. Blue: mid-training on pairs, a state of a trajectory and its end, then "
                    "post-training on images. Red: images alone, by the best schedule that we found. Both "
                    "begin with the teacher's weights; a pair costs what an image does. Compare the last "
-                   "dots, where both learning rates have fallen to 0. FD-digits: distance of 2,000 images "
-                   "to real ones. Mid-training compares by pixels, not by features as in the paper.",
+                   "dots, where both learning rates have fallen to 0. FD-digits: Frechet distance of 2,000 "
+                   "digits of 8x8 pixels to real ones, by features of a classifier. Mid-training compares by "
+                   "pixels, not by features as in the paper.",
                    "images or pairs that the student has seen", marks)
     print(f"open {args.out}/scores.png")
 

@@ -98,7 +98,7 @@ REFERENCES = {         # nobody publishes their checksums, so the one found is p
 }
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")         # inside, whatever the name ends in
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-HALVES = "Halves of the real digits, 900 each, score 0.78; 2,000 new ones would score about 0.4."
+HALVES = "2,000 new real digits would score about 0.4; halves of the real ones, 900 each, score 0.78."
 HIDDEN = re.compile(r"(^|/)(\.[^/]|__MACOSX/)")                          # .DS_Store, ._x.png, .git
 Reference = collections.namedtuple("Reference", "mu cov n features file sha256")    # not stated: n 0, text ""
 FOREIGN = {"cannot identify image file": "not a picture, or a part of one",
@@ -1163,7 +1163,7 @@ INKS = {"without|scratch": "#c0392b", "flow": "#8e44ad", "mid|CMT": "#1f5fbf", "
 def headed(caption):
     """(heading, what stands below): the first line of several, and the rest, signed by the script at work."""
     heading, _, below = caption.partition("\n") if "\n" in caption else ("", "", caption)
-    return heading[:1].upper() + heading[1:], below + f" By {MADE_BY.partition(' ')[0]}." * bool(MADE_BY)
+    return heading[:1].upper() + heading[1:], below + f" By {os.path.basename(sys.argv[0])}." * bool(MADE_BY)
 
 
 def plain(text):
@@ -1249,9 +1249,12 @@ def net_label(name, steps, table=(), sep="\n"):
     """What a row of a sheet is called: net, steps (0: none), and its score where the table has one."""
     if not steps:
         return name
-    rows = (row for row in table if row["stage"].split(",")[0] == name)
+    rows = [row for row in table if row["stage"].split(",")[0] == name]
     found = ",\n".join(f"{key.partition(' ')[2]} {value}" for row in rows for key, value in row.items()
                        if key.startswith(f"{steps}-step "))
+    if steps == 1 and name != "teacher":                 # beside it, since its images are not shown
+        found += "".join(f"\n(2 steps: {value})" for row in rows for key, value in row.items()
+                         if key.startswith("2-step F") and value != "-")
     return f"{called(name)}{sep}{steps} step{'s' * (steps > 1)}{', ' * bool(found)}{found}"
 
 
@@ -1269,6 +1272,8 @@ def about(cfg, found):
     losses = [ckpt["cfg"].get("loss", "velocities") for name, *_, ckpt in found if name == "mid"]
     by = "".join(" Mid-training teaches jumps along the teacher's trajectories, compared by "
                  f"{COMPARED.get(loss, loss)}; post-training learns from images." for loss in losses)
+    by += " Without it the student starts from a flow-matching net." * any(
+        name == "alone" and ckpt["cfg"].get("pretrain") == "fm" for name, *_, ckpt in found)
     noise = (f" Before the second of two steps noise of level {cfg.second_sigma} is added again."
              if hasattr(cfg, "second_sigma") else "")
     mean = " (docs/results.md: means of three seeds)" * (cfg.data == "digits")
@@ -1334,7 +1339,7 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
     caption += (f" So few show little: judge by the score, the Frechet distance of {samples:,} images to "
                 "the data, by features of a classifier"
                 f"{'; of few it is off, mostly high' * (samples < 1_000)}.") * bool(table)
-    caption += f" {HALVES}" * real
+    caption += f" {HALVES.partition(';')[0]}." * real
     seen = {row["stage"].partition(",")[0]: row.get("images", "0").replace(",", "") for row in table}
     if "alone" in seen and "mid" in seen:
         ours, rival = int(seen["mid"]) + int(seen.get("post", 0)), int(seen["alone"])

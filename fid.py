@@ -1272,7 +1272,7 @@ def about(cfg, found):
     losses = [ckpt["cfg"].get("loss", "velocities") for name, *_, ckpt in found if name == "mid"]
     by = "".join(" Mid-training teaches jumps along the teacher's trajectories, compared by "
                  f"{COMPARED.get(loss, loss)}; post-training learns from images." for loss in losses)
-    by += " Without it the student starts from a flow-matching net." * any(
+    by += " Without mid-training the student starts from a flow-matching net." * any(
         name == "alone" and ckpt["cfg"].get("pretrain") == "fm" for name, *_, ckpt in found)
     noise = (f" Before the second of two steps noise of level {cfg.second_sigma} is added again."
              if hasattr(cfg, "second_sigma") else "")

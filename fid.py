@@ -1343,8 +1343,8 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
     seen = {row["stage"].partition(",")[0]: row.get("images", "0").replace(",", "") for row in table}
     if "alone" in seen and "mid" in seen:
         ours, rival = int(seen["mid"]) + int(seen.get("post", 0)), int(seen["alone"])
-        caption += (f" With mid-training and without it {ours:,} images or pairs are seen." if ours == rival
-                    else f" Images or pairs: {ours:,}; without mid-training {rival:,} (why: docs/usage.md).")
+        caption += (f" Mid- and post-training together see {ours:,} images or pairs, as training without "
+                    "mid-training does." if ours == rival else " How long each side trains: docs/usage.md.")
     elif "mid" in seen:
         caption += " Whether mid-training helps, only a run without it tells (docs/usage.md)."
     caption += (" Shows its digit: a classifier reads it as the caption's digit."

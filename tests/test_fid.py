@@ -821,7 +821,7 @@ def test_the_heading_of_scored_images_has_the_last_net_in_one_step_and_two_and_t
             f"with this seed mid-training {words[0]} in one step (5.40, without it {one}){words[1]} in two (3.20, without it {two}). FID: lower is better")
         assert fid.headline([nearly[1], alone]).startswith("after post-training: 5.4 in one step")      # the student had none either
     fid.save_stages(str(tmp_path), shown, (), "", [row | {"images": n} for row, n in zip((*nearly, alone), ("1,000", "7", "1,007"))])
-    assert "With mid-training and without it 1,007 images or pairs are seen." in said[3] and "README" not in said[3]
+    assert "Mid- and post-training together see 1,007 images or pairs, as training without mid-training does." in said[3] and "README" not in said[3]
     assert said[1].startswith("The same noises, drawn by every net\nA column") and said[2].startswith("A heading\nA column") and said[2].endswith("\nand more")
 
 

@@ -741,6 +741,8 @@ def test_stages_have_the_scores_once_the_table_has_them(tmp_path, monkeypatch):
     row = {"stage": "mid, balanced labels", "1-step FID": "3.50 +- 0.1", "2-step FID": "-"}
     assert fid.net_label("mid", 1, [row]) == "mid-training alone\n1 step, FID 3.50 +- 0.1"
     assert fid.net_label("post", 2, [row]) == "after post-training\n2 steps"
+    assert fid.net_label("mid", 1, [row | {"2-step FID": "2.25"}]) == "mid-training alone\n1 step, FID 3.50 +- 0.1\n(2 steps: 2.25)"
+    assert fid.net_label("teacher", 1, [{"stage": "teacher", "1-step FID": "9.0", "2-step FID": "8.0"}]) == "teacher\n1 step, FID 9.0"
     (tmp_path / "mid.pt").touch()
     monkeypatch.setattr(fid, "OUT", str(tmp_path))
     assert fid.net_label("post", 2, [row]) == "mid- and post-training\n2 steps"
@@ -802,13 +804,14 @@ def test_the_heading_of_scored_images_has_the_last_net_in_one_step_and_two_and_t
     """Whether mid-training gains, a run without it tells; whether post-training hurts, the table. Nets and scores as in rows and table."""
     said = []
     monkeypatch.setattr(fid, "MADE_BY", "")
-    monkeypatch.setattr(fid, "save_sheet", lambda path, rows, caption, *more: said.append(caption))
-    shown = [(name, steps, seeded(range(12))) for name in ("mid", "post") for steps in (1, 2)]
+    monkeypatch.setattr(fid, "save_sheet", lambda path, rows, caption, *more: said.append(caption) or labels.append([label for label, _ in rows]))
+    shown, labels = [(name, steps, seeded(range(12))) for name in ("mid", "post") for steps in (1, 2)], []
     rows = [{"stage": "teacher, balanced labels", "1-step FID": "99.0", "8-step FID": "2.0"}, {"stage": "mid", "1-step FID": "5.0", "2-step FID": "-"},
             {"stage": "post", "1-step FID": "6.0 +- 1.0, min 5.0", "2-step FID": "3.0"}]
     fid.save_stages(str(tmp_path), shown, (), " Seed 0.", rows, 500)
     assert said[0] == ("after post-training: 6.0 +- 1.0, min 5.0 in one step, 3.0 in two; post-training hurts (before it 5.00 in one step); "
                        "the teacher's 8 steps: 2.0. FID: lower is better\nA column: one noise, drawn by all nets. So few show little: judge by the score, the Frechet distance of 500 images to the data, by features of a classifier; of few it is off, mostly high. Whether mid-training helps, only a run without it tells (docs/usage.md).\nSeed 0.")
+    assert labels == [["mid-training alone\n1 step, FID 5.0", "after post-training\n1 step, FID 6.0 +- 1.0, min 5.0\n(2 steps: 3.0)"]]     # two look like one
     fid.save_stages(str(tmp_path), shown, (), "", [{"stage": "teacher", "8-step FID": "2.0"}])
     fid.save_stages(str(tmp_path), shown, (), "A heading\nand more", rows)
     nearly = [{"stage": "mid", "1-step FID": "5.0", "2-step FID": "3.0"}, {"stage": "post", "1-step FID": "5.4", "2-step FID": "3.2"}]
@@ -820,6 +823,8 @@ def test_the_heading_of_scored_images_has_the_last_net_in_one_step_and_two_and_t
         assert fid.headline([*nearly, alone]) == (
             f"with this seed mid-training {words[0]} in one step (5.40, without it {one}){words[1]} in two (3.20, without it {two}). FID: lower is better")
         assert fid.headline([nearly[1], alone]).startswith("after post-training: 5.4 in one step")      # the student had none either
+        worse = fid.headline([nearly[0], nearly[1] | {"2-step FID": "3.5"}, alone])                      # which of the two does it is said too
+        assert worse.startswith("with this seed mid-training ") and worse.endswith("; post-training hurts (before it 3.00 in two). FID: lower is better")
     fid.save_stages(str(tmp_path), shown, (), "", [row | {"images": n} for row, n in zip((*nearly, alone), ("1,000", "7", "1,007"))])
     assert "Mid- and post-training together see 1,007 images or pairs, as training without mid-training does." in said[3] and "README" not in said[3]
     assert said[1].startswith("The same noises, drawn by every net\nA column") and said[2].startswith("A heading\nA column") and said[2].endswith("\nand more")

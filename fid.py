@@ -1303,11 +1303,12 @@ def headline(table):
              for net, found in nets.items() if net not in ("alone", "teacher")][:1]
     mid, post, alone = ({k: float(v.split()[0]) for k, v in nets.get(net, {}).items()}
                         for net in ("mid", "post", "alone"))
-    worse = [f"{mid[k]:.2f} in {FEW[k]}" for k in FEW
-             if k in {*mid} & {*post} and verdict(mid[k], post[k]) == "hurts"]
+    worse = [f"{mid[k]:.2f} in {FEW[k]}" for k in FEW if k in {*mid} & {*post}
+             and (verdict(mid[k], post[k]) == "hurts" or (alone and mid[k] < post[k]))]
     if mid and (both := {FEW[k]: (alone[k], post[k]) for k in FEW if k in {*alone} & {*post}}):
         texts = ["with this seed mid-training " + effect(both)]
-    texts += [f"post-training hurts (before it {', '.join(worse)})"] * bool(worse)
+    before = "before post-training {}" if alone else "post-training hurts (before it {})"
+    texts += [before.format(", ".join(worse))] * bool(worse)
     texts += [f"the teacher's {k} steps: {value}" for k, value in [*nets.get("teacher", {}).items()][-1:]]
     return f"{'; '.join(texts)}. {distance}: lower is better" * bool(nets)
 

@@ -821,10 +821,11 @@ def test_the_heading_of_scored_images_has_the_last_net_in_one_step_and_two_and_t
     for (one, two), words in {("1.48", "0.97"): ("hurts", " and"), ("5.30", "9.00"): ("is level", ", helps"), ("8.00", "3.10"): ("helps", ", is level")}.items():
         alone = {"stage": "alone", "1-step FID": one, "2-step FID": two}
         assert fid.headline([*nearly, alone]) == (
-            f"with this seed mid-training {words[0]} in one step (5.40, without it {one}){words[1]} in two (3.20, without it {two}). FID: lower is better")
+            f"with this seed mid-training {words[0]} in one step (5.40, without it {one}){words[1]} in two (3.20, without it {two}); "
+            "before post-training 5.00 in one step, 3.00 in two. FID: lower is better")                  # which of the two does it
         assert fid.headline([nearly[1], alone]).startswith("after post-training: 5.4 in one step")      # the student had none either
-        worse = fid.headline([nearly[0], nearly[1] | {"2-step FID": "3.5"}, alone])                      # which of the two does it is said too
-        assert worse.startswith("with this seed mid-training ") and worse.endswith("; post-training hurts (before it 3.00 in two). FID: lower is better")
+        better = fid.headline([nearly[0] | {"1-step FID": "6.0"}, nearly[1], alone])
+        assert better.startswith("with this seed mid-training ") and better.endswith("); before post-training 3.00 in two. FID: lower is better")
     fid.save_stages(str(tmp_path), shown, (), "", [row | {"images": n} for row, n in zip((*nearly, alone), ("1,000", "7", "1,007"))])
     assert "Mid- and post-training together see 1,007 images or pairs, as training without mid-training does." in said[3] and "README" not in said[3]
     assert said[1].startswith("The same noises, drawn by every net\nA column") and said[2].startswith("A heading\nA column") and said[2].endswith("\nand more")

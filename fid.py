@@ -1952,7 +1952,8 @@ def check_pairs(pairs, expected, features=[], distance=None):
         fail(2, f"features of a distance are a {type(features).__name__}, not a list of tensors, as [x]")
     two = [a[:2] for a in features]
     if distance and (d := distance.distance(two, two)).shape != two[0].shape[:1]:
-        fail(2, f"a distance of {len(two[0])} images is {[*d.shape]}, not a number for each of them")
+        fail(2, f"a distance of {len(two[0])} images has shape {[*d.shape]}, not a number for each of them; "
+                "end it in .flatten(1).mean(1)")
     return pairs
 
 

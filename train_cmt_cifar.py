@@ -215,6 +215,7 @@ def make_distance(cfg, channels):
     """d of Eq. 7, LPIPS or of pixels (B.2, D): features(x) -> [a row an image], distance(a, b) -> (B,)."""
     if cfg.loss in ("huber", "l2"):
         return nets.PixelDistance(cfg.huber_c if cfg.loss == "huber" else 0.0)
+    assert cfg.loss == "lpips", f"{cfg.loss}: make_distance returns nothing for it"
     if channels != 3:
         fail(2, f"--loss {cfg.loss} needs 3 channels, not {channels}; or --loss huber")
     return nets.pretrained_lpips().to(DEVICE)

@@ -237,6 +237,7 @@ def make_distance(cfg):
     """d of Eq. 7: LPIPS at 64 pixels, ELatentLPIPS of latents, on digits a VGG of their labels; or pixels."""
     if cfg.loss in ("huber", "l2"):
         return nets.PixelDistance(cfg.huber_c if cfg.loss == "huber" else 0.0)
+    assert cfg.loss in ("lpips", "elatent"), f"{cfg.loss}: make_distance returns nothing for it"
     if cfg.loss == "lpips" and cfg.data != "digits":
         return nets.pretrained_lpips().to(DEVICE)
     path = f"{cfg.out}/vgg.pt"

@@ -609,6 +609,14 @@ def test_a_slip_in_a_distance_is_shown_before_the_teacher_is_trained_and_by_its_
     assert not os.path.exists("x")
 
 
+def test_a_distance_that_is_named_but_not_returned_is_not_another_one():
+    """A fork's: without its return the VGG would measure under its name."""
+    import train_cmt_imagenet
+    for make in (lambda c: script.make_distance(c, 3), train_cmt_imagenet.make_distance):
+        with pytest.raises(AssertionError, match="edges: make_distance returns nothing for it"):
+            make(SimpleNamespace(loss="edges", data="digits", out="x", huber_c=0.0))
+
+
 def test_a_file_is_scored_beside_the_pictures_of_the_run(road, capsys):
     """Its time of training and its curve are not the file's; where images are few, the table says so."""
     stages, before = road / "stages.png", (road / "stages.png").stat().st_mtime_ns

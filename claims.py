@@ -243,7 +243,7 @@ def kept_checkpoints(folder):
         script.fail(2, f"{folder} is finished, its checkpoints are gone; use another --out")
 
 
-def curve(seed, features, args):
+def curve(seed, features, reference, args):
     """Trains a teacher and two students: {"one step": {name: [(images, score)]}, "two steps": ...}, marks.
 
     Both sides are at their best in `claims`. A student begins with its teacher's weights, and their score.
@@ -253,14 +253,13 @@ def curve(seed, features, args):
     with quiet():
         script.main(["--data", "digits", "--seed", seed, "--stage", "pretrain", "--out", teacher])
     cfg = script.parse([*flags, "--stage", "eval"])
-    reference = fid.measure(features, script.load_data(cfg).split(250), script.DEVICE)
 
-    def score(weights, model, kind):
-        sampler = script.make_sampler(cfg, script.build(cfg, model, weights), kind)
-        return fid.score(sampler, features, reference, cfg.samples)[1][0]
+    def score(net, kind):
+        return fid.score(script.make_sampler(cfg, net, kind), features, reference, cfg.samples)[1][0]
 
-    taught = script.teacher_state(cfg)
-    level, *starts = (score(*taught, kind) for kind in ("teacher", 1, 2))
+    weights, model = script.teacher_state(cfg)
+    taught = script.build(cfg, model, weights)
+    level, *starts = (score(taught, kind) for kind in ("teacher", 1, 2))
     scores, marks = {"one step": {}, "two steps": {}}, {}
     for name, calls in {WITH: [PIXELS, HUBER], WITHOUT: [f"{ANNEALED} --huber_c 0.06"]}.items():
         folder, seen = f"{args.out}/{seed}/{name.replace(' ', '_')}", 0
@@ -272,9 +271,10 @@ def curve(seed, features, args):
             with kept_checkpoints(folder) as kept, quiet():
                 script.main([*flags, "--out", folder, *call.split()])
             for state in kept:
+                net = script.build(cfg, state["model"], state["ema"])
                 at = seen + state["step"] * state["cfg"]["batch"]
                 for steps, panel in enumerate(scores.values(), 1):
-                    panel[name].append((at, score(state["ema"], state["model"], steps)))
+                    panel[name].append((at, score(net, steps)))
             seen = at
     for panel in scores.values():
         panel[f"teacher, {cfg.nfe} steps"] = [(0, level), (seen, level)]
@@ -283,10 +283,9 @@ def curve(seed, features, args):
 
 def curves(args, device):
     """The paper's Figure 1 on digits, means and range of the seeds: <out>/scores.png."""
-    features, runs = fid.DigitsNet().to(device), []
-    for seed in args.seeds.split(","):
-        scores, marks = curve(seed, features, args)
-        runs.append(scores)
+    features = fid.DigitsNet().to(device)
+    reference = fid.measure(features, fid.digits()[0].split(250), device)
+    runs, marks = zip(*(curve(seed, features, reference, args) for seed in args.seeds.split(",")))
     panels, ends = {}, {}
     for words, nets in runs[0].items():
         panel = panels[f"FD-digits in {words}, lower is better"] = {}
@@ -303,7 +302,7 @@ def curves(args, device):
                    "dots, where both learning rates have fallen to 0. FD-digits: Frechet distance of 2,000 "
                    "digits of 8x8 pixels to real ones, by features of a classifier. Mid-training compares by "
                    "pixels, not by features as in the paper.",
-                   "images or pairs that the student has seen", marks)
+                   "images or pairs that the student has seen", marks[0])
     print(f"open {args.out}/scores.png")
 
 

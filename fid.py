@@ -1316,11 +1316,12 @@ def headline(table):
 def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
     """<out>/stages.png: the same noises through every net. The scores are in it once the table has them.
 
-    shown: a list of (net, steps, images (n, C, H, W)), of students but one step. names: n texts, what is to
-    be drawn: classes stand above the columns; captions, which are long, at the left, and the nets above.
-    words: end the caption.
+    shown: a list of (net, steps, images (n, C, H, W)); of each one step is drawn, of a teacher its most too.
+    names: n texts, what is to be drawn: classes stand above the columns; captions, which are long, at the
+    left, and the nets above. words: end the caption.
     """
-    shown = [(name, steps, x) for name, steps, x in shown if steps < 2 or name == "teacher"]
+    most = max([steps for name, steps, _ in shown if name == "teacher"], default=0)
+    shown = [row for row in shown if row[1] < 2 or row[:2] == ("teacher", most)]
     if any("1-step FD-digits" in row for row in table):                  # scored: what is it to look like?
         images, classes = digits()
         numbers = [classes.tolist().index(k) for k in range(len(names))] or range(0, len(images), 150)
@@ -2500,14 +2501,12 @@ def save_classes(cfg, found, samplers, n):
     """
     columns, shown = range(min(n or 10, 10)), []
     seeds, classes = [k + (n or 10) * j for j in range(10) for k in columns], [str(k) for k in columns if n]
-    most = {name: steps for name, steps in samplers}
     for (name, steps), sampler in samplers.items():
         images = draw_seeds(sampler, seeds, cfg.batch_gpu or 64).cpu()
         caption = f"{net_label(name, steps, sep=', ')}\nOne image a seed; scores: stages.png, results.md."
         header = classes and ["class", *classes]
         save_seeds(f"{cfg.out}/samples_{name}_{steps}step.png", images, seeds, caption, header, 10)
-        if steps in (1, most[name]):
-            shown.append((name, steps, images[:len(columns)]))
+        shown.append((name, steps, images[:len(columns)]))
     save_stages(cfg.out, shown, classes, words := about(cfg, found))
     return shown, classes, words
 

@@ -21,7 +21,7 @@ import sys
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from functools import cache, lru_cache, partial
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Literal
 
@@ -231,10 +231,8 @@ def train(cfg):
     shape = net.img_channels, net.img_resolution, net.img_resolution
     share, micro = B // WORLD, cfg.batch_gpu or B // WORLD    # rows of a process, of a forward pass
     mine = slice(RANK * share, (RANK + 1) * share)
-    firsts = range(mine.start, mine.stop, micro)      # rows of the batch where this process's passes begin
     per_solve = math.prod(solve_size(cfg))            # pairs, as 128 x 16: whole batches (check)
 
-    @lru_cache(1)                                     # kept while steps use it; a resumed run solves anew
     def solve(number):                                # pairs: x_t, t, owner of each; ends: their features
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", number))
         if cfg.mid == "slow":
@@ -242,22 +240,24 @@ def train(cfg):
         else:
             *pairs, x_0 = teacher_pairs(cfg, run.teacher, shape, g)
         ends = run.distance.features(x_0)             # once per end, not per pair
-        return SimpleNamespace(pairs=fid.check_pairs(pairs, per_solve, ends, run.distance), ends=ends)
+        return fid.check_pairs(pairs, per_solve, ends, run.distance), ends
 
     def batch_of(step):                               # this process's share of it, a row an image or pair
         if cfg.stage == "mid":
             number, at = divmod(step * B, per_solve)  # which solve; where in it the step's pairs begin
-            return [a[at:at + B][mine] for a in solve(number).pairs]    # x_t, t, owner
+            if at == 0 or step == start:              # it serves several steps; a resumed run solves anew
+                run.pairs, run.ends = solve(number)
+            return [a[at:at + B][mine] for a in run.pairs]    # x_t, t, owner
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         x, eps = draw(run.images, B, g)[mine], randn((B, *shape), g)[mine]
         return x, (cfg.P_mean + cfg.P_std * randn(B, g))[mine].exp(), eps
 
-    def loss_of(step, k, *rows):                      # of a micro-batch, whose first row is k of the batch
-        seed = fold(cfg.seed, cfg.stage, step, "dropout") + k    # row k's; every row has its own
+    def loss_of(step, k, *rows):                      # of a micro-batch, whose first row is k of the share
+        seed = fold(cfg.seed, cfg.stage, step, "dropout") + mine.start + k    # every row has its own
         f = partial(cast_net, masks=nets.dropout_masks(net, range(seed, seed + micro)))
         if cfg.stage == "mid":
             x_t, t, owner = rows                      # owner: which end of the solve is a pair's
-            target = [a[owner] for a in solve(step * B // per_solve).ends]    # not solved again: lru_cache
+            target = [a[owner] for a in run.ends]
             return loss_cmt(f, x_t, t, target, run.distance)                              # Eq. 7
         x, t, eps = rows
         if cfg.stage == "pretrain":
@@ -274,8 +274,9 @@ def train(cfg):
     for step in range(start, cfg.steps):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
         loss_sum, part = 0.0, micro / B * tally["scale"]      # part of the mean; scale: of fp16, else 1
-        for k, *rows in zip(firsts, *(a.split(micro) for a in batch_of(step))):
-            loss = loss_of(step, k, *rows)
+        batch = batch_of(step)
+        for k in range(0, share, micro):
+            loss = loss_of(step, k, *(a[k:k + micro] for a in batch))
             (loss * part).backward()
             loss_sum += loss.detach() * part
         norm, mean, stop = total(run.grad, loss_sum, tally["scale"])          # the one wait of a step

@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from functools import cache, lru_cache, partial
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Literal
 
@@ -283,23 +283,22 @@ def train(cfg):
     net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
     share, micro = B // WORLD, cfg.batch_gpu or B // WORLD    # rows of a process, of a forward pass
     mine = slice(RANK * share, (RANK + 1) * share)
-    firsts = range(mine.start, mine.stop, micro)      # rows of the batch where this process's passes begin
     per_solve = math.prod(solve_size(cfg))            # pairs, as 128 x 16: whole batches (check)
     batches = fid.ahead(partial(read_batch, cfg, run.images), range(start, cfg.steps))   # lazy; mid: none
 
-    @lru_cache(1)                                     # kept while steps use it; a resumed run solves anew
     def solve(number):                                # pairs: x_t, t, ... of each; ends: their features
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", number))
         *pairs, x_0 = teacher_pairs(cfg, run.teacher, run.shape, g, run.classes)
         views = () if cfg.ensemble == "none" else run.distance.draw(pairs[0], g).values()    # of each pair
         ends = [x_0] if views else run.distance.features(x_0)         # once per end; of views: per pair
-        pairs = fid.check_pairs(pairs, per_solve, ends, run.distance)
-        return SimpleNamespace(pairs=[*pairs, *views], ends=ends)
+        return [*fid.check_pairs(pairs, per_solve, ends, run.distance), *views], ends
 
     def batch_of(step):                               # this process's share of it, a row an image or pair
         if cfg.stage == "mid":
             number, at = divmod(step * B, per_solve)  # which solve; where in it the step's pairs begin
-            return [a[at:at + B][mine] for a in solve(number).pairs]    # x_t, t, y, owner, views
+            if at == 0 or step == start:              # it serves several steps; a resumed run solves anew
+                run.pairs, run.ends = solve(number)
+            return [a[at:at + B][mine] for a in run.pairs]    # x_t, t, y, owner, views
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         raw, labels = next(batches)                   # in the order of steps: one call a step
         latent_noise, eps = randn((B, *run.shape), g)[mine], randn((B, *run.shape), g)[mine]
@@ -309,15 +308,15 @@ def train(cfg):
             x = x + vgg_noise(cfg, step, (B, *run.shape))[mine]
         return x, t, y, eps, labels
 
-    def loss_of(step, k, *rows):                      # of a micro-batch, whose first row is k of the batch
-        seed = fold(cfg.seed, cfg.stage, step, "dropout") + k    # row k's; every row has its own
+    def loss_of(step, k, *rows):                      # of a micro-batch, whose first row is k of the share
+        seed = fold(cfg.seed, cfg.stage, step, "dropout") + mine.start + k    # every row has its own
         if cfg.stage == "vgg":
             x, *_, labels = rows
             return loss_vgg(net, x, labels, seed)
         f = partial(net, class_labels=rows[2], masks=nets.dropout_masks(net, range(seed, seed + micro)))
         if cfg.stage == "mid":
             x_t, t, _, owner, *view = rows            # owner: which end of the solve is a pair's
-            target = [a[owner] for a in solve(step * B // per_solve).ends]    # not solved again: lru_cache
+            target = [a[owner] for a in run.ends]
             if view:
                 return loss_cmt_views(f, x_t, t, *target, run.distance, view)
             return loss_cmt(f, x_t, t, target, run.distance)                                    # Eq. 7
@@ -337,8 +336,8 @@ def train(cfg):
         loss_sum, part = 0.0, micro / B * tally["scale"]      # part of the mean; scale: of fp16, else 1
         batch = batch_of(step)
         with nets.hoist(net, force=True):             # EDM2 Eq. 66: normalised once for all micro-batches
-            for k, *rows in zip(firsts, *(a.split(micro) for a in batch)):
-                loss = loss_of(step, k, *rows)
+            for k in range(0, share, micro):
+                loss = loss_of(step, k, *(a[k:k + micro] for a in batch))
                 (loss * part).backward()
                 loss_sum += loss.detach() * part
         norm, mean, stop = total(run.grad, loss_sum, tally["scale"])          # the one wait of a step

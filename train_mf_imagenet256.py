@@ -27,7 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from functools import cache, lru_cache, partial
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Literal
 
@@ -333,7 +333,6 @@ def train(cfg):
     per_solve = math.prod(solve_size(cfg))            # pairs, as 256 x 28: whole batches (check)
     batches = fid.ahead(partial(read_batch, cfg, run.images), range(start, cfg.steps))
 
-    @lru_cache(1)                                     # kept while steps use it; a resumed run solves anew
     def solve(number):
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", number))
         return fid.check_pairs(teacher_pairs(cfg, run.teacher, run.shape, g), per_solve)
@@ -341,7 +340,9 @@ def train(cfg):
     def batch_of(step):                               # this process's share of it, a row an image or pair
         if cfg.stage == "mid":
             number, at = divmod(step * B, per_solve)  # which solve; where in it the step's pairs begin
-            return [a[at:at + B][mine] for a in solve(number)]           # z, t, r, y, target
+            if at == 0 or step == start:              # it serves several steps; a resumed run solves anew
+                run.pairs = solve(number)
+            return [a[at:at + B][mine] for a in run.pairs]    # z, t, r, y, target
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         raw, y, t, r = next(batches)                  # by read_batch, which draws times: one call a step
         guided = is_guided(cfg, step, t, y, net.num_classes)
@@ -364,7 +365,9 @@ def train(cfg):
     for step in range(start, cfg.steps):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
         loss_sum, part = 0.0, micro / B * tally["scale"]      # part of the mean; scale: of fp16, else 1
-        for z, t, r, *rows in zip(*(a.split(micro) for a in batch_of(step))):
+        batch = batch_of(step)
+        for k in range(0, share, micro):
+            z, t, r, *rows = (a[k:k + micro] for a in batch)
             loss, square = loss_of(z, t, r, *rows)
             (loss * part).backward()
             loss_sum += loss.detach() * part

@@ -29,7 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from functools import cache, lru_cache, partial
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Literal
 
@@ -335,7 +335,6 @@ def train(cfg):
     def features_of(words, drop):
         return torch.where(drop.to(DEVICE, non_blocking=True).view(-1, 1, 1), run.null, run.encoder(words))
 
-    @lru_cache(1)                                     # kept while steps use it; a resumed run solves anew
     def solve(number):
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", number))
         texts = features_of(*captions_of_solve(cfg, images, number))
@@ -345,9 +344,10 @@ def train(cfg):
     def batch_of(step):                               # this process's share of it, a row an image or pair
         if cfg.stage == "mid":
             number, at = divmod(step * B, per_solve)  # which solve; where in it the step's pairs begin
-            pairs, texts = solve(number)
-            z, t, r, owner, target = (a[at:at + B][mine] for a in pairs)
-            return z, t, r, texts[owner], target
+            if at == 0 or step == start:              # it serves several steps; a resumed run solves anew
+                run.pairs, run.texts = solve(number)
+            z, t, r, owner, target = (a[at:at + B][mine] for a in run.pairs)
+            return z, t, r, run.texts[owner], target
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         raw, tokens, words, drop, t, r, guided = next(batches)        # by read_batch: one call a step
         latent_noise, eps = randn((B, *shape), g)[mine], randn((B, *shape), g)[mine]
@@ -374,7 +374,9 @@ def train(cfg):
     for step in range(start, cfg.steps):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
         loss_sum, part = 0.0, micro / B * tally["scale"]      # part of the mean; scale: of fp16, else 1
-        for z, t, r, *rows in zip(*(a.split(micro) for a in batch_of(step))):
+        batch = batch_of(step)
+        for k in range(0, share, micro):
+            z, t, r, *rows = (a[k:k + micro] for a in batch)
             loss, square = loss_of(z, t, r, *rows)
             (loss * part).backward()
             loss_sum += loss.detach() * part

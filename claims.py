@@ -301,7 +301,7 @@ def curves(args, device):
                    "begin with the teacher's weights; a pair costs what an image does. Compare the last "
                    "dots, where both learning rates have fallen to 0. FD-digits: Frechet distance of 2,000 "
                    "digits of 8x8 pixels to real ones, by features of a classifier. Mid-training compares by "
-                   "pixels, not by features as in the paper.",
+                   "pixels; by features, as in the paper, it does not help (docs/results.md).",
                    "images or pairs that the student has seen", marks[0])
     print(f"open {args.out}/scores.png")
 
@@ -372,8 +372,9 @@ def judged_photos(args, small):
     images, labels = small_photos(args.data, small)
     features = PhotoNet(images, labels, f"{args.out}/features.pt")
     halves = [fid.measure(features, images[k::2].split(500))[:2] for k in (0, 1)]
-    features.scale = f"one half of the photos scores {fid.frechet_distance(*halves[0], *halves[1]):.2f}"
-    print(f"{len(images):,} images; {features.protocol}; {features.scale} against the other")
+    features.apart = fid.frechet_distance(*halves[0], *halves[1])
+    print(f"{len(images):,} images; {features.protocol}; one half of them scores {features.apart:.2f} "
+          "against the other")
     return images, labels, features, fid.measure(features, images.split(500))
 
 
@@ -397,13 +398,13 @@ def photo_run(row, seed, small, args):
 def photos(args, device):
     """CMT + ECT beside ECT on photos of 16x16 (--data: an EDM zip with labels), with the settings of digits.
 
-    <out>/<seed>/photos.png shows the same noises through every net, and above means of the seeds so far.
+    <out>/<seed>/stages.png shows the same noises through every net, beside them means of the seeds so far.
     """
     small, n = f"{args.out}/photos.npz", args.samples or 5_000
     images, _, features, reference = judged_photos(args, small)
-    real = "real photos (not matched)", fid.to_float(images[:12], "cpu")
+    real = "real photos", 0, fid.to_float(images[:8], "cpu")
     print("| run | seed | FD-photos, 1 / 2 steps (teacher: 1 / 16) | seconds |\n|---|---|---|---|")
-    one = {}                                              # row, steps: its score with each seed so far
+    scores = {}                                           # row, steps: its scores with the seeds so far
     for number, seed in enumerate(args.seeds.split(","), 1):
         shown = []
         for row in args.methods.split(";") if args.methods else PHOTOS:
@@ -414,25 +415,21 @@ def photos(args, device):
             for kind, steps in (1, 1), ("teacher", cfg.nfe) if row == "teacher" else (2, 2):
                 sampler = script.make_sampler(cfg, net, kind)
                 found.append(fid.score(sampler, features, reference, n)[0])
-                if steps == 1 or kind == "teacher":
-                    one.setdefault((row, steps), []).append(float(found[-1]))
-                    label = f"{fid.net_label(CALLED.get(row, row), steps)}, FD-photos"
-                    shown.append((f"{label} {np.mean(one[row, steps]):.2f}", sampler(range(12))))
+                scores.setdefault((row, steps), []).append(float(found[-1]))
+                shown.append((CALLED.get(row, row), steps, sampler(range(8))))
             print(f"| {row} | {seed} | {' / '.join(found)} | {state['seconds']:.0f} |", flush=True)
-            ends = ("CMT + ECT", 1), ("ECT, annealed", 1), ("teacher", cfg.nfe)
-            ours, alone, many = (np.mean(one.get(end, np.nan)) for end in ends)
-            does = "?" if np.isnan(ours + alone) else fid.verdict(alone, ours)
-            caption = (f"Mid-training {does} on these photos: FD-photos in one step, lower is better, "
-                       f"{ours:.2f} with it, {alone:.2f} without; teacher, {cfg.nfe} steps: {many:.2f}\n"
-                       f"Scores: means of {number} seeds. Images: seed {seed}; a column: one noise, drawn by "
-                       f"all nets. FD-photos: Frechet distance of {n:,} images to the real ones, by features "
-                       f"of a small net; {features.scale} against the other. Judge by the score: nets so "
-                       "small hardly draw objects.\nMid-training teaches jumps along the teacher's "
-                       "trajectories, compared by pixels; post-training learns from images. The last two "
-                       f"students saw equally many images or pairs. Photos: {len(images):,} of "
-                       f"{os.path.basename(args.data)}.")
-            breaks = fid.breaks_between([label.partition("\n")[0] for label, _ in (*shown, real)])
-            fid.save_sheet(f"{args.out}/{seed}/photos.png", [*shown, real], caption, breaks=breaks)
+        table = {row: {"stage": CALLED.get(row, row)} for row, _ in scores}
+        for (row, steps), values in scores.items():
+            table[row][f"{steps}-step FD-photos"] = f"{np.mean(values):.2f}"
+        ours, alone = (np.mean(scores.get((row, 1), np.nan)) for row in ("CMT + ECT", "ECT, annealed"))
+        does = "?" if np.isnan(ours + alone) else fid.effect({"one step": (alone, ours)})
+        new = features.apart * (1 / n + 1 / len(images)) / (4 / len(images))     # docs/results.md: 1/n + 1/m
+        words = (f"On these photos mid-training {does}, means of {number} seeds\n {n:,} new photos would "
+                 f"score about {new:.2f}. Images: seed {seed}, by nets too small to draw objects. The last "
+                 "two students saw equally many images or pairs. Mid-training teaches jumps along the "
+                 "teacher's trajectories, compared by pixels; post-training learns from images. Photos: "
+                 f"{len(images):,} of {os.path.basename(args.data)}.")
+        fid.save_stages(f"{args.out}/{seed}", [*shown, real], (), words, [*table.values()], n)
 
 
 FM = "--pretrain fm --weak SIZE --init teacher"           # SIZE: --size, of student and flow-matching teacher

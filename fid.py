@@ -1155,6 +1155,8 @@ SPOKEN = dict(pretrain="pre-training", vgg="VGG", mid="mid-training", post="post
 WIDE = 1_800                                             # pixels of a sheet
 LEVEL = 0.1                                              # scores that differ by a smaller share are level
 COMPARED = dict(huber="pixels", l2="pixels", lpips="features", elatentlpips="features")     # by --loss
+FEWER = "; of few it is off, mostly high"
+LOWER = "\n(lower is better)"
 FEW = {"1": "one step", "2": "two"}                      # the steps of students that a heading tells
 INKS = {"without|scratch": "#c0392b", "flow": "#8e44ad", "mid|CMT": "#1f5fbf", "teacher|pre-": "#2e8b57",
         "post": "#d98a00", "VGG": "#555555"}             # what a name speaks of: its colour in every chart
@@ -1185,44 +1187,55 @@ def boxed(text, wide, font):
     return text, *ImageDraw.Draw(Image.new("L", (1, 1))).multiline_textbbox((0, 0), text, font)[2:]
 
 
-def save_sheet(path, rows, caption, header=(), breaks=()):
+def enlarged(images, zoom, mode, smooth):
+    """(n, C, H, W) in [-1, 1] -> n pictures, so many times as large; of latents three channels."""
+    x, kind = images.float().cpu(), Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
+    x = x[:, :3] / (2 * x.std() + 1e-9) if x.shape[1] == 4 else x.expand(-1, 3, -1, -1)
+    for pixels in to_uint8(x).permute(0, 2, 3, 1).numpy():
+        image = Image.fromarray(pixels).convert(mode)
+        yield image.resize((image.width * zoom, image.height * zoom), kind)
+
+
+def save_sheet(path, rows, caption, header=(), breaks=(), smooth=True):
     """Rows of images with words around them -> one PNG, WIDE pixels wide or wider.
 
-    rows: a list of (label, images (n, C, H, W) in [-1, 1]); the label stands at the left. Small images are
-    enlarged, smoothly; of latents (4 channels) three are shown. header: texts above the columns, the first
-    one above the labels. caption: a heading, a newline, sentences below. breaks: after so many rows, a gap.
+    rows: a list of (label, images (n, C, H, W) in [-1, 1], texts at the right...). Small images are enlarged,
+    smoothly or as squares; of latents (4 channels) three are shown. header: what stands above labels, images
+    and texts. caption: a heading, a newline, sentences below. breaks: after so many rows, a gap.
     """
-    n, (h, w) = max(len(x) for _, x in rows), rows[0][1].shape[-2:]
+    n, (h, w) = max(len(row[1]) for row in rows), rows[0][1].shape[-2:]
     em = max(32, n * w // 60)                            # letters grow with the sheet
     font, gap = ImageFont.load_default(em), em // 4
-    labels = [boxed(label, 13 * em, font) for label, _ in rows]
-    corner, *_ = heads = [boxed(text, 8 * em, font) for text in header] or [("", 0, 0)]
+    labels = [boxed(row[0], 13 * em, font) for row in rows]
+    texts = [[boxed(text, 6 * em, font) for text in row[2:]] for row in rows]
+    corner, *heads = [boxed(text, 8 * em, font) for text in header[:n + 1]] or [("", 0, 0)]
+    ends = [boxed(text, 6 * em, font) for text in header[n + 1:]]
     left = max(width for _, width, _ in (corner, *labels)) + 4 * gap
-    zoom = max(1, min(192 // w, -((left + n * gap - WIDE) // (n * w))))
-    zoom = max([zoom, *(width // w for _, width, _ in heads[1:])])
-    cell = max([w * zoom, *(width + 3 * gap for _, width, _ in heads[1:])]) + gap
-    caption += f" Images of {w}x{h} pixels, enlarged and smoothed." * (zoom > 3 and rows[0][1].shape[1] != 4)
-    title, words = headed(caption)
-    wide, large = max(WIDE, left + n * cell) - 4 * gap, ImageFont.load_default(em * 3 // 2)
-    title, words = boxed(title, wide, large), boxed(words, wide, font)
-    top = title[2] + 4 * gap * bool(title[0]) + max(height for *_, height in heads) + 3 * gap
-    heights = [max(h * zoom, height) + gap for *_, height in labels]
-    heights = [height + 4 * gap * (k in breaks) for k, height in enumerate(heights, 1)]
-    width = max(WIDE, left + n * cell + gap, title[1] + 4 * gap, words[1] + 4 * gap)
-    mode = "L" if all(x.shape[1] == 1 for _, x in rows) else "RGB"
+    wides = [max(width for _, width, _ in column) + 4 * gap for column in zip(ends, *texts)]
+    zoom = max(1, min(192 // w, -((left + n * gap + sum(wides) - WIDE) // (n * w))))
+    zoom = max([zoom, *((width + 3 * gap) // w for _, width, _ in heads)])
+    cell = max([w * zoom, *(width + 3 * gap for _, width, _ in heads)]) + gap
+    right, middles = left + n * cell, [left + k * cell + w * zoom // 2 for k in range(n)]
+    middles += [right + sum(wides[:k]) + wide // 2 for k, wide in enumerate(wides)]
+    caption += f" Images of {w}x{h} pixels{', smoothed' * smooth}." * (zoom > 3 and rows[0][1].shape[1] != 4)
+    wide, large = max(WIDE, right + sum(wides)) - 4 * gap, ImageFont.load_default(em * 3 // 2)
+    title, words = map(boxed, headed(caption), (wide, wide), (large, font))
+    top = title[2] + 4 * gap * bool(title[0]) + max(high for *_, high in (corner, *heads, *ends)) + 3 * gap
+    heights = [max(h * zoom, high) + gap + 4 * gap * (k in breaks) for k, (*_, high) in enumerate(labels, 1)]
+    width = max(WIDE, right + sum(wides) + gap, title[1] + 4 * gap, words[1] + 4 * gap)
+    mode = "L" if all(row[1].shape[1] == 1 for row in rows) else "RGB"
     picture = Image.new(mode, (width, top + sum(heights) + words[2] + 5 * gap), "white")
     write, y = functools.partial(ImageDraw.Draw(picture).multiline_text, fill="black", font=font), top
     write((2 * gap, 2 * gap), title[0], font=large)
     write((2 * gap, top - gap), corner[0], anchor="ld")
-    for k, (text, *_) in enumerate(heads[1:]):
-        write((left + k * cell + w * zoom // 2, top - gap), text, anchor="md", align="center")
-    for (text, _, high), (_, images), height in zip(labels, rows, heights):
-        x = images.float().cpu()
-        x = x[:, :3] / (2 * x.std() + 1e-9) if x.shape[1] == 4 else x.expand(-1, 3, -1, -1)
-        write((2 * gap, y + max(h * zoom, high) // 2), text, anchor="lm")
-        for k, image in enumerate(to_uint8(x).permute(0, 2, 3, 1).numpy()):
-            image = Image.fromarray(image).convert(mode)
-            picture.paste(image.resize((w * zoom, h * zoom), Image.Resampling.BICUBIC), (left + k * cell, y))
+    for (text, *_), middle in zip((*heads, *ends), middles):
+        write((middle, top - gap), text, anchor="md", align="center")
+    for (label, _, high), row, beside, height in zip(labels, rows, texts, heights):
+        write((2 * gap, y + max(h * zoom, high) // 2), label, anchor="lm")
+        for (text, *_), middle in zip(beside, middles[n:]):
+            write((middle, y + max(h * zoom, high) // 2), text, anchor="mm", align="center")
+        for k, image in enumerate(enlarged(row[1], zoom, mode, smooth)):
+            picture.paste(image, (left + k * cell, y))
         y += height
     write((2 * gap, y + gap), words[0])
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -1245,17 +1258,19 @@ def called(name):
     return "mid- and post-training" if both else NAMES.get(name, name)
 
 
-def net_label(name, steps, table=(), sep="\n"):
-    """What a row of a sheet is called: net, steps (0: none), and its score where the table has one."""
-    if not steps:
-        return name
-    rows = [row for row in table if row["stage"].split(",")[0] == name]
-    found = ",\n".join(f"{key.partition(' ')[2]} {value}" for row in rows for key, value in row.items()
-                       if key.startswith(f"{steps}-step "))
-    if steps == 1 and name != "teacher":                 # beside it, since its images are not shown
-        found += "".join(f"\n(2 steps: {value})" for row in rows for key, value in row.items()
-                         if key.startswith("2-step F") and value != "-")
-    return f"{called(name)}{sep}{steps} step{'s' * (steps > 1)}{', ' * bool(found)}{found}"
+def net_label(name, steps, sep="\n"):
+    """What a row of a sheet is called: net and steps (0: no net)."""
+    return f"{called(name)}{sep}{steps} step{'s' * (steps > 1)}" if steps else name
+
+
+def numbers_of(name, steps, table):
+    """{name: number} that a table has of a net in so many steps; of a student's one step, of two as well."""
+    row = next((row for row in table if name in (row["stage"], row["stage"].partition(",")[0])), {})
+    found = {key.partition(" ")[2] + LOWER * key.startswith(f"{steps}-step F"): value
+             for key, value in row.items() if key.startswith(f"{steps}-step ")}
+    # beside it, since images of two steps are not shown: they look like those of one
+    return found | {f"{key.partition(' ')[2]} in two steps": value for key, value in row.items()
+                    if steps == 1 and name != "teacher" and key.startswith("2-step F") and value != "-"}
 
 
 def breaks_between(nets):
@@ -1267,17 +1282,14 @@ def about(cfg, found):
     """For a caption: how nets were made, and how large they are; found: (name, net, ..., checkpoint)."""
     sizes = {"teacher" if name == "teacher" else "students":              # frozen weights are buffers
              sum(p.numel() for p in (*net.parameters(), *net.buffers())) for name, net, *_ in found}
-    larger = " (larger)" * (sizes.get("students", 0) > 1.2 * sizes.get("teacher", math.inf))
-    sizes = ", ".join(f"{name} {n / 1e6:.2f}M" for name, n in sizes.items())
     losses = [ckpt["cfg"].get("loss", "velocities") for name, *_, ckpt in found if name == "mid"]
     by = "".join(" Mid-training teaches jumps along the teacher's trajectories, compared by "
                  f"{COMPARED.get(loss, loss)}; post-training learns from images." for loss in losses)
     by += " Without mid-training the student starts from a flow-matching net." * any(
         name == "alone" and ckpt["cfg"].get("pretrain") == "fm" for name, *_, ckpt in found)
-    noise = (f" Before the second of two steps noise of level {cfg.second_sigma} is added again."
-             if hasattr(cfg, "second_sigma") else "")
-    mean = " (docs/results.md: means of three seeds)" * (cfg.data == "digits")
-    return f" Seed {cfg.seed}{mean}.{by} Parameters: {sizes}{larger}.{noise}"
+    if sizes.get("students", 0) > 1.2 * sizes.get("teacher", math.inf):
+        by += f" The students have {sizes['students'] / sizes['teacher']:.1f} times the teacher's parameters."
+    return f" Seed {cfg.seed}{' (docs/results.md: means of three seeds)' * (cfg.data == 'digits')}.{by}"
 
 
 def verdict(was, now):
@@ -1292,25 +1304,41 @@ def effect(scores):
     return re.sub(r"^(helps|hurts|is level)(.*), \1 ", r"\1\2 and ", text)               # the same: said once
 
 
+def distance_of(table):
+    """The name of the score that a table has of one step, "" if it has none."""
+    return next((key.partition(" ")[2] for row in table for key in row if key.startswith("1-step F")), "")
+
+
 def headline(table):
-    """For a heading: a table's student, one without mid-training and a teacher; does mid-training help?"""
-    distance = next((key.partition(" ")[2] for row in table for key in row if key.startswith("1-step F")), "")
-    rows = [(row["stage"].partition(",")[0], {k.partition("-")[0]: v for k, v in row.items()
-                                              if k.endswith(f"-step {distance}") and v != "-"})
-            for row in reversed(table) if distance]
-    nets = {name: found for name, found in rows if found}                # of several rows of a net the first
-    texts = [f"{called(net)}: " + ", ".join(f"{v} in {FEW[k]}" for k, v in found.items() if k in FEW)
-             for net, found in nets.items() if net not in ("alone", "teacher")][:1]
+    """For a heading: what mid-training does beside a run without it, else the scores of the last student."""
+    nets = {}                                            # {net: {steps: text}}, of several rows the first
+    for row in reversed(table):
+        nets[row["stage"].partition(",")[0]] = {
+            FEW[key[0]]: v for key, v in row.items() if key.startswith(("1-step F", "2-step F")) and v != "-"}
     mid, post, alone = ({k: float(v.split()[0]) for k, v in nets.get(net, {}).items()}
                         for net in ("mid", "post", "alone"))
-    worse = [f"{mid[k]:.2f} in {FEW[k]}" for k in FEW if k in {*mid} & {*post}
-             and (verdict(mid[k], post[k]) == "hurts" or (alone and mid[k] < post[k]))]
-    if mid and (both := {FEW[k]: (alone[k], post[k]) for k in FEW if k in {*alone} & {*post}}):
+    texts = [f"{called(net)}: " + ", ".join(f"{v} in {k}" for k, v in found.items())
+             for net, found in nets.items() if found and net not in ("alone", "teacher")][:1]
+    if both := {k: (alone[k], post[k]) for k in alone if mid and k in post}:
         texts = ["with this seed mid-training " + effect(both)]
-    before = "before post-training {}" if alone else "post-training hurts (before it {})"
-    texts += [before.format(", ".join(worse))] * bool(worse)
-    texts += [f"the teacher's {k} steps: {value}" for k, value in [*nets.get("teacher", {}).items()][-1:]]
-    return f"{'; '.join(texts)}. {distance}: lower is better" * bool(nets)
+    worse = [f"{mid[k]:.2f} in {k}" for k in mid if k in post and mid[k] < post[k]]
+    return "; ".join(texts + [f"before post-training {', '.join(worse)}"] * bool(worse))
+
+
+def of_scores(table, samples):
+    """For a caption: what the scores of a table are, and how much each side has seen."""
+    text = (f" Judge by the score: so few images show little. {distance_of(table)}: Frechet distance of "
+            f"{samples:,} images to the data, by features of a classifier{FEWER * (samples < 1_000)}.")
+    text += f" {HALVES.partition(';')[0]}." * (distance_of(table) == "FD-digits")
+    seen = {row["stage"].partition(",")[0]: int(row.get("images", "0").replace(",", "")) for row in table}
+    if "alone" in seen and "mid" in seen:
+        ours, rival = seen["mid"] + seen.get("post", 0), seen["alone"]
+        text += (f" Mid- and post-training see {ours:,} pairs and images, training without mid-training "
+                 f"{'as many' if ours == rival else f'{rival:,}'} images (time: docs/results.md).")
+    elif "mid" in seen:
+        text += " Whether mid-training helps, only a run without it tells (docs/usage.md)."
+    return text + (" Shows its digit: a classifier reads it as the caption's digit."
+                   * any("shows its digit" in key for row in table for key in row))
 
 
 def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
@@ -1322,38 +1350,35 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
     """
     most = max([steps for name, steps, _ in shown if name == "teacher"], default=0)
     shown = [row for row in shown if row[1] < 2 or row[:2] == ("teacher", most)]
-    if any("1-step FD-digits" in row for row in table):                  # scored: what is it to look like?
+    if distance_of(table) == "FD-digits":                  # scored: what is it to look like?
         images, classes = digits()
-        numbers = [classes.tolist().index(k) for k in range(len(names))] or range(0, len(images), 150)
-        label = "real digits" + " (not matched)" * (not names)
-        shown = [*shown, (label, 0, to_float(images[numbers], "cpu"))]
-    labels = [net_label(name, steps, table) for name, steps, _ in shown]
-    rows, line, real = [*zip(labels, (x for *_, x in shown))], "column", labels[-1].startswith("real digits")
-    what = "class" if "".join(names).isdigit() else "caption"
-    header = names and [what, *("\n".join(name.rsplit(" ", 1)) for name in names)]    # "the digit\nzero"
-    breaks = breaks_between([name for name, *_ in shown])
-    if any(len(name) > 16 for name in names):
-        columns = torch.stack([x.cpu() for *_, x in shown], 1)
-        rows, header, line, breaks = [*zip(names, columns)], [what, *labels], "row", ()
+        some = [classes.tolist().index(k % 10) for k in range(len(shown[0][2]))]
+        shown = [*shown, ("real digits" + ", 0 to 9" * (not names), 0, to_float(images[some], "cpu"))]
+    labels = [net_label(name, steps) for name, steps, _ in shown]
+    numbers = [numbers_of(name, steps, table) for name, steps, _ in shown]
+    what, line = "class" if "".join(names).isdigit() else "caption", "column"
+    start = os.path.commonprefix(names).rpartition(" ")[0]               # of all captions: said once
+    if any(len(name) > 16 for name in names):            # captions at the left; nets and numbers above
+        columns, line, breaks = torch.stack([x.cpu() for *_, x in shown], 1), "row", ()
+        labels = ["\n".join([label, *map(" ".join, found.items())]).replace(LOWER, "")
+                  for label, found in zip(labels, numbers)]
+        rows, header = [*zip(names, columns)], [what, *labels]
+    else:
+        above = [name.removeprefix(start).strip() for name in names] or [""] * len(shown[0][2])
+        keys = {key for found in numbers for key in found}
+        keys = sorted(keys, key=lambda key: (not key.startswith("F"), "two" in key, key))
+        rows = [(label, row[2], *(found.get(key, "") for key in keys))
+                for label, row, found in zip(labels, shown, numbers)]
+        breaks = breaks_between([name for name, *_ in shown])
+        what = f"{what}\n{start} ..." if start else what * bool(names)
+        header = [what, *above, *keys] if names or keys else ()
     title, _, words = words.rpartition("\n")
     title = title or headline(table) or "The same noises, drawn by every net"
-    caption = f"{title}\nA {line}: one noise, drawn by all nets."
-    caption += (f" So few show little: judge by the score, the Frechet distance of {samples:,} images to "
-                "the data, by features of a classifier"
-                f"{'; of few it is off, mostly high' * (samples < 1_000)}.") * bool(table)
-    caption += f" {HALVES.partition(';')[0]}." * real
-    seen = {row["stage"].partition(",")[0]: row.get("images", "0").replace(",", "") for row in table}
-    if "alone" in seen and "mid" in seen:
-        ours, rival = int(seen["mid"]) + int(seen.get("post", 0)), int(seen["alone"])
-        caption += (f" Mid- and post-training together see {ours:,} images or pairs, as training without "
-                    "mid-training does." if ours == rival else " How long each side trains: docs/usage.md.")
-    elif "mid" in seen:
-        caption += " Whether mid-training helps, only a run without it tells (docs/usage.md)."
-    caption += (" Shows its digit: a classifier reads it as the caption's digit."
-                * any("shows its digit" in key for row in table for key in row)) + f"\n{words.strip()}"
+    caption = f"{title}\nA {line} is one noise, drawn by all nets."
+    caption += of_scores(table, samples) if table else ""
     path = f"{out}/stages" + f"_{shown[0][0]}" * shown[0][0].startswith("init_") + ".png"    # --init FILE
     if table or not (os.path.exists(path) and os.path.exists(f"{out}/results.md")):     # scores stay
-        save_sheet(path, rows, caption, header, breaks)
+        save_sheet(path, rows, f"{caption}{words}", header, breaks)
 
 
 def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words=""):
@@ -1375,23 +1400,25 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
                for net, f in nets.items() if net != "alone"}                 # whose ends are its own
     errors = {net: (x[0] - states[-1]).square().flatten(1).mean(1).sqrt() for net, x in answers.items()}
     k = next(iter(errors.values()), torch.zeros(1)).argmax().item()              # the noise that is shown
-    missed = ", ".join(f"{called(net)} {e.mean().item():.2f}" for net, e in errors.items())
     name = f"\n{names[k % len(names)]}" if names else ""
-    rows = [(f"states of the teacher{name}", show((states / wide)[:, k]))]                  # at unit scale
-    rows += [(f"{called(net)}\nin one step", show(x[:, k])) for net, x in answers.items()]
+    rows = [(f"the teacher's trajectory{name}", show((states / wide)[:, k]), "")]           # at unit scale
+    rows += [(f"{called(net)}\nin one step", show(x[:, k]), f"{errors[net].mean().item():.2f}")
+             for net, x in answers.items()]
     consistency = bool(levels.max() > 1)
-    jump = "from every state to the end" if consistency else "between any two states"
-    caption = (f"Mid-training teaches the jump {jump} of the teacher's walk. "
-               f"From noise one step misses the end by: {missed}\n"
-               "First row: the teacher walks from noise to an image; below, what each net answers there in "
-               f"one step. Numbers: root mean square of pixels, mean of {states.shape[1]} noises (the ends "
-               f"of two differ by {apart:.2f}). Shown is the noise where the teacher misses most. Smaller is "
-               f"nearer to the teacher, not better: post-training learns from images.{words}"
-               + f" Of {n} states {len(some)} are shown, where most changes." * (len(some) < n)
-               + " States above sigma 1 are divided by sigma." * consistency)
+    jump = ("from every state of the teacher's trajectory to its end" if consistency else
+            "between any two states of the teacher's trajectory")
+    caption = (f"Mid-training teaches the jump {jump}\nFirst row: the trajectory, from noise to an image"
+               + f" ({len(some)} of {n} states, where most changes)" * (len(some) < n)
+               + "; states above sigma 1 are divided by sigma" * consistency
+               + ". Below: what each net answers there in one step. At the right: how far its answer to the "
+               "noise is from the end, root mean square of pixels, mean of "
+               f"{states.shape[1]} noises (the ends of two noises differ by {apart:.2f}). "
+               "Drawn is the noise where the teacher misses most. Nearer to the teacher's end is not better: "
+               f"post-training learns from images.{words}")
     first, *middle, end = (f"{level:.2g}" for level in levels.tolist())
-    header = [f"noise level {'sigma' if consistency else 't'}", f"noise\n{first}", *middle, f"the end\n{end}"]
-    save_sheet(f"{out}/trajectory.png", rows, caption, header, (1,))
+    header = [f"noise level {'sigma' if consistency else 't'}", f"noise\n{first}", *middle, f"the end\n{end}",
+              "from noise it misses the end by"]
+    save_sheet(f"{out}/trajectory.png", rows, caption, header, (1,), smooth=False)
 
 
 def ticks_of(low, high, firsts=(1, 2, 5)):
@@ -2398,7 +2425,7 @@ def dry_run(home, argv, configs):
 
 def save_curve(cfg, table=()):
     """curve.png of cfg.out, a column a stage; of a Mean Flow, whose loss stays near 1, the squared error."""
-    stages, drawn, scores = {}, "loss", headline(table)
+    stages, drawn = {}, "loss"
     for m in read_steps(cfg.out):
         drawn = "squared error" if "mse_same" in m or "mse_gap1" in m else "loss"
         title = drawn + (", short jumps" if "mse_gap1" in m else ", r = t" if "mse_same" in m else "")
@@ -2407,6 +2434,7 @@ def save_curve(cfg, table=()):
         norms.append((m["images"], m["grad"]))
     panels = {f"{stage}: {title}": {stage: losses} for stage, (title, losses, _) in stages.items()}
     panels |= {f"{stage}: gradient norm": {stage: norms} for stage, (_, _, norms) in stages.items()}
+    scores = f" {distance_of(table)}, lower is better, {cfg.samples:,} samples: {headline(table)}."
     words = [f"{SPOKEN[s]}: {words_of(dataclasses.replace(cfg, stage=s)).partition(': ')[2]}"
              for s in home_of(cfg).STAGES if SPOKEN.get(s) in stages]
     save_chart(f"{cfg.out}/curve.png", panels,
@@ -2415,8 +2443,7 @@ def save_curve(cfg, table=()):
                "trained on (mid-training: pairs). A point: a mean since the last one."
                + (" Errors of velocities; short jumps: 0 < t - r <= 1/4. Post-training's targets are noisy; "
                   "its errors and mid-training's do not compare.") * (drawn != "loss")
-               + f" {scores[:1].upper()}{scores[1:]}; {cfg.samples:,} samples each." * bool(scores),
-               columns=max(1, len(stages)))
+               + scores * bool(headline(table)), columns=max(1, len(stages)))
 
 
 def save_preview(cfg, tally, stop, sampler, drawn=""):

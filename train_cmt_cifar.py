@@ -367,15 +367,15 @@ def make_sampler(cfg, net, kind):
 @torch.no_grad()
 def draw_sheets(cfg, found):
     """Saves stages.png and trajectory.png. Returns what the first is made of, to draw it with its scores."""
-    shown = [(name, steps, make_sampler(cfg, net, kind)(range(12)))
+    shown = [(name, steps, make_sampler(cfg, net, kind)(range(10)))
              for name, net, kinds, _ in found for steps, kind in kinds.items()]
     if data_name(cfg) == "own" and os.path.exists(cfg.data):     # where no score says how near samples are
-        shown.append(("real images", 0, fid.to_float(load_data(cfg)[:12], "cpu")))
+        shown.append(("real images", 0, fid.to_float(load_data(cfg)[:10], "cpu")))
     stages = shown, (), fid.about(cfg, found)         # without names of columns, and with words below
     fid.save_stages(cfg.out, *stages)
     if found[0][0] == "teacher":
         teacher, sigmas = found[0][1], teacher_sigmas(cfg.nfe)
-        xs = teacher_solver(teacher, prior(teacher, range(12))[0], sigmas)           # (nfe+1, 12, C, H, W)
+        xs = teacher_solver(teacher, prior(teacher, range(10))[0], sigmas)           # (nfe+1, 10, C, H, W)
         answers = {name: lambda x, sigma, net=net: net(x, sigma.to(x)) for name, net, *_ in found}
         fid.save_trajectory(cfg.out, xs, sigmas, answers)
     return stages

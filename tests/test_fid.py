@@ -739,13 +739,15 @@ def test_a_label_higher_than_its_images_makes_room(tmp_path):
 def test_stages_have_the_scores_once_the_table_has_them(tmp_path, monkeypatch):
     shown = [("teacher", 16, seeded(range(4))), ("mid", 1, seeded(range(4)))]
     row = {"stage": "mid, balanced labels", "1-step FID": "3.50 +- 0.1", "2-step FID": "-"}
-    assert fid.net_label("mid", 1, [row]) == "mid-training alone\n1 step, FID 3.50 +- 0.1"
-    assert fid.net_label("post", 2, [row]) == "after post-training\n2 steps"
-    assert fid.net_label("mid", 1, [row | {"2-step FID": "2.25"}]) == "mid-training alone\n1 step, FID 3.50 +- 0.1\n(2 steps: 2.25)"
-    assert fid.net_label("teacher", 1, [{"stage": "teacher", "1-step FID": "9.0", "2-step FID": "8.0"}]) == "teacher\n1 step, FID 9.0"
+    lower = "FID\n(lower is better)"
+    assert fid.numbers_of("mid", 1, [row]) == {lower: "3.50 +- 0.1"} and fid.net_label("mid", 1) == "mid-training alone\n1 step"
+    assert fid.numbers_of("post", 2, [row]) == {} and fid.net_label("post", 2) == "after post-training\n2 steps"
+    assert fid.numbers_of("mid", 1, [row | {"2-step FID": "2.25", "1-step digit": "9%"}]) == {lower: "3.50 +- 0.1", "digit": "9%", "FID in two steps": "2.25"}
+    teacher = {"stage": "teacher", "1-step FID": "9.0", "2-step FID": "8.0", "16-step FID": "7.0"}
+    assert fid.numbers_of("teacher", 1, [teacher]) == {lower: "9.0"} and fid.numbers_of("teacher", 16, [teacher]) == {lower: "7.0"}
     (tmp_path / "mid.pt").touch()
     monkeypatch.setattr(fid, "OUT", str(tmp_path))
-    assert fid.net_label("post", 2, [row]) == "mid- and post-training\n2 steps"
+    assert fid.net_label("post", 2) == "mid- and post-training\n2 steps" and fid.net_label("real digits", 0) == "real digits"
     for names in ([], list("0123"), [f"the digit {k}" for k in range(4)]):
         sizes = []
         for table in ((), [row]):
@@ -783,52 +785,54 @@ def test_a_stage_has_one_colour_whoever_is_beside_it(tmp_path):
 
 def test_of_a_long_trajectory_nine_states_are_drawn_where_most_changes(tmp_path, monkeypatch):
     """The first state and the end are among them; of a short one all are."""
-    monkeypatch.setattr(fid, "save_sheet", lambda path, rows, caption, header, breaks: drawn.append((rows, header)) or said.append(caption))
+    monkeypatch.setattr(fid, "save_sheet", lambda path, rows, caption, header, breaks, smooth: drawn.append((rows, header)) or said.append(caption))
     drawn, said, x = [], [], torch.arange(17.0).view(17, 1, 1, 1, 1).expand(-1, 2, 1, 8, 8)
     fid.save_trajectory("", x, torch.linspace(1, 0, 17), {"mid": lambda x, level: x})
     fid.save_trajectory("", torch.cat([x[:1]] * 8 + [x[:9]]), torch.linspace(1, 0, 17), {})
     fid.save_trajectory("", x[:8], torch.linspace(1, 0, 8), {}, names=["class 7"])                  # data of one class
     (rows, header), (late, _), (short, _) = drawn
-    assert [len(images) for _, images in rows] == [9] * 2 and header[1:] == ["noise\n1", *"0.88 0.75 0.62 0.5 0.38 0.25 0.12".split(), "the end\n0"]
+    assert [len(images) for _, images, _ in rows] == [9] * 2 and header[1:-1] == ["noise\n1", *"0.88 0.75 0.62 0.5 0.38 0.25 0.12".split(), "the end\n0"]
     assert late[0][1][:, 0, 0, 0].tolist() == [*range(9)] and len(short[0][1]) == 8
-    assert [label for label, _ in (*late, *short)] == ["states of the teacher", "states of the teacher\nclass 7"]
-    assert rows[1][0] == "mid-training alone\nin one step"
-    assert said[0].startswith("Mid-training teaches the jump between any two states of the teacher's walk. From noise one step misses the end by: mid-training alone 16.00\nFirst row: the teacher walks")
-    assert "of pixels, mean of 2 noises (the ends of two differ by 0.00). Shown is the noise where the teacher misses most." in said[0] and "divided by sigma" not in said[0] and "Of 17 states 9 are shown" in said[0]
+    assert [label for label, *_ in (*late, *short)] == ["the teacher's trajectory", "the teacher's trajectory\nclass 7"]
+    assert rows[1][::2] == ("mid-training alone\nin one step", "16.00") and rows[0][2] == "" and header[-1] == "from noise it misses the end by"
+    assert said[0].startswith("Mid-training teaches the jump between any two states of the teacher's trajectory\nFirst row: the trajectory, from noise to an image (9 of 17 states, where most changes). ")
+    assert "of pixels, mean of 2 noises (the ends of two noises differ by 0.00). Drawn is the noise where the teacher misses most." in said[0] and "divided by sigma" not in said[0]
     fid.save_trajectory("", x, torch.linspace(80, 0, 17), {"teacher": lambda x, level: x, "mid": lambda x, level: x + 9, "post": lambda x, level: x - 1})
-    assert said[-1].startswith("Mid-training teaches the jump from every state to the end of the teacher's walk. From noise one step misses the end by: teacher 16.00, mid-training alone 7.00, after post-training 17.00\n")
-    assert "divided by sigma" in said[-1]
+    assert said[-1].startswith("Mid-training teaches the jump from every state of the teacher's trajectory to its end\n")
+    assert [row[2] for row in drawn[-1][0]] == ["", "16.00", "7.00", "17.00"] and "divided by sigma" in said[-1]
 
 
 def test_the_heading_of_scored_images_has_the_last_net_in_one_step_and_two_and_the_teacher(tmp_path, monkeypatch):
     """Whether mid-training gains, a run without it tells; whether post-training hurts, the table. Nets and scores as in rows and table."""
     said = []
     monkeypatch.setattr(fid, "MADE_BY", "")
-    monkeypatch.setattr(fid, "save_sheet", lambda path, rows, caption, *more: said.append(caption) or labels.append([label for label, _ in rows]))
-    shown, labels = [(name, steps, seeded(range(12))) for name in ("mid", "post") for steps in (1, 2)], []
+    monkeypatch.setattr(fid, "save_sheet", lambda path, rows, caption, header, *more: said.append(caption) or labels.append([(label, *texts) for label, _, *texts in rows]) or heads.append(header))
+    heads, shown, labels = [], [(name, steps, seeded(range(12))) for name in ("mid", "post") for steps in (1, 2)], []
     rows = [{"stage": "teacher, balanced labels", "1-step FID": "99.0", "8-step FID": "2.0"}, {"stage": "mid", "1-step FID": "5.0", "2-step FID": "-"},
             {"stage": "post", "1-step FID": "6.0 +- 1.0, min 5.0", "2-step FID": "3.0"}]
     fid.save_stages(str(tmp_path), shown, (), " Seed 0.", rows, 500)
-    assert said[0] == ("after post-training: 6.0 +- 1.0, min 5.0 in one step, 3.0 in two; post-training hurts (before it 5.00 in one step); "
-                       "the teacher's 8 steps: 2.0. FID: lower is better\nA column: one noise, drawn by all nets. So few show little: judge by the score, the Frechet distance of 500 images to the data, by features of a classifier; of few it is off, mostly high. Whether mid-training helps, only a run without it tells (docs/usage.md).\nSeed 0.")
-    assert labels == [["mid-training alone\n1 step, FID 5.0", "after post-training\n1 step, FID 6.0 +- 1.0, min 5.0\n(2 steps: 3.0)"]]     # two look like one
+    assert said[0] == ("after post-training: 6.0 +- 1.0, min 5.0 in one step, 3.0 in two; before post-training 5.00 in one step\n"
+                       "A column is one noise, drawn by all nets. Judge by the score: so few images show little. FID: Frechet distance of 500 images to the data, by features of a classifier; of few it is off, mostly high. Whether mid-training helps, only a run without it tells (docs/usage.md). Seed 0.")
+    assert labels == [[("mid-training alone\n1 step", "5.0", ""), ("after post-training\n1 step", "6.0 +- 1.0, min 5.0", "3.0")]]     # two look like one
+    assert heads == [["", *[""] * 12, "FID\n(lower is better)", "FID in two steps"]]
     fid.save_stages(str(tmp_path), shown, (), "", [{"stage": "teacher", "8-step FID": "2.0"}])
     fid.save_stages(str(tmp_path), shown, (), "A heading\nand more", rows)
     nearly = [{"stage": "mid", "1-step FID": "5.0", "2-step FID": "3.0"}, {"stage": "post", "1-step FID": "5.4", "2-step FID": "3.2"}]
-    assert "hurts" not in fid.headline(nearly) and "hurts" in fid.headline([nearly[0], nearly[1] | {"2-step FID": "3.5"}])       # in either
-    assert fid.headline([{"stage": "teacher", "1-step FID": "9.0", "8-step FID": "2.0"}]) == "the teacher's 8 steps: 2.0. FID: lower is better"
+    assert fid.headline(nearly) == "after post-training: 5.4 in one step, 3.2 in two; before post-training 5.00 in one step, 3.00 in two"
+    assert fid.headline([nearly[0] | {"1-step FID": "6.0"}, nearly[1]]).endswith("; before post-training 3.00 in two")            # in either
+    assert fid.headline([{"stage": "teacher", "1-step FID": "9.0", "8-step FID": "2.0"}]) == ""
     assert fid.headline([{"stage": "teacher", "8-step FID": "2.0"}]) == ""
     for (one, two), words in {("1.48", "0.97"): ("hurts", " and"), ("5.30", "9.00"): ("is level", ", helps"), ("8.00", "3.10"): ("helps", ", is level")}.items():
         alone = {"stage": "alone", "1-step FID": one, "2-step FID": two}
         assert fid.headline([*nearly, alone]) == (
             f"with this seed mid-training {words[0]} in one step (5.40, without it {one}){words[1]} in two (3.20, without it {two}); "
-            "before post-training 5.00 in one step, 3.00 in two. FID: lower is better")                  # which of the two does it
+            "before post-training 5.00 in one step, 3.00 in two")                  # which of the two does it
         assert fid.headline([nearly[1], alone]).startswith("after post-training: 5.4 in one step")      # the student had none either
         better = fid.headline([nearly[0] | {"1-step FID": "6.0"}, nearly[1], alone])
-        assert better.startswith("with this seed mid-training ") and better.endswith("); before post-training 3.00 in two. FID: lower is better")
+        assert better.startswith("with this seed mid-training ") and better.endswith("); before post-training 3.00 in two")
     fid.save_stages(str(tmp_path), shown, (), "", [row | {"images": n} for row, n in zip((*nearly, alone), ("1,000", "7", "1,007"))])
-    assert "Mid- and post-training together see 1,007 images or pairs, as training without mid-training does." in said[3] and "README" not in said[3]
-    assert said[1].startswith("The same noises, drawn by every net\nA column") and said[2].startswith("A heading\nA column") and said[2].endswith("\nand more")
+    assert "Mid- and post-training see 1,007 pairs and images, training without mid-training as many images (time: docs/results.md)." in said[3] and "README" not in said[3]
+    assert said[1].startswith("The same noises, drawn by every net\nA column") and said[2].startswith("A heading\nA column") and said[2].endswith("and more")
 
 
 def test_a_picture_with_scores_stays_until_there_are_others(tmp_path, monkeypatch):
@@ -847,18 +851,16 @@ def test_a_picture_with_scores_stays_until_there_are_others(tmp_path, monkeypatc
 def test_a_caption_names_seed_and_sizes():
     import train_cmt_cifar
     import train_mf_imagenet256
-    noise = " Before the second of two steps noise of level 0.821 is added again."            # of a Mean Flow: none
     losses = dict(huber="pixels", elatentlpips="features", edges="edges")                     # of a fork
     found = [("teacher", torch.nn.Linear(999, 1000), {}), ("mid", torch.nn.Linear(1999, 1000), dict(cfg={})), ("post", torch.nn.Linear(1999, 1000), {})]
     assert fid.about(train_mf_imagenet256.Config(seed=7), found) == (
         " Seed 7. Mid-training teaches jumps along the teacher's trajectories, compared by velocities; post-training learns from images."
-        " Parameters: teacher 1.00M, students 2.00M (larger).")
+        " The students have 2.0 times the teacher's parameters.")
     for loss, words in losses.items():
         found[1][2]["cfg"]["loss"] = loss
         assert fid.about(train_cmt_cifar.Config(seed=7), found[1:]) == (
-            f" Seed 7. Mid-training teaches jumps along the teacher's trajectories, compared by {words}; post-training learns from images."
-            f" Parameters: students 2.00M.{noise}")
-    assert fid.about(train_cmt_cifar.Config(seed=7), found[2:]) == f" Seed 7. Parameters: students 2.00M.{noise}"
+            f" Seed 7. Mid-training teaches jumps along the teacher's trajectories, compared by {words}; post-training learns from images.")
+    assert fid.about(train_cmt_cifar.Config(seed=7), found[2:]) == " Seed 7."
 
 
 def test_a_colour_means_one_thing_in_every_chart():
@@ -897,7 +899,7 @@ def test_every_stage_has_an_axis_of_its_own(tmp_path, monkeypatch):
     scores = {"stage": "teacher, balanced labels", "8-step FID": "2.00"}, {"stage": "mid", "1-step FID": "5.00 +- 1.00, min 4.00"}, {"stage": "post", "1-step FID": "-"}
     save_curve(cfg, scores)
     assert drawn["caption"].startswith("Loss and gradient norm of each stage; only scores tell what is better\n")
-    assert drawn["caption"].endswith(" A point: a mean since the last one. Mid-training alone: 5.00 +- 1.00, min 4.00 in one step; the teacher's 8 steps: 2.00. FID: lower is better; 50,000 samples each.")
+    assert drawn["caption"].endswith(" A point: a mean since the last one. FID, lower is better, 50,000 samples: mid-training alone: 5.00 +- 1.00, min 4.00 in one step.")
 
 
 

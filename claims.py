@@ -421,13 +421,14 @@ def photos(args, device):
         table = {row: {"stage": CALLED.get(row, row)} for row, _ in scores}
         for (row, steps), values in scores.items():
             table[row][f"{steps}-step FD-photos"] = f"{np.mean(values):.2f}"
-        ours, alone = (np.mean(scores.get((row, 1), np.nan)) for row in ("CMT + ECT", "ECT, annealed"))
-        does = "?" if np.isnan(ours + alone) else fid.effect({"one step": (alone, ours)})
+        ends = {words: [np.mean(scores.get((row, steps), np.nan)) for row in ("ECT, annealed", "CMT + ECT")]
+                for steps, words in ((1, "one step"), (2, "two"))}
+        does = "?" if np.isnan(sum(ends["one step"])) else fid.effect(ends)
         new = features.apart * (1 / n + 1 / len(images)) / (4 / len(images))     # docs/results.md: 1/n + 1/m
-        words = (f"On these photos mid-training {does}, means of {number} seeds\n {n:,} new photos would "
-                 f"score about {new:.2f}. Images: seed {seed}, by nets too small to draw objects. The last "
-                 "two students saw equally many images or pairs. Mid-training teaches jumps along the "
-                 "teacher's trajectories, compared by pixels; post-training learns from images. Photos: "
+        words = (f"On these photos mid-training {does}\n {n:,} new photos would score about {new:.2f}. "
+                 f"Scores: means of {number} seeds. Images: seed {seed}, by nets too small to draw objects. "
+                 "The last two students saw equally many images or pairs. Mid-training teaches jumps along "
+                 "the teacher's trajectories, compared by pixels; post-training learns from images. Photos: "
                  f"{len(images):,} of {os.path.basename(args.data)}.")
         fid.save_stages(f"{args.out}/{seed}", [*shown, real], (), words, [*table.values()], n)
 

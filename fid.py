@@ -522,7 +522,9 @@ def to_uint8(x):
 
 
 def stamp(images):
-    """A text that changes when the images do, a uint8 tensor."""
+    """A text that changes when the images do, uint8 (N, C, H, W)."""
+    if getattr(images, "dtype", None) is not torch.uint8 or images.ndim != 4:
+        raise DataError(f"images are {getattr(images, 'dtype', None)}, not uint8 (N, C, H, W): load_data")
     return f"{len(images)} images, crc32 {zlib.crc32(images.numpy()):08x}"
 
 
@@ -1330,12 +1332,13 @@ def of_scores(table, samples):
     text = (f" Judge by the score: so few images show little. {distance_of(table)}: Frechet distance of "
             f"{samples:,} images to the data, by features of a classifier{FEWER * (samples < 1_000)}.")
     text += f" {HALVES.partition(';')[0]}." * (distance_of(table) == "FD-digits")
-    seen = {row["stage"].partition(",")[0]: int(row.get("images", "0").replace(",", "")) for row in table}
+    seen = {row["stage"].partition(",")[0]: int(row["images"].replace(",", ""))
+            for row in table if row.get("images", "-") != "-"}
     if "alone" in seen and "mid" in seen:
         ours, rival = seen["mid"] + seen.get("post", 0), seen["alone"]
         text += (f" Mid- and post-training see {ours:,} pairs and images, training without mid-training "
                  f"{'as many' if ours == rival else f'{rival:,}'} images (time: docs/results.md).")
-    elif "mid" in seen:
+    elif any(row["stage"].partition(",")[0] == "mid" for row in table):
         text += " Whether mid-training helps, only a run without it tells (docs/usage.md)."
     return text + (" Shows its digit: a classifier reads it as the caption's digit."
                    * any("shows its digit" in key for row in table for key in row))
@@ -1573,8 +1576,11 @@ def fail(code, message):
 
 SLIPS = {"implicitly created only for scalar": "a loss is one number: end it in .mean()",        # of forks
          "does not require grad": "a loss has no gradient: was the net called under no_grad, or detached?",
+         "'float' object has no attribute 'backward'": "a loss is a tensor: leave .item() out",
+         "0-d tensor": "loss_of of a Mean Flow returns two: the loss, and the squared error of each row",
          "out of bounds for dimension 0": "has each feature of a distance a row for each image?",
-         "'NoneType' object is not callable": "is a method that asks the teacher in NO_TEACHER?"}
+         "NoneType": "does each function return? Does set_up read what is asked for: images (needs_data), "
+                     "the teacher (NO_TEACHER)?"}
 
 
 @contextlib.contextmanager
@@ -1723,18 +1729,27 @@ def home_of(cfg):
 
 
 def check_tables(home):
-    """Exit code 2 where a table of the script names no field of Config, or no method of a stage: forks."""
+    """Exit code 2 where a table of the script names what is not there, or a value is not possible: forks."""
     fields = {f.name: f.type for f in dataclasses.fields(home.Config)}
     names = " ".join([*home.LIMITS.values(), *home.READ_BY]).split()
     odd = [name for name in (*names, *itertools.chain(*home.PRESETS.values())) if name not in fields]
-    keys = [key[1:] for key in home.PRESETS]
     where = ", ".join([*home.ABOUT, *home.READ_BY.values()]).split(", ")
     odd += [key for key in where if " " not in key and key not in home.ABOUT]
-    keys += [key.removeprefix("not ").split() for key in where if " " in key]
-    odd += [method for stage, method in keys if method not in ("*", *typing.get_args(fields.get(stage)))]
+    keys = [key.removeprefix("not ").split() for key in where if " " in key]
+    for stage, method in keys + [key[1:] for key in home.PRESETS]:
+        odd += [word for word, field in ((stage, "stage"), (method, stage))
+                if word not in ("*", *typing.get_args(fields.get(field)))]
+    odd += [data for data, *_ in home.PRESETS
+            if data not in ("*", "own", "digits", home.Config.data, *home.FILES)]
     if odd:
         tables = [t for t in ("PRESETS", "LIMITS", "READ_BY", "ABOUT") if odd[0] in str(vars(home)[t])]
-        fail(2, f"{' and '.join(tables)} name {odd[0]}, which is no field and no method of Config; mend it")
+        fail(2, f"{' and '.join(tables)} name {odd[0]}, which is no field, stage, method or data set")
+    defaults = {f.name: f.default for f in dataclasses.fields(home.Config)}
+    for key, name, value in ((key, *item) for key, row in [("Config", defaults), *home.PRESETS.items()]
+                             for item in row.items()):
+        kind, choices = fields[name], typing.get_args(fields[name])
+        if value not in choices if choices else not isinstance(value, (kind, int) if kind is float else kind):
+            fail(2, f"{key}: {name} = {value!r} must be {', '.join(choices) or kind.__name__}")
 
 
 def words_of(cfg):
@@ -1909,9 +1924,10 @@ def check_values(cfg, limits, world):
     """
     home, idle = home_of(cfg), never_read(cfg)
     code, bounded = pathlib.Path(home.__file__).read_text(), " ".join([*limits.values(), "seed"]).split()
-    used = {*re.findall(r"\bc(?:fg)?\.(\w+)", code + pathlib.Path(__file__).read_text())}
-    for f in [f for f in dataclasses.fields(cfg) if f.type in (int, float, bool)]:           # of a fork
-        if f.type is not bool and f.name not in bounded:
+    both = code.partition("\ndef ")[2] + pathlib.Path(__file__).read_text()
+    used = {*sum(re.findall(r"""\bc(?:fg)?\.(\w+)|["'](\w+)["']""", both), ())}
+    for f in dataclasses.fields(cfg):                        # of a fork
+        if f.type in (int, float) and f.name not in bounded:
             say(f"warning: --{f.name}: no row of LIMITS says what it may be, so any number trains")
         if f.name not in used:
             say(f"warning: --{f.name}: no code reads cfg.{f.name}, so it changes nothing")
@@ -1920,10 +1936,11 @@ def check_values(cfg, limits, world):
             if not least <= getattr(cfg, name) < below:
                 fail(2, f"--{name} {getattr(cfg, name)} is not possible; it must be {rule}")
     code = code.partition("\ndef ")[2]                       # behind Config and PRESETS
-    for name in {"pretrain", "mid", "post", "loss"} & {*vars(cfg)}:              # else one trains as another
+    choices = {f.name for f in dataclasses.fields(cfg) if typing.get_args(f.type)}
+    for name in choices - {"stage", "decay", "precision", "ensemble"}:   # these are read otherwise
         value, default = getattr(cfg, name), getattr(type(cfg), name)
         written = re.search(rf"""["']{re.escape(value)}["']""", code)
-        if value != default and not written:
+        if value != default and not written:                 # else one trains as another
             fail(2, f"--{name} {value}: no function of {os.path.basename(home.__file__)} holds the word, in "
                     "quotes; write its branch (docs/forking.md)")
     path = os.sep in cfg.data or "." in cfg.data or os.path.exists(cfg.data)
@@ -1961,8 +1978,11 @@ def check_out(out):
         fail(2, f"--out {out}: is named as a picture; name a folder")
 
 
-def check_solve(cfg, n, used, world):
-    """Exit code 2 unless the pairs, `used` of each of n trajectories, fill whole batches on all processes."""
+def check_solve(cfg, n, used, world, solver=None, grid=None):
+    """Exit code 2 unless the pairs, `used` of each of n trajectories, fill whole batches on all processes.
+
+    solver, grid: of a consistency model's teacher; tried here on a net that answers with 0.
+    """
     if not n * used or n * used % cfg.batch:
         states = f"--nodes {cfg.nodes}" if hasattr(cfg, "nodes") else f"--nfe {cfg.nfe}"
         least = cfg.batch // math.gcd(cfg.batch, used)
@@ -1970,18 +1990,35 @@ def check_solve(cfg, n, used, world):
                 f"batches of --batch {cfg.batch}; pass --trajectories {least} or a multiple")
     if n % world:
         fail(2, f"the {n} --trajectories of a solve must be a multiple of the {world} processes")
+    if solver:
+        sigmas = grid(cfg.nfe)
+        if not torch.is_tensor(sigmas) or len(sigmas) != cfg.nfe + 1 or abs(sigmas[0] - 80) > 1e-6:
+            fail(2, f"teacher_sigmas returned no tensor of {cfg.nfe + 1} levels, falling from 80")
+        x_T = torch.full((2, 1, 4, 4), 80.0)
+        xs = solver(lambda x, sigma: 0 * x, x_T, sigmas)
+        if not torch.is_tensor(xs) or xs.shape != (cfg.nfe + 1, *x_T.shape) or (xs[0] - xs[-1] < 79).any():
+            fail(2, "teacher_solver returned no states from x_T to the end, (steps + 1, B, C, H, W)")
 
 
-def check_pairs(pairs, expected, features=[], distance=None):
-    """pairs, what a solve returned; exit code 2 if solve_size says another number, or a distance is none."""
-    if len(pairs[0]) != expected:
-        fail(2, f"a solve returned {len(pairs[0])} pairs, solve_size says {expected}; make them agree")
+def check_pairs(pairs, expected, features=(), distance=None):
+    """pairs, what a solve returned; exit code 2 where a fork's pairs, or features of their ends, are odd."""
+    if {len(a) for a in pairs} != {expected}:
+        sizes = ", ".join(str(len(a)) for a in pairs)
+        fail(2, f"a solve returned {sizes} rows, solve_size says {expected} pairs; make them agree")
+    if not distance:
+        return pairs
     if not isinstance(features, list):
         fail(2, f"features of a distance are a {type(features).__name__}, not a list of tensors, as [x]")
+    if any(a.requires_grad for a in features):
+        fail(2, "features of a distance have a gradient: make its net .requires_grad_(False).eval()")
     two = [a[:2] for a in features]
-    if distance and (d := distance.distance(two, two)).shape != two[0].shape[:1]:
-        fail(2, f"a distance of {len(two[0])} images has shape {[*d.shape]}, not a number for each of them; "
+    shape = getattr(distance.distance(two, two), "shape", None)
+    if shape != two[0].shape[:1]:
+        fail(2, f"a distance of {len(two[0])} images has shape {shape and [*shape]}, not a number for each; "
                 "end it in .flatten(1).mean(1)")
+    owner = pairs[-1]                                    # on a GPU it would wait
+    if owner.is_cpu and (owner.dtype != torch.int64 or len(owner.unique()) != len(features[0])):
+        fail(2, f"owner of a solve must say, as int64, which of its {len(features[0])} ends is a pair's")
     return pairs
 
 

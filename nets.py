@@ -290,9 +290,9 @@ class EDMPrecond(nn.Module):
     """EDM preconditioning around DDPM++: D_x = c_skip x + c_out F(c_in x, c_noise)   (EDM Table 1, Eq. 7).
 
     forward(x (B, C, H, W), sigma (B,), class_labels=None, augment_labels=None, masks=None) -> D_x, float32.
-    masks: of dropout_masks; None: dropout as torch draws it. Outside training sigma - sigma_shift replaces
-    sigma in the numerators, as official CMT and ECT checkpoints are sampled (0.003); 0 samples the function
-    that was trained. ValueError for constructor arguments that are not DDPM++.
+    masks: of dropout_masks; None: dropout as torch draws it. Outside training sigma - sigma_shift stands
+    for sigma in c_skip and above in c_out, as official CMT and ECT checkpoints are sampled (0.003); 0 samples
+    the function that was trained. ValueError for constructor arguments that are not DDPM++.
     """
 
     def __init__(self, img_resolution, img_channels, label_dim=0, sigma_data=0.5, sigma_shift=0.0,

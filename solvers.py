@@ -1,4 +1,4 @@
-"""Solvers: from a denoiser or a velocity to a whole trajectory, and few-step sampling. Pure functions.
+"""Solvers: from a denoiser or a velocity to a whole trajectory, and few-step sampling. No state of their own.
 
   what                          of                           source
   logsnr_sigmas, edm_sigmas     grids of noise levels        DPM-Solver (uniform log-SNR); EDM Eq. 5
@@ -36,9 +36,9 @@ def edm_sigmas(steps, sigma_max=80.0, sigma_min=0.002, rho=7):
 
 
 def as_grid(grid):
-    """A grid as a tuple of floats; ValueError unless it falls strictly, to 0 or above, and has a step."""
+    """A grid as a tuple of floats; ValueError unless it falls strictly, to 0 or above, of 2 or more."""
     grid = tuple(float(g) for g in (grid.tolist() if torch.is_tensor(grid) else grid))
-    if len(grid) < 2 or any(b >= a for a, b in zip(grid, grid[1:])) or grid[-1] < 0:
+    if len(grid) < 2 or not all(b < a for a, b in zip(grid, grid[1:])) or grid[-1] < 0:
         raise ValueError(f"grid {grid}: it must have two or more values, fall strictly and end at 0 or above")
     return grid
 
@@ -61,17 +61,16 @@ def ode_step(D, x_t, t, r, order):
 
 
 def by_steps(D, x, sigmas, order):
-    """ode_step from level to level of a grid. Shapes as dpmpp."""
+    """ode_step from level to level of a grid (steps+1,) -> all states (steps+1, B, ...)."""
     xs, grid = [x], as_grid(sigmas)
     for s, s_next in zip(grid, grid[1:]):
-        last = s_next == 0                            # there Heun is Euler: no second call
         t, r = x.new_full((len(x),), s), x.new_full((len(x),), s_next)
-        xs.append(ode_step(D, xs[-1], t, r, 1 if last else order))
+        xs.append(ode_step(D, xs[-1], t, r, order if s_next else 1))      # to 0 Heun is Euler: one call
     return torch.stack(xs)
 
 
 def euler(D, x, sigmas):
-    """Euler on the probability-flow ODE, one call of D a step. Shapes as dpmpp."""
+    """Euler on the probability-flow ODE, one call of D a step. Shapes as by_steps."""
     return by_steps(D, x, sigmas, 1)
 
 
@@ -92,7 +91,7 @@ def dpmpp_coefficients(sigmas, order):
 
       order 1   x_next = a x - phi1 D_i                              a = sigma_next / sigma
       order 2   x_next = a x - phi1 (D_i + d0 / 2)
-      order 3   x_next = a x - phi1 D_i + phi2 D1 - phi3 D2          D2 = (d0 - d1) / (r0 + r1), half of D''
+      order 3   x_next = a x - phi1 D_i + phi2 D1 - phi3 D2          D2 = (d0 - d1) / (r0 + r1), D'' h^2 / 2
                                                                      D1 = d0 + r0 D2
     In order 3 d0 weighs phi2 + c, and d1 weighs -c: c = (phi2 r0 - phi3) / (r0 + r1).
     """
@@ -125,7 +124,8 @@ def dpmpp(D, x, sigmas, order=3):
     """DPM-Solver++ multistep of the given order (1, 2, 3): the teacher's trajectory (B.2: order 3, 16 steps).
 
     D(x, sigma (B,)) -> denoised, called exactly `steps` times. x (B, ...): state at sigmas[0], dtype kept.
-    sigmas (steps+1,): any decreasing grid, the last may be 0. Returns (steps+1, B, ...), xs[0] = x.
+    sigmas (steps+1,): any decreasing grid, the last may be 0. Returns (steps+1, B, ...), xs[0] = x. It
+    writes in place, so call it under torch.no_grad.
     """
     grid = as_grid(sigmas)
     if order not in (1, 2, 3):
@@ -162,7 +162,7 @@ def few_step(f, x_T, sigmas, generator=None):
 # ---- velocity v(x, t), average velocity u(x, t, r) ------------------------------------------------
 def flow_euler(v, x, times):
     """Euler on dx/dt = v(x, t), times (steps+1,) from 1 (noise) to 0 (data) -> (steps+1, B, ...)."""
-    return mean_flow(lambda x, t, r: v(x, t), x, times)       # as if v, which holds at t, were the mean
+    return mean_flow(lambda x, t, r: v(x, t), x, times)       # v at t for the mean velocity of the step
 
 
 def flow_heun(v, x, times):
@@ -189,7 +189,7 @@ def mean_flow(u, x, times):
 
 # ---- seeds and noise ---------------------------------------------------------------------------
 def fold(*key):
-    """A 63-bit seed from anything: randomness follows from (seed, purpose, number), so none is saved."""
+    """A 63-bit seed from numbers and words: all noise follows from (seed, purpose, number), none is saved."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
 
 

@@ -1,15 +1,14 @@
 """CMT on CIFAR-10, FFHQ-64, AFHQv2-64: a diffusion teacher becomes a one-step generator (Sec. 4.2, App. B.2).
 
   python train_cmt_cifar.py --data digits                   # laptop: the whole road in minutes, no download
-  torchrun --nproc_per_node=8 train_cmt_cifar.py            # CIFAR-10: fetch all, mid, post, eval
+  torchrun --nproc_per_node=8 train_cmt_cifar.py            # CIFAR-10: download, mid, post, scores
   torchrun --nproc_per_node=8 train_cmt_cifar.py --data ffhq --stage mid
   python train_cmt_cifar.py --data my_images.zip --res 32   # your own images: .zip, folder, .npz
   python train_cmt_cifar.py --data digits --mid none --post annealed --out out/ect        # ECT without CMT
-  python train_cmt_cifar.py --data digits --stage sample --seeds 0-63
 
-pretrain: train or fetch the teacher. mid: regress the student onto the ends of the teacher's trajectories
-(Eq. 7). post: ECT with a fixed step (Eq. 3). Paper: CIFAR-10, 1/2-step FID 2.74/1.97, 51.2 million inputs.
-Run the same command again to resume. Copy and fork. "choice": ours, not the paper's; "trap": a bug avoided.
+pretrain: train or fetch the teacher. mid: regress the student onto the ends of its trajectories (Eq. 7).
+post: ECT with a fixed q (Eq. 3). Paper: CIFAR-10, 1/2-step FID 2.74/1.97. The same command again resumes.
+Copy and fork. "choice": ours, not the paper's; "trap": a bug avoided.
 """
 # /// script
 # dependencies = ["torch", "numpy", "lpips", "pillow", "scipy"]
@@ -43,9 +42,9 @@ class Config:                   # field default < matching rows of PRESETS < --f
     stage: Literal["all", "pretrain", "mid", "post", "sample", "eval"] = "all"   # all: those not finished
     out: str = ""               # folder of the run; "" = out/<data>
     teacher: str = ""           # FILE, URL; "" = <out>/pretrain.pt, else the official one; scratch = train it
-    mid: Literal["cmt", "kd", "slow", "none"] = "cmt"    # kd: noise alone; slow: each pair solved for; none
-    post: Literal["ect", "ecd", "ecd_euler", "annealed"] = "ect"   # its method; annealed: q grows
-    init: str = "teacher"       # start of mid (--mid none: post): teacher | random | FILE; sample: show FILE
+    mid: Literal["cmt", "kd", "slow", "none"] = "cmt"    # kd: pure noise; slow: a solve for each; none
+    post: Literal["ect", "ecd", "ecd_euler", "annealed"] = "ect"   # ecd: x_r by teacher; annealed: q grows
+    init: str = "teacher"       # teacher | random | FILE: starts mid, else post; sample: show FILE
 
     steps: int = 300_000        # mid; other stages: PRESETS; x batch 128 = 38.4 million pairs (Sec. 4.2)
     batch: int = 128            # images or pairs (x_t, x_0) per step, over all processes (B.2)
@@ -53,14 +52,14 @@ class Config:                   # field default < matching rows of PRESETS < --f
     lr: float = 2e-4            # learning rate of RAdam (B.2); pretrain: of Adam
     decay: Literal["linear", "constant"] = "linear"      # of lr, to zero (B.2)
     warmup: int = 0             # steps of linear warm-up
-    ema_beta: float = 0.999     # average weights keep this share a step; choice: as in the authors' code
+    ema_beta: float = 0.999     # share of the average that a step keeps; choice: as in the authors' code
     dropout: float = 0.2        # in the net that is trained (B.2; pretrain: EDM)
 
     loss: Literal["lpips", "huber", "l2"] = "lpips"      # mid: d of Eq. 7; the others are those of App. D
     huber_c: float = 0.06       # of sqrt(|.|^2 + c^2) - c, mid and post; post: 0 = the norm itself (ECT)
     nfe: int = 16               # teacher steps per trajectory (B.2)
-    trajectories: int = 128     # choice: per solve, pairs shuffled over several steps; 0 = batch/nfe (paper)
-    q: int = 4096               # post: from t to r is n(t) t / q, see ect_step (B.2: 1/4096)
+    trajectories: int = 128     # choice: per solve, whose pairs serve several steps; 0 = batch/nfe (paper)
+    q: int = 4096               # post: the gap t - r is n(t) t / q, see ect_step (B.2: 1/4096)
     stair: int = 0              # post annealed: steps at each of q, q^2, q^3, ... (q 2: 2, 4, 8); else 0
     P_mean: float = -1.1        # ln sigma ~ N(P_mean, P_std^2), not cut off (ECT)
     P_std: float = 2.0
@@ -79,7 +78,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     dry_run: bool = False       # say what would be skipped and trained and what is missing, and end
 
 
-PRESETS = {  # (data, stage, its --mid or --post): the lower row wins, --help shows the sum; "own" = a path
+PRESETS = {  # (data, stage, its --mid or --post): later rows win, --help shows the result; "own" = a path
     ("*", "pretrain", "*"): dict(steps=390_625, batch=512, lr=1e-3, warmup=19_531, dropout=0.13,
                                  ema_beta=0.99929, decay="constant", P_mean=-1.2, P_std=1.2),   # EDM Table 7
     ("cifar10", "*", "*"): dict(compile=True),          # choice: twice as fast on an H200 (docs/costs.md)
@@ -122,13 +121,13 @@ FILES = {"cifar10": "data/cifar-10-python.tar.gz",
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 CIFAR_MD5 = "c58f30108f718f92721af3b95e74349a"
-# fid reads these tables and calls some functions (its docstring). A new knob: Config, LIMITS, READ_BY
+# fid reads these tables and calls some functions (its docstring). A knob is added to Config, LIMITS, READ_BY
 parse = partial(fid.parse, sys.modules[__name__])     # (argv) -> Config
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 
 
 # ---- pairs and losses -------------------------------------------------------------------------
-# sigma, t, r, levels: strengths of noise, a trajectory's from 80 to 0.002; D_x, f_t, f_r: a net's images
+# sigma, t, r: levels of noise, along a trajectory from 80 to 0.002; D_x, f_t, f_r: what a net answers
 def loss_dm(net, x, sigma, eps, sigma_data=0.5):
     """EDM Eq. 8: denoising, mean over pixels. sigma: (B,)."""
     D_x = net(x + sigma.view(-1, 1, 1, 1) * eps, sigma)
@@ -150,8 +149,8 @@ def solve_size(cfg):
 def teacher_pairs(cfg, teacher, shape, g):
     """Eq. 7: n trajectories of the frozen teacher; the first `used` states of each are paired with its end.
 
-    shape: of one image. Every process solves its share, gets all. Returns, shuffled, x_t (P, C, H, W), t and
-    owner (P,), and the ends x_0 (n, C, H, W): pair p's end is x_0[owner[p]]. x_i of Eq. 7 is xs[nfe - i].
+    shape: of one image. Every process draws its share and gets all. Returns, shuffled, x_t (P, C, H, W), t
+    and owner (P,), and the ends x_0 (n, C, H, W): pair p's end is x_0[owner[p]]. x_i of Eq. 7 is xs[nfe - i].
     """
     (n, used), sigmas = solve_size(cfg), teacher_sigmas(cfg.nfe)              # (nfe+1,), from 80 to 0.002
     levels = sigmas.to(g.device, torch.float32, non_blocking=True)
@@ -162,23 +161,6 @@ def teacher_pairs(cfg, teacher, shape, g):
     order = torch.randperm(used * n, generator=g, device=g.device)
     t, owner = levels[:used].repeat_interleave(n), torch.arange(n, device=g.device).repeat(used)
     return xs[:used].flatten(0, 1)[order], t[order], owner[order], xs[-1]
-
-
-@torch.no_grad()
-def slow_pairs(cfg, teacher, images, g):
-    """Slow CMT (4.3): n fresh images at each of `used` levels, each solved from there to an end of its own.
-
-    Returns what teacher_pairs returns; a pair takes (nfe + 1) / 2 times as many calls of the teacher.
-    """
-    (n, used), sigmas = solve_size(cfg), teacher_sigmas(cfg.nfe)
-    levels = sigmas[:used].to(g.device, torch.float32, non_blocking=True)
-    mine = slice(RANK * n // WORLD, (RANK + 1) * n // WORLD)
-    x = draw(images, used * n, g).unflatten(0, (used, n))
-    x_t = (x + levels.view(-1, 1, 1, 1, 1) * randn(x.shape, g))[:, mine]
-    x_0 = torch.stack([teacher_solver(teacher, x_t[i], sigmas[i:])[-1] for i in range(used)])
-    x_t, x_0 = gather(x_t).flatten(0, 1), gather(x_0).flatten(0, 1)
-    order = torch.randperm(used * n, generator=g, device=g.device)
-    return x_t[order], levels.repeat_interleave(n)[order], order, x_0          # pair p's end is x_0[order[p]]
 
 
 def loss_cmt(net, x_t, t, target, distance):
@@ -212,13 +194,30 @@ def loss_ect(net, x_t, x_r, t, r, huber_c=0.0):
 
 
 def make_distance(cfg, channels):
-    """d of Eq. 7, LPIPS or of pixels (B.2, D): features(x) -> [a row an image], distance(a, b) -> (B,)."""
+    """d of Eq. 7, LPIPS or of pixels (B.2, App. D): features(x) -> [(B, ...)], distance(a, b) -> (B,)."""
     if cfg.loss in ("huber", "l2"):
         return nets.PixelDistance(cfg.huber_c if cfg.loss == "huber" else 0.0)
     assert cfg.loss == "lpips", f"{cfg.loss}: make_distance returns nothing for it"
     if channels != 3:
         fail(2, f"--loss {cfg.loss} needs 3 channels, not {channels}; or --loss huber")
     return nets.pretrained_lpips().to(DEVICE)
+
+
+@torch.no_grad()
+def slow_pairs(cfg, teacher, images, g):
+    """Slow CMT (4.3): n fresh images at each of `used` levels, each solved from there to an end of its own.
+
+    Returns what teacher_pairs returns; a pair takes (nfe + 1) / 2 times as many calls of the teacher.
+    """
+    (n, used), sigmas = solve_size(cfg), teacher_sigmas(cfg.nfe)
+    levels = sigmas[:used].to(g.device, torch.float32, non_blocking=True)
+    mine = slice(RANK * n // WORLD, (RANK + 1) * n // WORLD)
+    x = draw(images, used * n, g).unflatten(0, (used, n))
+    x_t = (x + levels.view(-1, 1, 1, 1, 1) * randn(x.shape, g))[:, mine]
+    x_0 = torch.stack([teacher_solver(teacher, x_t[i], sigmas[i:])[-1] for i in range(used)])
+    x_t, x_0 = gather(x_t).flatten(0, 1), gather(x_0).flatten(0, 1)
+    order = torch.randperm(used * n, generator=g, device=g.device)
+    return x_t[order], levels.repeat_interleave(n)[order], order, x_0          # pair p's end is x_0[order[p]]
 
 
 # ---- train ------------------------------------------------------------------------------------
@@ -242,7 +241,7 @@ def train(cfg):
         ends = run.distance.features(x_0)             # once per end, not per pair
         return fid.check_pairs(pairs, per_solve, ends, run.distance), ends
 
-    def batch_of(step):                               # this process's share of it, a row an image or pair
+    def batch_of(step):                               # this process's rows of it, one per image or pair
         if cfg.stage == "mid":
             number, at = divmod(step * B, per_solve)  # which solve; where in it the step's pairs begin
             if at == 0 or step == start:              # it serves several steps; a resumed run solves anew
@@ -253,7 +252,7 @@ def train(cfg):
         return x, (cfg.P_mean + cfg.P_std * randn(B, g))[mine].exp(), eps
 
     def loss_of(step, k, *rows):                      # of a micro-batch, whose first row is k of the share
-        seed = fold(cfg.seed, cfg.stage, step, "dropout") + mine.start + k    # every row has its own
+        seed = fold(cfg.seed, cfg.stage, step, "dropout") + mine.start + k    # row j: + j
         f = partial(cast_net, masks=nets.dropout_masks(net, range(seed, seed + micro)))
         if cfg.stage == "mid":
             x_t, t, owner = rows                      # owner: which end of the solve is a pair's
@@ -262,7 +261,7 @@ def train(cfg):
         x, t, eps = rows
         if cfg.stage == "pretrain":
             return loss_dm(f, x, t, eps, net.sigma_data)
-        assert cfg.post in ("ect", "annealed", "ecd", "ecd_euler"), f"{cfg.post}: its branch returns no loss"
+        assert cfg.post in ("ect", "annealed", "ecd", "ecd_euler"), f"{cfg.post}: no branch returns its loss"
         exponent = 1 + step // cfg.stair if cfg.post == "annealed" else 1    # q, q^2, q^3, ...
         r = ect_step(t, cfg.q**exponent)
         x_t, x_r = (x + s.view(-1, 1, 1, 1) * eps for s in (t, r))
@@ -270,7 +269,7 @@ def train(cfg):
             x_r = solvers.ode_step(run.teacher, x_t, t, r, 1 if cfg.post == "ecd_euler" else 2)
         return loss_ect(f, x_t, x_r, t, r, cfg.huber_c)                                   # Eq. 3
 
-    # a step: batch_of draws rows, images or pairs; loss_of takes them in parts; total sums over processes
+    # a step: rows from batch_of, --batch_gpu of them at a time into loss_of, a sum over processes by total
     for step in range(start, cfg.steps):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
         loss_sum, part = 0.0, micro / B * tally["scale"]      # part of the mean; scale: of fp16, else 1
@@ -302,7 +301,7 @@ def train(cfg):
 
 
 DECAYS = {"linear": lambda cfg, step: 1 - step / cfg.steps, "constant": lambda cfg, step: 1.0}        # B.2
-ENDLESS = ["constant"]                                # decays that do not look at the end: more --steps go on
+ENDLESS = ["constant"]                                # of any --steps: a finished stage can have more
 
 
 def lr_at(cfg, step):
@@ -465,7 +464,7 @@ def resume(cfg):
 
 
 def begin(cfg, ckpt, net, optimizer, stamp, kwargs, **parts):
-    """The run: net, ema, opt, tally, as saved or new; flat, flat_ema, grad: one vector each; and parts."""
+    """The run: net, ema, opt, tally, restored or new; flat, flat_ema, grad: each as one vector; and parts."""
     ema = deepcopy(net).requires_grad_(False).eval()
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
     flat.grad = grad                                  # one vector, whose views are all weights (flatten)
@@ -479,7 +478,7 @@ def begin(cfg, ckpt, net, optimizer, stamp, kwargs, **parts):
 
 
 def total(grad, loss, scale):
-    """Sum the gradient, the loss and the number of signals over the processes; divide by scale.
+    """Sum gradient, loss and number of signals over the processes; the first two are divided by scale.
 
     Returns gradient norm, loss and stop as numbers: this is where the host waits for the device.
     """
@@ -527,7 +526,7 @@ def check(cfg):
     if cfg.stage == "post" and cfg.stair >= cfg.steps:
         fid.say(f"warning: q stays {cfg.q} in {cfg.steps} steps; pass --stair of an eighth of them")
     if cfg.stage == "mid" and trains:
-        fid.check_solve(cfg, *solve_size(cfg), WORLD)
+        fid.check_solve(cfg, *solve_size(cfg), WORLD, teacher_solver, teacher_sigmas)
         if cfg.loss == "huber" and not cfg.huber_c:
             fail(2, f"--loss huber --huber_c {cfg.huber_c}: huber needs a c above 0; or --loss l2")
     if trains and not os.path.exists(f"{cfg.out}/{cfg.stage}.pt"):

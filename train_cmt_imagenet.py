@@ -59,7 +59,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     lr: float = 7e-4            # learning rate of Adam (B.3)
     decay: Literal["linear", "constant", "sqrt", "steps"] = "linear"     # of lr; sqrt: EDM2; steps: B.5
     warmup: int = 0             # steps of linear warm-up
-    ema_beta: float = 0.999     # average weights keep this share a step; choice: as in their 512 code
+    ema_beta: float = 0.999     # share of the average weights that a step keeps; choice: as in their 512 code
     ema_std: float = 0.0        # > 0: power-function EMA of this relative width (EDM2), instead of ema_beta
     dropout: float = 0.5        # of the student, at resolutions up to 16 (B.3, as ECT-XL); pretrain: all
 
@@ -95,7 +95,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
 ECD = dict(steps=100_000, decay="constant", q=256)                                          # B.3
 # choice: the nets of 64's ECD teacher are not named; XL by its cost, the guide of EDM2's own preset
 GUIDED = dict(guide="edm2-img64-xs-0134217-0.110", w=1.7)
-PRESETS = {  # (data, stage, its --mid or --post): the lower row wins, --help shows the sum; "own" = a path
+PRESETS = {  # (data, stage, its --mid or --post): later rows win, --help shows the result; "own" = a path
     ("*", "encode", "*"): dict(batch_gpu=8),              # pictures at a time: 0.63 GB each at 512 (EDM2: 8)
     ("imagenet512", "*", "*"): dict(loss="elatent", dropout=0.0, post="ecd", ensemble="bgcfnc"),
     ("*", "pretrain", "*"): dict(steps=327_680, batch=2048, lr=7e-3, decay="sqrt", warmup=4_883,
@@ -136,7 +136,7 @@ INITS = "teacher", "random"                           # other values of --init a
 NO_TEACHER = ["ect"]                                  # post-trainings that ask no teacher
 FILES = {"imagenet64": "data/imagenet64.zip", "imagenet512": "data/imagenet512-sd.zip"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# fid reads these tables and calls some functions (its docstring). A new knob: Config, LIMITS, READ_BY
+# fid reads these tables and calls some functions (its docstring). A knob is added to Config, LIMITS, READ_BY
 parse = partial(fid.parse, sys.modules[__name__])     # (argv) -> Config
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 
@@ -174,8 +174,8 @@ def solve_size(cfg):
 def teacher_pairs(cfg, teacher, shape, g, classes):
     """Eq. 7: n trajectories of the frozen teacher; the first `used` states of each are paired with its end.
 
-    shape: of one image. Every process solves its share, gets all. Returns, shuffled, x_t (P, C, H, W), t, the
-    classes y and owner (P,), and the ends x_0 (n, C, H, W): pair p's end is x_0[owner[p]].
+    shape: of one image. Every process draws its share and gets all. Returns, shuffled, x_t (P, C, H, W), t,
+    the classes y and owner (P,), and the ends x_0 (n, C, H, W): pair p's end is x_0[owner[p]].
     """
     (n, used), sigmas = solve_size(cfg), teacher_sigmas(cfg.nfe)              # (nfe+1,), from 80 to 0.002
     levels = sigmas.to(g.device, torch.float32, non_blocking=True)
@@ -293,7 +293,7 @@ def train(cfg):
         ends = [x_0] if views else run.distance.features(x_0)         # once per end; of views: per pair
         return [*fid.check_pairs(pairs, per_solve, ends, run.distance), *views], ends
 
-    def batch_of(step):                               # this process's share of it, a row an image or pair
+    def batch_of(step):                               # this process's rows of it, one per image or pair
         if cfg.stage == "mid":
             number, at = divmod(step * B, per_solve)  # which solve; where in it the step's pairs begin
             if at == 0 or step == start:              # it serves several steps; a resumed run solves anew
@@ -309,7 +309,7 @@ def train(cfg):
         return x, t, y, eps, labels
 
     def loss_of(step, k, *rows):                      # of a micro-batch, whose first row is k of the share
-        seed = fold(cfg.seed, cfg.stage, step, "dropout") + mine.start + k    # every row has its own
+        seed = fold(cfg.seed, cfg.stage, step, "dropout") + mine.start + k    # row j: + j
         if cfg.stage == "vgg":
             x, *_, labels = rows
             return loss_vgg(net, x, labels, seed)
@@ -323,6 +323,7 @@ def train(cfg):
         x, t, y, eps, _ = rows
         if cfg.stage == "pretrain":
             return loss_edm2(f, x, t, eps, net.sigma_data)
+        assert cfg.post in ("ect", "ecd", "ecd_euler", "ecd_code"), f"{cfg.post}: no branch returns its loss"
         r, weight = ect_step(t, cfg.q), edm_weight(t, net.sigma_data)
         x_t, x_r = (x + s.view(-1, 1, 1, 1) * eps for s in (t, r))
         if cfg.post in ("ecd", "ecd_euler", "ecd_code"):      # by the frozen teacher: no gradient
@@ -330,7 +331,7 @@ def train(cfg):
             x_r = solvers.ode_step(teacher, x_t, t, r, order)
         return loss_ect(f, x_t, x_r, t, r, weight, cfg.huber_c)                                 # Eq. 3
 
-    # a step: batch_of draws rows, images or pairs; loss_of takes them in parts; total sums over processes
+    # a step: rows from batch_of, --batch_gpu of them at a time into loss_of, a sum over processes by total
     for step in range(start, cfg.steps):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
         loss_sum, part = 0.0, micro / B * tally["scale"]      # part of the mean; scale: of fp16, else 1
@@ -365,7 +366,7 @@ SQRT_FROM = dict(imagenet64=35_000, imagenet512=70_000, own=5_000, digits=500)  
 DECAYS = {"linear": lambda cfg, step: 1 - step / cfg.steps, "constant": lambda cfg, step: 1.0,
           "sqrt": lambda cfg, step: max(step / SQRT_FROM[data_name(cfg)], 1) ** -0.5,          # EDM2 Eq. 67
           "steps": lambda cfg, step: 0.1 ** sum(step >= k * cfg.steps for k in (0.3, 0.6, 0.9))}         # B.5
-ENDLESS = ["constant", "sqrt"]                        # decays that do not look at the end: more --steps go on
+ENDLESS = ["constant", "sqrt"]                        # of any --steps: a finished stage can have more
 
 
 def lr_at(cfg, step):
@@ -676,7 +677,7 @@ def resume(cfg):
 
 
 def begin(cfg, ckpt, net, optimizer, stamp, kwargs, **parts):
-    """The run: net, ema, opt, tally, as saved or new; flat, flat_ema, grad: one vector each; and parts."""
+    """The run: net, ema, opt, tally, restored or new; flat, flat_ema, grad: each as one vector; and parts."""
     ema = deepcopy(net).requires_grad_(False).eval()
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
     flat.grad = grad                                  # one vector, whose views are all weights (flatten)
@@ -690,7 +691,7 @@ def begin(cfg, ckpt, net, optimizer, stamp, kwargs, **parts):
 
 
 def total(grad, loss, scale):
-    """Sum the gradient, the loss and the number of signals over the processes; divide by scale.
+    """Sum gradient, loss and number of signals over the processes; the first two are divided by scale.
 
     Returns gradient norm, loss and stop as numbers: this is where the host waits for the device.
     """
@@ -735,7 +736,7 @@ def check(cfg):
     if cfg.w != 1 and not cfg.guide:
         fail(2, f"--w {cfg.w}: there is no --guide whose answer it weighs; name one, or pass --w 1")
     if cfg.stage == "mid" and trains:
-        fid.check_solve(cfg, *solve_size(cfg), WORLD)
+        fid.check_solve(cfg, *solve_size(cfg), WORLD, teacher_solver, teacher_sigmas)
         if cfg.ensemble != "none" and cfg.loss != "elatent":
             fail(2, f"--ensemble {cfg.ensemble} belongs to --loss elatent; pass --ensemble none")
         if (cfg.res == 512) != (cfg.loss == "elatent") and cfg.loss in ("lpips", "elatent"):

@@ -63,7 +63,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     lr: float = 1e-4            # learning rate of Adam (MF; B.4)
     decay: Literal["linear", "constant"] = "constant"    # of lr, to zero (B.4: constant)
     warmup: int = 0             # steps of linear warm-up; MF: none
-    ema_beta: float = 0.9999    # average weights keep this share a step (MF)
+    ema_beta: float = 0.9999    # share of the average weights that a step keeps (MF)
     class_dropout: float = 0.1  # share of samples (mid: trajectories) that get the null class (MF)
 
     omega: float = 0.2          # guided: omega v + kappa u(y) + (1 - omega - kappa) u(null), u at r = t;
@@ -95,7 +95,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     dry_run: bool = False       # say what would be skipped and trained and what is missing, and end
 
 
-PRESETS = {  # (data, stage, its --mid or --post): the lower row wins, --help shows the sum; "own" = a path
+PRESETS = {  # (data, stage, its --mid or --post): later rows win, --help shows the result; "own" = a path
     ("*", "encode", "*"): dict(batch_gpu=32),                            # pictures at a time, twice: mirrored
     ("imagenet", "*", "*"): dict(compile=True),         # choice: twice as fast on an H200 (docs/costs.md)
     ("*", "pretrain", "fm"): dict(power=0.0),                                            # SiT: squared error
@@ -123,10 +123,11 @@ ABOUT = {"pretrain": "stage 1 of 4, pre-training: squared errors fall; the log's
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = ["pretrain", "mid", "post", "eval"]          # what --stage all runs, in this order
 INITS = "teacher", "random"                           # other values of --init are a FILE
+NO_TEACHER = ["mf", "vanilla"]                        # post-trainings that ask no teacher
 FILES = {"imagenet": "data/imagenet256-sd"}
 REFERENCE = {"imagenet": "imagenet256"}               # scored by ADM's statistics, others by their own
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# fid reads these tables and calls some functions (its docstring). A new knob: Config, LIMITS, READ_BY
+# fid reads these tables and calls some functions (its docstring). A knob is added to Config, LIMITS, READ_BY
 parse = partial(fid.parse, sys.modules[__name__])     # (argv) -> Config
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 
@@ -337,7 +338,7 @@ def train(cfg):
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", number))
         return fid.check_pairs(teacher_pairs(cfg, run.teacher, run.shape, g), per_solve)
 
-    def batch_of(step):                               # this process's share of it, a row an image or pair
+    def batch_of(step):                               # this process's rows of it, one per image or pair
         if cfg.stage == "mid":
             number, at = divmod(step * B, per_solve)  # which solve; where in it the step's pairs begin
             if at == 0 or step == start:              # it serves several steps; a resumed run solves anew
@@ -356,12 +357,13 @@ def train(cfg):
             (target,) = more
             return loss_cmt_mf(flow.u, z, t, r, y, target)                                # Eq. 8
         v, guided = more                              # eps - x; which samples guidance changes
-        if cfg.stage == "post" and cfg.post == "teacher":     # guided already; "vanilla": other numbers alone
+        if cfg.stage == "post" and cfg.post == "teacher":     # guided already; "vanilla": other numbers only
             v = teacher_velocity(cfg, run.teacher, z, t, y, guided)
             guided = torch.zeros_like(guided)
+        assert cfg.post in ("mf", "vanilla", "teacher"), f"{cfg.post}: no branch returns its loss"
         return loss_mf(flow, z, v, t, r, y, guided, cfg)
 
-    # a step: batch_of draws rows, images or pairs; loss_of takes them in parts; total sums over processes
+    # a step: rows from batch_of, --batch_gpu of them at a time into loss_of, a sum over processes by total
     for step in range(start, cfg.steps):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
         loss_sum, part = 0.0, micro / B * tally["scale"]      # part of the mean; scale: of fp16, else 1
@@ -396,7 +398,7 @@ def train(cfg):
 
 
 DECAYS = {"linear": lambda cfg, step: 1 - step / cfg.steps, "constant": lambda cfg, step: 1.0}
-ENDLESS = ["constant"]                                # decays that do not look at the end: more --steps go on
+ENDLESS = ["constant"]                                # of any --steps: a finished stage can have more
 
 
 def lr_at(cfg, step):
@@ -415,7 +417,7 @@ def set_up(cfg):
     if cfg.stage != "mid":                                                    # CMT needs no data
         images = load_data(cfg)
         stamp, shape, classes = images.stamp, images.shape, images.classes
-    if cfg.stage == "mid" or (cfg.stage == "post" and cfg.post == "teacher"):
+    if cfg.stage == "mid" or (cfg.stage == "post" and cfg.post not in NO_TEACHER):
         weights, kwargs = teacher_state(cfg)
         teacher = build(cfg, kwargs, weights, cfg.teacher or "the teacher")
         teacher.requires_grad_()                      # else autocast casts its weights anew at each call
@@ -667,7 +669,7 @@ def resume(cfg):
 
 
 def begin(cfg, ckpt, net, optimizer, stamp, kwargs, **parts):
-    """The run: net, ema, opt, tally, as saved or new; flat, flat_ema, grad: one vector each; and parts."""
+    """The run: net, ema, opt, tally, restored or new; flat, flat_ema, grad: each as one vector; and parts."""
     ema = deepcopy(net).requires_grad_(False).eval()
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
     flat.grad = grad                                  # one vector, whose views are all weights (flatten)
@@ -681,7 +683,7 @@ def begin(cfg, ckpt, net, optimizer, stamp, kwargs, **parts):
 
 
 def total(grad, loss, scale):
-    """Sum the gradient, the loss and the number of signals over the processes; divide by scale.
+    """Sum gradient, loss and number of signals over the processes; the first two are divided by scale.
 
     Returns gradient norm, loss and stop as numbers: this is where the host waits for the device.
     """
@@ -717,7 +719,7 @@ LIMITS = {  # (rule, least, below): fields; for fid.check_values
 
 def left_out(cfg):
     """Whether --mid none leaves this stage out: pre-training too, unless post-training asks for its net."""
-    asked = cfg.init == "teacher" or cfg.post == "teacher"
+    asked = cfg.init == "teacher" or cfg.post not in NO_TEACHER
     return cfg.mid == "none" and (cfg.stage == "mid" or (cfg.stage == "pretrain" and not asked))
 
 
@@ -739,7 +741,7 @@ def check(cfg):
         if cfg.stage != "mid":                        # not after days of mid-training, which needs no data
             images = load_data(cfg)
             channels, _, side = images.shape
-            by_teacher = cfg.post == "teacher"
+            by_teacher = cfg.post not in NO_TEACHER
             if cfg.stage == "post" and (cfg.mid != "none" or cfg.init == "teacher" or by_teacher):
                 shape = dict(in_channels=channels, input_size=side, num_classes=images.classes)
                 asked = cfg.teacher and (by_teacher or not os.path.exists(f"{cfg.out}/mid.pt"))

@@ -67,7 +67,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     decay: Literal["linear", "constant"] = "constant"    # of lr, to zero (B.6: constant)
     warmup: int = 0             # steps of linear warm-up; MF, REPA: none
     clip: float = 0.0           # largest gradient norm; 0 = off, as MF
-    ema_beta: float = 0.9999    # average weights keep this share a step (MF, REPA)
+    ema_beta: float = 0.9999    # share of the average weights that a step keeps (MF, REPA)
     caption_dropout: float = 0.1    # share of samples (mid: trajectories) with the null caption (U-ViT)
 
     omega: float = 1.0          # guided velocity: omega v + kappa u(text) + (1 - omega - kappa) u(null);
@@ -99,7 +99,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     dry_run: bool = False       # say what would be skipped and trained and what is missing, and end
 
 
-PRESETS = {  # (data, stage, its --mid or --post): the lower row wins, --help shows the sum; "own" = a path
+PRESETS = {  # (data, stage, its --mid or --post): later rows win, --help shows the result; "own" = a path
     ("*", "encode", "*"): dict(batch_gpu=32),                                # pictures at a time
     ("*", "pretrain", "*"): dict(clip=1.0),                                                # REPA
     ("*", "pretrain", "plain"): dict(repa=0.0),
@@ -124,9 +124,10 @@ ABOUT = {"pretrain": "stage 1 of 4, pre-training: squared errors fall; so does t
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = ["pretrain", "mid", "post", "eval"]          # what --stage all runs, in this order
 INITS = "teacher", "random"                           # other values of --init are a FILE
+NO_TEACHER = ["mf", "vanilla", "xl"]                  # post-trainings that ask no teacher
 FILES = {"coco": "data/coco256-sd"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# fid reads these tables and calls some functions (its docstring). A new knob: Config, LIMITS, READ_BY
+# fid reads these tables and calls some functions (its docstring). A knob is added to Config, LIMITS, READ_BY
 parse = partial(fid.parse, sys.modules[__name__])     # (argv) -> Config
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 
@@ -338,10 +339,9 @@ def train(cfg):
     def solve(number):
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", number))
         texts = features_of(*captions_of_solve(cfg, images, number))
-        pairs = teacher_pairs(cfg, run.teacher, texts, run.null, shape, g)
-        return fid.check_pairs(pairs, per_solve), texts
+        return fid.check_pairs(teacher_pairs(cfg, run.teacher, texts, run.null, shape, g), per_solve), texts
 
-    def batch_of(step):                               # this process's share of it, a row an image or pair
+    def batch_of(step):                               # this process's rows of it, one per image or pair
         if cfg.stage == "mid":
             number, at = divmod(step * B, per_solve)  # which solve; where in it the step's pairs begin
             if at == 0 or step == start:              # it serves several steps; a resumed run solves anew
@@ -362,7 +362,8 @@ def train(cfg):
         v, guided, tokens = more                      # eps - x; which samples guidance changes; DINOv2's
         if cfg.stage == "pretrain":
             loss, square = loss_sit(flow.u, z, v, t.to(DEVICE, non_blocking=True), text)
-        else:                                         # "plain", "vanilla", "xl": other numbers alone
+        else:                                         # "plain", "vanilla", "xl": differ in numbers only
+            assert cfg.post in ("mf", "vanilla", "xl"), f"{cfg.post}: no branch returns its loss"
             loss, square = loss_mf(flow, z, v, t, r, text, guided, cfg)
         if kept:                                      # REPA's features of that pass
             repa = loss_repa(kept.pop(), tokens)
@@ -370,7 +371,7 @@ def train(cfg):
             errors[:, 5] += torch.stack([-repa.detach(), torch.ones_like(repa)]).nan_to_num() * micro
         return loss, square
 
-    # a step: batch_of draws rows, images or pairs; loss_of takes them in parts; total sums over processes
+    # a step: rows from batch_of, --batch_gpu of them at a time into loss_of, a sum over processes by total
     for step in range(start, cfg.steps):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
         loss_sum, part = 0.0, micro / B * tally["scale"]      # part of the mean; scale: of fp16, else 1
@@ -406,7 +407,7 @@ def train(cfg):
 
 
 DECAYS = {"linear": lambda cfg, step: 1 - step / cfg.steps, "constant": lambda cfg, step: 1.0}
-ENDLESS = ["constant"]                                # decays that do not look at the end: more --steps go on
+ENDLESS = ["constant"]                                # of any --steps: a finished stage can have more
 
 
 def lr_at(cfg, step):
@@ -423,7 +424,7 @@ def set_up(cfg):
         return log(f"{cfg.stage}: finished, nothing to do")
     images, encoder = load_data(cfg), text_encoder(cfg)                   # mid reads captions, never an image
     stamp, null, teacher = images.stamp, encoder(images.null[None]), None
-    if cfg.stage == "mid":
+    if cfg.stage == "mid" or (cfg.stage == "post" and cfg.post not in NO_TEACHER):
         weights, kwargs = teacher_state(cfg)
         teacher = build(cfg, kwargs, weights, cfg.teacher or "the teacher")
         teacher.requires_grad_()                      # else autocast casts its weights anew at each call
@@ -844,7 +845,7 @@ def resume(cfg):
 
 
 def begin(cfg, ckpt, net, optimizer, stamp, kwargs, **parts):
-    """The run: net, ema, opt, tally, as saved or new; flat, flat_ema, grad: one vector each; and parts."""
+    """The run: net, ema, opt, tally, restored or new; flat, flat_ema, grad: each as one vector; and parts."""
     ema = deepcopy(net).requires_grad_(False).eval()
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
     flat.grad = grad                                  # one vector, whose views are all weights (flatten)
@@ -858,7 +859,7 @@ def begin(cfg, ckpt, net, optimizer, stamp, kwargs, **parts):
 
 
 def total(grad, loss, scale):
-    """Sum the gradient, the loss and the number of signals over the processes; divide by scale.
+    """Sum gradient, loss and number of signals over the processes; the first two are divided by scale.
 
     Returns gradient norm, loss and stop as numbers: this is where the host waits for the device.
     """
@@ -894,7 +895,7 @@ LIMITS = {  # (rule, least, below): fields; for fid.check_values
 
 def left_out(cfg):
     """Whether --mid none leaves this stage out: pre-training too, unless post-training asks for its net."""
-    asked = cfg.init == "teacher" or cfg.post == "teacher"
+    asked = cfg.init == "teacher" or cfg.post not in NO_TEACHER
     return cfg.mid == "none" and (cfg.stage == "mid" or (cfg.stage == "pretrain" and not asked))
 
 

@@ -258,7 +258,7 @@ def test_a_solve_of_another_size_than_stated_is_refused(capsys):
     assert fid.check_pairs(pairs, 8) is pairs
     with pytest.raises(SystemExit):
         fid.check_pairs(pairs, 16)
-    assert "a solve returned 8 pairs, solve_size says 16" in capsys.readouterr().err
+    assert "a solve returned 8, 8 rows, solve_size says 16 pairs" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        fid.check_pairs(pairs, 8, pairs[0])                                  # a tensor has rows, too, but they are images
+        fid.check_pairs(pairs, 8, pairs[0], object())                                  # a tensor has rows, too, but they are images
     assert "features of a distance are a Tensor, not a list" in capsys.readouterr().err

@@ -462,7 +462,7 @@ def test_a_distance_that_is_not_per_image_is_refused():
         each = SimpleNamespace(features=whole.features, distance=lambda a, b: (a[0] - b[0]).square().flatten(1).mean(1))
         for distance in each, whole:
             with pytest.raises(SystemExit) if distance is whole else contextlib.nullcontext() as stop:
-                home.fid.check_pairs([torch.ones(4)], 4, [torch.zeros(4, 1, 8, 8)], distance)
+                home.fid.check_pairs([torch.ones(4), torch.arange(4)], 4, [torch.zeros(4, 1, 8, 8)], distance)
         assert stop.value.code == 2
 
 
@@ -517,7 +517,7 @@ def test_a_knob_that_nothing_reads_or_bounds_is_told_of(here, monkeypatch, capsy
     """The commonest slips of a fork; the four scripts have none, nor has a knob with both."""
     text = (ROOT / "train_cmt_cifar.py").read_text()
     for lines, told in {"lam: float = 0.1": ["--lam: no row of LIMITS", "--lam: no code reads cfg.lam"], "lam: bool = False": ["--lam: no code reads cfg.lam"],
-                        "lam: str = ''": []}.items():
+                        "lam: str = ''": ["--lam: no code reads cfg.lam"], "lam: Literal['one', 't'] = 'one'": ["--lam: no code reads cfg.lam"]}.items():
         fork = forked(text.replace("    dry_run: bool", f"    {lines}\n    dry_run: bool", 1), monkeypatch)
         fork.check(fork.parse([*TINY, "--stage", "pretrain", "--out", "x"]))
         warned = [line for line in capsys.readouterr().err.splitlines() if "--lam" in line]
@@ -541,20 +541,48 @@ def test_a_branch_that_returns_nothing_does_not_train_as_another_method(road, mo
     """Without `return` before loss_mine, a fork's post-training would be ECT, in silence."""
     text = (ROOT / "train_cmt_cifar.py").read_text().replace('] = "ect"', ', "mine"] = "ect"')
     fork = forked(text.replace("        assert cfg.post in", '        if cfg.post == "mine":\n            loss_ect(f, x, x, t, t / 2)\n        assert cfg.post in'), monkeypatch)
-    with pytest.raises(AssertionError, match="mine: its branch returns no loss"):
+    with pytest.raises(AssertionError, match="mine: no branch returns its loss"):
         fork.main([*TINY, "--stage", "post", "--mid", "none", "--post", "mine", "--teacher", str(road / "pretrain.pt"), "--steps", "1", "--out", "x"])
 
 
 @pytest.mark.parametrize("branch, words", [("return (f(x, t) - x).square().flatten(1).mean(1)", "a loss is one number: end it in .mean()"),
                                            ("return (f(x, t) - x).detach().square().mean()", "a loss has no gradient"),
                                            ("return x[torch.tensor([99])].mean()", "has each feature of a distance a row for each image?"),
-                                           ("return f(run.teacher(x, t), t).mean()", "is a method that asks the teacher in NO_TEACHER?")])
+                                           ("return f(run.teacher(x, t), t).mean()", "does each function return? Does set_up read what is asked for: images (needs_data), the teacher (NO_TEACHER)?")])
 def test_a_slip_in_the_loss_of_a_fork_has_a_hint_below_its_traceback(branch, words, road, monkeypatch, capsys):
     text = (ROOT / "train_cmt_cifar.py").read_text().replace('] = "ect"', ', "mine"] = "ect"').replace('NO_TEACHER = ["ect"', 'NO_TEACHER = ["mine", "ect"')
     fork = forked(text.replace("        assert cfg.post in", f'        if cfg.post == "mine":\n            {branch}\n        assert cfg.post in'), monkeypatch)
     exit_code, err = code([*TINY, "--stage", "post", "--mid", "none", "--post", "mine", "--teacher", str(road / "pretrain.pt"), "--steps", "1", "--out", "x"], capsys, fork.main)
     assert exit_code == 1 and "Traceback" in err and f"hint: {words}" in err.splitlines()[-1], err
     assert "Traceback" in (log := Path("x/log.txt").read_text()) and f"hint: {words}" in log
+
+
+@pytest.mark.parametrize("old, new, words", [
+    ('"none"] = "cmt"', '"none"] = "ctm"', "Config: mid = 'ctm' must be cmt, kd, slow, none"),
+    ('dict(precision="bf16")', 'dict(precision="fp23")', "precision = 'fp23' must be fp32, tf32, bf16, fp16"),
+    ('dict(steps=900, lr=2e-3', 'dict(steps=900, lr="2e-3"', "lr = '2e-3' must be float"),
+    ('("*", "mid", "*")', '("*", "midd", "*")', "PRESETS name midd, which is no field, stage"),
+    ('("own", "mid", "*")', '("owns", "mid", "*")', "PRESETS name owns, which is no field, stage"),
+    ("solver = solvers.dpmpp", "solver = lambda *a: solvers.dpmpp(*a).flip(0)", "teacher_solver returned no states from x_T"),
+    ("solver = solvers.dpmpp", "solver = lambda *a: solvers.dpmpp(*a)[1:]", "teacher_solver returned no states from x_T"),
+    ("solver = solvers.dpmpp", "solver = solvers.flow_euler", "teacher_solver returned no states from x_T"),
+    ("sigmas = solvers.logsnr_sigmas", "sigmas = lambda n: solvers.logsnr_sigmas(n, 40.0)", "teacher_sigmas returned no tensor of 5 levels, falling from 80"),
+    ("sigmas = solvers.logsnr_sigmas", "sigmas = lambda n: solvers.logsnr_sigmas(n - 1)", "teacher_sigmas returned no tensor of 5 levels"),
+    ("sigmas = solvers.logsnr_sigmas", "sigmas = lambda n: solvers.logsnr_sigmas(n).tolist()", "teacher_sigmas returned no tensor of 5 levels"),
+    ("return fid.digits()[0]", "return fid.digits()[0].float()", "images are torch.float32, not uint8 (N, C, H, W)"),
+    ("owner[order], xs[-1]", "owner[order], xs[-1].repeat(used, 1, 1, 1)", "owner of a solve must say, as int64, which of its 16 ends is a pair's"),
+    ("return xs[:used].flatten(0, 1)[order], t[order], owner[order]", "return xs[:used].flatten(0, 1)[order], owner[order], t[order]", "owner of a solve must say"),
+    ("t[order], owner[order]", "t[order][1:], owner[order]", "a solve returned 16, 15, 16 rows, solve_size says 16 pairs"),
+    ("return nets.PixelDistance(", "return nets.VGG(1) or nets.PixelDistance(", "make its net .requires_grad_(False).eval()")])
+def test_a_slip_in_a_table_a_solver_or_a_solve_of_a_fork_is_one_line(old, new, words, road, monkeypatch, capsys):
+    """Each of them would train something else under the name that was asked for."""
+    text = (ROOT / "train_cmt_cifar.py").read_text()
+    assert text.count(old) == 1
+    fork, stage = forked(text.replace(old, new), monkeypatch), "pretrain" if "digits()" in old else "mid"
+    teacher = ["--teacher", str(road / "pretrain.pt")] if stage == "mid" else ["--teacher", "scratch"]
+    exit_code, err = code([*TINY, "--stage", stage, *teacher, "--steps", "1", "--out", "x"], capsys, fork.main)
+    assert exit_code in (2, 3) and words in err and len(err.strip().splitlines()) == 1, err
+    assert not os.path.exists("x/mid.pt")
 
 
 def test_ctrl_c_before_a_run_begins_is_a_line(here):
@@ -584,7 +612,7 @@ def test_own_images_offline_give_pictures_and_no_score(monkeypatch, capsys):
     monkeypatch.setenv("CMT_OFFLINE", "1")
     tiny = "--data own.zip --batch 4 --nfe 2 --trajectories 2 --loss huber --steps 1 --out x".split()
     sheets, save = {}, fid.save_sheet
-    monkeypatch.setattr(fid, "save_sheet", lambda path, rows, *more: sheets.update({path: [row[0] for row in rows]}) or save(path, rows, *more))
+    monkeypatch.setattr(fid, "save_sheet", lambda path, rows, *more, **how: sheets.update({path: [row[0] for row in rows]}) or save(path, rows, *more, **how))
     script.main(tiny)
     assert sheets["x/stages.png"][-1] == "real images"                        # no score says how near samples are
     assert re.search("warning: pictures will be drawn, but not scored.*inception.*https.*CMT_OFFLINE", (said := capsys.readouterr()).err) and "not scored; open" in said.out and os.path.exists("x/stages.png")
@@ -629,13 +657,13 @@ def test_a_file_is_scored_beside_the_pictures_of_the_run(road, capsys):
 def test_a_run_without_mid_training_in_the_folder_alone_is_scored_beside(road, monkeypatch):
     with_alone(road)
     sheets, save = {}, fid.save_sheet
-    monkeypatch.setattr(fid, "save_sheet", lambda path, rows, caption, *more: sheets.update({path: (rows, caption)}) or save(path, rows, caption, *more))
+    monkeypatch.setattr(fid, "save_sheet", lambda path, rows, caption, *more, **how: sheets.update({path: (rows, caption)}) or save(path, rows, caption, *more, **how))
     script.main([*TINY, "--out", "x", "--steps", "3", "--stage", "eval"])
     rows = [line.split("|")[1:-1] for line in Path("x/results.md").read_text().partition("\n\n")[0].splitlines() if line.startswith(("| alone", "| post"))]
     assert len(rows) >= 2 and len(rows) % 2 == 0 and rows[0][1:] == rows[len(rows) // 2][1:]       # one net twice
     rows, caption = sheets["x/stages.png"]
-    assert caption.startswith("with this seed mid-training is level in one step (") and [label for label, _ in rows if "without mid-training" in label]
-    assert not [label for label, _ in sheets["x/trajectory.png"][0] if "without" in label]         # its ends are its own
+    assert caption.startswith("with this seed mid-training is level in one step (") and [label for label, *_ in rows if "without mid-training" in label]
+    assert not [label for label, *_ in sheets["x/trajectory.png"][0] if "without" in label]         # its ends are its own
 
 
 @pytest.mark.parametrize("fetch", [fid.fetch, nets.fetch])

@@ -556,14 +556,16 @@ def test_the_walkthrough_runs_as_printed(road, capsys):
     os.makedirs(drawn := "out/digits-t2i/samples/post_1")
     for caption in "seven-a", "two-seven":            # what the last exercise would draw
         Image.fromarray(np.zeros((8, 8), np.uint8)).save(f"{drawn}/{caption}_000000.png")
-    blocks = re.findall(r"```python\n(.*?)```", (Path(nets.__file__).parent / "docs/walkthrough.md").read_text(), re.S)
+    page = (Path(nets.__file__).parent / "docs/walkthrough.md").read_text()
+    quoted, blocks = re.findall(r"```py\n(.*?)```", page, re.S), re.findall(r"```python\n(.*?)```", page, re.S)
+    assert len(quoted) == 3 and all(lines in Path(cifar.__file__).read_text() for lines in quoted)
     capsys.readouterr()
     space, printed = {}, []
     with torch.set_grad_enabled(True):                # put back what the first block switches off
         for block in blocks:
             exec(block.replace("500", "20"), space)
             printed.append(len(capsys.readouterr().out.splitlines()))
-    assert printed == [0, 4, 4, 6, 3, 4, 3, 4, 3, 4, 2, 2] and space["xs"].shape == (17, 20, 1, 8, 8)
+    assert printed == [0, 4, 4, 6, 3, 4, 3, 2, 4, 3, 4, 2, 2] and space["xs"].shape == (17, 20, 1, 8, 8)
 
 
 # ---- faults --------------------------------------------------------------------------------------

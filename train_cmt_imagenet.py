@@ -189,13 +189,13 @@ def teacher_pairs(cfg, teacher, shape, g, classes):
     return xs[:used].flatten(0, 1)[order], t[order], y[owner[order]], owner[order], xs[-1]
 
 
-def loss_cmt(net, x_t, t, target, distance):
+def loss_cmt(net, x_t, t, target, d):
     """Eq. 7: states x_t (B, C, H, W) of teacher trajectories, at noise levels t (B,), onto their ends.
 
-    target: distance.features of the ends, computed once per trajectory. Unit weight, a mean (B.2, B.3).
-    The target is fixed data: no stop-gradient is needed (Sec. 3.2).
+    d: of make_distance; target: d.features of the ends, computed once per trajectory. Unit weight, a mean
+    (B.2, B.3). The target is fixed data: no stop-gradient is needed (Sec. 3.2).
     """
-    return distance.distance(distance.features(net(x_t, t)), target).mean()
+    return d.distance(d.features(net(x_t, t)), target).mean()
 
 
 def loss_cmt_views(net, x_t, t, x_0, distance, view):

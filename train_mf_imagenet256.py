@@ -148,7 +148,7 @@ def draw_times(n, g, ratio, mean, std):
     draws = torch.sigmoid(mean + std * torch.randn((2, n), generator=g))
     t, r = draws.amax(0), draws.amin(0)
     i, k = torch.arange(n), round(ratio * n)
-    return t, torch.where(i * k // n < (i + 1) * k // n, r, t)
+    return t, torch.where(i * k // n < (i + 1) * k // n, r, t)      # true k times of n, evenly
 
 
 def flow_of(cfg, net, null_y):
@@ -218,8 +218,9 @@ def loss_mf(flow, z, v, t, r, y, guided, cfg):
 def teacher_velocity(cfg, teacher, z, t, y, guided):
     """v_T(z, t, y) of a frozen net, in --post teacher for eps - x: u's target is v_T - (t - r) du/dt.
 
-    It is the tangent too, and has no noise of a single image. A Mean Flow net's u(z, t, t) is guided already,
-    flow matching by omega / (1 - kappa) where `guided` (B,) says so. t and guided come from the CPU.
+    v_T is also the direction of du/dt; unlike eps - x it has no noise of a single image. A Mean Flow net's
+    u(z, t, t) is guided already, flow matching by omega / (1 - kappa) where `guided` (B,) says so. t and
+    guided come from the CPU.
     """
     t = t.to(z.device, non_blocking=True)
     with torch.autocast(DEVICE.type, HALF.get(cfg.precision), enabled=cfg.precision in HALF):
@@ -235,7 +236,7 @@ def pairs_of_states(states, velocities, times):
     """Eq. 8: all pairs of the states of n trajectories, (N+1, n, C, H, W) at times (N+1,), noisiest first.
 
     velocities (N, n, C, H, W): the mean velocity of each step. Returns z_t (P n, C, H, W), t and r (P n,),
-    and the target (z_t - z_r) / (t - r), the mean velocity between them.
+    P = (N+1) N / 2, and the target (z_t - z_r) / (t - r), the mean velocity between them.
     """
     first, second = torch.triu_indices(len(states), len(states), 1, device=states.device)
     times, wide = times.to(states, non_blocking=True), (-1, 1, 1, 1, 1)
@@ -247,7 +248,7 @@ def pairs_of_states(states, velocities, times):
 
 
 def loss_cmt_mf(u, z, t, r, y, target):
-    """Eq. 8: |u(z, t, r, y) - target|^2 on pairs of a teacher's trajectory; also the sum (B,) of each.
+    """Eq. 8: |u(z, t, r, y) - target|^2 on pairs of a teacher's trajectory; and each one's square (B,).
 
     Unit weight (B.4), mean over numbers and pairs. The target is fixed data: no stop-gradient is needed.
     """
@@ -271,7 +272,7 @@ def rollout(cfg, net, z, y, times):
     A Mean Flow net jumps. A flow-matching net is integrated by Heun's rule and guided by omega / (1 - kappa)
     at times in the interval; where there is no class, that changes nothing.
     """
-    answers = []
+    answers = []                                      # in the order in which the solver asks
 
     def u(x, t, r):
         answers.append(net(x, t, r, y))

@@ -148,7 +148,7 @@ def draw_times(n, g, ratio, mean, std):
     draws = torch.sigmoid(mean + std * torch.randn((2, n), generator=g))
     t, r = draws.amax(0), draws.amin(0)
     i, k = torch.arange(n), round(ratio * n)
-    return t, torch.where(i * k // n < (i + 1) * k // n, r, t)
+    return t, torch.where(i * k // n < (i + 1) * k // n, r, t)      # true k times of n, evenly
 
 
 def flow_of(cfg, net, null_y):
@@ -192,7 +192,7 @@ def loss_repa(features, tokens):
 
 
 def loss_sit(u, z, v, t, text):
-    """Flow matching: |u(z, t) - v|^2, mean over numbers; also the sum (B,) of each."""
+    """Flow matching: |u(z, t) - v|^2, mean over numbers; and each one's square (B,)."""
     square = (u(z, t, t, text) - v).square().flatten(1).sum(1)
     return square.mean() / v[0].numel(), square.detach()
 
@@ -245,7 +245,7 @@ def pairs_of_states(states, velocities, times):
     """Eq. 8: all pairs of the states of n trajectories, (N+1, n, C, H, W) at times (N+1,), noisiest first.
 
     velocities (N, n, C, H, W): the mean velocity of each step. Returns z_t (P n, C, H, W), t and r (P n,),
-    and the target (z_t - z_r) / (t - r), the mean velocity between them.
+    P = (N+1) N / 2, and the target (z_t - z_r) / (t - r), the mean velocity between them.
     """
     first, second = torch.triu_indices(len(states), len(states), 1, device=states.device)
     times, wide = times.to(states, non_blocking=True), (-1, 1, 1, 1, 1)
@@ -257,7 +257,7 @@ def pairs_of_states(states, velocities, times):
 
 
 def loss_cmt_mf(u, z, t, r, y, target):
-    """Eq. 8: |u(z, t, r, y) - target|^2 on pairs of a teacher's trajectory; also the sum (B,) of each.
+    """Eq. 8: |u(z, t, r, y) - target|^2 on pairs of a teacher's trajectory; and each one's square (B,).
 
     Unit weight (B.4), mean over numbers and pairs. The target is fixed data: no stop-gradient is needed.
     """
@@ -272,7 +272,7 @@ def rollout(cfg, net, z, text, null, times):
     A Mean Flow net jumps. A SiT is integrated by Heun's rule (B.6) and guided by omega / (1 - kappa) at times
     in the interval; for the null caption that changes nothing.
     """
-    answers = []
+    answers = []                                      # in the order in which the solver asks
 
     def u(x, t, r):
         answers.append(net(x, t, text, r, repa=False))

@@ -295,13 +295,14 @@ def curves(args, device):
             print(f"{name}, {words}: " + ", ".join(f"{x:,} {y:.2f}" for x, y, *_ in panel[name]))
         ends[words] = panel[WITHOUT][-1][1], panel[WITH][-1][1]
     fid.save_chart(f"{args.out}/scores.png", panels,
-                   f"Mid-training {fid.effect(ends)}; means of {len(runs)} seeds\nBars: the best and the "
-                   "worst seed. Blue: mid-training on pairs, a state of a trajectory and its end, then "
-                   "post-training on images. Red: images alone, by the best schedule that we found. Both "
-                   "begin with the teacher's weights; a pair costs what an image does. Compare the last "
-                   "dots, where both learning rates have fallen to 0. FD-digits: Frechet distance of 2,000 "
-                   "digits of 8x8 pixels to real ones, by features of a classifier. Mid-training compares by "
-                   "pixels; by features, as in the paper, it does not help (docs/results.md).",
+                   f"On 8x8 digits, compared by pixels, mid-training {fid.effect(ends)}\nMeans of "
+                   f"{len(runs)} seeds; bars: the best and the worst. Blue: mid-training on pairs, a state "
+                   "of a trajectory and its end, then post-training on images. Red: images alone, by the "
+                   "best schedule that we found. Both begin with the teacher's weights; a pair costs what "
+                   "an image does. Compare the last dots, where both learning rates have fallen to 0. "
+                   "FD-digits: Frechet distance of 2,000 digits to real ones, by features of a classifier. "
+                   "Where mid-training compares by features, as in the paper, it does not help "
+                   "(docs/results.md).",
                    "images or pairs that the student has seen", marks[0])
     print(f"open {args.out}/scores.png")
 

@@ -1158,7 +1158,7 @@ WIDE = 1_800                                             # pixels of a sheet
 LEVEL = 0.1                                              # scores that differ by a smaller share are level
 COMPARED = dict(huber="pixels", l2="pixels", lpips="features", elatentlpips="features")     # by --loss
 FEWER = "; of few it is off, mostly high"
-LOWER = "\n(lower is better)"
+ROW = " of this row"
 FEW = {"1": "one step", "2": "two"}                      # the steps of students that a heading tells
 INKS = {"without|scratch": "#c0392b", "flow": "#8e44ad", "mid|CMT": "#1f5fbf", "teacher|pre-": "#2e8b57",
         "post": "#d98a00", "VGG": "#555555"}             # what a name speaks of: its colour in every chart
@@ -1268,7 +1268,7 @@ def net_label(name, steps, sep="\n"):
 def numbers_of(name, steps, table):
     """{name: number} that a table has of a net in so many steps; of a student's one step, of two as well."""
     row = next((row for row in table if name in (row["stage"], row["stage"].partition(",")[0])), {})
-    found = {key.partition(" ")[2] + LOWER * key.startswith(f"{steps}-step F"): value
+    found = {key.partition(" ")[2] + ROW * key.startswith(f"{steps}-step F"): value
              for key, value in row.items() if key.startswith(f"{steps}-step ")}
     # beside it, since images of two steps are not shown: they look like those of one
     return found | {f"{key.partition(' ')[2]} in two steps": value for key, value in row.items()
@@ -1329,8 +1329,9 @@ def headline(table):
 
 def of_scores(table, samples):
     """For a caption: what the scores of a table are, and how much each side has seen."""
-    text = (f" Judge by the score: so few images show little. {distance_of(table)}: Frechet distance of "
-            f"{samples:,} images to the data, by features of a classifier{FEWER * (samples < 1_000)}.")
+    text = (f" Judge by the score: so few images show little. {distance_of(table)}, lower is better: Frechet "
+            f"distance of {samples:,} images to the data, by features of a classifier"
+            f"{FEWER * (samples < 1_000)}.")
     text += f" {HALVES.partition(';')[0]}." * (distance_of(table) == "FD-digits")
     seen = {row["stage"].partition(",")[0]: int(row["images"].replace(",", ""))
             for row in table if row.get("images", "-") != "-"}
@@ -1357,13 +1358,14 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
         images, classes = digits()
         some = [classes.tolist().index(k % 10) for k in range(len(shown[0][2]))]
         shown = [*shown, ("real digits" + ", 0 to 9" * (not names), 0, to_float(images[some], "cpu"))]
+    real = "; the last row is real" * (not shown[-1][1])
     labels = [net_label(name, steps) for name, steps, _ in shown]
     numbers = [numbers_of(name, steps, table) for name, steps, _ in shown]
     what, line = "class" if "".join(names).isdigit() else "caption", "column"
     start = os.path.commonprefix(names).rpartition(" ")[0]               # of all captions: said once
     if any(len(name) > 16 for name in names):            # captions at the left; nets and numbers above
         columns, line, breaks = torch.stack([x.cpu() for *_, x in shown], 1), "row", ()
-        labels = ["\n".join([label, *map(" ".join, found.items())]).replace(LOWER, "")
+        labels = ["\n".join([label, *map(" ".join, found.items())]).replace(ROW, "")
                   for label, found in zip(labels, numbers)]
         rows, header = [*zip(names, columns)], [what, *labels]
     else:
@@ -1377,7 +1379,7 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
         header = [what, *above, *keys] if names or keys else ()
     title, _, words = words.rpartition("\n")
     title = title or headline(table) or "The same noises, drawn by every net"
-    caption = f"{title}\nA {line} is one noise, drawn by all nets."
+    caption = f"{title}\nA {line} is one noise, drawn by all nets{real}."
     caption += of_scores(table, samples) if table else ""
     path = f"{out}/stages" + f"_{shown[0][0]}" * shown[0][0].startswith("init_") + ".png"    # --init FILE
     if table or not (os.path.exists(path) and os.path.exists(f"{out}/results.md")):     # scores stay
@@ -1413,14 +1415,14 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
     caption = (f"Mid-training teaches the jump {jump}\nFirst row: the trajectory, from noise to an image"
                + f" ({len(some)} of {n} states, where most changes)" * (len(some) < n)
                + "; states above sigma 1 are divided by sigma" * consistency
-               + ". Below: what each net answers there in one step. At the right: how far its answer to the "
-               "noise is from the end, root mean square of pixels, mean of "
+               + ". Below: what each net answers there in one step. At the right: how far its answer to pure "
+               "noise is from the end, root mean square of pixels in [-1, 1], mean of "
                f"{states.shape[1]} noises (the ends of two noises differ by {apart:.2f}). "
-               "Drawn is the noise where the teacher misses most. Nearer to the teacher's end is not better: "
+               "Drawn is the noise where the teacher misses most. Nearer to the teacher need not be better: "
                f"post-training learns from images.{words}")
     first, *middle, end = (f"{level:.2g}" for level in levels.tolist())
     header = [f"noise level {'sigma' if consistency else 't'}", f"noise\n{first}", *middle, f"the end\n{end}",
-              "from noise it misses the end by"]
+              "answer to pure noise: misses the end by"]
     save_sheet(f"{out}/trajectory.png", rows, caption, header, (1,), smooth=False)
 
 
@@ -1502,6 +1504,8 @@ def save_chart(path, panels, caption, across="images", marks=(), columns=1):
         few = sum(map(len, curves.values())) < 20 * len(curves)  # what was measured, as dots
         for row, (name, points) in reversed([*enumerate(curves.items())]):       # the first one on top
             dots = [at(x, y) for x, y, *_ in points]
+            if len(points[0]) > 2:                                           # bars stand beside each other
+                dots = [(x + 28 * row, y) for x, y in dots]
             level = len(dots) == 2 and dots[0][1] == dots[1][1]              # a line to compare with: dashes
             for x in range(int(dots[0][0]), int(dots[1][0]), 60) if level else ():
                 pen.line((x, dots[0][1], x + 36, dots[0][1]), colours[name], 8)
@@ -1509,8 +1513,8 @@ def save_chart(path, panels, caption, across="images", marks=(), columns=1):
                 pen.line(dots, colours[name], 8, joint="curve")
             for (x, y), (at_x, _, *bar) in zip(dots, points) if (few or len(dots) == 1) and not level else ():
                 pen.ellipse((x - 16, y - 16, x + 16, y + 16), colours[name])
-                for tip in bar:
-                    pen.line((x - 24, at(at_x, tip)[1], x + 24, at(at_x, tip)[1]), colours[name], 6)
+                for tip in (at(at_x, tip)[1] for tip in bar):
+                    pen.line([(x - 24, tip), (x + 24, tip), (x, tip), (x, y)], colours[name], 6)
             x, y = right + 80, top + 88 * row
             if columns == 1 and (k == 0 or labels[k] != labels[k - 1]):                  # said once
                 pen.rectangle((x, y + 16, x + 48, y + 40), colours[name])

@@ -4,7 +4,6 @@
   torchrun --nproc_per_node=8 train_cmt_cifar.py            # CIFAR-10: download, mid, post, scores
   torchrun --nproc_per_node=8 train_cmt_cifar.py --data ffhq --stage mid
   python train_cmt_cifar.py --data my_images.zip --res 32   # your own images: .zip, folder, .npz
-  python train_cmt_cifar.py --data digits --mid none --post annealed --out out/ect        # ECT without CMT
 
 pretrain: train or fetch the teacher. mid: regress the student onto the ends of its trajectories (Eq. 7).
 post: ECT with a fixed q (Eq. 3). Paper: CIFAR-10, 1/2-step FID 2.74/1.97. The same command again resumes.
@@ -107,7 +106,7 @@ PRESETS = {  # (data, stage, its --mid or --post): later rows win, --help shows 
     ("digits", "mid", "*"): dict(steps=900, lr=2e-3, ema_beta=0.99),
     # choice: warm-up: RAdam's first 5 steps are plain gradient steps, and the gradient grows with q
     ("digits", "post", "*"): dict(steps=600, lr=3e-4, ema_beta=0.99, q=512, warmup=20, huber_c=0.06),
-    ("digits", "post", "annealed"): dict(stair=187, steps=1_500, lr=1e-3, decay="linear", q=2),  # q 2 to 512
+    ("digits", "post", "annealed"): dict(stair=187, steps=1_500, lr=1e-3, decay="linear", q=2),  # to 256; 512
 }
 ABOUT = {"pretrain": "stage 1 of 4, pre-training: the loss soon falls slowly, images still improve",
          "mid": "stage 2 of 4, mid-training (Eq. 7): the loss, distance to the teacher's ends, falls",
@@ -222,7 +221,7 @@ def slow_pairs(cfg, teacher, images, g):
 
 # ---- train ------------------------------------------------------------------------------------
 def train(cfg):
-    """One stage (pretrain, mid, post) from its last checkpoint to its end: method first, bookkeeping last."""
+    """One stage from its last checkpoint to its end. As plain loops: docs/walkthrough.md, 3 and 5."""
     if not (run := set_up(cfg)):                      # run: net, opt, tally, ...: see begin
         return
     net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
@@ -241,12 +240,12 @@ def train(cfg):
         ends = run.distance.features(x_0)             # once per end, not per pair
         return fid.check_pairs(pairs, per_solve, ends, run.distance), ends
 
-    def batch_of(step):                               # this process's rows of it, one per image or pair
+    def batch_of(step):                               # rows of this process: x, t, eps; mid: x_t, t, owner
         if cfg.stage == "mid":
             number, at = divmod(step * B, per_solve)  # which solve; where in it the step's pairs begin
             if at == 0 or step == start:              # it serves several steps; a resumed run solves anew
                 run.pairs, run.ends = solve(number)
-            return [a[at:at + B][mine] for a in run.pairs]    # x_t, t, owner
+            return [a[at:at + B][mine] for a in run.pairs]
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         x, eps = draw(run.images, B, g)[mine], randn((B, *shape), g)[mine]
         return x, (cfg.P_mean + cfg.P_std * randn(B, g))[mine].exp(), eps
@@ -344,6 +343,69 @@ def set_up(cfg):
     return begin(cfg, ckpt, net, optimizer, stamp, kwargs, images=images, teacher=teacher, distance=distance)
 
 
+# ---- nets -------------------------------------------------------------------------------------
+def given_teacher(cfg):
+    """Whether pre-training means reading or fetching a teacher, not training it."""
+    return cfg.teacher != "scratch" and bool(cfg.teacher or data_name(cfg) in nets.PRETRAINED)
+
+
+def teacher_state(cfg):
+    """(weights, kwargs of its net) of --teacher, else <out>/pretrain.pt, else the official teacher."""
+    if cfg.teacher not in ("", "scratch"):
+        state, kwargs, stated = nets.read_weights(cfg.teacher)
+        if (stage := stated.get("stage", "pretrain")) != "pretrain":
+            fail(3, f"--teacher {cfg.teacher} is of --stage {stage}, no denoiser; pass what pretrain made")
+        return state, kwargs
+    if ckpt := nets.finished(f"{cfg.out}/pretrain.pt"):
+        return ckpt["ema"], ckpt["model"]
+    if cfg.teacher or data_name(cfg) not in nets.PRETRAINED:
+        fail(3, f"no finished teacher in {cfg.out}; run --stage pretrain first, or pass --teacher FILE")
+    return nets.load_pretrained(nets.PRETRAINED[data_name(cfg)])
+
+
+def build(cfg, kwargs, state=None, what="", train=False):
+    """A DDPM++ from kwargs (of an official file or SIZES), with weights by name if given."""
+    torch.manual_seed(fold(cfg.seed, cfg.stage, "init"))    # choice: a random student has a start of its own
+    net = nets.make(nets.EDMPrecond, kwargs, what, augment_dim=0, dropout=cfg.dropout if train else 0.0,
+                    sigma_shift=(cfg.stage in RUN) * cfg.sigma_shift)      # trap: a teacher's ends would move
+    if state is not None:
+        nets.load_weights(net, state, what)
+    net = net.to(DEVICE, memory_format=torch.channels_last)
+    return net.train() if train else net.requires_grad_(False).eval()
+
+
+def first_weights(cfg, images, weights):
+    """(weights, kwargs, their name) a net starts from; weights: the teacher's and its kwargs, if read."""
+    if cfg.stage == "pretrain":
+        return None, model_size(cfg, images), ""
+    if cfg.stage == "post" and cfg.mid != "none" and cfg.init in INITS:
+        ckpt = fid.finished_mid(cfg, nets.finished)
+        return ckpt["ema"], ckpt["model"], f"{cfg.out}/mid.pt"
+    state, kwargs = weights or teacher_state(cfg)     # the student has the teacher's size
+    if cfg.init not in INITS:
+        return nets.fitting(*nets.load_pretrained(cfg.init), kwargs, cfg.init), kwargs, cfg.init
+    return (state, kwargs, "the teacher") if cfg.init == "teacher" else (None, kwargs, "")
+
+
+def in_precision(cfg, net):
+    """net as the losses call it: compiled by --compile, it works in --precision, losses in fp32."""
+    net = torch.compile(net, dynamic=False) if cfg.compile else net
+    cast = HALF.get(cfg.precision)
+
+    def f(x, sigma, masks=None):
+        with torch.autocast(DEVICE.type, cast, enabled=cast is not None):
+            return net(x, sigma, masks=masks)
+    return f
+
+
+def model_size(cfg, images):
+    """The kwargs of the DDPM++ for images of this size."""
+    _, channels, height, width = images.shape
+    if height != width or f"ddpm++-{height}" not in nets.SIZES:
+        fail(3, f"--data {cfg.data}: no DDPM++ of nets.SIZES draws {width}x{height}; pass --res 16, 32 or 64")
+    return {**nets.SIZES[f"ddpm++-{height}"], "img_channels": channels}
+
+
 # ---- sample -----------------------------------------------------------------------------------
 def prior(net, seeds):
     """x_T (B, C, H, W) and a generator per seed: image i depends on seed i alone, not on batch or process."""
@@ -367,7 +429,7 @@ def make_sampler(cfg, net, kind):
 def draw_sheets(cfg, found):
     """Saves stages.png and trajectory.png. Returns what the first is made of, to draw it with its scores."""
     shown = [(name, steps, make_sampler(cfg, net, kind)(range(10)))
-             for name, net, kinds, _ in found for steps, kind in kinds.items()]
+             for name, net, kinds, _ in found for steps, kind in kinds.items() if kind != 2]
     if data_name(cfg) == "own" and os.path.exists(cfg.data):     # where no score says how near samples are
         shown.append(("real images", 0, fid.to_float(load_data(cfg)[:10], "cpu")))
     stages = shown, (), fid.about(cfg, found)         # without names of columns, and with words below
@@ -419,6 +481,7 @@ def draw(images, n, g):
 
 
 # ---- plumbing ---------------------------------------------------------------------------------
+# launch, gather, resume, begin, total, on_signal, main and lr_at are the same text in all four scripts.
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]                      # USR1: Slurm's --signal
 SIGNALS += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)      # trap: nohup ignores it
 STOP = []                                             # signals received: the loop saves, then ends
@@ -558,69 +621,6 @@ def check_files(cfg):
             model_size(cfg, images)                   # is there a net for this size?
         shape = dict(img_channels=images.shape[1], img_resolution=images.shape[2], label_dim=0)
         fid.check_teacher(cfg, nets.finished, read_teacher, fid.stamp(images), shape)
-
-
-# ---- nets -------------------------------------------------------------------------------------
-def given_teacher(cfg):
-    """Whether pre-training means reading or fetching a teacher, not training it."""
-    return cfg.teacher != "scratch" and bool(cfg.teacher or data_name(cfg) in nets.PRETRAINED)
-
-
-def teacher_state(cfg):
-    """(weights, kwargs of its net) of --teacher, else <out>/pretrain.pt, else the official teacher."""
-    if cfg.teacher not in ("", "scratch"):
-        state, kwargs, stated = nets.read_weights(cfg.teacher)
-        if (stage := stated.get("stage", "pretrain")) != "pretrain":
-            fail(3, f"--teacher {cfg.teacher} is of --stage {stage}, no denoiser; pass what pretrain made")
-        return state, kwargs
-    if ckpt := nets.finished(f"{cfg.out}/pretrain.pt"):
-        return ckpt["ema"], ckpt["model"]
-    if cfg.teacher or data_name(cfg) not in nets.PRETRAINED:
-        fail(3, f"no finished teacher in {cfg.out}; run --stage pretrain first, or pass --teacher FILE")
-    return nets.load_pretrained(nets.PRETRAINED[data_name(cfg)])
-
-
-def build(cfg, kwargs, state=None, what="", train=False):
-    """A DDPM++ from kwargs (of an official file or SIZES), with weights by name if given."""
-    torch.manual_seed(fold(cfg.seed, cfg.stage, "init"))    # choice: a random student has a start of its own
-    net = nets.make(nets.EDMPrecond, kwargs, what, augment_dim=0, dropout=cfg.dropout if train else 0.0,
-                    sigma_shift=(cfg.stage in RUN) * cfg.sigma_shift)      # trap: a teacher's ends would move
-    if state is not None:
-        nets.load_weights(net, state, what)
-    net = net.to(DEVICE, memory_format=torch.channels_last)
-    return net.train() if train else net.requires_grad_(False).eval()
-
-
-def first_weights(cfg, images, weights):
-    """(weights, kwargs, their name) a net starts from; weights: the teacher's and its kwargs, if read."""
-    if cfg.stage == "pretrain":
-        return None, model_size(cfg, images), ""
-    if cfg.stage == "post" and cfg.mid != "none" and cfg.init in INITS:
-        ckpt = fid.finished_mid(cfg, nets.finished)
-        return ckpt["ema"], ckpt["model"], f"{cfg.out}/mid.pt"
-    state, kwargs = weights or teacher_state(cfg)     # the student has the teacher's size
-    if cfg.init not in INITS:
-        return nets.fitting(*nets.load_pretrained(cfg.init), kwargs, cfg.init), kwargs, cfg.init
-    return (state, kwargs, "the teacher") if cfg.init == "teacher" else (None, kwargs, "")
-
-
-def in_precision(cfg, net):
-    """net as the losses call it: compiled by --compile, it works in --precision, losses in fp32."""
-    net = torch.compile(net, dynamic=False) if cfg.compile else net
-    cast = HALF.get(cfg.precision)
-
-    def f(x, sigma, masks=None):
-        with torch.autocast(DEVICE.type, cast, enabled=cast is not None):
-            return net(x, sigma, masks=masks)
-    return f
-
-
-def model_size(cfg, images):
-    """The kwargs of the DDPM++ for images of this size."""
-    _, channels, height, width = images.shape
-    if height != width or f"ddpm++-{height}" not in nets.SIZES:
-        fail(3, f"--data {cfg.data}: no DDPM++ of nets.SIZES draws {width}x{height}; pass --res 16, 32 or 64")
-    return {**nets.SIZES[f"ddpm++-{height}"], "img_channels": channels}
 
 
 # ---- main -------------------------------------------------------------------------------------

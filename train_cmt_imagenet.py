@@ -277,7 +277,7 @@ def loss_vgg(net, x, labels, seed):
 
 # ---- train ------------------------------------------------------------------------------------
 def train(cfg):
-    """One stage (pretrain, vgg, mid, post) from its last checkpoint to its end: method, then bookkeeping."""
+    """One stage from its last checkpoint to its end. As plain loops: docs/walkthrough.md, 3 and 5."""
     if not (run := set_up(cfg)):                      # run: net, opt, tally, ...: see begin
         return
     net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
@@ -293,7 +293,7 @@ def train(cfg):
         ends = [x_0] if views else run.distance.features(x_0)         # once per end; of views: per pair
         return [*fid.check_pairs(pairs, per_solve, ends, run.distance), *views], ends
 
-    def batch_of(step):                               # this process's rows of it, one per image or pair
+    def batch_of(step):                               # rows of this process: x, t, y, eps, labels; mid: pairs
         if cfg.stage == "mid":
             number, at = divmod(step * B, per_solve)  # which solve; where in it the step's pairs begin
             if at == 0 or step == start:              # it serves several steps; a resumed run solves anew
@@ -419,6 +419,84 @@ def set_up(cfg):
     shape = kwargs["img_channels"], *[kwargs["img_resolution"]] * 2           # the VGG's, too
     return begin(cfg, ckpt, net, optimizer, stamp, kwargs, images=images, teacher=teacher, distance=distance,
                  shape=shape, classes=kwargs["label_dim"])
+
+
+# ---- nets -------------------------------------------------------------------------------------
+def given_teacher(cfg):
+    """Whether pre-training means reading or fetching a teacher, not training it."""
+    return cfg.teacher != "scratch" and bool(cfg.teacher or data_name(cfg) in nets.PRETRAINED)
+
+
+def teacher_state(cfg):
+    """(weights, kwargs of its net) of --teacher, else <out>/pretrain.pt, else the official teacher."""
+    if cfg.teacher not in ("", "scratch"):
+        state, kwargs, stated = nets.read_weights(cfg.teacher)
+        if (stage := stated.get("stage", "pretrain")) != "pretrain":
+            fail(3, f"--teacher {cfg.teacher} is of --stage {stage}, no denoiser; pass what pretrain made")
+        return state, kwargs
+    if ckpt := nets.finished(f"{cfg.out}/pretrain.pt"):
+        return ckpt["ema"], ckpt["model"]
+    if cfg.teacher or data_name(cfg) not in nets.PRETRAINED:
+        fail(3, f"no finished teacher in {cfg.out}; run --stage pretrain first, or pass --teacher FILE")
+    return nets.load_pretrained(nets.PRETRAINED[data_name(cfg)])
+
+
+def build(cfg, kwargs, state=None, what="", train=False):
+    """An EDM2 from kwargs (of an official file or SIZES), with weights by name if given.
+
+    Frozen (train=False): its weights are normalised once, in the precision of the stage.
+    """
+    if cfg.stage == "vgg":
+        return new_vgg(cfg, kwargs["label_dim"])
+    torch.manual_seed(fold(cfg.seed, cfg.stage, "init"))    # choice: a random student has a start of its own
+    pretrain = cfg.stage == "pretrain" and train      # then u(sigma) is trained too, and dropped afterwards
+    net = nets.make(nets.EDM2Precond, kwargs, what, logvar_channels=128 if pretrain else 0,
+                    dropout=cfg.dropout if train else 0.0, dropout_res=None if pretrain else 16)
+    if state is not None:
+        nets.load_weights(net, {k: v for k, v in state.items() if not k.startswith("logvar_")}, what)
+    net = net.to(DEVICE, memory_format=torch.channels_last)
+    net.compute_dtype = HALF.get(cfg.precision)      # EDM2 casts inside: no in_precision() as for CIFAR
+    if cfg.compile and cfg.stage not in RUN:
+        net.compile(dynamic=False)
+    return net.train() if train else nets.freeze(net)
+
+
+def weak_model(cfg):
+    """The guide of the teacher's samples and of ECD's step, or None without --guide."""
+    if not cfg.guide or cfg.w == 1:
+        return None
+    state, kwargs = nets.load_pretrained(cfg.guide)
+    return build(cfg, kwargs, state, cfg.guide)
+
+
+def asked_nets(cfg):
+    """{name: (weights, arguments)} of nets that a stage asks: the teacher; ECD: or --main, and --guide."""
+    names = ("main", "guide") if cfg.stage == "post" and cfg.post not in NO_TEACHER else ()
+    asked = {name: nets.load_pretrained(getattr(cfg, name)) for name in names if getattr(cfg, name)}
+    if cfg.stage == "mid" or (names and not cfg.main):
+        asked["teacher"] = teacher_state(cfg)
+    return asked
+
+
+def first_weights(cfg, images, asked):
+    """(weights, kwargs, their name) a net starts from; asked: nets that the stage asks."""
+    if cfg.stage in ("pretrain", "vgg"):
+        return None, model_size(cfg, images), ""
+    if cfg.stage == "post" and cfg.mid != "none" and cfg.init in INITS:
+        ckpt = fid.finished_mid(cfg, nets.finished)
+        return ckpt["ema"], ckpt["model"], f"{cfg.out}/mid.pt"
+    state, kwargs = asked.get("teacher") or teacher_state(cfg)       # the student has the teacher's size
+    if cfg.init not in INITS:
+        return nets.fitting(*nets.load_pretrained(cfg.init), kwargs, cfg.init), kwargs, cfg.init
+    return (state, kwargs, "the teacher") if cfg.init == "teacher" else (None, kwargs, "")
+
+
+def model_size(cfg, images):
+    """The kwargs of the EDM2 for --data: XL, for ImageNet's latents XXL, for 8x8 pixels tiny."""
+    channels, _, side = images.shape
+    size = "edm2-8" if side == 8 else "edm2-xxl" if data_name(cfg) == "imagenet512" else "edm2-xl"
+    return dict(img_resolution=side, img_channels=4 if channels == 8 else channels,
+                label_dim=images.classes, **nets.SIZES[size])
 
 
 # ---- sample -----------------------------------------------------------------------------------
@@ -631,6 +709,7 @@ def encode_data(cfg):
 
 
 # ---- plumbing ---------------------------------------------------------------------------------
+# launch, gather, resume, begin, total, on_signal, main and lr_at are the same text in all four scripts.
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]                      # USR1: Slurm's --signal
 SIGNALS += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)      # trap: nohup ignores it
 STOP = []                                             # signals received: the loop saves, then ends
@@ -786,84 +865,6 @@ def check_nets(cfg):
         candidates(cfg)                               # --init FILE: is it a net?
     if cfg.data != "digits" and cfg.stage == "mid" and cfg.loss == "lpips" and (channels != 3 or side < 16):
         fail(2, f"--loss lpips needs 3x16x16 at least, not {channels}x{side}x{side}; or --loss huber")
-
-
-# ---- nets -------------------------------------------------------------------------------------
-def given_teacher(cfg):
-    """Whether pre-training means reading or fetching a teacher, not training it."""
-    return cfg.teacher != "scratch" and bool(cfg.teacher or data_name(cfg) in nets.PRETRAINED)
-
-
-def teacher_state(cfg):
-    """(weights, kwargs of its net) of --teacher, else <out>/pretrain.pt, else the official teacher."""
-    if cfg.teacher not in ("", "scratch"):
-        state, kwargs, stated = nets.read_weights(cfg.teacher)
-        if (stage := stated.get("stage", "pretrain")) != "pretrain":
-            fail(3, f"--teacher {cfg.teacher} is of --stage {stage}, no denoiser; pass what pretrain made")
-        return state, kwargs
-    if ckpt := nets.finished(f"{cfg.out}/pretrain.pt"):
-        return ckpt["ema"], ckpt["model"]
-    if cfg.teacher or data_name(cfg) not in nets.PRETRAINED:
-        fail(3, f"no finished teacher in {cfg.out}; run --stage pretrain first, or pass --teacher FILE")
-    return nets.load_pretrained(nets.PRETRAINED[data_name(cfg)])
-
-
-def build(cfg, kwargs, state=None, what="", train=False):
-    """An EDM2 from kwargs (of an official file or SIZES), with weights by name if given.
-
-    Frozen (train=False): its weights are normalised once, in the precision of the stage.
-    """
-    if cfg.stage == "vgg":
-        return new_vgg(cfg, kwargs["label_dim"])
-    torch.manual_seed(fold(cfg.seed, cfg.stage, "init"))    # choice: a random student has a start of its own
-    pretrain = cfg.stage == "pretrain" and train      # then u(sigma) is trained too, and dropped afterwards
-    net = nets.make(nets.EDM2Precond, kwargs, what, logvar_channels=128 if pretrain else 0,
-                    dropout=cfg.dropout if train else 0.0, dropout_res=None if pretrain else 16)
-    if state is not None:
-        nets.load_weights(net, {k: v for k, v in state.items() if not k.startswith("logvar_")}, what)
-    net = net.to(DEVICE, memory_format=torch.channels_last)
-    net.compute_dtype = HALF.get(cfg.precision)      # EDM2 casts inside: no in_precision() as for CIFAR
-    if cfg.compile and cfg.stage not in RUN:
-        net.compile(dynamic=False)
-    return net.train() if train else nets.freeze(net)
-
-
-def weak_model(cfg):
-    """The guide of the teacher's samples and of ECD's step, or None without --guide."""
-    if not cfg.guide or cfg.w == 1:
-        return None
-    state, kwargs = nets.load_pretrained(cfg.guide)
-    return build(cfg, kwargs, state, cfg.guide)
-
-
-def asked_nets(cfg):
-    """{name: (weights, arguments)} of nets that a stage asks: the teacher; ECD: or --main, and --guide."""
-    names = ("main", "guide") if cfg.stage == "post" and cfg.post not in NO_TEACHER else ()
-    asked = {name: nets.load_pretrained(getattr(cfg, name)) for name in names if getattr(cfg, name)}
-    if cfg.stage == "mid" or (names and not cfg.main):
-        asked["teacher"] = teacher_state(cfg)
-    return asked
-
-
-def first_weights(cfg, images, asked):
-    """(weights, kwargs, their name) a net starts from; asked: nets that the stage asks."""
-    if cfg.stage in ("pretrain", "vgg"):
-        return None, model_size(cfg, images), ""
-    if cfg.stage == "post" and cfg.mid != "none" and cfg.init in INITS:
-        ckpt = fid.finished_mid(cfg, nets.finished)
-        return ckpt["ema"], ckpt["model"], f"{cfg.out}/mid.pt"
-    state, kwargs = asked.get("teacher") or teacher_state(cfg)       # the student has the teacher's size
-    if cfg.init not in INITS:
-        return nets.fitting(*nets.load_pretrained(cfg.init), kwargs, cfg.init), kwargs, cfg.init
-    return (state, kwargs, "the teacher") if cfg.init == "teacher" else (None, kwargs, "")
-
-
-def model_size(cfg, images):
-    """The kwargs of the EDM2 for --data: XL, for ImageNet's latents XXL, for 8x8 pixels tiny."""
-    channels, _, side = images.shape
-    size = "edm2-8" if side == 8 else "edm2-xxl" if data_name(cfg) == "imagenet512" else "edm2-xl"
-    return dict(img_resolution=side, img_channels=4 if channels == 8 else channels,
-                label_dim=images.classes, **nets.SIZES[size])
 
 
 # ---- main -------------------------------------------------------------------------------------

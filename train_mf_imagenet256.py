@@ -190,7 +190,7 @@ def loss_mf(flow, z, v, t, r, y, guided, cfg):
 
       u, dudt = jvp(u(z, t, r, y), along (v, 1, 0))
       square = |u - sg(v - (t - r) dudt)|^2
-      loss = mean of square / sg(square + WEIGHT_C)^p
+      loss = mean of square / sg(square + WEIGHT_C)^p          (as code of six lines: docs/walkthrough.md, 6)
 
     Where `guided` (B,), v is omega v + kappa u(z, t, t, y) + (1 - omega - kappa) u(z, t, t, null). du/dt is
     asked for where r < t alone: elsewhere it does not count. t, r, guided: on the CPU. Also returns square.
@@ -284,10 +284,10 @@ def rollout(cfg, net, z, y, times):
     # u = omega v + kappa u + (1 - omega - kappa) plain, where loss_mf is 0: u = plain + scale (v - plain)
     scale, both = cfg.omega / (1 - cfg.kappa), torch.cat([torch.full_like(y, net.num_classes), y])
     asked = torch.stack([times[:-1], times[1:]], 1).flatten().float()        # by Heun: both ends of each step
-    inside = iter(((asked >= cfg.guide_from) & (asked <= cfg.guide_to)).tolist())    # to read t would wait
+    inside = ((asked >= cfg.guide_from) & (asked <= cfg.guide_to)).tolist()          # to read t would wait
 
     def v(x, t):
-        if scale == 1 or not next(inside):
+        if scale == 1 or not inside[len(answers)]:    # of this call
             answers.append(net(x, t, y=y))
         else:
             plain, own = net(torch.cat([x, x]), torch.cat([t, t]), y=both).chunk(2)
@@ -339,12 +339,12 @@ def train(cfg):
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", number))
         return fid.check_pairs(teacher_pairs(cfg, run.teacher, run.shape, g), per_solve)
 
-    def batch_of(step):                               # this process's rows of it, one per image or pair
+    def batch_of(step):                               # rows of this process, as loss_of takes them
         if cfg.stage == "mid":
             number, at = divmod(step * B, per_solve)  # which solve; where in it the step's pairs begin
             if at == 0 or step == start:              # it serves several steps; a resumed run solves anew
                 run.pairs = solve(number)
-            return [a[at:at + B][mine] for a in run.pairs]    # z, t, r, y, target
+            return [a[at:at + B][mine] for a in run.pairs]
         g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
         raw, y, t, r = next(batches)                  # by read_batch, which draws times: one call a step
         guided = is_guided(cfg, step, t, y, net.num_classes)
@@ -353,11 +353,11 @@ def train(cfg):
         wide = t.to(DEVICE, non_blocking=True).view(-1, 1, 1, 1)
         return (1 - wide) * x + wide * eps, t, r, y, eps - x, guided     # t, r, guided: on the CPU
 
-    def loss_of(z, t, r, y, *more):                   # the loss, and squared errors (rows,)
+    def loss_of(z, t, r, y, *more):                   # more: mid: target; else v = eps - x, guided (rows,)
         if cfg.stage == "mid":
             (target,) = more
             return loss_cmt_mf(flow.u, z, t, r, y, target)                                # Eq. 8
-        v, guided = more                              # eps - x; which samples guidance changes
+        v, guided = more                              # guided: which samples guidance changes
         if cfg.stage == "post" and cfg.post == "teacher":     # guided already; "vanilla": other numbers only
             v = teacher_velocity(cfg, run.teacher, z, t, y, guided)
             guided = torch.zeros_like(guided)
@@ -434,6 +434,76 @@ def set_up(cfg):
     net = build(cfg, kwargs, state, what, train=True)
     adam = partial(torch.optim.Adam, betas=(0.9, 0.95), fused=True)           # MF
     return begin(cfg, ckpt, net, adam, stamp, kwargs, images=images, shape=shape, teacher=teacher)
+
+
+# ---- nets -------------------------------------------------------------------------------------
+def size_row(cfg, flag, side=0):
+    """The kwargs that --weak or --size names, for squares of this side (0: not yet known)."""
+    name = getattr(cfg, flag)
+    rows = {row: nets.SIZES[row] for row in nets.SIZES if row.startswith("dit-")}
+    if numbers := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)(?:x([1-9]\d*))?", name):
+        patch, width, depth, heads = (int(n or 0) for n in numbers.groups())
+        rows[name] = dict(patch_size=patch, hidden_size=width, depth=depth, num_heads=heads or width // 32)
+        unit = math.lcm(4, heads) if heads else 32
+        if width % unit:
+            fail(2, f"--{flag} {name}: the width {width} must be a multiple of {unit}")
+    if name not in rows:
+        fail(2, f"--{flag} {name}: not one of {', '.join(rows)}, nor PATCHxWIDTHxDEPTH[xHEADS] as in 4x64x2")
+    if side % rows[name]["patch_size"]:
+        fail(2, f"--{flag} {name}: its patches do not fill the {side} pixels of --data")
+    return rows[name]
+
+
+def read_net(cfg, name):
+    """(weights, kwargs of its net) of a FILE or URL: ours, or bare weights of SiT, REPA or Mean Flow."""
+    state, kwargs, stated = nets.read_weights(name)
+    shape = nets.dit_shape(state, name)                     # a net of another kind is refused here
+    if name == cfg.init and cfg.stage in RUN:
+        fid.check_init(cfg, kwargs or shape)
+    fid.same_guidance(cfg, stated, name)
+    for row in size_row(cfg, "weak"), size_row(cfg, "size"):
+        if {**row, "num_heads": 0}.items() <= shape.items():          # its heads are not known yet
+            shape.update(row)
+    if not kwargs and not shape["num_heads"]:
+        size = f"{shape['patch_size']}x{shape['hidden_size']}x{shape['depth']}"
+        flag = "weak" if name == cfg.teacher else "size"
+        fail(3, f"{name}, a net of size {size}, does not say its heads; pass --{flag} {size}xHEADS")
+    return state, kwargs or shape
+
+
+def teacher_state(cfg):
+    """(weights, kwargs of its net) of --teacher, else <out>/pretrain.pt."""
+    if cfg.teacher:
+        return read_net(cfg, cfg.teacher)
+    if not (ckpt := nets.finished(f"{cfg.out}/pretrain.pt")):
+        fail(3, f"no finished teacher in {cfg.out}; run --stage pretrain first, or pass --teacher FILE")
+    fid.same_guidance(cfg, ckpt["cfg"], f"{cfg.out}/pretrain.pt")
+    return ckpt["ema"], ckpt["model"]
+
+
+def build(cfg, kwargs, state=None, what="", train=False):
+    """A DiT from kwargs, with weights by name if given; a SiT's are turned to our clock."""
+    torch.manual_seed(fold(cfg.seed, cfg.stage, "init"))
+    net = nets.make(nets.DiT, kwargs, what)
+    if state is not None:
+        nets.load_flow(net, state, what)
+    net = net.to(DEVICE)
+    return net.train() if train else net.requires_grad_(False).eval()
+
+
+def first_weights(cfg, kwargs):
+    """(weights, their name) a student of `kwargs` starts from: of mid.pt, teacher, FILE, or none."""
+    if cfg.stage == "pretrain":
+        return None, ""
+    if cfg.init not in INITS:
+        return nets.fitting(*read_net(cfg, cfg.init), kwargs, cfg.init), cfg.init
+    if cfg.stage == "post" and cfg.mid != "none":
+        ckpt, path = fid.finished_mid(cfg, nets.finished), f"{cfg.out}/mid.pt"
+        fid.same_guidance(cfg, ckpt["cfg"], path)
+        # choice: the average, not the last weights
+        return nets.fitting(ckpt["ema"], ckpt["model"], kwargs, path), path
+    what = "the teacher (--init teacher)"
+    return (nets.fitting(*teacher_state(cfg), kwargs, what), what) if cfg.init == "teacher" else (None, "")
 
 
 # ---- sample -----------------------------------------------------------------------------------
@@ -626,6 +696,7 @@ def encode_data(cfg):
 
 
 # ---- plumbing ---------------------------------------------------------------------------------
+# launch, gather, resume, begin, total, on_signal, main and lr_at are the same text in all four scripts.
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]                      # USR1: Slurm's --signal
 SIGNALS += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)      # trap: nohup ignores it
 STOP = []                                             # signals received: the loop saves, then ends
@@ -756,76 +827,6 @@ def check(cfg):
     if cfg.stage in ("eval", "encode") and cfg.data != "digits":
         vae_of(cfg)     # not after training: is the VAE there?
     return trains
-
-
-# ---- nets -------------------------------------------------------------------------------------
-def size_row(cfg, flag, side=0):
-    """The kwargs that --weak or --size names, for squares of this side (0: not yet known)."""
-    name = getattr(cfg, flag)
-    rows = {row: nets.SIZES[row] for row in nets.SIZES if row.startswith("dit-")}
-    if numbers := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)(?:x([1-9]\d*))?", name):
-        patch, width, depth, heads = (int(n or 0) for n in numbers.groups())
-        rows[name] = dict(patch_size=patch, hidden_size=width, depth=depth, num_heads=heads or width // 32)
-        unit = math.lcm(4, heads) if heads else 32
-        if width % unit:
-            fail(2, f"--{flag} {name}: the width {width} must be a multiple of {unit}")
-    if name not in rows:
-        fail(2, f"--{flag} {name}: not one of {', '.join(rows)}, nor PATCHxWIDTHxDEPTH[xHEADS] as in 4x64x2")
-    if side % rows[name]["patch_size"]:
-        fail(2, f"--{flag} {name}: its patches do not fill the {side} pixels of --data")
-    return rows[name]
-
-
-def read_net(cfg, name):
-    """(weights, kwargs of its net) of a FILE or URL: ours, or bare weights of SiT, REPA or Mean Flow."""
-    state, kwargs, stated = nets.read_weights(name)
-    shape = nets.dit_shape(state, name)                     # a net of another kind is refused here
-    if name == cfg.init and cfg.stage in RUN:
-        fid.check_init(cfg, kwargs or shape)
-    fid.same_guidance(cfg, stated, name)
-    for row in size_row(cfg, "weak"), size_row(cfg, "size"):
-        if {**row, "num_heads": 0}.items() <= shape.items():          # its heads are not known yet
-            shape.update(row)
-    if not kwargs and not shape["num_heads"]:
-        size = f"{shape['patch_size']}x{shape['hidden_size']}x{shape['depth']}"
-        flag = "weak" if name == cfg.teacher else "size"
-        fail(3, f"{name}, a net of size {size}, does not say its heads; pass --{flag} {size}xHEADS")
-    return state, kwargs or shape
-
-
-def teacher_state(cfg):
-    """(weights, kwargs of its net) of --teacher, else <out>/pretrain.pt."""
-    if cfg.teacher:
-        return read_net(cfg, cfg.teacher)
-    if not (ckpt := nets.finished(f"{cfg.out}/pretrain.pt")):
-        fail(3, f"no finished teacher in {cfg.out}; run --stage pretrain first, or pass --teacher FILE")
-    fid.same_guidance(cfg, ckpt["cfg"], f"{cfg.out}/pretrain.pt")
-    return ckpt["ema"], ckpt["model"]
-
-
-def build(cfg, kwargs, state=None, what="", train=False):
-    """A DiT from kwargs, with weights by name if given; a SiT's are turned to our clock."""
-    torch.manual_seed(fold(cfg.seed, cfg.stage, "init"))
-    net = nets.make(nets.DiT, kwargs, what)
-    if state is not None:
-        nets.load_flow(net, state, what)
-    net = net.to(DEVICE)
-    return net.train() if train else net.requires_grad_(False).eval()
-
-
-def first_weights(cfg, kwargs):
-    """(weights, their name) a student of `kwargs` starts from: of mid.pt, teacher, FILE, or none."""
-    if cfg.stage == "pretrain":
-        return None, ""
-    if cfg.init not in INITS:
-        return nets.fitting(*read_net(cfg, cfg.init), kwargs, cfg.init), cfg.init
-    if cfg.stage == "post" and cfg.mid != "none":
-        ckpt, path = fid.finished_mid(cfg, nets.finished), f"{cfg.out}/mid.pt"
-        fid.same_guidance(cfg, ckpt["cfg"], path)
-        # choice: the average, not the last weights
-        return nets.fitting(ckpt["ema"], ckpt["model"], kwargs, path), path
-    what = "the teacher (--init teacher)"
-    return (nets.fitting(*teacher_state(cfg), kwargs, what), what) if cfg.init == "teacher" else (None, "")
 
 
 # ---- main -------------------------------------------------------------------------------------

@@ -217,7 +217,7 @@ def loss_mf(flow, z, v, t, r, y, guided, cfg):
 
       u, dudt = jvp(u(z, t, r, y), along (v, 1, 0))
       square = |u - sg(v - (t - r) dudt)|^2
-      loss = mean of square / sg(square + WEIGHT_C)^p
+      loss = mean of square / sg(square + WEIGHT_C)^p          (as code of six lines: docs/walkthrough.md, 6)
 
     Where `guided` (B,), v is omega v + kappa u(z, t, t, y) + (1 - omega - kappa) u(z, t, t, null). du/dt is
     asked for where r < t alone: elsewhere it does not count. t, r, guided: on the CPU. Also returns square.
@@ -284,10 +284,10 @@ def rollout(cfg, net, z, text, null, times):
     # u = omega v + kappa u + (1 - omega - kappa) plain, where loss_mf is 0: u = plain + scale (v - plain)
     scale, both = cfg.omega / (1 - cfg.kappa), torch.cat([null.expand_as(text), text])
     asked = torch.stack([times[:-1], times[1:]], 1).flatten().float()        # by Heun: both ends of each step
-    inside = iter(((asked >= cfg.guide_from) & (asked <= cfg.guide_to)).tolist())    # to read t would wait
+    inside = ((asked >= cfg.guide_from) & (asked <= cfg.guide_to)).tolist()          # to read t would wait
 
     def v(x, t):
-        if scale == 1 or not next(inside):
+        if scale == 1 or not inside[len(answers)]:    # of this call
             answers.append(net(x, t, text, repa=False))
         else:
             plain, own = net(torch.cat([x, x]), torch.cat([t, t]), both, repa=False).chunk(2)
@@ -341,7 +341,7 @@ def train(cfg):
         texts = features_of(*captions_of_solve(cfg, images, number))
         return fid.check_pairs(teacher_pairs(cfg, run.teacher, texts, run.null, shape, g), per_solve), texts
 
-    def batch_of(step):                               # this process's rows of it, one per image or pair
+    def batch_of(step):                               # rows of this process, as loss_of takes them
         if cfg.stage == "mid":
             number, at = divmod(step * B, per_solve)  # which solve; where in it the step's pairs begin
             if at == 0 or step == start:              # it serves several steps; a resumed run solves anew
@@ -355,11 +355,11 @@ def train(cfg):
         wide, tokens = (a.to(DEVICE, non_blocking=True) for a in (t.view(-1, 1, 1, 1), tokens))
         return (1 - wide) * x + wide * eps, t, r, text, eps - x, guided, tokens     # t, r, guided: on the CPU
 
-    def loss_of(z, t, r, text, *more):                # the loss, and squared errors (rows,)
+    def loss_of(z, t, r, text, *more):                # more: mid: target; else v = eps - x, guided, tokens
         if cfg.stage == "mid":
             (target,) = more
             return loss_cmt_mf(flow.u, z, t, r, text, target)                             # Eq. 8
-        v, guided, tokens = more                      # eps - x; which samples guidance changes; DINOv2's
+        v, guided, tokens = more                      # guided: which samples guidance changes; DINOv2's
         if cfg.stage == "pretrain":
             loss, square = loss_sit(flow.u, z, v, t.to(DEVICE, non_blocking=True), text)
         else:                                         # "plain", "vanilla", "xl": differ in numbers only
@@ -444,6 +444,80 @@ def set_up(cfg):
     preview = partial(make_sampler, cfg, steps=steps, text=text, null=null, decode=False)
     return begin(cfg, ckpt, net, adam, stamp, kwargs, images=images, encoder=encoder, null=null,
                  teacher=teacher, preview=preview)
+
+
+# ---- nets -------------------------------------------------------------------------------------
+def size_row(cfg, side=0):
+    """The kwargs that --size names, for squares of this side (0: not yet known)."""
+    rows = {"mmdit/2": dict(nets.SIZES["mmdit/2"], repa_depth=8, projector_dim=2048)}              # REPA
+    if numbers := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", cfg.size):
+        patch, depth = map(int, numbers.groups())
+        rows[cfg.size] = dict(patch_size=patch, depth=depth, repa_depth=1, projector_dim=128)
+    if cfg.size not in rows:
+        fail(2, f"--size {cfg.size}: neither mmdit/2 nor PATCHxDEPTH as in 2x3")
+    if side % rows[cfg.size]["patch_size"]:
+        fail(2, f"--size {cfg.size}: its patches do not fill the {side} pixels of --data")
+    return rows[cfg.size]
+
+
+def model_size(cfg, images, width):
+    """The kwargs of the net to train, for these images, and captions' features of this width."""
+    tokens, side = images.read(torch.tensor([0]), torch.zeros(1))[1][0], images.shape[-1]           # (N, D)
+    row = size_row(cfg, side)
+    if cfg.repa and not len(tokens):
+        fail(3, f"--data {cfg.data} holds no DINOv2 tokens; run --stage encode, or pass --repa 0")
+    if cfg.repa and len(tokens) != (side // row["patch_size"]) ** 2:
+        fail(2, f"--size {cfg.size}: REPA has {len(tokens)} tokens an image, that is another patch size")
+    return dict(row, input_size=side, in_channels=images.shape[0], context_dim=width,
+                average_velocity=cfg.stage != "pretrain", repa_dim=tokens.shape[-1] if cfg.repa else 0)
+
+
+def read_net(cfg, name):
+    """(weights, kwargs of its net) of a FILE or URL: ours, or a bare state dict of --size."""
+    state, kwargs, stated = nets.read_weights(name)
+    if "context_embedder.weight" not in state:
+        kind = f"no MM-DiT, but a net{nets.MAKERS.get(name, '')} without context_embedder.weight"
+        raise nets.WeightsError(f"{name}: {kind}; pass one")
+    if name == cfg.init and cfg.stage in RUN:
+        fid.check_init(cfg, kwargs)
+    fid.same_guidance(cfg, stated, name)
+    if not kwargs:
+        two_clocks = any(k.startswith(("r_embedder.", "h_embedder.")) for k in state)
+        width = state["context_embedder.weight"].shape[-1]
+        kwargs = dict(model_size(cfg, load_data(cfg), width), average_velocity=two_clocks)
+    return state, kwargs
+
+
+def teacher_state(cfg):
+    """(weights, kwargs of its net) of --teacher, else <out>/pretrain.pt."""
+    if cfg.teacher:
+        return read_net(cfg, cfg.teacher)
+    if not (ckpt := nets.finished(f"{cfg.out}/pretrain.pt")):
+        fail(3, f"no finished teacher in {cfg.out}; run --stage pretrain first, or pass --teacher FILE")
+    return ckpt["ema"], ckpt["model"]
+
+
+def build(cfg, kwargs, state=None, what="", train=False):
+    """An MM-DiT from kwargs, with weights by name if given; a second clock starts at zero."""
+    torch.manual_seed(fold(cfg.seed, cfg.stage, "init"))
+    net = nets.make(nets.MMDiT, kwargs, what)
+    if state is not None:
+        nets.load_flow(net, state, what)
+    net = net.to(DEVICE)
+    return net.train() if train else net.requires_grad_(False).eval()
+
+
+def first_weights(cfg):
+    """(weights, their name) the student starts from: mid.pt's in post, the teacher's, FILE's, or none."""
+    if cfg.stage == "pretrain":
+        return None, ""
+    if cfg.init not in INITS:
+        return read_net(cfg, cfg.init)[0], cfg.init
+    if cfg.stage == "post" and cfg.mid != "none":
+        ckpt, path = fid.finished_mid(cfg, nets.finished), f"{cfg.out}/mid.pt"
+        fid.same_guidance(cfg, ckpt["cfg"], path)
+        return ckpt["ema"], path
+    return (teacher_state(cfg)[0], "the teacher") if cfg.init == "teacher" else (None, "")
 
 
 # ---- sample -----------------------------------------------------------------------------------
@@ -801,6 +875,7 @@ def encode_data(cfg):
 
 
 # ---- plumbing ---------------------------------------------------------------------------------
+# launch, gather, resume, begin, total, on_signal, main and lr_at are the same text in all four scripts.
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]                      # USR1: Slurm's --signal
 SIGNALS += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)      # trap: nohup ignores it
 STOP = []                                             # signals received: the loop saves, then ends
@@ -933,80 +1008,6 @@ def check(cfg):
         vae_of(cfg)
         text_encoder(cfg)
     return trains
-
-
-# ---- nets -------------------------------------------------------------------------------------
-def size_row(cfg, side=0):
-    """The kwargs that --size names, for squares of this side (0: not yet known)."""
-    rows = {"mmdit/2": dict(nets.SIZES["mmdit/2"], repa_depth=8, projector_dim=2048)}              # REPA
-    if numbers := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", cfg.size):
-        patch, depth = map(int, numbers.groups())
-        rows[cfg.size] = dict(patch_size=patch, depth=depth, repa_depth=1, projector_dim=128)
-    if cfg.size not in rows:
-        fail(2, f"--size {cfg.size}: neither mmdit/2 nor PATCHxDEPTH as in 2x3")
-    if side % rows[cfg.size]["patch_size"]:
-        fail(2, f"--size {cfg.size}: its patches do not fill the {side} pixels of --data")
-    return rows[cfg.size]
-
-
-def model_size(cfg, images, width):
-    """The kwargs of the net to train, for these images, and captions' features of this width."""
-    tokens, side = images.read(torch.tensor([0]), torch.zeros(1))[1][0], images.shape[-1]           # (N, D)
-    row = size_row(cfg, side)
-    if cfg.repa and not len(tokens):
-        fail(3, f"--data {cfg.data} holds no DINOv2 tokens; run --stage encode, or pass --repa 0")
-    if cfg.repa and len(tokens) != (side // row["patch_size"]) ** 2:
-        fail(2, f"--size {cfg.size}: REPA has {len(tokens)} tokens an image, that is another patch size")
-    return dict(row, input_size=side, in_channels=images.shape[0], context_dim=width,
-                average_velocity=cfg.stage != "pretrain", repa_dim=tokens.shape[-1] if cfg.repa else 0)
-
-
-def read_net(cfg, name):
-    """(weights, kwargs of its net) of a FILE or URL: ours, or a bare state dict of --size."""
-    state, kwargs, stated = nets.read_weights(name)
-    if "context_embedder.weight" not in state:
-        kind = f"no MM-DiT, but a net{nets.MAKERS.get(name, '')} without context_embedder.weight"
-        raise nets.WeightsError(f"{name}: {kind}; pass one")
-    if name == cfg.init and cfg.stage in RUN:
-        fid.check_init(cfg, kwargs)
-    fid.same_guidance(cfg, stated, name)
-    if not kwargs:
-        two_clocks = any(k.startswith(("r_embedder.", "h_embedder.")) for k in state)
-        width = state["context_embedder.weight"].shape[-1]
-        kwargs = dict(model_size(cfg, load_data(cfg), width), average_velocity=two_clocks)
-    return state, kwargs
-
-
-def teacher_state(cfg):
-    """(weights, kwargs of its net) of --teacher, else <out>/pretrain.pt."""
-    if cfg.teacher:
-        return read_net(cfg, cfg.teacher)
-    if not (ckpt := nets.finished(f"{cfg.out}/pretrain.pt")):
-        fail(3, f"no finished teacher in {cfg.out}; run --stage pretrain first, or pass --teacher FILE")
-    return ckpt["ema"], ckpt["model"]
-
-
-def build(cfg, kwargs, state=None, what="", train=False):
-    """An MM-DiT from kwargs, with weights by name if given; a second clock starts at zero."""
-    torch.manual_seed(fold(cfg.seed, cfg.stage, "init"))
-    net = nets.make(nets.MMDiT, kwargs, what)
-    if state is not None:
-        nets.load_flow(net, state, what)
-    net = net.to(DEVICE)
-    return net.train() if train else net.requires_grad_(False).eval()
-
-
-def first_weights(cfg):
-    """(weights, their name) the student starts from: mid.pt's in post, the teacher's, FILE's, or none."""
-    if cfg.stage == "pretrain":
-        return None, ""
-    if cfg.init not in INITS:
-        return read_net(cfg, cfg.init)[0], cfg.init
-    if cfg.stage == "post" and cfg.mid != "none":
-        ckpt, path = fid.finished_mid(cfg, nets.finished), f"{cfg.out}/mid.pt"
-        fid.same_guidance(cfg, ckpt["cfg"], path)
-        return ckpt["ema"], path
-    return (teacher_state(cfg)[0], "the teacher") if cfg.init == "teacher" else (None, "")
 
 
 # ---- main -------------------------------------------------------------------------------------

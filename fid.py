@@ -1605,6 +1605,9 @@ def one_line(cfg, *errors):
     except torch.OutOfMemoryError as e:
         now = cfg.batch_gpu or cfg.batch // processes()[1]
         fail(1, f"{first_line(e)} Run again with a --batch_gpu smaller than {now}")
+    except AssertionError as e:                              # of a fork: the scripts' own say what it is
+        fail(2, f"{first_line(e)} (docs/forking.md)") if str(e) else None
+        raise
     except Exception as e:
         if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
             fail(2, f"--compile: {' '.join(str(e).split()[:40])}; mend the compiler, or pass --no-compile")
@@ -2004,25 +2007,28 @@ def check_solve(cfg, n, used, world, solver=None, grid=None):
             fail(2, "teacher_solver returned no states from x_T to the end, (steps + 1, B, C, H, W)")
 
 
-def check_pairs(pairs, expected, features=(), distance=None):
-    """pairs, what a solve returned; exit code 2 where a fork's pairs, or features of their ends, are odd."""
-    if {len(a) for a in pairs} != {expected}:
-        sizes = ", ".join(str(len(a)) for a in pairs)
-        fail(2, f"a solve returned {sizes} rows, solve_size says {expected} pairs; make them agree")
-    if not distance:
-        return pairs
+def check_distance(distance, shape, device):
+    """Exit code 2 where a fork's distance is none, tried on two images of this shape, (C, H, W)."""
+    if missing := [name for name in ("features", "distance") if not callable(getattr(distance, name, None))]:
+        fail(2, f"a distance has no method {missing[0]}; it has two, features(x) and distance(a, b)")
+    features = distance.features(torch.rand((2, *shape), device=device) * 2 - 1)
     if not isinstance(features, list):
         fail(2, f"features of a distance are a {type(features).__name__}, not a list of tensors, as [x]")
     if any(a.requires_grad for a in features):
         fail(2, "features of a distance have a gradient: make its net .requires_grad_(False).eval()")
-    two = [a[:2] for a in features]
-    shape = getattr(distance.distance(two, two), "shape", None)
-    if shape != two[0].shape[:1]:
-        fail(2, f"a distance of {len(two[0])} images has shape {shape and [*shape]}, not a number for each; "
-                "end it in .flatten(1).mean(1)")
+    if (found := getattr(distance.distance(features, features), "shape", None)) != (2,):
+        fail(2, f"a distance of 2 images has shape {found and [*found]}, not a number for each of them; end "
+                "it in .flatten(1).mean(1), and return it")
+
+
+def check_pairs(pairs, expected, ends=None):
+    """pairs, what a solve returned; exit code 2 where a fork's do not fit solve_size or its ends."""
+    if {len(a) for a in pairs} != {expected}:
+        sizes = ", ".join(str(len(a)) for a in pairs)
+        fail(2, f"a solve returned {sizes} rows, solve_size says {expected} pairs; make them agree")
     owner = pairs[-1]                                    # on a GPU it would wait
-    if owner.is_cpu and (owner.dtype != torch.int64 or len(owner.unique()) != len(features[0])):
-        fail(2, f"owner of a solve must say, as int64, which of its {len(features[0])} ends is a pair's")
+    if ends and owner.is_cpu and (owner.dtype != torch.int64 or len(owner.unique()) != len(ends[0])):
+        fail(2, f"owner of a solve must say, as int64, which of its {len(ends[0])} ends is a pair's")
     return pairs
 
 

@@ -238,7 +238,7 @@ def train(cfg):
         else:
             *pairs, x_0 = teacher_pairs(cfg, run.teacher, shape, g)
         ends = run.distance.features(x_0)             # once per end, not per pair
-        return fid.check_pairs(pairs, per_solve, ends, run.distance), ends
+        return fid.check_pairs(pairs, per_solve, ends), ends
 
     def batch_of(step):                               # rows of this process: x, t, eps; mid: x_t, t, owner
         if cfg.stage == "mid":
@@ -604,15 +604,15 @@ def check(cfg):
 def check_files(cfg):
     """Whether a stage can begin with --data, --teacher, --init, its VGG: not after days of others."""
     read_teacher = teacher_state if given_teacher(cfg) else None
-    if cfg.stage == "mid" and (cfg.data == "digits" or (cfg.data not in FILES and os.path.exists(cfg.data))):
-        side, _, channels = (8, 8, 1) if cfg.data == "digits" else fid.image_shape(cfg.data, cfg.res)
-        if read_teacher:                              # it is to draw such images
+    if cfg.stage == "mid" and (cfg.data in (*FILES, "digits") or os.path.exists(cfg.data)):
+        side, _, channels = ((8, 8, 1) if cfg.data == "digits" else (cfg.res or 32, 0, 3) if cfg.data in FILES
+                             else fid.image_shape(cfg.data, cfg.res))
+        if read_teacher and cfg.data not in FILES:    # it is to draw such images
             shape = dict(img_channels=channels, img_resolution=side, label_dim=0)
             fid.check_teacher(cfg, nets.finished, read_teacher, None, shape)
         if cfg.loss == "lpips" and (channels != 3 or side < 16):
             fail(2, f"--loss lpips needs 3x16x16 at least, not {channels}x{side}x{side}; or --loss huber")
-    if cfg.stage == "mid" and (cfg.data in (*FILES, "digits") or os.path.exists(cfg.data)):
-        make_distance(cfg, 1 if cfg.data == "digits" else 3)          # is its VGG there? else downloaded now
+        fid.check_distance(make_distance(cfg, channels), (channels, side, side), DEVICE)    # VGG: fetched
     if cfg.stage != "pretrain" and cfg.init not in INITS:
         candidates(cfg)                               # --init FILE: is it a net?
     if needs_data(cfg):                               # can it be read, and by the teacher and its net?

@@ -291,7 +291,7 @@ def train(cfg):
         *pairs, x_0 = teacher_pairs(cfg, run.teacher, run.shape, g, run.classes)
         views = () if cfg.ensemble == "none" else run.distance.draw(pairs[0], g).values()    # of each pair
         ends = [x_0] if views else run.distance.features(x_0)         # once per end; of views: per pair
-        return [*fid.check_pairs(pairs, per_solve, ends, run.distance), *views], ends
+        return [*fid.check_pairs(pairs, per_solve, ends), *views], ends
 
     def batch_of(step):                               # rows of this process: x, t, y, eps, labels; mid: pairs
         if cfg.stage == "mid":
@@ -845,7 +845,8 @@ def check_files(cfg, trains):
         check_nets(cfg)                               # one that has begun compares its data in train
     measures = cfg.stage == "mid" and trains and not wants_vgg(cfg)
     if measures and not begun and (cfg.dry_run or there):
-        make_distance(cfg)                            # is its VGG there? else downloaded now
+        shape = (1, 8, 8) if cfg.data == "digits" else (4, 64, 64) if cfg.res == 512 else (3, 64, 64)
+        fid.check_distance(make_distance(cfg), shape, DEVICE)                # its VGG: fetched
     if cfg.res == 512 and cfg.data != "digits" and cfg.stage in ("encode", "sample", "eval"):
         vae_of(cfg)                                   # are diffusers and the VAE there?
     for file in (cfg.main, cfg.guide) if cfg.stage == "post" and cfg.post not in NO_TEACHER else ():

@@ -455,15 +455,23 @@ def test_samples_are_counted_by_seeds_and_an_npz_says_what_it_holds(here, capsys
         assert exit_code == 3 and words in err
 
 
-def test_a_distance_that_is_not_per_image_is_refused():
+def test_a_distance_that_is_not_per_image_is_refused(capsys):
     """A sum over the batch would make the gradient depend on --batch_gpu."""
     for home in (script, importlib.import_module("train_cmt_imagenet")):
         whole = SimpleNamespace(features=lambda x: [x], distance=lambda a, b: (a[0] - b[0]).square().mean())
         each = SimpleNamespace(features=whole.features, distance=lambda a, b: (a[0] - b[0]).square().flatten(1).mean(1))
         for distance in each, whole:
             with pytest.raises(SystemExit) if distance is whole else contextlib.nullcontext() as stop:
-                home.fid.check_pairs([torch.ones(4), torch.arange(4)], 4, [torch.zeros(4, 1, 8, 8)], distance)
+                home.fid.check_distance(distance, (1, 8, 8), "cpu")
         assert stop.value.code == 2
+    for lacking in (SimpleNamespace(features=whole.features), SimpleNamespace(distance=whole.distance), None, 3.0):
+        with pytest.raises(SystemExit):
+            home.fid.check_distance(lacking, (1, 8, 8), "cpu")
+    capsys.readouterr()
+    for features in (lambda x: x, lambda x: [x.requires_grad_()]):                  # a tensor has rows, too, but they are images
+        with pytest.raises(SystemExit):
+            home.fid.check_distance(SimpleNamespace(features=features, distance=each.distance), (1, 8, 8), "cpu")
+    assert "features of a distance are a Tensor, not a list" in capsys.readouterr().err
 
 
 def test_a_shift_of_sampling_moves_no_end_of_mid_training(road):
@@ -537,12 +545,13 @@ def test_a_number_that_a_wrong_row_denies_a_stage_changes_nothing(road):
     assert seen["eval"].q == 9 and [seen[stage].mid for stage in ("pretrain", "post")] == ["cmt"] * 2
 
 
-def test_a_branch_that_returns_nothing_does_not_train_as_another_method(road, monkeypatch):
+def test_a_branch_that_returns_nothing_does_not_train_as_another_method(road, monkeypatch, capsys):
     """Without `return` before loss_mine, a fork's post-training would be ECT, in silence."""
     text = (ROOT / "train_cmt_cifar.py").read_text().replace('] = "ect"', ', "mine"] = "ect"')
     fork = forked(text.replace("        assert cfg.post in", '        if cfg.post == "mine":\n            loss_ect(f, x, x, t, t / 2)\n        assert cfg.post in'), monkeypatch)
-    with pytest.raises(AssertionError, match="mine: no branch returns its loss"):
-        fork.main([*TINY, "--stage", "post", "--mid", "none", "--post", "mine", "--teacher", str(road / "pretrain.pt"), "--steps", "1", "--out", "x"])
+    argv = [*TINY, "--stage", "post", "--mid", "none", "--post", "mine", "--teacher", str(road / "pretrain.pt"), "--steps", "1", "--out", "x"]
+    exit_code, err = code(argv, capsys, fork.main)
+    assert exit_code == 2 and "mine: no branch returns its loss (docs/forking.md)" in err.splitlines()[-1] and "Traceback" not in err
 
 
 @pytest.mark.parametrize("branch, words", [("return (f(x, t) - x).square().flatten(1).mean(1)", "a loss is one number: end it in .mean()"),

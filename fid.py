@@ -816,7 +816,7 @@ def array_images(path):
         array = array.transpose(0, 2, 3, 1)
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] not in (1, 3):
         raise DataError(f"{path}: is {array.dtype} {array.shape}; expected uint8 images (N, H, W, C) as "
-                        "arr_0 or images (floats: x * 255), or statistics, mu and sigma")
+                        "arr_0 or images (floats: x * 255; grey: x[..., None]), or statistics, mu and sigma")
     return array
 
 
@@ -1875,7 +1875,10 @@ def parser(doc, config, stages):
 
 
 REMEDIES = {"arguments: (?i:true|false|yes|no|on|off)$|explicit arg": "a switch is --NAME or --no-NAME; ",
-            "arguments: (?!-|(?i:true|false|yes|no|on|off)$)": "a value is behind its flag: --data digits; ",
+            "arguments: \\d+( \\d+)*$": "a range is one word: --seeds 0-2; ",
+            "arguments: -?[\u2010-\u2015\u2212]": "write a flag with two plain hyphens: --steps; ",
+            "arguments: (?![-\u2010-\u2015\u2212\\d]|(?i:true|false|yes|no|on|off)$)":
+            "a value is behind its flag: --data digits; ",
             "--(resume|continue)": "the same command, without it, goes on; ",
             "--(fp16|bf16|amp)": "write --precision bf16; ", "--no.mid": "write --mid none; ",
             "--(device|gpus?|cuda)( |$)": "torchrun runs on several GPUs, CUDA_VISIBLE_DEVICES=0 picks one; ",

@@ -43,9 +43,9 @@ class Config:                   # field default < matching rows of PRESETS < --f
     teacher: str = ""           # FILE, URL; "" = <out>/pretrain.pt, else the official one; scratch = train it
     mid: Literal["cmt", "kd", "slow", "none"] = "cmt"    # kd: pure noise; slow: a solve for each; none
     post: Literal["ect", "ecd", "ecd_euler", "annealed"] = "ect"   # ecd: x_r by teacher; annealed: q grows
-    init: str = "teacher"       # teacher | random | FILE: starts mid, else post; sample: show FILE
+    init: str = "teacher"       # teacher | random | FILE, of mid, else of post; sample: show FILE
 
-    steps: int = 300_000        # mid; other stages: PRESETS; x batch 128 = 38.4 million pairs (Sec. 4.2)
+    steps: int = 300_000        # of mid (others: PRESETS); x batch 128 = 38.4 million pairs (Sec. 4.2)
     batch: int = 128            # images or pairs (x_t, x_0) per step, over all processes (B.2)
     batch_gpu: int = 0          # at once in a process, to save memory; the rest by accumulation; 0 = all
     lr: float = 2e-4            # learning rate of RAdam (B.2); pretrain: of Adam
@@ -56,7 +56,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
 
     loss: Literal["lpips", "huber", "l2"] = "lpips"      # mid: d of Eq. 7; the others are those of App. D
     huber_c: float = 0.06       # of sqrt(|.|^2 + c^2) - c, mid and post; post: 0 = the norm itself (ECT)
-    nfe: int = 16               # teacher steps per trajectory (B.2)
+    nfe: int = 16               # steps of the teacher, in trajectories and in samples (B.2)
     trajectories: int = 128     # choice: per solve, whose pairs serve several steps; 0 = batch/nfe (paper)
     q: int = 4096               # post: the gap t - r is n(t) t / q, see ect_step (B.2: 1/4096)
     stair: int = 0              # post annealed: steps at each of q, q^2, q^3, ... (q 2: 2, 4, 8); else 0

@@ -1605,10 +1605,10 @@ def one_line(cfg, *errors):
     except torch.OutOfMemoryError as e:
         now = cfg.batch_gpu or cfg.batch // processes()[1]
         fail(1, f"{first_line(e)} Run again with a --batch_gpu smaller than {now}")
-    except AssertionError as e:                              # of a fork: the scripts' own say what it is
-        fail(2, f"{first_line(e)} (docs/forking.md)") if str(e) else None
-        raise
     except Exception as e:
+        *_, last = traceback.extract_tb(e.__traceback__)
+        if isinstance(e, AssertionError) and last.filename == home_of(cfg).__file__:
+            fail(2, f"{first_line(e)} (docs/forking.md)")    # the script's own say what a fork forgot
         if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
             fail(2, f"--compile: {' '.join(str(e).split()[:40])}; mend the compiler, or pass --no-compile")
         calls = [f.line for f in traceback.extract_tb(e.__traceback__) if "dist." in f.line]

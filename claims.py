@@ -301,8 +301,8 @@ def curves(args, device):
                    "best schedule that we found. Both begin with the teacher's weights; a pair costs what "
                    "an image does. Compare the last dots, where both learning rates have fallen to 0. "
                    "FD-digits: Frechet distance of 2,000 digits to real ones, by features of a classifier. "
-                   "Where mid-training compares by features, as in the paper, it does not help "
-                   "(docs/results.md).",
+                   "Where mid-training compares by features of a small VGG, the paper's way, it does not "
+                   "help (docs/results.md).",
                    "images or pairs that the student has seen", marks[0])
     print(f"open {args.out}/scores.png")
 

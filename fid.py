@@ -38,11 +38,13 @@ DECAYS, ENDLESS, STAGES, INITS, FILES, RUN, NEED_STAGE; DEVICE and nets; it call
 check, solve_size, resume, candidates and set_up.
 """
 import argparse
+import builtins
 import collections
 import contextlib
 import dataclasses
 import datetime
 import difflib
+import dis
 import errno
 import fcntl
 import functools
@@ -1272,7 +1274,7 @@ def numbers_of(name, steps, table):
              for key, value in row.items() if key.startswith(f"{steps}-step ")}
     # beside it, since images of two steps are not shown: they look like those of one
     return found | {f"{key.partition(' ')[2]} in two steps": value for key, value in row.items()
-                    if steps == 1 and name != "teacher" and key.startswith("2-step F") and value != "-"}
+                    if steps == 1 and key.startswith("2-step F") and value != "-"}
 
 
 def breaks_between(nets):
@@ -1291,7 +1293,7 @@ def about(cfg, found):
         name == "alone" and ckpt["cfg"].get("pretrain") == "fm" for name, *_, ckpt in found)
     if sizes.get("students", 0) > 1.2 * sizes.get("teacher", math.inf):
         by += f" The students have {sizes['students'] / sizes['teacher']:.1f} times the teacher's parameters."
-    return f" Seed {cfg.seed}{' (docs/results.md: means of three seeds)' * (cfg.data == 'digits')}.{by}"
+    return f" Seed {cfg.seed}{' (three seeds, other CPUs: docs/results.md)' * (cfg.data == 'digits')}.{by}"
 
 
 def verdict(was, now):
@@ -1312,7 +1314,7 @@ def distance_of(table):
 
 
 def headline(table):
-    """For a heading: what mid-training does beside a run without it, else the scores of the last student."""
+    """For a heading: scores with mid-training and without, if both are there; else of the last student."""
     nets = {}                                            # {net: {steps: text}}, of several rows the first
     for row in reversed(table):
         nets[row["stage"].partition(",")[0]] = {
@@ -1322,7 +1324,8 @@ def headline(table):
     texts = [f"{called(net)}: " + ", ".join(f"{v} in {k}" for k, v in found.items())
              for net, found in nets.items() if found and net not in ("alone", "teacher")][:1]
     if both := {k: (alone[k], post[k]) for k in alone if mid and k in post}:
-        texts = ["with this seed mid-training " + effect(both)]
+        scores = ", ".join(f"{now:.2f} and {was:.2f} in {k}" for k, (was, now) in both.items())
+        return f"with mid-training and without: {scores}"
     worse = [f"{mid[k]:.2f} in {k}" for k in mid if k in post and mid[k] < post[k]]
     return "; ".join(texts + [f"before post-training {', '.join(worse)}"] * bool(worse))
 
@@ -1337,7 +1340,7 @@ def of_scores(table, samples):
             for row in table if row.get("images", "-") != "-"}
     if "alone" in seen and "mid" in seen:
         ours, rival = seen["mid"] + seen.get("post", 0), seen["alone"]
-        text += (f" Mid- and post-training see {ours:,} pairs and images, training without mid-training "
+        text += (f" With mid-training {ours:,} pairs and images are seen, without it "
                  f"{'as many' if ours == rival else f'{rival:,}'} images (time: docs/results.md).")
     elif any(row["stage"].partition(",")[0] == "mid" for row in table):
         text += " Whether mid-training helps, only a run without it tells (docs/usage.md)."
@@ -1405,9 +1408,10 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
                for net, f in nets.items() if net != "alone"}                 # whose ends are its own
     errors = {net: (x[0] - states[-1]).square().flatten(1).mean(1).sqrt() for net, x in answers.items()}
     k = next(iter(errors.values()), torch.zeros(1)).argmax().item()              # the noise that is shown
+    missed = ", ".join(f"{called(net)} {e.mean().item():.2f}" for net, e in errors.items())
     name = f"\n{names[k % len(names)]}" if names else ""
     rows = [(f"the teacher's trajectory{name}", show((states / wide)[:, k]), "")]           # at unit scale
-    rows += [(f"{called(net)}\nin one step", show(x[:, k]), f"{errors[net].mean().item():.2f}")
+    rows += [(f"{called(net)}\nin one step", show(x[:, k]), f"{errors[net][k].item():.2f}")
              for net, x in answers.items()]
     consistency = bool(levels.max() > 1)
     jump = ("from every state of the teacher's trajectory to its end" if consistency else
@@ -1416,13 +1420,13 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
                + f" ({len(some)} of {n} states, where most changes)" * (len(some) < n)
                + "; states above sigma 1 are divided by sigma" * consistency
                + ". Below: what each net answers there in one step. At the right: how far its answer to pure "
-               "noise is from the end, root mean square of pixels in [-1, 1], mean of "
-               f"{states.shape[1]} noises (the ends of two noises differ by {apart:.2f}). "
-               "Drawn is the noise where the teacher misses most. Nearer to the teacher need not be better: "
-               f"post-training learns from images.{words}")
+               "noise is from the end, root mean square of pixels in [-1, 1] (ends of two noises differ by "
+               f"{apart:.2f}). Of {states.shape[1]} noises the one where the teacher errs most is drawn; "
+               f"means: {missed}. Nearer to the teacher need not be better: post-training learns from images."
+               f"{words}")
     first, *middle, end = (f"{level:.2g}" for level in levels.tolist())
     header = [f"noise level {'sigma' if consistency else 't'}", f"noise\n{first}", *middle, f"the end\n{end}",
-              "answer to pure noise: misses the end by"]
+              "error from pure noise"]
     save_sheet(f"{out}/trajectory.png", rows, caption, header, (1,), smooth=False)
 
 
@@ -1504,8 +1508,6 @@ def save_chart(path, panels, caption, across="images", marks=(), columns=1):
         few = sum(map(len, curves.values())) < 20 * len(curves)  # what was measured, as dots
         for row, (name, points) in reversed([*enumerate(curves.items())]):       # the first one on top
             dots = [at(x, y) for x, y, *_ in points]
-            if len(points[0]) > 2:                                           # bars stand beside each other
-                dots = [(x + 28 * row, y) for x, y in dots]
             level = len(dots) == 2 and dots[0][1] == dots[1][1]              # a line to compare with: dashes
             for x in range(int(dots[0][0]), int(dots[1][0]), 60) if level else ():
                 pen.line((x, dots[0][1], x + 36, dots[0][1]), colours[name], 8)
@@ -1513,8 +1515,9 @@ def save_chart(path, panels, caption, across="images", marks=(), columns=1):
                 pen.line(dots, colours[name], 8, joint="curve")
             for (x, y), (at_x, _, *bar) in zip(dots, points) if (few or len(dots) == 1) and not level else ():
                 pen.ellipse((x - 16, y - 16, x + 16, y + 16), colours[name])
-                for tip in (at(at_x, tip)[1] for tip in bar):
-                    pen.line([(x - 24, tip), (x + 24, tip), (x, tip), (x, y)], colours[name], 6)
+                for tip in (at(at_x, tip)[1] for tip in bar):    # the bars of two curves beside each other
+                    pen.line([(x + 28 * row - 20, tip), (x + 28 * row + 20, tip)], colours[name], 6)
+                    pen.line([(x + 28 * row, tip), (x + 28 * row, y)], colours[name], 6)
             x, y = right + 80, top + 88 * row
             if columns == 1 and (k == 0 or labels[k] != labels[k - 1]):                  # said once
                 pen.rectangle((x, y + 16, x + 48, y + 40), colours[name])
@@ -1735,6 +1738,18 @@ def home_of(cfg):
     return sys.modules[type(cfg).__module__]
 
 
+@functools.cache
+def check_names(home):
+    """Exit code 2 where a function of the script uses a name that is nowhere: of a fork, now, not in post."""
+    codes = [inspect.unwrap(f).__code__ for f in vars(home).values()
+             if inspect.isfunction(f) and f.__module__ == home.__name__]
+    for code in codes:
+        codes += filter(inspect.iscode, code.co_consts)      # functions in functions
+        names = {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
+        if odd := [name for name in names if not hasattr(home, name) and not hasattr(builtins, name)]:
+            fail(2, f"{code.co_name} uses {odd[0]}, which {os.path.basename(home.__file__)} does not have")
+
+
 def check_tables(home):
     """Exit code 2 where a table of the script names what is not there, or a value is not possible: forks."""
     fields = {f.name: f.type for f in dataclasses.fields(home.Config)}
@@ -1771,6 +1786,7 @@ def parse(home, argv):
     Weakest first: a field's default, the matching rows of PRESETS from top to bottom, --field, --stage.field.
     """
     check_tables(home)
+    check_names(home)
     config, presets = home.Config, home.PRESETS
     p = parser(home.__doc__, config, tuple(home.STAGES))
     if asks := {"-h", "--help"} & {*argv}:
@@ -1934,9 +1950,8 @@ def check_values(cfg, limits, world):
     """
     home, idle = home_of(cfg), never_read(cfg)
     code, bounded = pathlib.Path(home.__file__).read_text(), " ".join([*limits.values(), "seed"]).split()
-    both = code.partition("\ndef ")[2] + pathlib.Path(__file__).read_text()
-    used = {*sum(re.findall(r"""\bc(?:fg)?\.(\w+)|["'](\w+)["']""", both), ())}
-    for f in dataclasses.fields(cfg):                        # of a fork
+    used = {*home.STAGES, *re.findall(r"\bc(?:fg)?\.(\w+)", code + pathlib.Path(__file__).read_text())}
+    for f in [f for f in dataclasses.fields(cfg) if f.type is not str]:                      # of a fork
         if f.type in (int, float) and f.name not in bounded:
             say(f"warning: --{f.name}: no row of LIMITS says what it may be, so any number trains")
         if f.name not in used:
@@ -1956,8 +1971,9 @@ def check_values(cfg, limits, world):
     path = os.sep in cfg.data or "." in cfg.data or os.path.exists(cfg.data)
     if home.data_name(cfg) == "own" and cfg.stage != "encode" and not path:
         names = [*(home.FILES if type(cfg).data in home.FILES else [type(cfg).data]), "digits"]
-        meant = difflib.get_close_matches(cfg.data.lower(), names, 1) or names
-        fail(2, f"--data {cfg.data}: no file or folder, nor a name, as {', '.join(meant)}; pass one")
+        meant = difflib.get_close_matches(cfg.data.lower(), names, 1)
+        more = f"did you mean {meant[0]}?" if meant else f"pass one, or {', '.join(names)}"
+        fail(2, f"--data {cfg.data}: no file or folder, nor the name of a data set; {more}")
     if world and cfg.batch % world:
         fail(2, f"--batch {cfg.batch}: {world} processes share it; pass {-(-cfg.batch // world) * world}")
     share = cfg.batch // max(world, 1)
@@ -2408,10 +2424,8 @@ def overview(road, device, cfg):
     if ROAD and device.type == "cpu":
         small = cfg.data == "digits" or getattr(cfg, "res", 0) == 16
         scores = f", and {'half a minute of ' * (cfg.data == 'digits')}scores" * (cfg.stage == "all")
-        by = "in fp32" + ", with OMP_NUM_THREADS=1" * (cfg.data != "digits")     # which sets it itself
-        text += (f"; {duration(least)} to {duration(4 * least)} of a core {by}{scores}" if small else
-                 "\nwarning: there is no GPU; a CPU trains --data digits in minutes, and in hours, with "
-                 "OMP_NUM_THREADS=1, nets as small as those of --res 16")
+        text += (f"; {duration(least)} to {duration(4 * least)} of a core in fp32{scores}" if small else
+                 "\nwarning: there is no GPU; a CPU trains --data digits in minutes, --res 16 in hours")
     text += (f"\nwarning: a score of {cfg.samples} samples is off, mostly high; pass --samples 1000 or more"
              ) * (cfg.samples < 1_000 and cfg.stage in ("all", "eval"))
     slow, average, warm = [], [], []                         # one line a kind, not a stage

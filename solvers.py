@@ -112,7 +112,7 @@ def dpmpp_coefficients(sigmas, order):
             phi2 = phi1 / h + 1                     # trap: with the wrong sign of phi2 images still look fine
             phi3 = phi2 / h - 0.5
             r0, r1 = (lambdas[i] - lambdas[i - 1]) / h, (lambdas[i - 1] - lambdas[i - 2]) / h
-            c = (phi2 * r0 - phi3) / (r0 + r1)      # choice: phi3 D2, as the official code; Taylor 2 phi3 D2
+            c = (phi2 * r0 - phi3) / (r0 + r1)      # choice: phi3 D2, as the official code; Taylor: 2 phi3 D2
             b[0] += (phi2 + c) / r0
             b[1] -= (phi2 + c) / r0 + c / r1
             b[2] += c / r1

@@ -87,7 +87,7 @@ PRESETS = {  # (data, stage, its --mid or --post): later rows win, --help shows 
                                     ema_beta=0.99964),
     ("afhqv2", "pretrain", "*"): dict(steps=781_250, batch=256, lr=2e-4, warmup=39_062, dropout=0.25,
                                       ema_beta=0.99964),
-    # choice: a fixed target is drawn and learned in bf16 no worse than in fp32 (docs/results.md)
+    # choice: a fixed target is drawn and learned in bf16 no worse than in fp32: digits (docs/costs.md)
     ("*", "mid", "*"): dict(precision="bf16"),
     ("*", "post", "*"): dict(steps=100_000, lr=1e-4, ema_beta=0.9999, huber_c=0.0),       # B.2
     ("ffhq", "post", "*"): dict(q=512),
@@ -504,7 +504,7 @@ def launch(cfg):
         DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(DEVICE)
         torch.backends.cudnn.benchmark = True
-    if cfg.data == "digits":                          # many threads only slow a small net down
+    if cfg.data == "digits" or getattr(cfg, "res", 0) == 16:      # many threads only slow a small net down
         torch.set_num_threads(1)
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo", timeout=TIMEOUT)

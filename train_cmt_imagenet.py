@@ -733,7 +733,7 @@ def launch(cfg):
         DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(DEVICE)
         torch.backends.cudnn.benchmark = True
-    if cfg.data == "digits":                          # many threads only slow a small net down
+    if cfg.data == "digits" or getattr(cfg, "res", 0) == 16:      # many threads only slow a small net down
         torch.set_num_threads(1)
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo", timeout=TIMEOUT)

@@ -209,7 +209,7 @@ def loss_mf(flow, z, v, t, r, y, guided, cfg):
         with torch.no_grad():
             dudt[i] = flow.slope(*(a[i] for a in (z, t, r, y, v)))
     target = v - gap * dudt                           # sg: none of it was made with a gradient
-    square = (u - target).square().flatten(1).sum(1)
+    square = (u - target).square().flatten(1).sum(1)     # a sum (MF): the power p divides by its size
     loss = (square / (square.detach() + WEIGHT_C) ** cfg.power).mean()
     return loss, square.detach()
 
@@ -358,11 +358,11 @@ def train(cfg):
             (target,) = more
             return loss_cmt_mf(flow.u, z, t, r, y, target)                                # Eq. 8
         v, guided = more                              # guided: which samples guidance changes
-        if cfg.stage == "post" and cfg.post == "teacher":     # guided already; "vanilla": other numbers only
+        assert cfg.post in ("mf", "vanilla", "teacher"), f"{cfg.post}: no branch returns its loss"
+        if cfg.stage == "post" and cfg.post == "teacher":     # its velocities are guided already
             v = teacher_velocity(cfg, run.teacher, z, t, y, guided)
             guided = torch.zeros_like(guided)
-        assert cfg.post in ("mf", "vanilla", "teacher"), f"{cfg.post}: no branch returns its loss"
-        return loss_mf(flow, z, v, t, r, y, guided, cfg)
+        return loss_mf(flow, z, v, t, r, y, guided, cfg)      # "vanilla" differs in numbers only
 
     # a step: rows from batch_of, --batch_gpu of them at a time into loss_of, a sum over processes by total
     for step in range(start, cfg.steps):
@@ -421,7 +421,7 @@ def set_up(cfg):
     if cfg.stage == "mid" or (cfg.stage == "post" and cfg.post not in NO_TEACHER):
         weights, kwargs = teacher_state(cfg)
         teacher = build(cfg, kwargs, weights, cfg.teacher or "the teacher")
-        teacher.requires_grad_()                      # else autocast casts its weights anew at each call
+        teacher.requires_grad_()                      # for autocast's cache alone: it is asked under no_grad
         classes, shape = kwargs["num_classes"], (kwargs["in_channels"], *[kwargs["input_size"]] * 2)
         stamp += f", teacher {nets.stamp(weights)}"
     fid.same_data(ckpt, f"{cfg.out}/{cfg.stage}.pt", stamp)
@@ -718,7 +718,7 @@ def launch(cfg):
         DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(DEVICE)
         torch.backends.cudnn.benchmark = True
-    if cfg.data == "digits":                          # many threads only slow a small net down
+    if cfg.data == "digits" or getattr(cfg, "res", 0) == 16:      # many threads only slow a small net down
         torch.set_num_threads(1)
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo", timeout=TIMEOUT)

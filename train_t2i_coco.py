@@ -236,7 +236,7 @@ def loss_mf(flow, z, v, t, r, y, guided, cfg):
         with torch.no_grad():
             dudt[i] = flow.slope(*(a[i] for a in (z, t, r, y, v)))
     target = v - gap * dudt                           # sg: none of it was made with a gradient
-    square = (u - target).square().flatten(1).sum(1)
+    square = (u - target).square().flatten(1).sum(1)     # a sum (MF): the power p divides by its size
     loss = (square / (square.detach() + WEIGHT_C) ** cfg.power).mean()
     return loss, square.detach()
 
@@ -427,7 +427,7 @@ def set_up(cfg):
     if cfg.stage == "mid" or (cfg.stage == "post" and cfg.post not in NO_TEACHER):
         weights, kwargs = teacher_state(cfg)
         teacher = build(cfg, kwargs, weights, cfg.teacher or "the teacher")
-        teacher.requires_grad_()                      # else autocast casts its weights anew at each call
+        teacher.requires_grad_()                      # for autocast's cache alone: it is asked under no_grad
         stamp += f", teacher {nets.stamp(weights)}"
     fid.same_data(ckpt, f"{cfg.out}/{cfg.stage}.pt", stamp)
     if not to_go:                                     # finished, with other names of the same content
@@ -897,7 +897,7 @@ def launch(cfg):
         DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(DEVICE)
         torch.backends.cudnn.benchmark = True
-    if cfg.data == "digits":                          # many threads only slow a small net down
+    if cfg.data == "digits" or getattr(cfg, "res", 0) == 16:      # many threads only slow a small net down
         torch.set_num_threads(1)
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo", timeout=TIMEOUT)

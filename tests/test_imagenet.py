@@ -399,7 +399,7 @@ def test_nothing_in_place_says_what_is_needed_and_mid_needs_no_data(capsys, monk
     ("--res 64 --stage mid --loss elatent --teacher t", "--loss elatent does not measure --res 64"),
     ("--res 64 --stage mid --ensemble bg", "--ensemble bg belongs to --loss elatent"),
     ("--data digits --batch 30 --stage mid", "must fill whole batches of --batch 30"),
-    ("--data imagenot --stage mid", "no file or folder, nor a name, as imagenet"), ("--res 128", "--res 128 is not possible"),
+    ("--data imagenot --stage mid", "nor the name of a data set; did you mean imagenet?"), ("--res 128", "--res 128 is not possible"),
     ("--data digits --w 2", "--w 2.0: there is no --guide whose answer it weighs"),
     ("--data digits --mid.w nan", "--mid.w: nan is not possible; it must be finite")])
 def test_bad_input_is_one_line(line, text, capsys):

@@ -732,7 +732,7 @@ BAD = [
     ("--stage post", 3, "run --stage mid first"),
     ("--data coco --stage pretrain", 3, "coco256-sd is not there"),
     ("--data ./none --stage pretrain", 3, "none is not there"),
-    ("--data cocoo", 2, "no file or folder, nor a name, as coco"), ("--data ./cocoo", 3, "cocoo is not there; make latents by --stage encode --source FOLDER, or pass --data FOLDER, coco or digits"),
+    ("--data cocoo", 2, "did you mean coco?"), ("--data ./cocoo", 3, "cocoo is not there; make latents by --stage encode --source FOLDER, or pass --data FOLDER, coco or digits"),
     ("--promts a", 2, "unrecognized arguments: --promts"),
 ]
 

@@ -296,13 +296,13 @@ def curves(args, device):
         ends[words] = panel[WITHOUT][-1][1], panel[WITH][-1][1]
     fid.save_chart(f"{args.out}/scores.png", panels,
                    f"On 8x8 digits, compared by pixels, mid-training {fid.effect(ends)}\nMeans of "
-                   f"{len(runs)} seeds; bars: the best and the worst. Blue: mid-training on pairs, a state "
-                   "of a trajectory and its end, then post-training on images. Red: images alone, by the "
-                   "best schedule that we found. Both begin with the teacher's weights; a pair costs what "
-                   "an image does. Compare the last dots, where both learning rates have fallen to 0. "
-                   "FD-digits: Frechet distance of 2,000 digits to real ones, by features of a classifier. "
-                   "Where mid-training compares by features of a small VGG, the paper's way, it does not "
-                   "help (docs/results.md).",
+                   f"{len(runs)} seeds; bars, red's set aside: the best and the worst. Blue: mid-training "
+                   "on pairs, a state of a trajectory and its end, then post-training on images. Red: "
+                   "images alone, by the best schedule that we found. Both begin with the teacher's "
+                   "weights; a pair costs what an image does. Compare the last dots, where both learning "
+                   "rates have fallen to 0. FD-digits: Frechet distance of 2,000 digits to real ones, by "
+                   "features of a classifier. Where mid-training compares by features of a small VGG, the "
+                   "paper's way, it does not help (docs/results.md).",
                    "images or pairs that the student has seen", marks[0])
     print(f"open {args.out}/scores.png")
 

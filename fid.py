@@ -1321,11 +1321,11 @@ def headline(table):
             FEW[key[0]]: v for key, v in row.items() if key.startswith(("1-step F", "2-step F")) and v != "-"}
     mid, post, alone = ({k: float(v.split()[0]) for k, v in nets.get(net, {}).items()}
                         for net in ("mid", "post", "alone"))
-    texts = [f"{called(net)}: " + ", ".join(f"{v} in {k}" for k, v in found.items())
+    texts = [f"{called(net)}: {distance_of(table)} " + ", ".join(f"{v} in {k}" for k, v in found.items())
              for net, found in nets.items() if found and net not in ("alone", "teacher")][:1]
     if both := {k: (alone[k], post[k]) for k in alone if mid and k in post}:
-        scores = ", ".join(f"{now:.2f} and {was:.2f} in {k}" for k, (was, now) in both.items())
-        return f"with mid-training and without: {scores}"
+        scores = ", ".join(f"{now:.2f} / {was:.2f} in {k}" for k, (was, now) in both.items())
+        return f"{distance_of(table)} with / without mid-training: {scores}"
     worse = [f"{mid[k]:.2f} in {k}" for k in mid if k in post and mid[k] < post[k]]
     return "; ".join(texts + [f"before post-training {', '.join(worse)}"] * bool(worse))
 
@@ -2498,7 +2498,7 @@ def save_curve(cfg, table=()):
         norms.append((m["images"], m["grad"]))
     panels = {f"{stage}: {title}": {stage: losses} for stage, (title, losses, _) in stages.items()}
     panels |= {f"{stage}: gradient norm": {stage: norms} for stage, (_, _, norms) in stages.items()}
-    scores = f" {distance_of(table)}, lower is better, {cfg.samples:,} samples: {headline(table)}."
+    scores = f" {headline(table)[:1].upper()}{headline(table)[1:]}; {cfg.samples:,} samples, lower is better."
     words = [f"{SPOKEN[s]}: {words_of(dataclasses.replace(cfg, stage=s)).partition(': ')[2]}"
              for s in home_of(cfg).STAGES if SPOKEN.get(s) in stages]
     save_chart(f"{cfg.out}/curve.png", panels,

@@ -2407,6 +2407,9 @@ def begin_stage(cfg, tally, memory):
     return begins
 
 
+SCRIPTS = "train_cmt_cifar.py train_cmt_imagenet.py train_mf_imagenet256.py train_t2i_coco.py"
+
+
 def overview(road, device, cfg):
     """What a run is to train, [(steps left, Config)]; warnings: no GPU, a stage too short for its knobs."""
     ROAD.clear()
@@ -2426,6 +2429,9 @@ def overview(road, device, cfg):
         scores = f", and {'half a minute of ' * (cfg.data == 'digits')}scores" * (cfg.stage == "all")
         text += (f"; {duration(least)} to {duration(4 * least)} of a core in fp32{scores}" if small else
                  "\nwarning: there is no GPU; a CPU trains --data digits in minutes, --res 16 in hours")
+    fork = os.path.basename(home_of(cfg).__file__)
+    if len(ROAD) > 1 and fork not in SCRIPTS and max(steps for steps, _ in ROAD.values()) > 2:
+        text += f"\n{fork} is a fork: --steps 2 --samples 64 --out out/try tries all its stages in seconds"
     text += (f"\nwarning: a score of {cfg.samples} samples is off, mostly high; pass --samples 1000 or more"
              ) * (cfg.samples < 1_000 and cfg.stage in ("all", "eval"))
     slow, average, warm = [], [], []                         # one line a kind, not a stage

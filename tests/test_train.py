@@ -1112,7 +1112,8 @@ def test_the_post_training_of_the_forking_guide_trains(here, monkeypatch, capsys
         capsys.readouterr()
         with pytest.raises(SystemExit):
             home.main([*TINY, "--out", "new", "--dry_run"])
-        assert ("python bench.py plan" in capsys.readouterr().out) == counted
+        out = capsys.readouterr().out
+        assert ("python bench.py plan" in out) == counted and ("fork.py is a fork: --steps 2" in out) != counted
 
 
 def test_the_knob_of_the_forking_guide_changes_mid_training(here, monkeypatch, capsys):

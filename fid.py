@@ -1293,7 +1293,8 @@ def about(cfg, found):
         name == "alone" and ckpt["cfg"].get("pretrain") == "fm" for name, *_, ckpt in found)
     if sizes.get("students", 0) > 1.2 * sizes.get("teacher", math.inf):
         by += f" The students have {sizes['students'] / sizes['teacher']:.1f} times the teacher's parameters."
-    return f" Seed {cfg.seed}{' (three seeds, other CPUs: docs/results.md)' * (cfg.data == 'digits')}.{by}"
+    means = " decides little: README and docs/results.md have means of three" * (cfg.data == "digits")
+    return f" Seed {cfg.seed}{means}.{by}"
 
 
 def verdict(was, now):
@@ -1325,7 +1326,7 @@ def headline(table):
              for net, found in nets.items() if found and net not in ("alone", "teacher")][:1]
     if both := {k: (alone[k], post[k]) for k in alone if mid and k in post}:
         scores = ", ".join(f"{now:.2f} / {was:.2f} in {k}" for k, (was, now) in both.items())
-        return f"{distance_of(table)} with / without mid-training: {scores}"
+        return f"One seed, with / without mid-training: {scores}"
     worse = [f"{mid[k]:.2f} in {k}" for k in mid if k in post and mid[k] < post[k]]
     return "; ".join(texts + [f"before post-training {', '.join(worse)}"] * bool(worse))
 
@@ -1341,7 +1342,7 @@ def of_scores(table, samples):
     if "alone" in seen and "mid" in seen:
         ours, rival = seen["mid"] + seen.get("post", 0), seen["alone"]
         text += (f" With mid-training {ours:,} pairs and images are seen, without it "
-                 f"{'as many' if ours == rival else f'{rival:,}'} images (time: docs/results.md).")
+                 f"{'as many' if ours == rival else f'{rival:,}'} images.")
     elif any(row["stage"].partition(",")[0] == "mid" for row in table):
         text += " Whether mid-training helps, only a run without it tells (docs/usage.md)."
     return text + (" Shows its digit: a classifier reads it as the caption's digit."
@@ -1405,13 +1406,14 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
     along = [(x, level.expand(len(x))) for x, level in zip(states, levels.float())]
     # where no noise is left the answer is the state itself: a consistency model would see ln 0
     answers = {net: torch.stack([f(x, level) if level.all() else x for x, level in along])
-               for net, f in nets.items() if net != "alone"}                 # whose ends are its own
+               for net, f in nets.items() if net not in ("alone", "post" * ("mid" in nets))}     # own ends
+    words_for = {net: "after mid-training" if net == "mid" else called(net) for net in answers}
     errors = {net: (x[0] - states[-1]).square().flatten(1).mean(1).sqrt() for net, x in answers.items()}
     k = next(iter(errors.values()), torch.zeros(1)).argmax().item()              # the noise that is shown
-    missed = ", ".join(f"{called(net)} {e.mean().item():.2f}" for net, e in errors.items())
+    missed = ", ".join(f"{words_for[net]} {e.mean().item():.2f}" for net, e in errors.items())
     name = f"\n{names[k % len(names)]}" if names else ""
     rows = [(f"the teacher's trajectory{name}", show((states / wide)[:, k]), "")]           # at unit scale
-    rows += [(f"{called(net)}\nin one step", show(x[:, k]), f"{errors[net][k].item():.2f}")
+    rows += [(f"{words_for[net]}\nin one step", show(x[:, k]), f"{errors[net][k].item():.2f}")
              for net, x in answers.items()]
     consistency = bool(levels.max() > 1)
     jump = ("from every state of the teacher's trajectory to its end" if consistency else
@@ -1422,8 +1424,7 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
                + ". Below: what each net answers there in one step. At the right: how far its answer to pure "
                "noise is from the end, root mean square of pixels in [-1, 1] (ends of two noises differ by "
                f"{apart:.2f}). Of {states.shape[1]} noises the one where the teacher errs most is drawn; "
-               f"means: {missed}. Nearer to the teacher need not be better: post-training learns from images."
-               f"{words}")
+               f"means: {missed}.{words}")
     first, *middle, end = (f"{level:.2g}" for level in levels.tolist())
     header = [f"noise level {'sigma' if consistency else 't'}", f"noise\n{first}", *middle, f"the end\n{end}",
               "error from pure noise"]

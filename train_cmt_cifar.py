@@ -268,7 +268,7 @@ def train(cfg):
             x_r = solvers.ode_step(run.teacher, x_t, t, r, 1 if cfg.post == "ecd_euler" else 2)
         return loss_ect(f, x_t, x_r, t, r, cfg.huber_c)                                   # Eq. 3
 
-    # a step: rows from batch_of, --batch_gpu of them at a time into loss_of, a sum over processes by total
+    # net's weights are views of run.flat, their gradients of run.grad (nets.flatten): one vector for opt
     for step in range(start, cfg.steps):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
         loss_sum, part = 0.0, micro / B * tally["scale"]      # part of the mean; scale: of fp16, else 1

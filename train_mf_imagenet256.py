@@ -364,7 +364,7 @@ def train(cfg):
             guided = torch.zeros_like(guided)
         return loss_mf(flow, z, v, t, r, y, guided, cfg)      # "vanilla" differs in numbers only
 
-    # a step: rows from batch_of, --batch_gpu of them at a time into loss_of, a sum over processes by total
+    # net's weights are views of run.flat, their gradients of run.grad (nets.flatten): one vector for opt
     for step in range(start, cfg.steps):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
         loss_sum, part = 0.0, micro / B * tally["scale"]      # part of the mean; scale: of fp16, else 1

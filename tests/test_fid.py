@@ -794,12 +794,12 @@ def test_of_a_long_trajectory_nine_states_are_drawn_where_most_changes(tmp_path,
     assert [len(images) for _, images, _ in rows] == [9] * 2 and header[1:-1] == ["noise\n1", *"0.88 0.75 0.62 0.5 0.38 0.25 0.12".split(), "the end\n0"]
     assert late[0][1][:, 0, 0, 0].tolist() == [*range(9)] and len(short[0][1]) == 8
     assert [label for label, *_ in (*late, *short)] == ["the teacher's trajectory", "the teacher's trajectory\nclass 7"]
-    assert rows[1][::2] == ("mid-training alone\nin one step", "16.00") and rows[0][2] == "" and header[-1] == "error from pure noise"
+    assert rows[1][::2] == ("after mid-training\nin one step", "16.00") and rows[0][2] == "" and header[-1] == "error from pure noise"
     assert said[0].startswith("Mid-training teaches the jump between any two states of the teacher's trajectory\nFirst row: the trajectory, from noise to an image (9 of 17 states, where most changes). ")
-    assert "of pixels in [-1, 1] (ends of two noises differ by 0.00). Of 2 noises the one where the teacher errs most is drawn; means: mid-training alone 16.00." in said[0] and "divided by sigma" not in said[0]
+    assert "of pixels in [-1, 1] (ends of two noises differ by 0.00). Of 2 noises the one where the teacher errs most is drawn; means: after mid-training 16.00." in said[0] and "divided by sigma" not in said[0]
     fid.save_trajectory("", x, torch.linspace(80, 0, 17), {"teacher": lambda x, level: x, "mid": lambda x, level: x + 9, "post": lambda x, level: x - 1})
     assert said[-1].startswith("Mid-training teaches the jump from every state of the teacher's trajectory to its end\n")
-    assert [row[2] for row in drawn[-1][0]] == ["", "16.00", "7.00", "17.00"] and "divided by sigma" in said[-1]
+    assert [row[2] for row in drawn[-1][0]] == ["", "16.00", "7.00"] and "divided by sigma" in said[-1]
 
 
 def test_the_heading_of_scored_images_has_the_last_net_in_one_step_and_two_and_the_teacher(tmp_path, monkeypatch):
@@ -823,10 +823,10 @@ def test_the_heading_of_scored_images_has_the_last_net_in_one_step_and_two_and_t
     assert fid.headline([{"stage": "teacher", "1-step FID": "9.0", "8-step FID": "2.0"}]) == ""
     assert fid.headline([{"stage": "teacher", "8-step FID": "2.0"}]) == ""
     alone = {"stage": "alone", "1-step FID": "1.48", "2-step FID": "9.00"}
-    assert fid.headline([*nearly, alone]) == "FID with / without mid-training: 5.40 / 1.48 in one step, 3.20 / 9.00 in two"
+    assert fid.headline([*nearly, alone]) == "One seed, with / without mid-training: 5.40 / 1.48 in one step, 3.20 / 9.00 in two"
     assert fid.headline([nearly[1], alone]).startswith("after post-training: FID 5.4 in one step")      # the student had none either
     fid.save_stages(str(tmp_path), shown, (), "", [row | {"images": n} for row, n in zip((*nearly, alone), ("1,000", "7", "1,007"))])
-    assert "With mid-training 1,007 pairs and images are seen, without it as many images (time: docs/results.md)." in said[3] and "README" not in said[3]
+    assert "With mid-training 1,007 pairs and images are seen, without it as many images." in said[3] and "README" not in said[3]
     assert said[1].startswith("The same noises, drawn by every net\nA column") and said[2].startswith("A heading\nA column") and said[2].endswith("and more")
 
 

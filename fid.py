@@ -34,8 +34,8 @@ The resize is part of the protocol; the two differ by 8.6 grey levels on CIFAR-1
 Precision, recall and the like: reuse net(images). Exit codes: 0 done, 2 usage, 3 data or weights.
 Of the script at work fid takes Config and its tables: PRESETS (values), LIMITS (what they may be), READ_BY
 (which stages read a knob; not named: all), NO_WEIGHT (knobs that change no weight), ABOUT (a stage in words),
-DECAYS, ENDLESS, STAGES, INITS, FILES, RUN, NEED_STAGE; DEVICE and nets; it calls parse, data_name,
-check, solve_size, resume, candidates and set_up.
+DECAYS, ENDLESS, STAGES, INITS, NO_TEACHER, FILES, RUN, NEED_STAGE; DEVICE and nets; it calls parse,
+data_name, check, solve_size, resume, candidates and set_up.
 """
 import argparse
 import builtins
@@ -1211,7 +1211,7 @@ def save_sheet(path, rows, caption, header=(), breaks=(), smooth=True):
     em = max(32, n * w // 60)                            # letters grow with the sheet
     font, gap = ImageFont.load_default(em), em // 4
     labels = [boxed(row[0], 13 * em, font) for row in rows]
-    texts = [[boxed(text, 6 * em, font) for text in row[2:]] for row in rows]
+    texts = [[boxed(re.sub(r" (?=\+-)|(?<=,) ", "\n", text), WIDE, font) for text in row[2:]] for row in rows]
     corner, *heads = [boxed(text, 8 * em, font) for text in header[:n + 1]] or [("", 0, 0)]
     ends = [boxed(text, 6 * em, font) for text in header[n + 1:]]
     left = max(width for _, width, _ in (corner, *labels)) + 4 * gap
@@ -1322,7 +1322,8 @@ def headline(table):
             FEW[key[0]]: v for key, v in row.items() if key.startswith(("1-step F", "2-step F")) and v != "-"}
     mid, post, alone = ({k: float(v.split()[0]) for k, v in nets.get(net, {}).items()}
                         for net in ("mid", "post", "alone"))
-    texts = [f"{called(net)}: {distance_of(table)} " + ", ".join(f"{v} in {k}" for k, v in found.items())
+    texts = [f"{called(net)}: {distance_of(table)} " + ", ".join(f"{v.split()[0]} in {k}"
+                                                                 for k, v in found.items())
              for net, found in nets.items() if found and net not in ("alone", "teacher")][:1]
     if both := {k: (alone[k], post[k]) for k in alone if mid and k in post}:
         scores = ", ".join(f"{now:.2f} / {was:.2f} in {k}" for k, (was, now) in both.items())
@@ -1749,6 +1750,10 @@ def check_names(home):
         names = {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
         if odd := [name for name in names if not hasattr(home, name) and not hasattr(builtins, name)]:
             fail(2, f"{code.co_name} uses {odd[0]}, which {os.path.basename(home.__file__)} does not have")
+        loaded = str([step.argval for step in dis.get_instructions(code) if step.opname.startswith("LOAD")])
+        for name in code.co_varnames[:code.co_argcount] if code.co_name.startswith("loss_") else ():
+            if f"'{name}'" not in loaded:
+                say(f"warning: {code.co_name} does nothing with its argument {name}")
 
 
 def check_tables(home):
@@ -1764,8 +1769,10 @@ def check_tables(home):
                 if word not in ("*", *typing.get_args(fields.get(field)))]
     odd += [data for data, *_ in home.PRESETS
             if data not in ("*", "own", "digits", home.Config.data, *home.FILES)]
+    odd += {*home.NO_TEACHER} - {*typing.get_args(fields["post"])}
     if odd:
-        tables = [t for t in ("PRESETS", "LIMITS", "READ_BY", "ABOUT") if odd[0] in str(vars(home)[t])]
+        tables = "PRESETS", "LIMITS", "READ_BY", "ABOUT", "NO_TEACHER"
+        tables = [table for table in tables if odd[0] in str(vars(home)[table])]
         fail(2, f"{' and '.join(tables)} name {odd[0]}, which is no field, stage, method or data set")
     defaults = {f.name: f.default for f in dataclasses.fields(home.Config)}
     for key, name, value in ((key, *item) for key, row in [("Config", defaults), *home.PRESETS.items()]
@@ -2055,7 +2062,7 @@ def check_pairs(pairs, expected, ends=None):
 def finished_mid(cfg, finished):
     """The checkpoint of mid-training, that post-training starts from; exit code 3 without it."""
     path = f"{cfg.out}/mid.pt"
-    return finished(path) or fail(3, f"{path} is not finished; run --stage mid first, or --mid none, --init")
+    return finished(path) or fail(3, f"{path} is not finished; run --stage mid first, or pass --init FILE")
 
 
 def seed_range(text):

@@ -630,7 +630,7 @@ def candidates(cfg):
     if cfg.init not in INITS:
         state, kwargs = nets.load_pretrained(cfg.init)
         fid.check_init(cfg, kwargs)
-        name = "init_" + os.path.basename(cfg.init).split(".")[0]
+        name = "init_" + os.path.splitext(os.path.basename(cfg.init))[0]
         return [(name, build(cfg, kwargs, state, cfg.init), few, None)]
     ckpt = nets.finished(f"{cfg.out}/pretrain.pt") if cfg.teacher in ("", "scratch") else None
     if ckpt or given_teacher(cfg):

@@ -834,7 +834,7 @@ def candidates(cfg):
     """What to sample from: (name, net, {steps: kind of sampler}, checkpoint); --init FILE: it alone."""
     found, stages = [], ["pretrain", "mid", "post", "alone/post"]    # alone: a run without mid-training
     if file := cfg.teacher if cfg.init in INITS else cfg.init:
-        base = os.path.basename(file).split(".")[0]
+        base = os.path.splitext(os.path.basename(file))[0]
         name, stages = ("teacher", stages[1:]) if cfg.init in INITS else (f"init_{base}", [])
         state, kwargs = read_net(cfg, file)
         found = [(name, build(cfg, kwargs, state, file), None)]

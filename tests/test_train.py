@@ -121,11 +121,12 @@ def test_a_dry_run_of_a_solve_that_is_refused_ends_in_its_line(name, flags, caps
 
 @pytest.mark.parametrize("table, key, value, odd", [
     ("PRESETS", ("digits", "post", "mien"), dict(steps=20), "mien"), ("PRESETS", ("digits", "post", "*"), dict(qq=2), "qq"),
-    ("LIMITS", ("0 or more", 0, 9), "lambd", "lambd"), ("READ_BY", "q lamda", "mid", "lamda"), ("READ_BY", "q", "post, not post mien", "mien"), ("READ_BY", "q", "mdi", "mdi"),
+    ("LIMITS", ("0 or more", 0, 9), "lambd", "lambd"), ("READ_BY", "q lamda", "mid", "lamda"), ("READ_BY", "q", "post, not post mien", "mien"), ("READ_BY", "q", "mdi", "mdi"), ("NO_TEACHER", -1, "anealed", "anealed"),
     ("ABOUT", "post mien", "words", "mien")])
 def test_a_slip_in_a_table_of_a_fork_is_named(table, key, value, odd, monkeypatch, capsys):
     """Else a row that never matches is silent, and a field that is none a traceback."""
-    monkeypatch.setitem(getattr(script, table), key, value)
+    now = getattr(script, table)
+    monkeypatch.setattr(script, table, {**now, key: value} if isinstance(now, dict) else [*now, value])
     with pytest.raises(SystemExit) as stop:
         script.parse(["--data", "digits"])
     assert stop.value.code == 2 and f"{table} name {odd}, which is no field" in capsys.readouterr().err
@@ -1095,7 +1096,7 @@ def forked(text, monkeypatch):
 
 def test_the_post_training_of_the_forking_guide_trains(here, monkeypatch, capsys):
     """docs/forking.md: its row, its loss and its branch; the branch forgotten is refused before anything is trained."""
-    row, loss, branch = re.search(r'`(\("digits", "post", "mine"\).*?)`.*?```python\n(def loss_mine.*?)```.*?```python\n(.*?)```', (ROOT / "docs/forking.md").read_text(), re.S).groups()
+    loss, branch, row = re.search(r'```python\n(def loss_mine.*?)```.*?```python\n(.*?)```.*?`(\("digits", "post", "mine"\).*?)`', (ROOT / "docs/forking.md").read_text(), re.S).groups()
     text = (ROOT / "train_cmt_cifar.py").read_text()
     for old, new in (('] = "ect"', ', "mine"] = "ect"'), ("\n}\nABOUT", f"\n    {row}\n}}\nABOUT"), ("def make_distance(", loss + "\n\ndef make_distance(")):
         assert text.count(old) == 1

@@ -295,7 +295,7 @@ def curves(args, device):
             print(f"{name}, {words}: " + ", ".join(f"{x:,} {y:.2f}" for x, y, *_ in panel[name]))
         ends[words] = panel[WITHOUT][-1][1], panel[WITH][-1][1]
     fid.save_chart(f"{args.out}/scores.png", panels,
-                   f"On 8x8 digits, compared by pixels, mid-training {fid.effect(ends)}\nMeans of "
+                   f"8x8 digits, compared by pixels: {fid.beside('FD-digits', ends)}\nMeans of "
                    f"{len(runs)} seeds; bars, red's set aside: the best and the worst. Blue: mid-training "
                    "on pairs, a state of a trajectory and its end, then post-training on images. Red: "
                    "images alone, by the best schedule that we found. Both begin with the teacher's "
@@ -424,9 +424,8 @@ def photos(args, device):
             table[row][f"{steps}-step FD-photos"] = f"{np.mean(values):.2f}"
         ends = {words: [np.mean(scores.get((row, steps), np.nan)) for row in ("ECT, annealed", "CMT + ECT")]
                 for steps, words in ((1, "one step"), (2, "two"))}
-        does = "?" if np.isnan(sum(ends["one step"])) else fid.effect(ends)
         new = features.apart * (1 / n + 1 / len(images)) / (4 / len(images))     # docs/results.md: 1/n + 1/m
-        words = (f"On these photos mid-training {does}\n {n:,} new photos would score about {new:.2f}. "
+        words = (f"{fid.beside('FD-photos', ends)}\n {n:,} new photos would score about {new:.2f}. "
                  f"Scores: means of {number} seeds. Images: seed {seed}, by nets too small to draw objects. "
                  "The last two students saw equally many images or pairs. Mid-training teaches jumps along "
                  "the teacher's trajectories, compared by pixels; post-training learns from images. Photos: "

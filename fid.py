@@ -1157,7 +1157,6 @@ NAMES = dict(teacher="teacher", mid="mid-training alone", post="after post-train
              alone="without mid-training")
 SPOKEN = dict(pretrain="pre-training", vgg="VGG", mid="mid-training", post="post-training")
 WIDE = 1_800                                             # pixels of a sheet
-LEVEL = 0.1                                              # scores that differ by a smaller share are level
 COMPARED = dict(huber="pixels", l2="pixels", lpips="features", elatentlpips="features")     # by --loss
 FEWER = "; of few it is off, mostly high"
 ROW = " of this row"
@@ -1297,16 +1296,10 @@ def about(cfg, found):
     return f" Seed {cfg.seed}{means}.{by}"
 
 
-def verdict(was, now):
-    """What a change of a score means, where lower is better: "helps", "is level" (within 10 %) or "hurts"."""
-    return "is level" if abs(now - was) < LEVEL * was else "helps" if now < was else "hurts"
-
-
-def effect(scores):
-    """Of mid-training, for a heading: {"one step": (score without it, with it), ...} -> verdicts in words."""
-    text = ", ".join(f"{verdict(was, now)} in {steps} ({now:.2f}, without it {was:.2f})"
-                     for steps, (was, now) in scores.items())
-    return re.sub(r"^(helps|hurts|is level)(.*), \1 ", r"\1\2 and ", text)               # the same: said once
+def beside(distance, scores):
+    """For a heading: {"one step": (score without mid-training, with it), ...} of a distance."""
+    text = ", ".join(f"{now:.2f} / {was:.2f} in {steps}" for steps, (was, now) in scores.items())
+    return f"{distance} (lower is better) with / without mid-training: {text}"
 
 
 def distance_of(table):
@@ -1326,8 +1319,7 @@ def headline(table):
                                                                  for k, v in found.items())
              for net, found in nets.items() if found and net not in ("alone", "teacher")][:1]
     if both := {k: (alone[k], post[k]) for k in alone if mid and k in post}:
-        scores = ", ".join(f"{now:.2f} / {was:.2f} in {k}" for k, (was, now) in both.items())
-        return f"One seed, with / without mid-training: {scores}"
+        return beside(distance_of(table), both)
     worse = [f"{mid[k]:.2f} in {k}" for k in mid if k in post and mid[k] < post[k]]
     return "; ".join(texts + [f"before post-training {', '.join(worse)}"] * bool(worse))
 

@@ -532,6 +532,9 @@ def test_a_knob_that_nothing_reads_or_bounds_is_told_of(here, monkeypatch, capsy
         warned = [line for line in capsys.readouterr().err.splitlines() if "--lam" in line]
         assert len(warned) == len(told) and all(words in line for words, line in zip(told, warned)), warned
         fid.SAID.clear()
+    fork = forked(text.replace("def loss_cmt(net, x_t, t, target, d):", "def loss_cmt(net, x_t, t, target, d, p=1.0):"), monkeypatch)
+    fork.parse(TINY)
+    assert "loss_cmt does nothing with its argument p" in capsys.readouterr().err
     for home in (script, *(importlib.import_module(f"train_{name}") for name in ("cmt_imagenet", "mf_imagenet256", "t2i_coco"))):
         home.check(home.parse(["--data", "digits", "--stage", "pretrain", "--out", "x"]))
         assert "warning" not in capsys.readouterr().err
@@ -673,7 +676,7 @@ def test_a_run_without_mid_training_in_the_folder_alone_is_scored_beside(road, m
     rows = [line.split("|")[1:-1] for line in Path("x/results.md").read_text().partition("\n\n")[0].splitlines() if line.startswith(("| alone", "| post"))]
     assert len(rows) >= 2 and len(rows) % 2 == 0 and rows[0][1:] == rows[len(rows) // 2][1:]       # one net twice
     rows, caption = sheets["x/stages.png"]
-    assert caption.startswith("One seed, with / without mid-training: ") and [label for label, *_ in rows if "without mid-training" in label]
+    assert caption.startswith("FD-digits (lower is better) with / without mid-training: ") and [label for label, *_ in rows if "without mid-training" in label]
     assert not [label for label, *_ in sheets["x/trajectory.png"][0] if "without" in label]         # its ends are its own
 
 

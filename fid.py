@@ -1179,8 +1179,8 @@ def plain(text):
 
 def boxed(text, wide, font):
     """(text in lines of so many pixels or fewer, its width, its height): nothing is cut."""
-    # no break before a number, a sign or %, behind a sign, and in "mid- and post-training"
-    text = re.sub(r" (?=[-%\d]|\+-)|(?<=[ +]-) |(?<=->) |(?<=[Mm]id-) |(?<=[Mm]id- and) ", "\0", plain(text))
+    # no break before a number, a sign, / or %, behind a sign, and in "mid- and post-training"
+    text = re.sub(r" (?=[-%/\d]|\+-)|(?<=[ +]-) |(?<=->) |(?<=[Mm]id-) |(?<=[Mm]id- and) ", "\0", plain(text))
     for letters in range(int(wide / font.getlength(".")), 0, -1):
         parts = [textwrap.wrap(part, letters, break_on_hyphens=False) or [""] for part in text.split("\n")]
         lines = [line.replace("\0", " ") for part in parts for line in part]

@@ -1233,9 +1233,9 @@ def save_sheet(path, rows, caption, header=(), breaks=(), smooth=True):
     write((2 * gap, top - gap), corner[0], anchor="ld")
     for (text, *_), middle in zip((*heads, *ends), middles):
         write((middle, top - gap), text, anchor="md", align="center")
-    for (label, _, high), row, beside, height in zip(labels, rows, texts, heights):
+    for (label, _, high), row, notes, height in zip(labels, rows, texts, heights):
         write((2 * gap, y + max(h * zoom, high) // 2), label, anchor="lm")
-        for (text, *_), middle in zip(beside, middles[n:]):
+        for (text, *_), middle in zip(notes, middles[n:]):
             write((middle, y + max(h * zoom, high) // 2), text, anchor="mm", align="center")
         for k, image in enumerate(enlarged(row[1], zoom, mode, smooth)):
             picture.paste(image, (left + k * cell, y))
@@ -1315,8 +1315,8 @@ def headline(table):
             FEW[key[0]]: v for key, v in row.items() if key.startswith(("1-step F", "2-step F")) and v != "-"}
     mid, post, alone = ({k: float(v.split()[0]) for k, v in nets.get(net, {}).items()}
                         for net in ("mid", "post", "alone"))
-    texts = [f"{called(net)}: {distance_of(table)} " + ", ".join(f"{v.split()[0]} in {k}"
-                                                                 for k, v in found.items())
+    texts = [f"{called(net)}: {distance_of(table)} (lower is better) "
+             + ", ".join(f"{v.split()[0]} in {k}" for k, v in found.items())
              for net, found in nets.items() if found and net not in ("alone", "teacher")][:1]
     if both := {k: (alone[k], post[k]) for k in alone if mid and k in post}:
         return beside(distance_of(table), both)
@@ -1326,9 +1326,8 @@ def headline(table):
 
 def of_scores(table, samples):
     """For a caption: what the scores of a table are, and how much each side has seen."""
-    text = (f" Judge by the score: so few images show little. {distance_of(table)}, lower is better: Frechet "
-            f"distance of {samples:,} images to the data, by features of a classifier"
-            f"{FEWER * (samples < 1_000)}.")
+    text = (f" Judge by the score: so few images show little. {distance_of(table)}: Frechet distance of "
+            f"{samples:,} images to the data, by features of a classifier{FEWER * (samples < 1_000)}.")
     text += f" {HALVES.partition(';')[0]}." * (distance_of(table) == "FD-digits")
     seen = {row["stage"].partition(",")[0]: int(row["images"].replace(",", ""))
             for row in table if row.get("images", "-") != "-"}
@@ -1397,9 +1396,10 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
     states, levels, wide = states[some], levels[some], wide[some]
     apart = (states[-1] - states[-1].roll(1, 0)).square().mean().sqrt().item()
     along = [(x, level.expand(len(x))) for x, level in zip(states, levels.float())]
-    # where no noise is left the answer is the state itself: a consistency model would see ln 0
+    # where no noise is left the answer is the state itself: a consistency model would see ln 0. Not drawn:
+    # "alone", whose ends are its own, and post-training, which has left this trajectory, beside mid-training
     answers = {net: torch.stack([f(x, level) if level.all() else x for x, level in along])
-               for net, f in nets.items() if net not in ("alone", "post" * ("mid" in nets))}     # own ends
+               for net, f in nets.items() if net not in ("alone", "post" * ("mid" in nets))}
     words_for = {net: "after mid-training" if net == "mid" else called(net) for net in answers}
     errors = {net: (x[0] - states[-1]).square().flatten(1).mean(1).sqrt() for net, x in answers.items()}
     k = next(iter(errors.values()), torch.zeros(1)).argmax().item()              # the noise that is shown
@@ -2045,16 +2045,18 @@ def check_pairs(pairs, expected, ends=None):
     if {len(a) for a in pairs} != {expected}:
         sizes = ", ".join(str(len(a)) for a in pairs)
         fail(2, f"a solve returned {sizes} rows, solve_size says {expected} pairs; make them agree")
-    owner = pairs[-1]                                    # on a GPU it would wait
-    if ends and owner.is_cpu and (owner.dtype != torch.int64 or len(owner.unique()) != len(ends[0])):
-        fail(2, f"owner of a solve must say, as int64, which of its {len(ends[0])} ends is a pair's")
+    owner = pairs[-1]
+    if ends and owner.dtype != torch.int64:
+        fail(2, f"owner of a solve is {owner.dtype}, not int64; it says which of its ends is a pair's")
+    if ends and owner.is_cpu and (n := len(owner.unique())) != len(ends[0]):        # CUDA would wait
+        say(f"warning: of {len(ends[0])} ends of a solve {n} are a pair's; is owner right?")
     return pairs
 
 
 def finished_mid(cfg, finished):
     """The checkpoint of mid-training, that post-training starts from; exit code 3 without it."""
     path = f"{cfg.out}/mid.pt"
-    return finished(path) or fail(3, f"{path} is not finished; run --stage mid first, or pass --init FILE")
+    return finished(path) or fail(3, f"{path} is not finished; run --stage mid, or pass --mid none or --init")
 
 
 def seed_range(text):
@@ -2504,7 +2506,7 @@ def save_curve(cfg, table=()):
         norms.append((m["images"], m["grad"]))
     panels = {f"{stage}: {title}": {stage: losses} for stage, (title, losses, _) in stages.items()}
     panels |= {f"{stage}: gradient norm": {stage: norms} for stage, (_, _, norms) in stages.items()}
-    scores = f" {headline(table)[:1].upper()}{headline(table)[1:]}; {cfg.samples:,} samples, lower is better."
+    scores = f" {headline(table)[:1].upper()}{headline(table)[1:]}; {cfg.samples:,} samples each."
     words = [f"{SPOKEN[s]}: {words_of(dataclasses.replace(cfg, stage=s)).partition(': ')[2]}"
              for s in home_of(cfg).STAGES if SPOKEN.get(s) in stages]
     save_chart(f"{cfg.out}/curve.png", panels,

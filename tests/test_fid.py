@@ -811,20 +811,20 @@ def test_the_heading_of_scored_images_has_the_last_net_in_one_step_and_two_and_t
     rows = [{"stage": "teacher, balanced labels", "1-step FID": "99.0", "8-step FID": "2.0"}, {"stage": "mid", "1-step FID": "5.0", "2-step FID": "-"},
             {"stage": "post", "1-step FID": "6.0 +- 1.0, min 5.0", "2-step FID": "3.0"}]
     fid.save_stages(str(tmp_path), shown, (), " Seed 0.", rows, 500)
-    assert said[0] == ("after post-training: FID 6.0 in one step, 3.0 in two; before post-training 5.00 in one step\n"
-                       "A column is one noise, drawn by all nets. Judge by the score: so few images show little. FID, lower is better: Frechet distance of 500 images to the data, by features of a classifier; of few it is off, mostly high. Whether mid-training helps, only a run without it tells (docs/usage.md). Seed 0.")
+    assert said[0] == ("after post-training: FID (lower is better) 6.0 in one step, 3.0 in two; before post-training 5.00 in one step\n"
+                       "A column is one noise, drawn by all nets. Judge by the score: so few images show little. FID: Frechet distance of 500 images to the data, by features of a classifier; of few it is off, mostly high. Whether mid-training helps, only a run without it tells (docs/usage.md). Seed 0.")
     assert labels == [[("mid-training alone\n1 step", "5.0", ""), ("after post-training\n1 step", "6.0 +- 1.0, min 5.0", "3.0")]]     # two look like one
     assert heads == [["", *[""] * 12, "FID of this row", "FID in two steps"]]
     fid.save_stages(str(tmp_path), shown, (), "", [{"stage": "teacher", "8-step FID": "2.0"}])
     fid.save_stages(str(tmp_path), shown, (), "A heading\nand more", rows)
     nearly = [{"stage": "mid", "1-step FID": "5.0", "2-step FID": "3.0"}, {"stage": "post", "1-step FID": "5.4", "2-step FID": "3.2"}]
-    assert fid.headline(nearly) == "after post-training: FID 5.4 in one step, 3.2 in two; before post-training 5.00 in one step, 3.00 in two"
+    assert fid.headline(nearly) == "after post-training: FID (lower is better) 5.4 in one step, 3.2 in two; before post-training 5.00 in one step, 3.00 in two"
     assert fid.headline([nearly[0] | {"1-step FID": "6.0"}, nearly[1]]).endswith("; before post-training 3.00 in two")            # in either
     assert fid.headline([{"stage": "teacher", "1-step FID": "9.0", "8-step FID": "2.0"}]) == ""
     assert fid.headline([{"stage": "teacher", "8-step FID": "2.0"}]) == ""
     alone = {"stage": "alone", "1-step FID": "1.48", "2-step FID": "9.00"}
     assert fid.headline([*nearly, alone]) == "FID (lower is better) with / without mid-training: 5.40 / 1.48 in one step, 3.20 / 9.00 in two"
-    assert fid.headline([nearly[1], alone]).startswith("after post-training: FID 5.4 in one step")      # the student had none either
+    assert fid.headline([nearly[1], alone]).startswith("after post-training: FID (lower is better) 5.4 in one step")      # the student had none either
     fid.save_stages(str(tmp_path), shown, (), "", [row | {"images": n} for row, n in zip((*nearly, alone), ("1,000", "7", "1,007"))])
     assert "With mid-training 1,007 pairs and images are seen, without it as many images." in said[3] and "README" not in said[3]
     assert said[1].startswith("The same noises, drawn by every net\nA column") and said[2].startswith("A heading\nA column") and said[2].endswith("and more")
@@ -894,7 +894,7 @@ def test_every_stage_has_an_axis_of_its_own(tmp_path, monkeypatch):
     scores = {"stage": "teacher, balanced labels", "8-step FID": "2.00"}, {"stage": "mid", "1-step FID": "5.00 +- 1.00, min 4.00"}, {"stage": "post", "1-step FID": "-"}
     save_curve(cfg, scores)
     assert drawn["caption"].startswith("Loss and gradient norm of each stage; only scores tell what is better\n")
-    assert drawn["caption"].endswith(" A point: a mean since the last one. Mid-training alone: FID 5.00 in one step; 50,000 samples, lower is better.")
+    assert drawn["caption"].endswith(" A point: a mean since the last one. Mid-training alone: FID (lower is better) 5.00 in one step; 50,000 samples each.")
 
 
 

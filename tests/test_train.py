@@ -535,6 +535,8 @@ def test_a_knob_that_nothing_reads_or_bounds_is_told_of(here, monkeypatch, capsy
     fork = forked(text.replace("def loss_cmt(net, x_t, t, target, d):", "def loss_cmt(net, x_t, t, target, d, p=1.0):"), monkeypatch)
     fork.parse(TINY)
     assert "loss_cmt does nothing with its argument p" in capsys.readouterr().err
+    fid.check_pairs([torch.zeros(4, 1), torch.arange(4) % 2], 4, [torch.zeros(4, 1)])                    # every end for each of its pairs
+    assert "of 4 ends of a solve 2 are a pair's" in capsys.readouterr().err
     for home in (script, *(importlib.import_module(f"train_{name}") for name in ("cmt_imagenet", "mf_imagenet256", "t2i_coco"))):
         home.check(home.parse(["--data", "digits", "--stage", "pretrain", "--out", "x"]))
         assert "warning" not in capsys.readouterr().err
@@ -583,8 +585,7 @@ def test_a_slip_in_the_loss_of_a_fork_has_a_hint_below_its_traceback(branch, wor
     ("sigmas = solvers.logsnr_sigmas", "sigmas = lambda n: solvers.logsnr_sigmas(n - 1)", "teacher_sigmas returned no tensor of 5 levels"),
     ("sigmas = solvers.logsnr_sigmas", "sigmas = lambda n: solvers.logsnr_sigmas(n).tolist()", "teacher_sigmas returned no tensor of 5 levels"),
     ("return fid.digits()[0]", "return fid.digits()[0].float()", "images are torch.float32, not uint8 (N, C, H, W)"),
-    ("owner[order], xs[-1]", "owner[order], xs[-1].repeat(used, 1, 1, 1)", "owner of a solve must say, as int64, which of its 16 ends is a pair's"),
-    ("return xs[:used].flatten(0, 1)[order], t[order], owner[order]", "return xs[:used].flatten(0, 1)[order], owner[order], t[order]", "owner of a solve must say"),
+    ("return xs[:used].flatten(0, 1)[order], t[order], owner[order]", "return xs[:used].flatten(0, 1)[order], owner[order], t[order]", "owner of a solve is torch.float32, not int64"),
     ("t[order], owner[order]", "t[order][1:], owner[order]", "a solve returned 16, 15, 16 rows, solve_size says 16 pairs"),
     ("            return loss_cmt(f", "            return loss_mine(f", "loss_of uses loss_mine, which fork.py does not have"),
     ("return nets.PixelDistance(", "return nets.VGG(1) or nets.PixelDistance(", "make its net .requires_grad_(False).eval()")])

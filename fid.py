@@ -1292,14 +1292,14 @@ def about(cfg, found):
         name == "alone" and ckpt["cfg"].get("pretrain") == "fm" for name, *_, ckpt in found)
     if sizes.get("students", 0) > 1.2 * sizes.get("teacher", math.inf):
         by += f" The students have {sizes['students'] / sizes['teacher']:.1f} times the teacher's parameters."
-    means = " decides little: README and docs/results.md have means of three" * (cfg.data == "digits")
+    means = " (CPUs differ a little; means of three: README, docs/results.md)" * (cfg.data == "digits")
     return f" Seed {cfg.seed}{means}.{by}"
 
 
-def beside(distance, scores):
+def beside(distance, scores, seeds="one seed"):
     """For a heading: {"one step": (score without mid-training, with it), ...} of a distance."""
     text = ", ".join(f"{now:.2f} / {was:.2f} in {steps}" for steps, (was, now) in scores.items())
-    return f"{distance} (lower is better) with / without mid-training: {text}"
+    return f"{distance} (lower is better; {seeds}) with / without mid-training: {text}"
 
 
 def distance_of(table):

@@ -1500,7 +1500,7 @@ class TwoProducts(TorchFunctionMode):
 @torch.no_grad()
 def derivative(net, z, t, r, y, v):
     """du/dt along the flow: v . du/dz + du/dt at fixed r, of u = net(z, t, r, y). Not recorded."""
-    one = torch.ones_like(t)                          # trap: r stands still (FID 61, else 329: MF, Table 1b)
+    one = torch.ones_like(t)                          # trap: r stands still (FID 61, moving 138: MF Table 1b)
     if torch.compiler.is_compiling():
         return torch.func.jvp(lambda z, t: net(z, t, r, y, repa=False), (z, t), (v, one))[1]
     with forward_ad.dual_level(), TwoProducts():      # the same product in 60 % of jvp's time

@@ -823,7 +823,7 @@ def test_the_heading_of_scored_images_has_the_last_net_in_one_step_and_two_and_t
     assert fid.headline([{"stage": "teacher", "1-step FID": "9.0", "8-step FID": "2.0"}]) == ""
     assert fid.headline([{"stage": "teacher", "8-step FID": "2.0"}]) == ""
     alone = {"stage": "alone", "1-step FID": "1.48", "2-step FID": "9.00"}
-    assert fid.headline([*nearly, alone]) == "FID (lower is better) with / without mid-training: 5.40 / 1.48 in one step, 3.20 / 9.00 in two"
+    assert fid.headline([*nearly, alone]) == "FID (lower is better; one seed) with / without mid-training: 5.40 / 1.48 in one step, 3.20 / 9.00 in two"
     assert fid.headline([nearly[1], alone]).startswith("after post-training: FID (lower is better) 5.4 in one step")      # the student had none either
     fid.save_stages(str(tmp_path), shown, (), "", [row | {"images": n} for row, n in zip((*nearly, alone), ("1,000", "7", "1,007"))])
     assert "With mid-training 1,007 pairs and images are seen, without it as many images." in said[3] and "README" not in said[3]

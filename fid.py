@@ -1951,7 +1951,9 @@ def check_values(cfg, limits, world):
     home, idle = home_of(cfg), never_read(cfg)
     code, bounded = pathlib.Path(home.__file__).read_text(), " ".join([*limits.values(), "seed"]).split()
     used = {*home.STAGES, *re.findall(r"\bc(?:fg)?\.(\w+)", code + pathlib.Path(__file__).read_text())}
-    for f in [f for f in dataclasses.fields(cfg) if f.type is not str]:                      # of a fork
+    if odd := sorted({*re.findall(r"\bcfg\.(\w+)", code)} - {*vars(cfg)}):                   # of a fork
+        fail(2, f"cfg.{odd[0]}: Config of {os.path.basename(home.__file__)} has no such field")
+    for f in [f for f in dataclasses.fields(cfg) if f.type is not str]:
         if f.type in (int, float) and f.name not in bounded:
             say(f"warning: --{f.name}: no row of LIMITS says what it may be, so any number trains")
         if f.name not in used:

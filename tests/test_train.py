@@ -587,6 +587,7 @@ def test_a_slip_in_the_loss_of_a_fork_has_a_hint_below_its_traceback(branch, wor
     ("return fid.digits()[0]", "return fid.digits()[0].float()", "images are torch.float32, not uint8 (N, C, H, W)"),
     ("return xs[:used].flatten(0, 1)[order], t[order], owner[order]", "return xs[:used].flatten(0, 1)[order], owner[order], t[order]", "owner of a solve is torch.float32, not int64"),
     ("t[order], owner[order]", "t[order][1:], owner[order]", "a solve returned 16, 15, 16 rows, solve_size says 16 pairs"),
+    ("target, run.distance)  ", "target, run.distance) * cfg.lamb  ", "cfg.lamb: Config of fork.py has no such field"),
     ("            return loss_cmt(f", "            return loss_mine(f", "loss_of uses loss_mine, which fork.py does not have"),
     ("return nets.PixelDistance(", "return nets.VGG(1) or nets.PixelDistance(", "make its net .requires_grad_(False).eval()")])
 def test_a_slip_in_a_table_a_solver_or_a_solve_of_a_fork_is_one_line(old, new, words, road, monkeypatch, capsys):

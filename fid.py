@@ -2058,7 +2058,7 @@ def check_pairs(pairs, expected, ends=None):
 def finished_mid(cfg, finished):
     """The checkpoint of mid-training, that post-training starts from; exit code 3 without it."""
     path = f"{cfg.out}/mid.pt"
-    return finished(path) or fail(3, f"{path} is not finished; run --stage mid, or pass --mid none or --init")
+    return finished(path) or fail(3, f"{path} is not finished; run --stage mid first, or --mid none, --init")
 
 
 def seed_range(text):

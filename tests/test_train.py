@@ -761,7 +761,7 @@ BAD = [  # (command line, exit code, what the line must say)
     ("--stage eval --init nothere.pkl", 3, "--init nothere.pkl: no such file"),
     ("--data digits --stage mid", 3, "run --stage pretrain first"),
     ("--data digits --stage mid --teacher none.pt", 3, "--teacher none.pt: no such file"),
-    ("--data digits --stage eval", 3, "run --stage pretrain, or"),
+    ("--data digits --stage eval", 3, "train without --stage, or --init"),
     ("--data Digits", 2, "did you mean digits?"), ("--post none", 2, "leave post-training out by --stage mid"),
     ("--batch-size 4", 2, "did you mean --batch?"), ("--mid.num_epochs 4", 2, "did you mean --mid.steps?"), ("--save_dir x", 2, "did you mean --out?"), ("--ckpt x", 2, "did you mean --init?"),
     ("--resume x", 2, "the same command, without it, goes on"), ("--bf16", 2, "write --precision bf16"), ("--no-mid", 2, "write --mid none"), ("--device cuda", 2, "CUDA_VISIBLE_DEVICES=0 picks"), ("--compile=False", 2, "a switch is --NAME or --no-NAME; --help"), ("--compile yes", 2, "yes; a switch is --NAME or --no-NAME; --help"),

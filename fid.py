@@ -1158,7 +1158,6 @@ NAMES = dict(teacher="teacher", mid="mid-training alone", post="after post-train
 SPOKEN = dict(pretrain="pre-training", vgg="VGG", mid="mid-training", post="post-training")
 WIDE = 1_800                                             # pixels of a sheet
 COMPARED = dict(huber="pixels", l2="pixels", lpips="features", elatentlpips="features")     # by --loss
-FEWER = "; of few it is off, mostly high"
 ROW = " of this row"
 FEW = {"1": "one step", "2": "two"}                      # the steps of students that a heading tells
 INKS = {"without|scratch": "#c0392b", "flow": "#8e44ad", "mid|CMT": "#1f5fbf", "teacher|pre-": "#2e8b57",
@@ -1276,11 +1275,6 @@ def numbers_of(name, steps, table):
                     if steps == 1 and key.startswith("2-step F") and value != "-"}
 
 
-def breaks_between(nets):
-    """The places in a list of names where another one begins: breaks of save_sheet."""
-    return [k for k in range(1, len(nets)) if nets[k] != nets[k - 1]]
-
-
 def about(cfg, found):
     """For a caption: how nets were made, and how large they are; found: (name, net, ..., checkpoint)."""
     sizes = {"teacher" if name == "teacher" else "students":              # frozen weights are buffers
@@ -1315,11 +1309,11 @@ def headline(table):
             FEW[key[0]]: v for key, v in row.items() if key.startswith(("1-step F", "2-step F")) and v != "-"}
     mid, post, alone = ({k: float(v.split()[0]) for k, v in nets.get(net, {}).items()}
                         for net in ("mid", "post", "alone"))
+    if both := {k: (alone[k], post[k]) for k in alone if mid and k in post}:
+        return beside(distance_of(table), both)
     texts = [f"{called(net)}: {distance_of(table)} (lower is better) "
              + ", ".join(f"{v.split()[0]} in {k}" for k, v in found.items())
              for net, found in nets.items() if found and net not in ("alone", "teacher")][:1]
-    if both := {k: (alone[k], post[k]) for k in alone if mid and k in post}:
-        return beside(distance_of(table), both)
     worse = [f"{mid[k]:.2f} in {k}" for k in mid if k in post and mid[k] < post[k]]
     return "; ".join(texts + [f"before post-training {', '.join(worse)}"] * bool(worse))
 
@@ -1327,7 +1321,8 @@ def headline(table):
 def of_scores(table, samples):
     """For a caption: what the scores of a table are, and how much each side has seen."""
     text = (f" Judge by the score: so few images show little. {distance_of(table)}: Frechet distance of "
-            f"{samples:,} images to the data, by features of a classifier{FEWER * (samples < 1_000)}.")
+            f"{samples:,} images to the data, by features of a classifier"
+            f"{'; of few it is off, mostly high' * (samples < 1_000)}.")
     text += f" {HALVES.partition(';')[0]}." * (distance_of(table) == "FD-digits")
     seen = {row["stage"].partition(",")[0]: int(row["images"].replace(",", ""))
             for row in table if row.get("images", "-") != "-"}
@@ -1370,7 +1365,7 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
         keys = sorted(keys, key=lambda key: (not key.startswith("F"), "two" in key, key))
         rows = [(label, row[2], *(found.get(key, "") for key in keys))
                 for label, row, found in zip(labels, shown, numbers)]
-        breaks = breaks_between([name for name, *_ in shown])
+        breaks = [k for k in range(1, len(shown)) if shown[k][0] != shown[k - 1][0]]     # another net begins
         what = f"{what}\n{start} ..." if start else what * bool(names)
         header = [what, *above, *keys] if names or keys else ()
     title, _, words = words.rpartition("\n")
@@ -1739,10 +1734,11 @@ def check_names(home):
              if inspect.isfunction(f) and f.__module__ == home.__name__]
     for code in codes:
         codes += filter(inspect.iscode, code.co_consts)      # functions in functions
-        names = {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
+        steps = [*dis.get_instructions(code)]
+        names = {step.argval for step in steps if step.opname == "LOAD_GLOBAL"}
         if odd := [name for name in names if not hasattr(home, name) and not hasattr(builtins, name)]:
             fail(2, f"{code.co_name} uses {odd[0]}, which {os.path.basename(home.__file__)} does not have")
-        loaded = str([step.argval for step in dis.get_instructions(code) if step.opname.startswith("LOAD")])
+        loaded = str([step.argval for step in steps if step.opname.startswith("LOAD")])
         for name in code.co_varnames[:code.co_argcount] if code.co_name.startswith("loss_") else ():
             if f"'{name}'" not in loaded:
                 say(f"warning: {code.co_name} does nothing with its argument {name}")
@@ -2499,7 +2495,7 @@ def dry_run(home, argv, configs):
 
 def save_curve(cfg, table=()):
     """curve.png of cfg.out, a column a stage; of a Mean Flow, whose loss stays near 1, the squared error."""
-    stages, drawn = {}, "loss"
+    stages, drawn, scores = {}, "loss", headline(table)
     for m in read_steps(cfg.out):
         drawn = "squared error" if "mse_same" in m or "mse_gap1" in m else "loss"
         title = drawn + (", short jumps" if "mse_gap1" in m else ", r = t" if "mse_same" in m else "")
@@ -2508,7 +2504,6 @@ def save_curve(cfg, table=()):
         norms.append((m["images"], m["grad"]))
     panels = {f"{stage}: {title}": {stage: losses} for stage, (title, losses, _) in stages.items()}
     panels |= {f"{stage}: gradient norm": {stage: norms} for stage, (_, _, norms) in stages.items()}
-    scores = f" {headline(table)[:1].upper()}{headline(table)[1:]}; {cfg.samples:,} samples each."
     words = [f"{SPOKEN[s]}: {words_of(dataclasses.replace(cfg, stage=s)).partition(': ')[2]}"
              for s in home_of(cfg).STAGES if SPOKEN.get(s) in stages]
     save_chart(f"{cfg.out}/curve.png", panels,
@@ -2517,7 +2512,8 @@ def save_curve(cfg, table=()):
                "trained on (mid-training: pairs). A point: a mean since the last one."
                + (" Errors of velocities; short jumps: 0 < t - r <= 1/4. Post-training's targets are noisy; "
                   "its errors and mid-training's do not compare.") * (drawn != "loss")
-               + scores * bool(headline(table)), columns=max(1, len(stages)))
+               + f" {scores[:1].upper()}{scores[1:]}; {cfg.samples:,} samples each." * bool(scores),
+               columns=max(1, len(stages)))
 
 
 def save_preview(cfg, tally, stop, sampler, drawn=""):

@@ -776,16 +776,16 @@ def on_signal(number, frame):
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-LIMITS = {  # (rule, least, below): fields; for fid.check_values
-    ("above 0, below 1e12", 1e-300, 1e12):
+LIMITS = {  # what a value must be, in words and as a test: fields; for fid.check_values
+    ("above 0, below 1e12", lambda v: 0 < v < 1e12):
         "batch steps repeat log_every save_every P_std omega trajectories",
-    ("above 0, at most 1", 1e-300, 1 + 1e-9): "lr",
-    ("in 1 to 1,000", 1, 1001): "nfe",
-    ("in -10 to 10", -10, 10.001): "P_mean",
-    ("0 or more", 0, math.inf): "batch_gpu warmup power unguided",
-    ("in [0, 1)", 0, 1): "ema_beta class_dropout kappa",
-    ("in [0, 1]", 0, 1 + 1e-9): "ratio guide_from guide_to",
-    ("2 or more", 2, math.inf): "samples nodes",
+    ("above 0, at most 1", lambda v: 0 < v <= 1): "lr",
+    ("in 1 to 1,000", lambda v: 1 <= v <= 1_000): "nfe",
+    ("in -10 to 10", lambda v: abs(v) <= 10): "P_mean",
+    ("0 or more", lambda v: v >= 0): "batch_gpu warmup power unguided",
+    ("in [0, 1)", lambda v: 0 <= v < 1): "ema_beta class_dropout kappa",
+    ("in [0, 1]", lambda v: 0 <= v <= 1): "ratio guide_from guide_to",
+    ("2 or more", lambda v: v >= 2): "samples nodes",
 }
 
 

@@ -1,4 +1,5 @@
 """One thread, so that results do not depend on the machine; the repository on the path; what the script tests share."""
+import importlib.util
 import math
 import os
 import shutil
@@ -118,6 +119,15 @@ def with_alone(road):
     shutil.copytree(road, "x")
     os.mkdir("x/alone")
     shutil.copy("x/post.pt", "x/alone")
+
+
+def forked(text, monkeypatch):
+    """A fork of this text, as a module; its file is ./fork.py."""
+    Path("fork.py").write_text(text)
+    spec = importlib.util.spec_from_file_location("fork", "fork.py")
+    monkeypatch.setitem(sys.modules, "fork", fork := importlib.util.module_from_spec(spec))
+    spec.loader.exec_module(fork)
+    return fork
 
 
 def alone_is_shown(script, road, tiny):

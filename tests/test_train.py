@@ -119,19 +119,6 @@ def test_a_dry_run_of_a_solve_that_is_refused_ends_in_its_line(name, flags, caps
     assert exit_code == 2 and "Traceback" not in err and re.search("must (fill whole|be in 2)|is not possible", err)
 
 
-@pytest.mark.parametrize("table, key, value, odd", [
-    ("PRESETS", ("digits", "post", "mien"), dict(steps=20), "mien"), ("PRESETS", ("digits", "post", "*"), dict(qq=2), "qq"),
-    ("LIMITS", ("0 or more", 0, 9), "lambd", "lambd"), ("READ_BY", "q lamda", "mid", "lamda"), ("READ_BY", "q", "post, not post mien", "mien"), ("READ_BY", "q", "mdi", "mdi"), ("NO_TEACHER", -1, "anealed", "anealed"),
-    ("ABOUT", "post mien", "words", "mien")])
-def test_a_slip_in_a_table_of_a_fork_is_named(table, key, value, odd, monkeypatch, capsys):
-    """Else a row that never matches is silent, and a field that is none a traceback."""
-    now = getattr(script, table)
-    monkeypatch.setattr(script, table, {**now, key: value} if isinstance(now, dict) else [*now, value])
-    with pytest.raises(SystemExit) as stop:
-        script.parse(["--data", "digits"])
-    assert stop.value.code == 2 and f"{table} name {odd}, which is no field" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("flags, trains", [("--ema_beta 1.5", ""), ("--batch -4", ""), ("--post.lr 0", "pretrain 2,000 steps of 32, mid 900 steps of 32;"),
                                            ("--mid.trajectories 3", "pretrain 2,000 steps of 32, post 600 steps of 32;")])
 def test_a_dry_run_does_not_count_with_what_it_refuses(flags, trains, capsys):
@@ -522,26 +509,6 @@ def test_a_folder_of_pictures_keeps_its_dots_in_the_name_of_its_run(here):
     assert [script.parse(["--data", path]).out for path in ("faces.v1", "./faces.v1/", "faces.zip")] == ["out/faces.v1", "out/faces.v1", "out/faces"]
 
 
-def test_a_knob_that_nothing_reads_or_bounds_is_told_of(here, monkeypatch, capsys):
-    """The commonest slips of a fork; the four scripts have none, nor has a knob with both."""
-    text = (ROOT / "train_cmt_cifar.py").read_text()
-    for lines, told in {"lam: float = 0.1": ["--lam: no row of LIMITS", "--lam: no code reads cfg.lam"], "lam: bool = False": ["--lam: no code reads cfg.lam"],
-                        "lam: str = ''": [], "lam: Literal['one', 't'] = 'one'": ["--lam: no code reads cfg.lam"]}.items():
-        fork = forked(text.replace("    dry_run: bool", f"    {lines}\n    dry_run: bool", 1), monkeypatch)
-        fork.check(fork.parse([*TINY, "--stage", "pretrain", "--out", "x"]))
-        warned = [line for line in capsys.readouterr().err.splitlines() if "--lam" in line]
-        assert len(warned) == len(told) and all(words in line for words, line in zip(told, warned)), warned
-        fid.SAID.clear()
-    fork = forked(text.replace("def loss_cmt(net, x_t, t, target, d):", "def loss_cmt(net, x_t, t, target, d, p=1.0):"), monkeypatch)
-    fork.parse(TINY)
-    assert "loss_cmt does nothing with its argument p" in capsys.readouterr().err
-    fid.check_pairs([torch.zeros(4, 1), torch.arange(4) % 2], 4, [torch.zeros(4, 1)])                    # every end for each of its pairs
-    assert "of 4 ends of a solve 2 are a pair's" in capsys.readouterr().err
-    for home in (script, *(importlib.import_module(f"train_{name}") for name in ("cmt_imagenet", "mf_imagenet256", "t2i_coco"))):
-        home.check(home.parse(["--data", "digits", "--stage", "pretrain", "--out", "x"]))
-        assert "warning" not in capsys.readouterr().err
-
-
 def test_a_number_that_a_wrong_row_denies_a_stage_changes_nothing(road):
     """Else the run trains by it, and neither config.json nor a refusal ever says so."""
     argv = ["--data", "digits", "--trajectories", "64", "--q", "9", "--post.steps", "3"]
@@ -549,56 +516,6 @@ def test_a_number_that_a_wrong_row_denies_a_stage_changes_nothing(road):
     assert [seen[stage].trajectories for stage in ("pretrain", "mid", "post")] == [128, 64, 128]
     assert [seen[stage].q for stage in ("pretrain", "mid", "post")] == [4096, 4096, 9]
     assert seen["eval"].q == 9 and [seen[stage].mid for stage in ("pretrain", "post")] == ["cmt"] * 2
-
-
-def test_a_branch_that_returns_nothing_does_not_train_as_another_method(road, monkeypatch, capsys):
-    """Without `return` before loss_mine, a fork's post-training would be ECT, in silence."""
-    text = (ROOT / "train_cmt_cifar.py").read_text().replace('] = "ect"', ', "mine"] = "ect"')
-    fork = forked(text.replace("        assert cfg.post in", '        if cfg.post == "mine":\n            loss_ect(f, x, x, t, t / 2)\n        assert cfg.post in'), monkeypatch)
-    argv = [*TINY, "--stage", "post", "--mid", "none", "--post", "mine", "--teacher", str(road / "pretrain.pt"), "--steps", "1", "--out", "x"]
-    exit_code, err = code(argv, capsys, fork.main)
-    assert exit_code == 2 and "mine: no branch returns its loss (docs/forking.md)" in err.splitlines()[-1] and "Traceback" not in err
-
-
-@pytest.mark.parametrize("branch, words", [("return (f(x, t) - x).square().flatten(1).mean(1)", "a loss is one number: end it in .mean()"),
-                                           ("return (f(x, t) - x).detach().square().mean()", "a loss has no gradient"),
-                                           ("return x[torch.tensor([99])].mean()", "has each feature of a distance a row for each image?"),
-                                           ("return f(run.teacher(x, t), t).mean()", "does each function return? Does set_up read what is asked for: images (needs_data), the teacher (NO_TEACHER)?")])
-def test_a_slip_in_the_loss_of_a_fork_has_a_hint_below_its_traceback(branch, words, road, monkeypatch, capsys):
-    text = (ROOT / "train_cmt_cifar.py").read_text().replace('] = "ect"', ', "mine"] = "ect"').replace('NO_TEACHER = ["ect"', 'NO_TEACHER = ["mine", "ect"')
-    fork = forked(text.replace("        assert cfg.post in", f'        if cfg.post == "mine":\n            {branch}\n        assert cfg.post in'), monkeypatch)
-    exit_code, err = code([*TINY, "--stage", "post", "--mid", "none", "--post", "mine", "--teacher", str(road / "pretrain.pt"), "--steps", "1", "--out", "x"], capsys, fork.main)
-    assert exit_code == 1 and "Traceback" in err and f"hint: {words}" in err.splitlines()[-1], err
-    assert "Traceback" in (log := Path("x/log.txt").read_text()) and f"hint: {words}" in log
-
-
-@pytest.mark.parametrize("old, new, words", [
-    ('"none"] = "cmt"', '"none"] = "ctm"', "Config: mid = 'ctm' must be cmt, kd, slow, none"),
-    ('dict(precision="bf16")', 'dict(precision="fp23")', "precision = 'fp23' must be fp32, tf32, bf16, fp16"),
-    ('dict(steps=900, lr=2e-3', 'dict(steps=900, lr="2e-3"', "lr = '2e-3' must be float"),
-    ('("*", "mid", "*")', '("*", "midd", "*")', "PRESETS name midd, which is no field, stage"),
-    ('("own", "mid", "*")', '("owns", "mid", "*")', "PRESETS name owns, which is no field, stage"),
-    ("solver = solvers.dpmpp", "solver = lambda *a: solvers.dpmpp(*a).flip(0)", "teacher_solver returned no states from x_T"),
-    ("solver = solvers.dpmpp", "solver = lambda *a: solvers.dpmpp(*a)[1:]", "teacher_solver returned no states from x_T"),
-    ("solver = solvers.dpmpp", "solver = solvers.flow_euler", "teacher_solver returned no states from x_T"),
-    ("sigmas = solvers.logsnr_sigmas", "sigmas = lambda n: solvers.logsnr_sigmas(n, 40.0)", "teacher_sigmas returned no tensor of 5 levels, falling from 80"),
-    ("sigmas = solvers.logsnr_sigmas", "sigmas = lambda n: solvers.logsnr_sigmas(n - 1)", "teacher_sigmas returned no tensor of 5 levels"),
-    ("sigmas = solvers.logsnr_sigmas", "sigmas = lambda n: solvers.logsnr_sigmas(n).tolist()", "teacher_sigmas returned no tensor of 5 levels"),
-    ("return fid.digits()[0]", "return fid.digits()[0].float()", "images are torch.float32, not uint8 (N, C, H, W)"),
-    ("return xs[:used].flatten(0, 1)[order], t[order], owner[order]", "return xs[:used].flatten(0, 1)[order], owner[order], t[order]", "owner of a solve is torch.float32, not int64"),
-    ("t[order], owner[order]", "t[order][1:], owner[order]", "a solve returned 16, 15, 16 rows, solve_size says 16 pairs"),
-    ("target, run.distance)  ", "target, run.distance) * cfg.lamb  ", "cfg.lamb: Config of fork.py has no such field"),
-    ("            return loss_cmt(f", "            return loss_mine(f", "loss_of uses loss_mine, which fork.py does not have"),
-    ("return nets.PixelDistance(", "return nets.VGG(1) or nets.PixelDistance(", "make its net .requires_grad_(False).eval()")])
-def test_a_slip_in_a_table_a_solver_or_a_solve_of_a_fork_is_one_line(old, new, words, road, monkeypatch, capsys):
-    """Each of them would train something else under the name that was asked for."""
-    text = (ROOT / "train_cmt_cifar.py").read_text()
-    assert text.count(old) == 1
-    fork, stage = forked(text.replace(old, new), monkeypatch), "pretrain" if "digits()" in old else "mid"
-    teacher = ["--teacher", str(road / "pretrain.pt")] if stage == "mid" else ["--teacher", "scratch"]
-    exit_code, err = code([*TINY, "--stage", stage, *teacher, "--steps", "1", "--out", "x"], capsys, fork.main)
-    assert exit_code in (2, 3) and words in err and len(err.strip().splitlines()) == 1, err
-    assert not os.path.exists("x/mid.pt")
 
 
 def test_ctrl_c_before_a_run_begins_is_a_line(here):
@@ -1089,66 +1006,6 @@ def test_every_knob_is_used_and_explained(path):
     presets = {k for row in script.PRESETS.values() for k in row}
     assert presets <= {f.name for f in fields(script.Config)}
     assert set(" ".join([script.NO_WEIGHT, *script.READ_BY]).split()) <= {f.name for f in fields(script.Config)}
-
-
-def forked(text, monkeypatch):
-    Path("fork.py").write_text(text)
-    spec = importlib.util.spec_from_file_location("fork", "fork.py")
-    monkeypatch.setitem(sys.modules, "fork", fork := importlib.util.module_from_spec(spec))
-    spec.loader.exec_module(fork)
-    return fork
-
-
-def test_the_post_training_of_the_forking_guide_trains(here, monkeypatch, capsys):
-    """docs/forking.md: its row, its loss and its branch; the branch forgotten is refused before anything is trained."""
-    loss, branch, row = re.search(r'```python\n(def loss_mine.*?)```.*?```python\n(.*?)```.*?`(\("digits", "post", "mine"\).*?)`', (ROOT / "docs/forking.md").read_text(), re.S).groups()
-    text = (ROOT / "train_cmt_cifar.py").read_text()
-    for old, new in (('] = "ect"', ', "mine"] = "ect"'), ("\n}\nABOUT", f"\n    {row}\n}}\nABOUT"), ("def make_distance(", loss + "\n\ndef make_distance(")):
-        assert text.count(old) == 1
-        text = text.replace(old, new)
-    mine = [*TINY, "--steps", "2", "--post", "mine"]
-    with pytest.raises(SystemExit) as stop:
-        forked(text, monkeypatch).main([*mine, "--out", "none"])
-    assert stop.value.code == 2 and not Path("none").exists()
-    fork = forked(text.replace("        assert cfg.post", branch + "        assert cfg.post"), monkeypatch)
-    fork.main([*mine, "--out", "x"])
-    before, after = (nets.load_checkpoint(f"x/{stage}.pt")["ema"] for stage in ("mid", "post"))
-    assert Path("x/results.md").exists() and any(not torch.equal(before[k], after[k]) for k in before)
-    for home, counted in ((fork, False), (script, True)):             # bench.py knows no forks
-        capsys.readouterr()
-        with pytest.raises(SystemExit):
-            home.main([*TINY, "--out", "new", "--dry_run"])
-        out = capsys.readouterr().out
-        assert ("python bench.py plan" in out) == counted and ("fork.py is a fork: --steps 2" in out) != counted
-
-
-def test_the_knob_of_the_forking_guide_changes_mid_training(here, monkeypatch, capsys):
-    """docs/forking.md: its four edits; another value asks for mid-training anew, and for no other stage."""
-    field, row, use = re.search(r'`    (states: int.*?)`.*?`("states": "mid",)`.*?`(else \(n, min.*?\)\))`', (ROOT / "docs/forking.md").read_text(), re.S).groups()
-    text = (ROOT / "train_cmt_cifar.py").read_text()
-    for old, new in (("    dry_run: bool", f"    {field}\n    dry_run: bool"), ('1001): "nfe"', '1001): "nfe states"'), ('    "post q stair"', f'    {row}\n    "post q stair"'), ("else (n, cfg.nfe)", use)):
-        assert text.count(old) == 1
-        text = text.replace(old, new)
-    fork, argv = forked(text, monkeypatch), [*TINY, "--steps", "2", "--nfe", "8", "--trajectories", "8", "--batch", "16", "--out", "x"]
-    fork.main([*argv, "--states", "4"])
-    assert nets.load_checkpoint("x/mid.pt")["cfg"]["states"] == 4 and fork.solve_size(fork.parse([*argv, "--states", "4"])) == (8, 4)
-    capsys.readouterr()
-    assert code([*argv, "--states", "6"], capsys, fork.main)[0] == 2
-    fork.main([*argv, "--states", "6", "--stage", "post"])
-    assert "finished" in (said := capsys.readouterr()).out and "no row" not in said.err and "no code" not in said.err
-
-
-def test_the_network_of_the_forking_guide_trains(here, monkeypatch):
-    """docs/forking.md: its class and its two edits, in a copy of the script, through every stage."""
-    own = re.search(r"```python\n(class Small.*?)```.*?`(net = nets.make.*?)`.*?`(return dict.*?)`", (ROOT / "docs/forking.md").read_text(), re.S)
-    text = (ROOT / "train_cmt_cifar.py").read_text()
-    for old, new in (("def build(", own[1] + "\n\ndef build("), (re.search(r"net = nets.make\(.*?sigma_shift\)", text, re.S)[0], own[2]),
-                     (re.search(r'return \{\*\*nets.SIZES.*', text)[0], own[3])):
-        assert text.count(old) == 1
-        text = text.replace(old, new)
-    forked(text, monkeypatch).main([*TINY, "--steps", "2", "--dropout", "0.5", "--out", "x"])
-    assert Path("x/results.md").exists() and {*nets.load_checkpoint("x/post.pt")["ema"]} == {
-        f"{layer}.{what}" for layer in ("first", "last") for what in ("weight", "bias")}
 
 
 def test_a_teacher_of_another_script_is_named(capsys):

@@ -1,0 +1,189 @@
+"""What docs/forking.md promises: its code trains as printed, and a slip is told, by the run or by tests/test_forks.py."""
+import importlib
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fid
+import nets
+import train_cmt_cifar as script
+from conftest import ROOT, TINY, code, forked
+from test_forks import faults, idle
+
+
+def test_the_post_training_of_the_forking_guide_trains(here, monkeypatch, capsys):
+    """docs/forking.md: its row, its loss and its branch; without the branch nothing trains under its name."""
+    loss, branch, row = re.search(r'```python\n(def loss_mine.*?)```.*?```python\n(.*?)```.*?`(\("digits", "post", "mine"\).*?)`', (ROOT / "docs/forking.md").read_text(), re.S).groups()
+    text = (ROOT / "train_cmt_cifar.py").read_text()
+    for old, new in (('] = "ect"', ', "mine"] = "ect"'), ("\n}\nABOUT", f"\n    {row}\n}}\nABOUT"), ("def make_distance(", loss + "\n\ndef make_distance(")):
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    mine = [*TINY, "--steps", "2", "--post", "mine"]
+    exit_code, err = code([*mine, "--out", "none"], capsys, forked(text, monkeypatch).main)
+    assert exit_code == 2 and "mine: no branch returns its loss" in err and not Path("none/post.pt").exists()
+    assert "--post=mine: pytest: mine: no branch returns its loss" in "".join(idle(sys.modules["fork"], "forgotten")).replace("__main__.py", "pytest")
+    fork = forked(text.replace("        assert cfg.post", branch + "        assert cfg.post"), monkeypatch)
+    fork.main([*mine, "--out", "x"])
+    before, after = (nets.load_checkpoint(f"x/{stage}.pt")["ema"] for stage in ("mid", "post"))
+    assert Path("x/results.md").exists() and any(not torch.equal(before[k], after[k]) for k in before)
+    for home, counted in ((fork, False), (script, True)):             # bench.py knows no forks
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            home.main([*TINY, "--out", "new", "--dry_run"])
+        out = capsys.readouterr().out
+        assert ("python bench.py plan" in out) == counted and ("fork.py is a fork: python -m pytest tests/test_forks.py" in out) != counted
+
+
+def test_the_knob_of_the_forking_guide_changes_mid_training(here, monkeypatch, capsys):
+    """docs/forking.md: its four edits; another value asks for mid-training anew, and for no other stage."""
+    field, row, use = re.search(r'`    (states: int.*?)`.*?`("states": "mid",)`.*?`(else \(n, min.*?\)\))`', (ROOT / "docs/forking.md").read_text(), re.S).groups()
+    text = (ROOT / "train_cmt_cifar.py").read_text()
+    for old, new in (("    dry_run: bool", f"    {field}\n    dry_run: bool"), ('1_000): "nfe"', '1_000): "nfe states"'), ('    "post q stair"', f'    {row}\n    "post q stair"'), ("else (n, cfg.nfe)", use)):
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    fork, argv = forked(text, monkeypatch), [*TINY, "--steps", "2", "--nfe", "8", "--trajectories", "8", "--batch", "16", "--out", "x"]
+    fork.main([*argv, "--states", "4"])
+    assert nets.load_checkpoint("x/mid.pt")["cfg"]["states"] == 4 and fork.solve_size(fork.parse([*argv, "--states", "4"])) == (8, 4)
+    capsys.readouterr()
+    assert code([*argv, "--states", "6"], capsys, fork.main)[0] == 2
+    fork.main([*argv, "--states", "6", "--stage", "post"])
+    assert "finished" in capsys.readouterr().out and not faults(fork) and not idle(fork, "tried")
+
+
+def test_the_weight_of_the_forking_guide_trains(here, monkeypatch):
+    """docs/forking.md: the five places of a knob of the loss."""
+    text = (ROOT / "docs/forking.md").read_text()
+    field, head, body, call = re.search(r"`    (p: float.*?)`.*?(def loss_cmt.*?)\n(.*?)\n\n( *return.*?)\n", text, re.S).groups()
+    fork = changed(monkeypatch, ("    dry_run: bool", f"    {field}\n    dry_run: bool"), ('"batch_gpu warmup', '"p batch_gpu warmup'), ('    "post q stair"', '    "p": "mid",\n    "post q stair"'),
+                   ("def loss_cmt(net, x_t, t, target, d):", head), ("    return d.distance(d.features(net(x_t, t)), target).mean()", body), ("            return loss_cmt(f, x_t, t, target, run.distance)", call))
+    assert not faults(fork) and not idle(fork, "tried")
+
+
+def test_the_network_of_the_forking_guide_trains(here, monkeypatch):
+    """docs/forking.md: its class and its two edits, in a copy of the script, through every stage."""
+    own = re.search(r"```python\n(class Small.*?)```.*?`(net = nets.make.*?)`.*?`(return dict.*?)`", (ROOT / "docs/forking.md").read_text(), re.S)
+    text = (ROOT / "train_cmt_cifar.py").read_text()
+    for old, new in (("def build(", own[1] + "\n\ndef build("), (re.search(r"net = nets.make\(.*?sigma_shift\)", text, re.S)[0], own[2]),
+                     (re.search(r'return \{\*\*nets.SIZES.*', text)[0], own[3])):
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    forked(text, monkeypatch).main([*TINY, "--steps", "2", "--dropout", "0.5", "--out", "x"])
+    assert Path("x/results.md").exists() and {*nets.load_checkpoint("x/post.pt")["ema"]} == {
+        f"{layer}.{what}" for layer in ("first", "last") for what in ("weight", "bias")}
+
+
+def changed(monkeypatch, *edits):
+    """A fork of train_cmt_cifar.py with these edits, (old, new) each."""
+    text = (ROOT / "train_cmt_cifar.py").read_text()
+    for old, new in edits:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    return forked(text, monkeypatch)
+
+
+@pytest.mark.parametrize("old, new, words", [
+    ("    dry_run: bool", "    lam: float = 0.1\n    dry_run: bool", ["--lam: nothing reads cfg.lam", "--lam: no row of LIMITS says what it may be"]),
+    ("    dry_run: bool", "    lam: bool = False\n    dry_run: bool", ["--lam: nothing reads cfg.lam"]),
+    ("    dry_run: bool", "    lam: Literal['one', 't'] = 'one'\n    dry_run: bool", ["--lam: nothing reads cfg.lam"]),
+    ("    dry_run: bool", "    lam: str = ''\n    dry_run: bool", []),
+    ("def loss_cmt(net, x_t, t, target, d):", "def loss_cmt(net, x_t, t, target, d, p=1.0):", ["loss_cmt does nothing with its argument p"]),
+    ("target, run.distance)  ", "target, run.distance) * cfg.lamb  ", ["cfg.lamb: Config has no such field"]),
+    ("            return loss_cmt(f", "            return loss_mine(f", ["loss_of uses loss_mine, which is nowhere"]),
+    ('] = "ect"', ', "mine"] = "ect"', ["post mine: no row of ABOUT says what to expect of it"])])
+def test_what_is_written_and_means_nothing_is_told(old, new, words, here, monkeypatch):
+    """The commonest slips of a fork; the four scripts have none, nor has a knob with all that it needs."""
+    assert faults(changed(monkeypatch, (old, new))) == words
+
+
+KNOB = "    dry_run: bool", "    lam: float = 0.1\n    dry_run: bool"
+MID, POST, LOSS = ('"none"] = "cmt"', '"none", "mine"] = "cmt"'), ('] = "ect"', ', "mine"] = "ect"'), ('"l2"] = "lpips"', '"l2", "mine"] = "lpips"')
+
+
+@pytest.mark.parametrize("edits, words", [
+    ([MID], ["--mid=mine trains just as without it"]),
+    ([MID, ("            return loss_cmt(f", "            if cfg.mid == 'mine':\n                loss_cmt(f, x_t, t, target, run.distance) * 2\n            return loss_cmt(f")],
+     ["--mid=mine trains just as without it"]),
+    ([MID, ("            return loss_cmt(f", "            if cfg.mid == 'mine':\n                return loss_cmt(f, x_t, t, target, run.distance) * 2\n            return loss_cmt(f")], []),
+    ([POST, ('"ecd", "ecd_euler"), f', '"ecd", "ecd_euler", "mine"), f')], ["--post=mine trains just as without it"]),
+    ([POST, ('"ecd", "ecd_euler"), f', '"ecd", "ecd_euler", "mine"), f'), ("    (\"digits\", \"post\", \"annealed\"", "    (\"digits\", \"post\", \"mine\"): dict(lr=1e-3),\n    (\"digits\", \"post\", \"annealed\"")],
+     ["--post=mine trains just as without it"]),
+    ([POST, ("        assert cfg.post", "        if cfg.post == 'mine':\n            return loss_dm(f, x, t, eps)\n        assert cfg.post")],
+     ["post mine does not read huber_c: say so in READ_BY", "post mine does not read q: say so in READ_BY"]),
+    ([LOSS], ["--loss=mine: mine: make_distance returns nothing for it (docs/forking.md)"]),
+    ([LOSS, ('if cfg.loss in ("huber", "l2")', 'if cfg.loss in ("huber", "l2", "mine")')], []),
+    ([KNOB], ["--lam=0.05 changes no weight"]), ([KNOB, ("return (d / (t - r)).mean()", "return (d / (t - r)).mean()")], ["--lam=0.05 changes no weight"]),
+    ([KNOB, ("            return loss_cmt(f, x_t, t, target, run.distance)", "            return loss_cmt(f, x_t, t, target, run.distance) * cfg.lam")], [])])
+def test_what_is_new_and_trains_nothing_of_its_own_is_told(edits, words, here, monkeypatch):
+    """A branch forgotten, or without return; numbers of PRESETS under a new name; a knob that is nowhere used."""
+    said = idle(changed(monkeypatch, *edits), "tried")
+    assert sorted(re.sub(r": \S+\.py: ", ": ", line) for line in said) == words
+
+
+def test_a_solve_whose_ends_are_not_all_a_pairs_is_told(capsys):
+    fid.check_pairs([torch.zeros(4, 1), torch.arange(4) % 2], 4, [torch.zeros(4, 1)])                    # every end for each of its pairs
+    assert "of 4 ends of a solve 2 are a pair's" in capsys.readouterr().err
+
+
+def test_a_branch_that_returns_nothing_does_not_train_as_another_method(road, monkeypatch, capsys):
+    """Without `return` before loss_mine, a fork's post-training would be ECT, in silence."""
+    text = (ROOT / "train_cmt_cifar.py").read_text().replace('] = "ect"', ', "mine"] = "ect"')
+    fork = forked(text.replace("        assert cfg.post in", '        if cfg.post == "mine":\n            loss_ect(f, x, x, t, t / 2)\n        assert cfg.post in'), monkeypatch)
+    argv = [*TINY, "--stage", "post", "--mid", "none", "--post", "mine", "--teacher", str(road / "pretrain.pt"), "--steps", "1", "--out", "x"]
+    exit_code, err = code(argv, capsys, fork.main)
+    assert exit_code == 2 and "mine: no branch returns its loss (docs/forking.md)" in err.splitlines()[-1] and "Traceback" not in err
+
+
+@pytest.mark.parametrize("branch, words", [("return (f(x, t) - x).square().flatten(1).mean(1)", "a loss is one number: end it in .mean()"),
+                                           ("return (f(x, t) - x).detach().square().mean()", "a loss has no gradient"),
+                                           ("return x[torch.tensor([99])].mean()", "has each feature of a distance a row for each image?"),
+                                           ("return f(run.teacher(x, t), t).mean()", "does each function return? Does set_up read what is asked for: images (needs_data), the teacher (NO_TEACHER)?")])
+def test_a_slip_in_the_loss_of_a_fork_has_a_hint_below_its_traceback(branch, words, road, monkeypatch, capsys):
+    text = (ROOT / "train_cmt_cifar.py").read_text().replace('] = "ect"', ', "mine"] = "ect"').replace('NO_TEACHER = ["ect"', 'NO_TEACHER = ["mine", "ect"')
+    fork = forked(text.replace("        assert cfg.post in", f'        if cfg.post == "mine":\n            {branch}\n        assert cfg.post in'), monkeypatch)
+    exit_code, err = code([*TINY, "--stage", "post", "--mid", "none", "--post", "mine", "--teacher", str(road / "pretrain.pt"), "--steps", "1", "--out", "x"], capsys, fork.main)
+    assert exit_code == 1 and "Traceback" in err and f"hint: {words}" in err.splitlines()[-1], err
+    assert "Traceback" in (log := Path("x/log.txt").read_text()) and f"hint: {words}" in log
+
+
+@pytest.mark.parametrize("old, new, words", [
+    ('"none"] = "cmt"', '"none"] = "ctm"', "Config: mid = 'ctm' must be cmt, kd, slow, none"),
+    ('dict(precision="bf16")', 'dict(precision="fp23")', "precision = 'fp23' must be fp32, tf32, bf16, fp16"),
+    ('dict(steps=900, lr=2e-3', 'dict(steps=900, lr="2e-3"', "lr = '2e-3' must be float"),
+    ('("*", "mid", "*")', '("*", "midd", "*")', "PRESETS name midd, which is no field, stage"),
+    ('("own", "mid", "*")', '("owns", "mid", "*")', "PRESETS name owns, which is no field, stage"),
+    ("solver = solvers.dpmpp", "solver = lambda *a: solvers.dpmpp(*a).flip(0)", "teacher_solver returned no states from x_T"),
+    ("solver = solvers.dpmpp", "solver = lambda *a: solvers.dpmpp(*a)[1:]", "teacher_solver returned no states from x_T"),
+    ("solver = solvers.dpmpp", "solver = solvers.flow_euler", "teacher_solver returned no states from x_T"),
+    ("sigmas = solvers.logsnr_sigmas", "sigmas = lambda n: solvers.logsnr_sigmas(n, 40.0)", "teacher_sigmas returned no tensor of 5 levels, falling from 80"),
+    ("sigmas = solvers.logsnr_sigmas", "sigmas = lambda n: solvers.logsnr_sigmas(n - 1)", "teacher_sigmas returned no tensor of 5 levels"),
+    ("sigmas = solvers.logsnr_sigmas", "sigmas = lambda n: solvers.logsnr_sigmas(n).tolist()", "teacher_sigmas returned no tensor of 5 levels"),
+    ("return fid.digits()[0]", "return fid.digits()[0].float()", "images are torch.float32, not uint8 (N, C, H, W)"),
+    ("return xs[:used].flatten(0, 1)[order], t[order], owner[order]", "return xs[:used].flatten(0, 1)[order], owner[order], t[order]", "owner of a solve is torch.float32, not int64"),
+    ("t[order], owner[order]", "t[order][1:], owner[order]", "a solve returned 16, 15, 16 rows, solve_size says 16 pairs"),
+    ("return nets.PixelDistance(", "return nets.VGG(1) or nets.PixelDistance(", "make its net .requires_grad_(False).eval()")])
+def test_a_slip_in_a_table_a_solver_or_a_solve_of_a_fork_is_one_line(old, new, words, road, monkeypatch, capsys):
+    """Each of them would train something else under the name that was asked for."""
+    text = (ROOT / "train_cmt_cifar.py").read_text()
+    assert text.count(old) == 1
+    fork, stage = forked(text.replace(old, new), monkeypatch), "pretrain" if "digits()" in old else "mid"
+    teacher = ["--teacher", str(road / "pretrain.pt")] if stage == "mid" else ["--teacher", "scratch"]
+    exit_code, err = code([*TINY, "--stage", stage, *teacher, "--steps", "1", "--out", "x"], capsys, fork.main)
+    assert exit_code in (2, 3) and words in err and len(err.strip().splitlines()) == 1, err
+    assert not os.path.exists("x/mid.pt")
+
+
+@pytest.mark.parametrize("table, key, value, odd", [
+    ("PRESETS", ("digits", "post", "mien"), dict(steps=20), "mien"), ("PRESETS", ("digits", "post", "*"), dict(qq=2), "qq"),
+    ("LIMITS", ("0 or more", bool), "lambd", "lambd"), ("READ_BY", "q lamda", "mid", "lamda"), ("READ_BY", "q", "post, not post mien", "mien"), ("READ_BY", "q", "mdi", "mdi"), ("NO_TEACHER", -1, "anealed", "anealed"),
+    ("ABOUT", "post mien", "words", "mien")])
+def test_a_slip_in_a_table_of_a_fork_is_named(table, key, value, odd, monkeypatch, capsys):
+    """Else a row that never matches is silent, and a field that is none a traceback."""
+    now = getattr(script, table)
+    monkeypatch.setattr(script, table, {**now, key: value} if isinstance(now, dict) else [*now, value])
+    with pytest.raises(SystemExit) as stop:
+        script.parse(["--data", "digits"])
+    assert stop.value.code == 2 and f"{table} name {odd}, which is no field" in capsys.readouterr().err

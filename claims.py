@@ -295,14 +295,12 @@ def curves(args, device):
             print(f"{name}, {words}: " + ", ".join(f"{x:,} {y:.2f}" for x, y, *_ in panel[name]))
         ends[words] = panel[WITHOUT][-1][1], panel[WITH][-1][1]
     fid.save_chart(f"{args.out}/scores.png", panels,
-                   f"8x8 digits, compared by pixels: {fid.beside('FD-digits', ends, f'{len(runs)} seeds')}\n"
-                   "Bars: the best and the worst seed; red's stand at the right of their dots. Blue: "
-                   "mid-training on pairs, a state of a trajectory and its end, then post-training on "
-                   "images. Red: images alone, by the best schedule that we found. Both begin with the "
-                   "teacher's weights; a pair costs what an image does. Compare the last dots, where both "
-                   "learning rates have fallen to 0. FD-digits: Frechet distance of 2,000 digits to real "
-                   "ones, by features of a classifier. Where mid-training compares by features of a small "
-                   "VGG, the paper's way, it does not help (docs/results.md).",
+                   f"{fid.beside('FD-digits', ends, f'{len(runs)} seeds')}\n"
+                   "8x8 digits. Compare the last dots: there both learning rates have reached 0. Blue: "
+                   "mid-training on pairs (a state of a trajectory, its end), compared by pixels, then post-"
+                   "training on images. Red: images alone, by the best schedule that we found. Both begin "
+                   "with the teacher's weights. Bars: the best and the worst seed, red's at the right. Where "
+                   "mid-training compares by features of a VGG, the paper's way, it does not help here.",
                    "images or pairs that the student has seen", marks[0])
     print(f"open {args.out}/scores.png")
 
@@ -425,11 +423,11 @@ def photos(args, device):
         ends = {words: [np.mean(scores.get((row, steps), np.nan)) for row in ("ECT, annealed", "CMT + ECT")]
                 for steps, words in ((1, "one step"), (2, "two"))}
         new = features.apart * (1 / n + 1 / len(images)) / (4 / len(images))     # docs/results.md: 1/n + 1/m
+        name = os.path.splitext(os.path.basename(args.data))[0]
         words = (f"{fid.beside('FD-photos', ends, f'{number} seeds')}\n {n:,} new photos would score about "
-                 f"{new:.2f}. Images: seed {seed}, by nets too small to draw objects. The last two students "
-                 "saw equally many images or pairs. Mid-training teaches jumps along the teacher's "
-                 "trajectories, compared by pixels; post-training learns from images. Photos: "
-                 f"{len(images):,} of {os.path.basename(args.data)}, shrunk.")
+                 f"{new:.2f}. The last two students saw equally many pairs or images. Mid-training compares "
+                 f"by pixels. Data: {len(images):,} photos of {name}, shrunk; the nets, of seed {seed}, are "
+                 "too small to draw objects.")
         fid.save_stages(f"{args.out}/{seed}", [*shown, real], (), words, [*table.values()], n)
 
 

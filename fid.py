@@ -1155,7 +1155,8 @@ NAMES = dict(teacher="teacher", mid="mid-training alone", post="after post-train
              alone="without mid-training")
 SPOKEN = dict(pretrain="pre-training", vgg="VGG", mid="mid-training", post="post-training")
 WIDE = 1_800                                             # pixels of a sheet
-COMPARED = dict(huber="pixels", l2="pixels", lpips="features", elatentlpips="features")     # by --loss
+VGG = "features of a VGG"
+COMPARED = dict(huber="pixels", l2="pixels", lpips=VGG, elatentlpips=VGG)                  # by --loss
 ROW = " of this row"
 FEW = {"1": "one step", "2": "two"}                      # the steps of students that a heading tells
 INKS = {"without|scratch": "#c0392b", "flow": "#8e44ad", "mid|CMT": "#1f5fbf", "teacher|pre-": "#2e8b57",
@@ -1278,20 +1279,19 @@ def about(cfg, found):
     sizes = {"teacher" if name == "teacher" else "students":              # frozen weights are buffers
              sum(p.numel() for p in (*net.parameters(), *net.buffers())) for name, net, *_ in found}
     losses = [ckpt["cfg"].get("loss", "velocities") for name, *_, ckpt in found if name == "mid"]
-    by = "".join(" Mid-training teaches jumps along the teacher's trajectories, compared by "
-                 f"{COMPARED.get(loss, loss)}; post-training learns from images." for loss in losses)
-    by += " Without mid-training the student starts from a flow-matching net." * any(
+    by = "".join(f" Mid-training compares by {COMPARED.get(loss, loss)}." for loss in losses)
+    by += " Without it the student starts from a flow-matching net (equal time: docs/results.md)." * any(
         name == "alone" and ckpt["cfg"].get("pretrain") == "fm" for name, *_, ckpt in found)
     if sizes.get("students", 0) > 1.2 * sizes.get("teacher", math.inf):
-        by += f" The students have {sizes['students'] / sizes['teacher']:.1f} times the teacher's parameters."
-    means = " (CPUs differ a little; means of three: README, docs/results.md)" * (cfg.data == "digits")
-    return f" Seed {cfg.seed}{means}.{by}"
+        by += f" Students are {sizes['students'] / sizes['teacher']:.1f} times as large as the teacher."
+    return f"{by} Seed {cfg.seed}{'; three seeds: docs/results.md' * (cfg.data == 'digits')}."
 
 
 def beside(distance, scores, seeds="one seed"):
     """For a heading: {"one step": (score without mid-training, with it), ...} of a distance."""
-    text = ", ".join(f"{now:.2f} / {was:.2f} in {steps}" for steps, (was, now) in scores.items())
-    return f"{distance} (lower is better; {seeds}) with / without mid-training: {text}"
+    steps, (without, now) = next(iter(scores.items()))
+    return (f"{distance} in {steps}, lower is better: {now:.2f} with mid-training, {without:.2f} without "
+            f"({seeds})")
 
 
 def distance_of(table):
@@ -1318,16 +1318,15 @@ def headline(table):
 
 def of_scores(table, samples):
     """For a caption: what the scores of a table are, and how much each side has seen."""
-    text = (f" Judge by the score: so few images show little. {distance_of(table)}: Frechet distance of "
-            f"{samples:,} images to the data, by features of a classifier"
-            f"{'; of few it is off, mostly high' * (samples < 1_000)}.")
-    text += f" {HALVES.partition(';')[0]}." * (distance_of(table) == "FD-digits")
+    new = f" ({HALVES.partition(';')[0]})" * (distance_of(table) == "FD-digits")
+    text = (f" Judge by the score, few images show little. {distance_of(table)}: Frechet distance of "
+            f"{samples:,} samples to the data{new}{'; of few it is off, mostly high' * (samples < 1_000)}.")
     seen = {row["stage"].partition(",")[0]: int(row["images"].replace(",", ""))
             for row in table if row.get("images", "-") != "-"}
     if "alone" in seen and "mid" in seen:
         ours, rival = seen["mid"] + seen.get("post", 0), seen["alone"]
-        text += (f" With mid-training {ours:,} pairs and images are seen, without it "
-                 f"{'as many' if ours == rival else f'{rival:,}'} images.")
+        text += (f" With and without mid-training: {ours:,} pairs or images." if ours == rival else
+                 f" With mid-training: {ours:,} pairs and images; without: {rival:,} images.")
     elif any(row["stage"].partition(",")[0] == "mid" for row in table):
         text += " Whether mid-training helps, only a run without it tells (docs/usage.md)."
     return text + (" Shows its digit: a classifier reads it as the caption's digit."
@@ -1361,14 +1360,14 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
         above = [name.removeprefix(start).strip() for name in names] or [""] * len(shown[0][2])
         keys = {key for found in numbers for key in found}
         keys = sorted(keys, key=lambda key: (not key.startswith("F"), "two" in key, key))
-        rows = [(label, row[2], *(found.get(key, "") for key in keys))
+        rows = [(label, row[2], *(found.get(key, "-" * bool(row[1])) for key in keys))
                 for label, row, found in zip(labels, shown, numbers)]
         breaks = [k for k in range(1, len(shown)) if shown[k][0] != shown[k - 1][0]]     # another net begins
         what = f"{what}\n{start} ..." if start else what * bool(names)
         header = [what, *above, *keys] if names or keys else ()
     title, _, words = words.rpartition("\n")
     title = title or headline(table) or "The same noises, drawn by every net"
-    caption = f"{title}\nA {line} is one noise, drawn by all nets{real}."
+    caption = f"{title}\nA {line} is one noise, drawn by every net{real}."
     caption += of_scores(table, samples) if table else ""
     path = f"{out}/stages" + f"_{shown[0][0]}" * shown[0][0].startswith("init_") + ".png"    # --init FILE
     if table or not (os.path.exists(path) and os.path.exists(f"{out}/results.md")):     # scores stay
@@ -1405,12 +1404,11 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
     jump = ("from every state of the teacher's trajectory to its end" if consistency else
             "between any two states of the teacher's trajectory")
     caption = (f"Mid-training teaches the jump {jump}\nFirst row: the trajectory, from noise to an image"
-               + f" ({len(some)} of {n} states, where most changes)" * (len(some) < n)
-               + "; states above sigma 1 are divided by sigma" * consistency
-               + ". Below: what each net answers there in one step. At the right: how far its answer to pure "
-               "noise is from the end, root mean square of pixels in [-1, 1] (ends of two noises differ by "
-               f"{apart:.2f}). Of {states.shape[1]} noises the one where the teacher errs most is drawn; "
-               f"means: {missed}.{words}")
+               + f" ({len(some)} of {n} states" * (len(some) < n) + "; above sigma 1 divided by sigma"
+               * consistency + ")" * (len(some) < n)
+               + ". Below: each net's answer to each state. At the right: root mean square error of the "
+               f"answer to pure noise (ends of two noises differ by {apart:.2f}). Drawn: of "
+               f"{states.shape[1]} noises the teacher's worst; means: {missed}.{words}")
     first, *middle, end = (f"{level:.2g}" for level in levels.tolist())
     header = [f"noise level {'sigma' if consistency else 't'}", f"noise\n{first}", *middle, f"the end\n{end}",
               "error from pure noise"]
@@ -1676,7 +1674,7 @@ def same_folder(cfg, script, argv):
     knobs = {*now} - free if drawn else {"data"} if home.data_name(cfg) != "own" else ()
     asked = {"script": ("script", named, now)}           # flag: (knob, what made the folder, what asks)
     asked |= {f"--{k}": (k, made.values(), now) for k in ("data", "res", *typed) if k in knobs}
-    for stage in [stage for stage in made if cfg.stage not in ("all", stage)]:
+    for stage in [s for s in made if s in home.STAGES and cfg.stage not in ("all", s)]:
         then = vars(home.parse([*argv, "--stage", stage]))
         trains = {*then} - free - {*never_read(dataclasses.replace(cfg, stage=stage))}
         asked |= {f"--{stage}.{k}": (k, [made[stage]], then) for k in trains if f"{stage}.{k}" in typed}
@@ -1871,12 +1869,12 @@ REMEDIES = {"arguments: (?i:true|false|yes|no|on|off)$|explicit arg": "a switch 
             "arguments: \\d+( \\d+)*$": "a range is one word: --seeds 0-2; ",
             "arguments: -?[\u2010-\u2015\u2212]": "write a flag with two plain hyphens: --steps; ",
             "arguments: (?![-\u2010-\u2015\u2212\\d]|(?i:true|false|yes|no|on|off)$)":
-            "a value is behind its flag: --data digits; ",
+            "a value stands behind its flag, --steps 3; ",
             "--(resume|continue)": "the same command, without it, goes on; ",
             "--(fp16|bf16|amp)": "write --precision bf16; ", "--no.mid": "write --mid none; ",
             "--(device|gpus?|cuda)( |$)": "torchrun runs on several GPUs, CUDA_VISIBLE_DEVICES=0 picks one; ",
             "--post: invalid choice: 'none'": "leave post-training out by --stage mid; ",
-            "expected one argument": "a value below 0 is written --NAME=-1; ",
+            "expected one argument": "write its value behind it (below 0: --NAME=-1); ",
             "not a whole number": "write its digits, as 1000; ", "not a number": "write 0.001 or 1e-3; "}
 OF_FOLDER = "data", "stage", "out", "pretrain", "mid", "post"           # flags of a run, not of one stage
 MEANT = dict(lr="learning_rate", steps="epochs num_epochs iterations max_steps", batch="batch_size",
@@ -2168,7 +2166,9 @@ def check_teacher(cfg, finished, given, data, wanted):
     """
     own = finished(f"{cfg.out}/pretrain.pt") if cfg.teacher in ("", "scratch") else None
     same_data(own, f"{cfg.out}/pretrain.pt", data)
-    said = given(cfg)[1] if given and not own else {}
+    weights, said = given(cfg)[:2] if given and not own else ({}, {})
+    if bad := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+        fail(3, f"--teacher {cfg.teacher}: {len(bad)} of its tensors are not finite, {bad[0]}; pass another")
     maker = home_of(cfg).nets.MAKERS.get(cfg.teacher, "")
     odd = [name for name in wanted if said.get(name, wanted[name]) != wanted[name]]
     other = maker.startswith(" of train_") and maker != f" of {os.path.basename(home_of(cfg).__file__)}"
@@ -2393,6 +2393,8 @@ def overview(road, device, cfg):
         scores = f", and {'half a minute of ' * (cfg.data == 'digits')}scores" * (cfg.stage == "all")
         text += (f"; {duration(least)} to {duration(4 * least)} of a core in fp32{scores}" if small else
                  "\nwarning: there is no GPU; a CPU trains --data digits in minutes, --res 16 in hours")
+    named = ROAD and cfg.init not in home_of(cfg).INITS
+    text += f"\n{'mid' if 'mid' in ROAD else 'post'} starts from --init {cfg.init}" * bool(named)
     fork = os.path.basename(home_of(cfg).__file__)
     if len(ROAD) > 1 and fork not in SCRIPTS and max(steps for steps, _ in ROAD.values()) > 2:
         text += f"\n{fork} is a fork: python -m pytest tests/test_forks.py finds its slips in seconds"

@@ -1222,11 +1222,11 @@ def load_weights(net, state, what):
     wrong = {"missing": [k for k in own if k not in state], "unexpected": [k for k in state if k not in own],
              "of another shape": [f"{k} {tuple(state[k].shape)} in the file, {tuple(own[k].shape)} in the net"
                                   for k in own if k in state and state[k].shape != own[k].shape],
-             "not finite, or integers": [k for k, v in state.items() if not v.isfinite().all() or (
+             "not finite, or of another type": [k for k, v in state.items() if not v.isfinite().all() or (
                                          k in own and v.is_floating_point() != own[k].is_floating_point())]}
     text = [f"{len(w)} {how}: {', '.join(w[:5])}{', ...' * (len(w) > 5)}" for how, w in wrong.items() if w]
     if text:                                          # trap: before any copy, or a failed load is half a load
-        raise WeightsError(f"{what} does not fit the network: {'; '.join(text)}")
+        raise WeightsError(f"{what} does not fit the network: {'; '.join(text)}; pass others")
     for k, tensor in own.items():
         tensor.copy_(state[k])
 

@@ -324,7 +324,7 @@ def teacher_pairs(cfg, teacher, shape, g):
 
 # ---- train ------------------------------------------------------------------------------------
 def train(cfg):
-    """One stage (pretrain, mid, post) from its last checkpoint to its end: method first, bookkeeping last."""
+    """One stage from its last checkpoint to its end. As plain loops: docs/walkthrough.md, 6."""
     if not (run := set_up(cfg)):                      # run: net, opt, tally, ...: see begin
         return
     net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
@@ -358,11 +358,12 @@ def train(cfg):
             (target,) = more
             return loss_cmt_mf(flow.u, z, t, r, y, target)                                # Eq. 8
         v, guided = more                              # guided: which samples guidance changes
+        if cfg.stage == "pretrain":                   # "fm" differs in numbers only, "vanilla" below too
+            return loss_mf(flow, z, v, t, r, y, guided, cfg)
         assert cfg.post in ("mf", "vanilla", "teacher"), f"{cfg.post}: no branch returns its loss"
-        if cfg.stage == "post" and cfg.post == "teacher":     # its velocities are guided already
-            v = teacher_velocity(cfg, run.teacher, z, t, y, guided)
-            guided = torch.zeros_like(guided)
-        return loss_mf(flow, z, v, t, r, y, guided, cfg)      # "vanilla" differs in numbers only
+        if cfg.post == "teacher":                     # its velocities are guided already
+            v, guided = teacher_velocity(cfg, run.teacher, z, t, y, guided), torch.zeros_like(guided)
+        return loss_mf(flow, z, v, t, r, y, guided, cfg)
 
     # net's weights are views of run.flat, their gradients of run.grad (nets.flatten): one vector for opt
     for step in range(start, cfg.steps):
@@ -421,7 +422,7 @@ def set_up(cfg):
     if cfg.stage == "mid" or (cfg.stage == "post" and cfg.post not in NO_TEACHER):
         weights, kwargs = teacher_state(cfg)
         teacher = build(cfg, kwargs, weights, cfg.teacher or "the teacher")
-        teacher.requires_grad_()                      # for autocast's cache alone: it is asked under no_grad
+        teacher.requires_grad_()      # autocast casts only such weights once; it is asked under no_grad
         classes, shape = kwargs["num_classes"], (kwargs["in_channels"], *[kwargs["input_size"]] * 2)
         stamp += f", teacher {nets.stamp(weights)}"
     fid.same_data(ckpt, f"{cfg.out}/{cfg.stage}.pt", stamp)

@@ -321,7 +321,7 @@ def teacher_pairs(cfg, teacher, text, null, shape, g):
 
 # ---- train ------------------------------------------------------------------------------------
 def train(cfg):
-    """One stage (pretrain, mid, post) from its last checkpoint to its end: method first, bookkeeping last."""
+    """One stage from its last checkpoint to its end. As plain loops: docs/walkthrough.md, 6."""
     if not (run := set_up(cfg)):                      # run: net, opt, tally, ...: see begin
         return
     net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
@@ -427,7 +427,7 @@ def set_up(cfg):
     if cfg.stage == "mid" or (cfg.stage == "post" and cfg.post not in NO_TEACHER):
         weights, kwargs = teacher_state(cfg)
         teacher = build(cfg, kwargs, weights, cfg.teacher or "the teacher")
-        teacher.requires_grad_()                      # for autocast's cache alone: it is asked under no_grad
+        teacher.requires_grad_()      # autocast casts only such weights once; it is asked under no_grad
         stamp += f", teacher {nets.stamp(weights)}"
     fid.same_data(ckpt, f"{cfg.out}/{cfg.stage}.pt", stamp)
     if not to_go:                                     # finished, with other names of the same content

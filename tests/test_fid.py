@@ -795,8 +795,8 @@ def test_of_a_long_trajectory_nine_states_are_drawn_where_most_changes(tmp_path,
     assert late[0][1][:, 0, 0, 0].tolist() == [*range(9)] and len(short[0][1]) == 8
     assert [label for label, *_ in (*late, *short)] == ["the teacher's trajectory", "the teacher's trajectory\nclass 7"]
     assert rows[1][::2] == ("after mid-training\nin one step", "16.00") and rows[0][2] == "" and header[-1] == "error from pure noise"
-    assert said[0].startswith("Mid-training teaches the jump between any two states of the teacher's trajectory\nFirst row: the trajectory, from noise to an image (9 of 17 states, where most changes). ")
-    assert "of pixels in [-1, 1] (ends of two noises differ by 0.00). Of 2 noises the one where the teacher errs most is drawn; means: after mid-training 16.00." in said[0] and "divided by sigma" not in said[0]
+    assert said[0].startswith("Mid-training teaches the jump between any two states of the teacher's trajectory\nFirst row: the trajectory, from noise to an image (9 of 17 states). Below: each net's answer to each state. ")
+    assert "of the answer to pure noise (ends of two noises differ by 0.00). Drawn: of 2 noises the teacher's worst; means: after mid-training 16.00." in said[0] and "divided by sigma" not in said[0]
     fid.save_trajectory("", x, torch.linspace(80, 0, 17), {"teacher": lambda x, level: x, "mid": lambda x, level: x + 9, "post": lambda x, level: x - 1})
     assert said[-1].startswith("Mid-training teaches the jump from every state of the teacher's trajectory to its end\n")
     assert [row[2] for row in drawn[-1][0]] == ["", "16.00", "7.00"] and "divided by sigma" in said[-1]
@@ -812,8 +812,8 @@ def test_the_heading_of_scored_images_has_the_last_net_in_one_step_and_two_and_t
             {"stage": "post", "1-step FID": "6.0 +- 1.0, min 5.0", "2-step FID": "3.0"}]
     fid.save_stages(str(tmp_path), shown, (), " Seed 0.", rows, 500)
     assert said[0] == ("after post-training: FID (lower is better) 6.0 in one step, 3.0 in two; before post-training 5.00 in one step\n"
-                       "A column is one noise, drawn by all nets. Judge by the score: so few images show little. FID: Frechet distance of 500 images to the data, by features of a classifier; of few it is off, mostly high. Whether mid-training helps, only a run without it tells (docs/usage.md). Seed 0.")
-    assert labels == [[("mid-training alone\n1 step", "5.0", ""), ("after post-training\n1 step", "6.0 +- 1.0, min 5.0", "3.0")]]     # two look like one
+                       "A column is one noise, drawn by every net. Judge by the score, few images show little. FID: Frechet distance of 500 samples to the data; of few it is off, mostly high. Whether mid-training helps, only a run without it tells (docs/usage.md). Seed 0.")
+    assert labels == [[("mid-training alone\n1 step", "5.0", "-"), ("after post-training\n1 step", "6.0 +- 1.0, min 5.0", "3.0")]]     # two look like one
     assert heads == [["", *[""] * 12, "FID of this row", "FID in two steps"]]
     fid.save_stages(str(tmp_path), shown, (), "", [{"stage": "teacher", "8-step FID": "2.0"}])
     fid.save_stages(str(tmp_path), shown, (), "A heading\nand more", rows)
@@ -823,10 +823,12 @@ def test_the_heading_of_scored_images_has_the_last_net_in_one_step_and_two_and_t
     assert fid.headline([{"stage": "teacher", "1-step FID": "9.0", "8-step FID": "2.0"}]) == ""
     assert fid.headline([{"stage": "teacher", "8-step FID": "2.0"}]) == ""
     alone = {"stage": "alone", "1-step FID": "1.48", "2-step FID": "9.00"}
-    assert fid.headline([*nearly, alone]) == "FID (lower is better; one seed) with / without mid-training: 5.40 / 1.48 in one step, 3.20 / 9.00 in two"
+    assert fid.headline([*nearly, alone]) == "FID in one step, lower is better: 5.40 with mid-training, 1.48 without (one seed)"
     assert fid.headline([nearly[1], alone]).startswith("after post-training: FID (lower is better) 5.4 in one step")      # the student had none either
     fid.save_stages(str(tmp_path), shown, (), "", [row | {"images": n} for row, n in zip((*nearly, alone), ("1,000", "7", "1,007"))])
-    assert "With mid-training 1,007 pairs and images are seen, without it as many images." in said[3] and "README" not in said[3]
+    fid.save_stages(str(tmp_path), shown, (), "", [row | {"images": n} for row, n in zip((*nearly, alone), ("1,000", "7", "2,000"))])
+    assert "With mid-training: 1,007 pairs and images; without: 2,000 images." in said.pop()
+    assert "With and without mid-training: 1,007 pairs or images." in said[3] and "README" not in said[3]
     assert said[1].startswith("The same noises, drawn by every net\nA column") and said[2].startswith("A heading\nA column") and said[2].endswith("and more")
 
 
@@ -846,15 +848,14 @@ def test_a_picture_with_scores_stays_until_there_are_others(tmp_path, monkeypatc
 def test_a_caption_names_seed_and_sizes():
     import train_cmt_cifar
     import train_mf_imagenet256
-    losses = dict(huber="pixels", elatentlpips="features", edges="edges")                     # of a fork
+    losses = dict(huber="pixels", elatentlpips="features of a VGG", edges="edges")                     # of a fork
     found = [("teacher", torch.nn.Linear(999, 1000), {}), ("mid", torch.nn.Linear(1999, 1000), dict(cfg={})), ("post", torch.nn.Linear(1999, 1000), {})]
     assert fid.about(train_mf_imagenet256.Config(seed=7), found) == (
-        " Seed 7. Mid-training teaches jumps along the teacher's trajectories, compared by velocities; post-training learns from images."
-        " The students have 2.0 times the teacher's parameters.")
+        " Mid-training compares by velocities. Students are 2.0 times as large as the teacher. Seed 7.")
     for loss, words in losses.items():
         found[1][2]["cfg"]["loss"] = loss
         assert fid.about(train_cmt_cifar.Config(seed=7), found[1:]) == (
-            f" Seed 7. Mid-training teaches jumps along the teacher's trajectories, compared by {words}; post-training learns from images.")
+            f" Mid-training compares by {words}. Seed 7.")
     assert fid.about(train_cmt_cifar.Config(seed=7), found[2:]) == " Seed 7."
 
 

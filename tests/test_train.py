@@ -595,7 +595,7 @@ def test_a_run_without_mid_training_in_the_folder_alone_is_scored_beside(road, m
     rows = [line.split("|")[1:-1] for line in Path("x/results.md").read_text().partition("\n\n")[0].splitlines() if line.startswith(("| alone", "| post"))]
     assert len(rows) >= 2 and len(rows) % 2 == 0 and rows[0][1:] == rows[len(rows) // 2][1:]       # one net twice
     rows, caption = sheets["x/stages.png"]
-    assert caption.startswith("FD-digits (lower is better; one seed) with / without mid-training: ") and [label for label, *_ in rows if "without mid-training" in label]
+    assert caption.startswith("FD-digits in one step, lower is better: ") and [label for label, *_ in rows if "without mid-training" in label]
     assert not [label for label, *_ in sheets["x/trajectory.png"][0] if "without" in label]         # its ends are its own
 
 
@@ -658,7 +658,7 @@ BAD = [  # (command line, exit code, what the line must say)
     ("--data digits --steps=0", 2, "--steps 0 is not possible"),
     ("--data digits --lr nan", 2, "--lr: nan is not possible"),
     ("--data digits --batch", 2, "--batch: expected one argument"),
-    ("--data digits --lr -1e-3", 2, "a value below 0 is written --NAME=-1"),
+    ("--data digits --lr -1e-3", 2, "write its value behind it (below 0: --NAME=-1)"),
     ("--data digits --lr 30", 2, "--lr 30.0 is not possible; it must be above 0, at most 1"),
     ("--data digits --compile=yes", 2, "--compile"),
     ("--data own.zip --res -16", 2, "--res -16 is not possible"),
@@ -682,7 +682,7 @@ BAD = [  # (command line, exit code, what the line must say)
     ("--data Digits", 2, "did you mean digits?"), ("--post none", 2, "leave post-training out by --stage mid"),
     ("--batch-size 4", 2, "did you mean --batch?"), ("--mid.num_epochs 4", 2, "did you mean --mid.steps?"), ("--save_dir x", 2, "did you mean --out?"), ("--ckpt x", 2, "did you mean --init?"),
     ("--resume x", 2, "the same command, without it, goes on"), ("--bf16", 2, "write --precision bf16"), ("--no-mid", 2, "write --mid none"), ("--device cuda", 2, "CUDA_VISIBLE_DEVICES=0 picks"), ("--compile=False", 2, "a switch is --NAME or --no-NAME; --help"), ("--compile yes", 2, "yes; a switch is --NAME or --no-NAME; --help"),
-    ("--compile true", 2, "true; a switch is --NAME or --no-NAME; --help"), ("digits", 2, "digits; a value is behind its flag: --data digits; --help"), ("--seeds 0 1 2", 2, "1 2; a range is one word: --seeds 0-2; --help"),
+    ("--compile true", 2, "true; a switch is --NAME or --no-NAME; --help"), ("digits", 2, "digits; a value stands behind its flag, --steps 3; --help"), ("--seeds 0 1 2", 2, "1 2; a range is one word: --seeds 0-2; --help"),
     ("\u2013-steps 5", 2, "write a flag with two plain hyphens: --steps; --help"),
     ("--data digits --mid.learning_rate 4", 2, "did you mean --mid.lr?"), ("--epochs=4", 2, "did you mean --steps?"), ("--no_compile", 2, "did you mean --no-compile?"), ("--data digits --mid.stage post", 2, "did you mean --stage?"),
     ("--data digits --mid.method kd", 2, "unrecognized arguments: --mid.method kd; --help lists every flag"),

@@ -2028,6 +2028,9 @@ def seed_range(text):
 
 
 # ---- processes and stages -----------------------------------------------------------------------
+TIMEOUT = datetime.timedelta(minutes=10)              # choice: ten minutes for an answer in a step
+
+
 def processes():
     """(rank, number) of torchrun's processes; (0, 1) of one alone."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -2214,10 +2217,10 @@ def guidance_note(cfg, decoder):
             f"[{cfg.guide_from}, {cfg.guide_to}]")
 
 
-def wait_for_first(timeout):
-    """Hold the others while the first process saves, for days if need be; it waits `timeout` for them."""
+def wait_for_first():
+    """Hold the others while the first process saves, for days if need be; it waits TIMEOUT for them."""
     if group := patient_group():
-        dist.monitored_barrier(group, datetime.timedelta(days=9) if processes()[0] else timeout)
+        dist.monitored_barrier(group, datetime.timedelta(days=9) if processes()[0] else TIMEOUT)
 
 
 def from_first(work):
@@ -2400,7 +2403,7 @@ def overview(road, device, cfg):
         text += f"\n{fork} is a fork: python -m pytest tests/test_forks.py finds its slips in seconds"
     text += (f"\nwarning: a score of {cfg.samples} samples is off, mostly high; pass --samples 1000 or more"
              ) * (cfg.samples < 1_000 and cfg.stage in ("all", "eval"))
-    slow, average, warm = [], [], []                         # one line a kind, not a stage
+    slow, average, warm, stairs = [], [], [], []             # one line a kind, not a stage
     for c in [c for left, c in road if left]:
         half = device.type == "cpu" and c.precision in ("bf16", "fp16")
         kept, low = c.ema_beta**c.steps * (not getattr(c, "ema_std", 0)), max(0.1, 1 - 5 / c.steps)
@@ -2408,7 +2411,9 @@ def overview(road, device, cfg):
         average += [f"{kept:.0%} (pass --{c.stage}.ema_beta {low:.3g})"] * (kept > 0.1)
         less = f"{c.warmup} of {c.steps} (pass --{c.stage}.warmup {c.steps // 20})"
         warm += [less] * (2 * c.warmup > c.steps)
+        stairs += [f"{c.steps} (pass --stair of an eighth of them)"] * (getattr(c, "stair", 0) >= c.steps)
     kinds = {"slow on most CPUs, up to eight times": slow, "steps of warm-up": warm,
+             "q never grows in so few steps": stairs,
              "averaged weights, which are shown and scored, still hold of the first ones": average}
     return text + "".join(f"\nwarning: {kind}: {', '.join(odd)}" for kind, odd in kinds.items() if odd)
 

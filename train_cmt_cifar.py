@@ -18,7 +18,6 @@ import signal
 import sys
 from copy import deepcopy
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from functools import cache, partial
 from types import SimpleNamespace
 from typing import Literal
@@ -197,17 +196,12 @@ def make_distance(cfg, channels):
     if cfg.loss in ("huber", "l2"):
         return nets.PixelDistance(cfg.huber_c if cfg.loss == "huber" else 0.0)
     assert cfg.loss == "lpips", f"{cfg.loss}: make_distance returns nothing for it"
-    if channels != 3:
-        fail(2, f"--loss {cfg.loss} needs 3 channels, not {channels}; or --loss huber")
     return nets.pretrained_lpips().to(DEVICE)
 
 
 @torch.no_grad()
 def slow_pairs(cfg, teacher, images, g):
-    """Slow CMT (4.3): n fresh images at each of `used` levels, each solved from there to an end of its own.
-
-    Returns what teacher_pairs returns; a pair takes (nfe + 1) / 2 times as many calls of the teacher.
-    """
+    """Slow CMT (4.3): as teacher_pairs, but at each level n images, each solved from there to its own end."""
     (n, used), sigmas = solve_size(cfg), teacher_sigmas(cfg.nfe)
     levels = sigmas[:used].to(g.device, torch.float32, non_blocking=True)
     mine = slice(RANK * n // WORLD, (RANK + 1) * n // WORLD)
@@ -220,61 +214,68 @@ def slow_pairs(cfg, teacher, images, g):
 
 
 # ---- train ------------------------------------------------------------------------------------
+def solve(cfg, run, number):
+    """What teacher_pairs draws: x_t, t, owner of each pair, and the features of the ends, once per end."""
+    g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", number))
+    if cfg.mid == "slow":
+        *pairs, x_0 = slow_pairs(cfg, run.teacher, run.images, g)
+    else:
+        *pairs, x_0 = teacher_pairs(cfg, run.teacher, run.shape, g)
+    ends = run.distance.features(x_0)
+    return fid.check_pairs(pairs, math.prod(solve_size(cfg)), ends), ends
+
+
+def image_batch(cfg, run, step, mine):
+    """The rows `mine` of a batch of images x (B, C, H, W), noise levels t (B,) and noises eps."""
+    g, B = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step)), cfg.batch
+    x, eps = draw(run.images, B, g)[mine], randn((B, *run.shape), g)[mine]
+    return x, (cfg.P_mean + cfg.P_std * randn(B, g))[mine].exp(), eps
+
+
+def batches(cfg, run, mine):
+    """For each step to go: the rows `mine` of its batch, and what all pairs of its solve share, else None."""
+    start, B, per_solve = run.tally["step"], cfg.batch, math.prod(solve_size(cfg))    # whole batches (check)
+    for step in range(start, cfg.steps):
+        if cfg.stage == "mid":
+            number, at = divmod(step * B, per_solve)  # which solve; where in it the step's pairs begin
+            if at == 0 or step == start:              # it serves several steps; a resumed run solves anew
+                pairs, shared = solve(cfg, run, number)
+            yield [a[at:at + B][mine] for a in pairs], shared
+        else:
+            yield image_batch(cfg, run, step, mine), None
+
+
+def loss_of(cfg, run, step, f, rows, ends):
+    """The loss of a micro-batch: f(x, t) is the net that trains, rows and ends are what batches yields."""
+    if cfg.stage == "mid":
+        x_t, t, owner = rows                          # owner: which end of the solve is a pair's
+        return loss_cmt(f, x_t, t, [a[owner] for a in ends], run.distance)                    # Eq. 7
+    x, t, eps = rows
+    if cfg.stage == "pretrain":
+        return loss_dm(f, x, t, eps, run.net.sigma_data)
+    assert cfg.post in ("ect", "annealed", "ecd", "ecd_euler"), f"{cfg.post}: no branch returns its loss"
+    r = ect_step(t, cfg.q ** (1 + step // cfg.stair if cfg.post == "annealed" else 1))       # q, q^2, q^3 ...
+    x_t, x_r = (x + s.view(-1, 1, 1, 1) * eps for s in (t, r))
+    if cfg.post in ("ecd", "ecd_euler"):              # by the frozen teacher: no gradient
+        x_r = solvers.ode_step(run.teacher, x_t, t, r, 1 if cfg.post == "ecd_euler" else 2)
+    return loss_ect(f, x_t, x_r, t, r, cfg.huber_c)                                           # Eq. 3
+
+
 def train(cfg):
     """One stage from its last checkpoint to its end. As plain loops: docs/walkthrough.md, 3 and 5."""
     if not (run := set_up(cfg)):                      # run: net, opt, tally, ...: see begin
         return
     net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
-    cast_net = in_precision(cfg, net)
-    shape = net.img_channels, net.img_resolution, net.img_resolution
     share, micro = B // WORLD, cfg.batch_gpu or B // WORLD    # rows of a process, of a forward pass
     mine = slice(RANK * share, (RANK + 1) * share)
-    per_solve = math.prod(solve_size(cfg))            # pairs, as 128 x 16: whole batches (check)
-
-    def solve(number):                                # pairs: x_t, t, owner of each; ends: their features
-        g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", number))
-        if cfg.mid == "slow":
-            *pairs, x_0 = slow_pairs(cfg, run.teacher, run.images, g)
-        else:
-            *pairs, x_0 = teacher_pairs(cfg, run.teacher, shape, g)
-        ends = run.distance.features(x_0)             # once per end, not per pair
-        return fid.check_pairs(pairs, per_solve, ends), ends
-
-    def batch_of(step):                               # rows of this process: x, t, eps; mid: x_t, t, owner
-        if cfg.stage == "mid":
-            number, at = divmod(step * B, per_solve)  # which solve; where in it the step's pairs begin
-            if at == 0 or step == start:              # it serves several steps; a resumed run solves anew
-                run.pairs, run.ends = solve(number)
-            return [a[at:at + B][mine] for a in run.pairs]
-        g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
-        x, eps = draw(run.images, B, g)[mine], randn((B, *shape), g)[mine]
-        return x, (cfg.P_mean + cfg.P_std * randn(B, g))[mine].exp(), eps
-
-    def loss_of(step, k, *rows):                      # of a micro-batch, whose first row is k of the share
-        seed = fold(cfg.seed, cfg.stage, step, "dropout") + mine.start + k    # row j: + j
-        f = partial(cast_net, masks=nets.dropout_masks(net, range(seed, seed + micro)))
-        if cfg.stage == "mid":
-            x_t, t, owner = rows                      # owner: which end of the solve is a pair's
-            target = [a[owner] for a in run.ends]
-            return loss_cmt(f, x_t, t, target, run.distance)                              # Eq. 7
-        x, t, eps = rows
-        if cfg.stage == "pretrain":
-            return loss_dm(f, x, t, eps, net.sigma_data)
-        assert cfg.post in ("ect", "annealed", "ecd", "ecd_euler"), f"{cfg.post}: no branch returns its loss"
-        exponent = 1 + step // cfg.stair if cfg.post == "annealed" else 1    # q, q^2, q^3, ...
-        r = ect_step(t, cfg.q**exponent)
-        x_t, x_r = (x + s.view(-1, 1, 1, 1) * eps for s in (t, r))
-        if cfg.post in ("ecd", "ecd_euler"):          # by the frozen teacher: no gradient
-            x_r = solvers.ode_step(run.teacher, x_t, t, r, 1 if cfg.post == "ecd_euler" else 2)
-        return loss_ect(f, x_t, x_r, t, r, cfg.huber_c)                                   # Eq. 3
-
-    # net's weights are views of run.flat, their gradients of run.grad (nets.flatten): one vector for opt
-    for step in range(start, cfg.steps):
+    cast_net = in_precision(cfg, net)
+    for step, (batch, ends) in enumerate(batches(cfg, run, mine), start):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
         loss_sum, part = 0.0, micro / B * tally["scale"]      # part of the mean; scale: of fp16, else 1
-        batch = batch_of(step)
         for k in range(0, share, micro):
-            loss = loss_of(step, k, *(a[k:k + micro] for a in batch))
+            seed = fold(cfg.seed, cfg.stage, step, "dropout") + mine.start + k         # of row k; row j: + j
+            f = partial(cast_net, masks=nets.dropout_masks(net, range(seed, seed + micro)))
+            loss = loss_of(cfg, run, step, f, [a[k:k + micro] for a in batch], ends)
             (loss * part).backward()
             loss_sum += loss.detach() * part
         norm, mean, stop = total(run.grad, loss_sum, tally["scale"])          # the one wait of a step
@@ -294,7 +295,7 @@ def train(cfg):
             kind = "teacher" if cfg.stage == "pretrain" else 1        # of make_sampler
             fid.save_preview(cfg, tally, stop, make_sampler(cfg, run.ema, kind))
         if to_save:
-            fid.wait_for_first(TIMEOUT)
+            fid.wait_for_first()
         if stop:
             fail(75, f"stopped by a signal; step {done} is saved, run the same command again to go on")
 
@@ -340,7 +341,8 @@ def set_up(cfg):
     distance = make_distance(cfg, net.img_channels) if cfg.stage == "mid" else None
     adam, radam = partial(torch.optim.Adam, fused=True), partial(torch.optim.RAdam, foreach=False)
     optimizer = adam if cfg.stage == "pretrain" else radam                    # as EDM; B.2
-    return begin(cfg, ckpt, net, optimizer, stamp, kwargs, images=images, teacher=teacher, distance=distance)
+    return begin(cfg, ckpt, net, optimizer, stamp, kwargs, images=images, teacher=teacher, distance=distance,
+                 shape=(net.img_channels, net.img_resolution, net.img_resolution))
 
 
 # ---- nets -------------------------------------------------------------------------------------
@@ -481,11 +483,10 @@ def draw(images, n, g):
 
 
 # ---- plumbing ---------------------------------------------------------------------------------
-# launch, gather, resume, begin, total, on_signal, main and lr_at are the same text in all four scripts.
+# launch, gather, resume, begin, total, on_signal, main, lr_at, batches: the same text in all four scripts.
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]                      # USR1: Slurm's --signal
 SIGNALS += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)      # trap: nohup ignores it
 STOP = []                                             # signals received: the loop saves, then ends
-TIMEOUT = timedelta(minutes=10)                       # choice: ten minutes for an answer in a step
 NO_WEIGHT = ("dry_run data stage out teacher seeds samples repeat second_sigma sigma_shift compile batch_gpu "
              "log_every save_every")                  # knobs on which no weight depends
 READ_BY = {  # knobs that some stages read, or "stage method"; what is not named here, all read
@@ -507,7 +508,7 @@ def launch(cfg):
     if cfg.data == "digits" or getattr(cfg, "res", 0) == 16:      # many threads only slow a small net down
         torch.set_num_threads(1)
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo", timeout=TIMEOUT)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type != "cpu" else "gloo", timeout=fid.TIMEOUT)
         fid.patient_group()                           # made now, while all processes are at one point
 
 
@@ -586,8 +587,6 @@ def check(cfg):
         fail(2, f"--stair {cfg.stair} with --post {cfg.post}: of annealed alone, above 0; leave it out")
     if cfg.stage == "post" and cfg.stair and cfg.q ** (1 + (cfg.steps - 1) // cfg.stair) > 2**20:
         fail(2, f"--stair {cfg.stair}: q passes 2^20 in {cfg.steps} steps, t - r is rounding; raise it")
-    if cfg.stage == "post" and cfg.stair >= cfg.steps:
-        fid.say(f"warning: q stays {cfg.q} in {cfg.steps} steps; pass --stair of an eighth of them")
     if cfg.stage == "mid" and trains:
         fid.check_solve(cfg, *solve_size(cfg), WORLD, teacher_solver, teacher_sigmas)
         if cfg.loss == "huber" and not cfg.huber_c:

@@ -23,7 +23,6 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from functools import cache, partial
 from types import SimpleNamespace
 from typing import Literal
@@ -276,6 +275,65 @@ def loss_vgg(net, x, labels, seed):
 
 
 # ---- train ------------------------------------------------------------------------------------
+def solve(cfg, run, number):
+    """What teacher_pairs draws: x_t, t, y, owner and views of each pair; features of the ends, or ends."""
+    g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", number))
+    *pairs, x_0 = teacher_pairs(cfg, run.teacher, run.shape, g, run.classes)
+    views = () if cfg.ensemble == "none" else run.distance.draw(pairs[0], g).values()        # of each pair
+    ends = [x_0] if views else run.distance.features(x_0)             # once per end; of views: per pair
+    return [*fid.check_pairs(pairs, math.prod(solve_size(cfg)), ends), *views], ends
+
+
+def image_batch(cfg, run, step, mine):
+    """The rows `mine` of a batch: x (B, C, H, W), noise levels t (B,), one-hot y, noises eps, labels (B,)."""
+    g, B = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step)), cfg.batch
+    raw, labels = next(run.ahead)                     # in the order of steps: one call a step
+    latent_noise, eps = randn((B, *run.shape), g)[mine], randn((B, *run.shape), g)[mine]
+    x, labels = to_input(raw, latent_noise), labels.to(DEVICE, non_blocking=True)
+    t, y = (cfg.P_mean + cfg.P_std * randn(B, g))[mine].exp(), one_hot(labels, run.classes)
+    if cfg.stage == "vgg" and cfg.data == "digits":
+        x = x + vgg_noise(cfg, step, (B, *run.shape))[mine]
+    return x, t, y, eps, labels
+
+
+def batches(cfg, run, mine):
+    """For each step to go: the rows `mine` of its batch, and what all pairs of its solve share, else None."""
+    start, B, per_solve = run.tally["step"], cfg.batch, math.prod(solve_size(cfg))    # whole batches (check)
+    for step in range(start, cfg.steps):
+        if cfg.stage == "mid":
+            number, at = divmod(step * B, per_solve)  # which solve; where in it the step's pairs begin
+            if at == 0 or step == start:              # it serves several steps; a resumed run solves anew
+                pairs, shared = solve(cfg, run, number)
+            yield [a[at:at + B][mine] for a in pairs], shared
+        else:
+            yield image_batch(cfg, run, step, mine), None
+
+
+def loss_of(cfg, run, seed, rows, ends):
+    """The loss of a micro-batch: rows and ends are what batches yields; seed: of its first row's dropout."""
+    if cfg.stage == "vgg":
+        x, *_, labels = rows
+        return loss_vgg(run.net, x, labels, seed)
+    masks = nets.dropout_masks(run.net, range(seed, seed + len(rows[0])))
+    f = partial(run.net, class_labels=rows[2], masks=masks)
+    if cfg.stage == "mid":
+        x_t, t, _, owner, *view = rows                # owner: which end of the solve is a pair's
+        target = [a[owner] for a in ends]
+        if view:
+            return loss_cmt_views(f, x_t, t, *target, run.distance, view)
+        return loss_cmt(f, x_t, t, target, run.distance)                                      # Eq. 7
+    x, t, y, eps, _ = rows
+    if cfg.stage == "pretrain":
+        return loss_edm2(f, x, t, eps, run.net.sigma_data)
+    assert cfg.post in ("ect", "ecd", "ecd_euler", "ecd_code"), f"{cfg.post}: no branch returns its loss"
+    r, weight = ect_step(t, cfg.q), edm_weight(t, run.net.sigma_data)
+    x_t, x_r = (x + s.view(-1, 1, 1, 1) * eps for s in (t, r))
+    if cfg.post in ("ecd", "ecd_euler", "ecd_code"):  # by the frozen teacher: no gradient
+        teacher, order = partial(run.teacher, class_labels=y), 1 if cfg.post == "ecd_euler" else 2
+        x_r = solvers.ode_step(teacher, x_t, t, r, order)
+    return loss_ect(f, x_t, x_r, t, r, weight, cfg.huber_c)                                   # Eq. 3
+
+
 def train(cfg):
     """One stage from its last checkpoint to its end. As plain loops: docs/walkthrough.md, 3 and 5."""
     if not (run := set_up(cfg)):                      # run: net, opt, tally, ...: see begin
@@ -283,62 +341,14 @@ def train(cfg):
     net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
     share, micro = B // WORLD, cfg.batch_gpu or B // WORLD    # rows of a process, of a forward pass
     mine = slice(RANK * share, (RANK + 1) * share)
-    per_solve = math.prod(solve_size(cfg))            # pairs, as 128 x 16: whole batches (check)
-    batches = fid.ahead(partial(read_batch, cfg, run.images), range(start, cfg.steps))   # lazy; mid: none
-
-    def solve(number):                                # pairs: x_t, t, ... of each; ends: their features
-        g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", number))
-        *pairs, x_0 = teacher_pairs(cfg, run.teacher, run.shape, g, run.classes)
-        views = () if cfg.ensemble == "none" else run.distance.draw(pairs[0], g).values()    # of each pair
-        ends = [x_0] if views else run.distance.features(x_0)         # once per end; of views: per pair
-        return [*fid.check_pairs(pairs, per_solve, ends), *views], ends
-
-    def batch_of(step):                               # rows of this process: x, t, y, eps, labels; mid: pairs
-        if cfg.stage == "mid":
-            number, at = divmod(step * B, per_solve)  # which solve; where in it the step's pairs begin
-            if at == 0 or step == start:              # it serves several steps; a resumed run solves anew
-                run.pairs, run.ends = solve(number)
-            return [a[at:at + B][mine] for a in run.pairs]    # x_t, t, y, owner, views
-        g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
-        raw, labels = next(batches)                   # in the order of steps: one call a step
-        latent_noise, eps = randn((B, *run.shape), g)[mine], randn((B, *run.shape), g)[mine]
-        x, labels = to_input(raw, latent_noise), labels.to(DEVICE, non_blocking=True)
-        t, y = (cfg.P_mean + cfg.P_std * randn(B, g))[mine].exp(), one_hot(labels, run.classes)
-        if cfg.stage == "vgg" and cfg.data == "digits":
-            x = x + vgg_noise(cfg, step, (B, *run.shape))[mine]
-        return x, t, y, eps, labels
-
-    def loss_of(step, k, *rows):                      # of a micro-batch, whose first row is k of the share
-        seed = fold(cfg.seed, cfg.stage, step, "dropout") + mine.start + k    # row j: + j
-        if cfg.stage == "vgg":
-            x, *_, labels = rows
-            return loss_vgg(net, x, labels, seed)
-        f = partial(net, class_labels=rows[2], masks=nets.dropout_masks(net, range(seed, seed + micro)))
-        if cfg.stage == "mid":
-            x_t, t, _, owner, *view = rows            # owner: which end of the solve is a pair's
-            target = [a[owner] for a in run.ends]
-            if view:
-                return loss_cmt_views(f, x_t, t, *target, run.distance, view)
-            return loss_cmt(f, x_t, t, target, run.distance)                                    # Eq. 7
-        x, t, y, eps, _ = rows
-        if cfg.stage == "pretrain":
-            return loss_edm2(f, x, t, eps, net.sigma_data)
-        assert cfg.post in ("ect", "ecd", "ecd_euler", "ecd_code"), f"{cfg.post}: no branch returns its loss"
-        r, weight = ect_step(t, cfg.q), edm_weight(t, net.sigma_data)
-        x_t, x_r = (x + s.view(-1, 1, 1, 1) * eps for s in (t, r))
-        if cfg.post in ("ecd", "ecd_euler", "ecd_code"):      # by the frozen teacher: no gradient
-            teacher, order = partial(run.teacher, class_labels=y), 1 if cfg.post == "ecd_euler" else 2
-            x_r = solvers.ode_step(teacher, x_t, t, r, order)
-        return loss_ect(f, x_t, x_r, t, r, weight, cfg.huber_c)                                 # Eq. 3
-
-    # net's weights are views of run.flat, their gradients of run.grad (nets.flatten): one vector for opt
-    for step in range(start, cfg.steps):
+    run.ahead = fid.ahead(partial(read_batch, cfg, run.images), range(start, cfg.steps))  # lazy; mid: none
+    for step, (batch, ends) in enumerate(batches(cfg, run, mine), start):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
         loss_sum, part = 0.0, micro / B * tally["scale"]      # part of the mean; scale: of fp16, else 1
-        batch = batch_of(step)
         with nets.hoist(net, force=True):             # EDM2 Eq. 66: normalised once for all micro-batches
             for k in range(0, share, micro):
-                loss = loss_of(step, k, *(a[k:k + micro] for a in batch))
+                seed = fold(cfg.seed, cfg.stage, step, "dropout") + mine.start + k     # of row k; row j: + j
+                loss = loss_of(cfg, run, seed, [a[k:k + micro] for a in batch], ends)
                 (loss * part).backward()
                 loss_sum += loss.detach() * part
         norm, mean, stop = total(run.grad, loss_sum, tally["scale"])          # the one wait of a step
@@ -357,7 +367,7 @@ def train(cfg):
             nets.save_checkpoint(run.path, net=net, ema=run.ema, opt=opt, **run.saved, **tally)
             fid.save_preview(cfg, tally, stop, previewer(cfg, run.ema), ", the classes in turn")
         if to_save:
-            fid.wait_for_first(TIMEOUT)
+            fid.wait_for_first()
         if stop:
             fail(75, f"stopped by a signal; step {done} is saved, run the same command again to go on")
 
@@ -709,11 +719,10 @@ def encode_data(cfg):
 
 
 # ---- plumbing ---------------------------------------------------------------------------------
-# launch, gather, resume, begin, total, on_signal, main and lr_at are the same text in all four scripts.
+# launch, gather, resume, begin, total, on_signal, main, lr_at, batches: the same text in all four scripts.
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]                      # USR1: Slurm's --signal
 SIGNALS += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)      # trap: nohup ignores it
 STOP = []                                             # signals received: the loop saves, then ends
-TIMEOUT = timedelta(minutes=10)                       # choice: ten minutes for an answer in a step
 NEED_STAGE = {"vgg": "steps batch lr"}                # flags that need the stage's name: --vgg.steps
 NO_WEIGHT = ("dry_run data stage out source teacher main guide vae seeds samples repeat second_sigma sampler "
              "labels compile batch_gpu log_every save_every")     # knobs on which no weight depends
@@ -736,7 +745,7 @@ def launch(cfg):
     if cfg.data == "digits" or getattr(cfg, "res", 0) == 16:      # many threads only slow a small net down
         torch.set_num_threads(1)
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo", timeout=TIMEOUT)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type != "cpu" else "gloo", timeout=fid.TIMEOUT)
         fid.patient_group()                           # made now, while all processes are at one point
 
 

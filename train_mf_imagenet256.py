@@ -26,7 +26,6 @@ from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from functools import cache, partial
 from types import SimpleNamespace
 from typing import Literal
@@ -323,6 +322,50 @@ def teacher_pairs(cfg, teacher, shape, g):
 
 
 # ---- train ------------------------------------------------------------------------------------
+def solve(cfg, run, number):
+    """What teacher_pairs draws: z, t, r, y and target of each pair; they share nothing."""
+    g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", number))
+    return fid.check_pairs(teacher_pairs(cfg, run.teacher, run.shape, g), math.prod(solve_size(cfg))), None
+
+
+def image_batch(cfg, run, step, mine):
+    """The rows `mine` of a batch: z (B, C, H, W) at t, v = eps - x, class y; t, r, guided (B,) on the CPU."""
+    g, B = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step)), cfg.batch
+    raw, y, t, r = next(run.ahead)                    # by read_batch, which draws times: one call a step
+    guided = is_guided(cfg, step, t, y, run.net.num_classes)
+    latent_noise, eps = randn((B, *run.shape), g)[mine], randn((B, *run.shape), g)[mine]
+    x, y = to_input(raw, latent_noise), y.to(DEVICE, non_blocking=True)
+    wide = t.to(DEVICE, non_blocking=True).view(-1, 1, 1, 1)
+    return (1 - wide) * x + wide * eps, t, r, y, eps - x, guided
+
+
+def batches(cfg, run, mine):
+    """For each step to go: the rows `mine` of its batch, and what all pairs of its solve share, else None."""
+    start, B, per_solve = run.tally["step"], cfg.batch, math.prod(solve_size(cfg))    # whole batches (check)
+    for step in range(start, cfg.steps):
+        if cfg.stage == "mid":
+            number, at = divmod(step * B, per_solve)  # which solve; where in it the step's pairs begin
+            if at == 0 or step == start:              # it serves several steps; a resumed run solves anew
+                pairs, shared = solve(cfg, run, number)
+            yield [a[at:at + B][mine] for a in pairs], shared
+        else:
+            yield image_batch(cfg, run, step, mine), None
+
+
+def loss_of(cfg, run, flow, rows):
+    """The loss of a micro-batch and the squared error of each row (B,); rows: those that batches yields."""
+    if cfg.stage == "mid":
+        z, t, r, y, target = rows
+        return loss_cmt_mf(flow.u, z, t, r, y, target)                                        # Eq. 8
+    z, t, r, y, v, guided = rows                      # guided: which samples guidance changes
+    if cfg.stage == "pretrain":                       # "fm" differs in numbers only, "vanilla" below too
+        return loss_mf(flow, z, v, t, r, y, guided, cfg)
+    assert cfg.post in ("mf", "vanilla", "teacher"), f"{cfg.post}: no branch returns its loss"
+    if cfg.post == "teacher":                         # its velocities are guided already
+        v, guided = teacher_velocity(cfg, run.teacher, z, t, y, guided), torch.zeros_like(guided)
+    return loss_mf(flow, z, v, t, r, y, guided, cfg)
+
+
 def train(cfg):
     """One stage from its last checkpoint to its end. As plain loops: docs/walkthrough.md, 6."""
     if not (run := set_up(cfg)):                      # run: net, opt, tally, ...: see begin
@@ -332,47 +375,13 @@ def train(cfg):
     errors = torch.zeros(2, 5, device=DEVICE)         # squared errors and their number, by t - r: 0, quarters
     share, micro = B // WORLD, cfg.batch_gpu or B // WORLD    # rows of a process, of a forward pass
     mine = slice(RANK * share, (RANK + 1) * share)
-    per_solve = math.prod(solve_size(cfg))            # pairs, as 256 x 28: whole batches (check)
-    batches = fid.ahead(partial(read_batch, cfg, run.images), range(start, cfg.steps))
-
-    def solve(number):
-        g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", number))
-        return fid.check_pairs(teacher_pairs(cfg, run.teacher, run.shape, g), per_solve)
-
-    def batch_of(step):                               # rows of this process, as loss_of takes them
-        if cfg.stage == "mid":
-            number, at = divmod(step * B, per_solve)  # which solve; where in it the step's pairs begin
-            if at == 0 or step == start:              # it serves several steps; a resumed run solves anew
-                run.pairs = solve(number)
-            return [a[at:at + B][mine] for a in run.pairs]
-        g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
-        raw, y, t, r = next(batches)                  # by read_batch, which draws times: one call a step
-        guided = is_guided(cfg, step, t, y, net.num_classes)
-        latent_noise, eps = randn((B, *run.shape), g)[mine], randn((B, *run.shape), g)[mine]
-        x, y = to_input(raw, latent_noise), y.to(DEVICE, non_blocking=True)
-        wide = t.to(DEVICE, non_blocking=True).view(-1, 1, 1, 1)
-        return (1 - wide) * x + wide * eps, t, r, y, eps - x, guided     # t, r, guided: on the CPU
-
-    def loss_of(z, t, r, y, *more):                   # more: mid: target; else v = eps - x, guided (rows,)
-        if cfg.stage == "mid":
-            (target,) = more
-            return loss_cmt_mf(flow.u, z, t, r, y, target)                                # Eq. 8
-        v, guided = more                              # guided: which samples guidance changes
-        if cfg.stage == "pretrain":                   # "fm" differs in numbers only, "vanilla" below too
-            return loss_mf(flow, z, v, t, r, y, guided, cfg)
-        assert cfg.post in ("mf", "vanilla", "teacher"), f"{cfg.post}: no branch returns its loss"
-        if cfg.post == "teacher":                     # its velocities are guided already
-            v, guided = teacher_velocity(cfg, run.teacher, z, t, y, guided), torch.zeros_like(guided)
-        return loss_mf(flow, z, v, t, r, y, guided, cfg)
-
-    # net's weights are views of run.flat, their gradients of run.grad (nets.flatten): one vector for opt
-    for step in range(start, cfg.steps):
+    run.ahead = fid.ahead(partial(read_batch, cfg, run.images), range(start, cfg.steps))  # lazy; mid: none
+    for step, (batch, _) in enumerate(batches(cfg, run, mine), start):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
         loss_sum, part = 0.0, micro / B * tally["scale"]      # part of the mean; scale: of fp16, else 1
-        batch = batch_of(step)
         for k in range(0, share, micro):
-            z, t, r, *rows = (a[k:k + micro] for a in batch)
-            loss, square = loss_of(z, t, r, *rows)
+            z, t, r, *_ = rows = [a[k:k + micro] for a in batch]
+            loss, square = loss_of(cfg, run, flow, rows)
             (loss * part).backward()
             loss_sum += loss.detach() * part
             fid.add_errors(errors, square / z[0].numel(), t - r)
@@ -394,7 +403,7 @@ def train(cfg):
             preview = make_sampler(replace(cfg, labels="balanced"), run.ema, steps, decode=False)
             fid.save_preview(cfg, tally, stop, preview, ", the classes in turn")
         if to_save:
-            fid.wait_for_first(TIMEOUT)
+            fid.wait_for_first()
         if stop:
             fail(75, f"stopped by a signal; step {done} is saved, run the same command again to go on")
 
@@ -697,11 +706,10 @@ def encode_data(cfg):
 
 
 # ---- plumbing ---------------------------------------------------------------------------------
-# launch, gather, resume, begin, total, on_signal, main and lr_at are the same text in all four scripts.
+# launch, gather, resume, begin, total, on_signal, main, lr_at, batches: the same text in all four scripts.
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]                      # USR1: Slurm's --signal
 SIGNALS += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)      # trap: nohup ignores it
 STOP = []                                             # signals received: the loop saves, then ends
-TIMEOUT = timedelta(minutes=10)                       # choice: ten minutes for an answer in a step
 NO_WEIGHT = ("dry_run data stage out source teacher vae seeds samples repeat nfe labels compile batch_gpu "
              "log_every save_every")                  # knobs on which no weight depends
 READ_BY = {  # knobs that some stages read, or "stage method"; what is not named here, all read
@@ -722,7 +730,7 @@ def launch(cfg):
     if cfg.data == "digits" or getattr(cfg, "res", 0) == 16:      # many threads only slow a small net down
         torch.set_num_threads(1)
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo", timeout=TIMEOUT)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type != "cpu" else "gloo", timeout=fid.TIMEOUT)
         fid.patient_group()                           # made now, while all processes are at one point
 
 

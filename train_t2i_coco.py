@@ -28,7 +28,6 @@ from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from functools import cache, partial
 from types import SimpleNamespace
 from typing import Literal
@@ -320,68 +319,79 @@ def teacher_pairs(cfg, teacher, text, null, shape, g):
 
 
 # ---- train ------------------------------------------------------------------------------------
+def features_of(run, words, drop):
+    """Features of captions (B, L, D), those of "no caption" where drop (B,) says so."""
+    return torch.where(drop.to(DEVICE, non_blocking=True).view(-1, 1, 1), run.null, run.encoder(words))
+
+
+def solve(cfg, run, number):
+    """What teacher_pairs draws: z, t, r, owner and target of each pair; the captions' features, once each."""
+    g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", number))
+    texts = features_of(run, *captions_of_solve(cfg, run.images, number))
+    pairs = teacher_pairs(cfg, run.teacher, texts, run.null, run.images.shape, g)
+    return fid.check_pairs(pairs, math.prod(solve_size(cfg))), texts
+
+
+def image_batch(cfg, run, step, mine):
+    """The rows `mine` of a batch: z (B, C, H, W) at t, v = eps - x; t, r, guided (B,) on the CPU; tokens."""
+    g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
+    raw, tokens, words, drop, t, r, guided = next(run.ahead)          # by read_batch: one call a step
+    latent_noise, eps = (randn((cfg.batch, *run.images.shape), g)[mine] for _ in "12")
+    x, text = to_input(raw, latent_noise), features_of(run, words, drop)
+    wide, tokens = (a.to(DEVICE, non_blocking=True) for a in (t.view(-1, 1, 1, 1), tokens))
+    return (1 - wide) * x + wide * eps, t, r, text, eps - x, guided, tokens
+
+
+def batches(cfg, run, mine):
+    """For each step to go: the rows `mine` of its batch, and what all pairs of its solve share, else None."""
+    start, B, per_solve = run.tally["step"], cfg.batch, math.prod(solve_size(cfg))    # whole batches (check)
+    for step in range(start, cfg.steps):
+        if cfg.stage == "mid":
+            number, at = divmod(step * B, per_solve)  # which solve; where in it the step's pairs begin
+            if at == 0 or step == start:              # it serves several steps; a resumed run solves anew
+                pairs, shared = solve(cfg, run, number)
+            yield [a[at:at + B][mine] for a in pairs], shared
+        else:
+            yield image_batch(cfg, run, step, mine), None
+
+
+def loss_of(cfg, run, flow, rows, texts):
+    """The loss of a micro-batch and the squared error of each row (B,); rows, texts: what batches yields."""
+    if cfg.stage == "mid":
+        z, t, r, owner, target = rows                 # owner: which caption of the solve is a pair's
+        return loss_cmt_mf(flow.u, z, t, r, texts[owner], target)                             # Eq. 8
+    z, t, r, text, v, guided, tokens = rows           # guided: which samples guidance changes; DINOv2's
+    if cfg.stage == "pretrain":
+        loss, square = loss_sit(flow.u, z, v, t.to(DEVICE, non_blocking=True), text)
+    else:                                             # "mf", "vanilla", "xl": differ in numbers only
+        assert cfg.post in ("mf", "vanilla", "xl"), f"{cfg.post}: no branch returns its loss"
+        loss, square = loss_mf(flow, z, v, t, r, text, guided, cfg)
+    if run.kept:                                      # REPA's features of that pass
+        repa = loss_repa(run.kept.pop(), tokens)
+        loss = loss + cfg.repa * repa
+        run.errors[:, 5] += torch.stack([-repa.detach(), torch.ones_like(repa)]).nan_to_num() * len(z)
+    return loss, square
+
+
 def train(cfg):
     """One stage from its last checkpoint to its end. As plain loops: docs/walkthrough.md, 6."""
     if not (run := set_up(cfg)):                      # run: net, opt, tally, ...: see begin
         return
     net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
-    images, shape = run.images, run.images.shape
-    flow, kept = repa_flow(cfg, net, run.null)
-    errors = torch.zeros(2, 6, device=DEVICE)         # squared errors and their number, by t - r; REPA's
+    flow, run.kept = repa_flow(cfg, net, run.null)
+    run.errors = torch.zeros(2, 6, device=DEVICE)     # squared errors and their number, by t - r; REPA's
     share, micro = B // WORLD, cfg.batch_gpu or B // WORLD    # rows of a process, of a forward pass
     mine = slice(RANK * share, (RANK + 1) * share)
-    per_solve = math.prod(solve_size(cfg))            # pairs, as 256 x 28: whole batches (check)
-    batches = fid.ahead(partial(read_batch, cfg, images), range(start, cfg.steps))
-
-    def features_of(words, drop):
-        return torch.where(drop.to(DEVICE, non_blocking=True).view(-1, 1, 1), run.null, run.encoder(words))
-
-    def solve(number):
-        g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", number))
-        texts = features_of(*captions_of_solve(cfg, images, number))
-        return fid.check_pairs(teacher_pairs(cfg, run.teacher, texts, run.null, shape, g), per_solve), texts
-
-    def batch_of(step):                               # rows of this process, as loss_of takes them
-        if cfg.stage == "mid":
-            number, at = divmod(step * B, per_solve)  # which solve; where in it the step's pairs begin
-            if at == 0 or step == start:              # it serves several steps; a resumed run solves anew
-                run.pairs, run.texts = solve(number)
-            z, t, r, owner, target = (a[at:at + B][mine] for a in run.pairs)
-            return z, t, r, run.texts[owner], target
-        g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
-        raw, tokens, words, drop, t, r, guided = next(batches)        # by read_batch: one call a step
-        latent_noise, eps = randn((B, *shape), g)[mine], randn((B, *shape), g)[mine]
-        x, text = to_input(raw, latent_noise), features_of(words, drop)
-        wide, tokens = (a.to(DEVICE, non_blocking=True) for a in (t.view(-1, 1, 1, 1), tokens))
-        return (1 - wide) * x + wide * eps, t, r, text, eps - x, guided, tokens     # t, r, guided: on the CPU
-
-    def loss_of(z, t, r, text, *more):                # more: mid: target; else v = eps - x, guided, tokens
-        if cfg.stage == "mid":
-            (target,) = more
-            return loss_cmt_mf(flow.u, z, t, r, text, target)                             # Eq. 8
-        v, guided, tokens = more                      # guided: which samples guidance changes; DINOv2's
-        if cfg.stage == "pretrain":
-            loss, square = loss_sit(flow.u, z, v, t.to(DEVICE, non_blocking=True), text)
-        else:                                         # "plain", "vanilla", "xl": differ in numbers only
-            assert cfg.post in ("mf", "vanilla", "xl"), f"{cfg.post}: no branch returns its loss"
-            loss, square = loss_mf(flow, z, v, t, r, text, guided, cfg)
-        if kept:                                      # REPA's features of that pass
-            repa = loss_repa(kept.pop(), tokens)
-            loss = loss + cfg.repa * repa
-            errors[:, 5] += torch.stack([-repa.detach(), torch.ones_like(repa)]).nan_to_num() * micro
-        return loss, square
-
-    # net's weights are views of run.flat, their gradients of run.grad (nets.flatten): one vector for opt
-    for step in range(start, cfg.steps):
+    run.ahead = fid.ahead(partial(read_batch, cfg, run.images), range(start, cfg.steps))  # lazy; mid: none
+    for step, (batch, texts) in enumerate(batches(cfg, run, mine), start):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
         loss_sum, part = 0.0, micro / B * tally["scale"]      # part of the mean; scale: of fp16, else 1
-        batch = batch_of(step)
         for k in range(0, share, micro):
-            z, t, r, *rows = (a[k:k + micro] for a in batch)
-            loss, square = loss_of(z, t, r, *rows)
+            z, t, r, *_ = rows = [a[k:k + micro] for a in batch]
+            loss, square = loss_of(cfg, run, flow, rows, texts)
             (loss * part).backward()
             loss_sum += loss.detach() * part
-            fid.add_errors(errors, square / z[0].numel(), t - r)
+            fid.add_errors(run.errors, square / z[0].numel(), t - r)
         norm, mean, stop = total(run.grad, loss_sum, tally["scale"])          # the one wait of a step
         if cfg.clip and norm > cfg.clip:
             run.grad *= cfg.clip / norm
@@ -395,13 +405,13 @@ def train(cfg):
         count(cfg, tally, mean, norm)                 # a skipped step lowers fp16's scale, ten end the run
         to_save = stop or done % cfg.save_every == 0 or done == cfg.steps
         if to_save or done % cfg.log_every == 0 or done == start + 1:
-            report(cfg, lr, tally, **nets.peak_memory(), **fid.mse_by_gap(errors))
+            report(cfg, lr, tally, **nets.peak_memory(), **fid.mse_by_gap(run.errors))
         if to_save and RANK == 0:
             nets.save_checkpoint(run.path, net=net, ema=run.ema, opt=opt, **run.saved, **tally)
             drawn = "the digit above" if cfg.data == "digits" else "each tenth of the data"
             fid.save_preview(cfg, tally, stop, run.preview(run.ema), f", captions of {drawn}")
         if to_save:
-            fid.wait_for_first(TIMEOUT)
+            fid.wait_for_first()
         if stop:
             fail(75, f"stopped by a signal; step {done} is saved, run the same command again to go on")
 
@@ -875,11 +885,10 @@ def encode_data(cfg):
 
 
 # ---- plumbing ---------------------------------------------------------------------------------
-# launch, gather, resume, begin, total, on_signal, main and lr_at are the same text in all four scripts.
+# launch, gather, resume, begin, total, on_signal, main, lr_at, batches: the same text in all four scripts.
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]                      # USR1: Slurm's --signal
 SIGNALS += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)      # trap: nohup ignores it
 STOP = []                                             # signals received: the loop saves, then ends
-TIMEOUT = timedelta(minutes=10)                       # choice: ten minutes for an answer in a step
 NO_WEIGHT = ("dry_run data stage out source encoders teacher vae prompts seeds samples repeat nfe compile "
              "batch_gpu log_every save_every")        # knobs on which no weight depends
 READ_BY = {  # knobs that some stages read, or "stage method"; what is not named here, all read
@@ -900,7 +909,7 @@ def launch(cfg):
     if cfg.data == "digits" or getattr(cfg, "res", 0) == 16:      # many threads only slow a small net down
         torch.set_num_threads(1)
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo", timeout=TIMEOUT)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type != "cpu" else "gloo", timeout=fid.TIMEOUT)
         fid.patient_group()                           # made now, while all processes are at one point
 
 

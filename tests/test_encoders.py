@@ -12,6 +12,7 @@ import socket
 import sys
 import time
 import types
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -232,7 +233,7 @@ def test_a_killed_encode_goes_on_and_two_processes_give_what_one_gives(case, tmp
 
     def limping():
         """One process comes late to its list of shards and, in one case, needs longer for them than the other may wait."""
-        case.script.TIMEOUT = case.script.timedelta(seconds=3 if case.kind == "mf" else 60)
+        fid.TIMEOUT = timedelta(seconds=3 if case.kind == "mf" else 60)
         real, group = fid.write_whole, fid.patient_group
         if os.environ["RANK"] == "1":
             fid.write_whole = lambda path, how: time.sleep(4 * (case.kind == "mf")) or real(path, how)

@@ -266,7 +266,7 @@ def test_f7_a_dead_node(nodes, ends):
 def test_f8_a_hung_process_ends_the_run_and_a_slow_save_does_not(step, call):
     """Within TIMEOUT + 15 s, with a line that names the call that waited in vain. A save takes longer than TIMEOUT."""
     def slow():
-        script.TIMEOUT, real = timedelta(seconds=2), nets.save_checkpoint
+        script.fid.TIMEOUT, real = timedelta(seconds=2), nets.save_checkpoint
         nets.save_checkpoint = lambda *a, **k: (time.sleep(2.5 if step == 2 else 0), real(*a, **k))
 
     def hang():

@@ -14,6 +14,8 @@ import train_cmt_cifar as script
 from conftest import ROOT, TINY, code, forked
 from test_forks import faults, idle
 
+pytestmark = pytest.mark.usefixtures("here")
+
 
 def test_the_post_training_of_the_forking_guide_trains(here, monkeypatch, capsys):
     """docs/forking.md: its row, its loss and its branch; without the branch nothing trains under its name."""
@@ -26,7 +28,7 @@ def test_the_post_training_of_the_forking_guide_trains(here, monkeypatch, capsys
     exit_code, err = code([*mine, "--out", "none"], capsys, forked(text, monkeypatch).main)
     assert exit_code == 2 and "mine: no branch returns its loss" in err and not Path("none/post.pt").exists()
     assert "--post=mine: pytest: mine: no branch returns its loss" in "".join(idle(sys.modules["fork"], "forgotten")).replace("__main__.py", "pytest")
-    fork = forked(text.replace("        assert cfg.post", branch + "        assert cfg.post"), monkeypatch)
+    fork = forked(text.replace("    assert cfg.post", branch + "    assert cfg.post"), monkeypatch)
     fork.main([*mine, "--out", "x"])
     before, after = (nets.load_checkpoint(f"x/{stage}.pt")["ema"] for stage in ("mid", "post"))
     assert Path("x/results.md").exists() and any(not torch.equal(before[k], after[k]) for k in before)
@@ -59,7 +61,7 @@ def test_the_weight_of_the_forking_guide_trains(here, monkeypatch):
     text = (ROOT / "docs/forking.md").read_text()
     field, head, body, call = re.search(r"`    (p: float.*?)`.*?(def loss_cmt.*?)\n(.*?)\n\n( *return.*?)\n", text, re.S).groups()
     fork = changed(monkeypatch, ("    dry_run: bool", f"    {field}\n    dry_run: bool"), ('"batch_gpu warmup', '"p batch_gpu warmup'), ('    "post q stair"', '    "p": "mid",\n    "post q stair"'),
-                   ("def loss_cmt(net, x_t, t, target, d):", head), ("    return d.distance(d.features(net(x_t, t)), target).mean()", body), ("            return loss_cmt(f, x_t, t, target, run.distance)", call))
+                   ("def loss_cmt(net, x_t, t, target, d):", head), ("    return d.distance(d.features(net(x_t, t)), target).mean()", body), ("        return loss_cmt(f, x_t, t, [a[owner] for a in ends], run.distance)", call))
     assert not faults(fork) and not idle(fork, "tried")
 
 
@@ -91,8 +93,8 @@ def changed(monkeypatch, *edits):
     ("    dry_run: bool", "    lam: Literal['one', 't'] = 'one'\n    dry_run: bool", ["--lam: nothing reads cfg.lam"]),
     ("    dry_run: bool", "    lam: str = ''\n    dry_run: bool", []),
     ("def loss_cmt(net, x_t, t, target, d):", "def loss_cmt(net, x_t, t, target, d, p=1.0):", ["loss_cmt does nothing with its argument p"]),
-    ("target, run.distance)  ", "target, run.distance) * cfg.lamb  ", ["cfg.lamb: Config has no such field"]),
-    ("            return loss_cmt(f", "            return loss_mine(f", ["loss_of uses loss_mine, which is nowhere"]),
+    ("[a[owner] for a in ends], run.distance)  ", "[a[owner] for a in ends], run.distance) * cfg.lamb  ", ["cfg.lamb: Config has no such field"]),
+    ("        return loss_cmt(f", "        return loss_mine(f", ["loss_of uses loss_mine, which is nowhere"]),
     ('] = "ect"', ', "mine"] = "ect"', ["post mine: no row of ABOUT says what to expect of it"])])
 def test_what_is_written_and_means_nothing_is_told(old, new, words, here, monkeypatch):
     """The commonest slips of a fork; the four scripts have none, nor has a knob with all that it needs."""
@@ -105,18 +107,18 @@ MID, POST, LOSS = ('"none"] = "cmt"', '"none", "mine"] = "cmt"'), ('] = "ect"', 
 
 @pytest.mark.parametrize("edits, words", [
     ([MID], ["--mid=mine trains just as without it"]),
-    ([MID, ("            return loss_cmt(f", "            if cfg.mid == 'mine':\n                loss_cmt(f, x_t, t, target, run.distance) * 2\n            return loss_cmt(f")],
+    ([MID, ("        return loss_cmt(f", "        if cfg.mid == 'mine':\n            loss_cmt(f, x_t, t, [a[owner] for a in ends], run.distance) * 2\n        return loss_cmt(f")],
      ["--mid=mine trains just as without it"]),
-    ([MID, ("            return loss_cmt(f", "            if cfg.mid == 'mine':\n                return loss_cmt(f, x_t, t, target, run.distance) * 2\n            return loss_cmt(f")], []),
+    ([MID, ("        return loss_cmt(f", "        if cfg.mid == 'mine':\n            return loss_cmt(f, x_t, t, [a[owner] for a in ends], run.distance) * 2\n        return loss_cmt(f")], []),
     ([POST, ('"ecd", "ecd_euler"), f', '"ecd", "ecd_euler", "mine"), f')], ["--post=mine trains just as without it"]),
     ([POST, ('"ecd", "ecd_euler"), f', '"ecd", "ecd_euler", "mine"), f'), ("    (\"digits\", \"post\", \"annealed\"", "    (\"digits\", \"post\", \"mine\"): dict(lr=1e-3),\n    (\"digits\", \"post\", \"annealed\"")],
      ["--post=mine trains just as without it"]),
-    ([POST, ("        assert cfg.post", "        if cfg.post == 'mine':\n            return loss_dm(f, x, t, eps)\n        assert cfg.post")],
+    ([POST, ("    assert cfg.post", "    if cfg.post == 'mine':\n        return loss_dm(f, x, t, eps)\n    assert cfg.post")],
      ["post mine does not read huber_c: say so in READ_BY", "post mine does not read q: say so in READ_BY"]),
     ([LOSS], ["--loss=mine: mine: make_distance returns nothing for it (docs/forking.md)"]),
     ([LOSS, ('if cfg.loss in ("huber", "l2")', 'if cfg.loss in ("huber", "l2", "mine")')], []),
     ([KNOB], ["--lam=0.05 changes no weight"]), ([KNOB, ("return (d / (t - r)).mean()", "return (d / (t - r)).mean()")], ["--lam=0.05 changes no weight"]),
-    ([KNOB, ("            return loss_cmt(f, x_t, t, target, run.distance)", "            return loss_cmt(f, x_t, t, target, run.distance) * cfg.lam")], [])])
+    ([KNOB, ("        return loss_cmt(f, x_t, t, [a[owner] for a in ends], run.distance)", "        return loss_cmt(f, x_t, t, [a[owner] for a in ends], run.distance) * cfg.lam")], [])])
 def test_what_is_new_and_trains_nothing_of_its_own_is_told(edits, words, here, monkeypatch):
     """A branch forgotten, or without return; numbers of PRESETS under a new name; a knob that is nowhere used."""
     said = idle(changed(monkeypatch, *edits), "tried")
@@ -131,7 +133,7 @@ def test_a_solve_whose_ends_are_not_all_a_pairs_is_told(capsys):
 def test_a_branch_that_returns_nothing_does_not_train_as_another_method(road, monkeypatch, capsys):
     """Without `return` before loss_mine, a fork's post-training would be ECT, in silence."""
     text = (ROOT / "train_cmt_cifar.py").read_text().replace('] = "ect"', ', "mine"] = "ect"')
-    fork = forked(text.replace("        assert cfg.post in", '        if cfg.post == "mine":\n            loss_ect(f, x, x, t, t / 2)\n        assert cfg.post in'), monkeypatch)
+    fork = forked(text.replace("    assert cfg.post in", '    if cfg.post == "mine":\n        loss_ect(f, x, x, t, t / 2)\n    assert cfg.post in'), monkeypatch)
     argv = [*TINY, "--stage", "post", "--mid", "none", "--post", "mine", "--teacher", str(road / "pretrain.pt"), "--steps", "1", "--out", "x"]
     exit_code, err = code(argv, capsys, fork.main)
     assert exit_code == 2 and "mine: no branch returns its loss (docs/forking.md)" in err.splitlines()[-1] and "Traceback" not in err
@@ -143,7 +145,7 @@ def test_a_branch_that_returns_nothing_does_not_train_as_another_method(road, mo
                                            ("return f(run.teacher(x, t), t).mean()", "does each function return? Does set_up read what is asked for: images (needs_data), the teacher (NO_TEACHER)?")])
 def test_a_slip_in_the_loss_of_a_fork_has_a_hint_below_its_traceback(branch, words, road, monkeypatch, capsys):
     text = (ROOT / "train_cmt_cifar.py").read_text().replace('] = "ect"', ', "mine"] = "ect"').replace('NO_TEACHER = ["ect"', 'NO_TEACHER = ["mine", "ect"')
-    fork = forked(text.replace("        assert cfg.post in", f'        if cfg.post == "mine":\n            {branch}\n        assert cfg.post in'), monkeypatch)
+    fork = forked(text.replace("    assert cfg.post in", f'    if cfg.post == "mine":\n        {branch}\n    assert cfg.post in'), monkeypatch)
     exit_code, err = code([*TINY, "--stage", "post", "--mid", "none", "--post", "mine", "--teacher", str(road / "pretrain.pt"), "--steps", "1", "--out", "x"], capsys, fork.main)
     assert exit_code == 1 and "Traceback" in err and f"hint: {words}" in err.splitlines()[-1], err
     assert "Traceback" in (log := Path("x/log.txt").read_text()) and f"hint: {words}" in log

@@ -23,15 +23,15 @@ MODULES = ["nets", "solvers", "fid"]
 OWN = {"Config", "load_data", "data_name", "check", "teacher_pairs", "make_sampler", "teacher_state", "first_weights",
        "build", "train", "candidates", "evaluate",    # what a script may say in its own way: its data, nets and science;
        "needs_data", "read_batch", "to_input", "to_images", "encode_data", "make_distance", "rollout", "prior", "draw_sheets",
-       "model_size", "size_row", "read_net", "solve_size", "loss_ect", "set_up", "check_files"}          # one role, one name: a diff shows what differs, not what it is called
+       "model_size", "size_row", "read_net", "solve_size", "solve", "image_batch", "loss_of", "loss_ect", "set_up", "check_files"}          # one role, one name: a diff shows what differs, not what it is called
 # Lines and flags at most. The first guess, from a prototype: scripts 700, 860, 850, 1,000, nets 1,450, fid 800, bench 800, claims 500. Raise one
 # only in a commit that says what the lines are for. Beyond the guess: nets: du/dt in one pass, dropout by place, encoders, other people's weights, EDM2's
 # norms in one pass; fid: other people's pictures and labels, the engine of the encode stages, sheets and charts with words, and what all runs share and
 # stood in four scripts (flags over presets, what people type, log, lock, refusals, dry run, comparisons of data, knobs, teachers, samples); bench: a GPU without data, plan, a
 # step at full size; claims: Mean Flow's roads, photos; scripts: what is refused before anything is trained, latents and encoders.
-BUDGET = {"train_cmt_cifar.py": 700, "train_cmt_imagenet.py": 951, "train_mf_imagenet256.py": 911,
-          "train_t2i_coco.py": 1145, "nets.py": 1860, "fid.py": 2696, "solvers.py": 204, "bench.py": 966,
-          "claims.py": 600, "README.md": 191}
+BUDGET = {"train_cmt_cifar.py": 699, "train_cmt_imagenet.py": 960, "train_mf_imagenet256.py": 919,
+          "train_t2i_coco.py": 1154, "nets.py": 1860, "fid.py": 2701, "solvers.py": 204, "bench.py": 966,
+          "claims.py": 600, "README.md": 190}
 FLAGS = {"train_cmt_cifar.py": 35, "train_cmt_imagenet.py": 42, "train_mf_imagenet256.py": 42, "train_t2i_coco.py": 43}
 README = (ROOT / "README.md").read_text()
 DOCS = {p.name: p.read_text() for p in sorted((ROOT / "docs").glob("*.md"))}
@@ -65,7 +65,7 @@ def test_same_name_same_text():
                 assert source == first[1], f"{name} differs: {first[0]} and {path.name}"
     flow, text = (toplevel(ROOT / f"train_{name}.py")["solve_size"] for name in ("mf_imagenet256", "t2i_coco"))
     assert flow == text                                                   # the two scripts of noise levels have their own
-    assert compared + 1 >= 10 * (len(SCRIPTS) - 1) and len(OWN) <= 28     # the guard must never run empty
+    assert compared + 1 >= 10 * (len(SCRIPTS) - 1) and len(OWN) <= 31     # the guard must never run empty
 
 
 @pytest.mark.parametrize("name", BUDGET)
@@ -81,7 +81,7 @@ def test_functions_are_short_and_take_few_parameters(path):
     assert len(fields(__import__(path.stem).Config)) <= FLAGS[path.name]
     for n in ast.walk(ast.parse(path.read_text())):
         if isinstance(n, ast.FunctionDef):
-            assert n.end_lineno - n.lineno < (84 if n.name == "train" else 45), n.name
+            assert n.end_lineno - n.lineno < (48 if n.name == "train" else 45), n.name
             assert len(n.args.args) <= (8 if n.name.startswith("loss_") else 6), n.name
             if n.name == "train":
                 loop = next(k for k in n.body if isinstance(k, ast.For))
@@ -381,7 +381,7 @@ def test_hours_of_readme_are_those_of_plan():
 
 def test_readme_says_which_functions_are_one_text_in_all_scripts():
     texts, said = [toplevel(path) for path in SCRIPTS], re.search(r"losses; (.*?) are the same text", README, re.S)[1]
-    assert re.findall(r"`(\w+)`", said) == [name for name in texts[0] if len({t.get(name) for t in texts}) == 1] and said.startswith("`lr_at`")
+    assert re.findall(r"`(\w+)`", said) == [name for name in texts[0] if len({t.get(name) for t in texts}) == 1] and said.startswith("`batches`")
 
 
 def test_readme_prints_commands_and_docs_the_choices_of_the_code():

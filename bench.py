@@ -68,7 +68,7 @@ def plain_loop(cfg):
     model, device = script.model_size(cfg, script.load_data(cfg)), script.DEVICE
     net, teacher = script.build(cfg, model, train=True), script.build(cfg, model)
     ema = copy.deepcopy(net).requires_grad_(False).eval()
-    distance = script.make_distance(cfg, net.img_channels)
+    distance = script.make_distance(cfg)
     opt = torch.optim.RAdam(net.parameters(), lr=1e-5, foreach=False)
     n, g = max(1, cfg.batch // cfg.nfe), torch.Generator(device).manual_seed(0)
     shape, sigmas = (n, net.img_channels, *[net.img_resolution] * 2), solvers.logsnr_sigmas(cfg.nfe)

@@ -177,7 +177,7 @@ def vgg_distance(path, seed):
     if not os.path.exists(path):
         train_vgg(path, seed)
 
-    def make_distance(cfg, channels):
+    def make_distance(cfg):
         vgg = nets.VGG()
         nets.load_weights(vgg, nets.load_checkpoint(path)["net"], path)
         return vgg.to(script.DEVICE).requires_grad_(False).eval()

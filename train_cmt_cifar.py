@@ -191,7 +191,7 @@ def loss_ect(net, x_t, x_r, t, r, huber_c=0.0):
     return (d / (t - r)).mean()
 
 
-def make_distance(cfg, channels):
+def make_distance(cfg):
     """d of Eq. 7, LPIPS or of pixels (B.2, App. D): features(x) -> [(B, ...)], distance(a, b) -> (B,)."""
     if cfg.loss in ("huber", "l2"):
         return nets.PixelDistance(cfg.huber_c if cfg.loss == "huber" else 0.0)
@@ -338,7 +338,7 @@ def set_up(cfg):
         teacher = in_precision(cfg, build(cfg, weights[1], weights[0], cfg.teacher or "the teacher"))
     state, kwargs, source = (None, ckpt["model"], "") if ckpt else first_weights(cfg, images, weights)
     net = build(cfg, kwargs, state, source, train=True)        # with a checkpoint begin loads its weights
-    distance = make_distance(cfg, net.img_channels) if cfg.stage == "mid" else None
+    distance = make_distance(cfg) if cfg.stage == "mid" else None
     adam, radam = partial(torch.optim.Adam, fused=True), partial(torch.optim.RAdam, foreach=False)
     optimizer = adam if cfg.stage == "pretrain" else radam                    # as EDM; B.2
     return begin(cfg, ckpt, net, optimizer, stamp, kwargs, images=images, teacher=teacher, distance=distance,
@@ -611,7 +611,7 @@ def check_files(cfg):
             fid.check_teacher(cfg, nets.finished, read_teacher, None, shape)
         if cfg.loss == "lpips" and (channels != 3 or side < 16):
             fail(2, f"--loss lpips needs 3x16x16 at least, not {channels}x{side}x{side}; or --loss huber")
-        fid.check_distance(make_distance(cfg, channels), (channels, side, side), DEVICE)    # VGG: fetched
+        fid.check_distance(make_distance(cfg), (channels, side, side), DEVICE)    # VGG: fetched
     if cfg.stage != "pretrain" and cfg.init not in INITS:
         candidates(cfg)                               # --init FILE: is it a net?
     if needs_data(cfg):                               # can it be read, and by the teacher and its net?

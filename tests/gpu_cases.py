@@ -66,7 +66,7 @@ PLANTS = [  # script, stage, file, what stands there, the fault in its place, wh
     (MF, "mid", MF, "r, y) - target)", "r, y) - target * torch.tensor([1.0], device=z.device))",
      "loss_cmt_mf: to gpu, blocking"),
     (T2I, "pretrain", T2I, "(loss * part).back", "loss > 0 and (loss * part).back", "train: item"),
-    (T2I, "pretrain", T2I, "(a.to(DEVICE, non_blocking=True)", "(a.to(DEVICE)", "batch_of: to gpu, blocking"),
+    (T2I, "pretrain", T2I, "(a.to(DEVICE, non_blocking=True)", "(a.to(DEVICE)", "image_batch: to gpu, blocking"),
 ]
 
 

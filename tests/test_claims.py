@@ -68,7 +68,7 @@ def test_mid_training_by_a_vgg_of_the_labels(road, tmp_path):
     outside, flags = claims.script.make_distance, "--stage mid --steps 2 --batch 16 --trajectories 2"
     flags = ["--data", "digits", "--loss", "l2", "--teacher", str(road / "pretrain.pt"), *flags.split()]
     with claims.vgg_distance("vgg.pt", 0):
-        assert isinstance(claims.script.make_distance(None, 1), nets.VGG)
+        assert isinstance(claims.script.make_distance(None), nets.VGG)
         claims.script.main([*flags, "--out", "by_vgg"])
     claims.script.main([*flags, "--out", "by_l2"])
     a, b = (torch.load(f"{d}/mid.pt", weights_only=True)["net"] for d in ("by_vgg", "by_l2"))

@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -556,7 +557,7 @@ def test_own_images_offline_give_pictures_and_no_score(monkeypatch, capsys):
 
 def test_a_slip_in_a_distance_is_shown_before_the_teacher_is_trained_and_by_its_own_error(monkeypatch):
     """A fork's: its line in log.txt has no folder any more, and must not be the error that is seen."""
-    def slip(cfg, channels):
+    def slip(cfg):
         raise NameError("name 'Edges' is not defined")
     monkeypatch.setattr(script, "make_distance", slip)
     for stage in ("all", "mid"):
@@ -573,7 +574,7 @@ def test_a_slip_in_a_distance_is_shown_before_the_teacher_is_trained_and_by_its_
 def test_a_distance_that_is_named_but_not_returned_is_not_another_one():
     """A fork's: without its return the VGG would measure under its name."""
     import train_cmt_imagenet
-    for make in (lambda c: script.make_distance(c, 3), train_cmt_imagenet.make_distance):
+    for make in (script.make_distance, train_cmt_imagenet.make_distance):
         with pytest.raises(AssertionError, match="edges: make_distance returns nothing for it"):
             make(SimpleNamespace(loss="edges", data="digits", out="x", huber_c=0.0))
 
@@ -609,7 +610,7 @@ def test_a_cache_that_cannot_be_used_is_named_with_the_way_out(fetch, monkeypatc
 def test_huber_c_is_the_constant_of_mid_training_too():
     a, b = torch.zeros(1, 1, 1, 1), torch.full((1, 1, 1, 1), 0.3)
     for c in (0.06, 0.5):
-        distance = script.make_distance(script.parse(f"--data digits --stage mid --huber_c {c}".split()), 1)
+        distance = script.make_distance(script.parse(f"--data digits --stage mid --huber_c {c}".split()))
         assert distance(a, b).item() == pytest.approx((0.09 + c * c) ** 0.5 - c)
 
 
@@ -1014,10 +1015,32 @@ def test_a_teacher_of_another_script_is_named(capsys):
     for home in scripts:
         home.main(f"--data digits --stage pretrain --steps 1 --batch 2 --out {home.__name__} --log_every 1".split())
     for home, other in itertools.permutations(scripts, 2):
+        for stage in "all", "mid", "eval", "sample":                             # a folder of another script, whose stages this one may not have
+            exit_code, err = code(f"--data digits --stage {stage} --out {other.__name__}".split(), capsys, home.main)
+            assert exit_code == 2 and f"was made with script {other.__name__}.py, now {home.__name__}.py" in err and err.count("\n") == 1, err
         argv = f"--data digits --stage mid --teacher {other.__name__}/pretrain.pt --out new".split()
         exit_code, err = code([*argv, *["--loss", "huber"] * (home in scripts[:2])], capsys, home.main)
         assert exit_code == 3 and f" of {other.__name__}.py" in err and err.count("\n") == 1, (home, other, err)
         assert not os.path.exists("new")
+
+
+@pytest.mark.parametrize("name", ["cmt_cifar", "cmt_imagenet", "mf_imagenet256", "t2i_coco"])
+def test_a_teacher_that_is_not_finite_is_refused_before_anything_begins(name, capsys):
+    home, wrong = importlib.import_module(f"train_{name}"), f"--data digits --stage pretrain --steps 1 --batch 2 --out y --log_every 1"
+    home.main(wrong.split())
+    ckpt = torch.load("y/pretrain.pt", weights_only=True)
+    next(v for v in ckpt["ema"].values() if v.is_floating_point()).fill_(math.nan)
+    torch.save(ckpt, "nan.pt")
+    exit_code, err = code(["--data", "digits", "--teacher", "nan.pt", "--out", "new"], capsys, home.main)
+    assert exit_code == 3 and re.search(r"--teacher nan.pt: 1 of its tensors are not finite, \S+; pass another\n", err) and not os.path.exists("new"), err
+
+
+def test_what_starts_from_init_file_is_said(road):
+    for flags, told in ([], "mid starts from --init x.pt"), (["--mid", "none"], "post starts from --init x.pt"):
+        cfg = script.parse([*TINY, *flags, "--init", "x.pt"])
+        stages = [replace(cfg, stage=stage) for stage in ("mid", "post")[len(flags) > 0:]]
+        assert told in fid.overview([(3, c) for c in stages], torch.device("cpu"), cfg)
+    assert "starts from" not in fid.overview([(3, script.parse(TINY))], torch.device("cpu"), script.parse(TINY))
 
 
 def test_a_run_with_the_old_names_of_knobs_goes_on():

@@ -2128,8 +2128,8 @@ def steps_left(cfg, ckpt, path):
             new |= dict(init=mid, out=f"{cfg.out}-2")
             how = f"; to keep its mid-training: {command(cfg, cfg.stage, names, **new)}"
         elif longer and cfg.decay == "linear":
-            how = (f"; its rate has come to 0 (--decay linear), a longer one begins anew; to make only later "
-                   f"stages longer: --teacher {path}, --mid.steps, --post.steps")
+            how = (f"; to make the stages after it longer: python {here['script']} --data {data} "
+                   f"--teacher {path} --steps {cfg.steps} --out {cfg.out}-longer")
         if own := [name for name in changed if name not in known.split()]:
             how = f"; if {own[0]} is a knob of yours, say in READ_BY which stages read it"
         flags = {k: f"--{k}" if k in home.STAGES else f"--{cfg.stage}.{k}" for k in changed}     # a method

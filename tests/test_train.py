@@ -504,6 +504,16 @@ def test_a_forgotten_data_is_refused_before_anything_is_fetched(road, monkeypatc
     assert exit_code == 2 and "--steps 3, now 2" in err and "in one step and in two: leave it out" in err
 
 
+def test_a_longer_run_is_told_a_command_that_trains_it(road, monkeypatch, capsys):
+    """All stages of a finished folder with more --steps: the teacher stays, what comes after it is longer."""
+    shutil.copytree(road, "x")
+    exit_code, err = code([*TINY, "--out", "x", "--steps", "4"], capsys)
+    told = re.search(r"to make the stages after it longer: python train_cmt_cifar.py (.*)$", err, re.M)[1]
+    assert exit_code == 2 and "--pretrain.steps 3, now 4" in err and told == "--data digits --teacher x/pretrain.pt --steps 4 --out x-longer"
+    script.main([*TINY, *told.split()])
+    assert [nets.load_checkpoint(f"x-longer/{stage}.pt")["step"] for stage in ("mid", "post")] == [4, 4]
+
+
 def test_a_folder_of_pictures_keeps_its_dots_in_the_name_of_its_run(here):
     """Else faces.v1 and faces.v2 are one run; of a file the ending is none of its name."""
     os.mkdir("faces.v1")

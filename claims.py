@@ -296,8 +296,9 @@ def curves(args, device):
         ends[words] = panel[WITHOUT][-1][1], panel[WITH][-1][1]
     fid.save_chart(f"{args.out}/scores.png", panels,
                    f"{fid.beside('FD-digits', ends, f'{len(runs)} seeds')}\n"
-                   "8x8 digits. Compare the last dots: there both learning rates have reached 0. Blue: "
-                   "mid-training on pairs (a state of a trajectory, its end), compared by pixels, then post-"
+                   "8x8 digits; FD-digits: Frechet distance of 2,000 samples to the data, by features of a "
+                   "classifier. Compare the last dots: there both learning rates have reached 0. Blue: mid-"
+                   "training on pairs (a state of a trajectory, its end), compared by pixels, then post-"
                    "training on images. Red: images alone, by the best schedule that we found. Both begin "
                    "with the teacher's weights. Bars: the best and the worst seed, red's at the right. Where "
                    "mid-training compares by features of a VGG, the paper's way, it does not help here.",
@@ -425,9 +426,9 @@ def photos(args, device):
         new = features.apart * (1 / n + 1 / len(images)) / (4 / len(images))     # docs/results.md: 1/n + 1/m
         name = os.path.splitext(os.path.basename(args.data))[0]
         words = (f"{fid.beside('FD-photos', ends, f'{number} seeds')}\n {n:,} new photos would score about "
-                 f"{new:.2f}. The last two students saw equally many pairs or images. Mid-training compares "
-                 f"by pixels. Data: {len(images):,} photos of {name}, shrunk; the nets, of seed {seed}, are "
-                 "too small to draw objects.")
+                 f"{new:.2f}. Scores: means of {number} seeds; images: seed {seed}, nets too small for them. "
+                 "The last two students saw equally many pairs or images. Mid-training compares by pixels. "
+                 f"Data: {len(images):,} photos of {name}, shrunk.")
         fid.save_stages(f"{args.out}/{seed}", [*shown, real], (), words, [*table.values()], n)
 
 

@@ -813,6 +813,7 @@ def array_images(path):
             raise DataError(f"{path}: holds {', '.join(array)}; expected arr_0 or images, or mu and sigma")
         array = found[0]
     if array.ndim == 4 and array.shape[3] not in (1, 3):
+        say(f"{path}: {array.shape} is read as (N, C, H, W)")
         array = array.transpose(0, 2, 3, 1)
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] not in (1, 3):
         raise DataError(f"{path}: is {array.dtype} {array.shape}; expected uint8 images (N, H, W, C) as "
@@ -913,6 +914,11 @@ def image_shape(path, res=0):
         return (res, res, 3) if res else read(names[0]).shape
 
 
+def net_side(side):
+    """The largest size of the nets, 16, 32 or 64, that pictures of this side fill; theirs, if none."""
+    return max((res for res in (16, 32, 64) if res <= side), default=side)
+
+
 def load_images(path, res=0):
     """Images of a folder, .zip or .npz, uint8 (N, C, H, W), whole in memory.
 
@@ -927,7 +933,7 @@ def load_images(path, res=0):
         h, w, _ = image.shape
         if min(h, w) < res:
             raise DataError(f"{path}: {names[k]} is {w}x{h}, too small for --res {res}; "
-                            f"take it out, or pass --res {min(w, h)}")
+                            f"take it out, or pass --res {net_side(min(w, h))}")
         image = np.asarray(square(rgb(image), res)) if res else image
         if image.shape == shape:
             images[k] = image.transpose(2, 0, 1)
@@ -938,10 +944,9 @@ def load_images(path, res=0):
     if others:
         side, name, size = min(others)
         side = min(side, *shape[:2])
-        fits = max((res for res in (16, 32, 64) if res <= side), default=side)
         raise DataError(f"{path}: {len(others)} of {len(names)} pictures are not {shape} (H, W, C) as "
-                        f"{names[0]}; {name} is {size}; pass --res {fits}, which crops and resizes all, or "
-                        "take them out")
+                        f"{names[0]}; {name} is {size}; pass --res {net_side(side)}, which crops and resizes "
+                        "all, or take them out")
     return torch.from_numpy(images)
 
 
@@ -1318,9 +1323,10 @@ def headline(table):
 
 def of_scores(table, samples):
     """For a caption: what the scores of a table are, and how much each side has seen."""
-    new = f" ({HALVES.partition(';')[0]})" * (distance_of(table) == "FD-digits")
+    few = "; of few it is off, mostly high" * (samples < 1_000)
+    few += f" ({HALVES.partition(';')[0]})" * (distance_of(table) == "FD-digits")
     text = (f" Judge by the score, few images show little. {distance_of(table)}: Frechet distance of "
-            f"{samples:,} samples to the data{new}{'; of few it is off, mostly high' * (samples < 1_000)}.")
+            f"{samples:,} samples to the data, by features of a classifier{few}.")
     seen = {row["stage"].partition(",")[0]: int(row["images"].replace(",", ""))
             for row in table if row.get("images", "-") != "-"}
     if "alone" in seen and "mid" in seen:
@@ -1394,11 +1400,10 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
                for net, f in nets.items() if net not in ("alone", "post" * ("mid" in nets))}
     words_for = {net: "after mid-training" if net == "mid" else called(net) for net in answers}
     errors = {net: (x[0] - states[-1]).square().flatten(1).mean(1).sqrt() for net, x in answers.items()}
-    k = next(iter(errors.values()), torch.zeros(1)).argmax().item()              # the noise that is shown
-    missed = ", ".join(f"{words_for[net]} {e.mean().item():.2f}" for net, e in errors.items())
+    k = next(iter(errors.values()), torch.zeros(1)).median(0).indices.item()     # the noise that is shown
     name = f"\n{names[k % len(names)]}" if names else ""
     rows = [(f"the teacher's trajectory{name}", show((states / wide)[:, k]), "")]           # at unit scale
-    rows += [(f"{words_for[net]}\nin one step", show(x[:, k]), f"{errors[net][k].item():.2f}")
+    rows += [(f"{words_for[net]}\nin one step", show(x[:, k]), f"{errors[net].mean().item():.2f}")
              for net, x in answers.items()]
     consistency = bool(levels.max() > 1)
     jump = ("from every state of the teacher's trajectory to its end" if consistency else
@@ -1407,11 +1412,11 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
                + f" ({len(some)} of {n} states" * (len(some) < n) + "; above sigma 1 divided by sigma"
                * consistency + ")" * (len(some) < n)
                + ". Below: each net's answer to each state. At the right: root mean square error of the "
-               f"answer to pure noise (ends of two noises differ by {apart:.2f}). Drawn: of "
-               f"{states.shape[1]} noises the teacher's worst; means: {missed}.{words}")
+               f"answer to pure noise, mean of {states.shape[1]} noises (ends of two differ by {apart:.2f}); "
+               f"drawn: that of the teacher's median.{words}")
     first, *middle, end = (f"{level:.2g}" for level in levels.tolist())
     header = [f"noise level {'sigma' if consistency else 't'}", f"noise\n{first}", *middle, f"the end\n{end}",
-              "error from pure noise"]
+              "mean error from noise"]
     save_sheet(f"{out}/trajectory.png", rows, caption, header, (1,), smooth=False)
 
 

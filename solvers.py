@@ -2,7 +2,7 @@
 
   what                          of                           source
   logsnr_sigmas, edm_sigmas     grids of noise levels        DPM-Solver (uniform log-SNR); EDM Eq. 5
-  ode_step, euler, heun         D(x, sigma) -> denoised      EDM Alg. 1 without churn
+  ode_step, euler, heun         D(x, sigma) -> denoised      EDM Alg. 1
   dpmpp                         D(x, sigma) -> denoised      DPM-Solver++ multistep, order 1 to 3
   flow_euler, flow_heun         v(x, t) -> velocity          flow matching, t = 1 noise, t = 0 data
   mean_flow                     u(x, t, r) -> mean velocity  Mean Flow: x_r = x_t - (t - r) u

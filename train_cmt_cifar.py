@@ -111,8 +111,8 @@ ABOUT = {"pretrain": "stage 1 of 4, pre-training: the loss soon falls slowly, im
          "mid": "stage 2 of 4, mid-training (Eq. 7): the loss, distance to the teacher's ends, falls",
          "post": "stage 3 of 4, post-training (Eq. 3): a large gradient and a level loss are normal",
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
-STAGES = ["pretrain", "mid", "post", "eval"]          # what --stage all runs, in this order
-INITS = "teacher", "random"                           # other values of --init are a FILE
+STAGES = ["pretrain", "mid", "post", "eval"]          # what --stage all runs, in this order: fid.stages_of
+INITS = "teacher", "random"                           # other values of --init are a FILE: fid.check_values
 NO_TEACHER = ["ect", "annealed"]                      # post-trainings that ask no teacher
 FILES = {"cifar10": "data/cifar-10-python.tar.gz",
          "ffhq": "data/ffhq-64x64.zip", "afhqv2": "data/afhqv2-64x64.zip"}
@@ -488,8 +488,8 @@ SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]                      #
 SIGNALS += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)      # trap: nohup ignores it
 STOP = []                                             # signals received: the loop saves, then ends
 NO_WEIGHT = ("dry_run data stage out teacher seeds samples repeat second_sigma sigma_shift compile batch_gpu "
-             "log_every save_every")                  # knobs on which no weight depends
-READ_BY = {  # knobs that some stages read, or "stage method"; what is not named here, all read
+             "log_every save_every")                  # no weight depends on them: fid.steps_left
+READ_BY = {  # fid.never_read: stages, or "stage method", that read a knob; not named: all read it
     "mid init huber_c": "mid, post",
     "nfe loss": "mid", "trajectories": "mid, not mid kd",
     "P_mean P_std": "pretrain, post",

@@ -130,8 +130,8 @@ ABOUT = {"pretrain": "stage 1 of 5, pre-training (EDM2): the loss falls while th
          "mid": "stage 3 of 5, mid-training (Eq. 7): the loss, distance to the teacher's ends, falls",
          "post": "stage 4 of 5, post-training (Eq. 3): the loss hardly falls; judge by scores",
          "eval": "stage 5 of 5, scores: the images of every net against the data; lower is better"}
-STAGES = ["pretrain", "vgg", "mid", "post", "eval"]   # what --stage all runs, in this order
-INITS = "teacher", "random"                           # other values of --init are a FILE
+STAGES = ["pretrain", "vgg", "mid", "post", "eval"]   # what --stage all runs, in this order: fid.stages_of
+INITS = "teacher", "random"                           # other values of --init are a FILE: fid.check_values
 NO_TEACHER = ["ect"]                                  # post-trainings that ask no teacher
 FILES = {"imagenet64": "data/imagenet64.zip", "imagenet512": "data/imagenet512-sd.zip"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -725,8 +725,8 @@ SIGNALS += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)
 STOP = []                                             # signals received: the loop saves, then ends
 NEED_STAGE = {"vgg": "steps batch lr"}                # flags that need the stage's name: --vgg.steps
 NO_WEIGHT = ("dry_run data stage out source teacher main guide vae seeds samples repeat second_sigma sampler "
-             "labels compile batch_gpu log_every save_every")     # knobs on which no weight depends
-READ_BY = {  # knobs that some stages read, or "stage method"; what is not named here, all read
+             "labels compile batch_gpu log_every save_every")     # no weight depends on them: fid.steps_left
+READ_BY = {  # fid.never_read: stages, or "stage method", that read a knob; not named: all read it
     "mid init huber_c": "mid, post",
     "nfe loss ensemble trajectories": "mid",
     "P_mean P_std": "pretrain, post", "dropout": "pretrain, mid, post",

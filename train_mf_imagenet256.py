@@ -120,8 +120,8 @@ ABOUT = {"pretrain": "stage 1 of 4, pre-training: squared errors fall; the log's
          "post": "stage 3 of 4, post-training: squared errors fall slowly, the log's loss stays near 1",
          "post teacher": "stage 3 of 4, post-training: the loss, a squared error, falls slowly",
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
-STAGES = ["pretrain", "mid", "post", "eval"]          # what --stage all runs, in this order
-INITS = "teacher", "random"                           # other values of --init are a FILE
+STAGES = ["pretrain", "mid", "post", "eval"]          # what --stage all runs, in this order: fid.stages_of
+INITS = "teacher", "random"                           # other values of --init are a FILE: fid.check_values
 NO_TEACHER = ["mf", "vanilla"]                        # post-trainings that ask no teacher
 FILES = {"imagenet": "data/imagenet256-sd"}
 REFERENCE = {"imagenet": "imagenet256"}               # scored by ADM's statistics, others by their own
@@ -184,6 +184,15 @@ def guides(flow, z, t, y, needs_null, needs_own):
     return u_null, u_own
 
 
+@torch.no_grad()
+def slopes(flow, apart, *at):
+    """du/dt at (z, t, r, y, v), (B, C, H, W), where `apart` (B,) on the CPU; else 0: it does not count."""
+    dudt, i = torch.zeros_like(at[0]), apart.nonzero()[:, 0].to(at[0].device, non_blocking=True)
+    if len(i):
+        dudt[i] = flow.slope(*(a[i] for a in at))
+    return dudt
+
+
 def loss_mf(flow, z, v, t, r, y, guided, cfg):
     """Mean Flow at z (B, C, H, W) = (1 - t) x + t eps, with v = eps - x. Without guidance it is
 
@@ -197,16 +206,12 @@ def loss_mf(flow, z, v, t, r, y, guided, cfg):
     apart, w_null = r < t, 1 - cfg.omega - cfg.kappa
     needs_null, needs_own = guided & (abs(w_null) > 1e-9), guided & apart & (cfg.kappa > 0)
     u_null, u_own = guides(flow, z, t, y, needs_null, needs_own)
-    i = apart.nonzero()[:, 0].to(z.device, non_blocking=True)
     t, r, guided = (a.to(z.device, non_blocking=True) for a in (t, r, guided))
     gap, guided = (a.view(-1, 1, 1, 1) for a in (t - r, guided))
     u = flow.u(z, t, r, y)
     u_own = torch.where(gap > 0, u_own, u.detach())   # where r = t it is the answer: no second call
     v = torch.where(guided, cfg.omega * v + w_null * u_null + cfg.kappa * u_own, v)
-    dudt = torch.zeros_like(z)
-    if len(i):
-        with torch.no_grad():
-            dudt[i] = flow.slope(*(a[i] for a in (z, t, r, y, v)))
+    dudt = slopes(flow, apart, z, t, r, y, v)
     target = v - gap * dudt                           # sg: none of it was made with a gradient
     square = (u - target).square().flatten(1).sum(1)     # a sum (MF): the power p divides by its size
     loss = (square / (square.detach() + WEIGHT_C) ** cfg.power).mean()
@@ -711,8 +716,8 @@ SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]                      #
 SIGNALS += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)      # trap: nohup ignores it
 STOP = []                                             # signals received: the loop saves, then ends
 NO_WEIGHT = ("dry_run data stage out source teacher vae seeds samples repeat nfe labels compile batch_gpu "
-             "log_every save_every")                  # knobs on which no weight depends
-READ_BY = {  # knobs that some stages read, or "stage method"; what is not named here, all read
+             "log_every save_every")                  # no weight depends on them: fid.steps_left
+READ_BY = {  # fid.never_read: stages, or "stage method", that read a knob; not named: all read it
     "mid init size": "mid, post",
     "nodes trajectories": "mid", "post unguided": "post",
     "ratio P_mean P_std power": "pretrain, post", "pretrain weak": "pretrain",

@@ -114,11 +114,13 @@ MID, POST, LOSS = ('"none"] = "cmt"', '"none", "mine"] = "cmt"'), ('] = "ect"', 
     ([POST, ('"ecd", "ecd_euler"), f', '"ecd", "ecd_euler", "mine"), f'), ("    (\"digits\", \"post\", \"annealed\"", "    (\"digits\", \"post\", \"mine\"): dict(lr=1e-3),\n    (\"digits\", \"post\", \"annealed\"")],
      ["--post=mine trains just as without it"]),
     ([POST, ("    assert cfg.post", "    if cfg.post == 'mine':\n        return loss_dm(f, x, t, eps)\n    assert cfg.post")],
-     ["post mine does not read huber_c: say so in READ_BY", "post mine does not read q: say so in READ_BY"]),
+     ['post mine does not read huber_c: READ_BY needs "huber_c": "mid, post, not post mine",', 'post mine does not read q: READ_BY needs "q": "post, not post mine",']),
     ([LOSS], ["--loss=mine: mine: make_distance returns nothing for it (docs/forking.md)"]),
     ([LOSS, ('if cfg.loss in ("huber", "l2")', 'if cfg.loss in ("huber", "l2", "mine")')], []),
-    ([KNOB], ["--lam=0.05 changes no weight"]), ([KNOB, ("return (d / (t - r)).mean()", "return (d / (t - r)).mean()")], ["--lam=0.05 changes no weight"]),
-    ([KNOB, ("        return loss_cmt(f, x_t, t, [a[owner] for a in ends], run.distance)", "        return loss_cmt(f, x_t, t, [a[owner] for a in ends], run.distance) * cfg.lam")], [])])
+    ([KNOB], ["--lam=0.05 changes no weight"]),
+    ([KNOB, ("        return loss_cmt(f, x_t, t, [a[owner] for a in ends], run.distance)", "        return loss_cmt(f, x_t, t, [a[owner] for a in ends], run.distance) * cfg.lam")], ['--lam=0.05 changes the weights of mid alone: READ_BY needs "lam": "mid",']),
+    ([KNOB, ("    return loss_ect(f, x_t", "    return (1 if cfg.post == 'ect' else cfg.lam) * loss_ect(f, x_t")],
+     ['--lam=0.05 changes the weights of post ecd, post ecd_euler, post annealed alone: READ_BY needs "lam": "post ecd, post ecd_euler, post annealed",'])])
 def test_what_is_new_and_trains_nothing_of_its_own_is_told(edits, words, here, monkeypatch):
     """A branch forgotten, or without return; numbers of PRESETS under a new name; a knob that is nowhere used."""
     said = idle(changed(monkeypatch, *edits), "tried")

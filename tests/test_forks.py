@@ -28,6 +28,7 @@ from conftest import ROOT
 
 OURS = ["train_cmt_cifar", "train_cmt_imagenet", "train_mf_imagenet256", "train_t2i_coco"]
 FORKS = sorted(p.stem for p in ROOT.glob("*.py") if "\nPRESETS = {" in p.read_text() and p.stem not in OURS)
+STAGES = "pretrain", "mid", "post"
 LOOKED_UP = "stage decay precision ensemble".split()   # choices that are keys of a table: a wrong one ends in an error
 
 
@@ -65,23 +66,22 @@ def words_of(home):
 
 
 def idle(home, out):
-    """Lines on what is new in a fork and trains nothing of its own; out: an empty folder."""
+    """Lines on what is new in a fork and trains nothing of its own, or where READ_BY says so wrongly; out: an empty folder."""
     @cache
-    def trained(*flags):
-        """The weights of mid- and of post-training after two steps, each from the same teacher; or what is said instead."""
-        weights = []
-        for stage in "mid", "post":
-            own = [flag for flag in flags if not flag.startswith(f"--{'post' if stage == 'mid' else 'mid'}=")]
-            shutil.copytree(start, folder := f"{out}/{stage} {' '.join(flags)}")
-            with contextlib.redirect_stderr(said := io.StringIO()), contextlib.suppress(SystemExit):
-                home.main([*digits, "--stage", stage, "--out", folder, *["--mid", "none"] * (stage == "post"), *own])
-            if not (ckpt := nets.finished(f"{folder}/{stage}.pt")):
-                return said.getvalue()
-            weights += ckpt["net"].values()
-        return torch.cat([w.flatten() for w in weights])
+    def trained(stage, *flags):
+        """The weights of a stage after two steps, its teacher the same each time; or what is said instead."""
+        folder = f"{out}/{stage} {' '.join(flags)}"
+        if stage != "pretrain":
+            shutil.copytree(start, folder)
+        own = [flag for flag in flags if flag.partition("=")[0] not in {f"--{s}" for s in STAGES} - {f"--{stage}"}]
+        with contextlib.redirect_stderr(said := io.StringIO()), contextlib.suppress(SystemExit):
+            home.main([*digits, "--stage", stage, "--out", folder, *["--mid", "none"] * (stage == "post"), *own])
+        ckpt = nets.finished(f"{folder}/{stage}.pt")
+        return torch.cat([w.flatten() for w in ckpt["net"].values()]) if ckpt else said.getvalue()
 
-    def same(a, b):
-        return torch.is_tensor(a) and torch.is_tensor(b) and torch.equal(a, b)
+    def differ(stage, some, others):
+        a, b = trained(stage, *some), trained(stage, *others)
+        return torch.is_tensor(a) and torch.is_tensor(b) and not torch.equal(a, b)
 
     def flag_of(name, value):
         return f"--{name}={value}" if not isinstance(value, bool) else f"--{name}" if value else f"--no-{name}"
@@ -90,27 +90,35 @@ def idle(home, out):
     for stage in home.STAGES[:home.STAGES.index("mid")]:
         home.main([*digits, "--stage", stage, "--out", start])
     ours = {f.name for name in OURS for f in fields(importlib.import_module(name).Config)}
-    words, said = words_of(home), []
-    for name, word in words:
-        flag, stage = f"--{name}={word}", name if name in ("mid", "post") else "mid"
-        was, now = (vars(home.parse(["--data", "digits", "--stage", stage, *own])) for own in ([], [flag]))
-        numbers = [flag_of(f"{stage}.{k}", v) for k, v in now.items() if type(v) in (int, float, bool) and v != was[k] and k != "steps"]
-        if not torch.is_tensor(trained(flag)):
-            said.append(f"{flag}: {trained(flag).strip()}")
-        elif same(trained(flag), trained(*numbers)):           # with its rows of PRESETS, without its name
-            said.append(f"{flag} trains just as without it")
-    methods = [(f"--{name}={word}",) for name, word in words if name in ("mid", "post")]
+    new, said = words_of(home), []
+    for name, word in new:
+        flag, alike = f"--{name}={word}", True
+        for stage in [name] if name in STAGES else STAGES:
+            was, now = (vars(home.parse(["--data", "digits", "--stage", stage, *own])) for own in ([], [flag]))
+            numbers = [flag_of(f"{stage}.{k}", v) for k, v in now.items() if type(v) in (int, float, bool) and v != was[k] and k != "steps"]
+            if not torch.is_tensor(failed := trained(stage, flag)):
+                said.append(f"{flag}: {failed.strip()}")
+            alike &= torch.is_tensor(failed) and not differ(stage, [flag], numbers)       # with its rows of PRESETS, without its name
+        said += [f"{flag} trains just as without it"] * alike
+    methods = [(f.name, word) for f in fields(home.Config) if f.name in ("mid", "post") for word in typing.get_args(f.type)
+               if word not in ("none", f.default)]
+    named = " ".join([*home.READ_BY, home.NO_WEIGHT]).split()
     for f in fields(home.Config):
-        flag = flag_of(f.name, other(f.default)) if f.type in (int, float, bool) else ""
-        if flag and f.name not in {*ours, *home.NO_WEIGHT.split()} and all(same(trained(*own, flag), trained(*own)) for own in [*methods, ()]):
-            said.append(f"{flag} changes no weight")
-    for name, word in [(name, word) for name, word in words if name in ("mid", "post") and torch.is_tensor(trained(f"--{name}={word}"))]:
-        cfg = home.parse(["--data", "digits", "--stage", name, f"--{name}={word}"])
-        for k in {*" ".join(home.READ_BY).split()} - {*fid.never_read(cfg), "mid", "post", "init"}:
-            value = getattr(cfg, k)
-            flag = flag_of(f"{name}.{k}", other(value)) if type(value) in (int, float) else ""
-            if flag and same(trained(f"--{name}={word}", flag), trained(f"--{name}={word}")) and not same(trained(flag), trained()):
-                said.append(f"{name} {word} does not read {k}: say so in READ_BY")
+        if f.type in (int, float, bool) and f.name not in {*ours, *home.NO_WEIGHT.split()}:
+            flag = flag_of(f.name, other(f.default))
+            read = [stage for stage in STAGES if differ(stage, [flag], [])]
+            read += [f"{stage} {word}" for stage, word in methods if stage not in read
+                     and differ(stage, [f"--{stage}={word}", flag], [f"--{stage}={word}"])]
+            if not read or (f.name not in named and read != [*STAGES]):
+                said.append(f'{flag} changes the weights of {", ".join(read)} alone: READ_BY needs "{f.name}": "{", ".join(read)}",' if read
+                            else f"{flag} changes no weight")
+    for name, word in [(name, word) for name, word in new if name in ("mid", "post") and torch.is_tensor(trained(name, f"--{name}={word}"))]:
+        cfg, mine = home.parse(["--data", "digits", "--stage", name, f"--{name}={word}"]), f"--{name}={word}"
+        for names, where in home.READ_BY.items():
+            for k in {*names.split()} - {*fid.never_read(cfg), "mid", "post", "init"}:
+                flag = flag_of(f"{name}.{k}", other(getattr(cfg, k))) if type(getattr(cfg, k)) in (int, float) else ""
+                if flag and differ(name, [flag], []) and torch.is_tensor(trained(name, mine, flag)) and not differ(name, [mine, flag], [mine]):
+                    said.append(f'{name} {word} does not read {k}: READ_BY needs "{k}": "{where}, not {name} {word}",')
     return said
 
 

@@ -879,7 +879,7 @@ def test_wrong_weights_are_named_and_nothing_is_copied():
         nets.load_weights(net, state, "teacher.pkl")
     assert str(e.value) == ("teacher.pkl does not fit the network: 1 missing: model.c; "
                             "7 unexpected: x0, x1, x2, x3, x4, ...; 1 of another shape: "
-                            "model.b (2, 3) in the file, (3, 2) in the net")
+                            "model.b (2, 3) in the file, (3, 2) in the net; pass others")
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
 

@@ -426,9 +426,9 @@ def photos(args, device):
         new = features.apart * (1 / n + 1 / len(images)) / (4 / len(images))     # docs/results.md: 1/n + 1/m
         name = os.path.splitext(os.path.basename(args.data))[0]
         words = (f"{fid.beside('FD-photos', ends, f'{number} seeds')}\n {n:,} new photos would score about "
-                 f"{new:.2f}. Scores: means of {number} seeds; images: seed {seed}, nets too small for them. "
-                 "The last two students saw equally many pairs or images. Mid-training compares by pixels. "
-                 f"Data: {len(images):,} photos of {name}, shrunk.")
+                 f"{new:.2f}. Scores: means of {number} seeds. Images: seed {seed}; such small nets draw no "
+                 "objects. The last two students saw equally many pairs or images. Mid-training compares by "
+                 f"pixels. Data: {len(images):,} photos of {name}, shrunk.")
         fid.save_stages(f"{args.out}/{seed}", [*shown, real], (), words, [*table.values()], n)
 
 

@@ -1400,7 +1400,7 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
                for net, f in nets.items() if net not in ("alone", "post" * ("mid" in nets))}
     words_for = {net: "after mid-training" if net == "mid" else called(net) for net in answers}
     errors = {net: (x[0] - states[-1]).square().flatten(1).mean(1).sqrt() for net, x in answers.items()}
-    k = next(iter(errors.values()), torch.zeros(1)).median(0).indices.item()     # the noise that is shown
+    k = next(iter(errors.values()), torch.zeros(1)).argmax().item()              # the noise that is shown
     name = f"\n{names[k % len(names)]}" if names else ""
     rows = [(f"the teacher's trajectory{name}", show((states / wide)[:, k]), "")]           # at unit scale
     rows += [(f"{words_for[net]}\nin one step", show(x[:, k]), f"{errors[net].mean().item():.2f}")
@@ -1413,7 +1413,7 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
                * consistency + ")" * (len(some) < n)
                + ". Below: each net's answer to each state. At the right: root mean square error of the "
                f"answer to pure noise, mean of {states.shape[1]} noises (ends of two differ by {apart:.2f}); "
-               f"drawn: that of the teacher's median.{words}")
+               f"drawn: the one where the teacher errs most.{words}")
     first, *middle, end = (f"{level:.2g}" for level in levels.tolist())
     header = [f"noise level {'sigma' if consistency else 't'}", f"noise\n{first}", *middle, f"the end\n{end}",
               "mean error from noise"]

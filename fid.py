@@ -1573,6 +1573,7 @@ def fail(code, message):
 
 SLIPS = {"implicitly created only for scalar": "a loss is one number: end it in .mean()",        # of forks
          "required positional argument": "an argument more is passed wherever the function is called",
+         "'Config' object has no attribute": "a knob is a field of Config (docs/forking.md)",
          "does not require grad": "a loss has no gradient: was the net called under no_grad, or detached?",
          "'float' object has no attribute 'backward'": "a loss is a tensor: leave .item() out",
          "0-d tensor": "loss_of of a Mean Flow returns two: the loss, and the squared error of each row",

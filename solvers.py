@@ -50,7 +50,8 @@ def ode_step(D, x_t, t, r, order):
     Levels may differ from sample to sample, as consistency distillation needs. Where r is 0 Heun ends as
     Euler (EDM).
     """
-    assert order in (1, 2), f"order {order}: 1 is Euler, 2 is Heun"
+    if order not in (1, 2):
+        raise ValueError(f"ode_step: order {order!r}; it must be 1 (Euler) or 2 (Heun)")
     t, r = (s.view(-1, *[1] * (x_t.ndim - 1)).to(x_t) for s in (t, r))
     slope = (x_t - D(x_t, t.flatten()).to(x_t.dtype)) / t
     x_r = x_t + (r - t) * slope

@@ -404,7 +404,8 @@ def model_size(cfg, images):
     """The kwargs of the DDPM++ for images of this size."""
     _, channels, height, width = images.shape
     if height != width or f"ddpm++-{height}" not in nets.SIZES:
-        fail(3, f"--data {cfg.data}: no DDPM++ of nets.SIZES draws {width}x{height}; pass --res 16, 32 or 64")
+        fail(3, f"--data {cfg.data}: no net of nets.SIZES draws {width}x{height} pixels; pass --res "
+                f"{fid.net_side(min(width, height))}")
     return {**nets.SIZES[f"ddpm++-{height}"], "img_channels": channels}
 
 

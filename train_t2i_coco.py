@@ -338,10 +338,10 @@ def solve(cfg, run, number):
 
 
 def image_batch(cfg, run, step, mine):
-    """The rows `mine` of a batch: z (B, C, H, W) at t, v = eps - x; t, r, guided (B,) on the CPU; tokens."""
-    g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
+    """The rows `mine` of a batch: z (B, C, H, W), v = eps - x, text, tokens; on the CPU t, r, guided (B,)."""
+    g, shape = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step)), run.images.shape
     raw, tokens, words, drop, t, r, guided = next(run.ahead)          # by read_batch: one call a step
-    latent_noise, eps = (randn((cfg.batch, *run.images.shape), g)[mine] for _ in "12")
+    latent_noise, eps = randn((cfg.batch, *shape), g)[mine], randn((cfg.batch, *shape), g)[mine]
     x, text = to_input(raw, latent_noise), features_of(run, words, drop)
     wide, tokens = (a.to(DEVICE, non_blocking=True) for a in (t.view(-1, 1, 1, 1), tokens))
     return (1 - wide) * x + wide * eps, t, r, text, eps - x, guided, tokens

@@ -508,6 +508,24 @@ def test_progress_is_a_line_every_ten_seconds(monkeypatch, capsys):
         f"{n} pictures of {path} read, {left} left" for n, left in (("512/1,024", "12 s"), ("1,024/1,024", "0 s"))]
 
 
+def test_a_size_that_is_offered_is_one_of_the_nets(tmp_path):
+    """Pictures of 20x20: --res 20 would be refused, too. Where nets have no size so small, the pictures' own."""
+    assert [fid.net_side(side) for side in (4, 16, 20, 32, 63, 64, 500)] == [4, 16, 16, 32, 32, 64, 64]
+    os.makedirs(tmp_path / "small")
+    for name in "ab":
+        (tmp_path / f"small/{name}.png").write_bytes(saved(np.zeros((20, 20, 3), np.uint8)))
+    with pytest.raises(fid.DataError, match="too small for --res 32; .*take it out, or pass --res 16"):
+        fid.load_images(str(tmp_path / "small"), 32)
+
+
+def test_an_array_of_channels_first_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for array, told in (np.zeros((5, 3, 16, 16), np.uint8), "x.npz: (5, 3, 16, 16) is read as (N, C, H, W)\n"), (np.zeros((5, 16, 16, 3), np.uint8), ""):
+        np.savez("x.npz", images=array)
+        fid.SAID.clear()
+        assert fid.load_images("x.npz").shape == (5, 3, 16, 16) and capsys.readouterr().err == told
+
+
 def test_pictures_of_other_sizes_are_named_and_the_middle_square_is_taken():
     files = {"a.png": saved(RGB), "b.png": saved(RGB[:, :4]), "c.png": saved(GREY)}
     for path in as_folder_and_zip(files):

@@ -40,6 +40,14 @@ def measured(solve, exact, steps):
     return math.log2(errors[0] / errors[1])
 
 
+def test_an_order_that_a_solver_does_not_have_is_refused():
+    sigmas = solvers.logsnr_sigmas(4)
+    with pytest.raises(ValueError, match="dpmpp: order 4"):
+        solvers.dpmpp(mixture, x_T, sigmas, 4)
+    with pytest.raises(ValueError, match="ode_step: order 3"):
+        solvers.ode_step(mixture, x_T, torch.full((len(x_T),), 80.0), torch.full((len(x_T),), 40.0), 3)
+
+
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_dpmpp_converges_at_its_order(order, exact):
     # the official order 3 has half of Taylor's last term: it is of order 2 in the limit, and above on short grids

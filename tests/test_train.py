@@ -504,6 +504,12 @@ def test_a_forgotten_data_is_refused_before_anything_is_fetched(road, monkeypatc
     assert exit_code == 2 and "--steps 3, now 2" in err and "in one step and in two: leave it out" in err
 
 
+def test_pictures_of_no_size_of_the_nets_are_told_one_that_fits(capsys):
+    np.savez("x.npz", images=np.random.default_rng(0).integers(0, 255, (8, 20, 20, 3), dtype=np.uint8))
+    exit_code, err = code("--data x.npz --stage pretrain --loss huber --batch 2 --steps 1 --out x".split(), capsys)
+    assert exit_code == 3 and "no net of nets.SIZES draws 20x20 pixels; pass --res 16\n" in err and not os.path.exists("x")
+
+
 def test_a_longer_run_is_told_a_command_that_trains_it(road, monkeypatch, capsys):
     """All stages of a finished folder with more --steps: the teacher stays, what comes after it is longer."""
     shutil.copytree(road, "x")

@@ -428,7 +428,7 @@ def photos(args, device):
         words = (f"{fid.beside('FD-photos', ends, f'{number} seeds')}\n {n:,} new photos would score about "
                  f"{new:.2f}. Scores: means of {number} seeds. Images: seed {seed}; such small nets draw no "
                  "objects. The last two students saw equally many pairs or images. Mid-training compares by "
-                 f"pixels. Data: {len(images):,} photos of {name}, shrunk.")
+                 f"pixels. Data: {len(images):,} photos of {name}, shrunk; nothing is tuned for them.")
         fid.save_stages(f"{args.out}/{seed}", [*shown, real], (), words, [*table.values()], n)
 
 

@@ -1412,11 +1412,11 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
                + f" ({len(some)} of {n} states" * (len(some) < n) + "; above sigma 1 divided by sigma"
                * consistency + ")" * (len(some) < n)
                + ". Below: each net's answer to each state. At the right: root mean square error of the "
-               f"answer to pure noise, mean of {states.shape[1]} noises (ends of two differ by {apart:.2f}); "
+               f"answer to pure noise, mean of {states.shape[1]} noises (two ends differ by {apart:.2f}); "
                f"drawn: the one where the teacher errs most.{words}")
     first, *middle, end = (f"{level:.2g}" for level in levels.tolist())
     header = [f"noise level {'sigma' if consistency else 't'}", f"noise\n{first}", *middle, f"the end\n{end}",
-              "mean error from noise"]
+              "mean error of one step"]
     save_sheet(f"{out}/trajectory.png", rows, caption, header, (1,), smooth=False)
 
 

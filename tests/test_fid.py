@@ -794,9 +794,9 @@ def test_of_a_long_trajectory_nine_states_are_drawn_where_most_changes(tmp_path,
     assert [len(images) for _, images, _ in rows] == [9] * 2 and header[1:-1] == ["noise\n1", *"0.88 0.75 0.62 0.5 0.38 0.25 0.12".split(), "the end\n0"]
     assert late[0][1][:, 0, 0, 0].tolist() == [*range(9)] and len(short[0][1]) == 8
     assert [label for label, *_ in (*late, *short)] == ["the teacher's trajectory", "the teacher's trajectory\nclass 7"]
-    assert rows[1][::2] == ("after mid-training\nin one step", "16.00") and rows[0][2] == "" and header[-1] == "mean error from noise"
+    assert rows[1][::2] == ("after mid-training\nin one step", "16.00") and rows[0][2] == "" and header[-1] == "mean error of one step"
     assert said[0].startswith("Mid-training teaches the jump between any two states of the teacher's trajectory\nFirst row: the trajectory, from noise to an image (9 of 17 states). Below: each net's answer to each state. ")
-    assert "of the answer to pure noise, mean of 2 noises (ends of two differ by 0.00); drawn: the one where the teacher errs most." in said[0] and "divided by sigma" not in said[0]
+    assert "of the answer to pure noise, mean of 2 noises (two ends differ by 0.00); drawn: the one where the teacher errs most." in said[0] and "divided by sigma" not in said[0]
     fid.save_trajectory("", x, torch.linspace(80, 0, 17), {"teacher": lambda x, level: x, "mid": lambda x, level: x + 9, "post": lambda x, level: x - 1})
     assert said[-1].startswith("Mid-training teaches the jump from every state of the teacher's trajectory to its end\n")
     assert [row[2] for row in drawn[-1][0]] == ["", "16.00", "7.00"] and "divided by sigma" in said[-1]

@@ -2405,7 +2405,7 @@ def overview(road, device, cfg):
     named = ROAD and cfg.init not in home_of(cfg).INITS
     text += f"\n{'mid' if 'mid' in ROAD else 'post'} starts from --init {cfg.init}" * bool(named)
     fork = os.path.basename(home_of(cfg).__file__)
-    if len(ROAD) > 1 and fork not in SCRIPTS and max(steps for steps, _ in ROAD.values()) > 2:
+    if ROAD and fork not in SCRIPTS and max(steps for steps, _ in ROAD.values()) > 2:
         text += f"\n{fork} is a fork: python -m pytest tests/test_forks.py finds its slips in seconds"
     text += (f"\nwarning: a score of {cfg.samples} samples is off, mostly high; pass --samples 1000 or more"
              ) * (cfg.samples < 1_000 and cfg.stage in ("all", "eval"))

@@ -32,6 +32,8 @@ def test_the_post_training_of_the_forking_guide_trains(here, monkeypatch, capsys
     fork.main([*mine, "--out", "x"])
     before, after = (nets.load_checkpoint(f"x/{stage}.pt")["ema"] for stage in ("mid", "post"))
     assert Path("x/results.md").exists() and any(not torch.equal(before[k], after[k]) for k in before)
+    cfg = fork.parse([*TINY, "--stage", "mid"])                        # of one stage, too
+    assert "fork.py is a fork: python -m pytest tests/test_forks.py" in fid.overview([(3, cfg)], torch.device("cpu"), cfg)
     for home, counted in ((fork, False), (script, True)):             # bench.py knows no forks
         capsys.readouterr()
         with pytest.raises(SystemExit):

@@ -2133,7 +2133,7 @@ def steps_left(cfg, ckpt, path):
         elif cfg.stage == "post" and cfg.mid != "none" and os.path.exists(mid := f"{cfg.out}/mid.pt"):
             new |= dict(init=mid, out=f"{cfg.out}-2")
             how = f"; to keep its mid-training: {command(cfg, cfg.stage, names, **new)}"
-        elif longer and cfg.decay == "linear":
+        elif longer and cfg.steps != home.parse(["--data", data, "--stage", cfg.stage]).steps:     # asked for
             how = (f"; to make the stages after it longer: python {here['script']} --data {data} "
                    f"--teacher {path} --steps {cfg.steps} --out {cfg.out}-longer")
         if own := [name for name in changed if name not in known.split()]:

@@ -516,6 +516,8 @@ def test_a_longer_run_is_told_a_command_that_trains_it(road, monkeypatch, capsys
     exit_code, err = code([*TINY, "--out", "x", "--steps", "4"], capsys)
     told = re.search(r"to make the stages after it longer: python train_cmt_cifar.py (.*)$", err, re.M)[1]
     assert exit_code == 2 and "--pretrain.steps 3, now 4" in err and told == "--data digits --teacher x/pretrain.pt --steps 4 --out x-longer"
+    exit_code, err = code([*TINY, "--out", "x"], capsys)                   # its flags are left out: nothing longer is asked for
+    assert exit_code == 2 and "--pretrain.steps 3, now 2000" in err and "repeat its flags" in err and "longer" not in err
     script.main([*TINY, *told.split()])
     assert [nets.load_checkpoint(f"x-longer/{stage}.pt")["step"] for stage in ("mid", "post")] == [4, 4]
 

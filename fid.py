@@ -1292,9 +1292,8 @@ def about(cfg, found):
     return f"{by} Seed {cfg.seed}{'; three seeds: docs/results.md' * (cfg.data == 'digits')}."
 
 
-def beside(distance, scores, seeds="one seed"):
-    """For a heading: {"one step": (score without mid-training, with it), ...} of a distance."""
-    steps, (without, now) = next(iter(scores.items()))
+def beside(distance, steps, now, without, seeds="one seed"):
+    """For a heading: a score in "one step" with mid-training, and without it."""
     return (f"{distance} in {steps}, lower is better: {now:.2f} with mid-training, {without:.2f} without "
             f"({seeds})")
 
@@ -1312,8 +1311,8 @@ def headline(table):
             FEW[key[0]]: v for key, v in row.items() if key.startswith(("1-step F", "2-step F")) and v != "-"}
     mid, post, alone = ({k: float(v.split()[0]) for k, v in nets.get(net, {}).items()}
                         for net in ("mid", "post", "alone"))
-    if both := {k: (alone[k], post[k]) for k in alone if mid and k in post}:
-        return beside(distance_of(table), both)
+    if both := [(k, post[k], alone[k]) for k in alone if mid and k in post]:
+        return beside(distance_of(table), *both[0])
     texts = [f"{called(net)}: {distance_of(table)} (lower is better) "
              + ", ".join(f"{v.split()[0]} in {k}" for k, v in found.items())
              for net, found in nets.items() if found and net not in ("alone", "teacher")][:1]

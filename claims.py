@@ -300,8 +300,8 @@ def curves(args, device):
                    "classifier. Compare the last dots: there both learning rates have reached 0. Blue: mid-"
                    "training on pairs (a state of a trajectory, its end), compared by pixels, then post-"
                    "training on images. Red: images alone, by the best schedule that we found. Both begin "
-                   "with the teacher's weights. Bars: the best and the worst seed, red's at the right. Where "
-                   "mid-training compares by features of a VGG, the paper's way, it does not help here.",
+                   "with the teacher's weights. Bars: the best and the worst seed. Where mid-training "
+                   "compares by features of a VGG, the paper's way, it does not help here.",
                    "images or pairs that the student has seen", marks[0])
     print(f"open {args.out}/scores.png")
 

@@ -1205,9 +1205,10 @@ def enlarged(images, zoom, mode, smooth):
 def save_sheet(path, rows, caption, header=(), breaks=(), smooth=True):
     """Rows of images with words around them -> one PNG, WIDE pixels wide or wider.
 
-    rows: a list of (label, images (n, C, H, W) in [-1, 1], texts at the right...). Small images are enlarged,
-    smoothly or as squares; of latents (4 channels) three are shown. header: what stands above labels, images
-    and texts. caption: a heading, a newline, sentences below. breaks: after so many rows, a gap.
+    rows: a list of (label, images (n, C, H, W) in [-1, 1], texts...). header: what stands above labels,
+    images and texts, which are at the right; without such, a text is below each image. Small images are
+    enlarged, smoothly or as squares; of latents (4 channels) three are shown. caption: a heading, a newline,
+    sentences below. breaks: after so many rows, a gap.
     """
     n, (h, w) = max(len(row[1]) for row in rows), rows[0][1].shape[-2:]
     em = max(32, n * w // 60)                            # letters grow with the sheet
@@ -1220,7 +1221,8 @@ def save_sheet(path, rows, caption, header=(), breaks=(), smooth=True):
     wides = [max(width for _, width, _ in column) + 4 * gap for column in zip(ends, *texts)]
     zoom = max(1, min(192 // w, -((left + n * gap + sum(wides) - WIDE) // (n * w))))
     zoom = max([zoom, *((width + 3 * gap) // w for _, width, _ in heads)])
-    cell = max([w * zoom, *(width + 3 * gap for _, width, _ in heads)]) + gap
+    below = [] if ends else sum(texts, [])               # texts below images
+    cell = max([w * zoom, *(width + 3 * gap for _, width, _ in (*heads, *below))]) + gap
     right, middles = left + n * cell, [left + k * cell + w * zoom // 2 for k in range(n)]
     middles += [right + sum(wides[:k]) + wide // 2 for k, wide in enumerate(wides)]
     caption += f" Images of {w}x{h} pixels{', smoothed' * smooth}." * (zoom > 3 and rows[0][1].shape[1] != 4)
@@ -1228,6 +1230,7 @@ def save_sheet(path, rows, caption, header=(), breaks=(), smooth=True):
     title, words = map(boxed, headed(caption), (wide, wide), (large, font))
     top = title[2] + 4 * gap * bool(title[0]) + max(high for *_, high in (corner, *heads, *ends)) + 3 * gap
     heights = [max(h * zoom, high) + gap + 4 * gap * (k in breaks) for k, (*_, high) in enumerate(labels, 1)]
+    heights = [high + 5 * gap * bool(below and notes) for high, notes in zip(heights, texts)]
     width = max(WIDE, right + sum(wides) + gap, title[1] + 4 * gap, words[1] + 4 * gap)
     mode = "L" if all(row[1].shape[1] == 1 for row in rows) else "RGB"
     picture = Image.new(mode, (width, top + sum(heights) + words[2] + 5 * gap), "white")
@@ -1238,8 +1241,9 @@ def save_sheet(path, rows, caption, header=(), breaks=(), smooth=True):
         write((middle, top - gap), text, anchor="md", align="center")
     for (label, _, high), row, notes, height in zip(labels, rows, texts, heights):
         write((2 * gap, y + max(h * zoom, high) // 2), label, anchor="lm")
-        for (text, *_), middle in zip(notes, middles[n:]):
-            write((middle, y + max(h * zoom, high) // 2), text, anchor="mm", align="center")
+        for (text, *_), middle in zip(notes, middles if below else middles[n:]):
+            at, anchor = (h * zoom + gap // 2, "ma") if below else (max(h * zoom, high) // 2, "mm")
+            write((middle, y + at), text, anchor=anchor, align="center")
         for k, image in enumerate(enlarged(row[1], zoom, mode, smooth)):
             picture.paste(image, (left + k * cell, y))
         y += height
@@ -1285,17 +1289,17 @@ def about(cfg, found):
              sum(p.numel() for p in (*net.parameters(), *net.buffers())) for name, net, *_ in found}
     losses = [ckpt["cfg"].get("loss", "velocities") for name, *_, ckpt in found if name == "mid"]
     by = "".join(f" Mid-training compares by {COMPARED.get(loss, loss)}." for loss in losses)
-    by += " Without it the student starts from a flow-matching net (equal time: docs/results.md)." * any(
-        name == "alone" and ckpt["cfg"].get("pretrain") == "fm" for name, *_, ckpt in found)
+    if any(name == "alone" and ckpt["cfg"].get("pretrain") == "fm" for name, *_, ckpt in found):
+        by += " Without it the student starts from a flow-matching net (in about equal time)."
     if sizes.get("students", 0) > 1.2 * sizes.get("teacher", math.inf):
         by += f" Students are {sizes['students'] / sizes['teacher']:.1f} times as large as the teacher."
     return f"{by} Seed {cfg.seed}{'; three seeds: docs/results.md' * (cfg.data == 'digits')}."
 
 
 def beside(distance, steps, now, without, seeds="one seed"):
-    """For a heading: a score in "one step" with mid-training, and without it."""
-    return (f"{distance} in {steps}, lower is better: {now:.2f} with mid-training, {without:.2f} without "
-            f"({seeds})")
+    """For a heading: what mid-training does to a score in "one step"; within 10 % it changes little."""
+    effect = "changes little" if abs(now - without) < 0.1 * without else "helps" if now < without else "hurts"
+    return f"Mid-training {effect} in {steps}: {distance} {now:.2f} with it, {without:.2f} without ({seeds})"
 
 
 def distance_of(table):
@@ -1303,37 +1307,41 @@ def distance_of(table):
     return next((key.partition(" ")[2] for row in table for key in row if key.startswith("1-step F")), "")
 
 
+def scores_of(table):
+    """{net: {"one step": its score, "two": ...}}, last net first; of a net's rows the first counts."""
+    return {row["stage"].partition(",")[0]: {
+        FEW[key[0]]: float(value.split()[0]) for key, value in row.items()
+        if key.startswith(("1-step F", "2-step F")) and value != "-"} for row in reversed(table)}
+
+
 def headline(table):
     """For a heading: scores with mid-training and without, if both are there; else of the last student."""
-    nets = {}                                            # {net: {steps: text}}, of several rows the first
-    for row in reversed(table):
-        nets[row["stage"].partition(",")[0]] = {
-            FEW[key[0]]: v for key, v in row.items() if key.startswith(("1-step F", "2-step F")) and v != "-"}
-    mid, post, alone = ({k: float(v.split()[0]) for k, v in nets.get(net, {}).items()}
-                        for net in ("mid", "post", "alone"))
+    nets = scores_of(table)
+    mid, post, alone = (nets.get(net, {}) for net in ("mid", "post", "alone"))
     if both := [(k, post[k], alone[k]) for k in alone if mid and k in post]:
         return beside(distance_of(table), *both[0])
-    texts = [f"{called(net)}: {distance_of(table)} (lower is better) "
-             + ", ".join(f"{v.split()[0]} in {k}" for k, v in found.items())
-             for net, found in nets.items() if found and net not in ("alone", "teacher")][:1]
-    worse = [f"{mid[k]:.2f} in {k}" for k in mid if k in post and mid[k] < post[k]]
-    return "; ".join(texts + [f"before post-training {', '.join(worse)}"] * bool(worse))
+    return next((f"{called(net)}: {distance_of(table)} (lower is better) "
+                 + ", ".join(f"{v:.2f} in {k}" for k, v in found.items())
+                 for net, found in nets.items() if found and net not in ("alone", "teacher")), "")
 
 
 def of_scores(table, samples):
-    """For a caption: what the scores of a table are, and how much each side has seen."""
+    """For a caption: what the scores of a table are, what each net has seen, and what does not help."""
     few = "; of few it is off, mostly high" * (samples < 1_000)
     few += f" ({HALVES.partition(';')[0]})" * (distance_of(table) == "FD-digits")
-    text = (f" Judge by the score, few images show little. {distance_of(table)}: Frechet distance of "
-            f"{samples:,} samples to the data, by features of a classifier{few}.")
+    text = (f" Judge by the score, lower is better. {distance_of(table)}: Frechet "
+            f"distance of {samples:,} samples to the data, by features of a classifier{few}.")
     seen = {row["stage"].partition(",")[0]: int(row["images"].replace(",", ""))
             for row in table if row.get("images", "-") != "-"}
+    nets = scores_of(table)
     if "alone" in seen and "mid" in seen:
-        ours, rival = seen["mid"] + seen.get("post", 0), seen["alone"]
-        text += (f" With and without mid-training: {ours:,} pairs or images." if ours == rival else
-                 f" With mid-training: {ours:,} pairs and images; without: {rival:,} images.")
-    elif any(row["stage"].partition(",")[0] == "mid" for row in table):
+        text += (f" Trained on: mid-training alone {seen['mid']:,} pairs; with post-training "
+                 f"{seen['mid'] + seen.get('post', 0):,} pairs and images; without {seen['alone']:,} images.")
+    elif "mid" in nets:
         text += " Whether mid-training helps, only a run without it tells (docs/usage.md)."
+    mid, post = (nets.get(net, {}) for net in ("mid", "post"))
+    if worse := [k for k in mid if mid[k] < post.get(k, 0)]:
+        text += f" Post-training makes it worse in {' and '.join(worse)}."
     return text + (" Shows its digit: a classifier reads it as the caption's digit."
                    * any("shows its digit" in key for row in table for key in row))
 
@@ -1398,24 +1406,24 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
     answers = {net: torch.stack([f(x, level) if level.all() else x for x, level in along])
                for net, f in nets.items() if net not in ("alone", "post" * ("mid" in nets))}
     words_for = {net: "after mid-training" if net == "mid" else called(net) for net in answers}
-    errors = {net: (x[0] - states[-1]).square().flatten(1).mean(1).sqrt() for net, x in answers.items()}
-    k = next(iter(errors.values()), torch.zeros(1)).argmax().item()              # the noise that is shown
+    errors = {net: (x - states[-1]).square().flatten(2).mean(2).sqrt() for net, x in answers.items()}
+    k = next((error[0] for error in errors.values()), torch.zeros(1)).argmax().item()       # what is drawn
     name = f"\n{names[k % len(names)]}" if names else ""
-    rows = [(f"the teacher's trajectory{name}", show((states / wide)[:, k]), "")]           # at unit scale
-    rows += [(f"{words_for[net]}\nin one step", show(x[:, k]), f"{errors[net].mean().item():.2f}")
+    rows = [(f"the teacher's trajectory{name}", show((states / wide)[:, k]))]               # at unit scale
+    rows += [(f"{words_for[net]}\nin one step", show(x[:, k]), *(f"error {e:.2f}" for e in errors[net][:, k]))
              for net, x in answers.items()]
+    means = "; ".join(f"{words_for[net]} {error[0].mean():.2f}" for net, error in errors.items())
     consistency = bool(levels.max() > 1)
     jump = ("from every state of the teacher's trajectory to its end" if consistency else
             "between any two states of the teacher's trajectory")
     caption = (f"Mid-training teaches the jump {jump}\nFirst row: the trajectory, from noise to an image"
                + f" ({len(some)} of {n} states" * (len(some) < n) + "; above sigma 1 divided by sigma"
                * consistency + ")" * (len(some) < n)
-               + ". Below: each net's answer to each state. At the right: root mean square error of the "
-               f"answer to pure noise, mean of {states.shape[1]} noises (two ends differ by {apart:.2f}); "
-               f"drawn: the one where the teacher errs most.{words}")
+               + ". Below: each net's answer to each state; error: how far it is from the end, root mean "
+               f"square (two ends differ by {apart:.2f}). From pure noise, mean of {states.shape[1]} noises: "
+               f"{means}; drawn is the noise where the teacher errs most.{words}")
     first, *middle, end = (f"{level:.2g}" for level in levels.tolist())
-    header = [f"noise level {'sigma' if consistency else 't'}", f"noise\n{first}", *middle, f"the end\n{end}",
-              "mean error of one step"]
+    header = [f"noise level {'sigma' if consistency else 't'}", f"noise\n{first}", *middle, f"the end\n{end}"]
     save_sheet(f"{out}/trajectory.png", rows, caption, header, (1,), smooth=False)
 
 
@@ -1504,12 +1512,13 @@ def save_chart(path, panels, caption, across="images", marks=(), columns=1):
                 pen.line(dots, colours[name], 8, joint="curve")
             for (x, y), (at_x, _, *bar) in zip(dots, points) if (few or len(dots) == 1) and not level else ():
                 pen.ellipse((x - 16, y - 16, x + 16, y + 16), colours[name])
-                for tip in (at(at_x, tip)[1] for tip in bar):    # the bars of two curves beside each other
-                    pen.line([(x + 28 * row - 20, tip), (x + 28 * row + 20, tip)], colours[name], 6)
-                    pen.line([(x + 28 * row, tip), (x + 28 * row, y)], colours[name], 6)
+                for tip in (at(at_x, tip)[1] for tip in bar):
+                    pen.line([(x - 20, tip), (x + 20, tip)], colours[name], 6)
+                    pen.line([(x, tip), (x, y)], colours[name], 6)
             x, y = right + 80, top + 88 * row
             if columns == 1 and (k == 0 or labels[k] != labels[k - 1]):                  # said once
-                pen.rectangle((x, y + 16, x + 48, y + 40), colours[name])
+                for start, end in ((0, 18), (30, 48)) if level else ((0, 48),):          # dashes, or a line
+                    pen.rectangle((x + start, y + 16, x + end, y + 40), colours[name])
                 pen.text((x + 80, y), labels[k][row], "black", font, "lt")
     pen.multiline_text((320, above + height * rows + 20), words[0], "black", font)
     write_whole(path, lambda file: picture.reduce(2).save(file, format="PNG", compress_level=1))

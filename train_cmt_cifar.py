@@ -25,7 +25,8 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-import fid                      # the score, and what all runs share: flags, log, files, pictures
+import fid                      # the score, and what runs share: flags, log, files, pictures. It reads the
+                                # tables of this file and calls parse, check, ...: its docstring names them
 import nets                     # networks, their weights, distances
 import solvers                  # trajectories, few-step samplers, seeds
 from fid import count, fail, log, report
@@ -34,7 +35,7 @@ from solvers import fold, randn
 
 # ---- knobs ------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Config:                   # field default < matching rows of PRESETS < --field < --stage.field
+class Config:                   # strongest last: default, rows of PRESETS that match, --field, --stage.field
     data: str = "cifar10"       # cifar10 | ffhq | afhqv2 | digits | folder, .zip or .npz of your own images
     res: int = 0                # own images are cropped and resized (LANCZOS) to this; 0 = they have one size
     stage: Literal["all", "pretrain", "mid", "post", "sample", "eval"] = "all"   # all: those not finished
@@ -42,7 +43,7 @@ class Config:                   # field default < matching rows of PRESETS < --f
     teacher: str = ""           # FILE, URL; "" = <out>/pretrain.pt, else the official one; scratch = train it
     mid: Literal["cmt", "kd", "slow", "none"] = "cmt"    # kd: pure noise; slow: a solve for each; none
     post: Literal["ect", "ecd", "ecd_euler", "annealed"] = "ect"   # ecd: x_r by teacher; annealed: q grows
-    init: str = "teacher"       # teacher | random | FILE, of mid, else of post; sample: show FILE
+    init: str = "teacher"       # start of mid (--mid none: post): teacher | random | FILE; sample: show FILE
 
     steps: int = 300_000        # of mid (others: PRESETS); x batch 128 = 38.4 million pairs (Sec. 4.2)
     batch: int = 128            # images or pairs (x_t, x_0) per step, over all processes (B.2)
@@ -119,7 +120,7 @@ FILES = {"cifar10": "data/cifar-10-python.tar.gz",
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 CIFAR_MD5 = "c58f30108f718f92721af3b95e74349a"
-# fid reads these tables and calls some functions (its docstring). A knob is added to Config, LIMITS, READ_BY
+# A knob is added to Config, LIMITS and READ_BY (docs/forking.md)
 parse = partial(fid.parse, sys.modules[__name__])     # (argv) -> Config
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 
@@ -273,14 +274,14 @@ def train(cfg):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
         loss_sum, part = 0.0, micro / B * tally["scale"]      # part of the mean; scale: of fp16, else 1
         for k in range(0, share, micro):
-            seed = fold(cfg.seed, cfg.stage, step, "dropout") + mine.start + k         # of row k; row j: + j
+            seed = fold(cfg.seed, cfg.stage, step, "dropout") + mine.start + k  # by row, however split
             f = partial(cast_net, masks=nets.dropout_masks(net, range(seed, seed + micro)))
             loss = loss_of(cfg, run, step, f, [a[k:k + micro] for a in batch], ends)
             (loss * part).backward()
             loss_sum += loss.detach() * part
         norm, mean, stop = total(run.grad, loss_sum, tally["scale"])          # the one wait of a step
         if math.isfinite(norm + mean):            # else: no step, and no trace of it in weights and moments
-            opt.step()                            # of run.flat, whose gradient is run.grad
+            opt.step()                            # on run.flat, all weights in one vector, by run.grad
         run.grad.zero_()
         run.flat_ema.lerp_(run.flat, 1 - cfg.ema_beta)
 
@@ -493,8 +494,7 @@ NO_WEIGHT = ("dry_run data stage out teacher seeds samples repeat second_sigma s
 READ_BY = {  # fid.never_read: stages, or "stage method", that read a knob; not named: all read it
     "mid init huber_c": "mid, post",
     "nfe loss": "mid", "trajectories": "mid, not mid kd",
-    "P_mean P_std": "pretrain, post",
-    "post q stair": "post",
+    "P_mean P_std": "pretrain, post", "post q stair": "post",
 }
 
 

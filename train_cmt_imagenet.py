@@ -32,7 +32,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-import fid                      # the score, and what all runs share: flags, log, files, pictures
+import fid                      # the score, and what runs share: flags, log, files, pictures. It reads the
+                                # tables of this file and calls parse, check, ...: its docstring names them
 import nets                     # networks, their weights, distances
 import solvers                  # trajectories, few-step samplers, seeds
 from fid import count, fail, log, report
@@ -41,7 +42,7 @@ from solvers import fold, randn
 
 # ---- knobs ------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Config:                   # field default < matching rows of PRESETS < --field < --stage.field
+class Config:                   # strongest last: default, rows of PRESETS that match, --field, --stage.field
     data: str = "imagenet"      # imagenet | digits | an EDM2 .zip or folder: PNG or latent .npy, dataset.json
     res: int = 64               # 64: pixels; 512: latents 4x64x64; own images: their size
     stage: Literal["all", "encode", "pretrain", "vgg", "mid", "post", "sample", "eval"] = "all"
@@ -135,7 +136,7 @@ INITS = "teacher", "random"                           # other values of --init a
 NO_TEACHER = ["ect"]                                  # post-trainings that ask no teacher
 FILES = {"imagenet64": "data/imagenet64.zip", "imagenet512": "data/imagenet512-sd.zip"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# fid reads these tables and calls some functions (its docstring). A knob is added to Config, LIMITS, READ_BY
+# A knob is added to Config, LIMITS and READ_BY (docs/forking.md)
 parse = partial(fid.parse, sys.modules[__name__])     # (argv) -> Config
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 
@@ -347,13 +348,13 @@ def train(cfg):
         loss_sum, part = 0.0, micro / B * tally["scale"]      # part of the mean; scale: of fp16, else 1
         with nets.hoist(net, force=True):             # EDM2 Eq. 66: normalised once for all micro-batches
             for k in range(0, share, micro):
-                seed = fold(cfg.seed, cfg.stage, step, "dropout") + mine.start + k     # of row k; row j: + j
+                seed = fold(cfg.seed, cfg.stage, step, "dropout") + mine.start + k  # by row, however split
                 loss = loss_of(cfg, run, seed, [a[k:k + micro] for a in batch], ends)
                 (loss * part).backward()
                 loss_sum += loss.detach() * part
         norm, mean, stop = total(run.grad, loss_sum, tally["scale"])          # the one wait of a step
         if math.isfinite(norm + mean):            # else: no step, and no trace of it in weights and moments
-            opt.step()                            # of run.flat, whose gradient is run.grad
+            opt.step()                            # on run.flat, all weights in one vector, by run.grad
         run.grad.zero_()
         run.flat_ema.lerp_(run.flat, 1 - ema_beta(cfg, step))
 

@@ -37,7 +37,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-import fid                      # the score, and what all runs share: flags, log, files, pictures
+import fid                      # the score, and what runs share: flags, log, files, pictures. It reads the
+                                # tables of this file and calls parse, check, ...: its docstring names them
 import nets                     # networks, their weights, distances
 import solvers                  # trajectories, few-step samplers, seeds
 from fid import count, fail, log, report
@@ -46,7 +47,7 @@ from solvers import fold, randn
 
 # ---- knobs ------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Config:                   # field default < matching rows of PRESETS < --field < --stage.field
+class Config:                   # strongest last: default, rows of PRESETS that match, --field, --stage.field
     data: str = "coco"          # coco | digits | folder: shards of --stage encode, or U-ViT's features
     stage: Literal["all", "encode", "pretrain", "mid", "post", "sample", "eval"] = "all"   # all: not finished
     out: str = ""               # folder of the run; "" = out/<data>, out/digits-t2i
@@ -126,7 +127,7 @@ INITS = "teacher", "random"                           # other values of --init a
 NO_TEACHER = ["mf", "vanilla", "xl"]                  # post-trainings that ask no teacher
 FILES = {"coco": "data/coco256-sd"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# fid reads these tables and calls some functions (its docstring). A knob is added to Config, LIMITS, READ_BY
+# A knob is added to Config, LIMITS and READ_BY (docs/forking.md)
 parse = partial(fid.parse, sys.modules[__name__])     # (argv) -> Config
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 
@@ -160,11 +161,11 @@ def flow_of(cfg, net, null_y):
 
     def slope(z, t, r, y, v):
         # choice: du/dt outside autocast: TF32 moves it by a thousandth, bf16 by a hundredth (docs/costs.md)
-        return nets.derivative(net, z, t, r, y, v)
+        return nets.derivative(net, z, t, r, y, v)    # torch.func.jvp along (v, 1, 0), but faster
 
     if cfg.compile:
         # trap: a compiled module inside jvp runs eager, in silence: functions are compiled
-        torch.compiler.reset()                        # trap: a ninth graph of u, in all stages, runs eager
+        torch.compiler.reset()                        # trap: else u runs eager after 8 graphs, in silence
         u, slope = torch.compile(u), torch.compile(slope)
     return Flow(u, slope, null_y)
 
@@ -401,7 +402,7 @@ def train(cfg):
         if cfg.clip and norm > cfg.clip:
             run.grad *= cfg.clip / norm
         if math.isfinite(norm + mean):            # else: no step, and no trace of it in weights and moments
-            opt.step()                            # of run.flat, whose gradient is run.grad
+            opt.step()                            # on run.flat, all weights in one vector, by run.grad
         run.grad.zero_()
         run.flat_ema.lerp_(run.flat, 1 - cfg.ema_beta)
 

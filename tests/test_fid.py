@@ -736,6 +736,13 @@ def test_a_label_higher_than_its_images_makes_room(tmp_path):
     assert len(left) > 400 and max(np.diff(left)) < 32 and sheet.shape[0] > 2 * 10 * 40
 
 
+def test_a_text_for_each_image_stands_below_it(tmp_path):
+    """Without a header for texts at the right: room is made below the images, and between them for what is wider."""
+    images = seeded(range(12))
+    plain, below, wide = (sheet_of(tmp_path, [("net", images, *texts)]) for texts in ([], ["error 0.12"] * 12, ["an error of 0.12"] * 12))
+    assert below.shape[0] > plain.shape[0] + 32 and wide.shape[1] > below.shape[1] and wide.shape[0] == below.shape[0]
+
+
 def test_stages_have_the_scores_once_the_table_has_them(tmp_path, monkeypatch):
     shown = [("teacher", 16, seeded(range(4))), ("mid", 1, seeded(range(4)))]
     row = {"stage": "mid, balanced labels", "1-step FID": "3.50 +- 0.1", "2-step FID": "-"}
@@ -791,15 +798,15 @@ def test_of_a_long_trajectory_nine_states_are_drawn_where_most_changes(tmp_path,
     fid.save_trajectory("", torch.cat([x[:1]] * 8 + [x[:9]]), torch.linspace(1, 0, 17), {})
     fid.save_trajectory("", x[:8], torch.linspace(1, 0, 8), {}, names=["class 7"])                  # data of one class
     (rows, header), (late, _), (short, _) = drawn
-    assert [len(images) for _, images, _ in rows] == [9] * 2 and header[1:-1] == ["noise\n1", *"0.88 0.75 0.62 0.5 0.38 0.25 0.12".split(), "the end\n0"]
+    assert [len(images) for _, images, *_ in rows] == [9] * 2 and header[1:] == ["noise\n1", *"0.88 0.75 0.62 0.5 0.38 0.25 0.12".split(), "the end\n0"]
     assert late[0][1][:, 0, 0, 0].tolist() == [*range(9)] and len(short[0][1]) == 8
     assert [label for label, *_ in (*late, *short)] == ["the teacher's trajectory", "the teacher's trajectory\nclass 7"]
-    assert rows[1][::2] == ("after mid-training\nin one step", "16.00") and rows[0][2] == "" and header[-1] == "mean error of one step"
-    assert said[0].startswith("Mid-training teaches the jump between any two states of the teacher's trajectory\nFirst row: the trajectory, from noise to an image (9 of 17 states). Below: each net's answer to each state. ")
-    assert "of the answer to pure noise, mean of 2 noises (two ends differ by 0.00); drawn: the one where the teacher errs most." in said[0] and "divided by sigma" not in said[0]
+    assert rows[1][0] == "after mid-training\nin one step" and rows[1][2:] == tuple(f"error {e:.2f}" for e in range(16, -1, -2)) and len(rows[0]) == 2
+    assert said[0].startswith("Mid-training teaches the jump between any two states of the teacher's trajectory\nFirst row: the trajectory, from noise to an image (9 of 17 states). Below: each net's answer to each state; error: ")
+    assert "how far it is from the end, root mean square (two ends differ by 0.00). From pure noise, mean of 2 noises: after mid-training 16.00; drawn is the noise where the teacher errs most." in said[0] and "divided by sigma" not in said[0]
     fid.save_trajectory("", x, torch.linspace(80, 0, 17), {"teacher": lambda x, level: x, "mid": lambda x, level: x + 9, "post": lambda x, level: x - 1})
     assert said[-1].startswith("Mid-training teaches the jump from every state of the teacher's trajectory to its end\n")
-    assert [row[2] for row in drawn[-1][0]] == ["", "16.00", "7.00"] and "divided by sigma" in said[-1]
+    assert [row[2:3] for row in drawn[-1][0]] == [(), ("error 16.00",), ("error 7.00",)] and "divided by sigma" in said[-1]
 
 
 def test_the_heading_of_scored_images_has_the_last_net_in_one_step_and_two_and_the_teacher(tmp_path, monkeypatch):
@@ -811,24 +818,27 @@ def test_the_heading_of_scored_images_has_the_last_net_in_one_step_and_two_and_t
     rows = [{"stage": "teacher, balanced labels", "1-step FID": "99.0", "8-step FID": "2.0"}, {"stage": "mid", "1-step FID": "5.0", "2-step FID": "-"},
             {"stage": "post", "1-step FID": "6.0 +- 1.0, min 5.0", "2-step FID": "3.0"}]
     fid.save_stages(str(tmp_path), shown, (), " Seed 0.", rows, 500)
-    assert said[0] == ("after post-training: FID (lower is better) 6.0 in one step, 3.0 in two; before post-training 5.00 in one step\n"
-                       "A column is one noise, drawn by every net. Judge by the score, few images show little. FID: Frechet distance of 500 samples to the data, by features of a classifier; of few it is off, mostly high. Whether mid-training helps, only a run without it tells (docs/usage.md). Seed 0.")
+    assert said[0] == ("after post-training: FID (lower is better) 6.00 in one step, 3.00 in two\n"
+                       "A column is one noise, drawn by every net. Judge by the score, lower is better. FID: Frechet distance of 500 samples to the data, by features of a classifier; of few it is off, mostly high. Whether mid-training helps, only a run without it tells (docs/usage.md). Post-training makes it worse in one step. Seed 0.")
     assert labels == [[("mid-training alone\n1 step", "5.0", "-"), ("after post-training\n1 step", "6.0 +- 1.0, min 5.0", "3.0")]]     # two look like one
     assert heads == [["", *[""] * 12, "FID of this row", "FID in two steps"]]
     fid.save_stages(str(tmp_path), shown, (), "", [{"stage": "teacher", "8-step FID": "2.0"}])
     fid.save_stages(str(tmp_path), shown, (), "A heading\nand more", rows)
     nearly = [{"stage": "mid", "1-step FID": "5.0", "2-step FID": "3.0"}, {"stage": "post", "1-step FID": "5.4", "2-step FID": "3.2"}]
-    assert fid.headline(nearly) == "after post-training: FID (lower is better) 5.4 in one step, 3.2 in two; before post-training 5.00 in one step, 3.00 in two"
-    assert fid.headline([nearly[0] | {"1-step FID": "6.0"}, nearly[1]]).endswith("; before post-training 3.00 in two")            # in either
+    assert fid.headline(nearly) == "after post-training: FID (lower is better) 5.40 in one step, 3.20 in two"
+    assert fid.of_scores(nearly, 500).endswith(" Post-training makes it worse in one step and two.")
+    assert fid.of_scores([nearly[0] | {"1-step FID": "6.0"}, nearly[1]], 500).endswith(" Post-training makes it worse in two.")            # in either
     assert fid.headline([{"stage": "teacher", "1-step FID": "9.0", "8-step FID": "2.0"}]) == ""
     assert fid.headline([{"stage": "teacher", "8-step FID": "2.0"}]) == ""
     alone = {"stage": "alone", "1-step FID": "1.48", "2-step FID": "9.00"}
-    assert fid.headline([*nearly, alone]) == "FID in one step, lower is better: 5.40 with mid-training, 1.48 without (one seed)"
-    assert fid.headline([nearly[1], alone]).startswith("after post-training: FID (lower is better) 5.4 in one step")      # the student had none either
+    assert fid.headline([*nearly, alone]) == "Mid-training hurts in one step: FID 5.40 with it, 1.48 without (one seed)"
+    for without, effect in (5.9, "changes little"), (5.0, "changes little"), (6.1, "helps"), (4.9, "hurts"):                # within 10 %
+        assert f"Mid-training {effect} in one step" in fid.headline([*nearly, alone | {"1-step FID": f"{without}"}])
+    assert fid.headline([nearly[1], alone]).startswith("after post-training: FID (lower is better) 5.40 in one step")      # the student had none either
     fid.save_stages(str(tmp_path), shown, (), "", [row | {"images": n} for row, n in zip((*nearly, alone), ("1,000", "7", "1,007"))])
     fid.save_stages(str(tmp_path), shown, (), "", [row | {"images": n} for row, n in zip((*nearly, alone), ("1,000", "7", "2,000"))])
-    assert "With mid-training: 1,007 pairs and images; without: 2,000 images." in said.pop()
-    assert "With and without mid-training: 1,007 pairs or images." in said[3] and "README" not in said[3]
+    assert "Trained on: mid-training alone 1,000 pairs; with post-training 1,007 pairs and images; without 2,000 images." in said.pop()
+    assert "with post-training 1,007 pairs and images; without 1,007 images." in said[3] and "README" not in said[3]
     assert said[1].startswith("The same noises, drawn by every net\nA column") and said[2].startswith("A heading\nA column") and said[2].endswith("and more")
 
 

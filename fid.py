@@ -1821,9 +1821,11 @@ def stages_of(home, argv):
         asked = [stage] if dot else stages if field not in home.STAGES else ()
         from_mid = field == "init" and "mid" in stages and cfg.mid != "none"
         skipped = idle if dot or len(stages) > 1 else ()     # of one alone a line says that it is left out
-        if asked and all(s in skipped or unread(s, field) or (from_mid and s == "post") for s in asked):
+        if asked and all(s in skipped or s not in stages or unread(s, field) or (from_mid and s == "post")
+                         for s in asked):
             said = f"{flag} has no effect: {stage or 'every stage'} does without it, or is not run"
-            say(f"warning: {said}") if stage or len(stages) > 1 else announce(f"{cfg.stage} reads no {flag}")
+            one = len(stages) == 1 and stage not in stages
+            announce(f"{cfg.stage} reads no {flag}") if one else say(f"warning: {said}")
     for k, c in enumerate(configs):                          # --init FILE starts the first stage, not all
         later = cfg.stage == "all" and (c.stage == "eval" or (c.stage == "post" and c.mid != "none"))
         if later and c.init not in home.INITS:
@@ -2408,6 +2410,7 @@ def overview(road, device, cfg):
     if ROAD and device.type == "cpu":
         small = cfg.data == "digits" or getattr(cfg, "res", 0) == 16
         scores = f", and {'half a minute of ' * (cfg.data == 'digits')}scores" * (cfg.stage == "all")
+        scores += "; a shorter one: docs/usage.md, Your own images" * (cfg.data != "digits")
         text += (f"; {duration(least)} to {duration(4 * least)} of a core in fp32{scores}" if small else
                  "\nwarning: there is no GPU; a CPU trains --data digits in minutes, --res 16 in hours")
     named = ROAD and cfg.init not in home_of(cfg).INITS

@@ -493,8 +493,8 @@ NO_WEIGHT = ("dry_run data stage out teacher seeds samples repeat second_sigma s
              "log_every save_every")                  # no weight depends on them: fid.steps_left
 READ_BY = {  # fid.never_read: stages, or "stage method", that read a knob; not named: all read it
     "mid init huber_c": "mid, post",
-    "nfe loss": "mid", "trajectories": "mid, not mid kd",
-    "P_mean P_std": "pretrain, post", "post q stair": "post",
+    "nfe loss": "mid", "trajectories": "mid, not mid kd", "P_mean P_std": "pretrain, post",
+    "post q stair": "post",
 }
 
 

@@ -825,6 +825,9 @@ def test_a_flag_of_a_stage_that_is_not_trained_is_named(monkeypatch, capsys):
     script.fid.stages_of(script, "--data digits --post.q 7 --post.init random".split())
     said = capsys.readouterr().err
     assert "--post.init has" in said and said.count("no effect") == 1
+    monkeypatch.setattr(script.fid, "SOON", [])
+    script.fid.stages_of(script, "--data digits --stage pretrain --mid.lr 1e-3".split())
+    assert script.fid.SOON == ["pretrain reads no --mid.lr"] and not capsys.readouterr().err
     for flag in "--mid.q", "--post.nfe", "--mid.seeds", "--eval.steps":        # what that stage never reads is refused
         with pytest.raises(SystemExit) as stop:
             script.fid.stages_of(script, ["--data", "digits", f"{flag}=3"])

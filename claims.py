@@ -421,14 +421,15 @@ def photos(args, device):
         table = {row: {"stage": CALLED.get(row, row)} for row, _ in scores}
         for (row, steps), values in scores.items():
             table[row][f"{steps}-step FD-photos"] = f"{np.mean(values):.2f}"
-        ends = [np.mean(scores.get((row, 1), np.nan)) for row in ("CMT + ECT", "ECT, annealed")]
+        mid, *ends = [np.mean(scores.get((row, 1), np.nan)) for row in CALLED]
         new = features.apart * (1 / n + 1 / len(images)) / (4 / len(images))     # docs/results.md: 1/n + 1/m
         name = os.path.splitext(os.path.basename(args.data))[0]
         words = (f"{fid.beside('FD-photos', 'one step', *ends, f'{number} seeds')}\n "
                  f"{n:,} new photos would score about {new:.2f}. Scores: means of {number} seeds. Images: "
                  f"seed {seed}; such small nets draw no objects. The last two students saw equally many "
-                 "pairs or images. Mid-training compares by "
-                 f"pixels. Data: {len(images):,} photos of {name}, shrunk; nothing is tuned for them.")
+                 "pairs or images. Mid-training compares by pixels."
+                 + " Post-training gains nothing in one step." * bool(ends[0] >= mid)
+                 + f" Data: {len(images):,} photos of {name}, shrunk; nothing is tuned for them.")
         fid.save_stages(f"{args.out}/{seed}", [*shown, real], (), words, [*table.values()], n)
 
 

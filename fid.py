@@ -1293,7 +1293,7 @@ def about(cfg, found):
         by += " Without it the student starts from a flow-matching net (in about equal time)."
     if sizes.get("students", 0) > 1.2 * sizes.get("teacher", math.inf):
         by += f" Students are {sizes['students'] / sizes['teacher']:.1f} times as large as the teacher."
-    return f"{by} Seed {cfg.seed}{'; three seeds: docs/results.md' * (cfg.data == 'digits')}."
+    return f"{by} Seed {cfg.seed}{'; three seeds, on another CPU: docs/results.md' * (cfg.data == 'digits')}."
 
 
 def beside(distance, steps, now, without, seeds="one seed"):

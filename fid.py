@@ -1275,12 +1275,16 @@ def net_label(name, steps, sep="\n"):
 
 def numbers_of(name, steps, table):
     """{name: number} that a table has of a net in so many steps; of a student's one step, of two as well."""
-    row = next((row for row in table if name in (row["stage"], row["stage"].partition(",")[0])), {})
+    rows = {row["stage"].partition(",")[0]: row for row in reversed(table)}
+    row = rows.get(name, {})
     found = {key.partition(" ")[2] + ROW * key.startswith(f"{steps}-step F"): value
              for key, value in row.items() if key.startswith(f"{steps}-step ")}
     # beside it, since images of two steps are not shown: they look like those of one
-    return found | {f"{key.partition(' ')[2]} in two steps": value for key, value in row.items()
-                    if steps == 1 and key.startswith("2-step F") and value != "-"}
+    found |= {f"{key.partition(' ')[2]} in two steps": value for key, value in row.items()
+              if steps == 1 and key.startswith("2-step F") and value != "-"}
+    seen = [row.get("images", "-"), *[rows.get("mid", {}).get("images", "-")] * (name == "post")]
+    seen = [int(images.replace(",", "")) for images in seen if images != "-"]
+    return found | ({"images or pairs seen": f"{sum(seen):,}"} if seen else {})
 
 
 def about(cfg, found):
@@ -1326,18 +1330,13 @@ def headline(table):
 
 
 def of_scores(table, samples):
-    """For a caption: what the scores of a table are, what each net has seen, and what does not help."""
+    """For a caption: what the scores of a table are, and what does not help."""
     few = "; of few it is off, mostly high" * (samples < 1_000)
     few += f" ({HALVES.partition(';')[0]})" * (distance_of(table) == "FD-digits")
-    text = (f" Judge by the score, lower is better. {distance_of(table)}: Frechet "
-            f"distance of {samples:,} samples to the data, by features of a classifier{few}.")
-    seen = {row["stage"].partition(",")[0]: int(row["images"].replace(",", ""))
-            for row in table if row.get("images", "-") != "-"}
+    text = (f" {distance_of(table)}, lower is better: Frechet distance of {samples:,} samples to the data, "
+            f"by features of a classifier{few}.")
     nets = scores_of(table)
-    if "alone" in seen and "mid" in seen:
-        text += (f" Trained on: mid-training alone {seen['mid']:,} pairs; with post-training "
-                 f"{seen['mid'] + seen.get('post', 0):,} pairs and images; without {seen['alone']:,} images.")
-    elif "mid" in nets:
+    if "mid" in nets and "alone" not in nets:
         text += " Whether mid-training helps, only a run without it tells (docs/usage.md)."
     mid, post = (nets.get(net, {}) for net in ("mid", "post"))
     if worse := [k for k in mid if mid[k] < post.get(k, 0)]:
@@ -1359,7 +1358,6 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
         images, classes = digits()
         some = [classes.tolist().index(k % 10) for k in range(len(shown[0][2]))]
         shown = [*shown, ("real digits" + ", 0 to 9" * (not names), 0, to_float(images[some], "cpu"))]
-    real = "; the last row is real" * (not shown[-1][1])
     labels = [net_label(name, steps) for name, steps, _ in shown]
     numbers = [numbers_of(name, steps, table) for name, steps, _ in shown]
     what, line = "class" if "".join(names).isdigit() else "caption", "column"
@@ -1380,7 +1378,7 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
         header = [what, *above, *keys] if names or keys else ()
     title, _, words = words.rpartition("\n")
     title = title or headline(table) or "The same noises, drawn by every net"
-    caption = f"{title}\nA {line} is one noise, drawn by every net{real}."
+    caption = f"{title}\nA {line} is one noise, drawn by every net."
     caption += of_scores(table, samples) if table else ""
     path = f"{out}/stages" + f"_{shown[0][0]}" * shown[0][0].startswith("init_") + ".png"    # --init FILE
     if table or not (os.path.exists(path) and os.path.exists(f"{out}/results.md")):     # scores stay
@@ -1517,8 +1515,8 @@ def save_chart(path, panels, caption, across="images", marks=(), columns=1):
                     pen.line([(x, tip), (x, y)], colours[name], 6)
             x, y = right + 80, top + 88 * row
             if columns == 1 and (k == 0 or labels[k] != labels[k - 1]):                  # said once
-                for start, end in ((0, 18), (30, 48)) if level else ((0, 48),):          # dashes, or a line
-                    pen.rectangle((x + start, y + 16, x + end, y + 40), colours[name])
+                for dash in ((0, 18), (30, 48)) if level else ((0, 48),):
+                    pen.rectangle((x + dash[0], y + 16, x + dash[1], y + 40), colours[name])
                 pen.text((x + 80, y), labels[k][row], "black", font, "lt")
     pen.multiline_text((320, above + height * rows + 20), words[0], "black", font)
     write_whole(path, lambda file: picture.reduce(2).save(file, format="PNG", compress_level=1))

@@ -106,7 +106,7 @@ PRESETS = {  # (data, stage, its --mid or --post): later rows win, --help shows 
     ("digits", "mid", "*"): dict(steps=900, lr=2e-3, ema_beta=0.99),
     # choice: warm-up: RAdam's first 5 steps are plain gradient steps, and the gradient grows with q
     ("digits", "post", "*"): dict(steps=600, lr=3e-4, ema_beta=0.99, q=512, warmup=20, huber_c=0.06),
-    ("digits", "post", "annealed"): dict(stair=187, steps=1_500, lr=1e-3, decay="linear", q=2),  # q: 2 to 256
+    ("digits", "post", "annealed"): dict(stair=187, steps=1_500, lr=1e-3, decay="linear", q=2),  # q up to 512
 }
 ABOUT = {"pretrain": "stage 1 of 4, pre-training: the loss soon falls slowly, images still improve",
          "mid": "stage 2 of 4, mid-training (Eq. 7): the loss, distance to the teacher's ends, falls",

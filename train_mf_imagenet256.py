@@ -171,18 +171,22 @@ def flow_of(cfg, net, null_y):
 
 
 @torch.no_grad()
-def guides(flow, z, t, y, needs_null, needs_own):
-    """For guidance: u(z, t, t, null_y) and u(z, t, t, y), each (B, C, H, W), in one call; 0 where not needed.
+def guided_velocity(cfg, flow, v, u, at, guided):
+    """omega v + kappa u(z, t, t, y) + (1 - omega - kappa) u(z, t, t, null_y) where `guided` (B,), else v.
 
-    t and the masks (B,) come from the CPU, where it costs no wait to know which samples are meant.
+    at: z, t, r, y. u (B, C, H, W): u(z, t, r, y), where r = t one of the two already; what is missing comes
+    from one call. t, r, guided are on the CPU, where it costs no wait to know which samples are meant.
     """
-    u_null, u_own = torch.zeros_like(z), torch.zeros_like(z)
-    i, j = (mask.nonzero()[:, 0].to(z.device, non_blocking=True) for mask in (needs_null, needs_own))
+    (z, t, r, y), w_null = at, 1 - cfg.omega - cfg.kappa
+    u_null, u_own = torch.zeros_like(z), u.to(z.dtype, copy=True)
+    needs = guided & (abs(w_null) > 1e-9), guided & (r < t) & (cfg.kappa > 0)
+    i, j = (mask.nonzero()[:, 0].to(z.device, non_blocking=True) for mask in needs)
     if len(i) + len(j):
         both, conditions = torch.cat([i, j]), torch.cat([flow.null_y.expand_as(y[i]), y[j]])
         t = t.to(z.device, non_blocking=True)[both]
         u_null[i], u_own[j] = flow.u(z[both], t, t, conditions).to(z.dtype).split([len(i), len(j)])
-    return u_null, u_own
+    guided = guided.to(z.device, non_blocking=True).view(-1, 1, 1, 1)
+    return torch.where(guided, cfg.omega * v + w_null * u_null + cfg.kappa * u_own, v)
 
 
 @torch.no_grad()
@@ -201,18 +205,14 @@ def loss_mf(flow, z, v, t, r, y, guided, cfg):
       square = |u - sg(v - (t - r) dudt)|^2
       loss = mean of square / sg(square + WEIGHT_C)^p          (as code of six lines: docs/walkthrough.md, 6)
 
-    Where `guided` (B,), v is omega v + kappa u(z, t, t, y) + (1 - omega - kappa) u(z, t, t, null). du/dt is
-    asked for where r < t alone: elsewhere it does not count. t, r, guided: on the CPU. Also returns square.
+    Where `guided` (B,), v is the guided one. du/dt is asked for where r < t alone: elsewhere it does not
+    count. t, r, guided: on the CPU. Also returns square.
     """
-    apart, w_null = r < t, 1 - cfg.omega - cfg.kappa
-    needs_null, needs_own = guided & (abs(w_null) > 1e-9), guided & apart & (cfg.kappa > 0)
-    u_null, u_own = guides(flow, z, t, y, needs_null, needs_own)
-    t, r, guided = (a.to(z.device, non_blocking=True) for a in (t, r, guided))
-    gap, guided = (a.view(-1, 1, 1, 1) for a in (t - r, guided))
-    u = flow.u(z, t, r, y)
-    u_own = torch.where(gap > 0, u_own, u.detach())   # where r = t it is the answer: no second call
-    v = torch.where(guided, cfg.omega * v + w_null * u_null + cfg.kappa * u_own, v)
-    dudt = slopes(flow, apart, z, t, r, y, v)
+    times = [a.to(z.device, non_blocking=True) for a in (t, r)]
+    gap = (times[0] - times[1]).view(-1, 1, 1, 1)
+    u = flow.u(z, *times, y)
+    v = guided_velocity(cfg, flow, v, u, (z, t, r, y), guided)
+    dudt = slopes(flow, r < t, z, *times, y, v)
     target = v - gap * dudt                           # sg: none of it was made with a gradient
     square = (u - target).square().flatten(1).sum(1)     # a sum (MF): the power p divides by its size
     loss = (square / (square.detach() + WEIGHT_C) ** cfg.power).mean()

@@ -783,6 +783,19 @@ def test_a_stage_that_has_just_begun_is_a_dot(tmp_path):
     assert (plot == ink).all(-1).sum() > 20
 
 
+@pytest.mark.parametrize("last", [[(0, 4.0), (90, 3.0)], [(0, 2.5), (90, 2.5)]], ids=["a curve", "a dashed line"])
+def test_every_curve_of_a_panel_ends_at_its_last_point(tmp_path, last):
+    """Each from the left of the axes to their right, the first one too; beyond stand names alone, in two panels as in one."""
+    curves = {"mid": [(0, 90.0), (90, 2.0)], "without": [(0, 90.0), (90, 5.0)], "teacher": last}
+    fid.save_chart(path := str(tmp_path / "chart.png"), {"one, lower is better": curves, "two, lower is better": curves}, "a heading\nwords")
+    picture, inks = np.asarray(Image.open(path)), fid.colours_of([*curves])
+    found = {name: (picture == ink).all(-1).any(0).nonzero()[0] for name, ink in inks.items()}             # columns of pixels
+    gaps = {name: (np.diff(columns) > 100).nonzero()[0] for name, columns in found.items()}
+    assert all(len(gap) == 1 for gap in gaps.values())                                  # between the curve and its key
+    ends = [(columns[0], columns[gap[0]], columns[gap[0] + 1], columns[-1]) for columns, gap in zip(found.values(), gaps.values())]
+    assert np.ptp(ends, 0).max() < 30 and ends[0][1] - ends[0][0] > 1000 and ends[0][3] - ends[0][2] < 30, ends
+
+
 def test_a_stage_has_one_colour_whoever_is_beside_it(tmp_path):
     fid.save_chart(path := str(tmp_path / "chart.png"), {"loss": {"post": [(1, 2.0), (2, 1.0)]}}, "words")
     assert (np.asarray(Image.open(path))[:600, -40:] == 255).all()                # its name is not cut
@@ -819,7 +832,7 @@ def test_the_heading_of_scored_images_has_the_last_net_in_one_step_and_two_and_t
             {"stage": "post", "1-step FID": "6.0 +- 1.0, min 5.0", "2-step FID": "3.0"}]
     fid.save_stages(str(tmp_path), shown, (), " Seed 0.", rows, 500)
     assert said[0] == ("after post-training: FID (lower is better) 6.00 in one step, 3.00 in two\n"
-                       "A column is one noise, drawn by every net. Judge by the score, lower is better. FID: Frechet distance of 500 samples to the data, by features of a classifier; of few it is off, mostly high. Whether mid-training helps, only a run without it tells (docs/usage.md). Post-training makes it worse in one step. Seed 0.")
+                       "A column is one noise, drawn by every net. FID, lower is better: Frechet distance of 500 samples to the data, by features of a classifier; of few it is off, mostly high. Whether mid-training helps, only a run without it tells (docs/usage.md). Post-training makes it worse in one step. Seed 0.")
     assert labels == [[("mid-training alone\n1 step", "5.0", "-"), ("after post-training\n1 step", "6.0 +- 1.0, min 5.0", "3.0")]]     # two look like one
     assert heads == [["", *[""] * 12, "FID of this row", "FID in two steps"]]
     fid.save_stages(str(tmp_path), shown, (), "", [{"stage": "teacher", "8-step FID": "2.0"}])
@@ -835,10 +848,10 @@ def test_the_heading_of_scored_images_has_the_last_net_in_one_step_and_two_and_t
     for without, effect in (5.9, "changes little"), (5.0, "changes little"), (6.1, "helps"), (4.9, "hurts"):                # within 10 %
         assert f"Mid-training {effect} in one step" in fid.headline([*nearly, alone | {"1-step FID": f"{without}"}])
     assert fid.headline([nearly[1], alone]).startswith("after post-training: FID (lower is better) 5.40 in one step")      # the student had none either
-    fid.save_stages(str(tmp_path), shown, (), "", [row | {"images": n} for row, n in zip((*nearly, alone), ("1,000", "7", "1,007"))])
-    fid.save_stages(str(tmp_path), shown, (), "", [row | {"images": n} for row, n in zip((*nearly, alone), ("1,000", "7", "2,000"))])
-    assert "Trained on: mid-training alone 1,000 pairs; with post-training 1,007 pairs and images; without 2,000 images." in said.pop()
-    assert "with post-training 1,007 pairs and images; without 1,007 images." in said[3] and "README" not in said[3]
+    assert "only a run without it tells" in fid.of_scores(nearly, 500) and "only a run" not in fid.of_scores([*nearly, alone], 500)
+    seen = [row | {"images": n} for row, n in zip((*nearly, alone), ("1,000", "7", "2,000"))]                # post-training has seen both
+    assert [fid.numbers_of(net, 1, seen)["images or pairs seen"] for net in ("mid", "post", "alone")] == ["1,000", "1,007", "2,000"]
+    assert "images or pairs seen" not in fid.numbers_of("mid", 1, [row | {"images": "-"} for row in nearly])                # weights of a file
     assert said[1].startswith("The same noises, drawn by every net\nA column") and said[2].startswith("A heading\nA column") and said[2].endswith("and more")
 
 

@@ -1,4 +1,4 @@
-"""Images and their score, FID; and what the scripts' runs share: flags, log, files, pictures with words.
+"""Two modules in one file: the score, FID; and from the banner `files` on, what the scripts' runs share.
 
   part (its banner)         what it is: its main names
   Inception-v3              FID's net, the TF graph of 2015: InceptionV3, load_inception, resize_tf1
@@ -451,8 +451,8 @@ def protocol(a, b):
     if a.features and b.features and a.features != b.features:
         raise DataError(f"features differ: {a.file} has {a.features}; {b.file} has {b.features}")
     sides = [f"{r.n or '?'} images {r.file or 'of this run'}" + f" (sha256 {r.sha256})" * bool(r.sha256)
-             + f" (too few for {len(r.mu)} features, under {16 * len(r.mu)}: it comes out high)"
-             * (0 < r.n < 16 * len(r.mu))
+             + f" (too few for {len(r.mu)} features, under {15 * len(r.mu)}: it comes out high)"
+             * (0 < r.n < 15 * len(r.mu))
              for r in (a, b)]
     return f"{a.features or b.features or 'features not stated'}, covariance N-1, {' against '.join(sides)}"
 
@@ -1163,7 +1163,7 @@ WIDE = 1_800                                             # pixels of a sheet
 VGG = "features of a VGG"
 COMPARED = dict(huber="pixels", l2="pixels", lpips=VGG, elatentlpips=VGG)                  # by --loss
 ROW = " of this row"
-FEW = {"1": "one step", "2": "two"}                      # the steps of students that a heading tells
+FEW = {"1": "one step", "2": "two steps"}                      # the steps of students that a heading tells
 INKS = {"without|scratch": "#c0392b", "flow": "#8e44ad", "mid|CMT": "#1f5fbf", "teacher|pre-": "#2e8b57",
         "post": "#d98a00", "VGG": "#555555"}             # what a name speaks of: its colour in every chart
 
@@ -1293,8 +1293,14 @@ def about(cfg, found):
              sum(p.numel() for p in (*net.parameters(), *net.buffers())) for name, net, *_ in found}
     losses = [ckpt["cfg"].get("loss", "velocities") for name, *_, ckpt in found if name == "mid"]
     by = "".join(f" Mid-training compares by {COMPARED.get(loss, loss)}." for loss in losses)
-    if any(name == "alone" and ckpt["cfg"].get("pretrain") == "fm" for name, *_, ckpt in found):
-        by += " Without it the student starts from a flow-matching net (in about equal time)."
+    knobs = {name: ckpt.get("cfg", {}) for name, *_, ckpt in found if name in ("post", "alone")}
+    same = {*home_of(cfg).NO_WEIGHT.split(), *never_read(dataclasses.replace(cfg, stage="post")),
+            *"steps mid init pretrain weak".split()}
+    if other := [f"{k} {v}" for k, v in knobs.get("alone", {}).items() if k not in same
+                 and v != knobs.get("post", {}).get(k, v)]:
+        by += f" Without it post-training has {', '.join(other)}."
+    if knobs.get("alone", {}).get("pretrain") == "fm":
+        by += " Its start, a flow-matching net, has seen images of its own."
     if sizes.get("students", 0) > 1.2 * sizes.get("teacher", math.inf):
         by += f" Students are {sizes['students'] / sizes['teacher']:.1f} times as large as the teacher."
     return f"{by} Seed {cfg.seed}{'; three seeds, on another CPU: docs/results.md' * (cfg.data == 'digits')}."
@@ -1340,7 +1346,7 @@ def of_scores(table, samples):
         text += " Whether mid-training helps, only a run without it tells (docs/usage.md)."
     mid, post = (nets.get(net, {}) for net in ("mid", "post"))
     if worse := [k for k in mid if mid[k] < post.get(k, 0)]:
-        text += f" Post-training makes it worse in {' and '.join(worse)}."
+        text += f" Post-training makes it worse in {' and in '.join(worse)}."
     return text + (" Shows its digit: a classifier reads it as the caption's digit."
                    * any("shows its digit" in key for row in table for key in row))
 
@@ -1954,9 +1960,8 @@ def check_values(cfg, limits, world):
     if world and cfg.batch_gpu and share % cfg.batch_gpu:
         fits = max(k for k in range(1, min(cfg.batch_gpu, share) + 1) if share % k == 0)
         fail(2, f"--batch_gpu {cfg.batch_gpu} must divide the {share} of --batch in a process; pass {fits}")
-    named = cfg.init.startswith("edm2-") or "://" in cfg.init or os.path.exists(cfg.init)
-    if cfg.stage in ("sample", "eval") and cfg.init not in home.INITS and not named:
-        fail(3, f"--init {cfg.init}: no such file; name weights, or leave --init out")
+    if cfg.stage in ("sample", "eval"):
+        check_named(cfg)
     check_out(cfg.out)
     if cfg.decay not in home.DECAYS:
         fail(2, f"--decay {cfg.decay}: DECAYS of {os.path.basename(home.__file__)} has no such entry")
@@ -1965,6 +1970,15 @@ def check_values(cfg, limits, world):
             fail(2, f"--{name} {getattr(cfg, name)}: --data digits has 8x8 pixels; leave --{name} out")
     if cfg.data == "digits" and cfg.stage == "encode":
         fail(2, "--stage encode: --data digits needs none; leave --data out, or name what is to be made")
+
+
+def check_named(cfg):
+    """Exit code 3 for a --teacher or --init that is neither a file nor what can be fetched."""
+    for flag in ("teacher", "init"):
+        name = getattr(cfg, flag)
+        known = name in ("", "scratch", *home_of(cfg).INITS) or name.startswith("edm2-") or "://" in name
+        if not known and not os.path.exists(name):
+            fail(3, f"--{flag} {name}: no such file; give a file or a URL")
 
 
 def check_out(out):
@@ -2129,6 +2143,7 @@ def steps_left(cfg, ckpt, path):
     if old and (later or cfg.steps < ckpt["step"]):
         may -= {"steps"}
     if changed := [name for name, was in old.items() if was != getattr(cfg, name) and name not in may]:
+        check_named(cfg)                              # of two causes the plainer
         data, more, how = old["data"], cfg.steps - old["steps"], ""
         if cfg.data != data:
             fail(2, f"{path} was made by {made} --data {data}, now {cfg.data}; use another --out")

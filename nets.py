@@ -1116,7 +1116,7 @@ def read_weights(path_or_url):
     try:
         path = fetch(path) if "://" in path else path
     except OSError as e:
-        raise OSError(f"{e}, or pass --teacher FILE") from None
+        raise OSError(f"{e}, or pass --teacher FILE or --init FILE") from None
     if not os.path.isfile(path):
         kind = "a folder, not a" if os.path.isdir(path) else "no such"
         raise FileNotFoundError(f"{path or repr(path)}: {kind} file; give a file or a URL")

@@ -36,7 +36,7 @@ def edm_sigmas(steps, sigma_max=80.0, sigma_min=0.002, rho=7):
 
 
 def as_grid(grid):
-    """A grid as a tuple of floats; ValueError unless of two or more, falling strictly, down to 0 at most."""
+    """A grid as a tuple of floats; ValueError unless of two or more, falling strictly, to 0 or above."""
     grid = tuple(float(g) for g in (grid.tolist() if torch.is_tensor(grid) else grid))
     if len(grid) < 2 or not all(b < a for a, b in zip(grid, grid[1:])) or grid[-1] < 0:
         raise ValueError(f"grid {grid}: it must have two or more values, fall strictly and end at 0 or above")

@@ -201,8 +201,8 @@ def loss_sit(u, z, v, t, text):
 def guided_velocity(cfg, flow, v, u, at, guided):
     """omega v + kappa u(z, t, t, y) + (1 - omega - kappa) u(z, t, t, null_y) where `guided` (B,), else v.
 
-    at: z, t, r, y. u (B, C, H, W): u(z, t, r, y), where r = t one of the two already; what is missing comes
-    from one call. t, r, guided are on the CPU, where it costs no wait to know which samples are meant.
+    at: z, t, r, y. u (B, C, H, W): u(z, t, r, y), which is u(z, t, t, y) where r = t. What is missing, of
+    null and own class, comes from one call. t, r, guided: on the CPU, where it costs no wait to look at them.
     """
     (z, t, r, y), w_null = at, 1 - cfg.omega - cfg.kappa
     u_null, u_own = torch.zeros_like(z), u.to(z.dtype, copy=True)
@@ -232,8 +232,8 @@ def loss_mf(flow, z, v, t, r, y, guided, cfg):
       square = |u - sg(v - (t - r) dudt)|^2
       loss = mean of square / sg(square + WEIGHT_C)^p          (as code of six lines: docs/walkthrough.md, 6)
 
-    Where `guided` (B,), v is the guided one. du/dt is asked for where r < t alone: elsewhere it does not
-    count. t, r, guided: on the CPU. Also returns square.
+    Where `guided` (B,), v is the guided one, in the jvp too. du/dt is asked for where r < t alone: elsewhere
+    it does not count. t, r, guided: on the CPU. Also returns square.
     """
     times = [a.to(z.device, non_blocking=True) for a in (t, r)]
     gap = (times[0] - times[1]).view(-1, 1, 1, 1)

@@ -609,7 +609,7 @@ def test_a_score_says_first_that_features_differ_and_last_that_images_are_few():
     assert drawn == []
     reference = other._replace(features=net.protocol)
     text = fid.protocol(fid.score(sampler, net, reference, 8)[2], reference)
-    assert drawn == [8] and "8 images of this run (too few for 64 features, under 1024: it comes out high) against" in text and text.count("too few") == 1
+    assert drawn == [8] and "8 images of this run (too few for 64 features, under 960: it comes out high) against" in text and text.count("too few") == 1
 
 
 def test_numbers_of_different_features_are_not_compared(run, tmp_path):
@@ -831,16 +831,16 @@ def test_the_heading_of_scored_images_has_the_last_net_in_one_step_and_two_and_t
     rows = [{"stage": "teacher, balanced labels", "1-step FID": "99.0", "8-step FID": "2.0"}, {"stage": "mid", "1-step FID": "5.0", "2-step FID": "-"},
             {"stage": "post", "1-step FID": "6.0 +- 1.0, min 5.0", "2-step FID": "3.0"}]
     fid.save_stages(str(tmp_path), shown, (), " Seed 0.", rows, 500)
-    assert said[0] == ("after post-training: FID (lower is better) 6.00 in one step, 3.00 in two\n"
+    assert said[0] == ("after post-training: FID (lower is better) 6.00 in one step, 3.00 in two steps\n"
                        "A column is one noise, drawn by every net. FID, lower is better: Frechet distance of 500 samples to the data, by features of a classifier; of few it is off, mostly high. Whether mid-training helps, only a run without it tells (docs/usage.md). Post-training makes it worse in one step. Seed 0.")
     assert labels == [[("mid-training alone\n1 step", "5.0", "-"), ("after post-training\n1 step", "6.0 +- 1.0, min 5.0", "3.0")]]     # two look like one
     assert heads == [["", *[""] * 12, "FID of this row", "FID in two steps"]]
     fid.save_stages(str(tmp_path), shown, (), "", [{"stage": "teacher", "8-step FID": "2.0"}])
     fid.save_stages(str(tmp_path), shown, (), "A heading\nand more", rows)
     nearly = [{"stage": "mid", "1-step FID": "5.0", "2-step FID": "3.0"}, {"stage": "post", "1-step FID": "5.4", "2-step FID": "3.2"}]
-    assert fid.headline(nearly) == "after post-training: FID (lower is better) 5.40 in one step, 3.20 in two"
-    assert fid.of_scores(nearly, 500).endswith(" Post-training makes it worse in one step and two.")
-    assert fid.of_scores([nearly[0] | {"1-step FID": "6.0"}, nearly[1]], 500).endswith(" Post-training makes it worse in two.")            # in either
+    assert fid.headline(nearly) == "after post-training: FID (lower is better) 5.40 in one step, 3.20 in two steps"
+    assert fid.of_scores(nearly, 500).endswith(" Post-training makes it worse in one step and in two steps.")
+    assert fid.of_scores([nearly[0] | {"1-step FID": "6.0"}, nearly[1]], 500).endswith(" Post-training makes it worse in two steps.")            # in either
     assert fid.headline([{"stage": "teacher", "1-step FID": "9.0", "8-step FID": "2.0"}]) == ""
     assert fid.headline([{"stage": "teacher", "8-step FID": "2.0"}]) == ""
     alone = {"stage": "alone", "1-step FID": "1.48", "2-step FID": "9.00"}
@@ -880,6 +880,11 @@ def test_a_caption_names_seed_and_sizes():
         assert fid.about(train_cmt_cifar.Config(seed=7), found[1:]) == (
             f" Mid-training compares by {words}. Seed 7.")
     assert fid.about(train_cmt_cifar.Config(seed=7), found[2:]) == " Seed 7."
+    cfg = dict(lr=1e-4, q=4096, out="x", mid="cmt")
+    rival = [("post", found[0][1], dict(cfg=cfg)), ("alone", found[0][1], dict(cfg=cfg | dict(lr=1e-3, out="y", mid="none")))]
+    assert fid.about(train_cmt_cifar.Config(seed=7), rival) == " Without it post-training has lr 0.001. Seed 7."                # what it was trained by
+    rival[1][2]["cfg"] |= dict(lr=1e-4, pretrain="fm")
+    assert fid.about(train_mf_imagenet256.Config(seed=7), rival) == " Its start, a flow-matching net, has seen images of its own. Seed 7."
 
 
 def test_a_colour_means_one_thing_in_every_chart():

@@ -893,6 +893,9 @@ def test_a_finished_stage_of_another_road_is_not_taken_for_this_one(road, capsys
     for flags, name in (["--mid", "none"], "--mid cmt, now none"), (["--init", "random"], "--post.init"):
         exit_code, err = code([*TINY, "--out", road, "--steps", "3", "--stage", "post", *flags], capsys)
         assert exit_code == 2 and f"was made by train_cmt_cifar.py --data digits with {name}" in err
+    for flag in "teacher", "init":                      # of two causes the plainer one, and no command that names what is not there
+        exit_code, err = code([*TINY, "--out", road, "--steps", "9", "--stage", "mid", f"--{flag}", "gone.pt"], capsys)
+        assert exit_code == 3 and err.splitlines()[-1].endswith(f"--{flag} gone.pt: no such file; give a file or a URL")
 
 
 def test_post_training_without_the_mid_training_it_went_on_from_is_not_joined_by_another(road, capsys):

@@ -1296,9 +1296,9 @@ def about(cfg, found):
     knobs = {name: ckpt.get("cfg", {}) for name, *_, ckpt in found if name in ("post", "alone")}
     same = {*home_of(cfg).NO_WEIGHT.split(), *never_read(dataclasses.replace(cfg, stage="post")),
             *"steps mid init pretrain weak".split()}
-    if other := [f"{k} {v}" for k, v in knobs.get("alone", {}).items() if k not in same
+    if other := [f"{k}={v}" for k, v in knobs.get("alone", {}).items() if k not in same
                  and v != knobs.get("post", {}).get(k, v)]:
-        by += f" Without it post-training has {', '.join(other)}."
+        by += f" Without it: {', '.join(other)}."
     if knobs.get("alone", {}).get("pretrain") == "fm":
         by += " Its start, a flow-matching net, has seen images of its own."
     if sizes.get("students", 0) > 1.2 * sizes.get("teacher", math.inf):

@@ -882,7 +882,7 @@ def test_a_caption_names_seed_and_sizes():
     assert fid.about(train_cmt_cifar.Config(seed=7), found[2:]) == " Seed 7."
     cfg = dict(lr=1e-4, q=4096, out="x", mid="cmt")
     rival = [("post", found[0][1], dict(cfg=cfg)), ("alone", found[0][1], dict(cfg=cfg | dict(lr=1e-3, out="y", mid="none")))]
-    assert fid.about(train_cmt_cifar.Config(seed=7), rival) == " Without it post-training has lr 0.001. Seed 7."                # what it was trained by
+    assert fid.about(train_cmt_cifar.Config(seed=7), rival) == " Without it: lr=0.001. Seed 7."                # what it was trained by
     rival[1][2]["cfg"] |= dict(lr=1e-4, pretrain="fm")
     assert fid.about(train_mf_imagenet256.Config(seed=7), rival) == " Its start, a flow-matching net, has seen images of its own. Seed 7."
 

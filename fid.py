@@ -1827,7 +1827,8 @@ def stages_of(home, argv):
         skipped = idle if dot or len(stages) > 1 else ()     # of one alone a line says that it is left out
         if asked and all(s in skipped or s not in stages or unread(s, field) or (from_mid and s == "post")
                          for s in asked):
-            said = f"{flag} has no effect: {stage or 'every stage'} does without it, or is not run"
+            idly = "is not run" if stage in skipped or stage not in ("", *stages) else "does without it"
+            said = f"{flag} has no effect: {stage or 'every stage that is run'} {idly}"
             one = len(stages) == 1 and stage not in stages
             announce(f"{cfg.stage} reads no {flag}") if one else say(f"warning: {said}")
     for k, c in enumerate(configs):                          # --init FILE starts the first stage, not all

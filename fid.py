@@ -1284,7 +1284,7 @@ def numbers_of(name, steps, table):
               if steps == 1 and key.startswith("2-step F") and value != "-"}
     seen = [row.get("images", "-"), *[rows.get("mid", {}).get("images", "-")] * (name == "post")]
     seen = [int(images.replace(",", "")) for images in seen if images != "-"]
-    return found | ({"images or pairs seen": f"{sum(seen):,}"} if seen else {})
+    return found | ({"images and pairs in all": f"{sum(seen):,}"} if seen else {})
 
 
 def about(cfg, found):
@@ -1298,18 +1298,24 @@ def about(cfg, found):
             *"steps mid init pretrain weak".split()}
     if other := [f"{k}={v}" for k, v in knobs.get("alone", {}).items() if k not in same
                  and v != knobs.get("post", {}).get(k, v)]:
-        by += f" Without it: {', '.join(other)}."
-    if knobs.get("alone", {}).get("pretrain") == "fm":
-        by += " Its start, a flow-matching net, has seen images of its own."
+        by += f" Without it, by other knobs: {', '.join(other)}."
+    start = home_of(cfg).nets.finished(f"{cfg.out}/alone/pretrain.pt")
+    if start and knobs.get("alone", {}).get("pretrain") == "fm":
+        by += f" It goes on from a flow-matching net of {start['step'] * start['cfg']['batch']:,} images."
     if sizes.get("students", 0) > 1.2 * sizes.get("teacher", math.inf):
         by += f" Students are {sizes['students'] / sizes['teacher']:.1f} times as large as the teacher."
     return f"{by} Seed {cfg.seed}{'; three seeds, on another CPU: docs/results.md' * (cfg.data == 'digits')}."
 
 
+def effect(now, without):
+    """What mid-training does to a score, lower is better; within 10 % it changes little."""
+    return "changes little" if abs(now - without) < 0.1 * without else "helps" if now < without else "hurts"
+
+
 def beside(distance, steps, now, without, seeds="one seed"):
-    """For a heading: what mid-training does to a score in "one step"; within 10 % it changes little."""
-    effect = "changes little" if abs(now - without) < 0.1 * without else "helps" if now < without else "hurts"
-    return f"Mid-training {effect} in {steps}: {distance} {now:.2f} with it, {without:.2f} without ({seeds})"
+    """For a heading: a score in "one step" with mid-training, and without it."""
+    return (f"Mid-training {effect(now, without)} in {steps}: {distance} {now:.2f} with it, {without:.2f} "
+            f"without ({seeds})")
 
 
 def distance_of(table):
@@ -1344,7 +1350,9 @@ def of_scores(table, samples):
     nets = scores_of(table)
     if "mid" in nets and "alone" not in nets:
         text += " Whether mid-training helps, only a run without it tells (docs/usage.md)."
-    mid, post = (nets.get(net, {}) for net in ("mid", "post"))
+    mid, post, alone = (nets.get(net, {}) for net in ("mid", "post", "alone"))
+    if mid and (two := FEW["2"]) in post.keys() & alone.keys():
+        text += f" In {two} mid-training {effect(post[two], alone[two])}."
     if worse := [k for k in mid if mid[k] < post.get(k, 0)]:
         text += f" Post-training makes it worse in {' and in '.join(worse)}."
     return text + (" Shows its digit: a classifier reads it as the caption's digit."
@@ -1414,9 +1422,9 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
     k = next((error[0] for error in errors.values()), torch.zeros(1)).argmax().item()       # what is drawn
     name = f"\n{names[k % len(names)]}" if names else ""
     rows = [(f"the teacher's trajectory{name}", show((states / wide)[:, k]))]               # at unit scale
-    rows += [(f"{words_for[net]}\nin one step", show(x[:, k]), *(f"error {e:.2f}" for e in errors[net][:, k]))
-             for net, x in answers.items()]
-    means = "; ".join(f"{words_for[net]} {error[0].mean():.2f}" for net, error in errors.items())
+    rows += [(f"{words_for[net]}\nin one step", show(x[:, k]),
+              *(f"error {e:.2f}" for e in errors[net][:, k].tolist())) for net, x in answers.items()]
+    means = "; ".join(f"{words_for[net]} {error[0].mean().item():.2f}" for net, error in errors.items())
     consistency = bool(levels.max() > 1)
     jump = ("from every state of the teacher's trajectory to its end" if consistency else
             "between any two states of the teacher's trajectory")

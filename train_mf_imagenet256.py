@@ -364,7 +364,7 @@ def loss_of(cfg, run, flow, rows):
         z, t, r, y, target = rows
         return loss_cmt_mf(flow.u, z, t, r, y, target)                                        # Eq. 8
     z, t, r, y, v, guided = rows                      # guided: which samples guidance changes
-    if cfg.stage == "pretrain":                       # "fm" differs in numbers only, "vanilla" below too
+    if cfg.stage == "pretrain":                       # "fm": read_batch draws r = t, no du/dt is left
         return loss_mf(flow, z, v, t, r, y, guided, cfg)
     assert cfg.post in ("mf", "vanilla", "teacher"), f"{cfg.post}: no branch returns its loss"
     if cfg.post == "teacher":                         # its velocities are guided already

@@ -35,7 +35,7 @@ Precision, recall and the like: reuse net(images). Exit codes: 0 done, 2 usage, 
 Of the script at work fid takes Config and its tables: PRESETS (values), LIMITS (what they may be), READ_BY
 (which stages read a knob; not named: all), NO_WEIGHT (knobs that change no weight), ABOUT (a stage in words),
 DECAYS, ENDLESS, STAGES, INITS, NO_TEACHER, FILES, RUN, NEED_STAGE; DEVICE and nets; it calls parse,
-data_name, check, solve_size, resume, candidates and set_up.
+data_name, check, solve_size, resume, candidates and set_up, and looks for the words of --post in loss_of.
 """
 import argparse
 import collections
@@ -950,11 +950,15 @@ def load_images(path, res=0):
     return torch.from_numpy(images)
 
 
-def read_cifar(path, md5):
+CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+CIFAR_MD5 = "c58f30108f718f92721af3b95e74349a"
+
+
+def read_cifar(path):
     """The 50,000 training images in cifar-10-python.tar.gz, not unpickled: the pixels lie in one piece."""
     found = hashlib.md5(pathlib.Path(path).read_bytes()).hexdigest()
-    if found != md5:
-        raise DataError(f"{path}: md5 is {found}, expected {md5}; delete it to download it again")
+    if found != CIFAR_MD5:
+        raise DataError(f"{path}: md5 is {found}, expected {CIFAR_MD5}; delete it to download it again")
     marker = b"T" + (10_000 * 3072).to_bytes(4, "little")          # BINSTRING and its length
     with tarfile.open(path) as tar:
         raw = [tar.extractfile(f"cifar-10-batches-py/data_batch_{i}").read() for i in range(1, 6)]
@@ -1283,8 +1287,8 @@ def numbers_of(name, steps, table):
     found |= {f"{key.partition(' ')[2]} in two steps": value for key, value in row.items()
               if steps == 1 and key.startswith("2-step F") and value != "-"}
     seen = [row.get("images", "-"), *[rows.get("mid", {}).get("images", "-")] * (name == "post")]
-    seen = [int(images.replace(",", "")) for images in seen if images != "-"]
-    return found | ({"images and pairs in all": f"{sum(seen):,}"} if seen else {})
+    seen = [int(images.replace(",", "")) for images in seen if images != "-" and name != "teacher"]
+    return found | ({"images or pairs as a student": f"{sum(seen):,}"} if seen else {})
 
 
 def about(cfg, found):
@@ -1298,7 +1302,7 @@ def about(cfg, found):
             *"steps mid init pretrain weak".split()}
     if other := [f"{k}={v}" for k, v in knobs.get("alone", {}).items() if k not in same
                  and v != knobs.get("post", {}).get(k, v)]:
-        by += f" Without it, by other knobs: {', '.join(other)}."
+        by += f" Without it, by knobs of its own: {', '.join(other)}."
     start = home_of(cfg).nets.finished(f"{cfg.out}/alone/pretrain.pt")
     if start and knobs.get("alone", {}).get("pretrain") == "fm":
         by += f" It goes on from a flow-matching net of {start['step'] * start['cfg']['batch']:,} images."
@@ -1392,7 +1396,8 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
         header = [what, *above, *keys] if names or keys else ()
     title, _, words = words.rpartition("\n")
     title = title or headline(table) or "The same noises, drawn by every net"
-    caption = f"{title}\nA {line} is one noise, drawn by every net."
+    last = "; the last row is real" * (not shown[-1][1])
+    caption = f"{title}\nA {line} is one noise, drawn by every net{last}."
     caption += of_scores(table, samples) if table else ""
     path = f"{out}/stages" + f"_{shown[0][0]}" * shown[0][0].startswith("init_") + ".png"    # --init FILE
     if table or not (os.path.exists(path) and os.path.exists(f"{out}/results.md")):     # scores stay
@@ -1971,6 +1976,8 @@ def check_values(cfg, limits, world):
         fail(2, f"--batch_gpu {cfg.batch_gpu} must divide the {share} of --batch in a process; pass {fits}")
     if cfg.stage in ("sample", "eval"):
         check_named(cfg)
+    if cfg.stage == "post" and repr(cfg.post) not in str(home.loss_of.__code__.co_consts):      # of a fork
+        fail(2, f"{cfg.post}: no branch returns its loss (docs/forking.md)")
     check_out(cfg.out)
     if cfg.decay not in home.DECAYS:
         fail(2, f"--decay {cfg.decay}: DECAYS of {os.path.basename(home.__file__)} has no such entry")

@@ -1737,12 +1737,16 @@ def save_checkpoint(path, **state):
         gone = isinstance(e, FileNotFoundError)
         remedy = "name a folder that is there" if gone else "free some space, run again"
         raise OSError(f"{path}: {why}; {remedy}") from e
-    if os.path.exists(path):
+    if os.path.exists(path) and path not in DAMAGED:
         os.replace(path, path + ".prev")
     os.replace(path + ".tmp", path)
+    DAMAGED.discard(path)
     folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)
+
+
+DAMAGED = set()                                       # trap: what was found so must not replace a whole .prev
 
 
 @functools.cache
@@ -1768,6 +1772,7 @@ def load_checkpoint(path, whole=False):
                 print(f"warning: {path} is missing or damaged; going on from {p}", file=sys.stderr)
             return state
         except Exception as e:                        # damage can surface as any error
+            DAMAGED.add(p)
             print(f"warning: {p} is damaged, cut or changed ({type(e).__name__})", file=sys.stderr)
     if found:
         raise WeightsError(f"{' and '.join(found)}: damaged; to start anew move that and later stages away")

@@ -25,8 +25,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-import fid                      # the score, and what runs share: flags, log, files, pictures. It reads the
-                                # tables of this file and calls parse, check, ...: its docstring names them
+import fid                      # the score, and what runs share; it reads tables of this file (its docstring)
 import nets                     # networks, their weights, distances
 import solvers                  # trajectories, few-step samplers, seeds
 from fid import count, fail, log, report
@@ -118,8 +117,6 @@ NO_TEACHER = ["ect", "annealed"]                      # post-trainings that ask 
 FILES = {"cifar10": "data/cifar-10-python.tar.gz",
          "ffhq": "data/ffhq-64x64.zip", "afhqv2": "data/afhqv2-64x64.zip"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
-CIFAR_MD5 = "c58f30108f718f92721af3b95e74349a"
 # A knob is added to Config, LIMITS and READ_BY (docs/forking.md)
 parse = partial(fid.parse, sys.modules[__name__])     # (argv) -> Config
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
@@ -148,8 +145,11 @@ def solve_size(cfg):
 def teacher_pairs(cfg, teacher, shape, g):
     """Eq. 7: n trajectories of the frozen teacher; the first `used` states of each are paired with its end.
 
+      xs = teacher_solver(teacher, x_T, sigmas)                  # one trajectory; x_i of Eq. 7 is xs[nfe - i]
+      pairs = [(xs[i], sigmas[i], xs[-1]) for i in range(used)]
+
     shape: of one image. Every process draws its share and gets all. Returns, shuffled, x_t (P, C, H, W), t
-    and owner (P,), and the ends x_0 (n, C, H, W): pair p's end is x_0[owner[p]]. x_i of Eq. 7 is xs[nfe - i].
+    and owner (P,), and the ends x_0 (n, C, H, W): pair p's end is x_0[owner[p]].
     """
     (n, used), sigmas = solve_size(cfg), teacher_sigmas(cfg.nfe)              # (nfe+1,), from 80 to 0.002
     levels = sigmas.to(g.device, torch.float32, non_blocking=True)
@@ -264,7 +264,7 @@ def loss_of(cfg, run, step, f, rows, ends):
 
 def train(cfg):
     """One stage from its last checkpoint to its end. As plain loops: docs/walkthrough.md, 3 and 5."""
-    if not (run := set_up(cfg)):                      # run: net, opt, tally, ...: see begin
+    if not (run := set_up(cfg)):      # run.flat: all weights of net as one vector, run.grad: its gradient
         return
     net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
     share, micro = B // WORLD, cfg.batch_gpu or B // WORLD    # rows of a process, of a forward pass
@@ -281,7 +281,7 @@ def train(cfg):
             loss_sum += loss.detach() * part
         norm, mean, stop = total(run.grad, loss_sum, tally["scale"])          # the one wait of a step
         if math.isfinite(norm + mean):            # else: no step, and no trace of it in weights and moments
-            opt.step()                            # on run.flat, all weights in one vector, by run.grad
+            opt.step()                            # of run.flat, by run.grad
         run.grad.zero_()
         run.flat_ema.lerp_(run.flat, 1 - cfg.ema_beta)
 
@@ -462,7 +462,7 @@ def needs_data(cfg):
 @cache                                                # once for all checks, once for all stages
 def opened(path, side):
     """Images of the archive of CIFAR-10, or of any file or folder, cropped to side (0: as they are)."""
-    return fid.read_cifar(path, CIFAR_MD5) if path.endswith(".tar.gz") else fid.load_images(path, side)
+    return fid.read_cifar(path) if path.endswith(".tar.gz") else fid.load_images(path, side)
 
 
 def load_data(cfg):
@@ -471,7 +471,7 @@ def load_data(cfg):
     if cfg.data == "digits":
         return fid.digits()[0]
     if cfg.data == "cifar10" and not os.path.exists(path):
-        path = nets.fetch(CIFAR_URL)
+        path = nets.fetch(fid.CIFAR_URL)
     if not os.path.exists(path):
         fail(3, f"--data {path or repr(path)} is not there; pass --data PATH, {', '.join(FILES)} "
                 "or digits, or link an EDM zip there")

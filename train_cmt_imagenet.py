@@ -32,8 +32,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-import fid                      # the score, and what runs share: flags, log, files, pictures. It reads the
-                                # tables of this file and calls parse, check, ...: its docstring names them
+import fid                      # the score, and what runs share; it reads tables of this file (its docstring)
 import nets                     # networks, their weights, distances
 import solvers                  # trajectories, few-step samplers, seeds
 from fid import count, fail, log, report
@@ -173,6 +172,9 @@ def solve_size(cfg):
 @torch.no_grad()
 def teacher_pairs(cfg, teacher, shape, g, classes):
     """Eq. 7: n trajectories of the frozen teacher; the first `used` states of each are paired with its end.
+
+      xs = teacher_solver(teacher, x_T, sigmas)                  # one trajectory; x_i of Eq. 7 is xs[nfe - i]
+      pairs = [(xs[i], sigmas[i], xs[-1]) for i in range(used)]
 
     shape: of one image. Every process draws its share and gets all. Returns, shuffled, x_t (P, C, H, W), t,
     the classes y and owner (P,), and the ends x_0 (n, C, H, W): pair p's end is x_0[owner[p]].
@@ -337,7 +339,7 @@ def loss_of(cfg, run, seed, rows, ends):
 
 def train(cfg):
     """One stage from its last checkpoint to its end. As plain loops: docs/walkthrough.md, 3 and 5."""
-    if not (run := set_up(cfg)):                      # run: net, opt, tally, ...: see begin
+    if not (run := set_up(cfg)):      # run.flat: all weights of net as one vector, run.grad: its gradient
         return
     net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
     share, micro = B // WORLD, cfg.batch_gpu or B // WORLD    # rows of a process, of a forward pass
@@ -354,7 +356,7 @@ def train(cfg):
                 loss_sum += loss.detach() * part
         norm, mean, stop = total(run.grad, loss_sum, tally["scale"])          # the one wait of a step
         if math.isfinite(norm + mean):            # else: no step, and no trace of it in weights and moments
-            opt.step()                            # on run.flat, all weights in one vector, by run.grad
+            opt.step()                            # of run.flat, by run.grad
         run.grad.zero_()
         run.flat_ema.lerp_(run.flat, 1 - ema_beta(cfg, step))
 

@@ -34,8 +34,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-import fid                      # the score, and what runs share: flags, log, files, pictures. It reads the
-                                # tables of this file and calls parse, check, ...: its docstring names them
+import fid                      # the score, and what runs share; it reads tables of this file (its docstring)
 import nets                     # networks, their weights, distances
 import solvers                  # trajectories, few-step samplers, seeds
 from fid import count, fail, log, report
@@ -374,7 +373,7 @@ def loss_of(cfg, run, flow, rows):
 
 def train(cfg):
     """One stage from its last checkpoint to its end. As plain loops: docs/walkthrough.md, 6."""
-    if not (run := set_up(cfg)):                      # run: net, opt, tally, ...: see begin
+    if not (run := set_up(cfg)):      # run.flat: all weights of net as one vector, run.grad: its gradient
         return
     net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
     flow = flow_of(cfg, net, torch.tensor(net.num_classes, device=DEVICE))    # "no class" is the last
@@ -393,7 +392,7 @@ def train(cfg):
             fid.add_errors(errors, square / z[0].numel(), t - r)
         norm, mean, stop = total(run.grad, loss_sum, tally["scale"])          # the one wait of a step
         if math.isfinite(norm + mean):            # else: no step, and no trace of it in weights and moments
-            opt.step()                            # on run.flat, all weights in one vector, by run.grad
+            opt.step()                            # of run.flat, by run.grad
         run.grad.zero_()
         run.flat_ema.lerp_(run.flat, 1 - cfg.ema_beta)
 

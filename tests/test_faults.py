@@ -547,6 +547,7 @@ def test_f5_truncated_checkpoints_fall_back_to_the_one_before(capsys):
         assert "is damaged" in capsys.readouterr().err
     script.main(argv)
     assert torch.equal(weights("run/pretrain.pt"), good)
+    assert nets.load_checkpoint("run/pretrain.pt.prev", whole=True)["step"] == 3       # kept: the damaged one did not take its place
     for name in ("run/pretrain.pt", "run/pretrain.pt.prev"):
         Path(name).write_bytes(b"nothing")
     exit_code, err = code(argv, capsys)

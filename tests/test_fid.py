@@ -851,8 +851,8 @@ def test_the_heading_of_scored_images_has_the_last_net_in_one_step_and_two_and_t
     assert fid.of_scores([*nearly, alone], 500).count(" In two steps mid-training helps.") == 1 and "mid-training" not in fid.of_scores([nearly[1], alone], 500)
     assert "only a run without it tells" in fid.of_scores(nearly, 500) and "only a run" not in fid.of_scores([*nearly, alone], 500)
     seen = [row | {"images": n} for row, n in zip((*nearly, alone), ("1,000", "7", "2,000"))]                # post-training has seen both
-    assert [fid.numbers_of(net, 1, seen)["images and pairs in all"] for net in ("mid", "post", "alone")] == ["1,000", "1,007", "2,000"]
-    assert "images and pairs in all" not in fid.numbers_of("mid", 1, [row | {"images": "-"} for row in nearly])                # weights of a file
+    assert [fid.numbers_of(net, 1, seen)["images or pairs as a student"] for net in ("mid", "post", "alone")] == ["1,000", "1,007", "2,000"]
+    assert "images or pairs as a student" not in fid.numbers_of("mid", 1, [row | {"images": "-"} for row in nearly])                # weights of a file
     assert said[1].startswith("The same noises, drawn by every net\nA column") and said[2].startswith("A heading\nA column") and said[2].endswith("and more")
 
 
@@ -883,7 +883,7 @@ def test_a_caption_names_seed_and_sizes(monkeypatch):
     assert fid.about(train_cmt_cifar.Config(seed=7), found[2:]) == " Seed 7."
     cfg = dict(lr=1e-4, q=4096, out="x", mid="cmt")
     rival = [("post", found[0][1], dict(cfg=cfg)), ("alone", found[0][1], dict(cfg=cfg | dict(lr=1e-3, out="y", mid="none")))]
-    assert fid.about(train_cmt_cifar.Config(seed=7), rival) == " Without it, by other knobs: lr=0.001. Seed 7."                # what it was trained by
+    assert fid.about(train_cmt_cifar.Config(seed=7), rival) == " Without it, by knobs of its own: lr=0.001. Seed 7."                # what it was trained by
     rival[1][2]["cfg"] |= dict(lr=1e-4, pretrain="fm")
     for step, words in (3, ""), (20, " It goes on from a flow-matching net of 160 images."):                        # not begun, or from a file; trained here
         monkeypatch.setattr(train_mf_imagenet256.nets, "finished", lambda path: {"step": 20, "cfg": {"batch": 8}} if step == 20 else None)

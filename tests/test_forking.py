@@ -26,7 +26,7 @@ def test_the_post_training_of_the_forking_guide_trains(here, monkeypatch, capsys
         text = text.replace(old, new)
     mine = [*TINY, "--steps", "2", "--post", "mine"]
     exit_code, err = code([*mine, "--out", "none"], capsys, forked(text, monkeypatch).main)
-    assert exit_code == 2 and "mine: no branch returns its loss" in err and not Path("none/post.pt").exists()
+    assert exit_code == 2 and "mine: no branch returns its loss" in err and not Path("none").exists()                  # before anything is trained
     assert "--post=mine: pytest: mine: no branch returns its loss" in "".join(idle(sys.modules["fork"], "forgotten")).replace("__main__.py", "pytest")
     fork = forked(text.replace("    assert cfg.post", branch + "    assert cfg.post"), monkeypatch)
     fork.main([*mine, "--out", "x"])
@@ -114,6 +114,8 @@ MID, POST, LOSS = ('"none"] = "cmt"', '"none", "mine"] = "cmt"'), ('] = "ect"', 
     ([MID, ("        return loss_cmt(f", "        if cfg.mid == 'mine':\n            return loss_cmt(f, x_t, t, [a[owner] for a in ends], run.distance) * 2\n        return loss_cmt(f")], []),
     ([POST, ('"ecd", "ecd_euler"), f', '"ecd", "ecd_euler", "mine"), f')], ["--post=mine trains just as without it"]),
     ([POST, ('"ecd", "ecd_euler"), f', '"ecd", "ecd_euler", "mine"), f'), ("    (\"digits\", \"post\", \"annealed\"", "    (\"digits\", \"post\", \"mine\"): dict(lr=1e-3),\n    (\"digits\", \"post\", \"annealed\"")],
+     ["--post=mine trains just as without it"]),
+    ([POST, ('"ecd", "ecd_euler"), f', '"ecd", "ecd_euler", "mine"), f'), ('    "post q stair"', '    "q stair": "post, not post mine",\n    "huber_c": "mid, post, not post mine",\n    "post q stair"')],
      ["--post=mine trains just as without it"]),
     ([POST, ("    assert cfg.post", "    if cfg.post == 'mine':\n        return loss_dm(f, x, t, eps)\n    assert cfg.post")],
      ['post mine does not read huber_c: READ_BY needs "huber_c": "mid, post, not post mine",', 'post mine does not read q: READ_BY needs "q": "post, not post mine",']),

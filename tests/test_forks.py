@@ -94,7 +94,7 @@ def idle(home, out):
     for name, word in new:
         flag, alike = f"--{name}={word}", True
         for stage in [name] if name in STAGES else STAGES:
-            was, now = (vars(home.parse(["--data", "digits", "--stage", stage, *own])) for own in ([], [flag]))
+            was, now = (vars(fid.stages_of(home, ["--data", "digits", "--stage", stage, *own])[0]) for own in ([], [flag]))
             numbers = [flag_of(f"{stage}.{k}", v) for k, v in now.items() if type(v) in (int, float, bool) and v != was[k] and k != "steps"]
             if not torch.is_tensor(failed := trained(stage, flag)):
                 said.append(f"{flag}: {failed.strip()}")

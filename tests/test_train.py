@@ -312,7 +312,7 @@ def test_cifar10_is_read_from_the_archive_without_unpickling(monkeypatch):
             tar.add("batch", f"cifar-10-batches-py/data_batch_{i + 1}")
     with pytest.raises(ValueError, match="md5 is .* expected c58f30108f"):
         load("--data", "cifar.tar.gz")
-    monkeypatch.setattr(script, "CIFAR_MD5", hashlib.md5(Path("cifar.tar.gz").read_bytes()).hexdigest())
+    monkeypatch.setattr(script.fid, "CIFAR_MD5", hashlib.md5(Path("cifar.tar.gz").read_bytes()).hexdigest())
     x = load("--data", "cifar.tar.gz")
     assert not os.path.exists("evil") and np.array_equal(x.reshape(50_000, 3072).numpy(), pixels)
 

@@ -451,8 +451,8 @@ def protocol(a, b):
     if a.features and b.features and a.features != b.features:
         raise DataError(f"features differ: {a.file} has {a.features}; {b.file} has {b.features}")
     sides = [f"{r.n or '?'} images {r.file or 'of this run'}" + f" (sha256 {r.sha256})" * bool(r.sha256)
-             + f" (too few for {len(r.mu)} features, under {15 * len(r.mu)}: it comes out high)"
-             * (0 < r.n < 15 * len(r.mu))
+             + f" (too few for {len(r.mu)} features, under {16 * len(r.mu)}: it comes out high)"
+             * (0 < r.n < 16 * len(r.mu))
              for r in (a, b)]
     return f"{a.features or b.features or 'features not stated'}, covariance N-1, {' against '.join(sides)}"
 
@@ -1167,7 +1167,7 @@ WIDE = 1_800                                             # pixels of a sheet
 VGG = "features of a VGG"
 COMPARED = dict(huber="pixels", l2="pixels", lpips=VGG, elatentlpips=VGG)                  # by --loss
 ROW = " of this row"
-FEW = {"1": "one step", "2": "two steps"}                      # the steps of students that a heading tells
+FEW = {"1": "one step", "2": "two steps"}                # the steps of students that a heading tells
 INKS = {"without|scratch": "#c0392b", "flow": "#8e44ad", "mid|CMT": "#1f5fbf", "teacher|pre-": "#2e8b57",
         "post": "#d98a00", "VGG": "#555555"}             # what a name speaks of: its colour in every chart
 
@@ -1347,7 +1347,7 @@ def headline(table):
 
 def of_scores(table, samples):
     """For a caption: what the scores of a table are, and what does not help."""
-    few = "; of few it is off, mostly high" * (samples < 1_000)
+    few = "; of few it is off, mostly high" * (samples < 1_024)
     few += f" ({HALVES.partition(';')[0]})" * (distance_of(table) == "FD-digits")
     text = (f" {distance_of(table)}, lower is better: Frechet distance of {samples:,} samples to the data, "
             f"by features of a classifier{few}.")
@@ -2447,8 +2447,8 @@ def overview(road, device, cfg):
     fork = os.path.basename(home_of(cfg).__file__)
     if ROAD and fork not in SCRIPTS and max(steps for steps, _ in ROAD.values()) > 2:
         text += f"\n{fork} is a fork: python -m pytest tests/test_forks.py finds its slips in seconds"
-    text += (f"\nwarning: a score of {cfg.samples} samples is off, mostly high; pass --samples 1000 or more"
-             ) * (cfg.samples < 1_000 and cfg.stage in ("all", "eval"))
+    text += (f"\nwarning: a score of {cfg.samples} samples is off, mostly high; pass --samples 1024 or more"
+             ) * (cfg.samples < 1_024 and cfg.stage in ("all", "eval"))
     slow, average, warm, stairs = [], [], [], []             # one line a kind, not a stage
     for c in [c for left, c in road if left]:
         half = device.type == "cpu" and c.precision in ("bf16", "fp16")

@@ -609,7 +609,7 @@ def test_a_score_says_first_that_features_differ_and_last_that_images_are_few():
     assert drawn == []
     reference = other._replace(features=net.protocol)
     text = fid.protocol(fid.score(sampler, net, reference, 8)[2], reference)
-    assert drawn == [8] and "8 images of this run (too few for 64 features, under 960: it comes out high) against" in text and text.count("too few") == 1
+    assert drawn == [8] and "8 images of this run (too few for 64 features, under 1024: it comes out high) against" in text and text.count("too few") == 1
 
 
 def test_numbers_of_different_features_are_not_compared(run, tmp_path):

@@ -813,7 +813,7 @@ def test_what_is_refused_is_not_announced(road, capsys):
         out = capsys.readouterr().out
         assert "to train" not in out and "stage " not in out.replace("--stage ", "") and not os.path.exists("x")
     script.main([*TINY, "--stage", "eval", "--out", str(road)])
-    few = "warning: a score of 16 samples is off, mostly high; pass --samples 1000 or more"
+    few = "warning: a score of 16 samples is off, mostly high; pass --samples 1024 or more"
     assert f"to train: nothing, what is there is drawn and scored (again)\n{few}\nstage 4 of 4" in capsys.readouterr().out
 
 

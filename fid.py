@@ -1288,7 +1288,7 @@ def numbers_of(name, steps, table):
               if steps == 1 and key.startswith("2-step F") and value != "-"}
     seen = [row.get("images", "-"), *[rows.get("mid", {}).get("images", "-")] * (name == "post")]
     seen = [int(images.replace(",", "")) for images in seen if images != "-" and name != "teacher"]
-    return found | ({"images or pairs as a student": f"{sum(seen):,}"} if seen else {})
+    return found | ({"images or pairs seen by a student": f"{sum(seen):,}"} if seen else {})
 
 
 def about(cfg, found):
@@ -1305,10 +1305,11 @@ def about(cfg, found):
         by += f" Without it, by knobs of its own: {', '.join(other)}."
     start = home_of(cfg).nets.finished(f"{cfg.out}/alone/pretrain.pt")
     if start and knobs.get("alone", {}).get("pretrain") == "fm":
-        by += f" It goes on from a flow-matching net of {start['step'] * start['cfg']['batch']:,} images."
+        by += f" It begins with a flow-matching net of {start['step'] * start['cfg']['batch']:,} images."
     if sizes.get("students", 0) > 1.2 * sizes.get("teacher", math.inf):
         by += f" Students are {sizes['students'] / sizes['teacher']:.1f} times as large as the teacher."
-    return f"{by} Seed {cfg.seed}{'; three seeds, on another CPU: docs/results.md' * (cfg.data == 'digits')}."
+    more = "; three seeds, another CPU, times: docs/results.md" * (cfg.data == "digits")
+    return f"{by} Seed {cfg.seed}{more}."
 
 
 def effect(now, without):
@@ -1357,7 +1358,8 @@ def of_scores(table, samples):
     mid, post, alone = (nets.get(net, {}) for net in ("mid", "post", "alone"))
     if mid and (two := FEW["2"]) in post.keys() & alone.keys():
         text += f" In {two} mid-training {effect(post[two], alone[two])}."
-    if worse := [k for k in mid if mid[k] < post.get(k, 0)]:
+    text += " Little: by less than 10 %." * ("little" in text + headline(table))
+    if worse := [k for k in mid if k in post and effect(post[k], mid[k]) == "hurts"]:
         text += f" Post-training makes it worse in {' and in '.join(worse)}."
     return text + (" Shows its digit: a classifier reads it as the caption's digit."
                    * any("shows its digit" in key for row in table for key in row))
@@ -1969,7 +1971,9 @@ def check_values(cfg, limits, world):
         more = f"did you mean {meant[0]}?" if meant else f"pass one, or {', '.join(names)}"
         fail(2, f"--data {cfg.data}: no file or folder, nor the name of a data set; {more}")
     if world and cfg.batch % world:
-        fail(2, f"--batch {cfg.batch}: {world} processes share it; pass {-(-cfg.batch // world) * world}")
+        fewer = max(k for k in range(1, world) if cfg.batch % k == 0)
+        fail(2, f"--batch {cfg.batch}: {world} processes share it; pass {-(-cfg.batch // world) * world}, or "
+                f"run {fewer}")
     share = cfg.batch // max(world, 1)
     if world and cfg.batch_gpu and share % cfg.batch_gpu:
         fits = max(k for k in range(1, min(cfg.batch_gpu, share) + 1) if share % k == 0)
@@ -1977,7 +1981,7 @@ def check_values(cfg, limits, world):
     if cfg.stage in ("sample", "eval"):
         check_named(cfg)
     if cfg.stage == "post" and repr(cfg.post) not in str(home.loss_of.__code__.co_consts):      # of a fork
-        fail(2, f"{cfg.post}: no branch returns its loss (docs/forking.md)")
+        say(f"warning: --post {cfg.post}: loss_of does not name it; has it a branch? (docs/forking.md)")
     check_out(cfg.out)
     if cfg.decay not in home.DECAYS:
         fail(2, f"--decay {cfg.decay}: DECAYS of {os.path.basename(home.__file__)} has no such entry")
@@ -2439,7 +2443,7 @@ def overview(road, device, cfg):
     if ROAD and device.type == "cpu":
         small = cfg.data == "digits" or getattr(cfg, "res", 0) == 16
         scores = f", and {'half a minute of ' * (cfg.data == 'digits')}scores" * (cfg.stage == "all")
-        scores += "; a shorter one: docs/usage.md, Your own images" * (cfg.data != "digits")
+        scores += "; a shorter one: docs/usage.md, Your own images" * (cfg.data != "digits" and least > 600)
         text += (f"; {duration(least)} to {duration(4 * least)} of a core in fp32{scores}" if small else
                  "\nwarning: there is no GPU; a CPU trains --data digits in minutes, --res 16 in hours")
     named = ROAD and cfg.init not in home_of(cfg).INITS

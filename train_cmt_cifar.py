@@ -40,7 +40,7 @@ class Config:                   # strongest last: default, rows of PRESETS that 
     stage: Literal["all", "pretrain", "mid", "post", "sample", "eval"] = "all"   # all: those not finished
     out: str = ""               # folder of the run; "" = out/<data>
     teacher: str = ""           # FILE, URL; "" = <out>/pretrain.pt, else the official one; scratch = train it
-    mid: Literal["cmt", "kd", "slow", "none"] = "cmt"    # kd: pure noise; slow: a solve for each; none
+    mid: Literal["cmt", "kd", "slow", "none"] = "cmt"    # kd: pairs (x_T, x_0) alone; slow: a solve per pair
     post: Literal["ect", "ecd", "ecd_euler", "annealed"] = "ect"   # ecd: x_r by teacher; annealed: q grows
     init: str = "teacher"       # start of mid (--mid none: post): teacher | random | FILE; sample: show FILE
 
@@ -146,7 +146,7 @@ def teacher_pairs(cfg, teacher, shape, g):
     """Eq. 7: n trajectories of the frozen teacher; the first `used` states of each are paired with its end.
 
       xs = teacher_solver(teacher, x_T, sigmas)                  # one trajectory; x_i of Eq. 7 is xs[nfe - i]
-      pairs = [(xs[i], sigmas[i], xs[-1]) for i in range(used)]
+      pairs = [(xs[k], sigmas[k], xs[-1]) for k in range(used)]
 
     shape: of one image. Every process draws its share and gets all. Returns, shuffled, x_t (P, C, H, W), t
     and owner (P,), and the ends x_0 (n, C, H, W): pair p's end is x_0[owner[p]].

@@ -174,7 +174,7 @@ def teacher_pairs(cfg, teacher, shape, g, classes):
     """Eq. 7: n trajectories of the frozen teacher; the first `used` states of each are paired with its end.
 
       xs = teacher_solver(teacher, x_T, sigmas)                  # one trajectory; x_i of Eq. 7 is xs[nfe - i]
-      pairs = [(xs[i], sigmas[i], xs[-1]) for i in range(used)]
+      pairs = [(xs[k], sigmas[k], xs[-1]) for k in range(used)]
 
     shape: of one image. Every process draws its share and gets all. Returns, shuffled, x_t (P, C, H, W), t,
     the classes y and owner (P,), and the ends x_0 (n, C, H, W): pair p's end is x_0[owner[p]].

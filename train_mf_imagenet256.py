@@ -51,7 +51,7 @@ class Config:                   # strongest last: default, rows of PRESETS that 
     teacher: str = ""           # FILE, URL of a Mean Flow net or a SiT; "" = <out>/pretrain.pt
     pretrain: Literal["mf", "fm"] = "mf"     # teacher: Mean Flow (B.4) or flow matching (SiT)
     mid: Literal["cmt", "none"] = "cmt"                  # Eq. 8
-    post: Literal["mf", "vanilla", "teacher"] = "mf"  # vanilla: the same, as long as MF; teacher: by its v
+    post: Literal["mf", "vanilla", "teacher"] = "mf"  # vanilla: by MF's own numbers; teacher: by its v
     init: str = "random"        # first weights: random | teacher (B.4: SiT) | FILE; sample: show FILE
     weak: str = "dit-b/4"       # size of the teacher: row of nets.SIZES, or PATCHxWIDTHxDEPTH[xHEADS]
     size: str = "dit-xl/2"      # size of the student

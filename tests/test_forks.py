@@ -97,7 +97,7 @@ def idle(home, out):
             was, now = (vars(fid.stages_of(home, ["--data", "digits", "--stage", stage, *own])[0]) for own in ([], [flag]))
             numbers = [flag_of(f"{stage}.{k}", v) for k, v in now.items() if type(v) in (int, float, bool) and v != was[k] and k != "steps"]
             if not torch.is_tensor(failed := trained(stage, flag)):
-                said.append(f"{flag}: {failed.strip()}")
+                said.append(f"{flag}: {failed.strip().splitlines()[-1]}")
             alike &= torch.is_tensor(failed) and not differ(stage, [flag], numbers)       # with its rows of PRESETS, without its name
         said += [f"{flag} trains just as without it"] * alike
     methods = [(f.name, word) for f in fields(home.Config) if f.name in ("mid", "post") for word in typing.get_args(f.type)

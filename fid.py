@@ -1302,13 +1302,14 @@ def about(cfg, found):
             *"steps mid init pretrain weak".split()}
     if other := [f"{k}={v}" for k, v in knobs.get("alone", {}).items() if k not in same
                  and v != knobs.get("post", {}).get(k, v)]:
-        by += f" Without it, by knobs of its own: {', '.join(other)}."
+        by += f" Without it: post-training alone, by {', '.join(other)}."
     start = home_of(cfg).nets.finished(f"{cfg.out}/alone/pretrain.pt")
     if start and knobs.get("alone", {}).get("pretrain") == "fm":
-        by += f" It begins with a flow-matching net of {start['step'] * start['cfg']['batch']:,} images."
+        by += f" It begins with a flow-matching net of {start['step'] * start['cfg']['batch']:,} images"
+        by += f"{'; about equal time for both: docs/results.md' * (cfg.data == 'digits')}."
     if sizes.get("students", 0) > 1.2 * sizes.get("teacher", math.inf):
         by += f" Students are {sizes['students'] / sizes['teacher']:.1f} times as large as the teacher."
-    more = "; three seeds, another CPU, times: docs/results.md" * (cfg.data == "digits")
+    more = "; three seeds, on another CPU: docs/results.md" * (cfg.data == "digits")
     return f"{by} Seed {cfg.seed}{more}."
 
 
@@ -1357,7 +1358,7 @@ def of_scores(table, samples):
         text += " Whether mid-training helps, only a run without it tells (docs/usage.md)."
     mid, post, alone = (nets.get(net, {}) for net in ("mid", "post", "alone"))
     if mid and (two := FEW["2"]) in post.keys() & alone.keys():
-        text += f" In {two} mid-training {effect(post[two], alone[two])}."
+        text += f" In {two} mid-training {effect(post[two], alone[two])} (this seed)."
     text += " Little: by less than 10 %." * ("little" in text + headline(table))
     if worse := [k for k in mid if k in post and effect(post[k], mid[k]) == "hurts"]:
         text += f" Post-training makes it worse in {' and in '.join(worse)}."

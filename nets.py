@@ -601,7 +601,7 @@ class EDM2Precond(nn.Module):
 # Each has .features(x) -> list of tensors, .distance(features_a, features_b) -> (B,), .forward(a, b) -> (B,),
 # so that the features of a target that many states share are computed once.
 class PixelDistance(nn.Module):
-    """Squared, mean over pixels (huber = 0), or pseudo-Huber sqrt(|a - b|^2 + c^2) - c with c = huber."""
+    """Squared, a mean (huber = 0), or of the norm pseudo-Huber, sqrt(|a - b|^2 + c^2) - c: c = huber."""
 
     def __init__(self, huber=0.0):
         super().__init__()

@@ -219,7 +219,7 @@ def loss_ect(net, x_t, x_r, t, r, weight, huber_c=0.0):
     net(x, sigma) has one dropout mask for both calls. huber_c: of sqrt(d^2 + c^2) - c, 0 for the norm itself.
     """
     with torch.no_grad():
-        f_r = torch.where(r.view(-1, 1, 1, 1) > 0, net(x_r, r), x_r)  # trap: net(x_r, 0) is NaN, of ln 0
+        f_r = torch.where(r.view(-1, 1, 1, 1) > 0, net(x_r, r), x_r)  # trap: net(x_r, 0), q < 5, is NaN
     f_t = net(x_t, t)
     # trap: vector_norm has slope 0 where both agree; the root of a sum of squares would have 0 * inf
     d = torch.linalg.vector_norm((f_t - f_r).flatten(1), dim=1)

@@ -841,7 +841,7 @@ def test_the_heading_of_scored_images_has_the_last_net_in_one_step_and_two_and_t
     assert fid.headline(nearly) == "after post-training: FID (lower is better) 5.40 in one step, 3.20 in two steps"
     for one, two, words in ("5.6", "3.4", " Post-training makes it worse in one step and in two steps."), ("5.0", "3.4", " Post-training makes it worse in two steps."), ("5.4", "3.2", "(docs/usage.md)."):
         assert fid.of_scores([nearly[0], nearly[1] | {"1-step FID": one, "2-step FID": two}], 500).endswith(words)           # in either; within 10 % it is not told
-    assert fid.of_scores([*nearly, {"stage": "alone", "1-step FID": "5.5", "2-step FID": "3.3"}], 500).endswith(" In two steps mid-training changes little. Little: by less than 10 %.")
+    assert fid.of_scores([*nearly, {"stage": "alone", "1-step FID": "5.5", "2-step FID": "3.3"}], 500).endswith(" In two steps mid-training changes little (this seed). Little: by less than 10 %.")
     assert fid.headline([{"stage": "teacher", "1-step FID": "9.0", "8-step FID": "2.0"}]) == ""
     assert fid.headline([{"stage": "teacher", "8-step FID": "2.0"}]) == ""
     alone = {"stage": "alone", "1-step FID": "1.48", "2-step FID": "9.00"}
@@ -849,7 +849,7 @@ def test_the_heading_of_scored_images_has_the_last_net_in_one_step_and_two_and_t
     for without, effect in (5.9, "changes little"), (5.0, "changes little"), (6.1, "helps"), (4.9, "hurts"):                # within 10 %
         assert f"Mid-training {effect} in one step" in fid.headline([*nearly, alone | {"1-step FID": f"{without}"}])
     assert fid.headline([nearly[1], alone]).startswith("after post-training: FID (lower is better) 5.40 in one step")      # the student had none either
-    assert fid.of_scores([*nearly, alone], 500).count(" In two steps mid-training helps.") == 1 and "mid-training" not in fid.of_scores([nearly[1], alone], 500)
+    assert fid.of_scores([*nearly, alone], 500).count(" In two steps mid-training helps (this seed).") == 1 and "mid-training" not in fid.of_scores([nearly[1], alone], 500)
     assert "only a run without it tells" in fid.of_scores(nearly, 500) and "only a run" not in fid.of_scores([*nearly, alone], 500)
     seen = [row | {"images": n} for row, n in zip((*nearly, alone), ("1,000", "7", "2,000"))]                # post-training has seen both
     assert [fid.numbers_of(net, 1, seen)["images or pairs seen by a student"] for net in ("mid", "post", "alone")] == ["1,000", "1,007", "2,000"]
@@ -884,7 +884,7 @@ def test_a_caption_names_seed_and_sizes(monkeypatch):
     assert fid.about(train_cmt_cifar.Config(seed=7), found[2:]) == " Seed 7."
     cfg = dict(lr=1e-4, q=4096, out="x", mid="cmt")
     rival = [("post", found[0][1], dict(cfg=cfg)), ("alone", found[0][1], dict(cfg=cfg | dict(lr=1e-3, out="y", mid="none")))]
-    assert fid.about(train_cmt_cifar.Config(seed=7), rival) == " Without it, by knobs of its own: lr=0.001. Seed 7."                # what it was trained by
+    assert fid.about(train_cmt_cifar.Config(seed=7), rival) == " Without it: post-training alone, by lr=0.001. Seed 7."                # what it was trained by
     rival[1][2]["cfg"] |= dict(lr=1e-4, pretrain="fm")
     for step, words in (3, ""), (20, " It begins with a flow-matching net of 160 images."):                        # not begun, or from a file; trained here
         monkeypatch.setattr(train_mf_imagenet256.nets, "finished", lambda path: {"step": 20, "cfg": {"batch": 8}} if step == 20 else None)

@@ -418,7 +418,7 @@ def photos(args, device):
                 found.append(fid.score(sampler, features, reference, n)[0])
                 scores.setdefault((row, steps), []).append(float(found[-1]))
                 shown.append((CALLED.get(row, row), steps, sampler(range(8))))
-            parts = [torch.load(path, weights_only=True) for path in glob.glob(f"{folder}/*.pt")]
+            parts = map(script.nets.load_checkpoint, glob.glob(f"{folder}/*.pt"))
             seen[row] = f"{sum(part['step'] * part['cfg']['batch'] for part in parts):,}"
             print(f"| {row} | {seed} | {' / '.join(found)} | {state['seconds']:.0f} |", flush=True)
         table = {row: {"stage": CALLED.get(row, row), "images": seen[row]} for row, _ in scores}

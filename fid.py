@@ -1303,9 +1303,9 @@ def about(cfg, found):
     if other := [f"{k}={v}" for k, v in knobs.get("alone", {}).items() if k not in same
                  and v != knobs.get("post", {}).get(k, v)]:
         by += f" Without it: post-training alone, by {', '.join(other)}."
-    start = home_of(cfg).nets.finished(f"{cfg.out}/alone/pretrain.pt")
-    if start and knobs.get("alone", {}).get("pretrain") == "fm":
-        by += f" It begins with a flow-matching net of {start['step'] * start['cfg']['batch']:,} images"
+    nets, flow = home_of(cfg).nets, knobs.get("alone", {}).get("pretrain") == "fm"
+    if flow and (start := nets.finished(f"{cfg.out}/alone/pretrain.pt")):
+        by += f" It begins with a flow-matching net of {nets.cost(start)['images']} images"
         by += f"{'; about equal time for both: docs/results.md' * (cfg.data == 'digits')}."
     if sizes.get("students", 0) > 1.2 * sizes.get("teacher", math.inf):
         by += f" Students are {sizes['students'] / sizes['teacher']:.1f} times as large as the teacher."
@@ -1330,7 +1330,7 @@ def distance_of(table):
 
 
 def scores_of(table):
-    """{net: {"one step": its score, "two": ...}}, last net first; of a net's rows the first counts."""
+    """{net: {"one step": its score, "two steps": ...}}, last net first; of a net's rows the first counts."""
     return {row["stage"].partition(",")[0]: {
         FEW[key[0]]: float(value.split()[0]) for key, value in row.items()
         if key.startswith(("1-step F", "2-step F")) and value != "-"} for row in reversed(table)}
@@ -1357,9 +1357,9 @@ def of_scores(table, samples):
     if "mid" in nets and "alone" not in nets:
         text += " Whether mid-training helps, only a run without it tells (docs/usage.md)."
     mid, post, alone = (nets.get(net, {}) for net in ("mid", "post", "alone"))
-    if mid and (two := FEW["2"]) in post.keys() & alone.keys():
-        text += f" In {two} mid-training {effect(post[two], alone[two])} (this seed)."
-    text += " Little: by less than 10 %." * ("little" in text + headline(table))
+    effects = {k: effect(post[k], alone[k]) for k in alone if mid and k in post}
+    text += "".join(f" In {k} mid-training {effects[k]} (this seed)." for k in effects if k == FEW["2"])
+    text += " Little: by less than 10 %." * ("changes little" in effects.values())
     if worse := [k for k in mid if k in post and effect(post[k], mid[k]) == "hurts"]:
         text += f" Post-training makes it worse in {' and in '.join(worse)}."
     return text + (" Shows its digit: a classifier reads it as the caption's digit."

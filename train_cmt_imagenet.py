@@ -131,7 +131,7 @@ ABOUT = {"pretrain": "stage 1 of 5, pre-training (EDM2): the loss falls while th
          "post": "stage 4 of 5, post-training (Eq. 3): the loss hardly falls; judge by scores",
          "eval": "stage 5 of 5, scores: the images of every net against the data; lower is better"}
 STAGES = ["pretrain", "vgg", "mid", "post", "eval"]   # what --stage all runs, in this order: fid.stages_of
-INITS = "teacher", "random"                           # other values of --init are a FILE: fid.check_values
+INITS = "teacher", "random"                           # other values of --init are a FILE: fid.check_named
 NO_TEACHER = ["ect"]                                  # post-trainings that ask no teacher
 FILES = {"imagenet64": "data/imagenet64.zip", "imagenet512": "data/imagenet512-sd.zip"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}

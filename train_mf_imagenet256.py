@@ -121,7 +121,7 @@ ABOUT = {"pretrain": "stage 1 of 4, pre-training: squared errors fall; the log's
          "post teacher": "stage 3 of 4, post-training: the loss, a squared error, falls slowly",
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = ["pretrain", "mid", "post", "eval"]          # what --stage all runs, in this order: fid.stages_of
-INITS = "teacher", "random"                           # other values of --init are a FILE: fid.check_values
+INITS = "teacher", "random"                           # other values of --init are a FILE: fid.check_named
 NO_TEACHER = ["mf", "vanilla"]                        # post-trainings that ask no teacher
 FILES = {"imagenet": "data/imagenet256-sd"}
 REFERENCE = {"imagenet": "imagenet256"}               # scored by ADM's statistics, others by their own

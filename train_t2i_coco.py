@@ -122,7 +122,7 @@ ABOUT = {"pretrain": "stage 1 of 4, pre-training: squared errors fall; so does t
          "post": "stage 3 of 4, post-training: squared errors fall slowly, the log's loss hardly",
          "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
 STAGES = ["pretrain", "mid", "post", "eval"]          # what --stage all runs, in this order: fid.stages_of
-INITS = "teacher", "random"                           # other values of --init are a FILE: fid.check_values
+INITS = "teacher", "random"                           # other values of --init are a FILE: fid.check_named
 NO_TEACHER = ["mf", "vanilla", "xl"]                  # post-trainings that ask no teacher
 FILES = {"coco": "data/coco256-sd"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}

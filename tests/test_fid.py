@@ -887,7 +887,7 @@ def test_a_caption_names_seed_and_sizes(monkeypatch):
     assert fid.about(train_cmt_cifar.Config(seed=7), rival) == " Without it: post-training alone, by lr=0.001. Seed 7."                # what it was trained by
     rival[1][2]["cfg"] |= dict(lr=1e-4, pretrain="fm")
     for step, words in (3, ""), (20, " It begins with a flow-matching net of 160 images."):                        # not begun, or from a file; trained here
-        monkeypatch.setattr(train_mf_imagenet256.nets, "finished", lambda path: {"step": 20, "cfg": {"batch": 8}} if step == 20 else None)
+        monkeypatch.setattr(train_mf_imagenet256.nets, "finished", lambda path: {"step": 20, "seconds": 1, "cfg": {"batch": 8, "stage": "pretrain"}} if step == 20 else None)
         assert fid.about(train_mf_imagenet256.Config(seed=7), rival) == f"{words} Seed 7."
 
 

@@ -1167,6 +1167,13 @@ WIDE = 1_800                                             # pixels of a sheet
 VGG = "features of a VGG"
 COMPARED = dict(huber="pixels", l2="pixels", lpips=VGG, elatentlpips=VGG)                  # by --loss
 ROW = " of this row"
+SEEN = "images or pairs, mid- and post-training"
+OF_SEEDS = {  # means of three seeds of the defaults on digits, as in README, for sheets of one
+    "train_cmt_cifar": "3.66 with mid-training, 5.58 without; in two steps 2.61, 3.37 (compared by a VGG, "
+                       "the paper's way: 5.94 with it, 5.75 without; in two steps 3.76, 3.87)",
+    "train_cmt_imagenet": "2.26 with mid-training, 1.48 without; in two steps 1.02, 0.97",
+    "train_mf_imagenet256": "3.17 with mid-training, 2.28 without; in two steps 1.02, 0.68",
+    "train_t2i_coco": "3.05 with mid-training, 3.03 without; in two steps 3.40, 2.83"}
 FEW = {"1": "one step", "2": "two steps"}                # the steps of students that a heading tells
 INKS = {"without|scratch": "#c0392b", "flow": "#8e44ad", "mid|CMT": "#1f5fbf", "teacher|pre-": "#2e8b57",
         "post": "#d98a00", "VGG": "#555555"}             # what a name speaks of: its colour in every chart
@@ -1288,7 +1295,7 @@ def numbers_of(name, steps, table):
               if steps == 1 and key.startswith("2-step F") and value != "-"}
     seen = [row.get("images", "-"), *[rows.get("mid", {}).get("images", "-")] * (name == "post")]
     seen = [int(images.replace(",", "")) for images in seen if images != "-" and name != "teacher"]
-    return found | ({"images or pairs seen by a student": f"{sum(seen):,}"} if seen else {})
+    return found | ({SEEN: f"{sum(seen):,}"} if seen else {})
 
 
 def about(cfg, found):
@@ -1296,21 +1303,25 @@ def about(cfg, found):
     sizes = {"teacher" if name == "teacher" else "students":              # frozen weights are buffers
              sum(p.numel() for p in (*net.parameters(), *net.buffers())) for name, net, *_ in found}
     losses = [ckpt["cfg"].get("loss", "velocities") for name, *_, ckpt in found if name == "mid"]
-    by = "".join(f" Mid-training compares by {COMPARED.get(loss, loss)}." for loss in losses)
+    post = "; post-training learns from images" * any(name == "post" for name, *_ in found)
+    by = "".join(" Mid-training learns the teacher's trajectories, compared by "
+                 f"{COMPARED.get(loss, loss)}{post}." for loss in losses)
     knobs = {name: ckpt.get("cfg", {}) for name, *_, ckpt in found if name in ("post", "alone")}
     same = {*home_of(cfg).NO_WEIGHT.split(), *never_read(dataclasses.replace(cfg, stage="post")),
             *"steps mid init pretrain weak".split()}
-    if other := [f"{k}={v}" for k, v in knobs.get("alone", {}).items() if k not in same
+    if other := [f"--{k} {v}" for k, v in knobs.get("alone", {}).items() if k not in same
                  and v != knobs.get("post", {}).get(k, v)]:
-        by += f" Without it: post-training alone, by {', '.join(other)}."
+        by += f" Without it: post-training alone, by {' '.join(other)}."
     nets, flow = home_of(cfg).nets, knobs.get("alone", {}).get("pretrain") == "fm"
     if flow and (start := nets.finished(f"{cfg.out}/alone/pretrain.pt")):
-        by += f" It begins with a flow-matching net of {nets.cost(start)['images']} images"
-        by += f"{'; about equal time for both: docs/results.md' * (cfg.data == 'digits')}."
+        by += f" It starts from a flow-matching net of {nets.cost(start)['images']} images"
+        by += f"{'; both take about equal time: docs/results.md' * (cfg.data == 'digits')}."
     if sizes.get("students", 0) > 1.2 * sizes.get("teacher", math.inf):
         by += f" Students are {sizes['students'] / sizes['teacher']:.1f} times as large as the teacher."
-    more = "; three seeds, on another CPU: docs/results.md" * (cfg.data == "digits")
-    return f"{by} Seed {cfg.seed}{more}."
+    script = os.path.basename(home_of(cfg).__file__).removesuffix(".py")
+    if cfg.data == "digits" and script in OF_SEEDS and "alone" in knobs:
+        by += f" Means of three seeds of the defaults, on another CPU: one step {OF_SEEDS[script]}."
+    return f"{by} This is seed {cfg.seed}."
 
 
 def effect(now, without):
@@ -1349,20 +1360,17 @@ def headline(table):
 
 def of_scores(table, samples):
     """For a caption: what the scores of a table are, and what does not help."""
-    few = "; of few it is off, mostly high" * (samples < 1_024)
+    few = "; with so few it is off, mostly high" * (samples < 1_024)
     few += f" ({HALVES.partition(';')[0]})" * (distance_of(table) == "FD-digits")
     text = (f" {distance_of(table)}, lower is better: Frechet distance of {samples:,} samples to the data, "
-            f"by features of a classifier{few}.")
+            f"in a classifier's features{few}.")
     nets = scores_of(table)
     if "mid" in nets and "alone" not in nets:
-        text += " Whether mid-training helps, only a run without it tells (docs/usage.md)."
-    mid, post, alone = (nets.get(net, {}) for net in ("mid", "post", "alone"))
-    effects = {k: effect(post[k], alone[k]) for k in alone if mid and k in post}
-    text += "".join(f" In {k} mid-training {effects[k]} (this seed)." for k in effects if k == FEW["2"])
-    text += " Little: by less than 10 %." * ("changes little" in effects.values())
+        text += " Only a run without mid-training tells whether it helps (docs/usage.md)."
+    mid, post = nets.get("mid", {}), nets.get("post", {})
     if worse := [k for k in mid if k in post and effect(post[k], mid[k]) == "hurts"]:
-        text += f" Post-training makes it worse in {' and in '.join(worse)}."
-    return text + (" Shows its digit: a classifier reads it as the caption's digit."
+        text += f" Post-training makes scores worse in {' and in '.join(worse)}."
+    return text + (" Shows its digit: a classifier reads the image as that digit."
                    * any("shows its digit" in key for row in table for key in row))
 
 
@@ -1398,9 +1406,9 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
         what = f"{what}\n{start} ..." if start else what * bool(names)
         header = [what, *above, *keys] if names or keys else ()
     title, _, words = words.rpartition("\n")
-    title = title or headline(table) or "The same noises, drawn by every net"
+    title = title or headline(table) or "What every net draws from the same noises"
     last = "; the last row is real" * (not shown[-1][1])
-    caption = f"{title}\nA {line} is one noise, drawn by every net{last}."
+    caption = f"{title}\nIn each {line} every net draws from one noise{last}."
     caption += of_scores(table, samples) if table else ""
     path = f"{out}/stages" + f"_{shown[0][0]}" * shown[0][0].startswith("init_") + ".png"    # --init FILE
     if table or not (os.path.exists(path) and os.path.exists(f"{out}/results.md")):     # scores stay
@@ -1427,21 +1435,20 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
                for net, f in nets.items() if net not in ("alone", "post" * ("mid" in nets))}
     words_for = {net: "after mid-training" if net == "mid" else called(net) for net in answers}
     errors = {net: (x - states[-1]).square().flatten(2).mean(2).sqrt() for net, x in answers.items()}
-    k = next((error[0] for error in errors.values()), torch.zeros(1)).argmax().item()       # what is drawn
-    name = f"\n{names[k % len(names)]}" if names else ""
-    rows = [(f"the teacher's trajectory{name}", show((states / wide)[:, k]))]               # at unit scale
-    rows += [(f"{words_for[net]}\nin one step", show(x[:, k]),
-              *(f"error {e:.2f}" for e in errors[net][:, k].tolist())) for net, x in answers.items()]
+    name = f"\n{names[0]}" if names else ""
+    rows = [(f"the teacher's trajectory{name}", show((states / wide)[:, 0]))]               # at unit scale
+    rows += [(f"{words_for[net]}\nin one step", show(x[:, 0]),
+              *(f"error {e:.2f}" for e in errors[net][:, 0].tolist())) for net, x in answers.items()]
     means = "; ".join(f"{words_for[net]} {error[0].mean().item():.2f}" for net, error in errors.items())
     consistency = bool(levels.max() > 1)
     jump = ("from every state of the teacher's trajectory to its end" if consistency else
             "between any two states of the teacher's trajectory")
+    notes = [f"{len(some)} of {n} states"] * (len(some) < n)
+    notes += ["states above sigma 1 are divided by sigma"] * consistency
     caption = (f"Mid-training teaches the jump {jump}\nFirst row: the trajectory, from noise to an image"
-               + f" ({len(some)} of {n} states" * (len(some) < n) + "; above sigma 1 divided by sigma"
-               * consistency + ")" * (len(some) < n)
-               + ". Below: each net's answer to each state; error: how far it is from the end, root mean "
-               f"square (two ends differ by {apart:.2f}). From pure noise, mean of {states.shape[1]} noises: "
-               f"{means}; drawn is the noise where the teacher errs most.{words}")
+               + f" ({'; '.join(notes)})" * bool(notes) + ". Below: each net's answer to each state. "
+               f"Error: root mean square distance from the end (two ends differ by {apart:.2f}); from pure "
+               f"noise, in the mean of {states.shape[1]} noises, {means}.{words}")
     first, *middle, end = (f"{level:.2g}" for level in levels.tolist())
     header = [f"noise level {'sigma' if consistency else 't'}", f"noise\n{first}", *middle, f"the end\n{end}"]
     save_sheet(f"{out}/trajectory.png", rows, caption, header, (1,), smooth=False)
@@ -1908,8 +1915,9 @@ REMEDIES = {"arguments: (?i:true|false|yes|no|on|off)$|explicit arg": "a switch 
             "arguments: (?![-\u2010-\u2015\u2212\\d]|(?i:true|false|yes|no|on|off)$)":
             "a value stands behind its flag, --steps 3; ",
             "--(resume|continue)": "the same command, without it, goes on; ",
-            "--(fp16|bf16|amp)": "write --precision bf16; ", "--no.mid": "write --mid none; ",
-            "--(device|gpus?|cuda)( |$)": "torchrun runs on several GPUs, CUDA_VISIBLE_DEVICES=0 picks one; ",
+            "--(fp16|fp32|tf32|bf16|amp)": "write --precision bf16; ", "--no.mid": "write --mid none; ",
+            "--(device|(num_|n)?gpus?|cuda|nproc.*)( |$)":
+            "torchrun --nproc_per_node=N runs on N GPUs, CUDA_VISIBLE_DEVICES=0 picks one; ",
             "--post: invalid choice: 'none'": "leave post-training out by --stage mid; ",
             "expected one argument": "write its value behind it (below 0: --NAME=-1); ",
             "not a whole number": "write its digits, as 1000; ", "not a number": "write 0.001 or 1e-3; "}
@@ -1981,8 +1989,8 @@ def check_values(cfg, limits, world):
         fail(2, f"--batch_gpu {cfg.batch_gpu} must divide the {share} of --batch in a process; pass {fits}")
     if cfg.stage in ("sample", "eval"):
         check_named(cfg)
-    if cfg.stage == "post" and repr(cfg.post) not in str(home.loss_of.__code__.co_consts):      # of a fork
-        say(f"warning: --post {cfg.post}: loss_of does not name it; has it a branch? (docs/forking.md)")
+    if cfg.stage == "post" and repr(cfg.post) not in str(home.loss_of.__code__.co_consts):
+        fail(2, f"--post {cfg.post}: loss_of does not name it, so it has no branch (docs/forking.md)")
     check_out(cfg.out)
     if cfg.decay not in home.DECAYS:
         fail(2, f"--decay {cfg.decay}: DECAYS of {os.path.basename(home.__file__)} has no such entry")
@@ -2225,8 +2233,12 @@ def check_teacher(cfg, finished, given, data, wanted):
     maker = home_of(cfg).nets.MAKERS.get(cfg.teacher, "")
     odd = [name for name in wanted if said.get(name, wanted[name]) != wanted[name]]
     other = maker.startswith(" of train_") and maker != f" of {os.path.basename(home_of(cfg).__file__)}"
+    if weights and not said:                          # as nets.make says it, in a dry run too
+        fail(3, f"--teacher {cfg.teacher}: no net of nets.SIZES has such weights; pass the .pt or .pkl of "
+                "its training")
     if said and ((odd and other) or not {*wanted} & {*said}):
-        fail(3, f"--teacher {cfg.teacher}: a net{maker}, no teacher of this script and data; pass one")
+        fail(3, f"--teacher {cfg.teacher}: a net{maker}, no teacher of this script; pass what its "
+                "--stage pretrain made, or an official file")
     if odd:
         fail(3, f"--teacher {cfg.teacher}: its {odd[0]} is {said[odd[0]]}, that of --data {cfg.data} is "
                 f"{wanted[odd[0]]}; pass a teacher of such data")
@@ -2440,12 +2452,12 @@ def overview(road, device, cfg):
         images += math.ceil(left * c.batch / (n * used)) * calls / 3         # a call: a third of an image
     n, least = processes()[1], images / (1000 if cfg.data == "digits" else 250)
     text = f"{n} process{'es' * (n > 1)} on {device.type}; to train: {text or 'nothing'}"
-    text += ", what is there is drawn and scored (again)" * (not ROAD and cfg.stage in ("all", "eval"))
+    text += ", existing nets are drawn and scored (again)" * (not ROAD and cfg.stage in ("all", "eval"))
     if ROAD and device.type == "cpu":
         small = cfg.data == "digits" or getattr(cfg, "res", 0) == 16
         scores = f", and {'half a minute of ' * (cfg.data == 'digits')}scores" * (cfg.stage == "all")
-        scores += "; a shorter one: docs/usage.md, Your own images" * (cfg.data != "digits" and least > 600)
-        text += (f"; {duration(least)} to {duration(4 * least)} of a core in fp32{scores}" if small else
+        scores += "; shorter runs: docs/usage.md, Your own images" * (cfg.data != "digits" and least > 600)
+        text += (f"; {duration(least)} to {duration(4 * least)} on one core in fp32{scores}" if small else
                  "\nwarning: there is no GPU; a CPU trains --data digits in minutes, --res 16 in hours")
     named = ROAD and cfg.init not in home_of(cfg).INITS
     text += f"\n{'mid' if 'mid' in ROAD else 'post'} starts from --init {cfg.init}" * bool(named)
@@ -2459,13 +2471,13 @@ def overview(road, device, cfg):
         half = device.type == "cpu" and c.precision in ("bf16", "fp16")
         kept, low = c.ema_beta**c.steps * (not getattr(c, "ema_std", 0)), max(0.1, 1 - 5 / c.steps)
         slow += [f"{c.precision} (pass --{c.stage}.precision fp32)"] * half
-        average += [f"{kept:.0%} (pass --{c.stage}.ema_beta {low:.3g})"] * (kept > 0.1)
+        average += [f"{c.stage} {kept:.0%} (pass --{c.stage}.ema_beta {low:.3g})"] * (kept > 0.1)
         less = f"{c.warmup} of {c.steps} (pass --{c.stage}.warmup {c.steps // 20})"
         warm += [less] * (2 * c.warmup > c.steps)
-        stairs += [f"{c.steps} (pass --stair of an eighth of them)"] * (getattr(c, "stair", 0) >= c.steps)
-    kinds = {"slow on most CPUs, up to eight times": slow, "steps of warm-up": warm,
+        stairs += [f"{c.steps} (pass an eighth of them as --stair)"] * (getattr(c, "stair", 0) >= c.steps)
+    kinds = {"up to eight times slower on most CPUs": slow, "most steps are warm-up": warm,
              "q never grows in so few steps": stairs,
-             "averaged weights, which are shown and scored, still hold of the first ones": average}
+             "averaged weights, which are drawn and scored, still hold this share of the first": average}
     return text + "".join(f"\nwarning: {kind}: {', '.join(odd)}" for kind, odd in kinds.items() if odd)
 
 
@@ -2498,17 +2510,17 @@ def dry_run(home, argv, configs):
     if processes()[0] == 0:
         text = "\n".join([*notes, overview(road.values(), home.DEVICE, c if codes else home.parse(argv))])
         odd = ", ".join(c.stage for c in configs if c.stage in codes)
-        cause = f"\nnothing starts before this is mended (see above): {odd}" * bool(codes)
+        cause = f"\nnothing starts until this is fixed (see above): {odd}" * bool(codes)
         idle = ", ".join(c.stage for c in configs if c.stage not in (*ROAD, *codes, *home.RUN)) or "none"
         bench = pathlib.Path(__file__).with_name("bench.py")             # counts what it knows, and no fork
         counted = bool(ROAD) and bench.is_file() and pathlib.Path(home.__file__).stem in bench.read_text()
         plan = ["plan", os.path.basename(home.__file__), *(a for a in argv if a != "--dry_run"), "--gpus"]
         asked = dict(sample=f"\nto draw: {len(seed_range(c.seeds)):,} images of each net and number of steps",
                      encode="\nto encode: {source}",
-                     eval="\nto score: {samples:,} samples of a net, {repeat} times")
+                     eval="\nto score: {samples:,} samples per net, {repeat} times")
         asked = asked.get(c.stage, f"\nfinished or not needed: {idle}").format(**vars(c))
         show(f"{text}{asked}\nfolder of the run, --out: {c.out}{cause}"
-             + f"\nmemory, hours on GPUs: python bench.py {shlex.join(plan)} {processes()[1]}" * counted,
+             + f"\nmemory and hours on GPUs: python bench.py {shlex.join(plan)} {processes()[1]}" * counted,
              sys.stdout)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -2530,10 +2542,10 @@ def save_curve(cfg, table=()):
              for s in home_of(cfg).STAGES if SPOKEN.get(s) in stages]
     save_chart(f"{cfg.out}/curve.png", panels,
                f"{drawn.capitalize()} and gradient norm of each stage; only scores tell what is better\n"
-               f"To expect in {'; in '.join(words)}. Each panel has a log scale of its own, against images "
-               "trained on (mid-training: pairs). A point: a mean since the last one."
-               + (" Errors of velocities; short jumps: 0 < t - r <= 1/4. Post-training's targets are noisy; "
-                  "its errors and mid-training's do not compare.") * (drawn != "loss")
+               f"What to expect in {'; in '.join(words)}. Each panel has its own log scale, plotted against "
+               "images trained on (mid-training: pairs). Each point is a mean since the last one."
+               + (" Errors are of velocities; short jumps have 0 < t - r <= 1/4. Post-training's targets are "
+                  "noisy: its errors and mid-training's cannot be compared.") * (drawn != "loss")
                + f" {scores[:1].upper()}{scores[1:]}; {cfg.samples:,} samples each." * bool(scores),
                columns=max(1, len(stages)))
 
@@ -2551,7 +2563,7 @@ def save_preview(cfg, tally, stop, sampler, drawn=""):
         header = ["class" if "class" in drawn else "digit", *map(str, range(10))] * (cfg.data == "digits")
         save_seeds(f"{cfg.out}/previews/{cfg.stage}_{done:07d}.png", images, range(60),
                    f"{SPOKEN[cfg.stage].capitalize()}, after {done:,} of {cfg.steps:,} steps of training\n"
-                   f"Averaged weights, {how}, the same noises in every preview{drawn}. Scores: stages.png.",
+                   f"Averaged weights, {how}; every preview has the same noises{drawn}. Scores: stages.png.",
                    header * bool(drawn), 10 if drawn else 12)
     tally["clock"] = time.time()                             # saving is no training
 

@@ -1189,9 +1189,9 @@ def make(network, model, what, **more):
             raise WeightsError(f"model_size does not say the arguments of {network.__name__}: {e}") from e
         reason = "" if isinstance(e, TypeError) else f" ({e})"
         kind = f"{MAKERS.get(what, '')} with {', '.join([*map(str, model)][:5])}"
-        why = f"but one{kind}{reason}; pass weights of this script's network" if model else \
-            "these are weights alone, of no size in nets.SIZES; pass the .pt or .pkl of its training"
-        raise WeightsError(f"{what}: no {network.__name__}, {why}") from e
+        why = f"{network.__name__}, but one{kind}{reason}; pass weights of this script's network" if model \
+            else "net of nets.SIZES has such weights; pass the .pt or .pkl of its training"
+        raise WeightsError(f"{what}: no {why}") from e
 
 
 MAKERS = {}                                           # file: " of " the script that made it

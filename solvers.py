@@ -1,4 +1,4 @@
-"""Solvers: from a denoiser or a velocity to a whole trajectory, and few-step sampling. No state of their own.
+"""Solvers: turn a denoiser or a velocity into a whole trajectory; few-step sampling. They keep no state.
 
   what                          of                           source
   logsnr_sigmas, edm_sigmas     grids of noise levels        DPM-Solver (uniform log-SNR); EDM Eq. 5
@@ -29,14 +29,14 @@ def logsnr_sigmas(steps, sigma_max=80.0, sigma_min=0.002):
 
 
 def edm_sigmas(steps, sigma_max=80.0, sigma_min=0.002, rho=7):
-    """Noise levels of EDM Eq. 5 and a final 0: (steps+1,) float64; EDM samples CIFAR-10 on 18."""
+    """Noise levels of EDM Eq. 5 and a final 0: (steps+1,) float64; for CIFAR-10 EDM has steps=18."""
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     sigmas = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
     return torch.cat([sigmas, torch.zeros(1, dtype=torch.float64)])
 
 
 def as_grid(grid):
-    """A grid as a tuple of floats; ValueError unless of two or more, falling strictly, to 0 or above."""
+    """A grid as a tuple of floats; ValueError unless two or more, strictly falling, none below 0."""
     grid = tuple(float(g) for g in (grid.tolist() if torch.is_tensor(grid) else grid))
     if len(grid) < 2 or not all(b < a for a, b in zip(grid, grid[1:])) or grid[-1] < 0:
         raise ValueError(f"grid {grid}: it must have two or more values, fall strictly and end at 0 or above")
@@ -47,7 +47,7 @@ def as_grid(grid):
 def ode_step(D, x_t, t, r, order):
     """One step of dx/dsigma = (x - D)/sigma from t to r, both (B,). Order 1: Euler, 2: Heun (EDM Alg. 1).
 
-    Levels may differ from sample to sample, as consistency distillation needs. Where r is 0 Heun ends as
+    Levels may differ from sample to sample, as consistency distillation needs. Where r is 0, Heun becomes
     Euler (EDM).
     """
     if order not in (1, 2):
@@ -95,7 +95,7 @@ def dpmpp_coefficients(sigmas, order):
       order 2   x_next = a x - phi1 (D_i + d0 / 2)
       order 3   x_next = a x - phi1 D_i + phi2 D1 - phi3 D2          D2 = (d0 - d1) / (r0 + r1), D'' h^2 / 2
                                                                      D1 = d0 + r0 D2
-    In order 3 d0 weighs phi2 + c, and d1 weighs -c: c = (phi2 r0 - phi3) / (r0 + r1).
+    In order 3 the weight of d0 is phi2 + c, of d1 -c, with c = (phi2 r0 - phi3) / (r0 + r1).
     """
     lambdas = [-math.log(s) if s > 0 else math.inf for s in sigmas]
     rows, steps = [], len(sigmas) - 1
@@ -164,7 +164,7 @@ def few_step(f, x_T, sigmas, generator=None):
 # ---- velocity v(x, t), average velocity u(x, t, r) ------------------------------------------------
 def flow_euler(v, x, times):
     """Euler on dx/dt = v(x, t), times (steps+1,) from 1 (noise) to 0 (data) -> (steps+1, B, ...)."""
-    return mean_flow(lambda x, t, r: v(x, t), x, times)       # v at t for the mean velocity of the step
+    return mean_flow(lambda x, t, r: v(x, t), x, times)       # v at t replaces the step's mean velocity
 
 
 def flow_heun(v, x, times):

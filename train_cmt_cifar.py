@@ -1,6 +1,6 @@
 """CMT on CIFAR-10, FFHQ-64, AFHQv2-64: a diffusion teacher becomes a one-step generator (Sec. 4.2, App. B.2).
 
-  python train_cmt_cifar.py --data digits                   # laptop: the whole road in minutes, no download
+  python train_cmt_cifar.py --data digits                   # laptop: all stages in minutes, no download
   torchrun --nproc_per_node=8 train_cmt_cifar.py            # CIFAR-10: download, mid, post, scores
   torchrun --nproc_per_node=8 train_cmt_cifar.py --data ffhq --stage mid
   python train_cmt_cifar.py --data my_images.zip --res 32   # your own images: .zip, folder, .npz
@@ -46,7 +46,7 @@ class Config:                   # strongest last: default, rows of PRESETS that 
 
     steps: int = 300_000        # of mid (others: PRESETS); x batch 128 = 38.4 million pairs (Sec. 4.2)
     batch: int = 128            # images or pairs (x_t, x_0) per step, over all processes (B.2)
-    batch_gpu: int = 0          # at once in a process, to save memory; the rest by accumulation; 0 = all
+    batch_gpu: int = 0          # how many at once per process, to save memory; gradients accumulate; 0 = all
     lr: float = 2e-4            # learning rate of RAdam (B.2); pretrain: of Adam
     decay: Literal["linear", "constant"] = "linear"      # of lr, to zero (B.2)
     warmup: int = 0             # steps of linear warm-up
@@ -105,12 +105,12 @@ PRESETS = {  # (data, stage, its --mid or --post): later rows win, --help shows 
     ("digits", "mid", "*"): dict(steps=900, lr=2e-3, ema_beta=0.99),
     # choice: warm-up: RAdam's first 5 steps are plain gradient steps, and the gradient grows with q
     ("digits", "post", "*"): dict(steps=600, lr=3e-4, ema_beta=0.99, q=512, warmup=20, huber_c=0.06),
-    ("digits", "post", "annealed"): dict(stair=187, steps=1_500, lr=1e-3, decay="linear", q=2),  # q up to 512
+    ("digits", "post", "annealed"): dict(steps=1_500, stair=187, q=2, lr=1e-3, decay="linear"),  # to q 256
 }
-ABOUT = {"pretrain": "stage 1 of 4, pre-training: the loss soon falls slowly, images still improve",
-         "mid": "stage 2 of 4, mid-training (Eq. 7): the loss, distance to the teacher's ends, falls",
+ABOUT = {"pretrain": "stage 1 of 4, pre-training: the loss soon falls slowly, but images still improve",
+         "mid": "stage 2 of 4, mid-training (Eq. 7): the loss, the distance to the teacher's ends, falls",
          "post": "stage 3 of 4, post-training (Eq. 3): a large gradient and a level loss are normal",
-         "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
+         "eval": "stage 4 of 4, scores: every net's images compared with the data; lower is better"}
 STAGES = ["pretrain", "mid", "post", "eval"]          # what --stage all runs, in this order: fid.stages_of
 INITS = "teacher", "random"                           # other values of --init are a FILE: fid.check_named
 NO_TEACHER = ["ect", "annealed"]                      # post-trainings that ask no teacher
@@ -123,7 +123,7 @@ RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch(
 
 
 # ---- pairs and losses -------------------------------------------------------------------------
-# sigma, t, r: levels of noise, of a trajectory's states from 80 to 0.002; D_x, f_t, f_r: a net's answers
+# sigma, t, r: noise levels, from 80 to 0.002 along a trajectory; D_x, f_t, f_r: a net's answers
 def loss_dm(net, x, sigma, eps, sigma_data=0.5):
     """EDM Eq. 8: denoising, mean over pixels. sigma: (B,)."""
     D_x = net(x + sigma.view(-1, 1, 1, 1) * eps, sigma)
@@ -136,7 +136,7 @@ teacher_sigmas = solvers.logsnr_sigmas                # (steps) -> steps + 1 noi
 
 
 def solve_size(cfg):
-    """(n, used): trajectories of a solve (Slow CMT: at each level), and states of each that become pairs."""
+    """(n, used): trajectories per solve (Slow CMT: per level), and how many states of each become pairs."""
     n = cfg.trajectories or cfg.batch // cfg.nfe
     return (cfg.batch, 1) if cfg.mid == "kd" else (n, cfg.nfe)                # KD: the noise alone
 
@@ -148,7 +148,7 @@ def teacher_pairs(cfg, teacher, shape, g):
       xs = teacher_solver(teacher, x_T, sigmas)                  # one trajectory; x_i of Eq. 7 is xs[nfe - i]
       pairs = [(xs[k], sigmas[k], xs[-1]) for k in range(used)]
 
-    shape: of one image. Every process draws its share and gets all. Returns, shuffled, x_t (P, C, H, W), t
+    shape: one image's. Every process draws its share and gets all. Returns shuffled x_t (P, C, H, W), t
     and owner (P,), and the ends x_0 (n, C, H, W): pair p's end is x_0[owner[p]].
     """
     (n, used), sigmas = solve_size(cfg), teacher_sigmas(cfg.nfe)              # (nfe+1,), from 80 to 0.002
@@ -163,9 +163,9 @@ def teacher_pairs(cfg, teacher, shape, g):
 
 
 def loss_cmt(net, x_t, t, target, d):
-    """Eq. 7: states x_t (B, C, H, W) of teacher trajectories, at noise levels t (B,), onto their ends.
+    """Eq. 7: regress states x_t (B, C, H, W) of teacher trajectories, at levels t (B,), onto their ends.
 
-    d: of make_distance; target: d.features of the ends, computed once per trajectory. Unit weight, a mean
+    d: from make_distance; target: d.features of the ends, computed once per trajectory. Unit weight, mean
     (B.2, B.3). The target is fixed data: no stop-gradient is needed (Sec. 3.2).
     """
     return d.distance(d.features(net(x_t, t)), target).mean()
@@ -180,7 +180,7 @@ def loss_ect(net, x_t, x_r, t, r, huber_c=0.0):
     """Eq. 3: |f(x_t, t) - stop_gradient f(x_r, r)| / (t - r), mean over images.
 
     x_t, x_r: the same image with the same noise at t > r (ECT), or joined by a teacher's step (ECD).
-    net(x, sigma) has one dropout mask for both calls. huber_c: of sqrt(d^2 + c^2) - c, 0 for the norm itself.
+    net(x, sigma) uses one dropout mask in both calls. huber_c: c in sqrt(d^2 + c^2) - c; 0 = the plain norm.
     """
     with torch.no_grad():
         f_r = torch.where(r.view(-1, 1, 1, 1) > 0, net(x_r, r), x_r)  # trap: net(x_r, 0), q < 5, is NaN
@@ -193,7 +193,7 @@ def loss_ect(net, x_t, x_r, t, r, huber_c=0.0):
 
 
 def make_distance(cfg):
-    """d of Eq. 7, LPIPS or of pixels (B.2, App. D): features(x) -> [(B, ...)], distance(a, b) -> (B,)."""
+    """d of Eq. 7, LPIPS or of the pixels (B.2, App. D): features(x) -> [(B, ...)], distance(a, b) -> (B,)."""
     if cfg.loss in ("huber", "l2"):
         return nets.PixelDistance(cfg.huber_c if cfg.loss == "huber" else 0.0)
     assert cfg.loss == "lpips", f"{cfg.loss}: make_distance returns nothing for it"
@@ -202,7 +202,7 @@ def make_distance(cfg):
 
 @torch.no_grad()
 def slow_pairs(cfg, teacher, images, g):
-    """Slow CMT (4.3): as teacher_pairs, but at each level n images, each solved from there to its own end."""
+    """Slow CMT (4.3): like teacher_pairs, but n images per level, each solved from there to its own end."""
     (n, used), sigmas = solve_size(cfg), teacher_sigmas(cfg.nfe)
     levels = sigmas[:used].to(g.device, torch.float32, non_blocking=True)
     mine = slice(RANK * n // WORLD, (RANK + 1) * n // WORLD)
@@ -216,7 +216,7 @@ def slow_pairs(cfg, teacher, images, g):
 
 # ---- train ------------------------------------------------------------------------------------
 def solve(cfg, run, number):
-    """What teacher_pairs draws: x_t, t, owner of each pair, and the features of the ends, once per end."""
+    """Draw a solve's pairs: x_t, t and owner of each, and the features of the ends, computed once per end."""
     g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", number))
     if cfg.mid == "slow":
         *pairs, x_0 = slow_pairs(cfg, run.teacher, run.images, g)
@@ -234,12 +234,12 @@ def image_batch(cfg, run, step, mine):
 
 
 def batches(cfg, run, mine):
-    """For each step to go: the rows `mine` of its batch, and what all pairs of its solve share, else None."""
+    """For each remaining step: rows `mine` of its batch, and what all pairs of its solve share, or None."""
     start, B, per_solve = run.tally["step"], cfg.batch, math.prod(solve_size(cfg))    # whole batches (check)
     for step in range(start, cfg.steps):
         if cfg.stage == "mid":
             number, at = divmod(step * B, per_solve)  # which solve; where in it the step's pairs begin
-            if at == 0 or step == start:              # it serves several steps; a resumed run solves anew
+            if at == 0 or step == start:              # a solve serves several steps; resuming solves again
                 pairs, shared = solve(cfg, run, number)
             yield [a[at:at + B][mine] for a in pairs], shared
         else:
@@ -247,7 +247,7 @@ def batches(cfg, run, mine):
 
 
 def loss_of(cfg, run, step, f, rows, ends):
-    """The loss of a micro-batch: f(x, t) is the net that trains, rows and ends are what batches yields."""
+    """The loss of a micro-batch: f(x, t) is the net in training; rows and ends come from batches."""
     if cfg.stage == "mid":
         x_t, t, owner = rows                          # owner: which end of the solve is a pair's
         return loss_cmt(f, x_t, t, [a[owner] for a in ends], run.distance)                    # Eq. 7
@@ -263,7 +263,7 @@ def loss_of(cfg, run, step, f, rows, ends):
 
 
 def train(cfg):
-    """One stage from its last checkpoint to its end. As plain loops: docs/walkthrough.md, 3 and 5."""
+    """Run a stage from its last checkpoint to its end. As plain loops: docs/walkthrough.md, 3 and 5."""
     if not (run := set_up(cfg)):      # run.flat: all weights of net as one vector, run.grad: its gradient
         return
     net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
@@ -280,8 +280,8 @@ def train(cfg):
             (loss * part).backward()
             loss_sum += loss.detach() * part
         norm, mean, stop = total(run.grad, loss_sum, tally["scale"])          # the one wait of a step
-        if math.isfinite(norm + mean):            # else: no step, and no trace of it in weights and moments
-            opt.step()                            # of run.flat, by run.grad
+        if math.isfinite(norm + mean):            # if not: no step, so weights and moments are untouched
+            opt.step()                            # updates run.flat with run.grad
         run.grad.zero_()
         run.flat_ema.lerp_(run.flat, 1 - cfg.ema_beta)
 
@@ -311,7 +311,7 @@ def lr_at(cfg, step):
 
 
 def set_up(cfg):
-    """The stage's images, teacher, distance and, by begin, net and counts; None: nothing is to be done."""
+    """The stage's images, teacher, distance, and begin's net and counts; None if there is nothing to do."""
     if cfg.stage == "mid" and cfg.mid == "none":
         return log("mid: left out by --mid none")
     if cfg.stage == "pretrain" and given_teacher(cfg):
@@ -378,7 +378,7 @@ def build(cfg, kwargs, state=None, what="", train=False):
 
 
 def first_weights(cfg, images, weights):
-    """(weights, kwargs, their name) a net starts from; weights: the teacher's and its kwargs, if read."""
+    """(weights, kwargs, name) that a net starts from; weights: the teacher's, with kwargs, if read."""
     if cfg.stage == "pretrain":
         return None, model_size(cfg, images), ""
     if cfg.stage == "post" and cfg.mid != "none" and cfg.init in INITS:
@@ -391,7 +391,7 @@ def first_weights(cfg, images, weights):
 
 
 def in_precision(cfg, net):
-    """net as the losses call it: compiled by --compile, it works in --precision, losses in fp32."""
+    """net as the losses call it: compiled with --compile and run in --precision; losses are in fp32."""
     net = torch.compile(net, dynamic=False) if cfg.compile else net
     cast = HALF.get(cfg.precision)
 
@@ -434,7 +434,7 @@ def draw_sheets(cfg, found):
     """Saves stages.png and trajectory.png. Returns what the first is made of, to draw it with its scores."""
     shown = [(name, steps, make_sampler(cfg, net, kind)(range(10)))
              for name, net, kinds, _ in found for steps, kind in kinds.items() if kind != 2]
-    if data_name(cfg) == "own" and os.path.exists(cfg.data):     # where no score says how near samples are
+    if data_name(cfg) == "own" and os.path.exists(cfg.data):     # to compare with: there may be no score
         shown.append(("real images", 0, fid.to_float(load_data(cfg)[:10], "cpu")))
     stages = shown, (), fid.about(cfg, found)         # without names of columns, and with words below
     fid.save_stages(cfg.out, *stages)
@@ -453,7 +453,7 @@ def data_name(cfg):
 
 
 def needs_data(cfg):
-    """Whether this stage trains on images: CMT does not, it needs its teacher alone; Slow CMT does."""
+    """Whether this stage trains on images: CMT does not, it needs only its teacher; Slow CMT does."""
     if cfg.stage == "pretrain":
         return not given_teacher(cfg)
     return cfg.stage == "post" or (cfg.stage == "mid" and cfg.mid == "slow")
@@ -466,7 +466,7 @@ def opened(path, side):
 
 
 def load_data(cfg):
-    """Images of --data as uint8 (N, C, H, W), whole. Missing: CIFAR-10 is fetched, else exit code 3."""
+    """All images of --data as uint8 (N, C, H, W). If missing, CIFAR-10 is fetched; others: exit code 3."""
     path = FILES.get(cfg.data, cfg.data)
     if cfg.data == "digits":
         return fid.digits()[0]
@@ -491,7 +491,7 @@ SIGNALS += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)
 STOP = []                                             # signals received: the loop saves, then ends
 NO_WEIGHT = ("dry_run data stage out teacher seeds samples repeat second_sigma sigma_shift compile batch_gpu "
              "log_every save_every")                  # no weight depends on them: fid.steps_left
-READ_BY = {  # fid.never_read: stages, or "stage method", that read a knob; not named: all read it
+READ_BY = {  # fid.never_read: stages, or "stage method", that read a knob; all read one that is not here
     "mid init huber_c": "mid, post",
     "nfe loss": "mid", "trajectories": "mid, not mid kd", "P_mean P_std": "pretrain, post",
     "post q stair": "post",
@@ -532,7 +532,7 @@ def begin(cfg, ckpt, net, optimizer, stamp, kwargs, **parts):
     """The run: net, ema, opt, tally, restored or new; flat, flat_ema, grad: each as one vector; and parts."""
     ema = deepcopy(net).requires_grad_(False).eval()
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
-    flat.grad = grad                                  # one vector, whose views are all weights (flatten)
+    flat.grad = grad                                  # all weights are views of flat, one vector (flatten)
     opt, path = optimizer([flat]), f"{cfg.out}/{cfg.stage}.pt"
     tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
     fid.agree("data and sum of the first weights", (stamp, flat.sum(dtype=torch.float64).item()))
@@ -564,7 +564,7 @@ def on_signal(number, frame):
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-LIMITS = {  # what a value must be, in words and as a test: fields; for fid.check_values
+LIMITS = {  # (a limit in words, its test): the fields it is for; read by fid.check_values
     ("above 0, below 1e12", lambda v: 0 < v < 1e12): "batch steps repeat log_every save_every P_std",
     ("above 0, at most 1", lambda v: 0 < v <= 1): "lr",
     ("above 0, below 80", lambda v: 0 < v < 80): "second_sigma",
@@ -578,7 +578,7 @@ LIMITS = {  # what a value must be, in words and as a test: fields; for fid.chec
 
 
 def check(cfg):
-    """Whether this stage trains; before any does, what would stop it: values (exit code 2), files (3)."""
+    """Whether this stage trains; before any does, bad values (exit code 2) or files (3) end the run."""
     trains = cfg.stage not in RUN and (needs_data(cfg) or (cfg.stage == "mid" and cfg.mid != "none"))
     fid.check_values(cfg, LIMITS, WORLD if trains else 0)
     side = dict(cifar10=32, ffhq=64, afhqv2=64).get(cfg.data, cfg.res)
@@ -602,7 +602,7 @@ def check(cfg):
 
 
 def check_files(cfg):
-    """Whether a stage can begin with --data, --teacher, --init, its VGG: not after days of others."""
+    """Check now, not after days of other stages, that --data, --teacher, --init and VGG are usable."""
     read_teacher = teacher_state if given_teacher(cfg) else None
     if cfg.stage == "mid" and (cfg.data in (*FILES, "digits") or os.path.exists(cfg.data)):
         side, _, channels = ((8, 8, 1) if cfg.data == "digits" else (cfg.res or 32, 0, 3) if cfg.data in FILES
@@ -625,7 +625,7 @@ def check_files(cfg):
 
 # ---- main -------------------------------------------------------------------------------------
 def candidates(cfg):
-    """What to sample from: (name, net, {steps: kind of sampler}, checkpoint); --init FILE: it alone."""
+    """What to sample from: (name, net, {steps: kind of sampler}, checkpoint); --init FILE: only that."""
     found, few = [], {1: 1, 2: 2}                     # steps of a row: how make_sampler draws it
     if cfg.init not in INITS:
         state, kwargs = nets.load_pretrained(cfg.init)

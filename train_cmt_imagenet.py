@@ -1,6 +1,6 @@
 """CMT on ImageNet 64x64 (pixels), 512x512 (latents): EDM2 becomes a 1-2 step generator (Sec. 4.2, B.3, B.5).
 
-  python train_cmt_imagenet.py --data digits                # laptop: the whole road in minutes, no download
+  python train_cmt_imagenet.py --data digits                # laptop: all stages in minutes, no download
   torchrun --nproc_per_node=8 train_cmt_imagenet.py --res 64                      # the paper's run, ECT
   torchrun --nproc_per_node=8 train_cmt_imagenet.py --res 64 --post ecd           # its best: 1.78 / 1.32
   torchrun --nproc_per_node=8 train_cmt_imagenet.py --res 512                     # XXL on latents, ECD
@@ -54,7 +54,7 @@ class Config:                   # strongest last: default, rows of PRESETS that 
 
     steps: int = 50_000         # of mid, others: PRESETS; x batch 128 = 6.4 million pairs (B.3)
     batch: int = 128            # images or pairs (x_t, x_0) per step, over all processes (B.3)
-    batch_gpu: int = 0          # at once in a process, to save memory; the rest by accumulation; 0 = all
+    batch_gpu: int = 0          # how many at once per process, to save memory; gradients accumulate; 0 = all
     lr: float = 7e-4            # learning rate of Adam (B.3)
     decay: Literal["linear", "constant", "sqrt", "steps"] = "linear"     # of lr; sqrt: EDM2; steps: B.5
     warmup: int = 0             # steps of linear warm-up
@@ -127,9 +127,9 @@ PRESETS = {  # (data, stage, its --mid or --post): later rows win, --help shows 
 }
 ABOUT = {"pretrain": "stage 1 of 5, pre-training (EDM2): the loss falls while the images improve",
          "vgg": "stage 2 of 5, the VGG that measures in mid-training: its loss on labels falls to about 0",
-         "mid": "stage 3 of 5, mid-training (Eq. 7): the loss, distance to the teacher's ends, falls",
+         "mid": "stage 3 of 5, mid-training (Eq. 7): the loss, the distance to the teacher's ends, falls",
          "post": "stage 4 of 5, post-training (Eq. 3): the loss hardly falls; judge by scores",
-         "eval": "stage 5 of 5, scores: the images of every net against the data; lower is better"}
+         "eval": "stage 5 of 5, scores: every net's images compared with the data; lower is better"}
 STAGES = ["pretrain", "vgg", "mid", "post", "eval"]   # what --stage all runs, in this order: fid.stages_of
 INITS = "teacher", "random"                           # other values of --init are a FILE: fid.check_named
 NO_TEACHER = ["ect"]                                  # post-trainings that ask no teacher
@@ -141,7 +141,7 @@ RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch(
 
 
 # ---- pairs and losses -------------------------------------------------------------------------
-# sigma, t, r, levels: strengths of noise, a trajectory's from 80 to 0.002; D_x, f_t, f_r: a net's images
+# sigma, t, r, levels: noise levels, from 80 to 0.002 along a trajectory; D_x, f_t, f_r: a net's images
 def loss_edm2(net, x, sigma, eps, sigma_data=0.5):
     """EDM2 Eq. 21: denoising under a learned log variance u(sigma); sum over pixels, mean over images."""
     D_x, u = net(x + sigma.view(-1, 1, 1, 1) * eps, sigma, return_logvar=True)
@@ -165,7 +165,7 @@ HEUN_STEPS = 32                                       # of --sampler heun: 63 ca
 
 
 def solve_size(cfg):
-    """(n, used): trajectories of a solve, and states of each that become pairs: all but the end."""
+    """(n, used): trajectories per solve, and how many states of each become pairs: all but the end."""
     return cfg.trajectories or cfg.batch // cfg.nfe, cfg.nfe
 
 
@@ -176,7 +176,7 @@ def teacher_pairs(cfg, teacher, shape, g, classes):
       xs = teacher_solver(teacher, x_T, sigmas)                  # one trajectory; x_i of Eq. 7 is xs[nfe - i]
       pairs = [(xs[k], sigmas[k], xs[-1]) for k in range(used)]
 
-    shape: of one image. Every process draws its share and gets all. Returns, shuffled, x_t (P, C, H, W), t,
+    shape: one image's. Every process draws its share and gets all. Returns shuffled x_t (P, C, H, W), t,
     the classes y and owner (P,), and the ends x_0 (n, C, H, W): pair p's end is x_0[owner[p]].
     """
     (n, used), sigmas = solve_size(cfg), teacher_sigmas(cfg.nfe)              # (nfe+1,), from 80 to 0.002
@@ -192,9 +192,9 @@ def teacher_pairs(cfg, teacher, shape, g, classes):
 
 
 def loss_cmt(net, x_t, t, target, d):
-    """Eq. 7: states x_t (B, C, H, W) of teacher trajectories, at noise levels t (B,), onto their ends.
+    """Eq. 7: regress states x_t (B, C, H, W) of teacher trajectories, at levels t (B,), onto their ends.
 
-    d: of make_distance; target: d.features of the ends, computed once per trajectory. Unit weight, a mean
+    d: from make_distance; target: d.features of the ends, computed once per trajectory. Unit weight, mean
     (B.2, B.3). The target is fixed data: no stop-gradient is needed (Sec. 3.2).
     """
     return d.distance(d.features(net(x_t, t)), target).mean()
@@ -213,10 +213,10 @@ def ect_step(t, q, k=8.0, b=1.0):
 
 
 def loss_ect(net, x_t, x_r, t, r, weight, huber_c=0.0):
-    """Eq. 3 with EDM's weight (B,) for 1 / (t - r), as ECT on ImageNet: weight |f(x_t, t) - sg f(x_r, r)|.
+    """Eq. 3 with EDM's weight (B,) for 1 / (t - r), as in ECT on ImageNet: weight |f(x_t, t) - sg f(x_r, r)|.
 
-    A mean over images. x_t, x_r: one image and noise at t > r (ECT), or joined by a teacher's step (ECD).
-    net(x, sigma) has one dropout mask for both calls. huber_c: of sqrt(d^2 + c^2) - c, 0 for the norm itself.
+    Mean over images. x_t, x_r: one image with one noise at t > r (ECT), or joined by a teacher's step (ECD).
+    net(x, sigma) uses one dropout mask in both calls. huber_c: c in sqrt(d^2 + c^2) - c; 0 = the plain norm.
     """
     with torch.no_grad():
         f_r = torch.where(r.view(-1, 1, 1, 1) > 0, net(x_r, r), x_r)  # trap: net(x_r, 0), q < 5, is NaN
@@ -236,7 +236,7 @@ def autoguided(main, guide, w):
 
 
 def make_distance(cfg):
-    """d of Eq. 7: LPIPS at 64 pixels, ELatentLPIPS of latents, on digits a VGG of their labels; or pixels."""
+    """d of Eq. 7: LPIPS at 64 pixels, ELatentLPIPS on latents, a VGG of their labels on digits; or pixels."""
     if cfg.loss in ("huber", "l2"):
         return nets.PixelDistance(cfg.huber_c if cfg.loss == "huber" else 0.0)
     assert cfg.loss in ("lpips", "elatent"), f"{cfg.loss}: make_distance returns nothing for it"
@@ -252,12 +252,12 @@ def make_distance(cfg):
 
 
 def wants_vgg(cfg):
-    """Whether mid-training measures by a VGG that is trained on the labels of the data first."""
+    """Whether mid-training measures with a VGG that is first trained on the labels of the data."""
     return cfg.mid != "none" and (cfg.loss == "elatent" or (cfg.data == "digits" and cfg.loss == "lpips"))
 
 
 def new_vgg(cfg, classes):
-    """The VGG that measures: with a head of `classes` to train it on labels (B.5), 0 = the distance alone."""
+    """The VGG that measures, with a head of `classes` to train it on labels (B.5); 0 = only the distance."""
     torch.manual_seed(fold(cfg.seed, "vgg"))
     if cfg.data == "digits":
         return nets.VGG().to(DEVICE)
@@ -265,7 +265,7 @@ def new_vgg(cfg, classes):
 
 
 def vgg_noise(cfg, step, shape):
-    """What is added to a batch of digits, so that their VGG knows noisy ones too; one strength a batch."""
+    """Noise to add to a batch of digits, so that their VGG also knows noisy ones; one strength per batch."""
     # "dropout" is only a name of a seed; scores in docs depend on it
     g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step, "dropout", 0))
     return 0.2 * torch.rand((), generator=g, device=DEVICE) * randn(shape, g)
@@ -279,7 +279,7 @@ def loss_vgg(net, x, labels, seed):
 
 # ---- train ------------------------------------------------------------------------------------
 def solve(cfg, run, number):
-    """What teacher_pairs draws: x_t, t, y, owner and views of each pair; features of the ends, or ends."""
+    """Draw a solve's pairs: x_t, t, y, owner and views of each; and the ends' features, or the ends."""
     g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", number))
     *pairs, x_0 = teacher_pairs(cfg, run.teacher, run.shape, g, run.classes)
     views = () if cfg.ensemble == "none" else run.distance.draw(pairs[0], g).values()        # of each pair
@@ -300,12 +300,12 @@ def image_batch(cfg, run, step, mine):
 
 
 def batches(cfg, run, mine):
-    """For each step to go: the rows `mine` of its batch, and what all pairs of its solve share, else None."""
+    """For each remaining step: rows `mine` of its batch, and what all pairs of its solve share, or None."""
     start, B, per_solve = run.tally["step"], cfg.batch, math.prod(solve_size(cfg))    # whole batches (check)
     for step in range(start, cfg.steps):
         if cfg.stage == "mid":
             number, at = divmod(step * B, per_solve)  # which solve; where in it the step's pairs begin
-            if at == 0 or step == start:              # it serves several steps; a resumed run solves anew
+            if at == 0 or step == start:              # a solve serves several steps; resuming solves again
                 pairs, shared = solve(cfg, run, number)
             yield [a[at:at + B][mine] for a in pairs], shared
         else:
@@ -313,7 +313,7 @@ def batches(cfg, run, mine):
 
 
 def loss_of(cfg, run, seed, rows, ends):
-    """The loss of a micro-batch: rows and ends are what batches yields; seed: of its first row's dropout."""
+    """The loss of a micro-batch: rows and ends come from batches; seed is for its first row's dropout."""
     if cfg.stage == "vgg":
         x, *_, labels = rows
         return loss_vgg(run.net, x, labels, seed)
@@ -338,7 +338,7 @@ def loss_of(cfg, run, seed, rows, ends):
 
 
 def train(cfg):
-    """One stage from its last checkpoint to its end. As plain loops: docs/walkthrough.md, 3 and 5."""
+    """Run a stage from its last checkpoint to its end. As plain loops: docs/walkthrough.md, 3 and 5."""
     if not (run := set_up(cfg)):      # run.flat: all weights of net as one vector, run.grad: its gradient
         return
     net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
@@ -355,8 +355,8 @@ def train(cfg):
                 (loss * part).backward()
                 loss_sum += loss.detach() * part
         norm, mean, stop = total(run.grad, loss_sum, tally["scale"])          # the one wait of a step
-        if math.isfinite(norm + mean):            # else: no step, and no trace of it in weights and moments
-            opt.step()                            # of run.flat, by run.grad
+        if math.isfinite(norm + mean):            # if not: no step, so weights and moments are untouched
+            opt.step()                            # updates run.flat with run.grad
         run.grad.zero_()
         run.flat_ema.lerp_(run.flat, 1 - ema_beta(cfg, step))
 
@@ -396,7 +396,7 @@ def ema_beta(cfg, step):
 
 
 def set_up(cfg):
-    """The stage's images, teacher, distance and, by begin, net and counts; None: nothing is to be done."""
+    """The stage's images, teacher, distance, and begin's net and counts; None if there is nothing to do."""
     if cfg.stage == "mid" and cfg.mid == "none":
         return log("mid: left out by --mid none")
     if cfg.stage == "pretrain" and given_teacher(cfg):
@@ -483,7 +483,7 @@ def weak_model(cfg):
 
 
 def asked_nets(cfg):
-    """{name: (weights, arguments)} of nets that a stage asks: the teacher; ECD: or --main, and --guide."""
+    """{name: (weights, kwargs)} of the nets a stage uses: the teacher, or in ECD --main, and --guide."""
     names = ("main", "guide") if cfg.stage == "post" and cfg.post not in NO_TEACHER else ()
     asked = {name: nets.load_pretrained(getattr(cfg, name)) for name in names if getattr(cfg, name)}
     if cfg.stage == "mid" or (names and not cfg.main):
@@ -492,7 +492,7 @@ def asked_nets(cfg):
 
 
 def first_weights(cfg, images, asked):
-    """(weights, kwargs, their name) a net starts from; asked: nets that the stage asks."""
+    """(weights, kwargs, name) that a net starts from; asked: the nets that the stage uses."""
     if cfg.stage in ("pretrain", "vgg"):
         return None, model_size(cfg, images), ""
     if cfg.stage == "post" and cfg.mid != "none" and cfg.init in INITS:
@@ -505,7 +505,7 @@ def first_weights(cfg, images, asked):
 
 
 def model_size(cfg, images):
-    """The kwargs of the EDM2 for --data: XL, for ImageNet's latents XXL, for 8x8 pixels tiny."""
+    """The kwargs of the EDM2 for --data: XXL for ImageNet's latents, tiny for 8x8 pixels, else XL."""
     channels, _, side = images.shape
     size = "edm2-8" if side == 8 else "edm2-xxl" if data_name(cfg) == "imagenet512" else "edm2-xl"
     return dict(img_resolution=side, img_channels=4 if channels == 8 else channels,
@@ -540,7 +540,7 @@ def make_sampler(cfg, net, kind):
 
 
 def previewer(cfg, net):
-    """Sampler of previews; None where there is nothing to see: of a VGG, of latents without their VAE."""
+    """Sampler of previews; None where there is nothing to see: for a VGG, or latents without their VAE."""
     if cfg.stage != "vgg" and net.img_channels != 4:
         plain = replace(cfg, guide="", labels="balanced")
         return make_sampler(plain, net, "teacher" if cfg.stage == "pretrain" else 1)
@@ -618,7 +618,7 @@ class Digits:
 
 
 def needs_data(cfg):
-    """Whether this stage reads images: CMT does not, it needs its teacher alone."""
+    """Whether this stage reads images: CMT does not, it needs only its teacher."""
     return dict(pretrain=not given_teacher(cfg), vgg=wants_vgg(cfg), post=True,
                 eval=data_name(cfg) not in fid.REFERENCES).get(cfg.stage, False)
 
@@ -680,7 +680,7 @@ def to_images(cfg, x):
 
 
 def encode_target(cfg):
-    """The zip that --stage encode makes; exit code 2 if it is none, or not ours, 3 without --source."""
+    """The .zip that --stage encode makes; exit code 2 if it is no .zip or not ours, 3 without --source."""
     target = FILES.get(data_name(cfg), cfg.data)
     if not os.path.exists(cfg.source):
         fail(3, f"--source {cfg.source or 'FOLDER'}: not there; name a folder with a folder for each class")
@@ -729,7 +729,7 @@ STOP = []                                             # signals received: the lo
 NEED_STAGE = {"vgg": "steps batch lr"}                # flags that need the stage's name: --vgg.steps
 NO_WEIGHT = ("dry_run data stage out source teacher main guide vae seeds samples repeat second_sigma sampler "
              "labels compile batch_gpu log_every save_every")     # no weight depends on them: fid.steps_left
-READ_BY = {  # fid.never_read: stages, or "stage method", that read a knob; not named: all read it
+READ_BY = {  # fid.never_read: stages, or "stage method", that read a knob; all read one that is not here
     "mid init huber_c": "mid, post",
     "nfe loss ensemble trajectories": "mid",
     "P_mean P_std": "pretrain, post", "dropout": "pretrain, mid, post",
@@ -771,7 +771,7 @@ def begin(cfg, ckpt, net, optimizer, stamp, kwargs, **parts):
     """The run: net, ema, opt, tally, restored or new; flat, flat_ema, grad: each as one vector; and parts."""
     ema = deepcopy(net).requires_grad_(False).eval()
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
-    flat.grad = grad                                  # one vector, whose views are all weights (flatten)
+    flat.grad = grad                                  # all weights are views of flat, one vector (flatten)
     opt, path = optimizer([flat]), f"{cfg.out}/{cfg.stage}.pt"
     tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
     fid.agree("data and sum of the first weights", (stamp, flat.sum(dtype=torch.float64).item()))
@@ -803,7 +803,7 @@ def on_signal(number, frame):
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-LIMITS = {  # what a value must be, in words and as a test: fields; for fid.check_values
+LIMITS = {  # (a limit in words, its test): the fields it is for; read by fid.check_values
     ("above 0, below 1e12", lambda v: 0 < v < 1e12): "batch steps repeat log_every save_every P_std res",
     ("above 0, at most 1", lambda v: 0 < v <= 1): "lr",
     ("above 0, below 80", lambda v: 0 < v < 80): "second_sigma",
@@ -817,7 +817,7 @@ LIMITS = {  # what a value must be, in words and as a test: fields; for fid.chec
 
 
 def check(cfg):
-    """Whether this stage trains; before any does, what would stop it: values (exit code 2), files (3)."""
+    """Whether this stage trains; before any does, bad values (exit code 2) or files (3) end the run."""
     trains = cfg.stage not in RUN and (needs_data(cfg) or (cfg.stage == "mid" and cfg.mid != "none"))
     fid.check_values(cfg, LIMITS, WORLD if trains else 0)
     if cfg.stage == "encode":
@@ -841,7 +841,7 @@ def check(cfg):
 
 
 def check_files(cfg, trains):
-    """Whether a stage can begin with --data, --teacher, its VGG, VAE, guide: not after days of others."""
+    """Check now, not after days of other stages, that --data, --teacher, VGG, VAE and guide are usable."""
     name, begun = data_name(cfg), os.path.exists(f"{cfg.out}/{cfg.stage}.pt")
     path, missing = FILES.get(name, cfg.data), []
     there = cfg.data == "digits" or os.path.exists(path)
@@ -882,7 +882,7 @@ def check_nets(cfg):
 
 # ---- main -------------------------------------------------------------------------------------
 def candidates(cfg):
-    """What to sample from: (name, net, {steps: kind of sampler}, checkpoint); --init FILE: it alone."""
+    """What to sample from: (name, net, {steps: kind of sampler}, checkpoint); --init FILE: only that."""
     found, few = [], {1: 1, 2: 2}                     # steps of a row: how make_sampler draws it
     if cfg.init not in INITS:
         state, kwargs = nets.load_pretrained(cfg.init)

@@ -1,6 +1,6 @@
 """CMT for Mean Flow on ImageNet 256x256: a weak net of size B/4 teaches one of size XL/2 (Eq. 8, App. B.4).
 
-  python train_mf_imagenet256.py --data digits              # laptop: the whole road in minutes, no download
+  python train_mf_imagenet256.py --data digits              # laptop: all stages in minutes, no download
   python train_mf_imagenet256.py --stage encode --source ILSVRC2012_img_train    # SD-VAE latents
   torchrun --nproc_per_node=8 train_mf_imagenet256.py               # the paper: MF-B/4, CMT, MF-XL/2
   torchrun --nproc_per_node=8 train_mf_imagenet256.py --mid none --post vanilla --out out/scratch
@@ -58,7 +58,7 @@ class Config:                   # strongest last: default, rows of PRESETS that 
 
     steps: int = 400_320        # optimiser steps; 80 epochs of batch 256 (MF, B/4)
     batch: int = 256            # images or pairs per step, over all processes (MF)
-    batch_gpu: int = 0          # at once in a process, to save memory; the rest by accumulation; 0 = all
+    batch_gpu: int = 0          # how many at once per process, to save memory; gradients accumulate; 0 = all
     lr: float = 1e-4            # learning rate of Adam (MF; B.4)
     decay: Literal["linear", "constant"] = "constant"    # of lr, to zero (B.4: constant)
     warmup: int = 0             # steps of linear warm-up; MF: none
@@ -101,7 +101,7 @@ PRESETS = {  # (data, stage, its --mid or --post): later rows win, --help shows 
     # choice: a fixed target is drawn and learned in bf16 no worse than in fp32: measured on digits
     ("*", "mid", "*"): dict(steps=200_000, batch=112, precision="bf16",
                             ema_beta=0.999),                             # choice: EMA of mid-training
-    # choice: iterations of post-training, not stated: as 587 h hold at the speed of Table 4's other rows
+    # choice: iterations of post-training, not stated: what 587 h allow at the speed of Table 4's other rows
     ("*", "post", "*"): dict(steps=1_860_000, batch=64),                                   # B.4: 64
     ("*", "post", "vanilla"): dict(steps=1_200_960, batch=256),                            # MF: 240 epochs
     # choice: by the teacher's velocity, squared error, and less often r = t: measured on digits
@@ -114,12 +114,12 @@ PRESETS = {  # (data, stage, its --mid or --post): later rows win, --help shows 
     ("digits", "post", "*"): dict(steps=1_000, batch=64, lr=4e-3, ema_beta=0.99, unguided=250),
     ("digits", "post", "vanilla"): dict(steps=1_900),                      # the time of mid and post together
 }
-ABOUT = {"pretrain": "stage 1 of 4, pre-training: squared errors fall; the log's loss stays near 1",
-         "pretrain fm": "stage 1 of 4, pre-training: the loss, a squared error, falls, soon slowly",
-         "mid": "stage 2 of 4, mid-training (Eq. 8): squared errors fall, and so their mean, the loss",
-         "post": "stage 3 of 4, post-training: squared errors fall slowly, the log's loss stays near 1",
+ABOUT = {"pretrain": "stage 1 of 4, pre-training: squared errors fall; the loss in the log stays near 1",
+         "pretrain fm": "stage 1 of 4, pre-training: the loss, a squared error, falls, but soon slowly",
+         "mid": "stage 2 of 4, mid-training (Eq. 8): squared errors fall, and so does their mean, the loss",
+         "post": "stage 3 of 4, post-training: squared errors fall slowly; the loss in the log stays near 1",
          "post teacher": "stage 3 of 4, post-training: the loss, a squared error, falls slowly",
-         "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
+         "eval": "stage 4 of 4, scores: every net's images compared with the data; lower is better"}
 STAGES = ["pretrain", "mid", "post", "eval"]          # what --stage all runs, in this order: fid.stages_of
 INITS = "teacher", "random"                           # other values of --init are a FILE: fid.check_named
 NO_TEACHER = ["mf", "vanilla"]                        # post-trainings that ask no teacher
@@ -139,10 +139,10 @@ Flow = namedtuple("Flow", "u slope null_y")
 
 
 def draw_times(n, g, ratio, mean, std):
-    """(t, r), each (n,), 0 < r <= t < 1: of two logit-normal draws the larger and the smaller (MF).
+    """(t, r), each (n,), 0 < r <= t < 1: the larger and the smaller of two logit-normal draws (MF).
 
-    r = t but for exactly round(ratio n) samples, spread evenly over the batch: every process and micro-batch
-    has its share of them, and no shape depends on chance. g: a CPU generator.
+    r = t except for exactly round(ratio n) samples, spread evenly over the batch, so that every process and
+    micro-batch has its share of them and no shape depends on chance. g: a CPU generator.
     """
     draws = torch.sigmoid(mean + std * torch.randn((2, n), generator=g))
     t, r = draws.amax(0), draws.amin(0)
@@ -163,7 +163,7 @@ def flow_of(cfg, net, null_y):
         return nets.derivative(net, z, t, r, y, v)    # torch.func.jvp along (v, 1, 0), but faster
 
     if cfg.compile:
-        # trap: a compiled module inside jvp runs eager, in silence: functions are compiled
+        # trap: a compiled module inside jvp silently runs eager, so functions are compiled
         torch.compiler.reset()                        # trap: else u runs eager after 8 graphs, in silence
         u, slope = torch.compile(u), torch.compile(slope)
     return Flow(u, slope, null_y)
@@ -171,10 +171,12 @@ def flow_of(cfg, net, null_y):
 
 @torch.no_grad()
 def guided_velocity(cfg, flow, v, u, at, guided):
-    """omega v + kappa u(z, t, t, y) + (1 - omega - kappa) u(z, t, t, null_y) where `guided` (B,), else v.
+    """v where it is not `guided` (B,), else omega v + kappa u_own + (1 - omega - kappa) u_null, with
 
-    at: z, t, r, y. u (B, C, H, W): u(z, t, r, y), which is u(z, t, t, y) where r = t. What is missing, of
-    null and own class, comes from one call. t, r, guided: on the CPU, where it costs no wait to look at them.
+      u_own, u_null = u(z, t, t, y), u(z, t, t, null_y)
+
+    at: z, t, r, y. u (B, C, H, W): u(z, t, r, y), which is u_own where r = t. Of the rest, what is needed
+    comes from one call. t, r, guided: on the CPU, where reading them costs no wait.
     """
     (z, t, r, y), w_null = at, 1 - cfg.omega - cfg.kappa
     u_null, u_own = torch.zeros_like(z), u.to(z.dtype, copy=True)
@@ -190,7 +192,7 @@ def guided_velocity(cfg, flow, v, u, at, guided):
 
 @torch.no_grad()
 def slopes(flow, apart, *at):
-    """du/dt at (z, t, r, y, v), (B, C, H, W), where `apart` (B,) on the CPU; else 0: it does not count."""
+    """du/dt (B, C, H, W) at (z, t, r, y, v) where `apart` (B,), on the CPU, is true; else 0, as unused."""
     dudt, i = torch.zeros_like(at[0]), apart.nonzero()[:, 0].to(at[0].device, non_blocking=True)
     if len(i):
         dudt[i] = flow.slope(*(a[i] for a in at))
@@ -204,8 +206,8 @@ def loss_mf(flow, z, v, t, r, y, guided, cfg):
       square = |u - sg(v - (t - r) dudt)|^2
       loss = mean of square / sg(square + WEIGHT_C)^p          (as code of six lines: docs/walkthrough.md, 6)
 
-    Where `guided` (B,), v is the guided one, in the jvp too. du/dt is asked for where r < t alone: elsewhere
-    it does not count. t, r, guided: on the CPU. Also returns square.
+    Where `guided` (B,) holds, v is the guided velocity, in the jvp too. du/dt is computed only where r < t:
+    elsewhere it does not count. t, r, guided: on the CPU. Also returns square.
     """
     times = [a.to(z.device, non_blocking=True) for a in (t, r)]
     gap = (times[0] - times[1]).view(-1, 1, 1, 1)
@@ -220,11 +222,11 @@ def loss_mf(flow, z, v, t, r, y, guided, cfg):
 
 @torch.no_grad()
 def teacher_velocity(cfg, teacher, z, t, y, guided):
-    """v_T(z, t, y) of a frozen net, in --post teacher for eps - x: u's target is v_T - (t - r) du/dt.
+    """v_T(z, t, y) of a frozen net. In --post teacher it replaces eps - x: u's target is v_T - (t - r) du/dt.
 
     v_T is also the direction of du/dt; unlike eps - x it has no noise of a single image. A Mean Flow net's
-    u(z, t, t) is guided already, flow matching by omega / (1 - kappa) where `guided` (B,) says so. t and
-    guided come from the CPU.
+    u(z, t, t) is guided already; flow matching is guided here, by omega / (1 - kappa), where `guided` (B,)
+    says so. t and guided come from the CPU.
     """
     t = t.to(z.device, non_blocking=True)
     with torch.autocast(DEVICE.type, HALF.get(cfg.precision), enabled=cfg.precision in HALF):
@@ -285,32 +287,32 @@ def rollout(cfg, net, z, y, times):
     if net.r_embedder is not None:                    # two clocks, t and r: a Mean Flow
         states = solvers.mean_flow(u, z, times)
         return states, torch.stack(answers)
-    # u = omega v + kappa u + (1 - omega - kappa) plain, where loss_mf is 0: u = plain + scale (v - plain)
+    # where loss_mf is 0, u = omega v + kappa u + (1 - omega - kappa) plain: so u = plain + scale (v - plain)
     scale, both = cfg.omega / (1 - cfg.kappa), torch.cat([torch.full_like(y, net.num_classes), y])
     asked = torch.stack([times[:-1], times[1:]], 1).flatten().float()        # by Heun: both ends of each step
-    inside = ((asked >= cfg.guide_from) & (asked <= cfg.guide_to)).tolist()          # to read t would wait
+    inside = iter(((asked >= cfg.guide_from) & (asked <= cfg.guide_to)).tolist())    # to read t would wait
 
     def v(x, t):
-        if scale == 1 or not inside[len(answers)]:    # of this call
+        if not next(inside) or scale == 1:            # for this call
             answers.append(net(x, t, y=y))
         else:
             plain, own = net(torch.cat([x, x]), torch.cat([t, t]), y=both).chunk(2)
             answers.append(plain.lerp(own, scale))
         return answers[-1]
     states = solvers.flow_heun(v, z, times)
-    return states, torch.stack(answers).unflatten(0, (-1, 2)).mean(1)       # its step is the mean of two
+    return states, torch.stack(answers).unflatten(0, (-1, 2)).mean(1)       # a Heun step is a mean of two
 
 
 def solve_size(cfg):
-    """(n, used): trajectories of a solve, and pairs that each gives: all pairs of its states."""
+    """(n, used): trajectories per solve, and how many pairs each gives: all pairs of its states."""
     return cfg.trajectories, cfg.nodes * (cfg.nodes - 1) // 2
 
 
 @torch.no_grad()
 def teacher_pairs(cfg, teacher, shape, g):
-    """Eq. 8: roll-outs of the frozen teacher, --trajectories of random class, give all pairs of their states.
+    """Eq. 8: all pairs of states from --trajectories roll-outs of the frozen teacher, with random classes.
 
-    Every process rolls out its share and gets all. Returns, shuffled, z, t, r, y and the target, the mean
+    Every process rolls out its share and gets all. Returns shuffled z, t, r, y and the target, the mean
     velocity from z_t to z_r, each (P n, ...): see pairs_of_states.
     """
     n, times = cfg.trajectories, torch.linspace(1, 0, cfg.nodes, dtype=torch.float64)
@@ -328,7 +330,7 @@ def teacher_pairs(cfg, teacher, shape, g):
 
 # ---- train ------------------------------------------------------------------------------------
 def solve(cfg, run, number):
-    """What teacher_pairs draws: z, t, r, y and target of each pair; they share nothing."""
+    """Draw a solve's pairs: z, t, r, y and target of each. The pairs share nothing."""
     g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", number))
     return fid.check_pairs(teacher_pairs(cfg, run.teacher, run.shape, g), math.prod(solve_size(cfg))), None
 
@@ -345,12 +347,12 @@ def image_batch(cfg, run, step, mine):
 
 
 def batches(cfg, run, mine):
-    """For each step to go: the rows `mine` of its batch, and what all pairs of its solve share, else None."""
+    """For each remaining step: rows `mine` of its batch, and what all pairs of its solve share, or None."""
     start, B, per_solve = run.tally["step"], cfg.batch, math.prod(solve_size(cfg))    # whole batches (check)
     for step in range(start, cfg.steps):
         if cfg.stage == "mid":
             number, at = divmod(step * B, per_solve)  # which solve; where in it the step's pairs begin
-            if at == 0 or step == start:              # it serves several steps; a resumed run solves anew
+            if at == 0 or step == start:              # a solve serves several steps; resuming solves again
                 pairs, shared = solve(cfg, run, number)
             yield [a[at:at + B][mine] for a in pairs], shared
         else:
@@ -358,7 +360,7 @@ def batches(cfg, run, mine):
 
 
 def loss_of(cfg, run, flow, rows):
-    """The loss of a micro-batch and the squared error of each row (B,); rows: those that batches yields."""
+    """The loss of a micro-batch and the squared error of each row (B,); rows come from batches."""
     if cfg.stage == "mid":
         z, t, r, y, target = rows
         return loss_cmt_mf(flow.u, z, t, r, y, target)                                        # Eq. 8
@@ -391,8 +393,8 @@ def train(cfg):
             loss_sum += loss.detach() * part
             fid.add_errors(errors, square / z[0].numel(), t - r)
         norm, mean, stop = total(run.grad, loss_sum, tally["scale"])          # the one wait of a step
-        if math.isfinite(norm + mean):            # else: no step, and no trace of it in weights and moments
-            opt.step()                            # of run.flat, by run.grad
+        if math.isfinite(norm + mean):            # if not: no step, so weights and moments are untouched
+            opt.step()                            # updates run.flat with run.grad
         run.grad.zero_()
         run.flat_ema.lerp_(run.flat, 1 - cfg.ema_beta)
 
@@ -423,7 +425,7 @@ def lr_at(cfg, step):
 
 
 def set_up(cfg):
-    """The stage's images, teacher, sizes and, by begin, net and counts; None: nothing is to be done."""
+    """The stage's images, teacher, sizes, and begin's net and counts; None if there is nothing to do."""
     if left_out(cfg) or (cfg.stage == "pretrain" and cfg.teacher):
         return log(f"{cfg.stage}: not trained, as --teacher or --mid none says")
     ckpt, to_go = resume(cfg)                         # steps that are left
@@ -436,7 +438,7 @@ def set_up(cfg):
     if cfg.stage == "mid" or (cfg.stage == "post" and cfg.post not in NO_TEACHER):
         weights, kwargs = teacher_state(cfg)
         teacher = build(cfg, kwargs, weights, cfg.teacher or "the teacher")
-        teacher.requires_grad_()      # autocast casts only such weights once; it is asked under no_grad
+        teacher.requires_grad_()      # else autocast casts weights at each call; it is called under no_grad
         classes, shape = kwargs["num_classes"], (kwargs["in_channels"], *[kwargs["input_size"]] * 2)
         stamp += f", teacher {nets.stamp(weights)}"
     fid.same_data(ckpt, f"{cfg.out}/{cfg.stage}.pt", stamp)
@@ -507,7 +509,7 @@ def build(cfg, kwargs, state=None, what="", train=False):
 
 
 def first_weights(cfg, kwargs):
-    """(weights, their name) a student of `kwargs` starts from: of mid.pt, teacher, FILE, or none."""
+    """(weights, name) that a student of `kwargs` starts from: mid.pt's, the teacher's, FILE's or none."""
     if cfg.stage == "pretrain":
         return None, ""
     if cfg.init not in INITS:
@@ -645,14 +647,14 @@ opened = cache(Latents)                               # once for all checks, onc
 
 
 def load_data(cfg):
-    """Latents of --data, or the digits. Missing: exit code 3 with the remedy."""
+    """Latents of --data, or the digits. If missing: exit code 3, with the remedy."""
     return Pixels() if cfg.data == "digits" else opened(FILES.get(cfg.data, cfg.data), cfg.out)
 
 
 def read_batch(cfg, images, step):
     """This process's share of a step's batch, on the CPU: moments or pixels, classes y, times t and r.
 
-    Pinned for a GPU, so that to copy it is not to wait for the GPU.
+    Pinned for a GPU, so that copying it does not wait for the GPU.
     """
     g = torch.Generator().manual_seed(fold(cfg.seed, cfg.stage, step, "data"))
     index = torch.randint(len(images.labels), (cfg.batch,), generator=g)
@@ -717,7 +719,7 @@ SIGNALS += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)
 STOP = []                                             # signals received: the loop saves, then ends
 NO_WEIGHT = ("dry_run data stage out source teacher vae seeds samples repeat nfe labels compile batch_gpu "
              "log_every save_every")                  # no weight depends on them: fid.steps_left
-READ_BY = {  # fid.never_read: stages, or "stage method", that read a knob; not named: all read it
+READ_BY = {  # fid.never_read: stages, or "stage method", that read a knob; all read one that is not here
     "mid init size": "mid, post",
     "nodes trajectories": "mid", "post unguided": "post",
     "ratio P_mean P_std power": "pretrain, post", "pretrain weak": "pretrain",
@@ -758,7 +760,7 @@ def begin(cfg, ckpt, net, optimizer, stamp, kwargs, **parts):
     """The run: net, ema, opt, tally, restored or new; flat, flat_ema, grad: each as one vector; and parts."""
     ema = deepcopy(net).requires_grad_(False).eval()
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
-    flat.grad = grad                                  # one vector, whose views are all weights (flatten)
+    flat.grad = grad                                  # all weights are views of flat, one vector (flatten)
     opt, path = optimizer([flat]), f"{cfg.out}/{cfg.stage}.pt"
     tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
     fid.agree("data and sum of the first weights", (stamp, flat.sum(dtype=torch.float64).item()))
@@ -790,7 +792,7 @@ def on_signal(number, frame):
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-LIMITS = {  # what a value must be, in words and as a test: fields; for fid.check_values
+LIMITS = {  # (a limit in words, its test): the fields it is for; read by fid.check_values
     ("above 0, below 1e12", lambda v: 0 < v < 1e12):
         "batch steps repeat log_every save_every P_std omega trajectories",
     ("above 0, at most 1", lambda v: 0 < v <= 1): "lr",
@@ -810,7 +812,7 @@ def left_out(cfg):
 
 
 def check(cfg):
-    """Whether this stage trains; before any does, what would stop it: values (exit code 2), files (3)."""
+    """Whether this stage trains; before any does, bad values (exit code 2) or files (3) end the run."""
     given = cfg.stage in RUN or (cfg.stage == "pretrain" and cfg.teacher)
     trains = not given and not left_out(cfg)
     fid.check_values(cfg, LIMITS, WORLD if trains else 0)
@@ -845,7 +847,7 @@ def check(cfg):
 
 # ---- main -------------------------------------------------------------------------------------
 def candidates(cfg):
-    """What to sample from: (name, net, {steps: kind of sampler}, checkpoint); --init FILE: it alone."""
+    """What to sample from: (name, net, {steps: kind of sampler}, checkpoint); --init FILE: only that."""
     found, stages = [], ["pretrain", "mid", "post", "alone/post"]    # alone: a run without mid-training
     if file := cfg.teacher if cfg.init in INITS else cfg.init:
         base = os.path.splitext(os.path.basename(file))[0]

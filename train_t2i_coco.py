@@ -7,9 +7,9 @@
   torchrun --nproc_per_node=8 train_t2i_coco.py --mid none --post vanilla --teacher SIT.pt --out out/sit
   python train_t2i_coco.py --data digits --stage sample --prompts "the digit seven|the digit two"
 
-pretrain: SiT + REPA, the teacher. mid: from its weights, regress onto the mean velocities between all states
-of its guided trajectories (Eq. 8; reads captions, no image). post: Mean Flow + REPA. Paper: 1- and 2-step FID
-15.12, 5.01 in half the time (teacher, mid, post: 32 hours, Mean Flow from scratch: 60).
+pretrain: train the teacher, SiT + REPA. mid: start from its weights, regress onto the mean velocities between
+all states of its guided trajectories (Eq. 8; reads captions, no images). post: Mean Flow + REPA. Paper: 1-
+and 2-step FID 15.12 and 5.01 in half the time (teacher, mid and post 32 hours, Mean Flow from scratch 60).
 Run the same command again to resume. Copy and fork. "choice": ours, not the paper's; "trap": a bug avoided.
 New: captions, their encoders, SiT, REPA, --clip; not here: a weak teacher, --post teacher, --unguided.
 """
@@ -61,7 +61,7 @@ class Config:                   # strongest last: default, rows of PRESETS that 
 
     steps: int = 50_000         # optimiser steps (B.6: the teacher)
     batch: int = 256            # images or pairs per step, over all processes (MF, REPA)
-    batch_gpu: int = 0          # at once in a process, to save memory; the rest by accumulation; 0 = all
+    batch_gpu: int = 0          # how many at once per process, to save memory; gradients accumulate; 0 = all
     lr: float = 1e-4            # learning rate of Adam (B.6; MF, REPA)
     decay: Literal["linear", "constant"] = "constant"    # of lr, to zero (B.6: constant)
     warmup: int = 0             # steps of linear warm-up; MF, REPA: none
@@ -117,10 +117,10 @@ PRESETS = {  # (data, stage, its --mid or --post): later rows win, --help shows 
     ("digits", "mid", "*"): dict(steps=800, lr=1e-3),
     ("digits", "post", "*"): dict(steps=700, lr=5e-4),
 }
-ABOUT = {"pretrain": "stage 1 of 4, pre-training: squared errors fall; so does the loss, less REPA's reward",
-         "mid": "stage 2 of 4, mid-training (Eq. 8): squared errors fall, and so their mean, the loss",
-         "post": "stage 3 of 4, post-training: squared errors fall slowly, the log's loss hardly",
-         "eval": "stage 4 of 4, scores: the images of every net against the data; lower is better"}
+ABOUT = {"pretrain": "stage 1 of 4, pre-training: squared errors and the loss, less REPA's reward, fall",
+         "mid": "stage 2 of 4, mid-training (Eq. 8): squared errors fall, and so does their mean, the loss",
+         "post": "stage 3 of 4, post-training: squared errors fall slowly, the loss in the log hardly",
+         "eval": "stage 4 of 4, scores: every net's images compared with the data; lower is better"}
 STAGES = ["pretrain", "mid", "post", "eval"]          # what --stage all runs, in this order: fid.stages_of
 INITS = "teacher", "random"                           # other values of --init are a FILE: fid.check_named
 NO_TEACHER = ["mf", "vanilla", "xl"]                  # post-trainings that ask no teacher
@@ -139,10 +139,10 @@ Flow = namedtuple("Flow", "u slope null_y")
 
 
 def draw_times(n, g, ratio, mean, std):
-    """(t, r), each (n,), 0 < r <= t < 1: of two logit-normal draws the larger and the smaller (MF).
+    """(t, r), each (n,), 0 < r <= t < 1: the larger and the smaller of two logit-normal draws (MF).
 
-    r = t but for exactly round(ratio n) samples, spread evenly over the batch: every process and micro-batch
-    has its share of them, and no shape depends on chance. g: a CPU generator.
+    r = t except for exactly round(ratio n) samples, spread evenly over the batch, so that every process and
+    micro-batch has its share of them and no shape depends on chance. g: a CPU generator.
     """
     draws = torch.sigmoid(mean + std * torch.randn((2, n), generator=g))
     t, r = draws.amax(0), draws.amin(0)
@@ -163,7 +163,7 @@ def flow_of(cfg, net, null_y):
         return nets.derivative(net, z, t, r, y, v)    # torch.func.jvp along (v, 1, 0), but faster
 
     if cfg.compile:
-        # trap: a compiled module inside jvp runs eager, in silence: functions are compiled
+        # trap: a compiled module inside jvp silently runs eager, so functions are compiled
         torch.compiler.reset()                        # trap: else u runs eager after 8 graphs, in silence
         u, slope = torch.compile(u), torch.compile(slope)
     return Flow(u, slope, null_y)
@@ -198,10 +198,12 @@ def loss_sit(u, z, v, t, text):
 
 @torch.no_grad()
 def guided_velocity(cfg, flow, v, u, at, guided):
-    """omega v + kappa u(z, t, t, y) + (1 - omega - kappa) u(z, t, t, null_y) where `guided` (B,), else v.
+    """v where it is not `guided` (B,), else omega v + kappa u_own + (1 - omega - kappa) u_null, with
 
-    at: z, t, r, y. u (B, C, H, W): u(z, t, r, y), which is u(z, t, t, y) where r = t. What is missing, of
-    null and own class, comes from one call. t, r, guided: on the CPU, where it costs no wait to look at them.
+      u_own, u_null = u(z, t, t, y), u(z, t, t, null_y)
+
+    at: z, t, r, y. u (B, C, H, W): u(z, t, r, y), which is u_own where r = t. Of the rest, what is needed
+    comes from one call. t, r, guided: on the CPU, where reading them costs no wait.
     """
     (z, t, r, y), w_null = at, 1 - cfg.omega - cfg.kappa
     u_null, u_own = torch.zeros_like(z), u.to(z.dtype, copy=True)
@@ -217,7 +219,7 @@ def guided_velocity(cfg, flow, v, u, at, guided):
 
 @torch.no_grad()
 def slopes(flow, apart, *at):
-    """du/dt at (z, t, r, y, v), (B, C, H, W), where `apart` (B,) on the CPU; else 0: it does not count."""
+    """du/dt (B, C, H, W) at (z, t, r, y, v) where `apart` (B,), on the CPU, is true; else 0, as unused."""
     dudt, i = torch.zeros_like(at[0]), apart.nonzero()[:, 0].to(at[0].device, non_blocking=True)
     if len(i):
         dudt[i] = flow.slope(*(a[i] for a in at))
@@ -231,8 +233,8 @@ def loss_mf(flow, z, v, t, r, y, guided, cfg):
       square = |u - sg(v - (t - r) dudt)|^2
       loss = mean of square / sg(square + WEIGHT_C)^p          (as code of six lines: docs/walkthrough.md, 6)
 
-    Where `guided` (B,), v is the guided one, in the jvp too. du/dt is asked for where r < t alone: elsewhere
-    it does not count. t, r, guided: on the CPU. Also returns square.
+    Where `guided` (B,) holds, v is the guided velocity, in the jvp too. du/dt is computed only where r < t:
+    elsewhere it does not count. t, r, guided: on the CPU. Also returns square.
     """
     times = [a.to(z.device, non_blocking=True) for a in (t, r)]
     gap = (times[0] - times[1]).view(-1, 1, 1, 1)
@@ -285,33 +287,33 @@ def rollout(cfg, net, z, text, null, times):
     if net.r_embedder is not None:                    # two clocks, t and r: a Mean Flow
         states = solvers.mean_flow(u, z, times)
         return states, torch.stack(answers)
-    # u = omega v + kappa u + (1 - omega - kappa) plain, where loss_mf is 0: u = plain + scale (v - plain)
+    # where loss_mf is 0, u = omega v + kappa u + (1 - omega - kappa) plain: so u = plain + scale (v - plain)
     scale, both = cfg.omega / (1 - cfg.kappa), torch.cat([null.expand_as(text), text])
     asked = torch.stack([times[:-1], times[1:]], 1).flatten().float()        # by Heun: both ends of each step
-    inside = ((asked >= cfg.guide_from) & (asked <= cfg.guide_to)).tolist()          # to read t would wait
+    inside = iter(((asked >= cfg.guide_from) & (asked <= cfg.guide_to)).tolist())    # to read t would wait
 
     def v(x, t):
-        if scale == 1 or not inside[len(answers)]:    # of this call
+        if not next(inside) or scale == 1:            # for this call
             answers.append(net(x, t, text, repa=False))
         else:
             plain, own = net(torch.cat([x, x]), torch.cat([t, t]), both, repa=False).chunk(2)
             answers.append(plain.lerp(own, scale))
         return answers[-1]
     states = solvers.flow_heun(v, z, times)
-    return states, torch.stack(answers).unflatten(0, (-1, 2)).mean(1)       # its step is the mean of two
+    return states, torch.stack(answers).unflatten(0, (-1, 2)).mean(1)       # a Heun step is a mean of two
 
 
 def solve_size(cfg):
-    """(n, used): trajectories of a solve, and pairs that each gives: all pairs of its states."""
+    """(n, used): trajectories per solve, and how many pairs each gives: all pairs of its states."""
     return cfg.trajectories, cfg.nodes * (cfg.nodes - 1) // 2
 
 
 @torch.no_grad()
 def teacher_pairs(cfg, teacher, text, null, shape, g):
-    """Eq. 8: a roll-out of the frozen teacher for each caption, text (n, L, D), gives all pairs of states.
+    """Eq. 8: all pairs of states from one roll-out of the frozen teacher per caption, text (n, L, D).
 
-    Every process rolls out its share and gets all. Returns, shuffled, z (P n, C, H, W), t and r (P n,), the
-    number of the caption (P n,), and the target, as pairs_of_states.
+    Every process rolls out its share and gets all. Returns shuffled z (P n, C, H, W), t and r (P n,), the
+    caption's number (P n,), and the target, as in pairs_of_states.
     """
     n, times = len(text), torch.linspace(1, 0, cfg.nodes, dtype=torch.float64)
     mine = slice(RANK * n // WORLD, (RANK + 1) * n // WORLD)
@@ -330,7 +332,7 @@ def features_of(run, words, drop):
 
 
 def solve(cfg, run, number):
-    """What teacher_pairs draws: z, t, r, owner and target of each pair; the captions' features, once each."""
+    """Draw a solve's pairs: z, t, r, owner and target of each; and each caption's features, computed once."""
     g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", number))
     texts = features_of(run, *captions_of_solve(cfg, run.images, number))
     pairs = teacher_pairs(cfg, run.teacher, texts, run.null, run.images.shape, g)
@@ -348,12 +350,12 @@ def image_batch(cfg, run, step, mine):
 
 
 def batches(cfg, run, mine):
-    """For each step to go: the rows `mine` of its batch, and what all pairs of its solve share, else None."""
+    """For each remaining step: rows `mine` of its batch, and what all pairs of its solve share, or None."""
     start, B, per_solve = run.tally["step"], cfg.batch, math.prod(solve_size(cfg))    # whole batches (check)
     for step in range(start, cfg.steps):
         if cfg.stage == "mid":
             number, at = divmod(step * B, per_solve)  # which solve; where in it the step's pairs begin
-            if at == 0 or step == start:              # it serves several steps; a resumed run solves anew
+            if at == 0 or step == start:              # a solve serves several steps; resuming solves again
                 pairs, shared = solve(cfg, run, number)
             yield [a[at:at + B][mine] for a in pairs], shared
         else:
@@ -361,7 +363,7 @@ def batches(cfg, run, mine):
 
 
 def loss_of(cfg, run, flow, rows, texts):
-    """The loss of a micro-batch and the squared error of each row (B,); rows, texts: what batches yields."""
+    """The loss of a micro-batch and the squared error of each row (B,); rows and texts come from batches."""
     if cfg.stage == "mid":
         z, t, r, owner, target = rows                 # owner: which caption of the solve is a pair's
         return loss_cmt_mf(flow.u, z, t, r, texts[owner], target)                             # Eq. 8
@@ -400,8 +402,8 @@ def train(cfg):
         norm, mean, stop = total(run.grad, loss_sum, tally["scale"])          # the one wait of a step
         if cfg.clip and norm > cfg.clip:
             run.grad *= cfg.clip / norm
-        if math.isfinite(norm + mean):            # else: no step, and no trace of it in weights and moments
-            opt.step()                            # of run.flat, by run.grad
+        if math.isfinite(norm + mean):            # if not: no step, so weights and moments are untouched
+            opt.step()                            # updates run.flat with run.grad
         run.grad.zero_()
         run.flat_ema.lerp_(run.flat, 1 - cfg.ema_beta)
 
@@ -431,7 +433,7 @@ def lr_at(cfg, step):
 
 
 def set_up(cfg):
-    """The stage's images, teacher, sizes and, by begin, net and counts; None: nothing is to be done."""
+    """The stage's images, teacher, sizes, and begin's net and counts; None if there is nothing to do."""
     if left_out(cfg) or (cfg.stage == "pretrain" and cfg.teacher):
         return log(f"{cfg.stage}: not trained, as --teacher or --mid none says")
     ckpt, to_go = resume(cfg)                         # steps that are left
@@ -442,7 +444,7 @@ def set_up(cfg):
     if cfg.stage == "mid" or (cfg.stage == "post" and cfg.post not in NO_TEACHER):
         weights, kwargs = teacher_state(cfg)
         teacher = build(cfg, kwargs, weights, cfg.teacher or "the teacher")
-        teacher.requires_grad_()      # autocast casts only such weights once; it is asked under no_grad
+        teacher.requires_grad_()      # else autocast casts weights at each call; it is called under no_grad
         stamp += f", teacher {nets.stamp(weights)}"
     fid.same_data(ckpt, f"{cfg.out}/{cfg.stage}.pt", stamp)
     if not to_go:                                     # finished, with other names of the same content
@@ -452,7 +454,7 @@ def set_up(cfg):
     net = build(cfg, kwargs, state, what, train=True)
     beta2 = 0.999 if cfg.stage == "pretrain" else 0.95                        # REPA; MF
     adam = partial(torch.optim.Adam, betas=(0.9, beta2), fused=True)
-    # previews: captions of the data, whose features may be cached (no one needs CLIP), of each tenth in turn
+    # previews: captions of the data, from each tenth in turn; their features may be cached (no CLIP needed)
     k, n = torch.arange(60), images.count
     shown = encoder(images.texts((k % 10 * n // 10 + n // 20 + k // 10) % n, 0.0 * k))
     steps, text = cfg.nfe if cfg.stage == "pretrain" else 1, lambda seeds: shown[list(seeds)]
@@ -564,7 +566,7 @@ def validation_text(images, encoder, seeds):
 
 
 def read_digits(sampler, reader, right):
-    """sampler; right (2,) counts its images in which reader sees the digit of their caption, and all."""
+    """The sampler; right (2,) counts its images in which reader sees the caption's digit, and all of them."""
     def watched(seeds):
         x = sampler(seeds)
         seen = reader.logits(fid.to_uint8(x)).argmax(1).cpu()
@@ -587,7 +589,7 @@ def draw_sheets(cfg, found, images, encoder):
             path = f"{cfg.out}/samples_{name}_{steps}step.png"
             fid.save_captions(path, name, steps, rows, scores="; scores: results.md in this folder")
             shown.append((name, steps, torch.stack([row[0] for _, row in rows])))
-    heun = " A step of the teacher is Heun's, two calls; a single one from noise is too coarse to draw."
+    heun = " A teacher step is one of Heun's, with two calls; a single one from noise is too coarse to draw."
     words = fid.about(cfg, found) + heun
     fid.save_stages(cfg.out, shown, captions, words)
     if found[0][0] == "teacher":
@@ -616,8 +618,8 @@ class Coco:
     """Memory-mapped shards of --stage encode, or U-ViT's extracted features (a small file for each array).
 
     Image k has moments (8, h, w), mean and deviation of its SD-VAE latent; DINOv2 tokens (N, D), none from
-    U-ViT; and captions first[k] to first[k + 1], as CLIP's token ids (77,), U-ViT's as features (77, 768). Of
-    U-ViT's files each is read once before the first step; <out>/checked.txt says so to the next stage.
+    U-ViT; and captions first[k] to first[k + 1], as CLIP's token ids (77,), U-ViT's as features (77, 768).
+    Each of U-ViT's files is read once before the first step; <out>/checked.txt says so to the next stage.
     """
 
     def __init__(self, path, out):
@@ -688,7 +690,7 @@ class Coco:
         return torch.from_numpy(self.ids[self.first[k] + j].astype(np.int64))
 
     def texts(self, index, pick):
-        """The captions of images index (B,) that pick (B,), in [0, 1), falls on: ids or features (B, ...)."""
+        """A caption of each image in index (B,), chosen by pick (B,) in [0, 1): ids or features (B, ...)."""
         return torch.stack(list(self.pool.map(self.words, index.tolist(), pick.tolist())))
 
     def read(self, index, pick):
@@ -697,7 +699,7 @@ class Coco:
         return torch.stack(moments), torch.stack(tokens), self.texts(index, pick)
 
     def validation(self, seeds):
-        """A caption of the validation set for each seed, as text; U-ViT's features hold words alone."""
+        """A caption of the validation set for each seed, as text; from U-ViT only its features."""
         order = torch.randperm(len(self.val), generator=torch.Generator().manual_seed(0))
         picks = [(int(order[s % len(order)]), fold("caption", s)) for s in seeds]
         if self.maps:
@@ -773,14 +775,14 @@ opened = cache(Coco)                                  # once for all checks, onc
 
 
 def load_data(cfg):
-    """Coco of --data, or the digits. Missing: exit code 3 with the remedy."""
+    """Coco of --data, or the digits. If missing: exit code 3, with the remedy."""
     if cfg.data == "digits":
         return CaptionedDigits(8 // size_row(cfg, 8)["patch_size"])
     return opened(FILES.get(cfg.data, cfg.data), cfg.out)
 
 
 def draw_captions(cfg, images, n, g):
-    """n images by number, a number in [0, 1) that picks a caption of each, and whether it is dropped."""
+    """n image numbers; for each, a number in [0, 1) that picks its caption, and whether that is dropped."""
     index = torch.randint(images.count, (n,), generator=g)
     return index, torch.rand(n, generator=g), torch.rand(n, generator=g) < cfg.caption_dropout
 
@@ -808,7 +810,7 @@ def read_batch(cfg, images, step):
 
 
 def pinned(batch):
-    """For a GPU in pinned memory, so that copying it does not wait for what the GPU is at."""
+    """The batch, pinned for a GPU so that copying it does not wait for the GPU's current work."""
     return [a.pin_memory() for a in batch] if DEVICE.type != "cpu" else batch
 
 
@@ -896,7 +898,7 @@ SIGNALS += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)
 STOP = []                                             # signals received: the loop saves, then ends
 NO_WEIGHT = ("dry_run data stage out source encoders teacher vae prompts seeds samples repeat nfe compile "
              "batch_gpu log_every save_every")        # no weight depends on them: fid.steps_left
-READ_BY = {  # fid.never_read: stages, or "stage method", that read a knob; not named: all read it
+READ_BY = {  # fid.never_read: stages, or "stage method", that read a knob; all read one that is not here
     "mid init omega kappa guide_from guide_to": "mid, post",
     "nodes trajectories": "mid", "post": "post",
     "ratio P_mean P_std power": "pretrain, post", "pretrain": "pretrain",
@@ -937,7 +939,7 @@ def begin(cfg, ckpt, net, optimizer, stamp, kwargs, **parts):
     """The run: net, ema, opt, tally, restored or new; flat, flat_ema, grad: each as one vector; and parts."""
     ema = deepcopy(net).requires_grad_(False).eval()
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
-    flat.grad = grad                                  # one vector, whose views are all weights (flatten)
+    flat.grad = grad                                  # all weights are views of flat, one vector (flatten)
     opt, path = optimizer([flat]), f"{cfg.out}/{cfg.stage}.pt"
     tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
     fid.agree("data and sum of the first weights", (stamp, flat.sum(dtype=torch.float64).item()))
@@ -969,7 +971,7 @@ def on_signal(number, frame):
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-LIMITS = {  # what a value must be, in words and as a test: fields; for fid.check_values
+LIMITS = {  # (a limit in words, its test): the fields it is for; read by fid.check_values
     ("above 0, below 1e12", lambda v: 0 < v < 1e12):
         "batch steps repeat log_every save_every P_std omega trajectories",
     ("above 0, at most 1", lambda v: 0 < v <= 1): "lr",
@@ -989,7 +991,7 @@ def left_out(cfg):
 
 
 def check(cfg):
-    """Whether this stage trains; before any does, what would stop it: values (exit code 2), files (3)."""
+    """Whether this stage trains; before any does, bad values (exit code 2) or files (3) end the run."""
     given = cfg.stage in RUN or (cfg.stage == "pretrain" and cfg.teacher)
     trains = not given and not left_out(cfg)
     fid.check_values(cfg, LIMITS, WORLD if trains else 0)
@@ -1026,7 +1028,7 @@ def check(cfg):
 
 # ---- main -------------------------------------------------------------------------------------
 def candidates(cfg):
-    """What to sample from: (name, net, {steps: kind of sampler}, checkpoint); --init FILE: it alone."""
+    """What to sample from: (name, net, {steps: kind of sampler}, checkpoint); --init FILE: only that."""
     found, stages = [], ["pretrain", "mid", "post", "alone/post"]    # alone: a run without mid-training
     if file := cfg.teacher if cfg.init in INITS else cfg.init:
         base = os.path.splitext(os.path.basename(file))[0]
@@ -1046,9 +1048,9 @@ def candidates(cfg):
 
 
 def given_prompts(cfg):
-    """--prompts: captions between bars, or of a FILE, one a line; without it eight of the validation set.
+    """--prompts: captions between bars, or in a FILE, one per line; without it, eight of the validation set.
 
-    A FILE is what is there, ends in .txt, or is one word with a slash or an ending.
+    A FILE exists, ends in .txt, or is one word with a slash or an ending.
     """
     given, captions = cfg.prompts, cfg.prompts.split("|")
     if os.path.exists(given) or re.fullmatch(r"[^|]*\.txt|[^|\s]*(/|\.\w)[^|\s]*", given):
@@ -1066,7 +1068,7 @@ def given_prompts(cfg):
 
 
 def slug(text):
-    """A caption as part of a file's name; with a checksum where another caption would have the same one."""
+    """A caption as part of a file name, with a checksum where another caption would have the same name."""
     words = re.sub(r"\W+", "-", text.lower()).strip("-")[:40]
     return words if words.replace("-", " ") == text else f"{words}-{zlib.crc32(text.encode()):08x}"
 
@@ -1097,7 +1099,7 @@ def sample_captions(cfg):
 def evaluate(cfg):
     """Score every net there is, the teacher in --nfe steps, students in 1 and 2: <out>/results.md.
 
-    Caption i of the validation set makes image i. Of digits, columns say how many show what theirs names.
+    Caption i of the validation set makes image i. For digits, columns say how many show the right digit.
     """
     digits, images, encoder = cfg.data == "digits", load_data(cfg), text_encoder(cfg)
     found, rows = candidates(cfg), []

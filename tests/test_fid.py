@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -815,8 +816,8 @@ def test_of_a_long_trajectory_nine_states_are_drawn_where_most_changes(tmp_path,
     assert late[0][1][:, 0, 0, 0].tolist() == [*range(9)] and len(short[0][1]) == 8
     assert [label for label, *_ in (*late, *short)] == ["the teacher's trajectory", "the teacher's trajectory\nclass 7"]
     assert rows[1][0] == "after mid-training\nin one step" and rows[1][2:] == tuple(f"error {e:.2f}" for e in range(16, -1, -2)) and len(rows[0]) == 2
-    assert said[0].startswith("Mid-training teaches the jump between any two states of the teacher's trajectory\nFirst row: the trajectory, from noise to an image (9 of 17 states). Below: each net's answer to each state; error: ")
-    assert "how far it is from the end, root mean square (two ends differ by 0.00). From pure noise, mean of 2 noises: after mid-training 16.00; drawn is the noise where the teacher errs most." in said[0] and "divided by sigma" not in said[0]
+    assert said[0].startswith("Mid-training teaches the jump between any two states of the teacher's trajectory\nFirst row: the trajectory, from noise to an image (9 of 17 states). Below: each net's answer to each state. Error: ")
+    assert "root mean square distance from the end (two ends differ by 0.00); from pure noise, in the mean of 2 noises, after mid-training 16.00." in said[0] and "divided by sigma" not in said[0]
     fid.save_trajectory("", x, torch.linspace(80, 0, 17), {"teacher": lambda x, level: x, "mid": lambda x, level: x + 9, "post": lambda x, level: x - 1})
     assert said[-1].startswith("Mid-training teaches the jump from every state of the teacher's trajectory to its end\n")
     assert [row[2:3] for row in drawn[-1][0]] == [(), ("error 16.00",), ("error 7.00",)] and "divided by sigma" in said[-1]
@@ -832,16 +833,15 @@ def test_the_heading_of_scored_images_has_the_last_net_in_one_step_and_two_and_t
             {"stage": "post", "1-step FID": "6.0 +- 1.0, min 5.0", "2-step FID": "3.0"}]
     fid.save_stages(str(tmp_path), shown, (), " Seed 0.", rows, 500)
     assert said[0] == ("after post-training: FID (lower is better) 6.00 in one step, 3.00 in two steps\n"
-                       "A column is one noise, drawn by every net. FID, lower is better: Frechet distance of 500 samples to the data, by features of a classifier; of few it is off, mostly high. Whether mid-training helps, only a run without it tells (docs/usage.md). Post-training makes it worse in one step. Seed 0.")
+                       "In each column every net draws from one noise. FID, lower is better: Frechet distance of 500 samples to the data, in a classifier's features; with so few it is off, mostly high. Only a run without mid-training tells whether it helps (docs/usage.md). Post-training makes scores worse in one step. Seed 0.")
     assert labels == [[("mid-training alone\n1 step", "5.0", "-"), ("after post-training\n1 step", "6.0 +- 1.0, min 5.0", "3.0")]]     # two look like one
     assert heads == [["", *[""] * 12, "FID of this row", "FID in two steps"]]
     fid.save_stages(str(tmp_path), shown, (), "", [{"stage": "teacher", "8-step FID": "2.0"}])
     fid.save_stages(str(tmp_path), shown, (), "A heading\nand more", rows)
     nearly = [{"stage": "mid", "1-step FID": "5.0", "2-step FID": "3.0"}, {"stage": "post", "1-step FID": "5.4", "2-step FID": "3.2"}]
     assert fid.headline(nearly) == "after post-training: FID (lower is better) 5.40 in one step, 3.20 in two steps"
-    for one, two, words in ("5.6", "3.4", " Post-training makes it worse in one step and in two steps."), ("5.0", "3.4", " Post-training makes it worse in two steps."), ("5.4", "3.2", "(docs/usage.md)."):
+    for one, two, words in ("5.6", "3.4", " Post-training makes scores worse in one step and in two steps."), ("5.0", "3.4", " Post-training makes scores worse in two steps."), ("5.4", "3.2", "(docs/usage.md)."):
         assert fid.of_scores([nearly[0], nearly[1] | {"1-step FID": one, "2-step FID": two}], 500).endswith(words)           # in either; within 10 % it is not told
-    assert fid.of_scores([*nearly, {"stage": "alone", "1-step FID": "5.5", "2-step FID": "3.3"}], 500).endswith(" In two steps mid-training changes little (this seed). Little: by less than 10 %.")
     assert fid.headline([{"stage": "teacher", "1-step FID": "9.0", "8-step FID": "2.0"}]) == ""
     assert fid.headline([{"stage": "teacher", "8-step FID": "2.0"}]) == ""
     alone = {"stage": "alone", "1-step FID": "1.48", "2-step FID": "9.00"}
@@ -849,12 +849,12 @@ def test_the_heading_of_scored_images_has_the_last_net_in_one_step_and_two_and_t
     for without, effect in (5.9, "changes little"), (5.0, "changes little"), (6.1, "helps"), (4.9, "hurts"):                # within 10 %
         assert f"Mid-training {effect} in one step" in fid.headline([*nearly, alone | {"1-step FID": f"{without}"}])
     assert fid.headline([nearly[1], alone]).startswith("after post-training: FID (lower is better) 5.40 in one step")      # the student had none either
-    assert fid.of_scores([*nearly, alone], 500).count(" In two steps mid-training helps (this seed).") == 1 and "mid-training" not in fid.of_scores([nearly[1], alone], 500)
-    assert "only a run without it tells" in fid.of_scores(nearly, 500) and "only a run" not in fid.of_scores([*nearly, alone], 500)
+    assert "mid-training" not in fid.of_scores([nearly[1], alone], 500)
+    assert "Only a run without mid-training tells" in fid.of_scores(nearly, 500) and "Only a run" not in fid.of_scores([*nearly, alone], 500)
     seen = [row | {"images": n} for row, n in zip((*nearly, alone), ("1,000", "7", "2,000"))]                # post-training has seen both
-    assert [fid.numbers_of(net, 1, seen)["images or pairs seen by a student"] for net in ("mid", "post", "alone")] == ["1,000", "1,007", "2,000"]
-    assert "images or pairs seen by a student" not in fid.numbers_of("mid", 1, [row | {"images": "-"} for row in nearly])                # weights of a file
-    assert said[1].startswith("The same noises, drawn by every net\nA column") and said[2].startswith("A heading\nA column") and said[2].endswith("and more")
+    assert [fid.numbers_of(net, 1, seen)[fid.SEEN] for net in ("mid", "post", "alone")] == ["1,000", "1,007", "2,000"]
+    assert fid.SEEN not in fid.numbers_of("mid", 1, [row | {"images": "-"} for row in nearly])                # weights of a file
+    assert said[1].startswith("What every net draws from the same noises\nIn each column") and said[2].startswith("A heading\nIn each column") and said[2].endswith("and more")
 
 
 def test_a_picture_with_scores_stays_until_there_are_others(tmp_path, monkeypatch):
@@ -876,19 +876,31 @@ def test_a_caption_names_seed_and_sizes(monkeypatch):
     losses = dict(huber="pixels", elatentlpips="features of a VGG", edges="edges")                     # of a fork
     found = [("teacher", torch.nn.Linear(999, 1000), {}), ("mid", torch.nn.Linear(1999, 1000), dict(cfg={})), ("post", torch.nn.Linear(1999, 1000), {})]
     assert fid.about(train_mf_imagenet256.Config(seed=7), found) == (
-        " Mid-training compares by velocities. Students are 2.0 times as large as the teacher. Seed 7.")
+        " Mid-training learns the teacher's trajectories, compared by velocities; post-training learns from images. Students are 2.0 times as large as the teacher. This is seed 7.")
     for loss, words in losses.items():
         found[1][2]["cfg"]["loss"] = loss
         assert fid.about(train_cmt_cifar.Config(seed=7), found[1:]) == (
-            f" Mid-training compares by {words}. Seed 7.")
-    assert fid.about(train_cmt_cifar.Config(seed=7), found[2:]) == " Seed 7."
+            f" Mid-training learns the teacher's trajectories, compared by {words}; post-training learns from images. This is seed 7.")
+    assert fid.about(train_cmt_cifar.Config(seed=7), found[2:]) == " This is seed 7."
     cfg = dict(lr=1e-4, q=4096, out="x", mid="cmt")
     rival = [("post", found[0][1], dict(cfg=cfg)), ("alone", found[0][1], dict(cfg=cfg | dict(lr=1e-3, out="y", mid="none")))]
-    assert fid.about(train_cmt_cifar.Config(seed=7), rival) == " Without it: post-training alone, by lr=0.001. Seed 7."                # what it was trained by
+    assert fid.about(train_cmt_cifar.Config(seed=7), rival) == " Without it: post-training alone, by --lr 0.001. This is seed 7."                # what it was trained by
     rival[1][2]["cfg"] |= dict(lr=1e-4, pretrain="fm")
-    for step, words in (3, ""), (20, " It begins with a flow-matching net of 160 images."):                        # not begun, or from a file; trained here
+    for step, words in (3, ""), (20, " It starts from a flow-matching net of 160 images."):                        # not begun, or from a file; trained here
         monkeypatch.setattr(train_mf_imagenet256.nets, "finished", lambda path: {"step": 20, "seconds": 1, "cfg": {"batch": 8, "stage": "pretrain"}} if step == 20 else None)
-        assert fid.about(train_mf_imagenet256.Config(seed=7), rival) == f"{words} Seed 7."
+        assert fid.about(train_mf_imagenet256.Config(seed=7), rival) == f"{words} This is seed 7."
+
+
+def test_sheets_of_one_seed_have_the_means_of_three_that_readme_has(monkeypatch):
+    """A picture passed on alone tells what three seeds say, not what this one does; rows 1, 2, 3, 5, 6 of README's table."""
+    lines = [line.split(" | ") for line in (pathlib.Path(fid.__file__).parent / "README.md").read_text().splitlines() if re.match(r"\| [1-6] \| train_", line)]
+    rows = [(line[1].removesuffix(".py"), *re.findall(r"[\d.]+", f"{line[3]} {line[5]}")) for line in lines]
+    told = [(script, *re.findall(r"\d\.\d\d", text)) for script, text in fid.OF_SEEDS.items()]
+    assert told[0] == rows[0] + rows[1][1:] and told[1:] == [rows[2], rows[4], rows[5]]
+    import train_t2i_coco
+    nets = [(name, torch.nn.Linear(1, 1), dict(cfg={})) for name in ("post", "alone")]
+    said = fid.about(train_t2i_coco.parse(["--data", "digits"]), nets), fid.about(train_t2i_coco.Config(), nets)
+    assert ["one step 3.05 with mid-training, 3.03 without" in text for text in said] == [True, False]
 
 
 def test_a_colour_means_one_thing_in_every_chart():
@@ -927,7 +939,7 @@ def test_every_stage_has_an_axis_of_its_own(tmp_path, monkeypatch):
     scores = {"stage": "teacher, balanced labels", "8-step FID": "2.00"}, {"stage": "mid", "1-step FID": "5.00 +- 1.00, min 4.00"}, {"stage": "post", "1-step FID": "-"}
     save_curve(cfg, scores)
     assert drawn["caption"].startswith("Loss and gradient norm of each stage; only scores tell what is better\n")
-    assert drawn["caption"].endswith(" A point: a mean since the last one. Mid-training alone: FID (lower is better) 5.00 in one step; 50,000 samples each.")
+    assert drawn["caption"].endswith(" Each point is a mean since the last one. Mid-training alone: FID (lower is better) 5.00 in one step; 50,000 samples each.")
 
 
 

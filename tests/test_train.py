@@ -338,7 +338,7 @@ def test_a_dry_run_says_what_it_would_do_and_does_nothing(name, monkeypatch, cap
         main(["--data", "digits", "--dry_run", "--mid.steps", "7", "--samples", "9"])
     out = capsys.readouterr().out
     assert "and half a minute of scores\nwarning: a score of 9 samples is off" in out                     # as the run itself
-    assert re.search(r"; [\d.]+ (s|min) to [\d.]+ min of a core in fp32", out) and "OMP_NUM_THREADS" not in out
+    assert re.search(r"; [\d.]+ (s|min) to [\d.]+ min on one core in fp32", out) and "OMP_NUM_THREADS" not in out
     assert stop.value.code == 0 and "mid 7 steps of 32" in out and f"plan {name}.py --data digits --mid.steps 7 --samples 9" in out
     monkeypatch.setenv("CMT_CACHE", "cache")
     with pytest.raises(SystemExit) as stop:
@@ -814,7 +814,7 @@ def test_what_is_refused_is_not_announced(road, capsys):
         assert "to train" not in out and "stage " not in out.replace("--stage ", "") and not os.path.exists("x")
     script.main([*TINY, "--stage", "eval", "--out", str(road)])
     few = "warning: a score of 16 samples is off, mostly high; pass --samples 1024 or more"
-    assert f"to train: nothing, what is there is drawn and scored (again)\n{few}\nstage 4 of 4" in capsys.readouterr().out
+    assert f"to train: nothing, existing nets are drawn and scored (again)\n{few}\nstage 4 of 4" in capsys.readouterr().out
 
 
 def test_a_flag_of_a_stage_that_is_not_trained_is_named(monkeypatch, capsys):
@@ -863,8 +863,8 @@ def test_two_noise_levels_that_fp32_cannot_tell_apart_are_refused(flags, capsys)
 def test_a_stage_too_short_for_its_average_or_its_warm_up_says_so():
     short, whole = (script.parse(f"--data digits --stage post {flags}".split()) for flags in ("--steps 7 --ema_beta 0.99", ""))
     said = script.fid.overview([(7, short), (600, whole)], script.DEVICE, short)
-    assert said.count("warning") == 2 and "steps of warm-up: 20 of 7 (pass --post.warmup 0)" in said
-    assert "still hold of the first ones: 93% (pass --post.ema_beta 0.286)" in said
+    assert said.count("warning") == 2 and "most steps are warm-up: 20 of 7 (pass --post.warmup 0)" in said
+    assert "still hold this share of the first: post 93% (pass --post.ema_beta 0.286)" in said
     assert "warning" not in script.fid.overview([(0, short)], script.DEVICE, short)             # it is finished
 
 
@@ -1090,7 +1090,7 @@ def test_an_annealing_that_never_moves_q_is_told():
         cfg = script.parse(["--data", data, "--stage", "post", "--post", "annealed"])
         assert cfg.q == 2 and 128 < cfg.q ** (cfg.steps // cfg.stair) <= 512, data
     cfg = script.parse(["--data", "digits", "--stage", "post", "--post", "annealed", "--steps", "187"])
-    assert "warning: q never grows in so few steps: 187 (pass --stair of an eighth of them)" in fid.overview([(187, cfg)], torch.device("cpu"), cfg)
+    assert "warning: q never grows in so few steps: 187 (pass an eighth of them as --stair)" in fid.overview([(187, cfg)], torch.device("cpu"), cfg)
     assert "never grows" not in fid.overview([(188, replace(cfg, steps=188))], torch.device("cpu"), replace(cfg, steps=188))
 
 

@@ -1422,10 +1422,8 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
     where all n land in one step}. show: states -> images. names: of each. words: for the caption.
     """
     wide = levels.clamp(min=1).to(states).view(-1, 1, 1, 1, 1)
-    moved = (states / wide).diff(dim=0).flatten(1).norm(dim=1).cumsum(0)     # of many states nine are shown
-    evenly = torch.searchsorted(moved, torch.linspace(0, moved[-1].item(), 9).to(moved)[1:-1]) + 1
     n = len(states)
-    some = sorted({0, *evenly.tolist(), n - 1}) if n > 9 else range(n)
+    some = torch.linspace(0, n - 1, min(n, 9)).round().long().tolist()       # of many states nine are drawn
     states, levels, wide = states[some], levels[some], wide[some]
     apart = (states[-1] - states[-1].roll(1, 0)).square().mean().sqrt().item()
     along = [(x, level.expand(len(x))) for x, level in zip(states, levels.float())]
@@ -1699,39 +1697,27 @@ def of_samples(home):
 
 
 def same_folder(cfg, script, argv):
-    """Exit code 2 where another script, other data or knobs that this command names otherwise made a folder.
+    """Exit code 2 where another script, other data or, where it is drawn, other knobs made a folder.
 
-    A stage compares its own knobs itself. A teacher that lies elsewhere is missed in a line.
+    A stage that trains compares its own knobs. A teacher that lies elsewhere is missed in a line.
     """
     home, path = home_of(cfg), pathlib.Path(cfg.out, "config.json")
     if not path.is_file():
         return
     with blame(path):
-        made = {s: dict(c, data=os.path.basename(c["data"])) for s, c in json.loads(path.read_text()).items()}
+        made = [dict(c, data=os.path.basename(c["data"])) for c in json.loads(path.read_text()).values()]
     now = dict(vars(cfg), script=os.path.basename(script), data=os.path.basename(cfg.data))
+    drawn, own = cfg.stage in ("eval", "sample"), home.data_name(cfg) == "own"
     typed = [word[2:].partition("=")[0] for word in argv if word.startswith("--")]
-    free, drawn = {*of_samples(home)} - {"data"}, cfg.stage in ("eval", "sample")
-    named = [c for c in made.values() if c.get("script", "").startswith("train_")]
-    knobs = {*now} - free if drawn else {"data"} if home.data_name(cfg) != "own" else ()
-    asked = {"script": ("script", named, now)}           # flag: (knob, what made the folder, what asks)
-    asked |= {f"--{k}": (k, made.values(), now) for k in ("data", "res", *typed) if k in knobs}
-    for stage in [s for s in made if s in home.STAGES and cfg.stage not in ("all", s)]:
-        then = vars(home.parse([*argv, "--stage", stage]))
-        trains = {*then} - free - {*never_read(dataclasses.replace(cfg, stage=stage))}
-        asked |= {f"--{stage}.{k}": (k, [made[stage]], then) for k in trains if f"{stage}.{k}" in typed}
-    odd = []
-    for flag, (k, configs, new) in asked.items():
-        was = dict.fromkeys(c[k] for c in configs if k in c)
-        if was and new[k] not in was:
-            odd.append(f"{flag} {', '.join(map(str, was))}, now {new[k]}")
-            if flag == "script":                         # which explains whatever else differs
-                break
-    if odd:
-        keeps = odd[0].startswith("script") and os.path.exists(teacher := f"{cfg.out}/pretrain.pt")
-        how = f"; a copy of that script keeps its teacher by --teacher {teacher}" if keeps else ""
-        how += "; samples are drawn in one step and in two: leave it out" * (drawn and "--steps " in odd[0])
-        fail(2, f"{cfg.out} was made with {' and '.join(odd)}; use another --out, or the flags of then{how}")
-    told = [c["teacher"] for c in made.values() if c.get("teacher", "scratch") not in ("", "scratch")]
+    knobs = [k for k in (*["res"] * ("res" in now), *typed) if k in now and k not in of_samples(home)]
+    for k in ("script", *["data"] * (drawn or not own), *knobs * drawn):
+        was = dict.fromkeys(c[k] for c in made if k in c)
+        if was and now[k] not in was and (k != "script" or str([*was][0]).startswith("train_")):
+            flag, teacher = k if k == "script" else f"--{k}", f"{cfg.out}/pretrain.pt"
+            how = f"; a copy of that script keeps its teacher by --teacher {teacher}"
+            fail(2, f"{cfg.out} was made with {flag} {', '.join(map(str, was))}, now {now[k]}; use another "
+                    "--out, or the flags of then" + how * (k == "script" and os.path.exists(teacher)))
+    told = [c["teacher"] for c in made if c.get("teacher", "scratch") not in ("", "scratch")]
     if drawn and told and not cfg.teacher and not os.path.exists(cfg.init):
         say(f"warning: its teacher is neither drawn nor scored; pass --teacher {told[-1]}")
 
@@ -2164,36 +2150,25 @@ def steps_left(cfg, ckpt, path):
             "anew, use another --out")                       # once for all stages
     known = " ".join(["seed", home.NO_WEIGHT, *home.READ_BY, *itertools.chain(*home.PRESETS.values())])
     may = {*never_read(cfg), *home.NO_WEIGHT.split(), *["steps"] * (cfg.decay in home.ENDLESS)}
-    was = dict(ckpt["cfg"]) if ckpt else {}
-    for new, name in dict(stair="double", class_dropout="dropout", caption_dropout="dropout").items():
-        was |= {new: was[name]} if name in was and new not in was else {}    # their names before 2026-11-29
-    was |= {"init": "teacher"} if was.get("init") == "sit" else {}
-    old = {f.name: was.get(f.name, f.default) for f in dataclasses.fields(cfg)} if ckpt else {}
+    old = {f.name: ckpt["cfg"].get(f.name, f.default) for f in dataclasses.fields(cfg)} if ckpt else {}
     if old and (later or cfg.steps < ckpt["step"]):
         may -= {"steps"}
     if changed := [name for name, was in old.items() if was != getattr(cfg, name) and name not in may]:
         check_named(cfg)                              # of two causes the plainer
-        data, more, how = old["data"], cfg.steps - old["steps"], ""
+        data, more, teacher = old["data"], cfg.steps - old["steps"], f"{cfg.out}/pretrain.pt"
         if cfg.data != data:
             fail(2, f"{path} was made by {made} --data {data}, now {cfg.data}; use another --out")
-        longer, idle = changed == ["steps"] and more > 0, {"data", "stage", "dry_run", *never_read(cfg)}
-        names = vars(cfg).keys() - idle - {*SCORED}
-        new = dict(teacher=cfg.teacher if cfg.teacher not in ("", "scratch") else f"{cfg.out}/pretrain.pt")
-        if longer and cfg.stage != "pretrain":
-            new |= dict(init=path, steps=more, out=f"{cfg.out}-longer-{cfg.stage}")
+        keeps = teacher != path and os.path.exists(teacher)
+        how = f", with --teacher {teacher} to keep its teacher" * keeps
+        if changed == ["steps"] and more > 0 and cfg.stage != "pretrain":
+            names = vars(cfg).keys() - {"data", "stage", "dry_run", *never_read(cfg), *SCORED}
+            new = dict(init=path, steps=more, out=f"{cfg.out}-longer-{cfg.stage}")
+            new["teacher"] = cfg.teacher if cfg.teacher not in ("", "scratch") else teacher
             how = f"; to train it on, in a folder of its own: {command(cfg, cfg.stage, names, **new)}"
-        elif cfg.stage == "post" and cfg.mid != "none" and os.path.exists(mid := f"{cfg.out}/mid.pt"):
-            new |= dict(init=mid, out=f"{cfg.out}-2")
-            how = f"; to keep its mid-training: {command(cfg, cfg.stage, names, **new)}"
-        elif longer and cfg.steps != home.parse(["--data", data, "--stage", cfg.stage]).steps:     # asked for
-            how = (f"; to make the stages after it longer: python {here['script']} --data {data} "
-                   f"--teacher {path} --steps {cfg.steps} --out {cfg.out}-longer")
-        if own := [name for name in changed if name not in known.split()]:
+        elif own := [name for name in changed if name not in known.split()]:
             how = f"; if {own[0]} is a knob of yours, say in READ_BY which stages read it"
         flags = {k: f"--{k}" if k in home.STAGES else f"--{cfg.stage}.{k}" for k in changed}     # a method
         all_of = " and ".join(f"{flag} {old[k]}, now {getattr(cfg, k)}" for k, flag in flags.items())
-        if (teacher := f"{cfg.out}/pretrain.pt") != path and os.path.exists(teacher) and not how:
-            how = f", with --teacher {teacher} to keep its teacher"
         fail(2, f"{path} was made by {made} --data {data} with {all_of}; repeat its flags (log.txt, "
                 f"--dry_run for all stages), or use another --out{how}")
     if cfg.stage == "post" and cfg.mid == "none" and not ckpt and os.path.exists(f"{cfg.out}/mid.pt"):

@@ -804,17 +804,16 @@ def test_a_stage_has_one_colour_whoever_is_beside_it(tmp_path):
     assert alone["post"] == both["post"] and len({*both.values()}) == 3
 
 
-def test_of_a_long_trajectory_nine_states_are_drawn_where_most_changes(tmp_path, monkeypatch):
+def test_of_a_long_trajectory_nine_states_are_drawn_evenly(tmp_path, monkeypatch):
     """The first state and the end are among them; of a short one all are."""
     monkeypatch.setattr(fid, "save_sheet", lambda path, rows, caption, header, breaks, smooth: drawn.append((rows, header)) or said.append(caption))
     drawn, said, x = [], [], torch.arange(17.0).view(17, 1, 1, 1, 1).expand(-1, 2, 1, 8, 8)
     fid.save_trajectory("", x, torch.linspace(1, 0, 17), {"mid": lambda x, level: x})
-    fid.save_trajectory("", torch.cat([x[:1]] * 8 + [x[:9]]), torch.linspace(1, 0, 17), {})
     fid.save_trajectory("", x[:8], torch.linspace(1, 0, 8), {}, names=["class 7"])                  # data of one class
-    (rows, header), (late, _), (short, _) = drawn
+    (rows, header), (short, _) = drawn
     assert [len(images) for _, images, *_ in rows] == [9] * 2 and header[1:] == ["noise\n1", *"0.88 0.75 0.62 0.5 0.38 0.25 0.12".split(), "the end\n0"]
-    assert late[0][1][:, 0, 0, 0].tolist() == [*range(9)] and len(short[0][1]) == 8
-    assert [label for label, *_ in (*late, *short)] == ["the teacher's trajectory", "the teacher's trajectory\nclass 7"]
+    assert rows[0][1][:, 0, 0, 0].tolist() == [*range(0, 17, 2)] and len(short[0][1]) == 8
+    assert [rows[0][0], short[0][0]] == ["the teacher's trajectory", "the teacher's trajectory\nclass 7"]
     assert rows[1][0] == "after mid-training\nin one step" and rows[1][2:] == tuple(f"error {e:.2f}" for e in range(16, -1, -2)) and len(rows[0]) == 2
     assert said[0].startswith("Mid-training teaches the jump between any two states of the teacher's trajectory\nFirst row: the trajectory, from noise to an image (9 of 17 states). Below: each net's answer to each state. Error: ")
     assert "root mean square distance from the end (two ends differ by 0.00); from pure noise, in the mean of 2 noises, after mid-training 16.00." in said[0] and "divided by sigma" not in said[0]

@@ -429,11 +429,12 @@ def photos(args, device):
         name = os.path.splitext(os.path.basename(args.data))[0]
         words = ("16x16 photos, untuned: FD-photos in one step {:.2f} with mid-training, {:.2f} without\n"
                  .format(*ends) +
-                 f"{n:,} new photos would score about {new:.2f}. Scores: means of {number} seeds. Images: "
-                 f"seed {seed}; such small nets draw no objects. Mid-training compares by pixels. Without it "
-                 "ECT is annealed. Post-training: the plain norm; pseudo-Huber, best on digits, was not run."
-                 + " Post-training gains nothing in one step." * bool(ends[0] >= mid)
-                 + f" Data: {len(images):,} photos of {name}, shrunk; nothing is tuned for them.")
+                 f" {n:,} new photos would score about {new:.2f}. Scores are means of {number} seeds, images "
+                 f"are seed {seed}'s; such small nets draw no objects. Mid-training learns the teacher's "
+                 "trajectories, compared by pixels; post-training learns from images, by Eq. 3's plain norm "
+                 "(pseudo-Huber, best on digits, was not run)"
+                 + ", and gains nothing in one step" * bool(ends[0] >= mid) + ". Without mid-training: "
+                 f"post-training alone, annealed. The data are {len(images):,} photos of {name}, shrunk.")
         fid.save_stages(f"{args.out}/{seed}", [*shown, real], (), words, [*table.values()], n)
 
 

@@ -1167,7 +1167,7 @@ WIDE = 1_800                                             # pixels of a sheet
 VGG = "features of a VGG"
 COMPARED = dict(huber="pixels", l2="pixels", lpips=VGG, elatentlpips=VGG)                  # by --loss
 ROW = " of this row"
-SEEN = "images or pairs, mid- and post-training"
+SEEN = "images or pairs after its start"
 OF_SEEDS = {  # means of three seeds of the defaults on digits, as in README, for sheets of one
     "train_cmt_cifar": "3.66 with mid-training, 5.58 without; in two steps 2.61, 3.37 (compared by a VGG, "
                        "the paper's way: 5.94 with it, 5.75 without; in two steps 3.76, 3.87)",
@@ -1309,7 +1309,7 @@ def about(cfg, found):
     knobs = {name: ckpt.get("cfg", {}) for name, *_, ckpt in found if name in ("post", "alone")}
     same = {*home_of(cfg).NO_WEIGHT.split(), *never_read(dataclasses.replace(cfg, stage="post")),
             *"steps mid init pretrain weak".split()}
-    if other := [f"--{k} {v}" for k, v in knobs.get("alone", {}).items() if k not in same
+    if other := [f"--{k}={v}" for k, v in knobs.get("alone", {}).items() if k not in same
                  and v != knobs.get("post", {}).get(k, v)]:
         by += f" Without it: post-training alone, by {' '.join(other)}."
     nets, flow = home_of(cfg).nets, knobs.get("alone", {}).get("pretrain") == "fm"
@@ -1422,8 +1422,10 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
     where all n land in one step}. show: states -> images. names: of each. words: for the caption.
     """
     wide = levels.clamp(min=1).to(states).view(-1, 1, 1, 1, 1)
+    moved = (states / wide).diff(dim=0).flatten(1).norm(dim=1).cumsum(0)     # of many states nine are shown
+    evenly = torch.searchsorted(moved, torch.linspace(0, moved[-1].item(), 9).to(moved)[1:-1]) + 1
     n = len(states)
-    some = torch.linspace(0, n - 1, min(n, 9)).round().long().tolist()       # of many states nine are drawn
+    some = sorted({0, *evenly.tolist(), n - 1}) if n > 9 else range(n)
     states, levels, wide = states[some], levels[some], wide[some]
     apart = (states[-1] - states[-1].roll(1, 0)).square().mean().sqrt().item()
     along = [(x, level.expand(len(x))) for x, level in zip(states, levels.float())]
@@ -1433,10 +1435,11 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
                for net, f in nets.items() if net not in ("alone", "post" * ("mid" in nets))}
     words_for = {net: "after mid-training" if net == "mid" else called(net) for net in answers}
     errors = {net: (x - states[-1]).square().flatten(2).mean(2).sqrt() for net, x in answers.items()}
-    name = f"\n{names[0]}" if names else ""
-    rows = [(f"the teacher's trajectory{name}", show((states / wide)[:, 0]))]               # at unit scale
-    rows += [(f"{words_for[net]}\nin one step", show(x[:, 0]),
-              *(f"error {e:.2f}" for e in errors[net][:, 0].tolist())) for net, x in answers.items()]
+    k = next((error[0] for error in errors.values()), torch.zeros(1)).argmax().item()       # what is drawn
+    name = f"\n{names[k % len(names)]}" if names else ""
+    rows = [(f"the teacher's trajectory{name}", show((states / wide)[:, k]))]               # at unit scale
+    rows += [(f"{words_for[net]}\nin one step", show(x[:, k]),
+              *(f"error {e:.2f}" for e in errors[net][:, k].tolist())) for net, x in answers.items()]
     means = "; ".join(f"{words_for[net]} {error[0].mean().item():.2f}" for net, error in errors.items())
     consistency = bool(levels.max() > 1)
     jump = ("from every state of the teacher's trajectory to its end" if consistency else
@@ -1446,7 +1449,8 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
     caption = (f"Mid-training teaches the jump {jump}\nFirst row: the trajectory, from noise to an image"
                + f" ({'; '.join(notes)})" * bool(notes) + ". Below: each net's answer to each state. "
                f"Error: root mean square distance from the end (two ends differ by {apart:.2f}); from pure "
-               f"noise, in the mean of {states.shape[1]} noises, {means}.{words}")
+               f"noise, in the mean of {states.shape[1]} noises, {means}; the noise shown is the one where "
+               f"the teacher errs most.{words}")
     first, *middle, end = (f"{level:.2g}" for level in levels.tolist())
     header = [f"noise level {'sigma' if consistency else 't'}", f"noise\n{first}", *middle, f"the end\n{end}"]
     save_sheet(f"{out}/trajectory.png", rows, caption, header, (1,), smooth=False)

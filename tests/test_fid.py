@@ -804,19 +804,20 @@ def test_a_stage_has_one_colour_whoever_is_beside_it(tmp_path):
     assert alone["post"] == both["post"] and len({*both.values()}) == 3
 
 
-def test_of_a_long_trajectory_nine_states_are_drawn_evenly(tmp_path, monkeypatch):
+def test_of_a_long_trajectory_nine_states_are_drawn_where_most_changes(tmp_path, monkeypatch):
     """The first state and the end are among them; of a short one all are."""
     monkeypatch.setattr(fid, "save_sheet", lambda path, rows, caption, header, breaks, smooth: drawn.append((rows, header)) or said.append(caption))
     drawn, said, x = [], [], torch.arange(17.0).view(17, 1, 1, 1, 1).expand(-1, 2, 1, 8, 8)
     fid.save_trajectory("", x, torch.linspace(1, 0, 17), {"mid": lambda x, level: x})
+    fid.save_trajectory("", torch.cat([x[:1]] * 8 + [x[:9]]), torch.linspace(1, 0, 17), {})
     fid.save_trajectory("", x[:8], torch.linspace(1, 0, 8), {}, names=["class 7"])                  # data of one class
-    (rows, header), (short, _) = drawn
+    (rows, header), (late, _), (short, _) = drawn
     assert [len(images) for _, images, *_ in rows] == [9] * 2 and header[1:] == ["noise\n1", *"0.88 0.75 0.62 0.5 0.38 0.25 0.12".split(), "the end\n0"]
-    assert rows[0][1][:, 0, 0, 0].tolist() == [*range(0, 17, 2)] and len(short[0][1]) == 8
+    assert late[0][1][:, 0, 0, 0].tolist() == [*range(9)] and len(short[0][1]) == 8
     assert [rows[0][0], short[0][0]] == ["the teacher's trajectory", "the teacher's trajectory\nclass 7"]
     assert rows[1][0] == "after mid-training\nin one step" and rows[1][2:] == tuple(f"error {e:.2f}" for e in range(16, -1, -2)) and len(rows[0]) == 2
     assert said[0].startswith("Mid-training teaches the jump between any two states of the teacher's trajectory\nFirst row: the trajectory, from noise to an image (9 of 17 states). Below: each net's answer to each state. Error: ")
-    assert "root mean square distance from the end (two ends differ by 0.00); from pure noise, in the mean of 2 noises, after mid-training 16.00." in said[0] and "divided by sigma" not in said[0]
+    assert "root mean square distance from the end (two ends differ by 0.00); from pure noise, in the mean of 2 noises, after mid-training 16.00; the noise shown is the one where the teacher errs most." in said[0] and "divided by sigma" not in said[0]
     fid.save_trajectory("", x, torch.linspace(80, 0, 17), {"teacher": lambda x, level: x, "mid": lambda x, level: x + 9, "post": lambda x, level: x - 1})
     assert said[-1].startswith("Mid-training teaches the jump from every state of the teacher's trajectory to its end\n")
     assert [row[2:3] for row in drawn[-1][0]] == [(), ("error 16.00",), ("error 7.00",)] and "divided by sigma" in said[-1]
@@ -883,7 +884,7 @@ def test_a_caption_names_seed_and_sizes(monkeypatch):
     assert fid.about(train_cmt_cifar.Config(seed=7), found[2:]) == " This is seed 7."
     cfg = dict(lr=1e-4, q=4096, out="x", mid="cmt")
     rival = [("post", found[0][1], dict(cfg=cfg)), ("alone", found[0][1], dict(cfg=cfg | dict(lr=1e-3, out="y", mid="none")))]
-    assert fid.about(train_cmt_cifar.Config(seed=7), rival) == " Without it: post-training alone, by --lr 0.001. This is seed 7."                # what it was trained by
+    assert fid.about(train_cmt_cifar.Config(seed=7), rival) == " Without it: post-training alone, by --lr=0.001. This is seed 7."                # what it was trained by
     rival[1][2]["cfg"] |= dict(lr=1e-4, pretrain="fm")
     for step, words in (3, ""), (20, " It starts from a flow-matching net of 160 images."):                        # not begun, or from a file; trained here
         monkeypatch.setattr(train_mf_imagenet256.nets, "finished", lambda path: {"step": 20, "seconds": 1, "cfg": {"batch": 8, "stage": "pretrain"}} if step == 20 else None)

@@ -5,13 +5,13 @@
   digits                    FD-digits' net, made here: DigitsNet, digits
   statistics and distance   Heusel et al. 2017, Eq. 6: Statistics, measure, frechet_distance, protocol
   images of a sampler       seeds -> images, score, PNGs: draw_seeds, score, score_net, save_images
-  files                     pictures of other people, as seen by a person, or refused: list_pictures,
+  files                     other people's pictures, read as a person sees them or refused: list_pictures,
                             read_labels, load_images, read_cifar, image_shape, check_once, prefetch,
                             load_reference, to_float, to_uint8, stamp
   images to train on        crops of ADM, EDM2, U-ViT: rgb, crop, square, ahead
   encode                    pictures -> arrays, resumed: begin_encode, encode_shards, encoder_of
   pictures with words       read without the README: save_stages, save_trajectory, save_chart, about
-  a run of a script         its lines, lock and flags; what may not begin is refused in one line: log, say,
+  a run of a script         its lines, lock and flags, and refusals to begin, in one line: log, say,
                             announce, words_of, fail, one_line, parse, begin_run, same_folder, stages_of,
                             check_values, check_solve, check_pairs, finished_mid, seed_range
   processes and stages      what they share, compared by content: agree, from_first, wait_for_first,
@@ -32,8 +32,8 @@ The resize is part of the protocol; the two differ by 8.6 grey levels on CIFAR-1
   tf1         pixel i reads from i in/299, then (x - 128) / 128; the default: TTUR, EDM, ECT, torch-fidelity
   half_pixel  pixel i reads from (i + 1/2) in/299 - 1/2, then x / 127.5 - 1: pytorch-fid
 Precision, recall and the like: reuse net(images). Exit codes: 0 done, 2 usage, 3 data or weights.
-Of the script at work fid takes Config and its tables: PRESETS (values), LIMITS (what they may be), READ_BY
-(which stages read a knob; not named: all), NO_WEIGHT (knobs that change no weight), ABOUT (a stage in words),
+From the running script fid takes Config and its tables: PRESETS (values), LIMITS (allowed values), READ_BY
+(which stages read a knob; default: all), NO_WEIGHT (knobs that change no weight), ABOUT (a stage in words),
 DECAYS, ENDLESS, STAGES, INITS, NO_TEACHER, FILES, RUN, NEED_STAGE; DEVICE and nets; it calls parse,
 data_name, check, solve_size, resume, candidates and set_up, and looks for the words of --post in loss_of.
 """
@@ -109,7 +109,7 @@ FOREIGN = {"cannot identify image file": "not a picture, or a part of one",
 
 
 class DataError(ValueError):
-    """Images, statistics or weights that cannot be used: one line that names the file. Exit code 3."""
+    """Unusable images, statistics or weights: one line that names the file. Exit code 3."""
 
 
 def first_line(error):
@@ -119,7 +119,7 @@ def first_line(error):
 
 @contextlib.contextmanager
 def blame(name):
-    """Turns whatever a foreign file provokes into one DataError line that begins with its name."""
+    """Turns any error from a foreign file into a one-line DataError that begins with the file's name."""
     try:
         yield
     except DataError:
@@ -160,7 +160,7 @@ def conv_bn(c_in, c_out, kernel, stride=1, padding=0):
 
 
 class Mixed(nn.Module):
-    """Branches of convolutions over one input, joined over channels; halving blocks join the pooled input.
+    """Branches of convolutions over one input, joined along channels; halving blocks append the pooled input.
 
     A branch is a text: "48 1x1, 64 5x5" is 48 channels of 1x1, then 64 of 5x5, same padding; "/2" is stride 2
     without padding; "384 1x3+3x1" joins two convolutions of one input. branch_pool reads the pooled input.
@@ -212,12 +212,12 @@ class InceptionV3(nn.Module):
     """The 2015 FID network; names of parameters are those of pt_inception-2015-12-05-6726825d.pth.
 
     state: its state dict, loaded strictly (None: untrained, for shapes). resize: "tf1" or "half_pixel"; the
-    bare class takes the public port's half_pixel, every score of ours comes from load_inception, whose
+    bare class defaults to the public port's half_pixel; our scores all come from load_inception, whose
     default is tf1. forward: images uint8 (B, 3 or 1, H, W) -> pool3 features (B, 2048) float32, no gradient.
     """
     dim = 2048
 
-    @torch.random.fork_rng(devices=[])     # trap: building a net would draw from the numbers of training
+    @torch.random.fork_rng(devices=[])     # trap: building a net would consume training's random numbers
     def __init__(self, state=None, resize="half_pixel", weights="given by the caller"):
         super().__init__()
         if resize not in RESIZES:
@@ -262,7 +262,7 @@ class InceptionV3(nn.Module):
 
 
 def check_images(images, channels, size="H, W"):
-    """DataError unless images are uint8 (B, C, H, W), with such C and, where given, such (H, W)."""
+    """DataError unless images are uint8 (B, C, H, W), with C in channels and, if given, (H, W) = size."""
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in channels \
             or size not in ("H, W", images.shape[2:]):
         given = f"{images.dtype} {tuple(images.shape)}"
@@ -273,7 +273,7 @@ def check_images(images, channels, size="H, W"):
 def load_inception(path="", resize="tf1"):
     """InceptionV3 with the weights of --inception FILE, or the published ones, downloaded once and checked.
 
-    DataError for a missing or damaged file; another than the published file is called so in the protocol.
+    DataError for a missing or damaged file; the protocol says so if the file is not the published one.
     """
     remedy = "give a copy with --inception FILE; 8x8 digits: --features digits"
     file = path or fetch(INCEPTION_URLS, INCEPTION_SHA256, remedy)
@@ -308,7 +308,7 @@ class DigitsNet(nn.Module):
             self.eval().requires_grad_(False)
 
     def logits(self, images):
-        """Class scores (B, 10); forward gives what its last layer reads."""
+        """Class scores (B, 10); forward returns what the head reads."""
         check_images(images, (1,), (8, 8))
         return self.head(self.body(images.float() / 127.5 - 1))
 
@@ -327,7 +327,7 @@ def digits(path=os.path.join(ASSETS, "digits.png")):
 
 
 def train_digits(path, steps=800, seed=0):
-    """Makes assets/fd_digits.npz from four digits of five, moved by a pixel at most; prints its worth."""
+    """Makes assets/fd_digits.npz from four in five digits, moved by at most a pixel; prints its quality."""
     images, labels = digits()
     held = torch.arange(len(labels)) % 5 == 0            # never trained on: an honest accuracy
     padded = F.pad(images[~held], (1, 1, 1, 1))
@@ -401,7 +401,7 @@ def measure(net, batches, device="cpu", file=""):
     for images in batches:
         try:
             stats.update(net(images.to(device)))
-        except DataError as error:                    # of another size or number of channels
+        except DataError as error:                    # wrong size or number of channels
             raise DataError(f"{file or 'samples'}: {error}") from None
     stats.reduce()
     with blame(file or "images"):
@@ -458,9 +458,9 @@ def protocol(a, b):
 
 
 # ---- images of a sampler -----------------------------------------------------------------------
-# A sampler is a function: seeds (a range) -> images (B, C, H, W) in [-1, 1], image i of seed i alone.
+# A sampler is a function: seeds (a range) -> images (B, C, H, W) in [-1, 1]; image i depends only on seed i.
 def draw_seeds(sampler, seeds, batch=64, seconds=math.inf):
-    """Images of all seeds, `batch` at a time; on a slow machine fewer: after so many seconds none begin."""
+    """Images of the seeds, `batch` at a time; no batch begins after `seconds`: slow machines draw fewer."""
     end, images = time.time() + seconds, sampler(seeds[:batch if seconds == math.inf else 2])
     while len(images) < len(seeds) and time.time() < end:
         some = seeds[len(images):len(images) + min(len(images), batch)]
@@ -471,10 +471,10 @@ def draw_seeds(sampler, seeds, batch=64, seconds=math.inf):
 def score(sampler, features, reference, samples, repeat=1, batch=250):
     """Frechet distances of `repeat` sets of `samples` images, fresh seeds each; processes share the work.
 
-    Returns their mean as text (with deviation and minimum of several), the list, and the last Reference.
+    Returns their mean as text (with deviation and minimum if repeat > 1), the list, and the last Reference.
     """
     (rank, world), ours = processes(), reference._replace(features=features.protocol, file="this run")
-    protocol(ours, reference)            # are the features the same? Not after hours of sampling
+    protocol(ours, reference)            # do the features match? Ask before hours of sampling
     distances, device = [], next(features.parameters()).device
     for j in range(repeat):
         seeds = range(j * samples + rank, (j + 1) * samples, world)
@@ -488,7 +488,7 @@ def score(sampler, features, reference, samples, repeat=1, batch=250):
 
 
 def score_net(row, samplers, features, reference, cfg, **more):
-    """Scores a net: to its row of the table a column for each of samplers {steps: sampler}, and a line.
+    """Scores a net: adds a column to its table row for each of samplers {steps: sampler}, and logs a line.
 
     cfg: a Config with samples, repeat, batch_gpu; more: for metrics.jsonl. Returns the last Reference.
     """
@@ -596,13 +596,13 @@ def fetch(urls, expected="", remedy=""):
 def open_picture(file, label, exif=True):
     """A picture, by its path or bytes, as a person sees it: uint8 (H, W, C), C = 1 or 3.
 
-    Transparency lies over white, 16 bits become 8, an animation is its first frame; colour profiles are not
-    applied. exif: turned upright as the camera noted. DataError begins with label.
+    Transparency is shown over white, 16 bits become 8, an animation gives its first frame; colour profiles
+    are not applied. exif: turn it upright as the camera noted. DataError begins with label.
     """
     file = io.BytesIO(file) if isinstance(file, bytes) else file
     with blame(label), Image.open(file, formats=FORMATS) as image:
         mode, grey = image.mode, image.mode in ("1", "L", "LA")
-        # trap: Pillow compares such a transparent colour with pixels of 8 bits; in a TIFF, 0 may be white
+        # trap: here Pillow compares the transparent colour with 8-bit pixels; in a TIFF, 0 may be white
         odd = ("transparency" in image.info and image.tile[0][3] in ("L;2", "L;4", "I;16B", "RGB;16B")) \
             or (mode.startswith("I;16") and getattr(image, "tag_v2", {}).get(262) == 0)
         if exif:
@@ -645,7 +645,7 @@ def members(path):
 def list_pictures(path, endings=PICTURES):
     """(names, read) of the pictures of a folder or .zip, sorted; read(name, exif=True) as open_picture.
 
-    Hidden files and other endings are left out and counted in a line. Of an .npy, read gives its array.
+    Hidden files and other suffixes are left out; a line counts them. For an .npy, read returns its array.
     """
     with blame(path):
         files, root = members(path)
@@ -682,8 +682,8 @@ def load_array(file):
 def read_labels(path, names):
     """(labels int64 (N,), classes) of these pictures of a folder or .zip, or None; a line says which.
 
-    By EDM's dataset.json, at the root or the only one elsewhere: {"labels": [[name, 0], ...]}, null for none.
-    Else by folders as in torchvision: one level, sorted; those without pictures take no number. DataError
+    From EDM's dataset.json, at the root or the only one elsewhere: {"labels": [[name, 0], ...]}, or null.
+    Else from folders as in torchvision: one level, sorted; those without pictures get no number. DataError
     unless every picture has one label, and the labels are 0, 1, 2, ... without a gap.
     """
     with blame(path):
@@ -730,7 +730,7 @@ def read_labels(path, names):
 
 
 def in_batches(items, batch, what):
-    """Yields the items, `batch` at a time; every ten seconds the first process says how far they are."""
+    """Yields the items, `batch` at a time; every ten seconds the first process reports its progress."""
     start = told = time.time()
     for i in range(0, len(items), batch):
         yield items[i:i + batch]
@@ -763,7 +763,7 @@ def check_pictures(names, read, label):
 
 
 def listing(path, names):
-    """{name: [size, times of its content and its name]} in a folder, {name: [size, CRC]} in a .zip."""
+    """{name: [size, mtime, ctime]} in a folder, {name: [size, CRC]} in a .zip."""
     if os.path.isfile(path):
         with zipfile.ZipFile(path) as file:
             return {name: [file.getinfo(name).file_size, file.getinfo(name).CRC] for name in names}
@@ -773,10 +773,10 @@ def listing(path, names):
 
 
 def check_once(path, names, read, note):
-    """check_pictures by the first process for all: read(k) of every k, a place in names, the files of path.
+    """The first process runs check_pictures for all: read(k) for every index k of names, the files of path.
 
-    Its answer is kept in the file `note`, as long as names, sizes and times (in a .zip: CRCs) are the same.
-    DataError in a process that sees other names than the first (in a .zip: or other CRCs).
+    Its answer, kept in the file `note`, holds while names, sizes and times (in a .zip: CRCs) are the same.
+    DataError in a process that sees other names than the first (or, in a .zip, other CRCs).
     """
     mine = zlib.crc32(repr(listing(path, names) if os.path.isfile(path) else names).encode())
 
@@ -848,7 +848,7 @@ def read_images(path, batch=64, rank=0, world=1):
 
 
 class Inert(list):
-    """Stands for a global of a pickle and for what it makes: the arguments and the state, nothing is run."""
+    """Stands in for a pickle's global and what it would make: keeps arguments and state, runs nothing."""
     __slots__ = ()
 
     def __call__(self, *args):
@@ -870,7 +870,7 @@ class ArrayUnpickler(pickle.Unpickler):
 
 
 def float_array(inert):
-    """What numpy's _reconstruct would have made of it, when its elements are floats: float64 (shape)."""
+    """The array that numpy's _reconstruct would have made, as float64 (shape); elements must be floats."""
     *_, shape, dtype, fortran, data = inert
     if dtype[4] + dtype[0] not in ("<f4", "<f8"):
         raise ValueError(f"array of {dtype[4]}{dtype[0]} where floats were expected")
@@ -915,14 +915,14 @@ def image_shape(path, res=0):
 
 
 def net_side(side):
-    """The largest size of the nets, 16, 32 or 64, that pictures of this side fill; theirs, if none."""
+    """The largest net size, 16, 32 or 64, that pictures of this side fill; this side itself, if none."""
     return max((res for res in (16, 32, 64) if res <= side), default=side)
 
 
 def load_images(path, res=0):
     """Images of a folder, .zip or .npz, uint8 (N, C, H, W), whole in memory.
 
-    res > 0: the middle square of each, RGB, LANCZOS to res, none smaller. Else all must have one size.
+    res > 0: each middle square in RGB, LANCZOS to res; none may be smaller. Else all must have one size.
     """
     shape = image_shape(path, res)
     names, read = image_source(path)
@@ -955,7 +955,7 @@ CIFAR_MD5 = "c58f30108f718f92721af3b95e74349a"
 
 
 def read_cifar(path):
-    """The 50,000 training images in cifar-10-python.tar.gz, not unpickled: the pixels lie in one piece."""
+    """The 50,000 training images in cifar-10-python.tar.gz, not unpickled, as the pixels lie in one piece."""
     found = hashlib.md5(pathlib.Path(path).read_bytes()).hexdigest()
     if found != CIFAR_MD5:
         raise DataError(f"{path}: md5 is {found}, expected {CIFAR_MD5}; delete it to download it again")
@@ -967,9 +967,9 @@ def read_cifar(path):
 
 
 def prefetch(name, must=True):
-    """Downloads what a score of data of this name needs: before hours of training, not after.
+    """Downloads what scoring data of this name needs, before hours of training rather than after.
 
-    Returns whether something is missing: a DataError, or a warning where must is False.
+    Returns whether something is missing. That is a DataError, or a warning if must is False.
     """
     wanted, problems = [(INCEPTION_URLS, INCEPTION_SHA256)], []
     wanted += [([REFERENCES[name]], "")] if name in REFERENCES else []
@@ -980,7 +980,7 @@ def prefetch(name, must=True):
             problems.append(str(error))
     if problems and must:
         raise DataError("; ".join(problems))
-    if problems:                                      # for which one address and no sum will do
+    if problems:                                      # one address and no checksum will do
         short = problems[0].replace(f" (sha256 {INCEPTION_SHA256})", "").replace(f" or {wanted[0][0][1]}", "")
         say(f"warning: pictures will be drawn, but not scored: {short}")
     return bool(problems)
@@ -1010,7 +1010,7 @@ def square(image, res):
 
 
 def ahead(read, items, threads=1, more=1):
-    """Yields read(item) of each of the items, in order; by then threads have begun to read `more`."""
+    """Yields read(item) for each of the items, in order; threads already read the next `more`."""
     waiting = collections.deque()
     with ThreadPoolExecutor(threads) as pool:
         for item in items:
@@ -1021,7 +1021,7 @@ def ahead(read, items, threads=1, more=1):
 
 
 def read_ahead(read, batches):
-    """Yields uint8 (B, C, H, W) of each batch of names: read(name) by threads, two batches in advance."""
+    """Yields uint8 (B, C, H, W) for each batch of names; threads call read(name) two batches in advance."""
     threads = max(2, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     names = (name for batch in batches for name in batch)
     images = ahead(read, names, threads, 2 * max(map(len, batches), default=0))
@@ -1030,7 +1030,7 @@ def read_ahead(read, batches):
 
 
 # ---- encode ------------------------------------------------------------------------------------
-SHARD = 1024                         # pictures in a shard: what a kill can cost each process
+SHARD = 1024                         # pictures per shard: the most a kill costs each process
 
 
 def write_json(path, content):
@@ -1051,12 +1051,12 @@ def difference(old, new):
 
 
 def begin_encode(folder, record, source, names, read, size):
-    """Begins to encode pictures into a folder, or goes on, for all processes: their record.
+    """Begins or resumes encoding pictures into a folder, for all processes. Returns their record.
 
-    record: a dict of all that the result depends on, settings and encoders. folder/begun.json keeps it with
-    the size and time of each of the names in source; what was begun with others: exit code 2. First all
-    pictures are read, read(name): a damaged one is met before hours of work, and the record gets their
-    checksum. DataError names such a picture, or a disk without room for `size` bytes.
+    record: a dict of all that the result depends on: settings and encoders. folder/begun.json keeps it with
+    the size and time of each of the names in source; exit code 2 if it was begun with others. First
+    read(name) reads all pictures, so that a damaged one is found before hours of work and the record gets
+    their checksum. DataError names such a picture, or a disk without room for `size` bytes.
     """
     def begin():
         begun, there = f"{folder}/begun.json", os.listdir(folder) if os.path.isdir(folder) else []
@@ -1084,11 +1084,11 @@ def begin_encode(folder, record, source, names, read, size):
 
 @torch.no_grad()
 def encode_shards(folder, arrays, names, read, encode, batch):
-    """Pictures -> shards of arrays, in the order of names; processes share them and leave when all are there.
+    """Pictures -> shards of arrays, in the order of names; processes share them and leave when all exist.
 
     read(name): uint8 (H, W, C); encode(uint8 (B, C, H, W)) -> a tensor (B, ...) for each of the arrays. Shard
-    k is folder/<array><k>.npy for each, renamed when it is whole: a killed run goes on. batch: how many are
-    encoded at a time, 0 = a shard. A line every ten seconds.
+    k is folder/<array><k>.npy for each, renamed when whole, so a killed run can go on. batch: how many are
+    encoded at a time (0: a shard). Prints a line every ten seconds.
     """
     (rank, world), group, batch = processes(), patient_group(), batch or SHARD
 
@@ -1141,7 +1141,7 @@ def made_of(path):
 
 
 def encoder_of(path, kind, load, name, device):
-    """load(name, device), without a name of what made the data at path; exit code 2 if another made them."""
+    """load(name, device); name defaults to what made the data at path; exit code 2 if another made them."""
     made, _, stamp = made_of(path).get(kind, "").rpartition(", ")
     encoder = load(name or made, device)
     if stamp and not encoder.identity.endswith(stamp):
@@ -1168,7 +1168,7 @@ VGG = "features of a VGG"
 COMPARED = dict(huber="pixels", l2="pixels", lpips=VGG, elatentlpips=VGG)                  # by --loss
 ROW = " of this row"
 SEEN = "images or pairs after its start"
-OF_SEEDS = {  # means of three seeds of the defaults on digits, as in README, for sheets of one
+OF_SEEDS = {  # means of three seeds (defaults, digits), as in README, for sheets of one seed
     "train_cmt_cifar": "3.66 with mid-training, 5.58 without; in two steps 2.61, 3.37 (compared by a VGG, "
                        "the paper's way: 5.94 with it, 5.75 without; in two steps 3.76, 3.87)",
     "train_cmt_imagenet": "2.26 with mid-training, 1.48 without; in two steps 1.02, 0.97",
@@ -1180,7 +1180,7 @@ INKS = {"without|scratch": "#c0392b", "flow": "#8e44ad", "mid|CMT": "#1f5fbf", "
 
 
 def headed(caption):
-    """(heading, what stands below): the first line of several, and the rest, signed by the script at work."""
+    """(heading, text below): the first of several lines, and the rest, signed by the running script."""
     heading, _, below = caption.partition("\n") if "\n" in caption else ("", "", caption)
     return heading[:1].upper() + heading[1:], below + f" By {os.path.basename(sys.argv[0])}." * bool(MADE_BY)
 
@@ -1192,8 +1192,8 @@ def plain(text):
 
 
 def boxed(text, wide, font):
-    """(text in lines of so many pixels or fewer, its width, its height): nothing is cut."""
-    # no break before a number, a sign, / or %, behind a sign, and in "mid- and post-training"
+    """(text wrapped to at most `wide` pixels, its width, its height); nothing is cut off."""
+    # no break before a number, a sign, / or %, after a sign, or inside "mid- and post-training"
     text = re.sub(r" (?=[-%/\d]|\+-)|(?<=[ +]-) |(?<=->) |(?<=[Mm]id-) |(?<=[Mm]id- and) ", "\0", plain(text))
     for letters in range(int(wide / font.getlength(".")), 0, -1):
         parts = [textwrap.wrap(part, letters, break_on_hyphens=False) or [""] for part in text.split("\n")]
@@ -1205,7 +1205,7 @@ def boxed(text, wide, font):
 
 
 def enlarged(images, zoom, mode, smooth):
-    """(n, C, H, W) in [-1, 1] -> n pictures, so many times as large; of latents three channels."""
+    """(n, C, H, W) in [-1, 1] -> n pictures, `zoom` times as large; latents show three channels."""
     x, kind = images.float().cpu(), Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
     x = x[:, :3] / (2 * x.std() + 1e-9) if x.shape[1] == 4 else x.expand(-1, 3, -1, -1)
     for pixels in to_uint8(x).permute(0, 2, 3, 1).numpy():
@@ -1217,9 +1217,9 @@ def save_sheet(path, rows, caption, header=(), breaks=(), smooth=True):
     """Rows of images with words around them -> one PNG, WIDE pixels wide or wider.
 
     rows: a list of (label, images (n, C, H, W) in [-1, 1], texts...). header: what stands above labels,
-    images and texts, which are at the right; without such, a text is below each image. Small images are
-    enlarged, smoothly or as squares; of latents (4 channels) three are shown. caption: a heading, a newline,
-    sentences below. breaks: after so many rows, a gap.
+    images and texts. Texts are at the right or, if nothing stands above them, below each image. Small
+    images are enlarged, smoothly or as squares; latents (4 channels) show three. caption: a heading, a
+    newline, sentences below. breaks: numbers of rows after which there is a gap.
     """
     n, (h, w) = max(len(row[1]) for row in rows), rows[0][1].shape[-2:]
     em = max(32, n * w // 60)                            # letters grow with the sheet
@@ -1264,7 +1264,7 @@ def save_sheet(path, rows, caption, header=(), breaks=(), smooth=True):
 
 
 def save_seeds(path, images, seeds, caption, header=(), columns=16):
-    """A sheet of the images of these seeds, fewer if they are; header: as that of save_sheet."""
+    """A sheet of the images of these seeds (there may be fewer images); header: as in save_sheet."""
     rows, columns, step = [], len(header[1:]) or columns, getattr(seeds, "step", 1)
     every = f" by {step}" * (step > 1)
     for k, row in enumerate(images.split(columns)):
@@ -1285,12 +1285,12 @@ def net_label(name, steps, sep="\n"):
 
 
 def numbers_of(name, steps, table):
-    """{name: number} that a table has of a net in so many steps; of a student's one step, of two as well."""
+    """{name: number} in a table for a net in `steps` steps; a student's one step also gets those of two."""
     rows = {row["stage"].partition(",")[0]: row for row in reversed(table)}
     row = rows.get(name, {})
     found = {key.partition(" ")[2] + ROW * key.startswith(f"{steps}-step F"): value
              for key, value in row.items() if key.startswith(f"{steps}-step ")}
-    # beside it, since images of two steps are not shown: they look like those of one
+    # listed here since two-step images are not shown: they look like one-step images
     found |= {f"{key.partition(' ')[2]} in two steps": value for key, value in row.items()
               if steps == 1 and key.startswith("2-step F") and value != "-"}
     seen = [row.get("images", "-"), *[rows.get("mid", {}).get("images", "-")] * (name == "post")]
@@ -1336,7 +1336,7 @@ def beside(distance, steps, now, without, seeds="one seed"):
 
 
 def distance_of(table):
-    """The name of the score that a table has of one step, "" if it has none."""
+    """The name of the one-step score in a table, "" if it has none."""
     return next((key.partition(" ")[2] for row in table for key in row if key.startswith("1-step F")), "")
 
 
@@ -1377,13 +1377,13 @@ def of_scores(table, samples):
 def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
     """<out>/stages.png: the same noises through every net. The scores are in it once the table has them.
 
-    shown: a list of (net, steps, images (n, C, H, W)); of each one step is drawn, of a teacher its most too.
-    names: n texts, what is to be drawn: classes stand above the columns; captions, which are long, at the
-    left, and the nets above. words: end the caption.
+    shown: a list of (net, steps, images (n, C, H, W)); each is drawn in one step, a teacher also in its most.
+    names: n texts that say what to draw. Classes stand above the columns; captions, which are long, stand
+    at the left, with the nets above. words: end the caption.
     """
     most = max([steps for name, steps, _ in shown if name == "teacher"], default=0)
     shown = [row for row in shown if row[1] < 2 or row[:2] == ("teacher", most)]
-    if distance_of(table) == "FD-digits":                  # scored: what is it to look like?
+    if distance_of(table) == "FD-digits":                  # scored: what should it look like?
         images, classes = digits()
         some = [classes.tolist().index(k % 10) for k in range(len(shown[0][2]))]
         shown = [*shown, ("real digits" + ", 0 to 9" * (not names), 0, to_float(images[some], "cpu"))]
@@ -1416,7 +1416,7 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
 
 
 def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words=""):
-    """<out>/trajectory.png: a trajectory of the teacher, and below it what all nets answer along it.
+    """<out>/trajectory.png: a trajectory of the teacher and, below it, every net's answers along it.
 
     states (N+1, n, C, H, W) at levels (N+1,): sigma, or a flow's t. nets: {name: f(x, level on the CPU) ->
     where all n land in one step}. show: states -> images. names: of each. words: for the caption.
@@ -1429,8 +1429,8 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
     states, levels, wide = states[some], levels[some], wide[some]
     apart = (states[-1] - states[-1].roll(1, 0)).square().mean().sqrt().item()
     along = [(x, level.expand(len(x))) for x, level in zip(states, levels.float())]
-    # where no noise is left the answer is the state itself: a consistency model would see ln 0. Not drawn:
-    # "alone", whose ends are its own, and post-training, which has left this trajectory, beside mid-training
+    # at zero noise the answer is the state itself, since a consistency model would see ln 0. We leave out
+    # "alone", which has its own ends, and, beside mid-training, post-training, which left this trajectory
     answers = {net: torch.stack([f(x, level) if level.all() else x for x, level in along])
                for net, f in nets.items() if net not in ("alone", "post" * ("mid" in nets))}
     words_for = {net: "after mid-training" if net == "mid" else called(net) for net in answers}
@@ -1464,7 +1464,7 @@ def ticks_of(low, high, firsts=(1, 2, 5)):
 
 
 def colours_of(names):
-    """{name: (R, G, B)}: the colour of what a name speaks of, else one that is free."""
+    """{name: (R, G, B)}: the colour of what a name is about, else a free one."""
     own, inks = {name: [ink for words, ink in INKS.items() if re.search(words, name)] for name in names}, {}
     for name in sorted(own, key=lambda name: not own[name]):                # those with a colour of their own
         free = [ink for ink in (*own[name], *INKS.values()) if ink not in inks.values()]
@@ -1473,10 +1473,10 @@ def colours_of(names):
 
 
 def save_chart(path, panels, caption, across="images", marks=(), columns=1):
-    """{title: {name: [(x, y)]}} -> a PNG, a panel a title; x counts `across`; y, above 0, is logarithmic.
+    """{title: {name: [(x, y)]}} -> a PNG, one panel per title; x counts `across`; y, above 0, is logarithmic.
 
-    (x, y, low, high) has a bar at both. marks: {x: what begins there}. columns: so many panels stand side
-    by side, with own axes, no legends.
+    (x, y, low, high) gets an error bar. marks: {x: what begins there}. columns: how many panels stand
+    side by side; several have own axes and no legends.
     """
     font, width = ImageFont.load_default(64), 4000                       # twice the size of the file: smooth
     panels = {title: {plain(name): seen for name, points in curves.items()
@@ -1508,7 +1508,7 @@ def save_chart(path, panels, caption, across="images", marks=(), columns=1):
         step = next(t for t in ticks_of(1e-9, end) if end / t <= (6 if columns == 1 else 4))
         end = step * math.ceil(end / step)
         unit, letter = next((u, s) for u, s in ((1e6, "M"), (1e3, "k"), (1, "")) if step >= u or u == 1)
-        middle = (min(ys) * max(ys)) ** 0.5                                  # a level line is to look level
+        middle = (min(ys) * max(ys)) ** 0.5                                  # a flat curve should look flat
         ys = [*ys, middle / 2, middle * 2]
         ticks = ticks_of(min(ys), max(ys))
         if not 3 < len(ticks) < 9:
@@ -1534,7 +1534,7 @@ def save_chart(path, panels, caption, across="images", marks=(), columns=1):
         few = sum(map(len, curves.values())) < 20 * len(curves)  # what was measured, as dots
         for row, (name, points) in reversed([*enumerate(curves.items())]):       # the first one on top
             dots = [at(x, y) for x, y, *_ in points]
-            level = len(dots) == 2 and dots[0][1] == dots[1][1]              # a line to compare with: dashes
+            level = len(dots) == 2 and dots[0][1] == dots[1][1]              # a reference line: dashed
             for x in range(int(dots[0][0]), int(dots[1][0]), 60) if level else ():
                 pen.line((x, dots[0][1], x + 36, dots[0][1]), colours[name], 8)
             if len(dots) > 1 and not level:
@@ -1563,7 +1563,7 @@ KEEP = True                                              # False in a dry run, w
 
 
 def show(text, stream):
-    """Print a line. Where nobody reads on (`| head`, a closed terminal) the output ends, not the run."""
+    """Print a line. If nobody reads on (`| head`, a closed terminal), the output ends but not the run."""
     try:
         print(text.encode(errors="backslashreplace").decode(), file=stream, flush=True)
     except OSError:
@@ -1572,7 +1572,7 @@ def show(text, stream):
 
 def write_line(file, text):
     """Adds a line to a file of the run's folder, if there is one."""
-    if os.path.isdir(OUT):                                   # a new one where nothing began is gone again
+    if os.path.isdir(OUT):                                   # a new folder is removed if nothing began
         with open(f"{OUT}/{file}", "a", errors="backslashreplace") as f:
             f.write(text + "\n")
 
@@ -1589,7 +1589,7 @@ def log(text, **numbers):
 
 
 def announce(text):
-    """Text to be logged with the next line, if there is one: no stage is announced that is then refused."""
+    """Logs text with the next line, if there is one, so that a refused stage is not announced."""
     SOON.append(text)
 
 
@@ -1621,9 +1621,9 @@ SLIPS = {"implicitly created only for scalar": "a loss is one number: end it in 
 
 @contextlib.contextmanager
 def one_line(cfg, *errors):
-    """Turns errors that a user can mend into one line with its exit code; the rest stays a crash.
+    """Turns errors that a user can fix into one line and an exit code; all others remain crashes.
 
-    errors: those besides DataError and the system's. cfg: the Config whose flags the line names.
+    errors: those besides DataError and OSError. cfg: the Config whose flags the line names.
     """
     try:
         yield
@@ -1633,14 +1633,14 @@ def one_line(cfg, *errors):
         full = getattr(e, "errno", 0) in (errno.EFBIG, errno.ENOSPC, errno.EDQUOT)
         text = first_line(e) + f"; free some space for {cfg.out} and run again" * full
         flags = [f"--{k} " for k, v in vars(cfg).items() if v and text.startswith(f"{v}: ")]
-        fail(3, "".join(flags[:1]) + text)                # that of the file, where a flag names it
+        fail(3, "".join(flags[:1]) + text)                # with the flag that names the file, if any
     except torch.OutOfMemoryError as e:
         now = cfg.batch_gpu or cfg.batch // processes()[1]
         fail(1, f"{first_line(e)} Run again with a --batch_gpu smaller than {now}")
     except Exception as e:
         *_, last = traceback.extract_tb(e.__traceback__)
         if isinstance(e, AssertionError) and last.filename == home_of(cfg).__file__:
-            fail(2, f"{first_line(e)} (docs/forking.md)")    # the script's own say what a fork forgot
+            fail(2, f"{first_line(e)} (docs/forking.md)")    # the script's asserts say what a fork forgot
         if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
             fail(2, f"--compile: {' '.join(str(e).split()[:40])}; mend the compiler, or pass --no-compile")
         calls = [f.line for f in traceback.extract_tb(e.__traceback__) if "dist." in f.line]
@@ -1648,13 +1648,13 @@ def one_line(cfg, *errors):
             fail(1, f"{calls[0]}: {first_line(e)}; if another process died, it says why; run again")
         write_line("log.txt", traceback.format_exc().rstrip())
         if hint := "".join(text for words, text in SLIPS.items() if words in str(e)):
-            traceback.print_exc()                            # which line it is; what to do stands last
+            traceback.print_exc()                            # shows where; the hint comes last
             fail(1, f"hint: {hint}")
         raise
 
 
 def leave(number, frame):
-    """A signal where nothing is half done: one line, no traceback."""
+    """Exit on a signal, with nothing half done: one line, no traceback."""
     say("stopped by a signal; nothing is lost, the same command does it again")
     os._exit(128 + number)
 
@@ -1701,9 +1701,9 @@ def of_samples(home):
 
 
 def same_folder(cfg, script, argv):
-    """Exit code 2 where another script, other data or, where it is drawn, other knobs made a folder.
+    """Exit code 2 if another script, other data or, for eval and sample, other knobs made a folder.
 
-    A stage that trains compares its own knobs. A teacher that lies elsewhere is missed in a line.
+    A stage that trains compares its own knobs. A warning asks for a teacher that lies elsewhere.
     """
     home, path = home_of(cfg), pathlib.Path(cfg.out, "config.json")
     if not path.is_file():
@@ -1728,7 +1728,7 @@ def same_folder(cfg, script, argv):
 
 @contextlib.contextmanager
 def begin_run(cfg, script, argv):
-    """open_out by the first process; all compare its log. A new folder where nothing began goes again."""
+    """The first process calls open_out; all compare its log. A new folder is removed if nothing began."""
     out = cfg.out
     new = not os.path.exists(out)
     lock = contextlib.nullcontext() if processes()[0] else open_out(out, script, argv)
@@ -1740,7 +1740,7 @@ def begin_run(cfg, script, argv):
     with lock:
         try:
             yield
-            if os.path.exists(f"{out}/{cfg.stage}.pt"):       # of one stage alone; a road ends with its table
+            if os.path.exists(f"{out}/{cfg.stage}.pt"):       # after one stage; a full run ends with a table
                 names = {"res", *of_samples(home_of(cfg))} - {"data", "stage", "seeds", "init", "precision"}
                 log(f"{cfg.stage}: done; open curve.png and previews in {out}; to draw and score it: "
                     + command(cfg, "eval", names - {"compile", "batch_gpu", "log_every", "save_every"}))
@@ -1756,7 +1756,7 @@ def home_of(cfg):
 
 
 def check_tables(home):
-    """Exit code 2 where a table of the script names what is not there, or a value is not possible: forks."""
+    """Exit code 2 if a table of the script, in a fork, names what is not there or has an impossible value."""
     fields = {f.name: f.type for f in dataclasses.fields(home.Config)}
     names = " ".join([*home.LIMITS.values(), *home.READ_BY]).split()
     odd = [name for name in (*names, *itertools.chain(*home.PRESETS.values())) if name not in fields]
@@ -1782,13 +1782,13 @@ def check_tables(home):
 
 
 def words_of(cfg):
-    """The sentence of ABOUT on a stage: that of its method, "post mine", or the stage's."""
+    """ABOUT's sentence on a stage: the one for its method, as "post mine", else for the stage."""
     about = home_of(cfg).ABOUT
     return about.get(f"{cfg.stage} {getattr(cfg, cfg.stage, '')}", about[cfg.stage])
 
 
 def parse(home, argv):
-    """argv (list of str) -> Config. Unknown flag, bad choice: exit code 2. home: the script, a module.
+    """argv (list of str) -> Config. Exit code 2 for an unknown flag or bad choice. home: the script's module.
 
     Weakest first: a field's default, the matching rows of PRESETS from top to bottom, --field, --stage.field.
     """
@@ -1815,7 +1815,7 @@ def parse(home, argv):
 def stages_of(home, argv):
     """The Config of each stage that a command of the script `home` runs."""
     global OUT
-    OUT = ""                                                 # what a call before, in this process, has left
+    OUT = ""                                                 # left by an earlier call in this process
     SOON.clear()
     SAID.clear()
     cfg = parse(home, argv)
@@ -1837,7 +1837,7 @@ def stages_of(home, argv):
             fail(2, f"{flag}: {stage} never reads it; leave it out")
         asked = [stage] if dot else stages if field not in home.STAGES else ()
         from_mid = field == "init" and "mid" in stages and cfg.mid != "none"
-        skipped = idle if dot or len(stages) > 1 else ()     # of one alone a line says that it is left out
+        skipped = idle if dot or len(stages) > 1 else ()     # for a single stage a line says it is skipped
         if asked and all(s in skipped or s not in stages or unread(s, field) or (from_mid and s == "post")
                          for s in asked):
             idly = "is not run" if stage in skipped or stage not in ("", *stages) else "does without it"
@@ -1848,19 +1848,19 @@ def stages_of(home, argv):
         later = cfg.stage == "all" and (c.stage == "eval" or (c.stage == "post" and c.mid != "none"))
         if later and c.init not in home.INITS:
             configs[k] = dataclasses.replace(c, init=home.Config.init)
-    # a stage sees the default of a number that READ_BY denies it: a wrong row shows
+    # a number that READ_BY denies a stage has its default there, so a wrong row shows up
     plain = {f.name: f.default for f in dataclasses.fields(home.Config) if f.type in (int, float, bool)}
     return [dataclasses.replace(c, **{k: plain[k] for k in plain.keys() & {*never_read(c)}}) for c in configs]
 
 
 def name_of(function):
-    """Its name, and of a functools.partial what it fixes: "dpmpp order=2"."""
+    """A function's name, and what a functools.partial fixes: "dpmpp order=2"."""
     fixed = [f"{name}={value}" for name, value in getattr(function, "keywords", {}).items()]
     return " ".join([getattr(function, "func", function).__name__, *fixed])
 
 
 def number(text):
-    """A float of the command line that is one: neither nan nor infinite."""
+    """A float of the command line, which must be neither nan nor infinite."""
     if not math.isfinite(value := float(text)):
         raise argparse.ArgumentTypeError(f"{text} is not possible; it must be finite")
     return value
@@ -1917,7 +1917,7 @@ MEANT = dict(lr="learning_rate", steps="epochs num_epochs iterations max_steps",
 
 
 def refuse(flags, where, message):
-    """Exit code 2 for a command line that argparse does not take; of a flag that is none, the one meant."""
+    """Exit code 2 for a command line that argparse rejects; for an unknown flag, suggests the one meant."""
     for value, words in {"int": "not a whole number", "number": "not a number"}.items():
         message = message.replace(f"invalid {value} value", words)
     unknown = re.search(r"unrecognized arguments: --([\w.-]+)", message)
@@ -1936,7 +1936,7 @@ def refuse(flags, where, message):
 
 
 def commands(home, prog):
-    """The parser of a tool, home its globals(): its commands are functions, USES names the FLAGS of each."""
+    """The parser of a tool; home is its globals(). Commands are functions; USES names the FLAGS of each."""
     p = argparse.ArgumentParser(description=home["__doc__"],
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     where = f"flags: python {prog} {{{','.join(home['USES'])}}} --help"
@@ -1954,9 +1954,9 @@ def commands(home, prog):
 
 
 def check_values(cfg, limits, world):
-    """What a stage asks of its knobs: limits {(rule, test): names}; exit code 2 names the remedy.
+    """Checks a stage's knobs against limits {(rule, test): names}; exit code 2 names the remedy.
 
-    world: number of processes that train, 0 where a stage does not.
+    world: number of processes that train, 0 if a stage does not train.
     """
     home, idle = home_of(cfg), never_read(cfg)
     for (rule, possible), names in limits.items():
@@ -2034,7 +2034,7 @@ def check_solve(cfg, n, used, world, solver=None, grid=None):
 
 
 def check_distance(distance, shape, device):
-    """Exit code 2 where a fork's distance is none, tried on two images of this shape, (C, H, W)."""
+    """Exit code 2 if a fork's distance does not work on two images of this shape, (C, H, W)."""
     if missing := [name for name in ("features", "distance") if not callable(getattr(distance, name, None))]:
         fail(2, f"a distance has no method {missing[0]}; it has two, features(x) and distance(a, b)")
     features = distance.features(torch.rand((2, *shape), device=device) * 2 - 1)
@@ -2067,7 +2067,7 @@ def finished_mid(cfg, finished):
 
 
 def seed_range(text):
-    """--seeds "7", "0-63", or every tenth by "7-997:10" -> range; exit code 2 if it is none of these."""
+    """--seeds "7", "0-63" or, for every tenth, "7-997:10" -> range; exit code 2 if it is none of these."""
     found = re.fullmatch(r"(\d+)(?:-(\d+)(?::([1-9]\d*))?)?", text)
     if not found or int(found[2] or found[1]) < int(found[1]):
         fail(2, f"--seeds {text or repr(text)} is not possible; write 7, 0-63 or 7-997:10")
@@ -2084,13 +2084,13 @@ def processes():
 
 
 def patient_group():
-    """The group of all processes that wait for days, if need be, for one that reads; None of one alone."""
+    """A group in which all processes can wait for days for one that reads; None if there is only one."""
     return patient_group_of(dist.group.WORLD) if dist.is_initialized() else None
 
 
 @functools.cache
 def patient_group_of(world):
-    """A patient_group, made once for each time that the processes meet."""
+    """A patient_group, made once for each `world` that the processes form."""
     return dist.new_group(timeout=datetime.timedelta(days=9), backend="gloo")
 
 
@@ -2112,30 +2112,30 @@ def same_data(ckpt, path, data):
 
 
 def same_names(cfg, ckpt):
-    """Whether names of files say enough: as in the checkpoint, and none of mid, where a FILE may be new."""
+    """Whether file names suffice: they match the checkpoint, and mid has no teacher FILE: it may be new."""
     is_file = cfg.stage == "mid" and os.path.exists(cfg.teacher)
     names = {"data", "teacher", "main", "guide"} & {*vars(cfg)}
     return not is_file and all(ckpt["cfg"][name] == vars(cfg)[name] for name in names)
 
 
 def say_changed(found, stamp):
-    """A line for each net that was trained on other images than those of this stamp ("": of any)."""
+    """Warns of each net that was trained on images other than those of this stamp ("": any will do)."""
     for name, *_, ckpt in found:
         if ckpt and not ckpt["data"].startswith((stamp, "none")):
             say(f"warning: --data has changed since {name} was trained; it is compared with what is there")
 
 
 def made_by(script):
-    """What a checkpoint says of the script that made it: name, and a sum of its text, nets and solvers."""
+    """What a checkpoint says of its script: the name, and a checksum of its text, nets and solvers."""
     beside = [sys.modules[name].__file__ for name in ("nets", "solvers") if name in sys.modules]
     texts = [pathlib.Path(path).read_bytes() for path in (script, *beside)]
     return dict(script=os.path.basename(script), code=zlib.crc32(b"".join(texts)))
 
 
 def steps_left(cfg, ckpt, path):
-    """Steps that a stage has still to go from its checkpoint, or None; exit code 2 if other knobs made it.
+    """Steps that a stage still has to go from ckpt, which may be None; exit code 2 if other knobs made it.
 
-    Knobs that it never reads may differ, and steps where no stage after this one has begun from here.
+    Knobs that it never reads may differ; so may steps, if no later stage has begun from here.
     """
     home = home_of(cfg)
     after = home.STAGES[home.STAGES.index(cfg.stage) + 1:]
@@ -2158,7 +2158,7 @@ def steps_left(cfg, ckpt, path):
     if old and (later or cfg.steps < ckpt["step"]):
         may -= {"steps"}
     if changed := [name for name, was in old.items() if was != getattr(cfg, name) and name not in may]:
-        check_named(cfg)                              # of two causes the plainer
+        check_named(cfg)                              # the plainer cause first
         data, more, teacher = old["data"], cfg.steps - old["steps"], f"{cfg.out}/pretrain.pt"
         if cfg.data != data:
             fail(2, f"{path} was made by {made} --data {data}, now {cfg.data}; use another --out")
@@ -2182,7 +2182,7 @@ def steps_left(cfg, ckpt, path):
 
 
 def never_read(cfg):
-    """Names of knobs on which a stage, by its method, does not depend: READ_BY of the script."""
+    """Names of knobs that a stage with its method does not read, from READ_BY of the script."""
     home, method = home_of(cfg), f"{cfg.stage} {getattr(cfg, cfg.stage, '')}"
     rows = home.READ_BY if cfg.stage in {*home.STAGES} - {*home.RUN} else {}
     return [name for names, where in rows.items() for name in names.split()
@@ -2190,7 +2190,7 @@ def never_read(cfg):
 
 
 def command(cfg, stage, names, **new):
-    """The command of a stage, with the new flags, and of these names those that are not its defaults."""
+    """The command of a stage, with the new flags and those of `names` that differ from its defaults."""
     argv = ["--data", cfg.data, "--stage", stage]
     plain = vars(home_of(cfg).parse(argv))
     for name, value in {**vars(cfg), **new}.items():
@@ -2259,13 +2259,13 @@ def guidance_note(cfg, decoder):
 
 
 def wait_for_first():
-    """Hold the others while the first process saves, for days if need be; it waits TIMEOUT for them."""
+    """Other processes wait while the first one saves, for days if need be; it waits TIMEOUT for them."""
     if group := patient_group():
         dist.monitored_barrier(group, datetime.timedelta(days=9) if processes()[0] else TIMEOUT)
 
 
 def from_first(work):
-    """work() as the first process does it, in all processes."""
+    """Returns the first process's work() in all processes."""
     group, answer = patient_group(), [None]
     if processes()[0] == 0:
         try:
@@ -2308,15 +2308,15 @@ def read_steps(out):
 
 
 def new_tally(cfg):
-    """What a stage counts: steps; those up to the last line (told) and their seconds, and since then losses
-    and gradient norms; steps skipped, and those in a row; fp16's scale. `clock`: when the next line begins.
+    """What a stage counts: steps; steps (told) and seconds up to the last line, losses and gradient norms
+    since then; steps skipped, in all and in a row; fp16's scale. `clock`: when the next line's time begins.
     """
     scale = 2.0**15 if cfg.precision == "fp16" else 1.0
     return dict(step=0, told=0, seconds=0.0, losses=[], norms=[], skipped=0, bad=0, scale=scale, clock=0.0)
 
 
 def count(cfg, tally, loss, norm):
-    """Count a step, as finite or skipped; fp16's scale moves. Exit code 4: 10 skipped, or all after one."""
+    """Counts a step as finite or skipped; moves fp16's scale. Exit code 4 after 10 skips, or all but one."""
     tally["step"] += 1
     if norm == 0:
         say(f"warning: {cfg.stage}: a gradient is exactly 0, nothing is learned; what do the flags do?")
@@ -2377,9 +2377,9 @@ def add_errors(errors, square, gap):
 
 
 def mse_by_gap(errors):
-    """Means since the last log, by name, from errors (2, 5), with REPA's (2, 6), which is cleared.
+    """Means since the last log, by name, from errors (2, 5) or, with REPA, (2, 6). Clears errors.
 
-    mse_same: samples with r = t; mse_gap1 to 4: with t - r in each quarter; if any. The host waits here.
+    mse_same: r = t; mse_gap1 to 4: t - r in each quarter. Empty ones are left out. The host waits here.
     """
     if processes()[1] > 1:
         dist.all_reduce(errors)
@@ -2390,9 +2390,9 @@ def mse_by_gap(errors):
 
 
 def begin_stage(cfg, tally, memory):
-    """Before a stage goes on from its last step: its knobs go to config.json, later metrics go away.
+    """Before a stage goes on from its last step, saves its knobs in config.json and drops later metrics.
 
-    A killed run has logged steps that come again. The first process writes. Returns the line that says so.
+    A killed run has logged steps that will repeat. Only process 0 writes. Returns the line that says so.
     """
     file, configs, done = f"{cfg.out}/config.json", {}, tally["step"]
     begins = f"{cfg.stage}: goes on from step {done}" if done else f"{cfg.stage}: begins"
@@ -2461,14 +2461,14 @@ def overview(road, device, cfg):
 
 
 def dry_run(home, argv, configs):
-    """Print what a command of the script `home` would train and skip, and what it misses: its exit code."""
+    """Print what a command of the script `home` would train, skip and lack. Returns its exit code."""
     global KEEP
     os.environ.setdefault("CMT_OFFLINE", "dry run")          # a download is then a line, no error
     os.environ["HF_HUB_OFFLINE"] = "1"
     codes, road, KEEP, notes = {}, {}, False, [*SOON]
 
     def tried(c, work):
-        """work(c); None where it is refused, or wants a download, which is a line and SystemExit(0)."""
+        """work(c), or None if it is refused or wants a download, which gives a line and SystemExit(0)."""
         try:
             with contextlib.redirect_stdout(io.StringIO()), one_line(c, home.nets.WeightsError):
                 return work(c)
@@ -2476,7 +2476,7 @@ def dry_run(home, argv, configs):
             codes.update({c.stage: codes.get(c.stage, stopped.code)} if stopped.code else {})
 
     for c, trains in [(c, tried(c, home.check)) for c in configs]:
-        # what misses a file is to train as well; what is refused for its flags is not counted with them
+        # a stage that lacks a file still has to train; one that is refused for its flags is not counted
         if trains or (trains is None and c.stage not in home.RUN and codes.get(c.stage) != 2):
             left = c.steps if c.stage in codes else (tried(c, home.resume) or (None, 0))[1]
             road[c.stage] = left, c
@@ -2491,7 +2491,7 @@ def dry_run(home, argv, configs):
         odd = ", ".join(c.stage for c in configs if c.stage in codes)
         cause = f"\nnothing starts until this is fixed (see above): {odd}" * bool(codes)
         idle = ", ".join(c.stage for c in configs if c.stage not in (*ROAD, *codes, *home.RUN)) or "none"
-        bench = pathlib.Path(__file__).with_name("bench.py")             # counts what it knows, and no fork
+        bench = pathlib.Path(__file__).with_name("bench.py")             # it counts known scripts, no forks
         counted = bool(ROAD) and bench.is_file() and pathlib.Path(home.__file__).stem in bench.read_text()
         plan = ["plan", os.path.basename(home.__file__), *(a for a in argv if a != "--dry_run"), "--gpus"]
         asked = dict(sample=f"\nto draw: {len(seed_range(c.seeds)):,} images of each net and number of steps",
@@ -2507,7 +2507,7 @@ def dry_run(home, argv, configs):
 
 
 def save_curve(cfg, table=()):
-    """curve.png of cfg.out, a column a stage; of a Mean Flow, whose loss stays near 1, the squared error."""
+    """cfg.out's curve.png, a column per stage; a Mean Flow, whose loss stays near 1, shows squared error."""
     stages, drawn, scores = {}, "loss", headline(table)
     for m in read_steps(cfg.out):
         drawn = "squared error" if "mse_same" in m or "mse_gap1" in m else "loss"
@@ -2530,9 +2530,9 @@ def save_curve(cfg, table=()):
 
 
 def save_preview(cfg, tally, stop, sampler, drawn=""):
-    """<out>/curve.png and, of a sampler, <out>/previews/<stage>_<step>.png: 60 noises, always the same.
+    """<out>/curve.png and, given a sampler, <out>/previews/<stage>_<step>.png: 60 noises, always the same.
 
-    Not of a run that is to stop: whoever sent the signal may wait for 30 seconds only.
+    No preview if the run must stop: whoever sent the signal may wait for only 30 seconds.
     """
     done = tally["step"]
     save_curve(cfg)
@@ -2548,7 +2548,7 @@ def save_preview(cfg, tally, stop, sampler, drawn=""):
 
 
 def say_missing(cfg, names):
-    """A line for each checkpoint that is there and not among these nets: it is not finished."""
+    """A line for each existing checkpoint that is not among these nets: it is not finished."""
     alone = names[0].startswith("init_")
     for stage, name in dict(pretrain="teacher", mid="mid", post="post").items():
         if os.path.exists(path := f"{cfg.out}/{stage}.pt") and name not in names:
@@ -2557,7 +2557,7 @@ def say_missing(cfg, names):
 
 
 def samples_folder(cfg, name, steps, net=None):
-    """<out>/samples/<net>_<steps>, and all that is no default. Exit code 2 if another net drew it."""
+    """<out>/samples/<net>_<steps>, plus knobs not at defaults. Exit code 2 if another net drew it."""
     own = {k: getattr(cfg, k) for k in ("data", "res") if hasattr(cfg, k)} | dict(stage="sample")
     plain = vars(home_of(cfg).parse([f"--{k}={v}" for k, v in own.items()]))
     knobs = [k for k in DRAWN.split() if k != "second_sigma" or steps == 2]
@@ -2577,7 +2577,7 @@ def samples_folder(cfg, name, steps, net=None):
 
 
 def save_samples(cfg, found, make_sampler):
-    """Of each net a PNG for each of cfg.seeds in samples_folder, and a sheet of the first 64.
+    """For each net, a PNG per seed of cfg.seeds in samples_folder, and a sheet of the first 64.
 
     found: (name, net, {steps: kind of sampler}, ...) of each; make_sampler(cfg, net, kind).
     """
@@ -2599,7 +2599,7 @@ def save_samples(cfg, found, make_sampler):
 
 
 def save_captions(path, name, steps, rows, columns=(), scores=""):
-    """A sheet of what a net draws in so many steps: rows are captions, each with its images."""
+    """A sheet of what a net draws in `steps` steps: each row is a caption with its images."""
     caption = f"{net_label(name, steps, sep=', ')}\nA row is one caption{scores}."
     save_sheet(path, rows, caption, ["caption", *columns])
 
@@ -2622,16 +2622,16 @@ def save_classes(cfg, found, samplers, n):
 
 
 def table(rows):
-    """A list of dicts as a Markdown table; of all their keys, those of the last ones first."""
+    """A list of dicts as a Markdown table; columns are all keys, those of the last dict first."""
     keys = dict.fromkeys(key for row in reversed(rows) for key in row)
     lines = [keys, ["---"] * len(keys), *([row.get(key, "-") for key in keys] for row in rows)]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def save_results(cfg, rows, note, stages):
-    """results.md in cfg.out, rows as a table and a note, stages.png with the scores; returns what to print.
+    """Writes results.md (table of rows, note) and stages.png with scores in cfg.out; returns what to print.
 
-    Earlier tables stay below. stages: arguments of save_stages, of the first process alone, which writes.
+    Earlier tables stay below. stages: save_stages' arguments, used only in the first process, which writes.
     """
     say_missing(cfg, [row["stage"].partition(",")[0] for row in rows])
     alone = f"_{rows[0]['stage']}" * rows[0]["stage"].startswith("init_")                  # --init FILE
@@ -2688,7 +2688,7 @@ def arguments():
 
 
 def references(args):
-    """References of the paths, read or measured; what cannot be used is found before anything is measured."""
+    """References of the paths, read or measured; unusable paths are found before anything is measured."""
     found, images = {}, []
     for path in dict.fromkeys(args.paths):
         if path not in REFERENCES and not os.path.exists(path):

@@ -1,11 +1,11 @@
 """Networks: what the scripts train, learn from and measure distance with. No losses, no loops.
 
-  what                          of                            source
+  name                          what it is                    source
   SIZES, make, fitting          constructor arguments         one row per model of the paper, and the digits
   EDMPrecond, SongUNet          D(x, sigma)                   DDPM++ of Score-SDE, preconditioned as in EDM
   dropout_masks                 masks by place in the batch   one result for any number of processes
   EDM2Precond, EDM2UNet         D(x, sigma, y)                EDM2, normalised weights
-  hoist, freeze                 its weights normalised once   EDM2 Eq. 47, 66: per step, for good
+  hoist, freeze                 EDM2 weights normalised once  EDM2 Eq. 47, 66: per step, or for good
   PixelDistance                 squared, pseudo-Huber         ECT
   VGG                           distance of latents, digits   CMT App. B.5: trained on the data's own labels
   LPIPS                         distance of images in [-1, 1] VGG-16 and the linear heads of the lpips package
@@ -13,9 +13,9 @@
   load_pretrained, load_weights other people's checkpoints    read without running what the file holds
   fetch                         downloads                     checked, then renamed into the cache
   DiT                           v or u(x, t, r, y)            DiT, SiT with REPA's projector, Mean Flow
-  MMDiT                         v or u(x, t, text, r)         MM-DiT of SD3 in the size of REPA
-  derivative                    du/dt of Mean Flow            two products a linear layer
-  load_flow, dit_shape          their official checkpoints    SiT, REPA, Mean Flow: turned to one clock
+  MMDiT                         v or u(x, t, text, r)         SD3's MM-DiT at REPA's size
+  derivative                    du/dt of Mean Flow            two products per linear layer
+  load_flow, dit_shape          their official checkpoints    SiT, REPA, Mean Flow, converted to one clock
   sd_vae, CLIPText, dinov2      encoders of images, captions  diffusers and transformers, imported when called
   save_checkpoint, restore,     our own files, .safetensors   whole after a kill at any moment
   load_checkpoint, finished,
@@ -124,7 +124,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 def dropout(block, x, kept):
-    """Dropout in training. kept (B, C H W) bool: what stays (dropout_masks); None: torch draws it."""
+    """Dropout in training. kept (B, C H W) bool says what stays (dropout_masks); if None, torch draws it."""
     if kept is None or not block.training or not block.dropout:
         return F.dropout(x, block.dropout, block.training)
     B, C, H, W = x.shape
@@ -134,10 +134,10 @@ def dropout(block, x, kept):
 
 
 def dropout_masks(net, seeds):
-    """What dropout keeps in a net whose modules tell their `sizes`, (B, n) bool; None where nothing drops.
+    """What dropout keeps, (B, n) bool, in a net whose modules have `sizes`; None if nothing is dropped.
 
-    Row i follows from seeds[i] alone, so a sample's masks depend on its place in the whole batch, and not on
-    the number of processes or micro-batches. The two calls of Eq. 3 share one.
+    Row i depends only on seeds[i], so a sample's masks depend on its place in the whole batch and not on
+    the number of processes or micro-batches. The two calls in Eq. 3 share one row.
     """
     size = sum(sum(getattr(m, "sizes", ())) for m in net.modules())
     if not size and net.training and any("Dropout" in type(m).__name__ and m.p for m in net.modules()):
@@ -157,10 +157,10 @@ class UNet(nn.Module):
     """What DDPM++ and EDM2 share: residual blocks over resolutions under their official names."""
 
     def add_blocks(self, block, first, img_resolution, widths, num_blocks, attn_resolutions, every):
-        """Fill enc and dec; returns the width of the last block.
+        """Fill enc and dec; return the width of the last block.
 
-        block(flavor, res, c_in, c_out, ...) makes one; first: the convolution before them; every: in dec
-        attention follows each block of a resolution in attn_resolutions, else the last one only.
+        block(flavor, res, c_in, c_out, ...) makes a block; first is the convolution before all. If every,
+        each dec block at a resolution in attn_resolutions has attention; otherwise only the last one has.
         """
         self.enc, self.dec, skips, c = nn.ModuleDict(), nn.ModuleDict(), [], len(first.weight)
         for level, width in enumerate(widths):
@@ -185,12 +185,12 @@ class UNet(nn.Module):
                 attention = res in attn_resolutions and (every or i == num_blocks)
                 c_in, c = c + skips.pop(), width
                 self.dec[f"{res}x{res}_block{i}"] = block("dec", res, c_in, c, attention=attention)
-        named = [*self.enc.items(), *self.dec.items()][1:]     # numbers that dropout decides on in each block
+        named = [*self.enc.items(), *self.dec.items()][1:]     # how many numbers dropout decides on per block
         self.sizes = [b.width * int(name.split("x")[0]) ** 2 * (b.dropout > 0) for name, b in named]
         return c
 
     def walk(self, x, emb, masks, join):
-        """x through all blocks; those of dec get join(x, what enc left). masks: of dropout_masks, or None."""
+        """Run x through all blocks; dec's get join(x, enc's output). masks: from dropout_masks, or None."""
         kept = iter([None] * len(self.sizes) if masks is None else masks.split(self.sizes, 1))
         skips = []
         for name, block in self.enc.items():
@@ -203,7 +203,7 @@ class UNet(nn.Module):
 
 
 class UNetBlock(nn.Module):
-    """Residual block of DDPM++: two 3x3 convolutions, the noise embedding added between, self-attention.
+    """Residual block of DDPM++: two 3x3 convolutions with the noise embedding added between, self-attention.
 
     forward: x (B, in, H, W), emb (B, emb_channels) -> (B, out, H', W'). Both sums are scaled by sqrt(1/2).
     """
@@ -232,7 +232,7 @@ class UNetBlock(nn.Module):
         if self.norm2 is not None:
             # trap: channel 3c + {0, 1, 2} is q, k, v of channel c; they are not three contiguous blocks
             qkv = self.qkv(self.norm2(x)).unflatten(1, (-1, 3)).flatten(3)           # (B, C, 3, HW)
-            # one head, each (B, 1, HW, C), contiguous: what fused kernels take
+            # one head; q, k, v (B, 1, HW, C) are contiguous, as fused kernels need
             a = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1).contiguous()[:, :, None])
             x = (self.proj(a[:, 0].transpose(1, 2).reshape(x.shape)) + x) * math.sqrt(0.5)
         return x
@@ -290,13 +290,13 @@ class EDMPrecond(nn.Module):
     """EDM preconditioning around DDPM++: D_x = c_skip x + c_out F(c_in x, c_noise)   (EDM Table 1, Eq. 7).
 
     forward(x (B, C, H, W), sigma (B,), class_labels=None, augment_labels=None, masks=None) -> D_x, float32.
-    masks: of dropout_masks; None: dropout as torch draws it. Outside training sigma - sigma_shift stands
-    for sigma in c_skip and above in c_out, as official CMT and ECT checkpoints are sampled (0.003); 0 samples
-    the function that was trained. ValueError for constructor arguments that are not DDPM++.
+    masks: from dropout_masks; if None, torch draws dropout. Outside training, sigma - sigma_shift replaces
+    sigma in c_skip and in the numerator of c_out, as official CMT and ECT checkpoints are sampled (0.003);
+    with 0, the trained function is sampled. ValueError for constructor arguments that are not DDPM++'s.
     """
 
     def __init__(self, img_resolution, img_channels, label_dim=0, sigma_data=0.5, sigma_shift=0.0,
-                 use_fp16=None, sigma_min=None, sigma_max=None, **unet):         # in files, without a meaning
+                 use_fp16=None, sigma_min=None, sigma_max=None, **unet):         # in files, but not used
         super().__init__()
         for name, value in FIXED.items():
             given = unet.pop(name, value)
@@ -329,7 +329,7 @@ def row_norm(w):
     """eps sqrt(fan_in) + |row| of a weight (out, in, ...), float32; a layer applies w / row_norm(w)."""
     dims = tuple(range(1, w.ndim))
     norm = torch.linalg.vector_norm(w, dim=dims, keepdim=True, dtype=torch.float32)
-    return norm + EPS * math.sqrt(w[0].numel())     # normalised to RMS 1, then over sqrt(fan_in): EDM2 Eq. 47
+    return norm + EPS * math.sqrt(w[0].numel())     # RMS set to 1, then divided by sqrt(fan_in): EDM2 Eq. 47
 
 
 def normalize(x, dim):
@@ -350,7 +350,7 @@ def mp_sum(a, b, t):
 
 
 def mp_cat(a, b, t):
-    """Channels of a and b, the share t of the magnitude being b's: EDM2 Eq. 103."""
+    """Channels of a and b joined; b has the share t of the magnitude: EDM2 Eq. 103."""
     n_a, n_b = a.shape[1], b.shape[1]
     c = math.sqrt((n_a + n_b) / ((1 - t) ** 2 + t**2))
     return torch.cat([a * (c * (1 - t) / math.sqrt(n_a)), b * (c * t / math.sqrt(n_b))], 1)
@@ -382,7 +382,7 @@ class MPConv(nn.Module):
     def forward(self, x, gain=None):
         w = (self.weight / row_norm(self.weight) if self.hoisted is None else self.hoisted).to(x.dtype)
         y = F.linear(x, w) if w.ndim == 2 else F.conv2d(x, w, padding=w.shape[-1] // 2)
-        return y if gain is None else y * gain        # not w * gain: w would be another one for each gain
+        return y if gain is None else y * gain        # not w * gain: each gain would then need its own w
 
 
 def rows(w):
@@ -392,16 +392,16 @@ def rows(w):
 
 @torch.no_grad()
 def scale_rows(layers, dtype, force=False):
-    """Fill .hoisted with weight / d as forward applies it, d = row_norm(weight); dtype (None: float32) is for
-    convolutions. Returns |row| and d of every layer.
+    """Fill .hoisted with weight / d, as forward applies it, with d = row_norm(weight).
 
+    dtype (None: float32) is for convolutions only. Returns |row| and d of every layer.
     force: the rows first get root mean square 1, in place (EDM2 Eq. 66); their new d needs no second pass.
     """
     ws = [rows(m.weight.detach()) for m in layers]
     roots = [math.sqrt(w.shape[1]) for w in ws]
     eps = [EPS * root for root in roots]
     norms = [torch.linalg.vector_norm(w, dim=1, keepdim=True, dtype=torch.float32) for w in ws]
-    ds = torch._foreach_add(norms, eps)               # what is a number a row: all layers in one kernel
+    ds = torch._foreach_add(norms, eps)               # one number per row: all layers in one kernel
     if force:
         scales = torch._foreach_reciprocal(ds)
         torch._foreach_mul_(scales, roots)
@@ -418,7 +418,7 @@ def scale_rows(layers, dtype, force=False):
 
 @torch.no_grad()
 def pull_back(layers, norms, ds, anew):
-    """The gradient g of .hoisted = h = w / d, added to .weight.grad or anew: (g - h (h . g) d / |w|) / d."""
+    """Add (anew: write) (g - h (h . g) d / |w|) / d to .weight.grad; h = .hoisted = w / d, g its gradient."""
     torch._foreach_clamp_min_(norms, 1e-30)
     for m, ratio, inverse in zip(layers, torch._foreach_div(ds, norms), torch._foreach_reciprocal(ds)):
         if m.hoisted.grad is not None:
@@ -428,7 +428,7 @@ def pull_back(layers, norms, ds, anew):
             along = torch.bmm(h[:, None].to(wide), g[..., None].to(wide))[:, 0]
             g.addcmul_(h, along.mul_(ratio), value=-1)
             m.weight.grad = torch.zeros_like(m.weight) if m.weight.grad is None else m.weight.grad
-            grad = rows(m.weight.grad)                # trap: in place, .grad is a view of the flat vector
+            grad = rows(m.weight.grad)                # trap: write in place; .grad views the flat vector
             torch.mul(g, inverse, out=grad) if anew else grad.addcmul_(g, inverse)
 
 
@@ -439,16 +439,16 @@ def trainable(net):
 
 @contextlib.contextmanager
 def hoist(net, force=False):
-    """Inside, all forwards and backwards of net share weights normalised once, in net.compute_dtype.
+    """Inside, all forward and backward passes of net share weights normalised once, in net.compute_dtype.
 
-    force: once a step: rows of every MPConv get root mean square 1 before, in place (EDM2 Eq. 66), and what
-    gradient they get is written to .grad, not added.
-    trap: not in forward, as in the official code: there a second one alters what the first's backward needs.
-    At the end the gradient they collected over all micro-batches, in that precision, goes through the
+    force (once a step): the rows of every MPConv are first set to root mean square 1, in place (EDM2 Eq. 66),
+    and their gradient is written to .grad, not added.
+    trap: not in forward, unlike the official code: a second forward changes what the first's backward needs.
+    At the end, the gradient collected over all micro-batches, in that precision, goes through the
     normalisation once, into weight.grad; after an exception it is dropped. Weights must not change inside.
     """
     layers = trainable(net)
-    if not layers:                                    # frozen, or of another kind
+    if not layers:                                    # frozen, or without MPConvs
         yield net
         return
     try:
@@ -463,9 +463,9 @@ def hoist(net, force=False):
 
 
 def freeze(net):
-    """net for inference alone, returned: weights normalised for good, one copy, in net.compute_dtype.
+    """Return net for inference only: weights normalised for good, one copy, in net.compute_dtype.
 
-    The trainable weights are gone: state_dict() is refused, so it is neither saved nor loaded into.
+    The trainable weights are gone, so state_dict() is refused: net can be neither saved nor loaded into.
     """
     layers = trainable(net)
     if layers:
@@ -477,7 +477,7 @@ def freeze(net):
 
 
 def refuse_state(net, prefix, keep_vars):
-    """state_dict() of a frozen network, which would load as other weights than it was made from."""
+    """Refuse state_dict() of a frozen net: it would load as weights other than its original ones."""
     raise WeightsError("this network is frozen, without weights to save or load; keep the file it came from")
 
 
@@ -517,7 +517,7 @@ class Block(nn.Module):
 
     def attend(self, x):
         """Softmax attention of q, k, v with unit magnitude per head; the result is channels_last."""
-        # trap: channel 3 (head channels_per_head + c) + {0, 1, 2} is q, k, v, which are no contiguous blocks
+        # trap: channel 3 (head channels_per_head + c) + {0, 1, 2} is q, k, v; they are not contiguous blocks
         qkv = self.attn_qkv(x).unflatten(1, (self.heads, -1, 3)).flatten(4)             # (B, heads, C, 3, HW)
         q, k, v = normalize(qkv.permute(3, 0, 1, 4, 2).contiguous(), -1)              # (B, heads, HW, C) each
         a = F.scaled_dot_product_attention(q, k, v)
@@ -527,8 +527,8 @@ class Block(nn.Module):
 class EDM2UNet(UNet):
     """U-Net of EDM2. forward(x (B, C, H, W), noise_labels (B,), class_labels (B, label_dim) or None) -> F_x.
 
-    The embedding is float32, the rest has x's dtype. block: the balances, clip_act and channels_per_head of
-    Block. dropout applies at resolutions up to dropout_res, everywhere if None (ECT: 16).
+    The embedding is float32, the rest has x's dtype. block: Block's balances, clip_act and channels_per_head.
+    dropout applies at resolutions up to dropout_res, or everywhere if that is None (ECT: 16).
     """
 
     def __init__(self, img_resolution, img_channels, label_dim, model_channels=192, channel_mult=(1, 2, 3, 4),
@@ -556,7 +556,7 @@ class EDM2UNet(UNet):
         if self.emb_label is not None:
             emb = mp_sum(emb, self.emb_label(class_labels * math.sqrt(self.label_dim)), self.label_balance)
         emb = mp_silu(emb)
-        x = torch.cat([x, torch.ones_like(x[:, :1])], 1)             # a channel of ones stands for the biases
+        x = torch.cat([x, torch.ones_like(x[:, :1])], 1)             # a channel of ones replaces the biases
         x = self.walk(x, emb, masks, lambda x, skip: mp_cat(x, skip, self.concat_balance))
         return self.out_conv(x, self.out_gain)
 
@@ -565,14 +565,14 @@ class EDM2Precond(nn.Module):
     """EDM preconditioning around EDM2's U-Net: D_x = c_skip x + c_out F(c_in x, ln(sigma) / 4).
 
     forward(x (B, C, H, W), sigma (B,), class_labels (B, label_dim) one-hot, None = zeros = no class) -> D_x
-    float32; with return_logvar (D_x, u (B, 1, 1, 1)), the log variance of EDM2's loss. sigma > 0; as it falls
-    to 0, D_x -> x. compute_dtype: of the U-Net's activations and, cast, its weights; None = float32. The rest
-    is always float32. logvar_channels = 0: without the head of u, which ECT and CMT do not use. ValueError
-    for another resample_filter.
+    float32; with return_logvar, (D_x, u (B, 1, 1, 1)): u is the log variance in EDM2's loss. sigma > 0; as it
+    falls to 0, D_x -> x. compute_dtype is for the U-Net's activations and, by casting, its weights; None =
+    float32. The rest is always float32. logvar_channels = 0 leaves out the head of u, which ECT and CMT do
+    not use. ValueError for any other resample_filter.
     """
 
     def __init__(self, img_resolution, img_channels, label_dim, sigma_data=0.5, logvar_channels=128,
-                 compute_dtype=None, use_fp16=None, resample_filter=(1, 1), **unet):    # use_fp16: no meaning
+                 compute_dtype=None, use_fp16=None, resample_filter=(1, 1), **unet):    # use_fp16 is not used
         super().__init__()
         if list(resample_filter) != [1, 1]:
             raise WeightsError(f"resample_filter={resample_filter!r}: EDM2 has [1, 1]; others are not here")
@@ -599,9 +599,9 @@ class EDM2Precond(nn.Module):
 
 # ---- distances -----------------------------------------------------------------------------------
 # Each has .features(x) -> list of tensors, .distance(features_a, features_b) -> (B,), .forward(a, b) -> (B,),
-# so that the features of a target that many states share are computed once.
+# so that a target shared by many states has its features computed once.
 class PixelDistance(nn.Module):
-    """Squared, a mean (huber = 0), or of the norm pseudo-Huber, sqrt(|a - b|^2 + c^2) - c: c = huber."""
+    """Mean square (huber = 0), or the norm's pseudo-Huber, sqrt(|a - b|^2 + c^2) - c with c = huber."""
 
     def __init__(self, huber=0.0):
         super().__init__()
@@ -629,9 +629,9 @@ def unit(f, eps):
 class VGG(nn.Module):
     """VGG with GroupNorm, trained on the labels of the data it will measure (App. B.5); LPIPS without heads.
 
-    widths: one tuple of channels per slice; pools: slices that begin by halving the resolution. The distance
-    is the squared difference of unit feature maps, summed over channels and slices, mean over pixels. groups
-    = 0: of 8 channels each, None: no norm. .logits(x) -> (B, num_classes) trains; num_classes = 0: no head.
+    widths: a tuple of channels per slice; pools: slices that begin by halving the resolution. The distance is
+    the squared difference of unit feature maps, summed over channels and slices, averaged over pixels. groups
+    = 0: 8 channels each; None: no norm. .logits(x) -> (B, num_classes) trains; num_classes = 0: no head.
     """
 
     def __init__(self, in_channels=1, widths=((16, 16), (32, 32), (64, 64)), num_classes=10, pools=(1, 2),
@@ -648,7 +648,7 @@ class VGG(nn.Module):
         self.head = nn.Linear(c, num_classes) if num_classes else None
 
     def maps(self, x):
-        """What each slice ends with."""
+        """The output of each slice."""
         out = []
         for slice_ in self.slices:
             x = slice_(x)
@@ -709,7 +709,7 @@ def pretrained_lpips():
 def lpips_heads():
     """Path of the linear heads in the installed lpips package; FileNotFoundError with the install line.
 
-    The package is not imported, for that needs a torchvision that matches torch to the build.
+    The package is not imported, because that needs a torchvision built for exactly this torch.
     """
     spec = importlib.util.find_spec("lpips")
     path = spec and os.path.join(os.path.dirname(spec.origin), "weights", "v0.1", "vgg.pth")
@@ -720,12 +720,12 @@ def lpips_heads():
 
 
 class ELatentLPIPS(VGG):
-    """VGG-16 with GroupNorm on latents of deviation 0.5, (B, 4, 64, 64); taps of 64, 64, 64, 32, 16 (B.5).
+    """VGG-16 with GroupNorm on latents (B, 4, 64, 64) of deviation 0.5; taps at 64, 64, 64, 32, 16 (B.5).
 
-    vgg_state: state dict of one that .logits has trained; None = random weights. num_classes: with VGG-16's
-    head, trainable; 0 = the distance alone, frozen. ensemble: random views (blit, geometry, colour, filter,
-    noise, cutout), a name of ENSEMBLES: .draw one per sample, .augment both images alike before .features;
-    the features of a target can be kept only without.
+    vgg_state: state dict of a net trained through .logits; None = random weights. num_classes: adds VGG-16's
+    head, trainable; 0 = only the distance, frozen. ensemble: a name in ENSEMBLES for random views (blit,
+    geometry, colour, filter, noise, cutout): .draw makes one per sample, .augment applies it to both images
+    before .features; a target's features can be kept only without an ensemble.
     """
     ENSEMBLES = {"none": "", "bg": "bg", "bgc": "bgc", "bgcfnc": "bgcfno"}       # o: cutout
 
@@ -765,7 +765,7 @@ class ELatentLPIPS(VGG):
             return N(*shape, law=torch.rand)
 
         (C, H, W), draw = x.shape[1:], {}
-        # affine maps work on [-1, 1]: a pixel is 2 / size; not new_tensor: for its copy the host waits
+        # affine maps work on [-1, 1]: a pixel is 2 / size; not new_tensor: the host waits for its copy
         size = torch.cat([x.new_full((1,), n) for n in (W, H)])
         if "b" in self.parts:
             pixels = ((U(2) - 0.5) * size / 4).round()
@@ -777,7 +777,7 @@ class ELatentLPIPS(VGG):
         if "c" in self.parts:
             bright, contrast = 0.2 * N(), 2 ** (0.5 * N())
             draw["colour"] = rgb_matrix(bright, contrast, U().round() * 2 - 1, U(), 2 ** N())
-        if "f" in self.parts:                     # one band after the other, the power of a 1/f spectrum kept
+        if "f" in self.parts:                     # band by band, keeping the power of a 1/f spectrum
             draw["gains"] = x.new_ones(len(x), 4)
             power = torch.cat([x.new_full((n,), share / 13) for n, share in ((1, 10), (3, 1))])
             for band in range(4):
@@ -785,7 +785,7 @@ class ELatentLPIPS(VGG):
                 draw["gains"] /= (draw["gains"] ** 2 * power).sum(1, keepdim=True).sqrt()
         if "n" in self.parts:
             draw["noise"] = 0.1 * N(1, 1, 1).abs() * N(C, H, W)
-        if "o" in self.parts:                      # a rectangle of half the height and half the width is zero
+        if "o" in self.parts:                      # zero a rectangle of half the height and half the width
             places = (torch.arange(n, device=x.device) + 0.5 for n in (H, W))
             rows, columns = ((p - U(1) * len(p)).abs() >= len(p) / 4 for p in places)
             draw["mask"] = (rows[:, None, :, None] | columns[:, None, None, :]).to(x)
@@ -793,7 +793,7 @@ class ELatentLPIPS(VGG):
 
     @staticmethod
     def augment(x, draw):
-        """x after what .draw returned; differentiable in x."""
+        """Apply what .draw returned to x; differentiable in x."""
         if "affine" in draw:
             # choice: bilinear sampling, reflection at the borders; the authors resample by a sym6 wavelet
             grid = F.affine_grid(draw["affine"][:, :2], x.shape, align_corners=False)
@@ -811,7 +811,7 @@ class ELatentLPIPS(VGG):
 
 
 def affine(turns, sx=1, sy=1, shift=0):
-    """(B, 3, 3): scale by sx, sy, turn by so many full turns (B,), move by shift (B, 2)."""
+    """(B, 3, 3): scale by sx, sy, rotate by `turns` (B,) full turns, move by shift (B, 2)."""
     c, s = (2 * math.pi * turns).cos(), (2 * math.pi * turns).sin()
     last = torch.cat([turns.new_zeros(2), turns.new_ones(1)])
     linear = torch.stack([c * sx, -s * sy, s * sx, c * sy], 1).view(-1, 2, 2)
@@ -820,7 +820,7 @@ def affine(turns, sx=1, sy=1, shift=0):
 
 
 def rgb_matrix(bright, contrast, luma, hue, saturation):
-    """(B, 4, 4) matrix of StyleGAN2-ADA's colours, each (B,): luma is 1 or -1 (flipped), hue in turns."""
+    """(B, 4, 4) colour matrix of StyleGAN2-ADA. Arguments are (B,): luma 1 or -1 (flipped), hue in turns."""
     # choice: the matrix of RGB pixels acts on 4 latent channels, as the authors ran it; the 4th is RGB's 1
     grey, eye = bright.new_full((3, 3), 1 / 3), torch.eye(4, device=bright.device, dtype=bright.dtype)
     cross = (eye[:3, :3].roll(1, 0) - eye[:3, :3].roll(-1, 0)) / math.sqrt(3)          # [0, -1, 1], ...
@@ -834,7 +834,7 @@ def rgb_matrix(bright, contrast, luma, hue, saturation):
 
 
 def blur(x, reach):
-    """[1, 2, 1] / 4 along both axes at distance reach, reflected at the borders."""
+    """Filter [1, 2, 1] / 4 along both axes with taps `reach` apart, borders reflected."""
     x = F.pad(x, (reach,) * 4, mode="reflect")
     x = (x[..., :-2 * reach] + 2 * x[..., reach:-reach] + x[..., 2 * reach:]) / 4
     return (x[..., :-2 * reach, :] + 2 * x[..., reach:-reach, :] + x[..., 2 * reach:, :]) / 4
@@ -849,16 +849,16 @@ PRETRAINED = {"cifar10": EDM_URL % "cifar10-32x32", "ffhq": EDM_URL % "ffhq-64x6
               "imagenet64": EDM2_URL % "edm2-img64-xl-0671088-0.040",
               "imagenet512": EDM2_URL % "edm2-img512-xxl-0939524-0.070"}
 VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
-CHECKSUMS = {  # url -> sha256; NVIDIA publishes none, so `fetch` prints it: pin it here once you trust a file
+CHECKSUMS = {  # url -> sha256; NVIDIA publishes none, so `fetch` prints one to pin here once you trust a file
     VGG_URL: "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
     "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz":
         "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
 }
-INTERFACE = ("img_resolution", "img_channels", "label_dim")    # how the constructors of EDM and EDM2 begin
+INTERFACE = ("img_resolution", "img_channels", "label_dim")    # first arguments of EDM's and EDM2's classes
 
 
 class WeightsError(ValueError):
-    """Weights that cannot be used; the message is one line with the file, what is wrong and the remedy."""
+    """Weights that cannot be used; the one-line message names the file, the fault and the remedy."""
 
 
 class UnsafePickle(WeightsError):
@@ -878,7 +878,7 @@ class Record:
         self.state = state
 
 
-GLOBALS = {  # everything a file may name; builtin types and torch dtypes cannot be altered by a pickle
+GLOBALS = {  # everything a file may name; a pickle cannot alter builtin types or torch dtypes
     ("collections", "OrderedDict"): dict, ("dnnlib.util", "EasyDict"): dict,
     ("__builtin__", "set"): set, ("builtins", "set"): set,
     **{("torch", f"{name}Storage"): getattr(torch, name.lower())
@@ -893,7 +893,7 @@ GLOBALS = {  # everything a file may name; builtin types and torch dtypes cannot
         ("numpy._core.multiarray", ["scalar", "_reconstruct"]),    # numpy 2
     ) for name in names},
 }
-# trap: EXT codes are answered from a cache of real objects, past find_class. The rest is never needed.
+# trap: EXT codes come from a cache of real objects, bypassing find_class. The rest is never needed.
 REFUSED = {"EXT1", "EXT2", "EXT4", "PERSID", "BINPERSID", "INST", "OBJ", "NEWOBJ_EX", "BYTEARRAY8",
            "NEXT_BUFFER", "READONLY_BUFFER"}
 
@@ -906,15 +906,15 @@ class Reader(pickle.Unpickler):
             raise UnsafePickle(f"it asks for {f'{module}.{name}'[:80]!r}, which is not on the allow-list")
         return GLOBALS[module, name]
 
-    def persistent_load(self, pid):                   # inside storages only, REFUSED keeps it out elsewhere
+    def persistent_load(self, pid):                   # only inside storages; REFUSED keeps it out elsewhere
         return pid
 
 
 def read_pickle(stream, refused=REFUSED):
-    """The next pickle of a stream as a tree of plain values and Records. Raises anything if damaged."""
+    """The next pickle of a stream as a tree of plain values and Records. Damage may raise any error."""
     start = stream.tell()
     for op, arg, position in pickletools.genops(stream):
-        # trap: a memo index is an order for memory, nine bytes of file can ask for 64 GB
+        # trap: a memo index requests memory; nine bytes of a file can ask for 64 GB
         if op.name in refused or (op.name.endswith("PUT") and arg > position):
             raise UnsafePickle(f"it uses opcode {op.name} {arg!r:.20} at byte {position}")
     stream.seek(start)
@@ -922,7 +922,7 @@ def read_pickle(stream, refused=REFUSED):
 
 
 def kind(node):
-    """Name of a value's type; of a Record, what it stands for."""
+    """Name of a value's type, or of what a Record stands for."""
     return type(node).__name__
 
 
@@ -957,11 +957,11 @@ def read_tensor(node):
     storage, offset, size, stride = node.args[:4]
     if any(type(n) is not int or n < 0 for n in (offset, *size, *stride)) or len(size) != len(stride):
         raise ValueError("a tensor has a negative or no size, stride or offset")
-    if not torch.is_tensor(storage.args):             # trap: bytes go, else two copies of EDM2-XXL, 3 GB each
+    if not torch.is_tensor(storage.args):             # trap: drop bytes, else EDM2-XXL takes twice its 3 GB
         storage.args = read_storage(storage)
     flat = storage.args
     end = 1 + offset + sum((n - 1) * s for n, s in zip(size, stride)) if 0 not in size else 0
-    if max(end, math.prod(size)) > len(flat):         # trap: stride 0 fits anywhere, its copy is of any size
+    if max(end, math.prod(size)) > len(flat):         # trap: stride 0 always fits; its copy can be any size
         raise ValueError(f"a tensor of size {size}, stride {stride} leaves its storage of {len(flat)}")
     return flat.as_strided(size, stride, offset)
 
@@ -1010,7 +1010,7 @@ def read_nvidia(path):
 
 
 INERT = [(Record, name) for name in ("argparse.Namespace", "numpy.dtype", "numpy.core.multiarray.scalar",
-                                     "numpy._core.multiarray.scalar")]      # of a training's settings
+                                     "numpy._core.multiarray.scalar")]      # in training settings
 
 
 def read_torch(path):
@@ -1049,7 +1049,7 @@ def read_safetensors(path):
 
 
 def write_safetensors(ckpt, file):
-    """The average in a checkpoint as .safetensors; constructor arguments and configuration in the header."""
+    """Write a checkpoint's average as .safetensors, constructor arguments and configuration in its header."""
     state, end = sorted(ckpt["ema"].items(), key=lambda item: -item[1].dtype.itemsize), 0        # so aligned
     names = {dtype: name for name, dtype in DTYPES.items()}
     header = {"__metadata__": {"cmt": json.dumps({k: ckpt[k] for k in ("model", "cfg")})}}
@@ -1068,7 +1068,7 @@ TRAINED = {"model", "net", "module", "state_dict", "model_state_dict", "params"}
 
 
 def state_dicts(tree, place=()):
-    """Every state dict in a nest of dicts, by its place; ema.x beside net.x, and module.x, are nests too."""
+    """Every state dict in nested dicts, by its place; keys like ema.x beside net.x, or module.x, nest too."""
     if not isinstance(tree, dict) or not all(isinstance(k, str) for k in tree):
         return {}
     if tree and all(map(torch.is_tensor, tree.values())):
@@ -1084,7 +1084,7 @@ def state_dicts(tree, place=()):
 
 
 def choose(tree):
-    """(place, state dict) in a nest: the average, else the trained net, else the only; ValueError if two."""
+    """(place, state dict) in a nest: average, else trained net, else the only one; ValueError if two."""
     found = state_dicts(tree)
     for names in (AVERAGED, TRAINED, {name for place in found for name in place}):
         places = [place for place in found if not place or names & set(place)]
@@ -1096,7 +1096,7 @@ def choose(tree):
 
 
 def unet_size(state):
-    """Constructor arguments of a bare DDPM++ or EDM2: the row of SIZES with its width; {} for another net."""
+    """Constructor arguments of a bare DDPM++ or EDM2: the SIZES row with its width; {} for any other net."""
     found = re.search(r"^(model|unet)\.enc\.(\d+)x\2_conv\.weight$", "\n".join(state), re.M)
     if not found:
         return {}
@@ -1105,11 +1105,11 @@ def unet_size(state):
     family = "edm2-" if edm2 else f"ddpm++-{found[2]}"
     rows = [row for name, row in SIZES.items() if name.startswith(family) and row["model_channels"] == width]
     given = dict(img_resolution=int(found[2]), img_channels=channels - edm2, label_dim=labels.shape[1])
-    return {**rows[0], **given} if rows else {}       # EDM2 has a channel of ones too
+    return {**rows[0], **given} if rows else {}       # EDM2 adds a channel of ones
 
 
 def read_weights(path_or_url):
-    """load_pretrained's (state_dict, init_kwargs), and the configuration that our own files have, else {}."""
+    """load_pretrained's (state_dict, init_kwargs), plus the configuration in our own files, else {}."""
     path = str(path_or_url)
     if path.startswith("edm2-") and not os.path.exists(path):
         path = EDM2_URL % path
@@ -1126,7 +1126,7 @@ def read_weights(path_or_url):
     if text or picture:
         what = "a picture" if picture else "text" if begin else "empty"
         raise WeightsError(f"{path}: it is {what}, no weights; pass the .pt, .pkl or .safetensors itself")
-    with contextlib.suppress(zipfile.BadZipFile):         # a damaged one is named below
+    with contextlib.suppress(zipfile.BadZipFile):         # a damaged .zip is named below
         if zipfile.is_zipfile(path) and "/data.pkl" not in " ".join(zipfile.ZipFile(path).namelist()):
             raise WeightsError(f"{path}: a .zip of other files, no weights; pass a .pt, .pkl or .safetensors")
     try:
@@ -1139,7 +1139,7 @@ def read_weights(path_or_url):
     except UnsafePickle as e:
         raise UnsafePickle(f"{path}: refused, {e}") from None
     except Exception as e:                            # a cut file can fail anywhere; the cause is chained
-        if isinstance(e, OSError) and e.errno != 22:  # 22: what torch makes of a file that is cut
+        if isinstance(e, OSError) and e.errno != 22:  # 22: what torch raises for a truncated file
             raise
         reason = "it ends too early" if isinstance(e, OSError) else f"{type(e).__name__}: {e}"
         reason = reason.splitlines()[0].split(". ")[0][:200]
@@ -1163,7 +1163,7 @@ def read_weights(path_or_url):
 
 @functools.cache
 def tell(text):
-    """A line about a file, once, from the first process: on stderr, apart from results."""
+    """Print a line about a file once, from the first process, on stderr, apart from results."""
     if os.environ.get("RANK", "0") == "0":
         print(text, file=sys.stderr, flush=True)
 
@@ -1181,7 +1181,7 @@ def load_pretrained(path_or_url):
 
 
 def make(network, model, what, **more):
-    """network(**model, **more), `model` as the file called `what` says; WeightsError if it has no such."""
+    """network(**model, **more), `model` from the file named `what`; WeightsError if it has no such net."""
     try:
         return network(**{**model, **more})
     except Exception as e:                            # wrong arguments can surface as any error
@@ -1194,13 +1194,13 @@ def make(network, model, what, **more):
         raise WeightsError(f"{what}: no {why}") from e
 
 
-MAKERS = {}                                           # file: " of " the script that made it
+MAKERS = {}                                           # file: " of " + the script that made it
 HIDDEN = ("num_heads", "channels_per_head", "sigma_data", "label_balance", "concat_balance", "res_balance",
-          "attn_balance", "clip_act")                 # arguments that no weight shows
+          "attn_balance", "clip_act")                 # arguments not visible in weights
 
 
 def fitting(state, said, model, what):
-    """state, of a net with arguments `said`, if one with arguments `model` would compute the same with it."""
+    """Return state, of a net with arguments `said`, if a net with `model` would compute the same with it."""
     usual = {k: p.default for network in (Block, EDM2UNet, EDM2Precond, DiT)
              for k, p in inspect.signature(network).parameters.items()}
     both = said.keys() & model.keys()
@@ -1214,8 +1214,8 @@ def fitting(state, said, model, what):
 def load_weights(net, state, what):
     """Copy a state dict into net by name, in net's dtype. what: the file's name, for the message.
 
-    map_augment adds nothing without augment labels and is dropped if net has none. ValueError with the first
-    names (and shapes) if any is missing, unexpected or of another shape; then nothing has been copied.
+    map_augment adds nothing without augment labels and is dropped if net lacks it. ValueError with the first
+    names (and shapes) if any is missing, unexpected or of another shape; in that case nothing is copied.
     """
     own = net.state_dict()
     state = {k: v for k, v in state.items() if k in own or not k.endswith("map_augment.weight")}
@@ -1225,7 +1225,7 @@ def load_weights(net, state, what):
              "not finite, or of another type": [k for k, v in state.items() if not v.isfinite().all() or (
                                          k in own and v.is_floating_point() != own[k].is_floating_point())]}
     text = [f"{len(w)} {how}: {', '.join(w[:5])}{', ...' * (len(w) > 5)}" for how, w in wrong.items() if w]
-    if text:                                          # trap: before any copy, or a failed load is half a load
+    if text:                                          # trap: raise before any copy, or half would be loaded
         raise WeightsError(f"{what} does not fit the network: {'; '.join(text)}; pass others")
     for k, tensor in own.items():
         tensor.copy_(state[k])
@@ -1234,20 +1234,20 @@ def load_weights(net, state, what):
 def fetch(url, sha256=""):
     """Path of url's file in the cache ($CMT_CACHE, else ~/.cache/cmt), downloaded if it is not there yet.
 
-    sha256 (default: of CHECKSUMS) is checked, of a cached file too. A download gets its final name only when
-    it is whole and right. OSError names url, file and remedy; WeightsError names both sums.
+    sha256 (default: from CHECKSUMS) is checked, for a cached file too. A download gets its final name only
+    once it is complete and right. OSError names url, file and remedy; WeightsError names both checksums.
     """
     sha256 = sha256 or CHECKSUMS.get(url, "")
     cache = os.environ.get("CMT_CACHE") or os.path.expanduser("~/.cache/cmt")
     name = os.path.basename(urllib.parse.urlsplit(url).path)
-    # trap: snapshots of two runs have one name, which alone would return the wrong network
+    # trap: snapshots of two runs share a name, which by itself would return the wrong network
     target = os.path.join(cache, f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}")
     try:
         os.makedirs(cache, exist_ok=True)
         part, folder = f"{target}.{os.getpid()}.part", os.open(cache, os.O_RDONLY)
     except OSError as e:
         raise WeightsError(f"{cache}: {e.strerror}; set $CMT_CACHE to a folder of yours") from None
-    fcntl.flock(folder, fcntl.LOCK_EX)    # trap: the processes of one machine would each download a copy
+    fcntl.flock(folder, fcntl.LOCK_EX)    # trap: else each process of a machine would download a copy
     try:
         if os.path.exists(target):
             if sha256:
@@ -1275,7 +1275,7 @@ def fetch(url, sha256=""):
 
 
 def check_sum(path, what, expected):
-    """sha256 of a file. WeightsError with `what` and both sums if it is not as expected ("" = any)."""
+    """sha256 of a file. WeightsError with `what` and both sums unless it is the expected one ("" = any)."""
     with open(path, "rb") as f:
         found = hashlib.file_digest(f, "sha256").hexdigest()
     if expected and found != expected.lower():
@@ -1287,7 +1287,7 @@ def check_sum(path, what, expected):
 # One clock for all: z_t = (1 - t) data + t noise, so t = 1 is noise and the velocity is v = noise - data.
 # Mean Flow's average velocity is u(z_t, t, r) = (z_t - z_r) / (t - r), 0 <= r <= t <= 1; u(z, t, t) is v.
 class TimestepEmbedder(nn.Module):
-    """t (B,), not times 1000 -> (B, hidden_size): cosines, sines of w t, w = 10000^(-k/128), and an MLP."""
+    """t (B,), not scaled by 1000 -> (B, hidden_size): cos and sin of w t, w = 10000^(-k/128), then an MLP."""
 
     def __init__(self, hidden_size):
         super().__init__()
@@ -1306,7 +1306,7 @@ def frequencies(like):
 
 
 def sincos(grid, dim):
-    """Position table (1, grid * grid, dim), row-major tokens: first half the column, second half the row."""
+    """Position table (1, grid * grid, dim), row-major tokens: first half from columns, second from rows."""
     angles = torch.arange(grid).double()[:, None] * 1e-4 ** (torch.arange(dim // 4).double() / (dim // 4))
     axis = torch.cat([angles.sin(), angles.cos()], 1)                                # (grid, dim / 2)
     return torch.cat([axis.repeat(grid, 1), axis.repeat_interleave(grid, 0)], 1)[None].float()
@@ -1320,8 +1320,8 @@ def modulate(x, shift, scale):
 def attention(qkv):
     """qkv (B, N, 3, heads, d) -> (B, N, heads * d): a fused kernel, or plain softmax in torch.func.jvp."""
     q, k, v = qkv.transpose(1, 3).unbind(2)                                          # (B, heads, N, d)
-    # trap: no fused kernel has a forward derivative. The level is private, -1 outside forward mode; unlike a
-    # look for tangents it also works under vmap and torch.compile
+    # trap: no fused kernel has a forward derivative. The level is private and -1 outside forward mode; unlike
+    # looking for tangents, it also works under vmap and torch.compile
     if forward_ad._current_level < 0:
         a = F.scaled_dot_product_attention(q, k, v)
     else:
@@ -1330,9 +1330,9 @@ def attention(qkv):
 
 
 class DiTBlock(nn.Module):
-    """Transformer block with adaptive layer norm, cut at its attention, where MM-DiT joins two streams.
+    """Transformer block with adaptive layer norm, split at its attention, where MM-DiT joins two streams.
 
-    x (B, N, D), m = modulation(c (B, D)). pre_only: the text of MM-DiT's last block, read, then dropped.
+    x (B, N, D), m = modulation(c (B, D)). pre_only: MM-DiT's last text block, which is read, then dropped.
     """
 
     def __init__(self, hidden_size, num_heads, mlp_ratio=4.0, pre_only=False):
@@ -1407,9 +1407,9 @@ class DiT(FlowTransformer):
     """DiT (Peebles & Xie 2023): the velocity of SiT (one clock) or the average velocity of Mean Flow (two).
 
     forward(x (B, C, H, W), t (B,), r (B,) or None = t, y (B,) integers or None) -> u (B, C, H, W).
-    y = num_classes, or None, is the null class. average_velocity=False: t only, r is ignored. With repa_dim
-    the result is (u, z (B, N, repa_dim)); repa=False leaves the projector out and gives u alone, for sampling
-    and the Jacobian product.
+    y = num_classes, or None, is the null class. average_velocity=False uses only t and ignores r. With
+    repa_dim the result is (u, z (B, N, repa_dim)); repa=False skips the projector and returns only u, for
+    sampling and the Jacobian product.
     """
 
     def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
@@ -1425,7 +1425,7 @@ class DiT(FlowTransformer):
         self.reset()
 
     def reset(self):
-        """DiT's start: Xavier, small embeddings; no block acts and u = 0, for what scales them is zero."""
+        """DiT's initialisation: Xavier, small embeddings; zero scales, so no block acts and u = 0."""
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 xavier_(m, 1.0)
@@ -1449,10 +1449,10 @@ class DiT(FlowTransformer):
 
 
 class MMDiT(FlowTransformer):
-    """MM-DiT (Esser et al. 2024) as in REPA: text and image tokens with weights of their own, one attention.
+    """MM-DiT (Esser et al. 2024) as in REPA: text and image tokens have their own weights but one attention.
 
-    forward(x (B, C, H, W), t (B,), context (B, L, context_dim), r (B,) or None = t) -> u | (u, z), as DiT.
-    Width 32 * depth, depth heads, torch's own initialisation. The text has no mask and no pooled vector.
+    forward(x (B, C, H, W), t (B,), context (B, L, context_dim), r (B,) or None = t) -> u | (u, z), as in DiT.
+    It has width 32 * depth, depth heads and torch's initialisation. The text has no mask or pooled vector.
     """
 
     def __init__(self, input_size=32, patch_size=2, in_channels=4, depth=24, context_dim=768,
@@ -1485,10 +1485,10 @@ TURNED = ("final_layer.linear.weight", "final_layer.linear.bias", "t_embedder.ml
 
 
 class TwoProducts(TorchFunctionMode):
-    """Inside: the derivative of a linear layer is itself without bias, two products and no more.
+    """Inside, a linear layer's derivative is the layer without its bias: just two products.
 
     Autograd's own rule adds the absent derivatives of weights and bias, empty tensors whose shapes it works
-    out in Python: a third of the time of a small net.
+    out in Python, which takes a third of a small net's time.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -1499,8 +1499,8 @@ class TwoProducts(TorchFunctionMode):
 
 @torch.no_grad()
 def derivative(net, z, t, r, y, v):
-    """du/dt along the flow: v . du/dz + du/dt at fixed r, of u = net(z, t, r, y). Not recorded."""
-    one = torch.ones_like(t)                          # trap: r stands still (FID 61, moving 138: MF Table 1b)
+    """du/dt along the flow, v . du/dz + du/dt at fixed r, for u = net(z, t, r, y). Records no gradient."""
+    one = torch.ones_like(t)                          # trap: r stays fixed (FID 61; moving, 138: MF Table 1b)
     if torch.compiler.is_compiling():
         return torch.func.jvp(lambda z, t: net(z, t, r, y, repa=False), (z, t), (v, one))[1]
     with forward_ad.dual_level(), TwoProducts():      # the same product in 60 % of jvp's time
@@ -1509,7 +1509,7 @@ def derivative(net, z, t, r, y, v):
 
 
 def dit_shape(state, name):
-    """Constructor arguments of a DiT by its weights; num_heads: of SIZES' row as wide and deep, else 0."""
+    """A DiT's constructor arguments from its weights; num_heads from a SIZES row as wide and deep, else 0."""
     try:
         hidden, channels, patch, _ = state["x_embedder.proj.weight"].shape
         side = math.isqrt(state["pos_embed"].shape[1]) * patch
@@ -1529,10 +1529,10 @@ def load_flow(net, state, what):
     """Copy a checkpoint of SiT, REPA or Mean Flow (PyTorch, or ported from JAX) into a DiT or MMDiT of ours.
 
     what: the file's name. An official SiT has t = 1 at the data, velocity data - noise and twice the output
-    channels, by which it is known; `turned` gives its weights our clock, exactly. DiT's own files, noise
-    predictors with t = 0..999, have the same names and shapes: only the name of the file tells. Without a
-    second embedder in the file, u(x, t, r) starts as v(x, t) for every r; without a projector the net keeps
-    its own, and one that the net has not is dropped. WeightsError for any other difference.
+    channels, which identify it; `turned` converts its weights to our clock, exactly. DiT's own files, noise
+    predictors with t = 0..999, have the same names and shapes: only the file's name tells them apart. If the
+    file has no second embedder, u(x, t, r) starts as v(x, t) for every r; if it has no projector, net keeps
+    its own; a projector that net lacks is dropped. WeightsError for any other difference.
     """
     if os.path.basename(what).startswith("DiT-"):
         raise WeightsError(f"{what}: DiT predicts noise, no velocity; pass a SiT, or rename it if it is one")
@@ -1552,7 +1552,7 @@ def load_flow(net, state, what):
 def turned(state, channels):
     """Weights of an official v_sit(x, s) -> those of our v(x, t) = -v_sit(x, 1 - t), extra channels dropped.
 
-    cos and sin of w (1 - t) are sums of cos(w t) and sin(w t): the clock's first layer takes them in.
+    cos and sin of w (1 - t) are sums of cos(w t) and sin(w t), which the clock's first layer absorbs.
     """
     state, first = dict(state), state[TURNED[2]]
     for k in TURNED[:2]:    # trap: the channel is a row's fastest index, so the extra ones lie between ours
@@ -1585,9 +1585,9 @@ def library(package, name):
 
 
 def local_first(kind, name, load):
-    """load(True) from a folder or the hub's cache, else load(False) by network; WeightsError without both."""
+    """load(True) from a folder or the hub's cache, else load(False) online; WeightsError if both fail."""
     try:
-        logging.disable(logging.ERROR)                # what is wrong is said in one line, not in fifty
+        logging.disable(logging.ERROR)                # report the fault in one line, not in fifty
         with contextlib.redirect_stderr(io.StringIO()):
             return load(True)
     except Exception as e:
@@ -1610,8 +1610,8 @@ def local_first(kind, name, load):
 def pretrained(kind, name, device):
     """The frozen float32 model of a class in ENCODERS, from a folder or the hub. WeightsError if not whole.
 
-    identity: its name and the checksum of its weights, without those of a decoder: sd-vae-ft-mse and -ema can
-    decode what either has encoded.
+    identity: its name and the checksum of its weights, without the decoder's, because sd-vae-ft-mse and -ema
+    can each decode what either has encoded.
     """
     package, types, _ = ENCODERS[kind]
     make = library(package, kind)
@@ -1633,13 +1633,13 @@ def sd_vae(name, device):
 
 
 def encode_moments(vae, images):
-    """Images (B, 3, H, W) in the range the data want -> mean, deviation of the latents, (B, 8, H/8, W/8)."""
-    code = vae.encode(images.contiguous()).latent_dist        # trap: a CPU errs by 0.01 on channels_last
+    """Images (B, 3, H, W) in the range the dataset uses -> mean and deviation of latents (B, 8, H/8, W/8)."""
+    code = vae.encode(images.contiguous()).latent_dist        # trap: channels_last on a CPU is off by 0.01
     return torch.cat([code.mean, code.std], 1).float()
 
 
 def decode_latents(vae, z):
-    """Latents z (B, 4, h, w), not scaled -> what the VAE draws, (B, 3, 8 h, 8 w); of 32x32, 16 at a time."""
+    """Latents z (B, 4, h, w), not scaled -> the VAE's images (B, 3, 8 h, 8 w); 16 at a time if 32x32."""
     parts = z.contiguous().split(max(1, 16 * 32**2 // z.shape[2:].numel()))
     return torch.cat([vae.decode(part).sample for part in parts])
 
@@ -1658,7 +1658,7 @@ class CLIPText:
 
         def load(local):
             found, expected = make.from_pretrained(self.name, local_files_only=local), model.config.vocab_size
-            if len(found) != expected:                # trap: without its files it would know two tokens
+            if len(found) != expected:                # trap: without its files the tokenizer knows 2 tokens
                 raise ValueError(f"{len(found)} tokens, not {expected}; are vocab.json and merges.txt there?")
             return found
         return model, local_first("CLIPTextModel", self.name, load)
@@ -1674,7 +1674,7 @@ class CLIPText:
 
     @torch.no_grad()
     def __call__(self, words):
-        """Token ids (B, 77) -> features (B, 77, 768); U-ViT's features pass."""
+        """Token ids (B, 77) -> features (B, 77, 768); U-ViT's pass through."""
         words = words.to(self.device, non_blocking=True)
         if words.is_floating_point():
             return words.float()
@@ -1698,7 +1698,7 @@ def dinov2(name, device):
 
 # ---- our own checkpoints -----------------------------------------------------------------------
 def flatten(net):
-    """Make net's weights views of one vector and its gradients of another; returns both (frozen: None).
+    """Make net's weights views of one vector, gradients views of another; return both (frozen: grad None).
 
     Optimiser, EMA, norm and all-reduce are then one operation each.
     """
@@ -1718,10 +1718,10 @@ def flatten(net):
 
 
 def save_checkpoint(path, **state):
-    """By temporary file, flush, rename: a kill at any moment leaves this one or the one before whole.
+    """Write a temporary file, flush, rename: a kill at any moment leaves this file or the last one whole.
 
-    Of a network or an optimiser its state_dict() is kept. The one before stays as path.prev. OSError where it
-    cannot be written; what was there stays.
+    For a network or an optimiser, its state_dict() is saved. The previous file stays as path.prev. OSError if
+    it cannot be written; what was there stays.
     """
     state = {name: v.state_dict() if hasattr(v, "state_dict") else v for name, v in state.items()}
     try:
@@ -1746,12 +1746,12 @@ def save_checkpoint(path, **state):
     os.close(folder)
 
 
-DAMAGED = set()                                       # trap: what was found so must not replace a whole .prev
+DAMAGED = set()                                       # trap: a damaged file must not replace a whole .prev
 
 
 @functools.cache
 def is_whole(path, when):
-    """Whether every byte of a checkpoint that was written at `when` is right: read once a process."""
+    """Whether every byte of a checkpoint written at `when` is right. It is read once per process."""
     with zipfile.ZipFile(path) as file:
         return file.testzip() is None
 
@@ -1759,8 +1759,8 @@ def is_whole(path, when):
 def load_checkpoint(path, whole=False):
     """The checkpoint at path, else (with a warning) the one before, memory-mapped; None if there is none.
 
-    whole: check every byte; torch does not, and 9 in 10 flipped bits would load in silence. WeightsError if
-    there are checkpoints and none is whole: never a fresh start.
+    whole: check every byte; torch does not, and 9 in 10 flipped bits would load silently. WeightsError if
+    checkpoints exist but none is whole; it never starts afresh.
     """
     found = [p for p in (path, path + ".prev") if os.path.exists(p)]
     for p in found:
@@ -1780,13 +1780,13 @@ def load_checkpoint(path, whole=False):
 
 
 def finished(path):
-    """The checkpoint at path, or None if there is none or its stage has not come to its end."""
+    """The checkpoint at path, or None if there is none or its stage is not finished."""
     ckpt = load_checkpoint(path, whole=True)
     return ckpt if ckpt and ckpt["step"] >= ckpt["cfg"]["steps"] else None
 
 
 def stamp(state):
-    """A text that changes when the numbers of a state dict do, wherever their file lies."""
+    """A string that changes when a state dict's numbers do, wherever the file is stored."""
     total = 0
     for name in sorted(state):
         total = zlib.crc32(state[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), total)
@@ -1794,9 +1794,9 @@ def stamp(state):
 
 
 def restore(ckpt, path, net, ema, opt, numbers):
-    """Put back weights, their average and the optimiser's moments of the checkpoint at path, if there is one.
+    """Restore weights, their average and the optimiser's moments from the checkpoint at path, if any.
 
-    Returns what it holds under the names of `numbers`, a dict; what it does not hold stays as given.
+    Returns `numbers`, a dict, with the values that the checkpoint holds; values that it lacks stay as given.
     """
     if ckpt is None:
         return numbers
@@ -1808,7 +1808,7 @@ def restore(ckpt, path, net, ema, opt, numbers):
 
 
 def cost(ckpt):
-    """Columns of a table: what the stage of a checkpoint took, and from which --init FILE; or dashes."""
+    """Table columns: what a checkpoint's stage cost and which --init FILE it started from; or dashes."""
     if not ckpt:
         return dict(steps="-", images="-", seconds="-")
     images, cfg = ckpt["step"] * ckpt["cfg"]["batch"], {"init": "", **ckpt["cfg"]}
@@ -1818,7 +1818,7 @@ def cost(ckpt):
 
 
 def peak_memory():
-    """{"GB": what torch held at most since it was last asked}; {} without CUDA. cuDNN tries more first."""
+    """{"GB": torch's peak memory since the last call}; {} without CUDA. cuDNN's first trials use more."""
     if not torch.cuda.is_available():
         return {}
     peak = torch.cuda.max_memory_allocated() / 1e9
@@ -1827,9 +1827,9 @@ def peak_memory():
 
 
 def memory(weights, opt, path, stages=1):
-    """What a process holds for certain before its first step, as a text; on a GPU also of how much.
+    """Text on what a process is sure to hold before its first step and, on a GPU, out of how much memory.
 
-    OSError where the disk has no room for two checkpoints of each stage that is left; path: this one's.
+    OSError if the disk lacks room for two checkpoints of each stage that is left; path: this stage's.
     """
     one, moments = weights.nbytes / 1e9, 1 if isinstance(opt, torch.optim.SGD) else 2
     folder = next(p for p in pathlib.Path(path).absolute().parents if p.is_dir())     # in a dry run, above it

@@ -294,9 +294,10 @@ def curves(args, device):
             found = np.array([[y for _, y in run[words][name]] for run in runs])         # (seeds, dots)
             panel[name] = [*zip((x for x, _ in points), found.mean(0), found.min(0), found.max(0))]
             print(f"{name}, {words}: " + ", ".join(f"{x:,} {y:.2f}" for x, y, *_ in panel[name]))
-    ends = [panels["FD-digits in one step, lower is better"][net][-1][1] for net in (WITH, WITHOUT)]
+    ends = [{words: panels[f"FD-digits in {words}, lower is better"][net][-1][1] for words in runs[0]}
+            for net in (WITH, WITHOUT)]
     fid.save_chart(f"{args.out}/scores.png", panels,
-                   f"{fid.beside('FD-digits', 'one step', *ends, f'{len(runs)} seeds')}\n"
+                   f"Compared by pixels, {fid.beside('FD-digits', *ends, f'{len(runs)} seeds')}\n"
                    "8x8 digits; FD-digits: Frechet distance of 2,000 samples to the data, by features of a "
                    "classifier. Compare the last dots: there both learning rates have reached 0. Blue: mid-"
                    "training on pairs (a state of a trajectory, its end), compared by pixels, then post-"

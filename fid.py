@@ -1167,7 +1167,7 @@ WIDE = 1_800                                             # pixels of a sheet
 VGG = "features of a VGG"
 COMPARED = dict(huber="pixels", l2="pixels", lpips=VGG, elatentlpips=VGG)                  # by --loss
 ROW = " of this row"
-SEEN = "images or pairs after its start"
+SEEN = "images or pairs since its start"
 OF_SEEDS = {  # means of three seeds (defaults, digits), as in README, for sheets of one seed
     "train_cmt_cifar": "3.66 with mid-training, 5.58 without; in two steps 2.61, 3.37 (compared by a VGG, "
                        "the paper's way: 5.94 with it, 5.75 without; in two steps 3.76, 3.87)",
@@ -1204,22 +1204,22 @@ def boxed(text, wide, font):
     return text, *ImageDraw.Draw(Image.new("L", (1, 1))).multiline_textbbox((0, 0), text, font)[2:]
 
 
-def enlarged(images, zoom, mode, smooth):
+def enlarged(images, zoom, mode):
     """(n, C, H, W) in [-1, 1] -> n pictures, `zoom` times as large; latents show three channels."""
-    x, kind = images.float().cpu(), Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
+    x = images.float().cpu()
     x = x[:, :3] / (2 * x.std() + 1e-9) if x.shape[1] == 4 else x.expand(-1, 3, -1, -1)
     for pixels in to_uint8(x).permute(0, 2, 3, 1).numpy():
         image = Image.fromarray(pixels).convert(mode)
-        yield image.resize((image.width * zoom, image.height * zoom), kind)
+        yield image.resize((image.width * zoom, image.height * zoom), Image.Resampling.BICUBIC)
 
 
-def save_sheet(path, rows, caption, header=(), breaks=(), smooth=True):
+def save_sheet(path, rows, caption, header=(), breaks=()):
     """Rows of images with words around them -> one PNG, WIDE pixels wide or wider.
 
     rows: a list of (label, images (n, C, H, W) in [-1, 1], texts...). header: what stands above labels,
     images and texts. Texts are at the right or, if nothing stands above them, below each image. Small
-    images are enlarged, smoothly or as squares; latents (4 channels) show three. caption: a heading, a
-    newline, sentences below. breaks: numbers of rows after which there is a gap.
+    images are enlarged; latents (4 channels) show three. caption: a heading, a newline, sentences below.
+    breaks: numbers of rows after which there is a gap.
     """
     n, (h, w) = max(len(row[1]) for row in rows), rows[0][1].shape[-2:]
     em = max(32, n * w // 60)                            # letters grow with the sheet
@@ -1236,7 +1236,7 @@ def save_sheet(path, rows, caption, header=(), breaks=(), smooth=True):
     cell = max([w * zoom, *(width + 3 * gap for _, width, _ in (*heads, *below))]) + gap
     right, middles = left + n * cell, [left + k * cell + w * zoom // 2 for k in range(n)]
     middles += [right + sum(wides[:k]) + wide // 2 for k, wide in enumerate(wides)]
-    caption += f" Images of {w}x{h} pixels{', smoothed' * smooth}." * (zoom > 3 and rows[0][1].shape[1] != 4)
+    caption += f" Images of {w}x{h} pixels, smoothed." * (zoom > 3 and rows[0][1].shape[1] != 4)
     wide, large = max(WIDE, right + sum(wides)) - 4 * gap, ImageFont.load_default(em * 3 // 2)
     title, words = map(boxed, headed(caption), (wide, wide), (large, font))
     top = title[2] + 4 * gap * bool(title[0]) + max(high for *_, high in (corner, *heads, *ends)) + 3 * gap
@@ -1255,7 +1255,7 @@ def save_sheet(path, rows, caption, header=(), breaks=(), smooth=True):
         for (text, *_), middle in zip(notes, middles if below else middles[n:]):
             at, anchor = (h * zoom + gap // 2, "ma") if below else (max(h * zoom, high) // 2, "mm")
             write((middle, y + at), text, anchor=anchor, align="center")
-        for k, image in enumerate(enlarged(row[1], zoom, mode, smooth)):
+        for k, image in enumerate(enlarged(row[1], zoom, mode)):
             picture.paste(image, (left + k * cell, y))
         y += height
     write((2 * gap, y + gap), words[0])
@@ -1304,24 +1304,25 @@ def about(cfg, found):
              sum(p.numel() for p in (*net.parameters(), *net.buffers())) for name, net, *_ in found}
     losses = [ckpt["cfg"].get("loss", "velocities") for name, *_, ckpt in found if name == "mid"]
     post = "; post-training learns from images" * any(name == "post" for name, *_ in found)
-    by = "".join(" Mid-training learns the teacher's trajectories, compared by "
-                 f"{COMPARED.get(loss, loss)}{post}." for loss in losses)
+    scope = "".join(f"compared by {COMPARED.get(loss, loss)}" for loss in losses)
+    by = f" Mid-training learns the teacher's trajectories, {scope}{post}." * bool(scope)
     knobs = {name: ckpt.get("cfg", {}) for name, *_, ckpt in found if name in ("post", "alone")}
     same = {*home_of(cfg).NO_WEIGHT.split(), *never_read(dataclasses.replace(cfg, stage="post")),
             *"steps mid init pretrain weak".split()}
-    if other := [f"--{k}={v}" for k, v in knobs.get("alone", {}).items() if k not in same
-                 and v != knobs.get("post", {}).get(k, v)]:
-        by += f" Without it: post-training alone, by {' '.join(other)}."
-    nets, flow = home_of(cfg).nets, knobs.get("alone", {}).get("pretrain") == "fm"
+    other = [f"--{k}={v}" for k, v in knobs.get("alone", {}).items() if k not in same
+             and v != knobs.get("post", {}).get(k, v)]
+    how, nets = [f"by {' '.join(other)}"] * bool(other), home_of(cfg).nets
+    flow = knobs.get("alone", {}).get("pretrain") == "fm"
     if flow and (start := nets.finished(f"{cfg.out}/alone/pretrain.pt")):
-        by += f" It starts from a flow-matching net of {nets.cost(start)['images']} images"
-        by += f"{'; both take about equal time: docs/results.md' * (cfg.data == 'digits')}."
+        how += [f"from a flow-matching net of {nets.cost(start)['images']} images"]
+        how += ["both in about equal time (docs/results.md)"] * (cfg.data == "digits")
+    by += f" Without mid-training: post-training alone, {', '.join(how)}." * bool(how)
     if sizes.get("students", 0) > 1.2 * sizes.get("teacher", math.inf):
         by += f" Students are {sizes['students'] / sizes['teacher']:.1f} times as large as the teacher."
     script = os.path.basename(home_of(cfg).__file__).removesuffix(".py")
     if cfg.data == "digits" and script in OF_SEEDS and "alone" in knobs:
-        by += f" Means of three seeds of the defaults, on another CPU: one step {OF_SEEDS[script]}."
-    return f"{by} This is seed {cfg.seed}."
+        by += f" Means of three seeds of the defaults: one step {OF_SEEDS[script]}."
+    return f"{scope and scope + ','}\n{by} This is seed {cfg.seed}."
 
 
 def effect(now, without):
@@ -1329,10 +1330,13 @@ def effect(now, without):
     return "changes little" if abs(now - without) < 0.1 * without else "helps" if now < without else "hurts"
 
 
-def beside(distance, steps, now, without, seeds="one seed"):
-    """For a heading: a score in "one step" with mid-training, and without it."""
-    return (f"Mid-training {effect(now, without)} in {steps}: {distance} {now:.2f} with it, {without:.2f} "
-            f"without ({seeds})")
+def beside(distance, now, without, seeds="one seed"):
+    """For a heading: scores {"one step": ..., "two steps": ...} with mid-training, and without it."""
+    effects = {k: effect(now[k], without[k]) for k in without if k in now}
+    told = {word: " and ".join(k for k in effects if effects[k] == word) for word in effects.values()}
+    told = ", ".join(f"{word} in {steps}" for word, steps in told.items())
+    numbers = [" and ".join(f"{scores[k]:.2f}" for k in effects) for scores in (now, without)]
+    return f"mid-training {told}: {distance} {numbers[0]} with it, {numbers[1]} without ({seeds})"
 
 
 def distance_of(table):
@@ -1351,8 +1355,8 @@ def headline(table):
     """For a heading: scores with mid-training and without, if both are there; else of the last student."""
     nets = scores_of(table)
     mid, post, alone = (nets.get(net, {}) for net in ("mid", "post", "alone"))
-    if both := [(k, post[k], alone[k]) for k in alone if mid and k in post]:
-        return beside(distance_of(table), *both[0])
+    if mid and post.keys() & alone.keys():
+        return beside(distance_of(table), post, alone)
     return next((f"{called(net)}: {distance_of(table)} (lower is better) "
                  + ", ".join(f"{v:.2f} in {k}" for k, v in found.items())
                  for net, found in nets.items() if found and net not in ("alone", "teacher")), "")
@@ -1406,7 +1410,9 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
         what = f"{what}\n{start} ..." if start else what * bool(names)
         header = [what, *above, *keys] if names or keys else ()
     title, _, words = words.rpartition("\n")
-    title = title or headline(table) or "What every net draws from the same noises"
+    if not title or title.endswith(","):                 # what is compared by begins a headline
+        found = headline(table)
+        title = f"{title} {found}".strip() if found else "What every net draws from the same noises"
     last = "; the last row is real" * (not shown[-1][1])
     caption = f"{title}\nIn each {line} every net draws from one noise{last}."
     caption += of_scores(table, samples) if table else ""
@@ -1435,7 +1441,7 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
                for net, f in nets.items() if net not in ("alone", "post" * ("mid" in nets))}
     words_for = {net: "after mid-training" if net == "mid" else called(net) for net in answers}
     errors = {net: (x - states[-1]).square().flatten(2).mean(2).sqrt() for net, x in answers.items()}
-    k = next((error[0] for error in errors.values()), torch.zeros(1)).argmax().item()       # what is drawn
+    k = next((error[0] for error in errors.values()), torch.zeros(1)).median(0).indices.item()     # is drawn
     name = f"\n{names[k % len(names)]}" if names else ""
     rows = [(f"the teacher's trajectory{name}", show((states / wide)[:, k]))]               # at unit scale
     rows += [(f"{words_for[net]}\nin one step", show(x[:, k]),
@@ -1449,11 +1455,12 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
     caption = (f"Mid-training teaches the jump {jump}\nFirst row: the trajectory, from noise to an image"
                + f" ({'; '.join(notes)})" * bool(notes) + ". Below: each net's answer to each state. "
                f"Error: root mean square distance from the end (two ends differ by {apart:.2f}); from pure "
-               f"noise, in the mean of {states.shape[1]} noises, {means}; the noise shown is the one where "
-               f"the teacher errs most.{words}")
+               f"noise, in the mean of {states.shape[1]} noises, {means}; shown: the noise of median error."
+               + " Post-training leaves this trajectory and is not shown." * ({"mid", "post"} <= nets.keys())
+               + words)
     first, *middle, end = (f"{level:.2g}" for level in levels.tolist())
     header = [f"noise level {'sigma' if consistency else 't'}", f"noise\n{first}", *middle, f"the end\n{end}"]
-    save_sheet(f"{out}/trajectory.png", rows, caption, header, (1,), smooth=False)
+    save_sheet(f"{out}/trajectory.png", rows, caption, header, (1,))
 
 
 def ticks_of(low, high, firsts=(1, 2, 5)):

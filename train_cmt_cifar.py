@@ -56,14 +56,14 @@ class Config:                   # strongest last: default, rows of PRESETS that 
     loss: Literal["lpips", "huber", "l2"] = "lpips"      # mid: d of Eq. 7; the others are those of App. D
     huber_c: float = 0.06       # of sqrt(|.|^2 + c^2) - c, mid and post; post: 0 = the norm itself (ECT)
     nfe: int = 16               # steps of the teacher, in trajectories and in samples (B.2)
-    trajectories: int = 128     # choice: per solve, whose pairs serve several steps; 0 = batch/nfe (paper)
+    trajectories: int = 128     # choice: per solve; their pairs serve several steps; 0 = batch/nfe (paper)
     q: int = 4096               # post: the gap t - r is n(t) t / q, see ect_step (B.2: 1/4096)
     stair: int = 0              # post annealed: steps at each of q, q^2, q^3, ... (q 2: 2, 4, 8); else 0
     P_mean: float = -1.1        # ln sigma ~ N(P_mean, P_std^2), not cut off (ECT)
     P_std: float = 2.0
 
     second_sigma: float = 0.821 # second noise level of 2-step sampling (ECT)
-    sigma_shift: float = 0.0    # choice: sample the net as trained; official files are scored with 0.003
+    sigma_shift: float = 0.0    # choice: sample the net as trained; official: c_skip, c_out of sigma - 0.003
     seeds: str = "0-63"         # sample: one image per seed, FIRST-LAST or FIRST-LAST:STEP
     samples: int = 50_000       # eval: images per score
     repeat: int = 1             # eval: scores with fresh seeds, reported as mean, deviation and minimum
@@ -105,7 +105,7 @@ PRESETS = {  # (data, stage, its --mid or --post): later rows win, --help shows 
     ("digits", "mid", "*"): dict(steps=900, lr=2e-3, ema_beta=0.99),
     # choice: warm-up: RAdam's first 5 steps are plain gradient steps, and the gradient grows with q
     ("digits", "post", "*"): dict(steps=600, lr=3e-4, ema_beta=0.99, q=512, warmup=20, huber_c=0.06),
-    ("digits", "post", "annealed"): dict(steps=1_500, stair=187, q=2, lr=1e-3, decay="linear"),  # to q 256
+    ("digits", "post", "annealed"): dict(steps=1_500, stair=187, q=2, lr=1e-3, decay="linear"),
 }
 ABOUT = {"pretrain": "stage 1 of 4, pre-training: the loss soon falls slowly, but images still improve",
          "mid": "stage 2 of 4, mid-training (Eq. 7): the loss, the distance to the teacher's ends, falls",
@@ -222,8 +222,8 @@ def solve(cfg, run, number):
         *pairs, x_0 = slow_pairs(cfg, run.teacher, run.images, g)
     else:
         *pairs, x_0 = teacher_pairs(cfg, run.teacher, run.shape, g)
-    ends = run.distance.features(x_0)
-    return fid.check_pairs(pairs, math.prod(solve_size(cfg)), ends), ends
+    targets = run.distance.features(x_0)
+    return fid.check_pairs(pairs, math.prod(solve_size(cfg)), targets), targets
 
 
 def image_batch(cfg, run, step, mine):
@@ -246,11 +246,11 @@ def batches(cfg, run, mine):
             yield image_batch(cfg, run, step, mine), None
 
 
-def loss_of(cfg, run, step, f, rows, ends):
-    """The loss of a micro-batch: f(x, t) is the net in training; rows and ends come from batches."""
+def loss_of(cfg, run, step, f, rows, targets):
+    """The loss of a micro-batch: f(x, t) is the net in training; rows and targets come from batches."""
     if cfg.stage == "mid":
         x_t, t, owner = rows                          # owner: which end of the solve is a pair's
-        return loss_cmt(f, x_t, t, [a[owner] for a in ends], run.distance)                    # Eq. 7
+        return loss_cmt(f, x_t, t, [a[owner] for a in targets], run.distance)                 # Eq. 7
     x, t, eps = rows
     if cfg.stage == "pretrain":
         return loss_dm(f, x, t, eps, run.net.sigma_data)
@@ -270,13 +270,13 @@ def train(cfg):
     share, micro = B // WORLD, cfg.batch_gpu or B // WORLD    # rows of a process, of a forward pass
     mine = slice(RANK * share, (RANK + 1) * share)
     cast_net = in_precision(cfg, net)
-    for step, (batch, ends) in enumerate(batches(cfg, run, mine), start):
+    for step, (batch, targets) in enumerate(batches(cfg, run, mine), start):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
         loss_sum, part = 0.0, micro / B * tally["scale"]      # part of the mean; scale: of fp16, else 1
         for k in range(0, share, micro):
             seed = fold(cfg.seed, cfg.stage, step, "dropout") + mine.start + k  # by row, however split
             f = partial(cast_net, masks=nets.dropout_masks(net, range(seed, seed + micro)))
-            loss = loss_of(cfg, run, step, f, [a[k:k + micro] for a in batch], ends)
+            loss = loss_of(cfg, run, step, f, [a[k:k + micro] for a in batch], targets)
             (loss * part).backward()
             loss_sum += loss.detach() * part
         norm, mean, stop = total(run.grad, loss_sum, tally["scale"])          # the one wait of a step

@@ -283,8 +283,8 @@ def solve(cfg, run, number):
     g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", number))
     *pairs, x_0 = teacher_pairs(cfg, run.teacher, run.shape, g, run.classes)
     views = () if cfg.ensemble == "none" else run.distance.draw(pairs[0], g).values()        # of each pair
-    ends = [x_0] if views else run.distance.features(x_0)             # once per end; of views: per pair
-    return [*fid.check_pairs(pairs, math.prod(solve_size(cfg)), ends), *views], ends
+    targets = [x_0] if views else run.distance.features(x_0)             # once per end; of views: per pair
+    return [*fid.check_pairs(pairs, math.prod(solve_size(cfg)), targets), *views], targets
 
 
 def image_batch(cfg, run, step, mine):
@@ -312,8 +312,8 @@ def batches(cfg, run, mine):
             yield image_batch(cfg, run, step, mine), None
 
 
-def loss_of(cfg, run, seed, rows, ends):
-    """The loss of a micro-batch: rows and ends come from batches; seed is for its first row's dropout."""
+def loss_of(cfg, run, seed, rows, targets):
+    """The loss of a micro-batch: rows and targets come from batches; seed is for its first row's dropout."""
     if cfg.stage == "vgg":
         x, *_, labels = rows
         return loss_vgg(run.net, x, labels, seed)
@@ -321,7 +321,7 @@ def loss_of(cfg, run, seed, rows, ends):
     f = partial(run.net, class_labels=rows[2], masks=masks)
     if cfg.stage == "mid":
         x_t, t, _, owner, *view = rows                # owner: which end of the solve is a pair's
-        target = [a[owner] for a in ends]
+        target = [a[owner] for a in targets]
         if view:
             return loss_cmt_views(f, x_t, t, *target, run.distance, view)
         return loss_cmt(f, x_t, t, target, run.distance)                                      # Eq. 7
@@ -345,13 +345,13 @@ def train(cfg):
     share, micro = B // WORLD, cfg.batch_gpu or B // WORLD    # rows of a process, of a forward pass
     mine = slice(RANK * share, (RANK + 1) * share)
     run.ahead = fid.ahead(partial(read_batch, cfg, run.images), range(start, cfg.steps))  # lazy; mid: none
-    for step, (batch, ends) in enumerate(batches(cfg, run, mine), start):
+    for step, (batch, targets) in enumerate(batches(cfg, run, mine), start):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
         loss_sum, part = 0.0, micro / B * tally["scale"]      # part of the mean; scale: of fp16, else 1
         with nets.hoist(net, force=True):             # EDM2 Eq. 66: normalised once for all micro-batches
             for k in range(0, share, micro):
                 seed = fold(cfg.seed, cfg.stage, step, "dropout") + mine.start + k  # by row, however split
-                loss = loss_of(cfg, run, seed, [a[k:k + micro] for a in batch], ends)
+                loss = loss_of(cfg, run, seed, [a[k:k + micro] for a in batch], targets)
                 (loss * part).backward()
                 loss_sum += loss.detach() * part
         norm, mean, stop = total(run.grad, loss_sum, tally["scale"])          # the one wait of a step

@@ -10,7 +10,7 @@
 pretrain: train the teacher, a small Mean Flow net. mid: regress the student onto the mean velocities between
 all states of the teacher's roll-outs (Eq. 8). post: Mean Flow again. Paper: 1-step FID 3.34 in half the time.
 Run the same command again to resume. Copy and fork. "choice": ours, not the paper's; "trap": a bug avoided.
-New: t from 1 to 0, u(z, t, r), du/dt, guidance in training, pairs of states; not here: distances, views, VGG.
+New here: t from 1 to 0, u(z, t, r), du/dt, guidance in training, all pairs of states.
 """
 # /// script
 # dependencies = ["torch", "numpy", "lpips", "pillow", "scipy"]
@@ -69,7 +69,7 @@ class Config:                   # strongest last: default, rows of PRESETS that 
     kappa: float = 0.92         # scale omega / (1 - kappa), one for all stages (B.4; MF-XL/2: 0.2, 0.92) ...
     guide_from: float = 0.0     # ... and only at times t from here ...
     guide_to: float = 0.75      # ... to here
-    unguided: int = 100_080     # --mid none --init teacher: steps before guidance (B.4, Zhu: 20 epochs)
+    unguided: int = 100_080     # --mid none --init teacher: steps before guidance (B.4: 20 epochs)
 
     ratio: float = 0.25         # share of samples with r < t (MF)
     P_mean: float = -0.4        # logit t, logit r ~ N(P_mean, P_std^2), the larger is t (MF)
@@ -101,7 +101,7 @@ PRESETS = {  # (data, stage, its --mid or --post): later rows win, --help shows 
     # choice: a fixed target is drawn and learned in bf16 no worse than in fp32: measured on digits
     ("*", "mid", "*"): dict(steps=200_000, batch=112, precision="bf16",
                             ema_beta=0.999),                             # choice: EMA of mid-training
-    # choice: iterations of post-training, not stated: what 587 h allow at the speed of Table 4's other rows
+    # choice: iterations of post-training, not stated: from Table 4's 587 h, at the speed of its other rows
     ("*", "post", "*"): dict(steps=1_860_000, batch=64),                                   # B.4: 64
     ("*", "post", "vanilla"): dict(steps=1_200_960, batch=256),                            # MF: 240 epochs
     # choice: by the teacher's velocity, squared error, and less often r = t: measured on digits
@@ -175,8 +175,8 @@ def guided_velocity(cfg, flow, v, u, at, guided):
 
       u_own, u_null = u(z, t, t, y), u(z, t, t, null_y)
 
-    at: z, t, r, y. u (B, C, H, W): u(z, t, r, y), which is u_own where r = t. Of the rest, what is needed
-    comes from one call. t, r, guided: on the CPU, where reading them costs no wait.
+    at: z, t, r, y. u (B, C, H, W): u(z, t, r, y), which is u_own where r = t. One call answers for
+    all rows that need u_null or u_own. t, r, guided: on the CPU, where reading them costs no wait.
     """
     (z, t, r, y), w_null = at, 1 - cfg.omega - cfg.kappa
     u_null, u_own = torch.zeros_like(z), u.to(z.dtype, copy=True)
@@ -289,18 +289,17 @@ def rollout(cfg, net, z, y, times):
         return states, torch.stack(answers)
     # where loss_mf is 0, u = omega v + kappa u + (1 - omega - kappa) plain: so u = plain + scale (v - plain)
     scale, both = cfg.omega / (1 - cfg.kappa), torch.cat([torch.full_like(y, net.num_classes), y])
-    asked = torch.stack([times[:-1], times[1:]], 1).flatten().float()        # by Heun: both ends of each step
-    inside = iter(((asked >= cfg.guide_from) & (asked <= cfg.guide_to)).tolist())    # to read t would wait
 
     def v(x, t):
-        if not next(inside) or scale == 1:            # for this call
+        if scale == 1:
             answers.append(net(x, t, y=y))
         else:
             plain, own = net(torch.cat([x, x]), torch.cat([t, t]), y=both).chunk(2)
-            answers.append(plain.lerp(own, scale))
+            inside = (t >= cfg.guide_from) & (t <= cfg.guide_to)
+            answers.append(plain.lerp(own, torch.where(inside, scale, 1.0).to(own).view(-1, 1, 1, 1)))
         return answers[-1]
     states = solvers.flow_heun(v, z, times)
-    return states, torch.stack(answers).unflatten(0, (-1, 2)).mean(1)       # a Heun step is a mean of two
+    return states, torch.stack(answers).unflatten(0, (len(times) - 1, 2)).mean(1)      # two calls a step
 
 
 def solve_size(cfg):

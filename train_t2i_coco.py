@@ -202,8 +202,8 @@ def guided_velocity(cfg, flow, v, u, at, guided):
 
       u_own, u_null = u(z, t, t, y), u(z, t, t, null_y)
 
-    at: z, t, r, y. u (B, C, H, W): u(z, t, r, y), which is u_own where r = t. Of the rest, what is needed
-    comes from one call. t, r, guided: on the CPU, where reading them costs no wait.
+    at: z, t, r, y. u (B, C, H, W): u(z, t, r, y), which is u_own where r = t. One call answers for
+    all rows that need u_null or u_own. t, r, guided: on the CPU, where reading them costs no wait.
     """
     (z, t, r, y), w_null = at, 1 - cfg.omega - cfg.kappa
     u_null, u_own = torch.zeros_like(z), u.to(z.dtype, copy=True)
@@ -289,18 +289,17 @@ def rollout(cfg, net, z, text, null, times):
         return states, torch.stack(answers)
     # where loss_mf is 0, u = omega v + kappa u + (1 - omega - kappa) plain: so u = plain + scale (v - plain)
     scale, both = cfg.omega / (1 - cfg.kappa), torch.cat([null.expand_as(text), text])
-    asked = torch.stack([times[:-1], times[1:]], 1).flatten().float()        # by Heun: both ends of each step
-    inside = iter(((asked >= cfg.guide_from) & (asked <= cfg.guide_to)).tolist())    # to read t would wait
 
     def v(x, t):
-        if not next(inside) or scale == 1:            # for this call
+        if scale == 1:
             answers.append(net(x, t, text, repa=False))
         else:
             plain, own = net(torch.cat([x, x]), torch.cat([t, t]), both, repa=False).chunk(2)
-            answers.append(plain.lerp(own, scale))
+            inside = (t >= cfg.guide_from) & (t <= cfg.guide_to)
+            answers.append(plain.lerp(own, torch.where(inside, scale, 1.0).to(own).view(-1, 1, 1, 1)))
         return answers[-1]
     states = solvers.flow_heun(v, z, times)
-    return states, torch.stack(answers).unflatten(0, (-1, 2)).mean(1)       # a Heun step is a mean of two
+    return states, torch.stack(answers).unflatten(0, (len(times) - 1, 2)).mean(1)      # two calls a step
 
 
 def solve_size(cfg):

@@ -1333,7 +1333,7 @@ def effect(now, without):
 def beside(distance, now, without, seeds="one seed"):
     """For a heading: scores {"one step": ..., "two steps": ...} with mid-training, and without it."""
     effects = {k: effect(now[k], without[k]) for k in without if k in now}
-    told = {word: " and ".join(k for k in effects if effects[k] == word) for word in effects.values()}
+    told = {word: " and in ".join(k for k in effects if effects[k] == word) for word in effects.values()}
     told = ", ".join(f"{word} in {steps}" for word, steps in told.items())
     numbers = [" and ".join(f"{scores[k]:.2f}" for k in effects) for scores in (now, without)]
     return f"mid-training {told}: {distance} {numbers[0]} with it, {numbers[1]} without ({seeds})"

@@ -847,7 +847,7 @@ def test_the_heading_of_scored_images_has_the_last_net_in_one_step_and_two_and_t
     alone = {"stage": "alone", "1-step FID": "1.48", "2-step FID": "9.00"}
     assert fid.headline([*nearly, alone]) == "mid-training hurts in one step, helps in two steps: FID 5.40 and 3.20 with it, 1.48 and 9.00 without (one seed)"
     for without, effect in (5.9, "changes little"), (5.0, "changes little"), (6.1, "helps"), (4.9, "hurts"):                # within 10 %
-        assert re.match(f"mid-training ({effect} in one step, helps in two steps|helps in one step and two steps): ", fid.headline([*nearly, alone | {"1-step FID": f"{without}"}])), effect
+        assert re.match(f"mid-training ({effect} in one step, helps in two steps|helps in one step and in two steps): ", fid.headline([*nearly, alone | {"1-step FID": f"{without}"}])), effect
     assert fid.headline([nearly[1], alone]).startswith("after post-training: FID (lower is better) 5.40 in one step")      # the student had none either
     assert "mid-training" not in fid.of_scores([nearly[1], alone], 500)
     assert "Only a run without mid-training tells" in fid.of_scores(nearly, 500) and "Only a run" not in fid.of_scores([*nearly, alone], 500)

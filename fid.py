@@ -810,14 +810,14 @@ def array_images(path):
     array = np.load(path, mmap_mode="r")
     if path.lower().endswith(".npz"):
         if not (found := [array[key] for key in ("arr_0", "images") if key in array]):
-            raise DataError(f"{path}: holds {', '.join(array)}; expected arr_0 or images, or mu and sigma")
+            raise DataError(f"{path}: holds {', '.join(array)}; expected arr_0 or images")
         array = found[0]
     if array.ndim == 4 and array.shape[3] not in (1, 3):
         say(f"{path}: {array.shape} is read as (N, C, H, W)")
         array = array.transpose(0, 2, 3, 1)
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] not in (1, 3):
         raise DataError(f"{path}: is {array.dtype} {array.shape}; expected uint8 images (N, H, W, C) as "
-                        "arr_0 or images (floats: x * 255; grey: x[..., None]), or statistics, mu and sigma")
+                        "arr_0 or images (floats: x * 255; grey: x[..., None])")
     return array
 
 
@@ -1168,6 +1168,7 @@ VGG = "features of a VGG"
 COMPARED = dict(huber="pixels", l2="pixels", lpips=VGG, elatentlpips=VGG)                  # by --loss
 ROW = " of this row"
 SEEN = "images or pairs since its start"
+STARTS = dict(teacher=", from the teacher's weights", random=", from random weights")       # by --init
 OF_SEEDS = {  # means of three seeds (defaults, digits), as in README, for sheets of one seed
     "train_cmt_cifar": "3.66 with mid-training, 5.58 without; in two steps 2.61, 3.37 (compared by a VGG, "
                        "the paper's way: 5.94 with it, 5.75 without; in two steps 3.76, 3.87)",
@@ -1302,18 +1303,18 @@ def about(cfg, found):
     """For a caption: how nets were made, and how large they are; found: (name, net, ..., checkpoint)."""
     sizes = {"teacher" if name == "teacher" else "students":              # frozen weights are buffers
              sum(p.numel() for p in (*net.parameters(), *net.buffers())) for name, net, *_ in found}
-    losses = [ckpt["cfg"].get("loss", "velocities") for name, *_, ckpt in found if name == "mid"]
-    post = "; post-training learns from images" * any(name == "post" for name, *_ in found)
-    scope = "".join(f"compared by {COMPARED.get(loss, loss)}" for loss in losses)
-    by = f" Mid-training learns the teacher's trajectories, {scope}{post}." * bool(scope)
-    knobs = {name: ckpt.get("cfg", {}) for name, *_, ckpt in found if name in ("post", "alone")}
+    knobs = {name: ckpt.get("cfg", {}) for name, *_, ckpt in found if name in ("mid", "post", "alone")}
+    mid, alone, nets, by, scope = knobs.get("mid", {}), knobs.get("alone", {}), home_of(cfg).nets, "", ""
+    if "mid" in knobs:
+        loss = mid.get("loss", "velocities")
+        scope = f"compared by {COMPARED.get(loss, loss)}"
+        by = f" Mid-training learns the teacher's trajectories{STARTS.get(mid.get('init'), '')}, {scope}"
+        by += f"{'; post-training learns from images' * ('post' in knobs)}."
     same = {*home_of(cfg).NO_WEIGHT.split(), *never_read(dataclasses.replace(cfg, stage="post")),
             *"steps mid init pretrain weak".split()}
-    other = [f"--{k}={v}" for k, v in knobs.get("alone", {}).items() if k not in same
-             and v != knobs.get("post", {}).get(k, v)]
-    how, nets = [f"by {' '.join(other)}"] * bool(other), home_of(cfg).nets
-    flow = knobs.get("alone", {}).get("pretrain") == "fm"
-    if flow and (start := nets.finished(f"{cfg.out}/alone/pretrain.pt")):
+    other = [f"--{k}={v}" for k, v in alone.items() if k not in same and v != knobs.get("post", {}).get(k, v)]
+    how = [f"by {' '.join(other)}"] * bool(other)
+    if alone.get("pretrain") == "fm" and (start := nets.finished(f"{cfg.out}/alone/pretrain.pt")):
         how += [f"from a flow-matching net of {nets.cost(start)['images']} images"]
         how += ["both in about equal time (docs/results.md)"] * (cfg.data == "digits")
     by += f" Without mid-training: post-training alone, {', '.join(how)}." * bool(how)
@@ -1322,7 +1323,7 @@ def about(cfg, found):
     script = os.path.basename(home_of(cfg).__file__).removesuffix(".py")
     if cfg.data == "digits" and script in OF_SEEDS and "alone" in knobs:
         by += f" Means of three seeds of the defaults: one step {OF_SEEDS[script]}."
-    return f"{scope and scope + ','}\n{by} This is seed {cfg.seed}."
+    return f"{scope}{',' * bool(scope)}\n{by} This is seed {cfg.seed}."
 
 
 def effect(now, without):
@@ -2174,7 +2175,7 @@ def steps_left(cfg, ckpt, path):
         if changed == ["steps"] and more > 0 and cfg.stage != "pretrain":
             names = vars(cfg).keys() - {"data", "stage", "dry_run", *never_read(cfg), *SCORED}
             new = dict(init=path, steps=more, out=f"{cfg.out}-longer-{cfg.stage}")
-            new["teacher"] = cfg.teacher if cfg.teacher not in ("", "scratch") else teacher
+            new["teacher"] = teacher if os.path.exists(teacher) else cfg.teacher
             how = f"; to train it on, in a folder of its own: {command(cfg, cfg.stage, names, **new)}"
         elif own := [name for name in changed if name not in known.split()]:
             how = f"; if {own[0]} is a knob of yours, say in READ_BY which stages read it"
@@ -2458,10 +2459,10 @@ def overview(road, device, cfg):
         kept, low = c.ema_beta**c.steps * (not getattr(c, "ema_std", 0)), max(0.1, 1 - 5 / c.steps)
         slow += [f"{c.precision} (pass --{c.stage}.precision fp32)"] * half
         average += [f"{c.stage} {kept:.0%} (pass --{c.stage}.ema_beta {low:.3g})"] * (kept > 0.1)
-        less = f"{c.warmup} of {c.steps} (pass --{c.stage}.warmup {c.steps // 20})"
+        less = f"{c.stage} {c.warmup} for {c.steps} steps (pass --{c.stage}.warmup {c.steps // 20})"
         warm += [less] * (2 * c.warmup > c.steps)
         stairs += [f"{c.steps} (pass an eighth of them as --stair)"] * (getattr(c, "stair", 0) >= c.steps)
-    kinds = {"up to eight times slower on most CPUs": slow, "most steps are warm-up": warm,
+    kinds = {"up to eight times slower on most CPUs": slow, "warm-up is more than half": warm,
              "q never grows in so few steps": stairs,
              "averaged weights, which are drawn and scored, still hold this share of the first": average}
     return text + "".join(f"\nwarning: {kind}: {', '.join(odd)}" for kind, odd in kinds.items() if odd)

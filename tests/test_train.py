@@ -614,7 +614,7 @@ def test_a_run_without_mid_training_in_the_folder_alone_is_scored_beside(road, m
     rows = [line.split("|")[1:-1] for line in Path("x/results.md").read_text().partition("\n\n")[0].splitlines() if line.startswith(("| alone", "| post"))]
     assert len(rows) >= 2 and len(rows) % 2 == 0 and rows[0][1:] == rows[len(rows) // 2][1:]       # one net twice
     rows, caption = sheets["x/stages.png"]
-    assert re.match("Mid-training (helps|hurts|changes little) in one step: FD-digits ", caption) and [label for label, *_ in rows if "without mid-training" in label]
+    assert re.match("compared by pixels, mid-training (helps|hurts|changes little) in one step.*: FD-digits ", caption) and [label for label, *_ in rows if "without mid-training" in label]
     assert not [label for label, *_ in sheets["x/trajectory.png"][0] if "without" in label]         # its ends are its own
 
 
@@ -863,7 +863,7 @@ def test_two_noise_levels_that_fp32_cannot_tell_apart_are_refused(flags, capsys)
 def test_a_stage_too_short_for_its_average_or_its_warm_up_says_so():
     short, whole = (script.parse(f"--data digits --stage post {flags}".split()) for flags in ("--steps 7 --ema_beta 0.99", ""))
     said = script.fid.overview([(7, short), (600, whole)], script.DEVICE, short)
-    assert said.count("warning") == 2 and "most steps are warm-up: 20 of 7 (pass --post.warmup 0)" in said
+    assert said.count("warning") == 2 and "warm-up is more than half: post 20 for 7 steps (pass --post.warmup 0)" in said
     assert "still hold this share of the first: post 93% (pass --post.ema_beta 0.286)" in said
     assert "warning" not in script.fid.overview([(0, short)], script.DEVICE, short)             # it is finished
 

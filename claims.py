@@ -297,13 +297,14 @@ def curves(args, device):
     ends = [{words: panels[f"FD-digits in {words}, lower is better"][net][-1][1] for words in runs[0]}
             for net in (WITH, WITHOUT)]
     fid.save_chart(f"{args.out}/scores.png", panels,
-                   f"Compared by pixels, {fid.beside('FD-digits', *ends, f'{len(runs)} seeds')}\n"
-                   "8x8 digits; FD-digits: Frechet distance of 2,000 samples to the data, by features of a "
-                   "classifier. Compare the last dots: there both learning rates have reached 0. Blue: mid-"
-                   "training on pairs (a state of a trajectory, its end), compared by pixels, then post-"
-                   "training on images. Red: images alone, by the best schedule that we found. Both begin "
-                   "with the teacher's weights. Bars: the best and the worst seed. Where mid-training "
-                   "compares by features of a VGG, the paper's way, it does not help here.",
+                   f"{fid.beside('FD-digits', *ends, f'{len(runs)} seeds', 'with a loss on pixels ')}\n"
+                   "8x8 digits; FD-digits: Frechet distance of 2,000 samples to the data, in a classifier's "
+                   "features (2,000 new real digits would score about 0.4). Compare the last dots: there "
+                   "both learning rates have reached 0. Blue: mid-training on pairs (a state of a "
+                   "trajectory, its end), then post-training on images. Red: images alone, by the best "
+                   "schedule that we found. Both begin with the teacher's weights. Bars: the best and the "
+                   "worst seed. With a loss on features of a VGG, the paper's way, mid-training does not "
+                   "help here.",
                    "images or pairs that the student has seen", marks[0])
     print(f"open {args.out}/scores.png")
 
@@ -431,9 +432,9 @@ def photos(args, device):
         words = ("16x16 photos, untuned: FD-photos in one step {:.2f} with mid-training, {:.2f} without\n"
                  .format(*ends) +
                  f" {n:,} new photos would score about {new:.2f}. Scores are means of {number} seeds, images "
-                 f"are seed {seed}'s; such small nets draw no objects. Mid-training learns the teacher's "
-                 "trajectories, compared by pixels; post-training learns from images, by Eq. 3's plain norm "
-                 "(pseudo-Huber, best on digits, was not run)"
+                 f"are seed {seed}'s; nets this small draw no clear objects. Mid-training learns the "
+                 "teacher's trajectories with a loss on pixels; post-training learns from images, by the "
+                 "plain norm of Eq. 3 (pseudo-Huber, best on digits, was not run)"
                  + ", and gains nothing in one step" * bool(ends[0] >= mid) + ". Without mid-training: "
                  f"post-training alone, annealed. The data are {len(images):,} photos of {name}, shrunk.")
         fid.save_stages(f"{args.out}/{seed}", [*shown, real], (), words, [*table.values()], n)

@@ -1167,14 +1167,15 @@ WIDE = 1_800                                             # pixels of a sheet
 VGG = "features of a VGG"
 COMPARED = dict(huber="pixels", l2="pixels", lpips=VGG, elatentlpips=VGG)                  # by --loss
 ROW = " of this row"
-SEEN = "images or pairs since its start"
+RECIPES = dict(annealed="with a gap that shrinks step by step", vanilla="by Mean Flow's own recipe")
 STARTS = dict(teacher=", from the teacher's weights", random=", from random weights")       # by --init
 OF_SEEDS = {  # means of three seeds (defaults, digits), as in README, for sheets of one seed
-    "train_cmt_cifar": "3.66 with mid-training, 5.58 without; in two steps 2.61, 3.37 (compared by a VGG, "
-                       "the paper's way: 5.94 with it, 5.75 without; in two steps 3.76, 3.87)",
-    "train_cmt_imagenet": "2.26 with mid-training, 1.48 without; in two steps 1.02, 0.97",
-    "train_mf_imagenet256": "3.17 with mid-training, 2.28 without; in two steps 1.02, 0.68",
-    "train_t2i_coco": "3.05 with mid-training, 3.03 without; in two steps 3.40, 2.83"}
+    "train_cmt_cifar": "3.66 with mid-training, 5.58 without; in two steps 2.61, 3.37 (with a loss on "
+                       "features of a VGG, the paper's way: 5.94, 5.75; in two steps 3.76, 3.87)",
+    "train_cmt_imagenet": "2.26 with mid-training, 1.48 without; in two steps 1.02, 0.97 (with a loss on "
+                          "pixels: 1.33, 1.48; in two steps 0.77, 0.97), all on another CPU",
+    "train_mf_imagenet256": "3.17 with mid-training, 2.28 without; in two steps 1.02, 0.68, on another CPU",
+    "train_t2i_coco": "3.05 with mid-training, 3.03 without; in two steps 3.40, 2.83, on another CPU"}
 FEW = {"1": "one step", "2": "two steps"}                # the steps of students that a heading tells
 INKS = {"without|scratch": "#c0392b", "flow": "#8e44ad", "mid|CMT": "#1f5fbf", "teacher|pre-": "#2e8b57",
         "post": "#d98a00", "VGG": "#555555"}             # what a name speaks of: its colour in every chart
@@ -1287,16 +1288,12 @@ def net_label(name, steps, sep="\n"):
 
 def numbers_of(name, steps, table):
     """{name: number} in a table for a net in `steps` steps; a student's one step also gets those of two."""
-    rows = {row["stage"].partition(",")[0]: row for row in reversed(table)}
-    row = rows.get(name, {})
+    row = {row["stage"].partition(",")[0]: row for row in reversed(table)}.get(name, {})
     found = {key.partition(" ")[2] + ROW * key.startswith(f"{steps}-step F"): value
              for key, value in row.items() if key.startswith(f"{steps}-step ")}
     # listed here since two-step images are not shown: they look like one-step images
-    found |= {f"{key.partition(' ')[2]} in two steps": value for key, value in row.items()
-              if steps == 1 and key.startswith("2-step F") and value != "-"}
-    seen = [row.get("images", "-"), *[rows.get("mid", {}).get("images", "-")] * (name == "post")]
-    seen = [int(images.replace(",", "")) for images in seen if images != "-" and name != "teacher"]
-    return found | ({SEEN: f"{sum(seen):,}"} if seen else {})
+    return found | {f"{key.partition(' ')[2]} in two steps": value for key, value in row.items()
+                    if steps == 1 and key.startswith("2-step F") and value != "-"}
 
 
 def about(cfg, found):
@@ -1307,23 +1304,24 @@ def about(cfg, found):
     mid, alone, nets, by, scope = knobs.get("mid", {}), knobs.get("alone", {}), home_of(cfg).nets, "", ""
     if "mid" in knobs:
         loss = mid.get("loss", "velocities")
-        scope = f"compared by {COMPARED.get(loss, loss)}"
-        by = f" Mid-training learns the teacher's trajectories{STARTS.get(mid.get('init'), '')}, {scope}"
+        scope = f"with a loss on {COMPARED.get(loss, loss)} "
+        by = f" Mid-training learns the teacher's trajectories{STARTS.get(mid.get('init'), '')}"
         by += f"{'; post-training learns from images' * ('post' in knobs)}."
-    same = {*home_of(cfg).NO_WEIGHT.split(), *never_read(dataclasses.replace(cfg, stage="post")),
-            *"steps mid init pretrain weak".split()}
-    other = [f"--{k}={v}" for k, v in alone.items() if k not in same and v != knobs.get("post", {}).get(k, v)]
-    how = [f"by {' '.join(other)}"] * bool(other)
+    how = [RECIPES[k] for k in RECIPES if k == alone.get("post")]
     if alone.get("pretrain") == "fm" and (start := nets.finished(f"{cfg.out}/alone/pretrain.pt")):
         how += [f"from a flow-matching net of {nets.cost(start)['images']} images"]
         how += ["both in about equal time (docs/results.md)"] * (cfg.data == "digits")
-    by += f" Without mid-training: post-training alone, {', '.join(how)}." * bool(how)
+    how = ", ".join(["post-training alone (flags: alone/log.txt)", *how])
+    by += f" Without mid-training: {how}." * bool(alone)
+    seen = {name: ckpt["step"] * knobs[name]["batch"] for name, *_, ckpt in found if knobs.get(name)}
+    if alone and 2 * seen["alone"] == sum(seen.values()):
+        by += f" Both see {seen['alone']:,} images or pairs."
     if sizes.get("students", 0) > 1.2 * sizes.get("teacher", math.inf):
         by += f" Students are {sizes['students'] / sizes['teacher']:.1f} times as large as the teacher."
     script = os.path.basename(home_of(cfg).__file__).removesuffix(".py")
     if cfg.data == "digits" and script in OF_SEEDS and "alone" in knobs:
-        by += f" Means of three seeds of the defaults: one step {OF_SEEDS[script]}."
-    return f"{scope}{',' * bool(scope)}\n{by} This is seed {cfg.seed}."
+        by += f" Published means of three seeds, by the defaults: one step {OF_SEEDS[script]}."
+    return f"{scope}\n{by} This is seed {cfg.seed}."
 
 
 def effect(now, without):
@@ -1331,13 +1329,13 @@ def effect(now, without):
     return "changes little" if abs(now - without) < 0.1 * without else "helps" if now < without else "hurts"
 
 
-def beside(distance, now, without, seeds="one seed"):
-    """For a heading: scores {"one step": ..., "two steps": ...} with mid-training, and without it."""
-    effects = {k: effect(now[k], without[k]) for k in without if k in now}
-    told = {word: " and in ".join(k for k in effects if effects[k] == word) for word in effects.values()}
-    told = ", ".join(f"{word} in {steps}" for word, steps in told.items())
-    numbers = [" and ".join(f"{scores[k]:.2f}" for k in effects) for scores in (now, without)]
-    return f"mid-training {told}: {distance} {numbers[0]} with it, {numbers[1]} without ({seeds})"
+def beside(distance, now, without, seeds="one seed", scope=""):
+    """For a heading: scores {"one step": ..., "two steps": ...} with mid-training of a scope, and without."""
+    one, *two = [(k, now[k], without[k]) for k in without if k in now]
+    more = "".join(f"{k}: {a:.2f}, {b:.2f}; " for k, a, b in two)
+    k, a, b = one                                        # its verdict alone: in two steps seeds differ more
+    return (f"mid-training {scope}{effect(a, b)} in {k}: {distance} {a:.2f} with it, {b:.2f} without "
+            f"({more}{seeds})")
 
 
 def distance_of(table):
@@ -1352,12 +1350,12 @@ def scores_of(table):
         if key.startswith(("1-step F", "2-step F")) and value != "-"} for row in reversed(table)}
 
 
-def headline(table):
+def headline(table, scope=""):
     """For a heading: scores with mid-training and without, if both are there; else of the last student."""
     nets = scores_of(table)
     mid, post, alone = (nets.get(net, {}) for net in ("mid", "post", "alone"))
     if mid and post.keys() & alone.keys():
-        return beside(distance_of(table), post, alone)
+        return beside(distance_of(table), post, alone, scope=scope)
     return next((f"{called(net)}: {distance_of(table)} (lower is better) "
                  + ", ".join(f"{v:.2f} in {k}" for k, v in found.items())
                  for net, found in nets.items() if found and net not in ("alone", "teacher")), "")
@@ -1411,9 +1409,8 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
         what = f"{what}\n{start} ..." if start else what * bool(names)
         header = [what, *above, *keys] if names or keys else ()
     title, _, words = words.rpartition("\n")
-    if not title or title.endswith(","):                 # what is compared by begins a headline
-        found = headline(table)
-        title = f"{title} {found}".strip() if found else "What every net draws from the same noises"
+    if not title or title[0].islower():                  # no title, but what mid-training compares by
+        title = headline(table, title) or "What every net draws from the same noises"
     last = "; the last row is real" * (not shown[-1][1])
     caption = f"{title}\nIn each {line} every net draws from one noise{last}."
     caption += of_scores(table, samples) if table else ""
@@ -1429,7 +1426,7 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
     where all n land in one step}. show: states -> images. names: of each. words: for the caption.
     """
     wide = levels.clamp(min=1).to(states).view(-1, 1, 1, 1, 1)
-    moved = (states / wide).diff(dim=0).flatten(1).norm(dim=1).cumsum(0)     # of many states nine are shown
+    moved = (states / wide).diff(dim=0).flatten(1).norm(dim=1).cumsum(0)     # at most nine are shown
     evenly = torch.searchsorted(moved, torch.linspace(0, moved[-1].item(), 9).to(moved)[1:-1]) + 1
     n = len(states)
     some = sorted({0, *evenly.tolist(), n - 1}) if n > 9 else range(n)
@@ -1442,7 +1439,8 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
                for net, f in nets.items() if net not in ("alone", "post" * ("mid" in nets))}
     words_for = {net: "after mid-training" if net == "mid" else called(net) for net in answers}
     errors = {net: (x - states[-1]).square().flatten(2).mean(2).sqrt() for net, x in answers.items()}
-    k = next((error[0] for error in errors.values()), torch.zeros(1)).median(0).indices.item()     # is drawn
+    last = [*errors][-1] if errors else ""               # the noise where its error is the median is drawn
+    k = errors.get(last, torch.zeros(1, 1))[0].median(0).indices.item()
     name = f"\n{names[k % len(names)]}" if names else ""
     rows = [(f"the teacher's trajectory{name}", show((states / wide)[:, k]))]               # at unit scale
     rows += [(f"{words_for[net]}\nin one step", show(x[:, k]),
@@ -1456,7 +1454,8 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
     caption = (f"Mid-training teaches the jump {jump}\nFirst row: the trajectory, from noise to an image"
                + f" ({'; '.join(notes)})" * bool(notes) + ". Below: each net's answer to each state. "
                f"Error: root mean square distance from the end (two ends differ by {apart:.2f}); from pure "
-               f"noise, in the mean of {states.shape[1]} noises, {means}; shown: the noise of median error."
+               f"noise, in the mean of {states.shape[1]} noises, {means}; shown: the median "
+               f"noise {words_for.get(last, last)}."
                + " Post-training leaves this trajectory and is not shown." * ({"mid", "post"} <= nets.keys())
                + words)
     first, *middle, end = (f"{level:.2g}" for level in levels.tolist())
@@ -2071,7 +2070,8 @@ def check_pairs(pairs, expected, ends=None):
 def finished_mid(cfg, finished):
     """The checkpoint of mid-training, that post-training starts from; exit code 3 without it."""
     path = f"{cfg.out}/mid.pt"
-    return finished(path) or fail(3, f"{path} is not finished; run --stage mid first, or --mid none, --init")
+    return finished(path) or fail(3, f"{path} is not finished; run --stage mid first, or pass --mid none or "
+                                  "--init FILE")
 
 
 def seed_range(text):
@@ -2181,8 +2181,8 @@ def steps_left(cfg, ckpt, path):
             how = f"; if {own[0]} is a knob of yours, say in READ_BY which stages read it"
         flags = {k: f"--{k}" if k in home.STAGES else f"--{cfg.stage}.{k}" for k in changed}     # a method
         all_of = " and ".join(f"{flag} {old[k]}, now {getattr(cfg, k)}" for k, flag in flags.items())
-        fail(2, f"{path} was made by {made} --data {data} with {all_of}; repeat its flags (log.txt, "
-                f"--dry_run for all stages), or use another --out{how}")
+        fail(2, f"{path} was made by {made} --data {data} with {all_of}; repeat its flags (its log.txt "
+                f"begins with its command), or use another --out{how}")
     if cfg.stage == "post" and cfg.mid == "none" and not ckpt and os.path.exists(f"{cfg.out}/mid.pt"):
         fail(2, f"{cfg.out}/mid.pt is there, this road has --mid none; use another --out")
     agree(f"step of {path}", ckpt and ckpt["step"])

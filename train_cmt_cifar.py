@@ -34,7 +34,7 @@ from solvers import fold, randn
 
 # ---- knobs ------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Config:                   # strongest last: default, rows of PRESETS that match, --field, --stage.field
+class Config:                   # later ones win: default, matching rows of PRESETS, --field, --stage.field
     data: str = "cifar10"       # cifar10 | ffhq | afhqv2 | digits | folder, .zip or .npz of your own images
     res: int = 0                # own images are cropped and resized (LANCZOS) to this; 0 = they have one size
     stage: Literal["all", "pretrain", "mid", "post", "sample", "eval"] = "all"   # all: those not finished
@@ -50,10 +50,10 @@ class Config:                   # strongest last: default, rows of PRESETS that 
     lr: float = 2e-4            # learning rate of RAdam (B.2); pretrain: of Adam
     decay: Literal["linear", "constant"] = "linear"      # of lr, to zero (B.2)
     warmup: int = 0             # steps of linear warm-up
-    ema_beta: float = 0.999     # share of the average that a step keeps; choice: as in the authors' code
+    ema_beta: float = 0.999     # average = beta average + (1 - beta) weights; choice: as the authors' code
     dropout: float = 0.2        # in the net that is trained (B.2; pretrain: EDM)
 
-    loss: Literal["lpips", "huber", "l2"] = "lpips"      # mid: d of Eq. 7; the others are those of App. D
+    loss: Literal["lpips", "huber", "l2"] = "lpips"      # mid: d of Eq. 7; huber: a norm; l2: a mean square
     huber_c: float = 0.06       # of sqrt(|.|^2 + c^2) - c, mid and post; post: 0 = the norm itself (ECT)
     nfe: int = 16               # steps of the teacher, in trajectories and in samples (B.2)
     trajectories: int = 128     # choice: per solve; their pairs serve several steps; 0 = batch/nfe (paper)
@@ -117,7 +117,6 @@ NO_TEACHER = ["ect", "annealed"]                      # post-trainings that ask 
 FILES = {"cifar10": "data/cifar-10-python.tar.gz",
          "ffhq": "data/ffhq-64x64.zip", "afhqv2": "data/afhqv2-64x64.zip"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# A knob is added to Config, LIMITS and READ_BY (docs/forking.md)
 parse = partial(fid.parse, sys.modules[__name__])     # (argv) -> Config
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 
@@ -193,7 +192,7 @@ def loss_ect(net, x_t, x_r, t, r, huber_c=0.0):
 
 
 def make_distance(cfg):
-    """d of Eq. 7, LPIPS or of the pixels (B.2, App. D): features(x) -> [(B, ...)], distance(a, b) -> (B,)."""
+    """d of Eq. 7 (l2: the mean square; App. D): features(x) -> [(B, ...)], distance(a, b) -> (B,)."""
     if cfg.loss in ("huber", "l2"):
         return nets.PixelDistance(cfg.huber_c if cfg.loss == "huber" else 0.0)
     assert cfg.loss == "lpips", f"{cfg.loss}: make_distance returns nothing for it"
@@ -254,6 +253,7 @@ def loss_of(cfg, run, step, f, rows, targets):
     x, t, eps = rows
     if cfg.stage == "pretrain":
         return loss_dm(f, x, t, eps, run.net.sigma_data)
+    # of a word that loss_of does not name a run is refused (fid.check_values)
     assert cfg.post in ("ect", "annealed", "ecd", "ecd_euler"), f"{cfg.post}: no branch returns its loss"
     r = ect_step(t, cfg.q ** (1 + step // cfg.stair if cfg.post == "annealed" else 1))       # q, q^2, q^3 ...
     x_t, x_r = (x + s.view(-1, 1, 1, 1) * eps for s in (t, r))
@@ -370,7 +370,7 @@ def build(cfg, kwargs, state=None, what="", train=False):
     """A DDPM++ from kwargs (of an official file or SIZES), with weights by name if given."""
     torch.manual_seed(fold(cfg.seed, cfg.stage, "init"))    # choice: a random student has a start of its own
     net = nets.make(nets.EDMPrecond, kwargs, what, augment_dim=0, dropout=cfg.dropout if train else 0.0,
-                    sigma_shift=(cfg.stage in RUN) * cfg.sigma_shift)      # trap: a teacher's ends would move
+                    sigma_shift=(cfg.stage in RUN) * cfg.sigma_shift)      # trap: else a teacher's ends move
     if state is not None:
         nets.load_weights(net, state, what)
     net = net.to(DEVICE, memory_format=torch.channels_last)
@@ -491,7 +491,7 @@ SIGNALS += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)
 STOP = []                                             # signals received: the loop saves, then ends
 NO_WEIGHT = ("dry_run data stage out teacher seeds samples repeat second_sigma sigma_shift compile batch_gpu "
              "log_every save_every")                  # no weight depends on them: fid.steps_left
-READ_BY = {  # fid.never_read: stages, or "stage method", that read a knob; all read one that is not here
+READ_BY = {  # fid.never_read: trainings, or "stage method", that read a knob; all read one not here
     "mid init huber_c": "mid, post",
     "nfe loss": "mid", "trajectories": "mid, not mid kd", "P_mean P_std": "pretrain, post",
     "post q stair": "post",
@@ -611,7 +611,7 @@ def check_files(cfg):
             shape = dict(img_channels=channels, img_resolution=side, label_dim=0)
             fid.check_teacher(cfg, nets.finished, read_teacher, None, shape)
         if cfg.loss == "lpips" and (channels != 3 or side < 16):
-            fail(2, f"--loss lpips needs 3x16x16 at least, not {channels}x{side}x{side}; or --loss huber")
+            fail(2, f"--loss lpips needs 3x16x16 at least, not {channels}x{side}x{side}; pass --loss huber")
         fid.check_distance(make_distance(cfg), (channels, side, side), DEVICE)    # VGG: fetched
     if cfg.stage != "pretrain" and cfg.init not in INITS:
         candidates(cfg)                               # --init FILE: is it a net?
@@ -641,7 +641,7 @@ def candidates(cfg):
         if ckpt := nets.finished(f"{cfg.out}/{stage}.pt"):
             net = build(cfg, ckpt["model"], ckpt["ema"], stage)
             found.append((stage.partition("/")[0], net, few, ckpt))
-    return found or fail(3, f"no finished stage in {cfg.out}: right --out? train without --stage, or --init")
+    return found or fail(3, f"no finished stage in {cfg.out}; is --out right? train first, or --init FILE")
 
 
 def evaluate(cfg):

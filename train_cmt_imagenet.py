@@ -41,7 +41,7 @@ from solvers import fold, randn
 
 # ---- knobs ------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Config:                   # strongest last: default, rows of PRESETS that match, --field, --stage.field
+class Config:                   # later ones win: default, matching rows of PRESETS, --field, --stage.field
     data: str = "imagenet"      # imagenet | digits | an EDM2 .zip or folder: PNG or latent .npy, dataset.json
     res: int = 64               # 64: pixels; 512: latents 4x64x64; own images: their size
     stage: Literal["all", "encode", "pretrain", "vgg", "mid", "post", "sample", "eval"] = "all"
@@ -328,6 +328,7 @@ def loss_of(cfg, run, seed, rows, targets):
     x, t, y, eps, _ = rows
     if cfg.stage == "pretrain":
         return loss_edm2(f, x, t, eps, run.net.sigma_data)
+    # of a word that loss_of does not name a run is refused (fid.check_values)
     assert cfg.post in ("ect", "ecd", "ecd_euler", "ecd_code"), f"{cfg.post}: no branch returns its loss"
     r, weight = ect_step(t, cfg.q), edm_weight(t, run.net.sigma_data)
     x_t, x_r = (x + s.view(-1, 1, 1, 1) * eps for s in (t, r))
@@ -729,7 +730,7 @@ STOP = []                                             # signals received: the lo
 NEED_STAGE = {"vgg": "steps batch lr"}                # flags that need the stage's name: --vgg.steps
 NO_WEIGHT = ("dry_run data stage out source teacher main guide vae seeds samples repeat second_sigma sampler "
              "labels compile batch_gpu log_every save_every")     # no weight depends on them: fid.steps_left
-READ_BY = {  # fid.never_read: stages, or "stage method", that read a knob; all read one that is not here
+READ_BY = {  # fid.never_read: trainings, or "stage method", that read a knob; all read one not here
     "mid init huber_c": "mid, post",
     "nfe loss ensemble trajectories": "mid",
     "P_mean P_std": "pretrain, post", "dropout": "pretrain, mid, post",
@@ -877,7 +878,7 @@ def check_nets(cfg):
     if cfg.init not in INITS:
         candidates(cfg)                               # --init FILE: is it a net?
     if cfg.data != "digits" and cfg.stage == "mid" and cfg.loss == "lpips" and (channels != 3 or side < 16):
-        fail(2, f"--loss lpips needs 3x16x16 at least, not {channels}x{side}x{side}; or --loss huber")
+        fail(2, f"--loss lpips needs 3x16x16 at least, not {channels}x{side}x{side}; pass --loss huber")
 
 
 # ---- main -------------------------------------------------------------------------------------
@@ -899,7 +900,7 @@ def candidates(cfg):
         if ckpt := nets.finished(f"{cfg.out}/{stage}.pt"):
             net = build(cfg, ckpt["model"], ckpt["ema"], stage)
             found.append((stage.partition("/")[0], net, few, ckpt))
-    return found or fail(3, f"no finished stage in {cfg.out}: right --out? train without --stage, or --init")
+    return found or fail(3, f"no finished stage in {cfg.out}; is --out right? train first, or --init FILE")
 
 
 def evaluate(cfg):

@@ -46,7 +46,7 @@ from solvers import fold, randn
 
 # ---- knobs ------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Config:                   # strongest last: default, rows of PRESETS that match, --field, --stage.field
+class Config:                   # later ones win: default, matching rows of PRESETS, --field, --stage.field
     data: str = "coco"          # coco | digits | folder: shards of --stage encode, or U-ViT's features
     stage: Literal["all", "encode", "pretrain", "mid", "post", "sample", "eval"] = "all"   # all: not finished
     out: str = ""               # folder of the run; "" = out/<data>, out/digits-t2i
@@ -198,9 +198,10 @@ def loss_sit(u, z, v, t, text):
 
 @torch.no_grad()
 def guided_velocity(cfg, flow, v, u, at, guided):
-    """v where it is not `guided` (B,), else omega v + kappa u_own + (1 - omega - kappa) u_null, with
+    """The velocity that loss_mf learns: v itself or, where `guided` (B,), mixed with what u answers.
 
       u_own, u_null = u(z, t, t, y), u(z, t, t, null_y)
+      v = omega v + kappa u_own + (1 - omega - kappa) u_null
 
     at: z, t, r, y. u (B, C, H, W): u(z, t, r, y), which is u_own where r = t. One call answers for
     all rows that need u_null or u_own. t, r, guided: on the CPU, where reading them costs no wait.
@@ -370,6 +371,7 @@ def loss_of(cfg, run, flow, rows, texts):
     if cfg.stage == "pretrain":
         loss, square = loss_sit(flow.u, z, v, t.to(DEVICE, non_blocking=True), text)
     else:                                             # "mf", "vanilla", "xl": differ in numbers only
+        # of a word that loss_of does not name a run is refused (fid.check_values)
         assert cfg.post in ("mf", "vanilla", "xl"), f"{cfg.post}: no branch returns its loss"
         loss, square = loss_mf(flow, z, v, t, r, text, guided, cfg)
     if run.kept:                                      # REPA's features of that pass
@@ -380,7 +382,7 @@ def loss_of(cfg, run, flow, rows, texts):
 
 
 def train(cfg):
-    """One stage from its last checkpoint to its end. As plain loops: docs/walkthrough.md, 6."""
+    """As in train_mf_imagenet256.py, but with captions, and with REPA in pre- and post-training."""
     if not (run := set_up(cfg)):      # run.flat: all weights of net as one vector, run.grad: its gradient
         return
     net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
@@ -897,7 +899,7 @@ SIGNALS += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)
 STOP = []                                             # signals received: the loop saves, then ends
 NO_WEIGHT = ("dry_run data stage out source encoders teacher vae prompts seeds samples repeat nfe compile "
              "batch_gpu log_every save_every")        # no weight depends on them: fid.steps_left
-READ_BY = {  # fid.never_read: stages, or "stage method", that read a knob; all read one that is not here
+READ_BY = {  # fid.never_read: trainings, or "stage method", that read a knob; all read one not here
     "mid init omega kappa guide_from guide_to": "mid, post",
     "nodes trajectories": "mid", "post": "post",
     "ratio P_mean P_std power": "pretrain, post", "pretrain": "pretrain",
@@ -1041,7 +1043,7 @@ def candidates(cfg):
             name = "teacher" if stage == "pretrain" else stage.partition("/")[0]
             found.append((name, build(cfg, ckpt["model"], ckpt["ema"], stage), ckpt))
     if not found:
-        fail(3, f"no finished stage in {cfg.out}: right --out? train without --stage, or --init")
+        fail(3, f"no finished stage in {cfg.out}; is --out right? train first, or --init FILE")
     few, many = {1: 1, 2: 2}, {1: 1, cfg.nfe: cfg.nfe}                        # one clock needs many steps
     return [(name, net, many if net.r_embedder is None else few, ckpt) for name, net, ckpt in found]
 

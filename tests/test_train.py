@@ -614,7 +614,7 @@ def test_a_run_without_mid_training_in_the_folder_alone_is_scored_beside(road, m
     rows = [line.split("|")[1:-1] for line in Path("x/results.md").read_text().partition("\n\n")[0].splitlines() if line.startswith(("| alone", "| post"))]
     assert len(rows) >= 2 and len(rows) % 2 == 0 and rows[0][1:] == rows[len(rows) // 2][1:]       # one net twice
     rows, caption = sheets["x/stages.png"]
-    assert re.match("compared by pixels, mid-training (helps|hurts|changes little) in one step.*: FD-digits ", caption) and [label for label, *_ in rows if "without mid-training" in label]
+    assert re.match("mid-training with a loss on pixels (helps|hurts|changes little) in one step: FD-digits ", caption) and [label for label, *_ in rows if "without mid-training" in label]
     assert not [label for label, *_ in sheets["x/trajectory.png"][0] if "without" in label]         # its ends are its own
 
 
@@ -687,7 +687,7 @@ BAD = [  # (command line, exit code, what the line must say)
     ("--data missing.zip --stage pretrain", 3, "missing.zip is not there"),
     ("--data missing.zip --teacher none.pkl --loss l2", 3, "missing.zip is not there"),
     ("--data digits --huber_c -1", 2, "--huber_c -1.0 is not possible; it must be 0 or more"),
-    ("--data digits --loss lpips --stage mid", 2, "needs 3x16x16 at least, not 1x8x8; or --loss huber"),
+    ("--data digits --loss lpips --stage mid", 2, "needs 3x16x16 at least, not 1x8x8; pass --loss huber"),
     ("--data digits --huber_c 0 --stage mid", 2, "huber needs a c above 0"),
     ("--data missing.zip --loss l2", 3, "missing.zip is not there"),
     ("--data digits --batch_gpu -4", 2, "--batch_gpu -4"),

@@ -436,7 +436,8 @@ def photos(args, device):
                  "teacher's trajectories with a loss on pixels; post-training learns from images, by the "
                  "plain norm of Eq. 3 (pseudo-Huber, best on digits, was not run)"
                  + ", and gains nothing in one step" * bool(ends[0] >= mid) + ". Without mid-training: "
-                 f"post-training alone, annealed. The data are {len(images):,} photos of {name}, shrunk.")
+                 f"post-training alone, {fid.RECIPES['annealed']}. The data are {len(images):,} photos of "
+                 f"{name}, shrunk.")
         fid.save_stages(f"{args.out}/{seed}", [*shown, real], (), words, [*table.values()], n)
 
 

@@ -1454,8 +1454,8 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
     caption = (f"Mid-training teaches the jump {jump}\nFirst row: the trajectory, from noise to an image"
                + f" ({'; '.join(notes)})" * bool(notes) + ". Below: each net's answer to each state. "
                f"Error: root mean square distance from the end (two ends differ by {apart:.2f}); from pure "
-               f"noise, in the mean of {states.shape[1]} noises, {means}; shown: the median "
-               f"noise {words_for.get(last, last)}."
+               f"noise, in the mean of {states.shape[1]} noises, {means}; shown: the noise "
+               f"of median error {words_for.get(last, last)}."
                + " Post-training leaves this trajectory and is not shown." * ({"mid", "post"} <= nets.keys())
                + words)
     first, *middle, end = (f"{level:.2g}" for level in levels.tolist())

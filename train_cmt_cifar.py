@@ -641,7 +641,7 @@ def candidates(cfg):
         if ckpt := nets.finished(f"{cfg.out}/{stage}.pt"):
             net = build(cfg, ckpt["model"], ckpt["ema"], stage)
             found.append((stage.partition("/")[0], net, few, ckpt))
-    return found or fail(3, f"no finished stage in {cfg.out}; is --out right? train first, or --init FILE")
+    return found or fail(3, f"no finished stage in {cfg.out}: right --out? train without --stage, or --init")
 
 
 def evaluate(cfg):

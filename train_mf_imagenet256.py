@@ -265,9 +265,9 @@ def loss_cmt_mf(u, z, t, r, y, target):
 
 def is_guided(cfg, step, t, y, null_class):
     """Which samples (B,) have a guided target: those with a class, t in the interval, past --unguided."""
-    started = cfg.stage == "post" and cfg.mid == "none" and cfg.init == "teacher"
+    from_teacher = cfg.stage == "post" and cfg.mid == "none" and cfg.init == "teacher"
     plain = (cfg.omega == 1 and cfg.kappa == 0) or (cfg.stage == "pretrain" and cfg.pretrain == "fm")
-    if plain or (started and step < cfg.unguided):
+    if plain or (from_teacher and step < cfg.unguided):
         return torch.zeros_like(y, dtype=torch.bool)
     return (t >= cfg.guide_from) & (t <= cfg.guide_to) & (y != null_class)
 
@@ -862,7 +862,7 @@ def candidates(cfg):
             name = "teacher" if stage == "pretrain" else stage.partition("/")[0]
             found.append((name, build(cfg, ckpt["model"], ckpt["ema"], stage), ckpt))
     if not found:
-        fail(3, f"no finished stage in {cfg.out}; is --out right? train first, or --init FILE")
+        fail(3, f"no finished stage in {cfg.out}: right --out? train without --stage, or --init")
     kinds, many = {1: 1, 2: 2, cfg.nfe: cfg.nfe}, {1: 1, cfg.nfe: cfg.nfe}    # one clock needs many steps
     return [(name, net, many if net.r_embedder is None else kinds, ckpt) for name, net, ckpt in found]
 

@@ -1043,7 +1043,7 @@ def candidates(cfg):
             name = "teacher" if stage == "pretrain" else stage.partition("/")[0]
             found.append((name, build(cfg, ckpt["model"], ckpt["ema"], stage), ckpt))
     if not found:
-        fail(3, f"no finished stage in {cfg.out}; is --out right? train first, or --init FILE")
+        fail(3, f"no finished stage in {cfg.out}: right --out? train without --stage, or --init")
     few, many = {1: 1, 2: 2}, {1: 1, cfg.nfe: cfg.nfe}                        # one clock needs many steps
     return [(name, net, many if net.r_embedder is None else few, ckpt) for name, net, ckpt in found]
 

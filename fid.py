@@ -1647,7 +1647,7 @@ def one_line(cfg, *errors):
     except Exception as e:
         *_, last = traceback.extract_tb(e.__traceback__)
         if isinstance(e, AssertionError) and last.filename == home_of(cfg).__file__:
-            fail(2, f"{first_line(e)} (docs/forking.md)")    # the script's asserts say what a fork forgot
+            fail(2, f"{first_line(e)}; is a return missing? (docs/forking.md)")    # what a fork forgot
         if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
             fail(2, f"--compile: {' '.join(str(e).split()[:40])}; mend the compiler, or pass --no-compile")
         calls = [f.line for f in traceback.extract_tb(e.__traceback__) if "dist." in f.line]
@@ -2170,8 +2170,7 @@ def steps_left(cfg, ckpt, path):
         data, more, teacher = old["data"], cfg.steps - old["steps"], f"{cfg.out}/pretrain.pt"
         if cfg.data != data:
             fail(2, f"{path} was made by {made} --data {data}, now {cfg.data}; use another --out")
-        keeps = teacher != path and os.path.exists(teacher)
-        how = f", with --teacher {teacher} to keep its teacher" * keeps
+        how = f", with --teacher {teacher} to keep its teacher" * os.path.exists(teacher)
         if changed == ["steps"] and more > 0 and cfg.stage != "pretrain":
             names = vars(cfg).keys() - {"data", "stage", "dry_run", *never_read(cfg), *SCORED}
             new = dict(init=path, steps=more, out=f"{cfg.out}-longer-{cfg.stage}")

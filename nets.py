@@ -1517,7 +1517,7 @@ def dit_shape(state, name):
         depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
     except (KeyError, ValueError, IndexError) as e:
         kind = f"no DiT, SiT or Mean Flow net, but a net{MAKERS.get(name, '')} without {e}"
-        raise WeightsError(f"{name}: {kind}; pass one") from None
+        raise WeightsError(f"{name}: {kind}; pass such a net") from None
     heads = [row["num_heads"] for row in SIZES.values()
              if (row.get("hidden_size"), row.get("depth")) == (hidden, depth)]
     two_clocks = any(k.startswith(("r_embedder.", "h_embedder.")) for k in state)

@@ -495,7 +495,7 @@ def read_net(cfg, name):
     state, kwargs, stated = nets.read_weights(name)
     if "context_embedder.weight" not in state:
         kind = f"no MM-DiT, but a net{nets.MAKERS.get(name, '')} without context_embedder.weight"
-        raise nets.WeightsError(f"{name}: {kind}; pass one")
+        raise nets.WeightsError(f"{name}: {kind}; pass such a net")
     if name == cfg.init and cfg.stage in RUN:
         fid.check_init(cfg, kwargs)
     fid.same_guidance(cfg, stated, name)

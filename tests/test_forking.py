@@ -119,7 +119,7 @@ MID, POST, LOSS = ('"none"] = "cmt"', '"none", "mine"] = "cmt"'), ('] = "ect"', 
      ["--post=mine trains just as without it"]),
     ([POST, ("    assert cfg.post", "    if cfg.post == 'mine':\n        return loss_dm(f, x, t, eps)\n    assert cfg.post")],
      ['post mine does not read huber_c: READ_BY needs "huber_c": "mid, post, not post mine",', 'post mine does not read q: READ_BY needs "q": "post, not post mine",']),
-    ([LOSS], ["--loss=mine: mine: make_distance returns nothing for it (docs/forking.md)"]),
+    ([LOSS], ["--loss=mine: mine: make_distance returns nothing for it; is a return missing? (docs/forking.md)"]),
     ([LOSS, ('if cfg.loss in ("huber", "l2")', 'if cfg.loss in ("huber", "l2", "mine")')], []),
     ([KNOB], ["--lam=0.05 changes no weight"]),
     ([KNOB, ("        return loss_cmt(f, x_t, t, [a[owner] for a in targets], run.distance)", "        return loss_cmt(f, x_t, t, [a[owner] for a in targets], run.distance) * cfg.lam")], ['--lam=0.05 changes the weights of mid alone: READ_BY needs "lam": "mid",']),
@@ -142,7 +142,7 @@ def test_a_branch_that_returns_nothing_does_not_train_as_another_method(road, mo
     fork = forked(text.replace("    assert cfg.post in", '    if cfg.post == "mine":\n        loss_ect(f, x, x, t, t / 2)\n    assert cfg.post in'), monkeypatch)
     argv = [*TINY, "--stage", "post", "--mid", "none", "--post", "mine", "--teacher", str(road / "pretrain.pt"), "--steps", "1", "--out", "x"]
     exit_code, err = code(argv, capsys, fork.main)
-    assert exit_code == 2 and "mine: no branch returns its loss (docs/forking.md)" in err.splitlines()[-1] and "Traceback" not in err
+    assert exit_code == 2 and "mine: no branch returns its loss; is a return missing? (docs/forking.md)" in err.splitlines()[-1] and "Traceback" not in err
 
 
 @pytest.mark.parametrize("branch, words", [("return (f(x, t) - x).square().flatten(1).mean(1)", "a loss is one number: end it in .mean()"),

@@ -328,7 +328,6 @@ def loss_of(cfg, run, seed, rows, targets):
     x, t, y, eps, _ = rows
     if cfg.stage == "pretrain":
         return loss_edm2(f, x, t, eps, run.net.sigma_data)
-    # of a word that loss_of does not name a run is refused (fid.check_values)
     assert cfg.post in ("ect", "ecd", "ecd_euler", "ecd_code"), f"{cfg.post}: no branch returns its loss"
     r, weight = ect_step(t, cfg.q), edm_weight(t, run.net.sigma_data)
     x_t, x_r = (x + s.view(-1, 1, 1, 1) * eps for s in (t, r))

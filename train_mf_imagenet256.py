@@ -367,7 +367,6 @@ def loss_of(cfg, run, flow, rows):
     z, t, r, y, v, guided = rows                      # guided: which samples guidance changes
     if cfg.stage == "pretrain":                       # "fm": read_batch draws r = t, no du/dt is left
         return loss_mf(flow, z, v, t, r, y, guided, cfg)
-    # of a word that loss_of does not name a run is refused (fid.check_values)
     assert cfg.post in ("mf", "vanilla", "teacher"), f"{cfg.post}: no branch returns its loss"
     if cfg.post == "teacher":                         # its velocities are guided already
         v, guided = teacher_velocity(cfg, run.teacher, z, t, y, guided), torch.zeros_like(guided)

@@ -371,7 +371,6 @@ def loss_of(cfg, run, flow, rows, texts):
     if cfg.stage == "pretrain":
         loss, square = loss_sit(flow.u, z, v, t.to(DEVICE, non_blocking=True), text)
     else:                                             # "mf", "vanilla", "xl": differ in numbers only
-        # of a word that loss_of does not name a run is refused (fid.check_values)
         assert cfg.post in ("mf", "vanilla", "xl"), f"{cfg.post}: no branch returns its loss"
         loss, square = loss_mf(flow, z, v, t, r, text, guided, cfg)
     if run.kept:                                      # REPA's features of that pass

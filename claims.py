@@ -423,7 +423,7 @@ def photos(args, device):
             parts = map(script.nets.load_checkpoint, glob.glob(f"{folder}/*.pt"))
             seen[row] = f"{sum(part['step'] * part['cfg']['batch'] for part in parts):,}"
             print(f"| {row} | {seed} | {' / '.join(found)} | {state['seconds']:.0f} |", flush=True)
-        table = {row: {"stage": CALLED.get(row, row), "images": seen[row]} for row, _ in scores}
+        table = {row: {"stage": CALLED.get(row, row)} for row, _ in scores}
         for (row, steps), values in scores.items():
             table[row][f"{steps}-step FD-photos"] = f"{np.mean(values):.2f}"
         mid, *ends = [np.mean(scores.get((row, 1), np.nan)) for row in CALLED]
@@ -432,12 +432,12 @@ def photos(args, device):
         words = ("16x16 photos, untuned: FD-photos in one step {:.2f} with mid-training, {:.2f} without\n"
                  .format(*ends) +
                  f" {n:,} new photos would score about {new:.2f}. Scores are means of {number} seeds, images "
-                 f"are seed {seed}'s; nets this small draw no clear objects. Mid-training learns the "
-                 "teacher's trajectories with a loss on pixels; post-training learns from images, by the "
-                 "plain norm of Eq. 3 (pseudo-Huber, best on digits, was not run)"
-                 + ", and gains nothing in one step" * bool(ends[0] >= mid) + ". Without mid-training: "
-                 f"post-training alone, {fid.RECIPES['annealed']}. The data are {len(images):,} photos of "
-                 f"{name}, shrunk.")
+                 f"are seed {seed}'s; nets this small draw no clear objects. Mid-training has a loss on "
+                 "pixels, post-training the plain norm (pseudo-Huber, best on digits, was not run)"
+                 + "; it gains nothing in one step" * bool(ends[0] >= mid) + ". Without mid-training: "
+                 f"post-training alone, {fid.RECIPES['annealed']}, on {seen.get('ECT, annealed')} images, as "
+                 "many as the other side's images and pairs. "
+                 f"The data are {len(images):,} photos of {name}, shrunk.")
         fid.save_stages(f"{args.out}/{seed}", [*shown, real], (), words, [*table.values()], n)
 
 

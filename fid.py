@@ -1168,14 +1168,13 @@ VGG = "features of a VGG"
 COMPARED = dict(huber="pixels", l2="pixels", lpips=VGG, elatentlpips=VGG)                  # by --loss
 ROW = " of this row"
 RECIPES = dict(annealed="with a gap that shrinks step by step", vanilla="by Mean Flow's own recipe")
-STARTS = dict(teacher=", from the teacher's weights", random=", from random weights")       # by --init
 OF_SEEDS = {  # means of three seeds (defaults, digits), as in README, for sheets of one seed
-    "train_cmt_cifar": "3.66 with mid-training, 5.58 without; in two steps 2.61, 3.37 (with a loss on "
-                       "features of a VGG, the paper's way: 5.94, 5.75; in two steps 3.76, 3.87)",
-    "train_cmt_imagenet": "2.26 with mid-training, 1.48 without; in two steps 1.02, 0.97 (with a loss on "
-                          "pixels: 1.33, 1.48; in two steps 0.77, 0.97), all on another CPU",
-    "train_mf_imagenet256": "3.17 with mid-training, 2.28 without; in two steps 1.02, 0.68, on another CPU",
-    "train_t2i_coco": "3.05 with mid-training, 3.03 without; in two steps 3.40, 2.83, on another CPU"}
+    "train_cmt_cifar": "3.66 / 2.61 with mid-training, 5.58 / 3.37 without; with a loss on features of a "
+                       "VGG, the paper's way, 5.94 / 3.76 and 5.75 / 3.87",
+    "train_cmt_imagenet": "2.26 / 1.02 with mid-training, 1.48 / 0.97 without; with a loss on pixels "
+                          "1.33 / 0.77 and 1.48 / 0.97",
+    "train_mf_imagenet256": "3.17 / 1.02 with mid-training, 2.28 / 0.68 without",
+    "train_t2i_coco": "3.05 / 3.40 with mid-training, 3.03 / 2.83 without"}
 FEW = {"1": "one step", "2": "two steps"}                # the steps of students that a heading tells
 INKS = {"without|scratch": "#c0392b", "flow": "#8e44ad", "mid|CMT": "#1f5fbf", "teacher|pre-": "#2e8b57",
         "post": "#d98a00", "VGG": "#555555"}             # what a name speaks of: its colour in every chart
@@ -1301,26 +1300,21 @@ def about(cfg, found):
     sizes = {"teacher" if name == "teacher" else "students":              # frozen weights are buffers
              sum(p.numel() for p in (*net.parameters(), *net.buffers())) for name, net, *_ in found}
     knobs = {name: ckpt.get("cfg", {}) for name, *_, ckpt in found if name in ("mid", "post", "alone")}
-    mid, alone, nets, by, scope = knobs.get("mid", {}), knobs.get("alone", {}), home_of(cfg).nets, "", ""
-    if "mid" in knobs:
-        loss = mid.get("loss", "velocities")
-        scope = f"with a loss on {COMPARED.get(loss, loss)} "
-        by = f" Mid-training learns the teacher's trajectories{STARTS.get(mid.get('init'), '')}"
-        by += f"{'; post-training learns from images' * ('post' in knobs)}."
+    loss, alone = knobs.get("mid", {}).get("loss", "velocities"), knobs.get("alone", {})
+    scope, nets = f"with a loss on {COMPARED.get(loss, loss)} " * ("mid" in knobs), home_of(cfg).nets
     how = [RECIPES[k] for k in RECIPES if k == alone.get("post")]
     if alone.get("pretrain") == "fm" and (start := nets.finished(f"{cfg.out}/alone/pretrain.pt")):
         how += [f"from a flow-matching net of {nets.cost(start)['images']} images"]
-        how += ["both in about equal time (docs/results.md)"] * (cfg.data == "digits")
-    how = ", ".join(["post-training alone (flags: alone/log.txt)", *how])
-    by += f" Without mid-training: {how}." * bool(alone)
+        how += ["in about as many seconds"] * (cfg.data == "digits")
     seen = {name: ckpt["step"] * knobs[name]["batch"] for name, *_, ckpt in found if knobs.get(name)}
     if alone and 2 * seen["alone"] == sum(seen.values()):
-        by += f" Both see {seen['alone']:,} images or pairs."
+        how += [f"on {seen['alone']:,} images, as many as the other side's images and pairs"]
+    by = f" Without mid-training: {', '.join(['post-training alone', *how])}." * bool(alone)
     if sizes.get("students", 0) > 1.2 * sizes.get("teacher", math.inf):
         by += f" Students are {sizes['students'] / sizes['teacher']:.1f} times as large as the teacher."
     script = os.path.basename(home_of(cfg).__file__).removesuffix(".py")
     if cfg.data == "digits" and script in OF_SEEDS and "alone" in knobs:
-        by += f" Published means of three seeds, by the defaults: one step {OF_SEEDS[script]}."
+        by += f" Three seeds in one / two steps (docs/results.md, another CPU): {OF_SEEDS[script]}."
     return f"{scope}\n{by} This is seed {cfg.seed}."
 
 

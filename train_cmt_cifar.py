@@ -253,7 +253,7 @@ def loss_of(cfg, run, step, f, rows, targets):
     x, t, eps = rows
     if cfg.stage == "pretrain":
         return loss_dm(f, x, t, eps, run.net.sigma_data)
-    # before a run fid.check_values refuses a word of --post that loss_of does not name
+    # fid.check_values refuses, before a run, a --post that loss_of does not name
     assert cfg.post in ("ect", "annealed", "ecd", "ecd_euler"), f"{cfg.post}: no branch returns its loss"
     r = ect_step(t, cfg.q ** (1 + step // cfg.stair if cfg.post == "annealed" else 1))       # q, q^2, q^3 ...
     x_t, x_r = (x + s.view(-1, 1, 1, 1) * eps for s in (t, r))

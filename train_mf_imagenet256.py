@@ -304,7 +304,7 @@ def rollout(cfg, net, z, y, times):
 
 
 def solve_size(cfg):
-    """(n, used): trajectories per solve, and how many pairs each gives: all pairs of its states."""
+    """(n, pairs): trajectories per solve, and how many pairs each gives: all pairs of its states."""
     return cfg.trajectories, cfg.nodes * (cfg.nodes - 1) // 2
 
 

@@ -873,31 +873,32 @@ def test_a_caption_names_seed_and_sizes(monkeypatch):
     losses = dict(huber="pixels", elatentlpips="features of a VGG", edges="edges")                     # of a fork
     found = [("teacher", torch.nn.Linear(999, 1000), {}), ("mid", torch.nn.Linear(1999, 1000), dict(cfg=dict(batch=8), step=1)), ("post", torch.nn.Linear(1999, 1000), {})]
     assert fid.about(train_mf_imagenet256.Config(seed=7), found) == (
-        "with a loss on velocities \n Mid-training learns the teacher's trajectories; post-training learns from images. Students are 2.0 times as large as the teacher. This is seed 7.")
+        "with a loss on velocities \n Students are 2.0 times as large as the teacher. This is seed 7.")
     for loss, words in losses.items():
         found[1][2]["cfg"]["loss"] = loss
         assert fid.about(train_cmt_cifar.Config(seed=7), found[1:]) == (
-            f"with a loss on {words} \n Mid-training learns the teacher's trajectories; post-training learns from images. This is seed 7.")
+            f"with a loss on {words} \n This is seed 7.")
     assert fid.about(train_cmt_cifar.Config(seed=7), found[2:]) == "\n This is seed 7."
     cfg = dict(lr=1e-4, q=4096, out="x", mid="cmt", batch=8)
     rival = [("post", found[0][1], dict(cfg=cfg, step=1)), ("alone", found[0][1], dict(step=1, cfg=cfg | dict(post="vanilla", out="y", mid="none")))]
-    assert fid.about(train_cmt_cifar.Config(seed=7), rival) == "\n Without mid-training: post-training alone (flags: alone/log.txt), by Mean Flow's own recipe. Both see 8 images or pairs. This is seed 7."                # what it was trained by
+    assert fid.about(train_cmt_cifar.Config(seed=7), rival) == "\n Without mid-training: post-training alone, by Mean Flow's own recipe, on 8 images, as many as the other side's images and pairs. This is seed 7."                # what it was trained by
     rival[1][2]["cfg"] |= dict(lr=1e-4, pretrain="fm")
     for step, words in (3, ""), (20, ", from a flow-matching net of 160 images"):                        # not begun, or from a file; trained here
         monkeypatch.setattr(train_mf_imagenet256.nets, "finished", lambda path: {"step": 20, "seconds": 1, "cfg": {"batch": 8, "stage": "pretrain"}} if step == 20 else None)
-        assert fid.about(train_mf_imagenet256.Config(seed=7), rival) == f"\n Without mid-training: post-training alone (flags: alone/log.txt), by Mean Flow's own recipe{words}. Both see 8 images or pairs. This is seed 7."
+        assert fid.about(train_mf_imagenet256.Config(seed=7), rival) == f"\n Without mid-training: post-training alone, by Mean Flow's own recipe{words}, on 8 images, as many as the other side's images and pairs. This is seed 7."
 
 
 def test_sheets_of_one_seed_have_the_means_of_three_that_readme_has(monkeypatch):
     """A picture passed on alone tells what three seeds say, not what this one does; rows 1, 3, 5, 7, 8 of README's table."""
     lines = [line.split(" | ") for line in (pathlib.Path(fid.__file__).parent / "README.md").read_text().splitlines() if re.match(r"\| [1-8] \| train_", line)]
     rows = [(line[1].removesuffix(".py"), *re.findall(r"[\d.]+", f"{line[4]} {line[5]}")) for line in lines]
-    told = [(script, *re.findall(r"\d\.\d\d", text)) for script, text in fid.OF_SEEDS.items()]
-    assert told[0] == rows[0] + rows[2][1:] and told[1] == rows[4] + rows[5][1:] and told[2:] == [rows[6], rows[7]]
+    told = {script: re.findall(r"\d\.\d\d", text) for script, text in fid.OF_SEEDS.items()}
+    numbers = [(script, [with_1, with_2, without_1, without_2]) for script, with_1, without_1, with_2, without_2 in rows]
+    assert [*told.items()] == [("train_cmt_cifar", numbers[0][1] + numbers[2][1]), ("train_cmt_imagenet", numbers[4][1] + numbers[5][1]), *numbers[6:]]
     import train_t2i_coco
     nets = [(name, torch.nn.Linear(1, 1), dict(cfg=dict(batch=8), step=1)) for name in ("post", "alone")]
     said = fid.about(train_t2i_coco.parse(["--data", "digits"]), nets), fid.about(train_t2i_coco.Config(), nets)
-    assert ["one step 3.05 with mid-training, 3.03 without" in text for text in said] == [True, False]
+    assert ["3.05 / 3.40 with mid-training, 3.03 / 2.83 without" in text for text in said] == [True, False]
 
 
 def test_a_colour_means_one_thing_in_every_chart():

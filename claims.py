@@ -434,9 +434,9 @@ def photos(args, device):
                  f" {n:,} new photos would score about {new:.2f}. Scores are means of {number} seeds, images "
                  f"are seed {seed}'s; nets this small draw no clear objects. Mid-training has a loss on "
                  "pixels, post-training the plain norm (pseudo-Huber, best on digits, was not run)"
-                 + "; it gains nothing in one step" * bool(ends[0] >= mid) + ". Without mid-training: "
-                 f"post-training alone, {fid.RECIPES['annealed']}, on {seen.get('ECT, annealed')} images, as "
-                 "many as the other side's images and pairs. "
+                 + "; post-training gains nothing in one step" * bool(ends[0] >= mid)
+                 + f". Without mid-training: post-training alone, {fid.RECIPES['annealed']}, on "
+                 f"{seen.get('ECT, annealed')} images, as many as the other side's images and pairs. "
                  f"The data are {len(images):,} photos of {name}, shrunk.")
         fid.save_stages(f"{args.out}/{seed}", [*shown, real], (), words, [*table.values()], n)
 

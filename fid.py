@@ -1906,7 +1906,8 @@ REMEDIES = {"arguments: (?i:true|false|yes|no|on|off)$|explicit arg": "a switch 
             "arguments: (?![-\u2010-\u2015\u2212\\d]|(?i:true|false|yes|no|on|off)$)":
             "a value stands behind its flag, --steps 3; ",
             "--(resume|continue)": "the same command, without it, goes on; ",
-            "--(fp16|fp32|tf32|bf16|amp)": "write --precision bf16; ", "--no.mid": "write --mid none; ",
+            "--(fp16|fp32|tf32|bf16|amp)": "write --precision bf16 or fp32; ",
+            "--no.mid": "write --mid none; ",
             "--(device|(num_|n)?gpus?|cuda|nproc.*)( |$)":
             "torchrun --nproc_per_node=N runs on N GPUs, CUDA_VISIBLE_DEVICES=0 picks one; ",
             "--post: invalid choice: 'none'": "leave post-training out by --stage mid; ",

@@ -297,7 +297,8 @@ def curves(args, device):
     ends = [{words: panels[f"FD-digits in {words}, lower is better"][net][-1][1] for words in runs[0]}
             for net in (WITH, WITHOUT)]
     fid.save_chart(f"{args.out}/scores.png", panels,
-                   f"{fid.beside('FD-digits', *ends, f'{len(runs)} seeds', 'with a loss on pixels ')}\n"
+                   fid.beside("FD-digits", *ends, f"means of {len(runs)} seeds", "with a loss on pixels ")
+                   + "\n"
                    "8x8 digits; FD-digits: Frechet distance of 2,000 samples to the data, in a classifier's "
                    "features (2,000 new real digits would score about 0.4). Compare the last dots: there "
                    "both learning rates have reached 0. Blue: mid-training on pairs (a state of a "
@@ -429,12 +430,12 @@ def photos(args, device):
         mid, *ends = [np.mean(scores.get((row, 1), np.nan)) for row in CALLED]
         new = features.apart * (1 / n + 1 / len(images)) / (4 / len(images))     # docs/results.md: 1/n + 1/m
         name = os.path.splitext(os.path.basename(args.data))[0]
-        words = ("16x16 photos, untuned: FD-photos in one step {:.2f} with mid-training, {:.2f} without\n"
-                 .format(*ends) +
+        ends = [{"one step": end} for end in ends]
+        words = (f"{fid.beside('FD-photos', *ends, f'means of {number} seeds', 'with a loss on pixels ')}\n"
                  f" {n:,} new photos would score about {new:.2f}. Scores are means of {number} seeds, images "
                  f"are seed {seed}'s; nets this small draw no clear objects. Mid-training has a loss on "
                  "pixels, post-training the plain norm (pseudo-Huber, best on digits, was not run)"
-                 + "; post-training gains nothing in one step" * bool(ends[0] >= mid)
+                 + "; post-training gains nothing in one step" * bool(ends[0]['one step'] >= mid)
                  + f". Without mid-training: post-training alone, {fid.RECIPES['annealed']}, on "
                  f"{seen.get('ECT, annealed')} images, as many as the other side's images and pairs. "
                  f"The data are {len(images):,} photos of {name}, shrunk.")

@@ -1168,13 +1168,15 @@ VGG = "features of a VGG"
 COMPARED = dict(huber="pixels", l2="pixels", lpips=VGG, elatentlpips=VGG)                  # by --loss
 ROW = " of this row"
 RECIPES = dict(annealed="with a gap that shrinks step by step", vanilla="by Mean Flow's own recipe")
+JUMPS = ("between any two states of the teacher's trajectory",             # Mean Flow; consistency model
+         "from every state of the teacher's trajectory to its end")
 OF_SEEDS = {  # means of three seeds (defaults, digits), as in README, for sheets of one seed
-    "train_cmt_cifar": "3.66 / 2.61 with mid-training, 5.58 / 3.37 without; with a loss on features of a "
-                       "VGG, the paper's way, 5.94 / 3.76 and 5.75 / 3.87",
-    "train_cmt_imagenet": "2.26 / 1.02 with mid-training, 1.48 / 0.97 without; with a loss on pixels "
-                          "1.33 / 0.77 and 1.48 / 0.97",
-    "train_mf_imagenet256": "3.17 / 1.02 with mid-training, 2.28 / 0.68 without",
-    "train_t2i_coco": "3.05 / 3.40 with mid-training, 3.03 / 2.83 without"}
+    "train_cmt_cifar": "helps, 3.66 / 2.61 with it, 5.58 / 3.37 without; with a loss on features of a VGG, "
+                       "as in the paper, level, 5.94 / 3.76 and 5.75 / 3.87",
+    "train_cmt_imagenet": "hurts in one step, is level in two, 2.26 / 1.02 with it, 1.48 / 0.97 without; "
+                          "with a loss on pixels level, then helps, 1.33 / 0.77 and 1.48 / 0.97",
+    "train_mf_imagenet256": "hurts, 3.17 / 1.02 with it, 2.28 / 0.68 without",
+    "train_t2i_coco": "is level in one step, hurts in two, 3.05 / 3.40 with it, 3.03 / 2.83 without"}
 FEW = {"1": "one step", "2": "two steps"}                # the steps of students that a heading tells
 INKS = {"without|scratch": "#c0392b", "flow": "#8e44ad", "mid|CMT": "#1f5fbf", "teacher|pre-": "#2e8b57",
         "post": "#d98a00", "VGG": "#555555"}             # what a name speaks of: its colour in every chart
@@ -1304,17 +1306,18 @@ def about(cfg, found):
     scope, nets = f"with a loss on {COMPARED.get(loss, loss)} " * ("mid" in knobs), home_of(cfg).nets
     how = [RECIPES[k] for k in RECIPES if k == alone.get("post")]
     if alone.get("pretrain") == "fm" and (start := nets.finished(f"{cfg.out}/alone/pretrain.pt")):
-        how += [f"from a flow-matching net of {nets.cost(start)['images']} images"]
-        how += ["in about as many seconds"] * (cfg.data == "digits")
+        how += [f"from a flow-matching net trained on {nets.cost(start)['images']} images"]
+        how += ["both sides in about equal time"] * (cfg.data == "digits")
     seen = {name: ckpt["step"] * knobs[name]["batch"] for name, *_, ckpt in found if knobs.get(name)}
     if alone and 2 * seen["alone"] == sum(seen.values()):
         how += [f"on {seen['alone']:,} images, as many as the other side's images and pairs"]
-    by = f" Without mid-training: {', '.join(['post-training alone', *how])}." * bool(alone)
+    by = f" Mid-training teaches the jump {JUMPS[loss != 'velocities']}." * ("mid" in knobs)
+    by += f" Without it: {', '.join(['post-training alone', *how])}." * bool(alone)
     if sizes.get("students", 0) > 1.2 * sizes.get("teacher", math.inf):
         by += f" Students are {sizes['students'] / sizes['teacher']:.1f} times as large as the teacher."
     script = os.path.basename(home_of(cfg).__file__).removesuffix(".py")
     if cfg.data == "digits" and script in OF_SEEDS and "alone" in knobs:
-        by += f" Three seeds in one / two steps (docs/results.md, another CPU): {OF_SEEDS[script]}."
+        by += f" By three seeds, in one / two steps (docs/results.md, another CPU), it {OF_SEEDS[script]}."
     return f"{scope}\n{by} This is seed {cfg.seed}."
 
 
@@ -1328,7 +1331,7 @@ def beside(distance, now, without, seeds="one seed", scope=""):
     one, *two = [(k, now[k], without[k]) for k in without if k in now]
     more = "".join(f"{k}: {a:.2f}, {b:.2f}; " for k, a, b in two)
     k, a, b = one                                        # its verdict alone: in two steps seeds differ more
-    return (f"mid-training {scope}{effect(a, b)} in {k}: {distance} {a:.2f} with it, {b:.2f} without "
+    return (f"Mid-training {scope}{effect(a, b)} in {k}: {distance} {a:.2f} with it, {b:.2f} without "
             f"({more}{seeds})")
 
 
@@ -1406,7 +1409,7 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
     if not title or title[0].islower():                  # no title, but what mid-training compares by
         title = headline(table, title) or "What every net draws from the same noises"
     last = "; the last row is real" * (not shown[-1][1])
-    caption = f"{title}\nIn each {line} every net draws from one noise{last}."
+    caption = f"{title}\nIn each {line} every net draws from the same noise{last}."
     caption += of_scores(table, samples) if table else ""
     path = f"{out}/stages" + f"_{shown[0][0]}" * shown[0][0].startswith("init_") + ".png"    # --init FILE
     if table or not (os.path.exists(path) and os.path.exists(f"{out}/results.md")):     # scores stay
@@ -1441,11 +1444,10 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
               *(f"error {e:.2f}" for e in errors[net][:, k].tolist())) for net, x in answers.items()]
     means = "; ".join(f"{words_for[net]} {error[0].mean().item():.2f}" for net, error in errors.items())
     consistency = bool(levels.max() > 1)
-    jump = ("from every state of the teacher's trajectory to its end" if consistency else
-            "between any two states of the teacher's trajectory")
     notes = [f"{len(some)} of {n} states"] * (len(some) < n)
     notes += ["states above sigma 1 are divided by sigma"] * consistency
-    caption = (f"Mid-training teaches the jump {jump}\nFirst row: the trajectory, from noise to an image"
+    caption = (f"Mid-training teaches the jump {JUMPS[consistency]}\n"
+               "First row: the trajectory, from noise to an image"
                + f" ({'; '.join(notes)})" * bool(notes) + ". Below: each net's answer to each state. "
                f"Error: root mean square distance from the end (two ends differ by {apart:.2f}); from pure "
                f"noise, in the mean of {states.shape[1]} noises, {means}; shown: the noise "

@@ -833,7 +833,7 @@ def test_the_heading_of_scored_images_has_the_last_net_in_one_step_and_two_and_t
             {"stage": "post", "1-step FID": "6.0 +- 1.0, min 5.0", "2-step FID": "3.0"}]
     fid.save_stages(str(tmp_path), shown, (), " Seed 0.", rows, 500)
     assert said[0] == ("after post-training: FID (lower is better) 6.00 in one step, 3.00 in two steps\n"
-                       "In each column every net draws from one noise. FID, lower is better: Frechet distance of 500 samples to the data, in a classifier's features; with so few it is off, mostly high. Only a run without mid-training tells whether it helps (docs/usage.md). Post-training makes scores worse in one step. Seed 0.")
+                       "In each column every net draws from the same noise. FID, lower is better: Frechet distance of 500 samples to the data, in a classifier's features; with so few it is off, mostly high. Only a run without mid-training tells whether it helps (docs/usage.md). Post-training makes scores worse in one step. Seed 0.")
     assert labels == [[("mid-training alone\n1 step", "5.0", "-"), ("after post-training\n1 step", "6.0 +- 1.0, min 5.0", "3.0")]]     # two look like one
     assert heads == [["", *[""] * 12, "FID of this row", "FID in two steps"]]
     fid.save_stages(str(tmp_path), shown, (), "", [{"stage": "teacher", "8-step FID": "2.0"}])
@@ -845,9 +845,11 @@ def test_the_heading_of_scored_images_has_the_last_net_in_one_step_and_two_and_t
     assert fid.headline([{"stage": "teacher", "1-step FID": "9.0", "8-step FID": "2.0"}]) == ""
     assert fid.headline([{"stage": "teacher", "8-step FID": "2.0"}]) == ""
     alone = {"stage": "alone", "1-step FID": "1.48", "2-step FID": "9.00"}
-    assert fid.headline([*nearly, alone]) == "mid-training hurts in one step: FID 5.40 with it, 1.48 without (two steps: 3.20, 9.00; one seed)"
+    assert fid.headline([*nearly, alone]) == "Mid-training hurts in one step: FID 5.40 with it, 1.48 without (two steps: 3.20, 9.00; one seed)"
+    fid.save_stages(str(tmp_path), shown, (), fid.beside("FID", {"one step": 1.0}, {"one step": 2.0}) + "\nand more", rows)        # claims.py: a title, no scope
+    assert said.pop().startswith("Mid-training helps in one step: FID 1.00 with it, 2.00 without (one seed)\nIn each column")
     for without, effect in (5.9, "changes little"), (5.0, "changes little"), (6.1, "helps"), (4.9, "hurts"):                # within 10 %
-        assert f"mid-training with it {effect} in one step: " in fid.headline([*nearly, alone | {"1-step FID": f"{without}"}], "with it ")
+        assert f"Mid-training with it {effect} in one step: " in fid.headline([*nearly, alone | {"1-step FID": f"{without}"}], "with it ")
     assert fid.headline([nearly[1], alone]).startswith("after post-training: FID (lower is better) 5.40 in one step")      # the student had none either
     assert "mid-training" not in fid.of_scores([nearly[1], alone], 500)
     assert "Only a run without mid-training tells" in fid.of_scores(nearly, 500) and "Only a run" not in fid.of_scores([*nearly, alone], 500)
@@ -873,19 +875,19 @@ def test_a_caption_names_seed_and_sizes(monkeypatch):
     losses = dict(huber="pixels", elatentlpips="features of a VGG", edges="edges")                     # of a fork
     found = [("teacher", torch.nn.Linear(999, 1000), {}), ("mid", torch.nn.Linear(1999, 1000), dict(cfg=dict(batch=8), step=1)), ("post", torch.nn.Linear(1999, 1000), {})]
     assert fid.about(train_mf_imagenet256.Config(seed=7), found) == (
-        "with a loss on velocities \n Students are 2.0 times as large as the teacher. This is seed 7.")
+        "with a loss on velocities \n Mid-training teaches the jump between any two states of the teacher's trajectory. Students are 2.0 times as large as the teacher. This is seed 7.")
     for loss, words in losses.items():
         found[1][2]["cfg"]["loss"] = loss
         assert fid.about(train_cmt_cifar.Config(seed=7), found[1:]) == (
-            f"with a loss on {words} \n This is seed 7.")
+            f"with a loss on {words} \n Mid-training teaches the jump from every state of the teacher's trajectory to its end. This is seed 7.")
     assert fid.about(train_cmt_cifar.Config(seed=7), found[2:]) == "\n This is seed 7."
     cfg = dict(lr=1e-4, q=4096, out="x", mid="cmt", batch=8)
     rival = [("post", found[0][1], dict(cfg=cfg, step=1)), ("alone", found[0][1], dict(step=1, cfg=cfg | dict(post="vanilla", out="y", mid="none")))]
-    assert fid.about(train_cmt_cifar.Config(seed=7), rival) == "\n Without mid-training: post-training alone, by Mean Flow's own recipe, on 8 images, as many as the other side's images and pairs. This is seed 7."                # what it was trained by
+    assert fid.about(train_cmt_cifar.Config(seed=7), rival) == "\n Without it: post-training alone, by Mean Flow's own recipe, on 8 images, as many as the other side's images and pairs. This is seed 7."                # what it was trained by
     rival[1][2]["cfg"] |= dict(lr=1e-4, pretrain="fm")
-    for step, words in (3, ""), (20, ", from a flow-matching net of 160 images"):                        # not begun, or from a file; trained here
+    for step, words in (3, ""), (20, ", from a flow-matching net trained on 160 images"):                        # not begun, or from a file; trained here
         monkeypatch.setattr(train_mf_imagenet256.nets, "finished", lambda path: {"step": 20, "seconds": 1, "cfg": {"batch": 8, "stage": "pretrain"}} if step == 20 else None)
-        assert fid.about(train_mf_imagenet256.Config(seed=7), rival) == f"\n Without mid-training: post-training alone, by Mean Flow's own recipe{words}, on 8 images, as many as the other side's images and pairs. This is seed 7."
+        assert fid.about(train_mf_imagenet256.Config(seed=7), rival) == f"\n Without it: post-training alone, by Mean Flow's own recipe{words}, on 8 images, as many as the other side's images and pairs. This is seed 7."
 
 
 def test_sheets_of_one_seed_have_the_means_of_three_that_readme_has(monkeypatch):
@@ -898,7 +900,7 @@ def test_sheets_of_one_seed_have_the_means_of_three_that_readme_has(monkeypatch)
     import train_t2i_coco
     nets = [(name, torch.nn.Linear(1, 1), dict(cfg=dict(batch=8), step=1)) for name in ("post", "alone")]
     said = fid.about(train_t2i_coco.parse(["--data", "digits"]), nets), fid.about(train_t2i_coco.Config(), nets)
-    assert ["3.05 / 3.40 with mid-training, 3.03 / 2.83 without" in text for text in said] == [True, False]
+    assert ["3.05 / 3.40 with it, 3.03 / 2.83 without" in text for text in said] == [True, False]
 
 
 def test_a_colour_means_one_thing_in_every_chart():

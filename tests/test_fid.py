@@ -897,6 +897,9 @@ def test_sheets_of_one_seed_have_the_means_of_three_that_readme_has(monkeypatch)
     told = {script: re.findall(r"\d\.\d\d", text) for script, text in fid.OF_SEEDS.items()}
     numbers = [(script, [with_1, with_2, without_1, without_2]) for script, with_1, without_1, with_2, without_2 in rows]
     assert [*told.items()] == [("train_cmt_cifar", numbers[0][1] + numbers[2][1]), ("train_cmt_imagenet", numbers[4][1] + numbers[5][1]), *numbers[6:]]
+    verdicts = [[*dict.fromkeys(re.findall("helps|hurts|level", f"{line[4]} {line[5]}"))] for line in lines]                    # one word where both steps agree
+    said = [re.findall("helps|hurts|level", text) for text in fid.OF_SEEDS.values()]
+    assert said == [verdicts[0] + verdicts[2], verdicts[4] + verdicts[5], *verdicts[6:]]
     import train_t2i_coco
     nets = [(name, torch.nn.Linear(1, 1), dict(cfg=dict(batch=8), step=1)) for name in ("post", "alone")]
     said = fid.about(train_t2i_coco.parse(["--data", "digits"]), nets), fid.about(train_t2i_coco.Config(), nets)

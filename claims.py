@@ -13,7 +13,6 @@ and roads take an EDM zip with labels. What a training pair costs: bench.py.
 """
 import contextlib
 import difflib
-import glob
 import importlib
 import os
 import re
@@ -421,8 +420,7 @@ def photos(args, device):
                 found.append(fid.score(sampler, features, reference, n)[0])
                 scores.setdefault((row, steps), []).append(float(found[-1]))
                 shown.append((CALLED.get(row, row), steps, sampler(range(8))))
-            parts = map(script.nets.load_checkpoint, glob.glob(f"{folder}/*.pt"))
-            seen[row] = f"{sum(part['step'] * part['cfg']['batch'] for part in parts):,}"
+            seen[row] = script.nets.cost(state)["images"]            # of its last stage
             print(f"| {row} | {seed} | {' / '.join(found)} | {state['seconds']:.0f} |", flush=True)
         table = {row: {"stage": CALLED.get(row, row)} for row, _ in scores}
         for (row, steps), values in scores.items():

@@ -2216,9 +2216,8 @@ def check_teacher(cfg, finished, given, data, wanted):
     maker = home_of(cfg).nets.MAKERS.get(cfg.teacher, "")
     odd = [name for name in wanted if said.get(name, wanted[name]) != wanted[name]]
     other = maker.startswith(" of train_") and maker != f" of {os.path.basename(home_of(cfg).__file__)}"
-    if weights and not said:                          # as nets.make says it, in a dry run too
-        fail(3, f"--teacher {cfg.teacher}: no net of nets.SIZES has such weights; pass the .pt or .pkl of "
-                "its training")
+    if weights and not said:                          # what nets.make would say on the way
+        fail(3, f"--teacher {cfg.teacher}: no {home_of(cfg).nets.NO_SIZE}")
     if said and ((odd and other) or not {*wanted} & {*said}):
         fail(3, f"--teacher {cfg.teacher}: a net{maker}, no teacher of this script; pass what its "
                 "--stage pretrain made, or an official file")

@@ -1189,11 +1189,11 @@ def make(network, model, what, **more):
             raise WeightsError(f"model_size does not say the arguments of {network.__name__}: {e}") from e
         reason = "" if isinstance(e, TypeError) else f" ({e})"
         kind = f"{MAKERS.get(what, '')} with {', '.join([*map(str, model)][:5])}"
-        why = f"{network.__name__}, but one{kind}{reason}; pass weights of this script's network" if model \
-            else "net of nets.SIZES has such weights; pass the .pt or .pkl of its training"
-        raise WeightsError(f"{what}: no {why}") from e
+        why = f"{network.__name__}, but one{kind}{reason}; pass weights of this script's network"
+        raise WeightsError(f"{what}: no {why if model else NO_SIZE}") from e
 
 
+NO_SIZE = "net of nets.SIZES has such weights; pass the .pt or .pkl of its training"
 MAKERS = {}                                           # file: " of " + the script that made it
 HIDDEN = ("num_heads", "channels_per_head", "sigma_data", "label_balance", "concat_balance", "res_balance",
           "attn_balance", "clip_act")                 # arguments not visible in weights

@@ -861,7 +861,7 @@ def full_size(command, argv):
                    type=lambda name: name.removesuffix(".py"), help="left out: the paper's runs")
     p.add_argument("--gpus", type=int, default=8, help="processes that share the batch")
     p.add_argument("--device", type=str.lower, choices=CARDS, default="h100", help="of plan and roofline")
-    p.add_argument("--price", type=fid.number, default=0.0, help="plan: dollars for an hour of one GPU")
+    p.add_argument("--price", type=float, default=0.0, help="plan: dollars for an hour of one GPU")
     p.error = lambda text: fid.fail(2, f"{text}; flags: python {p.prog} --help")
     args, flags = p.parse_known_args(argv)
     for name, least in dict(gpus=1, price=0).items():

@@ -212,7 +212,7 @@ def plot(args, device):
     titles = dict(loss="loss", grad="gradient norm", mse_gap1="squared error of velocities, t - r up to 1/4")
     panels = {f"{stage}: {title}": {} for stage in fid.SPOKEN.values() for title in titles.values()}
     for run in dict.fromkeys(args.runs):
-        if not (steps := fid.read_steps(run)):
+        if not (steps := [m for m in fid.read_metrics(run) if "images" in m]):
             what = "has no step of a training" if os.path.exists(f"{run}/metrics.jsonl") else "is not there"
             script.fail(3, f"plot: {run}/metrics.jsonl {what}; name the folder of a run")
         ones = [m for m in fid.read_metrics(run) if m.get("metric", "").startswith("1-step")]
@@ -299,12 +299,12 @@ def curves(args, device):
                    fid.beside("FD-digits", *ends, f"means of {len(runs)} seeds", "with a loss on pixels ")
                    + "\n"
                    "8x8 digits; FD-digits: Frechet distance of 2,000 samples to the data, in a classifier's "
-                   "features (2,000 new real digits would score about 0.4). Compare the last dots: there "
-                   "both learning rates have reached 0. Blue: mid-training on pairs (a state of a "
-                   "trajectory, its end), then post-training on images. Red: images alone, by the best "
-                   "schedule that we found. Both begin with the teacher's weights. Bars: the best and the "
-                   "worst seed. With a loss on features of a VGG, the paper's way, mid-training does not "
-                   "help here.",
+                   "features (2,000 new real digits would score about 0.4).\n"
+                   "Blue: mid-training on pairs (a state of a trajectory, its end), then post-training on "
+                   "images. Red: images alone, by the best schedule that we found.\n"
+                   "Both begin with the teacher's weights. Compare the last dots: there both learning rates "
+                   "have reached 0. Bars: the best and the worst seed.\n"
+                   "With a loss on features of a VGG, the paper's way, mid-training does not help here.",
                    "images or pairs that the student has seen", marks[0])
     print(f"open {args.out}/scores.png")
 
@@ -430,13 +430,14 @@ def photos(args, device):
         name = os.path.splitext(os.path.basename(args.data))[0]
         ends = [{"one step": end} for end in ends]
         words = (f"{fid.beside('FD-photos', *ends, f'means of {number} seeds', 'with a loss on pixels ')}\n"
-                 f" {n:,} new photos would score about {new:.2f}. Scores are means of {number} seeds, images "
-                 f"are seed {seed}'s; nets this small draw no clear objects. Mid-training has a loss on "
-                 "pixels, post-training the plain norm (pseudo-Huber, best on digits, was not run)"
+                 f"{n:,} new photos would score about {new:.2f}. Scores are means of {number} seeds, images "
+                 f"are seed {seed}'s.\nMid-training has a loss on pixels, post-training the plain norm "
+                 "(pseudo-Huber, best on digits, was not run)"
                  + "; post-training gains nothing in one step" * bool(ends[0]['one step'] >= mid)
-                 + f". Without mid-training: post-training alone, {fid.RECIPES['annealed']}, on "
-                 f"{seen.get('ECT, annealed')} images, as many as the other side's images and pairs. "
-                 f"The data are {len(images):,} photos of {name}, shrunk.")
+                 + f".\nWithout mid-training: post-training alone, {fid.RECIPES['annealed']}, on "
+                 f"{seen.get('ECT, annealed')} images, as many as the other side's images and pairs.\n"
+                 f"The data are {len(images):,} photos of {name}, shrunk; nets this small draw no clear "
+                 "objects.")
         fid.save_stages(f"{args.out}/{seed}", [*shown, real], (), words, [*table.values()], n)
 
 

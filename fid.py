@@ -12,7 +12,7 @@
   encode                    pictures -> arrays, resumed: begin_encode, encode_shards, encoder_of
   pictures with words       read without the README: save_stages, save_trajectory, save_chart, about
   a run of a script         its lines, lock and flags, and refusals to begin, in one line: log, say,
-                            announce, words_of, fail, one_line, parse, begin_run, same_folder, stages_of,
+                            words_of, fail, one_line, parse, begin_run, same_folder, stages_of,
                             check_values, check_solve, check_pairs, finished_mid, seed_range
   processes and stages      what they share, compared by content: agree, from_first, wait_for_first,
                             patient_group, same_data, same_names, say_changed, made_by, steps_left,
@@ -926,7 +926,7 @@ def load_images(path, res=0):
     """
     shape = image_shape(path, res)
     names, read = image_source(path)
-    images, others = np.empty((len(names), shape[2], *shape[:2]), np.uint8), []
+    images = np.empty((len(names), shape[2], *shape[:2]), np.uint8)
 
     def keep(k):
         image = read(names[k])
@@ -935,18 +935,12 @@ def load_images(path, res=0):
             raise DataError(f"{path}: {names[k]} is {w}x{h}, too small for --res {res}; "
                             f"take it out, or pass --res {net_side(min(w, h))}")
         image = np.asarray(square(rgb(image), res)) if res else image
-        if image.shape == shape:
-            images[k] = image.transpose(2, 0, 1)
-        else:
-            others.append((min(h, w), names[k], image.shape))
+        if image.shape != shape:
+            raise DataError(f"{path}: {names[k]} is {image.shape}, {names[0]} is {shape} (H, W, C); pass "
+                            f"--res {net_side(min(h, w, *shape[:2]))}, which crops and resizes all")
+        images[k] = image.transpose(2, 0, 1)
         return image
     check_pictures(range(len(names)), keep, path)
-    if others:
-        side, name, size = min(others)
-        side = min(side, *shape[:2])
-        raise DataError(f"{path}: {len(others)} of {len(names)} pictures are not {shape} (H, W, C) as "
-                        f"{names[0]}; {name} is {size}; pass --res {net_side(side)}, which crops and resizes "
-                        "all, or take them out")
     return torch.from_numpy(images)
 
 
@@ -971,19 +965,16 @@ def prefetch(name, must=True):
 
     Returns whether something is missing. That is a DataError, or a warning if must is False.
     """
-    wanted, problems = [(INCEPTION_URLS, INCEPTION_SHA256)], []
-    wanted += [([REFERENCES[name]], "")] if name in REFERENCES else []
-    for urls, expected in wanted:
-        try:
-            fetch(urls, expected, "save a copy of it there")
-        except DataError as error:
-            problems.append(str(error))
-    if problems and must:
-        raise DataError("; ".join(problems))
-    if problems:                                      # one address and no checksum will do
-        short = problems[0].replace(f" (sha256 {INCEPTION_SHA256})", "").replace(f" or {wanted[0][0][1]}", "")
-        say(f"warning: pictures will be drawn, but not scored: {short}")
-    return bool(problems)
+    try:
+        fetch(INCEPTION_URLS, INCEPTION_SHA256, "save a copy of it there")
+        if name in REFERENCES:
+            fetch([REFERENCES[name]], remedy="save a copy of it there")
+    except DataError as error:
+        if must:
+            raise
+        say(f"warning: pictures will be drawn, but not scored: {error}")
+        return True
+    return False
 
 
 # ---- images to train on ------------------------------------------------------------------------
@@ -1088,7 +1079,7 @@ def encode_shards(folder, arrays, names, read, encode, batch):
 
     read(name): uint8 (H, W, C); encode(uint8 (B, C, H, W)) -> a tensor (B, ...) for each of the arrays. Shard
     k is folder/<array><k>.npy for each, renamed when whole, so a killed run can go on. batch: how many are
-    encoded at a time (0: a shard). Prints a line every ten seconds.
+    encoded at a time (0: a shard).
     """
     (rank, world), group, batch = processes(), patient_group(), batch or SHARD
 
@@ -1099,18 +1090,13 @@ def encode_shards(folder, arrays, names, read, encode, batch):
         dist.barrier(group)              # trap: what a fast process writes would shorten a slow one's list
     shards = {k: names[k * SHARD:(k + 1) * SHARD] for k in todo[rank::world]}
     batches = [(k, part[i:i + batch]) for k, part in shards.items() for i in range(0, len(part), batch)]
-    rows, left, done, told = [], sum(map(len, shards.values())), 0, (start := time.time())
-    for (k, part), images in zip(batches, read_ahead(read, [part for _, part in batches])):
-        rows.append([array.cpu().numpy() for array in encode(images)])
-        done, left = done + len(part), left - len(part)
+    rows, images = [], read_ahead(read, [part for _, part in batches])
+    for [(k, part)] in in_batches(batches, 1, f"batches of {batch} pictures encoded into {folder}"):
+        rows.append([array.cpu().numpy() for array in encode(next(images))])
         if part[-1] == shards[k][-1]:
             for file, parts in zip(files(k), zip(*rows)):
                 write_whole(file, lambda f: np.save(f, np.concatenate(parts)))
             rows = []
-        if rank == 0 and (time.time() > told + 10 or not left):
-            told, rate = time.time(), done / (time.time() - start)
-            show(f"{folder}: {done:,}/{done + left:,} pictures{' of process 0' * (world > 1)}, "
-                 f"{rate:,.0f} a second, {left / rate / 60:.1f} min left", sys.stdout)
     if group:
         dist.barrier(group)
 
@@ -1171,12 +1157,12 @@ RECIPES = dict(annealed="with a gap that shrinks step by step", vanilla="by Mean
 JUMPS = ("between any two states of the teacher's trajectory",             # Mean Flow; consistency model
          "from every state of the teacher's trajectory to its end")
 OF_SEEDS = {  # means of three seeds (defaults, digits), as in README, for sheets of one seed
-    "train_cmt_cifar": "helps, 3.66 / 2.61 with it, 5.58 / 3.37 without; with a loss on features of a VGG, "
-                       "as in the paper, level, 5.94 / 3.76 and 5.75 / 3.87",
-    "train_cmt_imagenet": "hurts in one step, is level in two, 2.26 / 1.02 with it, 1.48 / 0.97 without; "
-                          "with a loss on pixels level, then helps, 1.33 / 0.77 and 1.48 / 0.97",
-    "train_mf_imagenet256": "hurts, 3.17 / 1.02 with it, 2.28 / 0.68 without",
-    "train_t2i_coco": "is level in one step, hurts in two, 3.05 / 3.40 with it, 3.03 / 2.83 without"}
+    "train_cmt_cifar": "3.66 / 2.61 with it, 5.58 / 3.37 without (it helps); with a loss on features of a "
+                       "VGG, as in the paper, 5.94 / 3.76 and 5.75 / 3.87 (level)",
+    "train_cmt_imagenet": "2.26 / 1.02 with it, 1.48 / 0.97 without (it hurts in one step, is level in two); "
+                          "with a loss on pixels 1.33 / 0.77 and 1.48 / 0.97 (level, helps)",
+    "train_mf_imagenet256": "3.17 / 1.02 with it, 2.28 / 0.68 without (it hurts)",
+    "train_t2i_coco": "3.05 / 3.40 with it, 3.03 / 2.83 without (it is level in one step, hurts in two)"}
 FEW = {"1": "one step", "2": "two steps"}                # the steps of students that a heading tells
 INKS = {"without|scratch": "#c0392b", "flow": "#8e44ad", "mid|CMT": "#1f5fbf", "teacher|pre-": "#2e8b57",
         "post": "#d98a00", "VGG": "#555555"}             # what a name speaks of: its colour in every chart
@@ -1298,7 +1284,10 @@ def numbers_of(name, steps, table):
 
 
 def about(cfg, found):
-    """For a caption: how nets were made, and how large they are; found: (name, net, ..., checkpoint)."""
+    """Lines of a caption: what mid-training compares by; how nets were made, and how large they are.
+
+    found: (name, net, ..., checkpoint) of each.
+    """
     sizes = {"teacher" if name == "teacher" else "students":              # frozen weights are buffers
              sum(p.numel() for p in (*net.parameters(), *net.buffers())) for name, net, *_ in found}
     knobs = {name: ckpt.get("cfg", {}) for name, *_, ckpt in found if name in ("mid", "post", "alone")}
@@ -1311,14 +1300,15 @@ def about(cfg, found):
     seen = {name: ckpt["step"] * knobs[name]["batch"] for name, *_, ckpt in found if knobs.get(name)}
     if alone and 2 * seen["alone"] == sum(seen.values()):
         how += [f"on {seen['alone']:,} images, as many as the other side's images and pairs"]
-    by = f" Mid-training teaches the jump {JUMPS[loss != 'velocities']}." * ("mid" in knobs)
-    by += f" Without it: {', '.join(['post-training alone', *how])}." * bool(alone)
-    if sizes.get("students", 0) > 1.2 * sizes.get("teacher", math.inf):
-        by += f" Students are {sizes['students'] / sizes['teacher']:.1f} times as large as the teacher."
+    lines = [f"Mid-training teaches the jump {JUMPS[loss != 'velocities']}."] * ("mid" in knobs)
+    lines += [f"Without it: {', '.join(['post-training alone', *how])}."] * bool(alone)
     script = os.path.basename(home_of(cfg).__file__).removesuffix(".py")
     if cfg.data == "digits" and script in OF_SEEDS and "alone" in knobs:
-        by += f" By three seeds, in one / two steps (docs/results.md, another CPU), it {OF_SEEDS[script]}."
-    return f"{scope}\n{by} This is seed {cfg.seed}."
+        lines += [f"Means of three seeds (docs/results.md), one / two steps: {OF_SEEDS[script]}."]
+    last = f"Seed {cfg.seed}."
+    if sizes.get("students", 0) > 1.2 * sizes.get("teacher", math.inf):
+        last += f" Students are {sizes['students'] / sizes['teacher']:.1f} times as large as the teacher."
+    return "\n".join([scope, *lines, last])
 
 
 def effect(now, without):
@@ -1362,7 +1352,7 @@ def of_scores(table, samples):
     """For a caption: what the scores of a table are, and what does not help."""
     few = "; with so few it is off, mostly high" * (samples < 1_024)
     few += f" ({HALVES.partition(';')[0]})" * (distance_of(table) == "FD-digits")
-    text = (f" {distance_of(table)}, lower is better: Frechet distance of {samples:,} samples to the data, "
+    text = (f"\n{distance_of(table)}, lower is better: Frechet distance of {samples:,} samples to the data, "
             f"in a classifier's features{few}.")
     nets = scores_of(table)
     if "mid" in nets and "alone" not in nets:
@@ -1405,7 +1395,7 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
         breaks = [k for k in range(1, len(shown)) if shown[k][0] != shown[k - 1][0]]     # another net begins
         what = f"{what}\n{start} ..." if start else what * bool(names)
         header = [what, *above, *keys] if names or keys else ()
-    title, _, words = words.rpartition("\n")
+    title, _, words = words.partition("\n")
     if not title or title[0].islower():                  # no title, but what mid-training compares by
         title = headline(table, title) or "What every net draws from the same noises"
     last = "; the last row is real" * (not shown[-1][1])
@@ -1413,7 +1403,7 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
     caption += of_scores(table, samples) if table else ""
     path = f"{out}/stages" + f"_{shown[0][0]}" * shown[0][0].startswith("init_") + ".png"    # --init FILE
     if table or not (os.path.exists(path) and os.path.exists(f"{out}/results.md")):     # scores stay
-        save_sheet(path, rows, f"{caption}{words}", header, breaks)
+        save_sheet(path, rows, f"{caption}\n{words}", header, breaks)
 
 
 def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words=""):
@@ -1448,10 +1438,10 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
     notes += ["states above sigma 1 are divided by sigma"] * consistency
     caption = (f"Mid-training teaches the jump {JUMPS[consistency]}\n"
                "First row: the trajectory, from noise to an image"
-               + f" ({'; '.join(notes)})" * bool(notes) + ". Below: each net's answer to each state. "
-               f"Error: root mean square distance from the end (two ends differ by {apart:.2f}); from pure "
-               f"noise, in the mean of {states.shape[1]} noises, {means}; shown: the noise "
-               f"of median error {words_for.get(last, last)}."
+               + f" ({'; '.join(notes)})" * bool(notes) + ". Below: each net's answer to each state.\n"
+               f"Error: root mean square distance from the end (two ends differ by {apart:.2f}). From pure "
+               f"noise, mean of {states.shape[1]} noises: {means}.\n"
+               f"Shown: the noise of median error {words_for.get(last, last)}."
                + " Post-training leaves this trajectory and is not shown." * ({"mid", "post"} <= nets.keys())
                + words)
     first, *middle, end = (f"{level:.2g}" for level in levels.tolist())
@@ -1561,7 +1551,6 @@ OUT = ""                                                 # folder of the first p
 MADE_BY = ""                                             # its command, torch, device and commit
 SAID = []                                                # lines about files: also before there is a folder
 PACE = []                                                # seconds and step of a process's first line
-SOON = []                                                # what announce() was told
 KEEP = True                                              # False in a dry run, which writes nothing
 
 
@@ -1583,17 +1572,10 @@ def write_line(file, text):
 def log(text, **numbers):
     """A line on the screen and in log.txt; numbers, if any, go to metrics.jsonl. First process only."""
     if processes()[0] == 0:
-        for line in [*SOON, text]:
-            show(line, sys.stdout)
-            write_line("log.txt", line)
-        SOON.clear()
+        show(text, sys.stdout)
+        write_line("log.txt", text)
         if numbers:
             write_line("metrics.jsonl", json.dumps(numbers))
-
-
-def announce(text):
-    """Logs text with the next line, if there is one, so that a refused stage is not announced."""
-    SOON.append(text)
 
 
 def say(text, everyone=False):
@@ -1819,7 +1801,6 @@ def stages_of(home, argv):
     """The Config of each stage that a command of the script `home` runs."""
     global OUT
     OUT = ""                                                 # left by an earlier call in this process
-    SOON.clear()
     SAID.clear()
     cfg = parse(home, argv)
     seed_range(cfg.seeds)                                    # is it one?
@@ -1831,22 +1812,20 @@ def stages_of(home, argv):
         if stage in ("eval", "sample"):
             never = dict(eval=["seeds"], sample=["samples", "repeat"])[stage]
             return field not in of_samples(home) or field in never
+        from_mid = stage == "post" and cfg.stage == "all" and cfg.mid != "none"
         never = never_read(dataclasses.replace(cfg, stage=stage))
-        return field in (*never, *SCORED)
+        return field in (*never, *SCORED, "init" * from_mid)
 
-    for flag in [word.partition("=")[0] for word in argv if word[:2] == "--"]:
+    for flag in [word.partition("=")[0] for word in argv if word.startswith("--")]:
         stage, dot, field = flag[2:].removeprefix("no-").rpartition(".")
         if dot and unread(stage, field):
             fail(2, f"{flag}: {stage} never reads it; leave it out")
-        asked = [stage] if dot else stages if field not in home.STAGES else ()
-        from_mid = field == "init" and "mid" in stages and cfg.mid != "none"
-        skipped = idle if dot or len(stages) > 1 else ()     # for a single stage a line says it is skipped
-        if asked and all(s in skipped or s not in stages or unread(s, field) or (from_mid and s == "post")
-                         for s in asked):
-            idly = "is not run" if stage in skipped or stage not in ("", *stages) else "does without it"
-            said = f"{flag} has no effect: {stage or 'every stage that is run'} {idly}"
-            one = len(stages) == 1 and stage not in stages
-            announce(f"{cfg.stage} reads no {flag}") if one else say(f"warning: {said}")
+        asked = [s for s in stages if stage in ("", s) and not (s in idle and stages[1:])]
+        if field not in home.STAGES and all(unread(s, field) for s in asked):
+            if cfg.stage == "all":
+                say(f"warning: {flag} has no effect: no stage of this run reads it")
+            else:                                            # it may be given the flags of a whole run
+                log(f"{cfg.stage} reads no {flag}")
     for k, c in enumerate(configs):                          # --init FILE starts the first stage, not all
         later = cfg.stage == "all" and (c.stage == "eval" or (c.stage == "post" and c.mid != "none"))
         if later and c.init not in home.INITS:
@@ -1860,13 +1839,6 @@ def name_of(function):
     """A function's name, and what a functools.partial fixes: "dpmpp order=2"."""
     fixed = [f"{name}={value}" for name, value in getattr(function, "keywords", {}).items()]
     return " ".join([getattr(function, "func", function).__name__, *fixed])
-
-
-def number(text):
-    """A float of the command line, which must be neither nan nor infinite."""
-    if not math.isfinite(value := float(text)):
-        raise argparse.ArgumentTypeError(f"{text} is not possible; it must be finite")
-    return value
 
 
 def given(home, argv):
@@ -1891,7 +1863,7 @@ def parser(doc, config, stages):
     flags = []
     p.error = functools.partial(refuse, flags, "--help lists every flag")
     for f in dataclasses.fields(config):
-        kind = dict(type={int: int, float: number}.get(f.type, str), choices=typing.get_args(f.type) or None)
+        kind = dict(type={int: int, float: float}.get(f.type, str), choices=typing.get_args(f.type) or None)
         if f.type is bool:
             kind = dict(action=argparse.BooleanOptionalAction)
             flags.append(f"no-{f.name}")
@@ -1922,7 +1894,7 @@ MEANT = dict(lr="learning_rate", steps="epochs num_epochs iterations max_steps",
 
 def refuse(flags, where, message):
     """Exit code 2 for a command line that argparse rejects; for an unknown flag, suggests the one meant."""
-    for value, words in {"int": "not a whole number", "number": "not a number"}.items():
+    for value, words in {"int": "not a whole number", "float": "not a number"}.items():
         message = message.replace(f"invalid {value} value", words)
     unknown = re.search(r"unrecognized arguments: --([\w.-]+)", message)
     typed = unknown[1].replace("no_", "no-") if unknown else ""
@@ -1965,7 +1937,7 @@ def check_values(cfg, limits, world):
     home, idle = home_of(cfg), never_read(cfg)
     for (rule, possible), names in limits.items():
         for name in [name for name in names.split() if name not in idle]:
-            if not possible(getattr(cfg, name)):
+            if not possible(getattr(cfg, name)) or abs(getattr(cfg, name)) == math.inf:
                 fail(2, f"--{name} {getattr(cfg, name)} is not possible; it must be {rule}")
     path = os.sep in cfg.data or "." in cfg.data or os.path.exists(cfg.data)
     if home.data_name(cfg) == "own" and cfg.stage != "encode" and not path:
@@ -1974,9 +1946,7 @@ def check_values(cfg, limits, world):
         more = f"did you mean {meant[0]}?" if meant else f"pass one, or {', '.join(names)}"
         fail(2, f"--data {cfg.data}: no file or folder, nor the name of a data set; {more}")
     if world and cfg.batch % world:
-        fewer = max(k for k in range(1, world) if cfg.batch % k == 0)
-        fail(2, f"--batch {cfg.batch}: {world} processes share it; pass {-(-cfg.batch // world) * world}, or "
-                f"run {fewer}")
+        fail(2, f"--batch {cfg.batch}: {world} processes share it; pass {-(-cfg.batch // world) * world}")
     share = cfg.batch // max(world, 1)
     if world and cfg.batch_gpu and share % cfg.batch_gpu:
         fits = max(k for k in range(1, min(cfg.batch_gpu, share) + 1) if share % k == 0)
@@ -2008,11 +1978,9 @@ def check_out(out):
     """Exit code 2 unless --out is a folder that may be written to, or can become one."""
     above = (pathlib.Path(out), *pathlib.Path(out).absolute().parents)
     there = next(p for p in above if p.exists() or p.is_symlink())
-    if not there.is_dir() or not os.access(there, os.W_OK) or there.parts[1:2] in (("proc",), ("sys",)):
+    if not there.is_dir() or not os.access(there, os.W_OK):
         why = "may not be written to" if there.is_dir() else "is a file, or leads nowhere"
         fail(2, f"--out {out}: {there} {why}; name another folder")
-    if out.lower().endswith(PICTURES):
-        fail(2, f"--out {out}: is named as a picture; name a folder")
 
 
 def check_solve(cfg, n, used, world, solver=None, grid=None):
@@ -2157,7 +2125,6 @@ def steps_left(cfg, ckpt, path):
     if ckpt and ckpt.get("code", here["code"]) != here["code"]:
         say(f"warning: {made}, nets.py or solvers.py was changed since {cfg.out} was begun; to train that "
             "anew, use another --out")                       # once for all stages
-    known = " ".join(["seed", home.NO_WEIGHT, *home.READ_BY, *itertools.chain(*home.PRESETS.values())])
     may = {*never_read(cfg), *home.NO_WEIGHT.split(), *["steps"] * (cfg.decay in home.ENDLESS)}
     old = {f.name: ckpt["cfg"].get(f.name, f.default) for f in dataclasses.fields(cfg)} if ckpt else {}
     if old and (later or cfg.steps < ckpt["step"]):
@@ -2173,8 +2140,6 @@ def steps_left(cfg, ckpt, path):
             new = dict(init=path, steps=more, out=f"{cfg.out}-longer-{cfg.stage}")
             new["teacher"] = teacher if os.path.exists(teacher) else cfg.teacher
             how = f"; to train it on, in a folder of its own: {command(cfg, cfg.stage, names, **new)}"
-        elif own := [name for name in changed if name not in known.split()]:
-            how = f"; if {own[0]} is a knob of yours, say in READ_BY which stages read it"
         flags = {k: f"--{k}" if k in home.STAGES else f"--{cfg.stage}.{k}" for k in changed}     # a method
         all_of = " and ".join(f"{flag} {old[k]}, now {getattr(cfg, k)}" for k, flag in flags.items())
         fail(2, f"{path} was made by {made} --data {data} with {all_of}; repeat its flags (its log.txt "
@@ -2215,15 +2180,11 @@ def check_teacher(cfg, finished, given, data, wanted):
         fail(3, f"--teacher {cfg.teacher}: {len(bad)} of its tensors are not finite, {bad[0]}; pass another")
     maker = home_of(cfg).nets.MAKERS.get(cfg.teacher, "")
     odd = [name for name in wanted if said.get(name, wanted[name]) != wanted[name]]
-    other = maker.startswith(" of train_") and maker != f" of {os.path.basename(home_of(cfg).__file__)}"
     if weights and not said:                          # what nets.make would say on the way
         fail(3, f"--teacher {cfg.teacher}: no {home_of(cfg).nets.NO_SIZE}")
-    if said and ((odd and other) or not {*wanted} & {*said}):
-        fail(3, f"--teacher {cfg.teacher}: a net{maker}, no teacher of this script; pass what its "
-                "--stage pretrain made, or an official file")
-    if odd:
-        fail(3, f"--teacher {cfg.teacher}: its {odd[0]} is {said[odd[0]]}, that of --data {cfg.data} is "
-                f"{wanted[odd[0]]}; pass a teacher of such data")
+    if said and (odd or not {*wanted} & {*said}):
+        what = f"its {odd[0]} is {said[odd[0]]}, not {wanted[odd[0]]}" if odd else "no teacher of this script"
+        fail(3, f"--teacher {cfg.teacher}, a net{maker}: {what}; pass a teacher of --data {cfg.data}")
     if ckpt := finished(cfg.teacher) if maker.startswith(" of train_") else None:
         name, stamp = ckpt["cfg"]["data"], ckpt["data"]
         if data != stamp if data else pathlib.Path(name).name != pathlib.Path(cfg.data).name:
@@ -2303,13 +2264,6 @@ def read_metrics(out):
 ROAD = {}                                                # stage: (steps, batch), of those still to come
 
 
-def read_steps(out):
-    """What metrics.jsonl says of training, without the line of one batch that follows a start or resume."""
-    steps = [m for m in read_metrics(out) if "images" in m]
-    many = {m["stage"] for m in steps if m.get("mean_of", m.get("step")) != 1}       # logged every few steps
-    return [m for m in steps if m.get("mean_of", m.get("step")) != 1 or m["stage"] not in many]
-
-
 def new_tally(cfg):
     """What a stage counts: steps; steps (told) and seconds up to the last line, losses and gradient norms
     since then; steps skipped, in all and in a row; fp16's scale. `clock`: when the next line's time begins.
@@ -2323,8 +2277,6 @@ def count(cfg, tally, loss, norm):
     tally["step"] += 1
     if norm == 0:
         say(f"warning: {cfg.stage}: a gradient is exactly 0, nothing is learned; what do the flags do?")
-    if cfg.stage == "mid" and loss < 0:
-        say("warning: mid: the loss is below 0; a distance is 0 or more, what is its sign?")
     if math.isfinite(norm + loss):
         tally["losses"].append(loss)
         tally["norms"].append(norm)
@@ -2357,13 +2309,15 @@ def report(cfg, lr, tally, **more):
         rest += ", without the next stages" * (cfg.stage == "vgg")
         time_left = f" | {duration(left / pace)} of training left{rest}"
     PACE[:] = PACE or [tally["seconds"], done]
-    loss_of = f"loss {loss:.5f}" + " of one batch" * (n == 1 < cfg.log_every)
-    log(f"{cfg.stage} {done:6d}/{cfg.steps} {done / cfg.steps:4.0%} | {loss_of} | {given}"
-        f"grad {norm:.3g} | lr {lr:.2e} | {rate:.{0 if rate > 9 else 2}f} images/s{time_left}",
-        stage=cfg.stage, step=done, images=images, loss=loss, grad=norm, skipped=tally["skipped"], lr=lr,
-        images_per_second=rate, seconds=tally["seconds"], mean_of=n, **more)
+    one = n == 1 < min(cfg.log_every, cfg.steps)             # after a start: noisy, not in metrics.jsonl
+    numbers = dict(stage=cfg.stage, step=done, images=images, loss=loss, grad=norm, skipped=tally["skipped"],
+                   lr=lr, images_per_second=rate, seconds=tally["seconds"], mean_of=n, **more)
+    log(f"{cfg.stage} {done:6d}/{cfg.steps} {done / cfg.steps:4.0%} | "
+        f"loss {loss:.5f}{' of one batch' * one} | {given}grad {norm:.3g} | "
+        f"lr {lr:.2e} | {rate:.{0 if rate > 9 else 2}f} images/s{time_left}",
+        **({} if one and left else numbers))
     losses = [m["loss"] for m in read_metrics(OUT) if m["stage"] == "mid"] if OUT and not left else [0]
-    if cfg.stage == "mid" and len(losses) > 4 and losses[-1] > 1.2 * losses[0]:
+    if cfg.stage == "mid" and len(losses) > 3 and losses[-1] > 1.2 * losses[0]:
         say(f"warning: mid: the loss has risen, from {losses[0]:.3g} to {losses[-1]:.3g}, and its target is "
             "fixed; train it anew with a smaller --mid.lr, or more steps, and another --out")
 
@@ -2434,7 +2388,8 @@ def overview(road, device, cfg):
         images += math.ceil(left * c.batch / (n * used)) * calls / 3         # a call: a third of an image
     n, least = processes()[1], images / (1000 if cfg.data == "digits" else 250)
     text = f"{n} process{'es' * (n > 1)} on {device.type}; to train: {text or 'nothing'}"
-    text += ", existing nets are drawn and scored (again)" * (not ROAD and cfg.stage in ("all", "eval"))
+    then = dict(all=", existing nets are drawn and scored (again)", sample=", existing nets are drawn")
+    text += then.get(cfg.stage.replace("eval", "all"), "") * (not ROAD)
     if ROAD and device.type == "cpu":
         small = cfg.data == "digits" or getattr(cfg, "res", 0) == 16
         scores = f", and {'half a minute of ' * (cfg.data == 'digits')}scores" * (cfg.stage == "all")
@@ -2468,40 +2423,30 @@ def dry_run(home, argv, configs):
     global KEEP
     os.environ.setdefault("CMT_OFFLINE", "dry run")          # a download is then a line, no error
     os.environ["HF_HUB_OFFLINE"] = "1"
-    codes, road, KEEP, notes = {}, {}, False, [*SOON]
-
-    def tried(c, work):
-        """work(c), or None if it is refused or wants a download, which gives a line and SystemExit(0)."""
+    codes, road, KEEP = {}, {}, False
+    for c in configs:
+        left, works = c.steps * (c.stage not in home.RUN), home.set_up
+        if c.stage in home.RUN:
+            works = (lambda c: list_pictures(c.source)) if c.stage == "encode" else home.candidates
         try:
             with contextlib.redirect_stdout(io.StringIO()), one_line(c, home.nets.WeightsError):
-                return work(c)
-        except SystemExit as stopped:
-            codes.update({c.stage: codes.get(c.stage, stopped.code)} if stopped.code else {})
-
-    for c, trains in [(c, tried(c, home.check)) for c in configs]:
-        # a stage that lacks a file still has to train; one that is refused for its flags is not counted
-        if trains or (trains is None and c.stage not in home.RUN and codes.get(c.stage) != 2):
-            left = c.steps if c.stage in codes else (tried(c, home.resume) or (None, 0))[1]
-            road[c.stage] = left, c
-    for c in configs:
-        if c.stage not in codes:
-            work = (lambda c: list_pictures(c.source)) if c.stage == "encode" else home.candidates
-            tried(c, work if c.stage in home.RUN else home.set_up)
-        if c.stage in codes or road.get(c.stage, (0,))[0]:               # later ones start from what it makes
-            break
+                left = home.resume(c)[1] if home.check(c) else 0
+                if not codes and not any(steps for steps, _ in road.values()):    # later ones start there
+                    works(c)
+        except SystemExit as stopped:                        # refused; or it wants a download: a line, code 0
+            codes |= {c.stage: stopped.code} if stopped.code else {}
+            if stopped.code == 2:                            # but what lacks a file still has to be trained
+                continue
+        road[c.stage] = left, c
     if processes()[0] == 0:
-        text = "\n".join([*notes, overview(road.values(), home.DEVICE, c if codes else home.parse(argv))])
-        odd = ", ".join(c.stage for c in configs if c.stage in codes)
-        cause = f"\nnothing starts until this is fixed (see above): {odd}" * bool(codes)
+        first = next((c for c in configs if c.stage in codes), home.parse(argv))
+        text = overview(road.values(), home.DEVICE, first)
+        cause = f"\nnothing starts until this is fixed (see above): {', '.join(codes)}" * bool(codes)
         idle = ", ".join(c.stage for c in configs if c.stage not in (*ROAD, *codes, *home.RUN)) or "none"
         bench = pathlib.Path(__file__).with_name("bench.py")             # it counts known scripts, no forks
         counted = bool(ROAD) and bench.is_file() and pathlib.Path(home.__file__).stem in bench.read_text()
         plan = ["plan", os.path.basename(home.__file__), *(a for a in argv if a != "--dry_run"), "--gpus"]
-        asked = dict(sample=f"\nto draw: {len(seed_range(c.seeds)):,} images of each net and number of steps",
-                     encode="\nto encode: {source}",
-                     eval="\nto score: {samples:,} samples per net, {repeat} times")
-        asked = asked.get(c.stage, f"\nfinished or not needed: {idle}").format(**vars(c))
-        show(f"{text}{asked}\nfolder of the run, --out: {c.out}{cause}"
+        show(f"{text}\nfinished or not needed: {idle}\nfolder of the run, --out: {c.out}{cause}"
              + f"\nmemory and hours on GPUs: python bench.py {shlex.join(plan)} {processes()[1]}" * counted,
              sys.stdout)
     if dist.is_initialized():
@@ -2512,7 +2457,7 @@ def dry_run(home, argv, configs):
 def save_curve(cfg, table=()):
     """cfg.out's curve.png, a column per stage; a Mean Flow, whose loss stays near 1, shows squared error."""
     stages, drawn, scores = {}, "loss", headline(table)
-    for m in read_steps(cfg.out):
+    for m in (m for m in read_metrics(cfg.out) if "images" in m):
         drawn = "squared error" if "mse_same" in m or "mse_gap1" in m else "loss"
         title = drawn + (", short jumps" if "mse_gap1" in m else ", r = t" if "mse_same" in m else "")
         _, losses, norms = stages.setdefault(SPOKEN[m["stage"]], (title, [], []))

@@ -324,7 +324,7 @@ def set_up(cfg):
     if needs_data(cfg):
         images = load_data(cfg)
         stamp, seen = fid.stamp(images), cfg.steps * cfg.batch / len(images)
-        fid.announce(f"{cfg.data}: {stamp}, each seen {seen:,.3g} times, unconditional")
+        log(f"{cfg.data}: {stamp}, each seen {seen:,.3g} times, unconditional")
         if len(images) < 1_000:
             fid.say(f"warning: images: {len(images)}; so few are learned by heart (docs/faq.md)")
         images = images.to(DEVICE)
@@ -679,7 +679,7 @@ def main(argv):
         fid.agree(f"checkpoints in {cfg.out}", [s for s in STAGES if os.path.exists(f"{cfg.out}/{s}.pt")])
         trained = [c for c in configs if check(c)]
         with fid.begin_run(cfg, __file__, argv):      # its lock, its log
-            fid.announce(fid.overview([(resume(c)[1], c) for c in trained], DEVICE, cfg))
+            log(fid.overview([(resume(c)[1], c) for c in trained], DEVICE, cfg))
             for c in configs:
                 if STOP:
                     fail(75, "stopped by a signal; run the same command again to go on")
@@ -688,7 +688,7 @@ def main(argv):
                 for number in SIGNALS:                # training saves first, the rest just ends
                     signal.signal(number, fid.leave if c.stage in RUN else on_signal)
                 if c.stage in fid.ROAD:
-                    fid.announce(fid.words_of(c))
+                    log(fid.words_of(c))
                 RUN.get(c.stage, train)(c)
     if dist.is_initialized():
         dist.destroy_process_group()

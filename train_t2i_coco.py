@@ -589,7 +589,7 @@ def draw_sheets(cfg, found, images, encoder):
             path = f"{cfg.out}/samples_{name}_{steps}step.png"
             fid.save_captions(path, name, steps, rows, scores="; scores: results.md in this folder")
             shown.append((name, steps, torch.stack([row[0] for _, row in rows])))
-    heun = " A teacher step is one of Heun's, with two calls; a single one from noise is too coarse to draw."
+    heun = "\nA teacher step is one of Heun's, with two calls; a single one from noise is too coarse to draw."
     words = fid.about(cfg, found) + heun
     fid.save_stages(cfg.out, shown, captions, words)
     if found[0][0] == "teacher":
@@ -1141,7 +1141,7 @@ def main(argv):
         fid.agree(f"checkpoints in {cfg.out}", [s for s in STAGES if os.path.exists(f"{cfg.out}/{s}.pt")])
         trained = [c for c in configs if check(c)]
         with fid.begin_run(cfg, __file__, argv):      # its lock, its log
-            fid.announce(fid.overview([(resume(c)[1], c) for c in trained], DEVICE, cfg))
+            log(fid.overview([(resume(c)[1], c) for c in trained], DEVICE, cfg))
             for c in configs:
                 if STOP:
                     fail(75, "stopped by a signal; run the same command again to go on")
@@ -1150,7 +1150,7 @@ def main(argv):
                 for number in SIGNALS:                # training saves first, the rest just ends
                     signal.signal(number, fid.leave if c.stage in RUN else on_signal)
                 if c.stage in fid.ROAD:
-                    fid.announce(fid.words_of(c))
+                    log(fid.words_of(c))
                 RUN.get(c.stage, train)(c)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -834,7 +834,8 @@ def test_f15_a_second_run_in_the_same_folder_is_refused():
     wait_for_step("run", 2, first)
     assert wait(fork(argv, "second")) == 2
     line = Path("second").read_text()
-    assert "another run" in line and str(first) in line and len(line.splitlines()) == 1
+    line = line.splitlines()[-1]
+    assert "another run" in line and str(first) in line
     os.kill(first, signal.SIGKILL)
     wait(first)
     assert wait(fork(argv, "third", patch=stop_after(1))) == 75                        # a dead run holds no lock
@@ -971,7 +972,7 @@ def test_a_crash_is_in_the_log_with_its_traceback(here, road, monkeypatch):
     assert "Traceback" in log and "in broken" in log and log.endswith("TypeError: of a fork\n")
 
 
-def test_a_knob_of_a_fork_is_told_where_to_be_named(here, road, monkeypatch, capsys):
+def test_a_knob_of_a_fork_is_compared_where_it_is_read(here, road, monkeypatch, capsys):
     """A stage that never reads it, or reads it in another method, goes on once READ_BY says so."""
     Mine = make_dataclass("Mine", [("mine", float, 0.1)], bases=(script.Config,), frozen=True)
     Mine.__module__ = script.__name__
@@ -981,10 +982,9 @@ def test_a_knob_of_a_fork_is_told_where_to_be_named(here, road, monkeypatch, cap
     for where in "post", "pretrain, post", "mid kd", "mid kd, mid slow, post", "mid, not mid cmt":
         monkeypatch.setattr(script, "READ_BY", rows | {"mine": where})
         assert script.fid.steps_left(now, ckpt, "x/mid.pt") == 3 - ckpt["step"]
-    for row, told in ({}, True), ({"mine": "mid cmt"}, False), ({"mine": "post, mid, not mid kd"}, False):
+    for row in {}, {"mine": "mid cmt"}, {"mine": "post, mid, not mid kd"}:
         monkeypatch.setattr(script, "READ_BY", rows | row)
         script.fid.SAID.clear()
         with pytest.raises(SystemExit):
             script.fid.steps_left(now, ckpt, "x/mid.pt")
-        err = capsys.readouterr().err
-        assert "--mid.mine 0.1, now 0.5" in err and ("say in READ_BY which stages read it" in err) == told
+        assert "--mid.mine 0.1, now 0.5" in capsys.readouterr().err

@@ -816,8 +816,8 @@ def test_of_a_long_trajectory_nine_states_are_drawn_where_most_changes(tmp_path,
     assert late[0][1][:, 0, 0, 0].tolist() == [*range(9)] and len(short[0][1]) == 8
     assert [rows[0][0], short[0][0]] == ["the teacher's trajectory", "the teacher's trajectory\nclass 7"]
     assert rows[1][0] == "after mid-training\nin one step" and rows[1][2:] == tuple(f"error {e:.2f}" for e in range(16, -1, -2)) and len(rows[0]) == 2
-    assert said[0].startswith("Mid-training teaches the jump between any two states of the teacher's trajectory\nFirst row: the trajectory, from noise to an image (9 of 17 states). Below: each net's answer to each state. Error: ")
-    assert "root mean square distance from the end (two ends differ by 0.00); from pure noise, in the mean of 2 noises, after mid-training 16.00; shown: the noise of median error after mid-training." in said[0] and "divided by sigma" not in said[0]
+    assert said[0].startswith("Mid-training teaches the jump between any two states of the teacher's trajectory\nFirst row: the trajectory, from noise to an image (9 of 17 states). Below: each net's answer to each state.\nError: ")
+    assert "root mean square distance from the end (two ends differ by 0.00). From pure noise, mean of 2 noises: after mid-training 16.00.\nShown: the noise of median error after mid-training." in said[0] and "divided by sigma" not in said[0]
     fid.save_trajectory("", x, torch.linspace(80, 0, 17), {"teacher": lambda x, level: x, "mid": lambda x, level: x + 9, "post": lambda x, level: x - 1})
     assert said[-1].startswith("Mid-training teaches the jump from every state of the teacher's trajectory to its end\n")
     assert [row[2:3] for row in drawn[-1][0]] == [(), ("error 16.00",), ("error 7.00",)] and "divided by sigma" in said[-1]
@@ -831,9 +831,9 @@ def test_the_heading_of_scored_images_has_the_last_net_in_one_step_and_two_and_t
     heads, shown, labels = [], [(name, steps, seeded(range(12))) for name in ("mid", "post") for steps in (1, 2)], []
     rows = [{"stage": "teacher, balanced labels", "1-step FID": "99.0", "8-step FID": "2.0"}, {"stage": "mid", "1-step FID": "5.0", "2-step FID": "-"},
             {"stage": "post", "1-step FID": "6.0 +- 1.0, min 5.0", "2-step FID": "3.0"}]
-    fid.save_stages(str(tmp_path), shown, (), " Seed 0.", rows, 500)
+    fid.save_stages(str(tmp_path), shown, (), "\nSeed 0.", rows, 500)
     assert said[0] == ("after post-training: FID (lower is better) 6.00 in one step, 3.00 in two steps\n"
-                       "In each column every net draws from the same noise. FID, lower is better: Frechet distance of 500 samples to the data, in a classifier's features; with so few it is off, mostly high. Only a run without mid-training tells whether it helps (docs/usage.md). Post-training makes scores worse in one step. Seed 0.")
+                       "In each column every net draws from the same noise.\nFID, lower is better: Frechet distance of 500 samples to the data, in a classifier's features; with so few it is off, mostly high. Only a run without mid-training tells whether it helps (docs/usage.md). Post-training makes scores worse in one step.\nSeed 0.")
     assert labels == [[("mid-training alone\n1 step", "5.0", "-"), ("after post-training\n1 step", "6.0 +- 1.0, min 5.0", "3.0")]]     # two look like one
     assert heads == [["", *[""] * 12, "FID of this row", "FID in two steps"]]
     fid.save_stages(str(tmp_path), shown, (), "", [{"stage": "teacher", "8-step FID": "2.0"}])
@@ -875,19 +875,19 @@ def test_a_caption_names_seed_and_sizes(monkeypatch):
     losses = dict(huber="pixels", elatentlpips="features of a VGG", edges="edges")                     # of a fork
     found = [("teacher", torch.nn.Linear(999, 1000), {}), ("mid", torch.nn.Linear(1999, 1000), dict(cfg=dict(batch=8), step=1)), ("post", torch.nn.Linear(1999, 1000), {})]
     assert fid.about(train_mf_imagenet256.Config(seed=7), found) == (
-        "with a loss on velocities \n Mid-training teaches the jump between any two states of the teacher's trajectory. Students are 2.0 times as large as the teacher. This is seed 7.")
+        "with a loss on velocities \nMid-training teaches the jump between any two states of the teacher's trajectory.\nSeed 7. Students are 2.0 times as large as the teacher.")
     for loss, words in losses.items():
         found[1][2]["cfg"]["loss"] = loss
         assert fid.about(train_cmt_cifar.Config(seed=7), found[1:]) == (
-            f"with a loss on {words} \n Mid-training teaches the jump from every state of the teacher's trajectory to its end. This is seed 7.")
-    assert fid.about(train_cmt_cifar.Config(seed=7), found[2:]) == "\n This is seed 7."
+            f"with a loss on {words} \nMid-training teaches the jump from every state of the teacher's trajectory to its end.\nSeed 7.")
+    assert fid.about(train_cmt_cifar.Config(seed=7), found[2:]) == "\nSeed 7."
     cfg = dict(lr=1e-4, q=4096, out="x", mid="cmt", batch=8)
     rival = [("post", found[0][1], dict(cfg=cfg, step=1)), ("alone", found[0][1], dict(step=1, cfg=cfg | dict(post="vanilla", out="y", mid="none")))]
-    assert fid.about(train_cmt_cifar.Config(seed=7), rival) == "\n Without it: post-training alone, by Mean Flow's own recipe, on 8 images, as many as the other side's images and pairs. This is seed 7."                # what it was trained by
+    assert fid.about(train_cmt_cifar.Config(seed=7), rival) == "\nWithout it: post-training alone, by Mean Flow's own recipe, on 8 images, as many as the other side's images and pairs.\nSeed 7."                # what it was trained by
     rival[1][2]["cfg"] |= dict(lr=1e-4, pretrain="fm")
     for step, words in (3, ""), (20, ", from a flow-matching net trained on 160 images"):                        # not begun, or from a file; trained here
         monkeypatch.setattr(train_mf_imagenet256.nets, "finished", lambda path: {"step": 20, "seconds": 1, "cfg": {"batch": 8, "stage": "pretrain"}} if step == 20 else None)
-        assert fid.about(train_mf_imagenet256.Config(seed=7), rival) == f"\n Without it: post-training alone, by Mean Flow's own recipe{words}, on 8 images, as many as the other side's images and pairs. This is seed 7."
+        assert fid.about(train_mf_imagenet256.Config(seed=7), rival) == f"\nWithout it: post-training alone, by Mean Flow's own recipe{words}, on 8 images, as many as the other side's images and pairs.\nSeed 7."
 
 
 def test_sheets_of_one_seed_have_the_means_of_three_that_readme_has(monkeypatch):
@@ -921,8 +921,6 @@ def test_a_colour_means_one_thing_in_every_chart():
 def test_every_stage_has_an_axis_of_its_own(tmp_path, monkeypatch):
     """At full size the VGG sees ten times the images of the other stages, which would be left a tenth of the width."""
     rows = [dict(stage=s, images=k, loss=1.0, grad=1.0) for s, most in (("vgg", 9000), ("mid", 900), ("post", 600)) for k in (most // 4, most // 2, most)]
-    rows.insert(3, dict(stage="mid", images=32, step=1, loss=9.0, grad=9.0))           # of one batch: left out,
-    rows.insert(5, dict(stage="mid", images=300, step=9, mean_of=1, loss=9.0, grad=9.0))      # after a resume, too
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in rows))
     drawn = {}
     monkeypatch.setattr(fid, "save_chart", lambda path, panels, caption, columns:

@@ -531,7 +531,7 @@ def test_pictures_of_other_sizes_are_named_and_the_middle_square_is_taken():
     for path in as_folder_and_zip(files):
         with pytest.raises(fid.DataError) as error:
             fid.load_images(path)
-        one_line(error, "2 of 3 pictures are not (6, 5, 3)", "as a.png; b.png is (6, 4, 3); pass --res 4, which")
+        one_line(error, "b.png is (6, 4, 3), a.png is (6, 5, 3) (H, W, C); pass --res 4, which", "2 of 3")
         assert fid.load_images(path, 4).shape == (3, 3, 4, 4)
         with pytest.raises(fid.DataError, match="b.png is 4x6, too small for --res 5.*1 of 3"):
             fid.load_images(path, 5)
@@ -572,7 +572,7 @@ def test_a_teacher_of_other_pictures_or_classes_is_refused_before_any_training(s
         torch.save({"ema": state, "model": said}, "teacher.pt")
         code, lines = refused(script, capsys, "--teacher", "teacher.pt")
         assert code == (3 if name else 0) and len(lines) == bool(name)
-        assert not name or f"teacher.pt: its {name} is {value}" in lines[0] and f"digits is {model[name]}" in lines[0]
+        assert not name or f": its {name} is {value}, not {model[name]}; pass a teacher of --data digits" in lines[0]
 
 
 @pytest.mark.parametrize("script, model", ROADS, ids=lambda v: getattr(v, "__name__", ""))

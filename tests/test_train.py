@@ -569,7 +569,7 @@ def test_own_images_offline_give_pictures_and_no_score(monkeypatch, capsys):
     assert sheets["x/stages.png"][-1] == "real images"                        # no score says how near samples are
     assert re.search("warning: pictures will be drawn, but not scored.*inception.*https.*CMT_OFFLINE", (said := capsys.readouterr()).err) and "not scored; open" in said.out and os.path.exists("x/stages.png")
     assert not os.path.exists("x/results.md")
-    with pytest.raises(ValueError, match="inception.*CMT_OFFLINE.*cifar10"):
+    with pytest.raises(ValueError, match="inception.*CMT_OFFLINE"):
         script.fid.prefetch("cifar10")
 
 
@@ -675,7 +675,7 @@ BAD = [  # (command line, exit code, what the line must say)
     ("--data digits --seeds \u00b2", 2, "--seeds \u00b2 is not possible"),
     ("--data digits --steps 1e4", 2, "--steps: not a whole number: '1e4'; write its digits, as 1000; --help"), ("--data digits --lr 1,5e-3", 2, "--lr: not a number: '1,5e-3'; write 0.001 or 1e-3; --help"),
     ("--data digits --steps=0", 2, "--steps 0 is not possible"),
-    ("--data digits --lr nan", 2, "--lr: nan is not possible"),
+    ("--data digits --lr nan", 2, "--lr nan is not possible"),
     ("--data digits --batch", 2, "--batch: expected one argument"),
     ("--data digits --lr -1e-3", 2, "write its value behind it (below 0: --NAME=-1)"),
     ("--data digits --lr 30", 2, "--lr 30.0 is not possible; it must be above 0, at most 1"),
@@ -707,7 +707,7 @@ BAD = [  # (command line, exit code, what the line must say)
     ("--data digits --mid.method kd", 2, "unrecognized arguments: --mid.method kd; --help lists every flag"),
     ("--data digits --mid.stesp 4", 2, "unrecognized arguments: --mid.stesp 4; did you mean --mid.steps? --help lists every flag"),
     ("--data digits --steps 99999999999999", 2, "it must be above 0, below 1e12"),
-    ("--data digits --P_mean nan", 2, "--P_mean: nan is not possible; it must be finite"),
+    ("--data digits --P_mean nan", 2, "--P_mean nan is not possible; it must be in -10 to 10"),
     ("--data cifar10 --res 16 --loss huber", 2, "--res 16: --data cifar10 has 32x32 pixels; leave --res out"),
     ("--data digits --post annealed --stair 0 --stage post", 2, "--stair 0 with --post annealed: of annealed alone, above 0"),
     ("--data digits --post.P_mean -40", 2, "--P_mean -40.0 is not possible; it must be in -10 to 10"),
@@ -715,8 +715,8 @@ BAD = [  # (command line, exit code, what the line must say)
     ("--data digits --post.mid none", 2, "unrecognized arguments: --post.mid none; did you mean --mid? "),
     ("--data digits --mid.mid none --dry_run", 2, "unrecognized arguments: --mid.mid none; did you mean --mid? "),
     ("--data digits --pretrain.post annealed", 2, "unrecognized arguments: --pretrain.post annealed; did you mean --post? "),
-    ("--data digits --out /proc/x", 2, "/proc may not be written to"),
-    ("--data digits --out /sys/x", 2, "/sys may not be written to"),
+    ("--data digits --out /proc/x", 3, "'/proc/x'"),
+    ("--data digits --out /sys/x", 3, "'/sys/x'"),
 ]
 
 
@@ -765,12 +765,10 @@ def test_a_mid_training_whose_loss_has_risen_is_said(tmp_path, monkeypatch, caps
         script.fid.PACE.clear()
         cfg = script.parse(["--data", "digits", "--stage", stage, "--steps", "100"])
         tally = script.fid.new_tally(cfg)
-        for tally["step"], tally["losses"] in (1, [1.0]), (25, [9.0]), (50, [9.0]), (75, [9.0]), (100, [last]):
+        for tally["step"], tally["losses"] in (1, [0.1]), (25, [1.0]), (50, [9.0]), (75, [9.0]), (100, [last]):         # the first is of one batch
             assert "has risen" not in capsys.readouterr().err
             script.fid.report(cfg, 1e-3, tally)
         assert ("mid: the loss has risen, from 1 to 1.3" in capsys.readouterr().err) == said
-        script.count(cfg, tally, -0.1, 1.0)
-        assert ("mid: the loss is below 0" in capsys.readouterr().err) == (stage == "mid")
         script.fid.SAID.clear()
 
 
@@ -806,12 +804,10 @@ def test_post_without_a_finished_mid_is_refused(road, capsys):
     assert exit_code == 3 and "run --stage mid first" in err
 
 
-def test_what_is_refused_is_not_announced(road, capsys):
+def test_what_is_refused_leaves_no_folder(road, capsys):
     for flags in "--stage post --teacher gone.pt", "--stage post", "--stage eval", f"--stage mid --teacher {road}/mid.pt":
-        with pytest.raises(SystemExit):
-            script.main([*TINY, *flags.split(), "--out", "x"])
-        out = capsys.readouterr().out
-        assert "to train" not in out and "stage " not in out.replace("--stage ", "") and not os.path.exists("x")
+        exit_code, err = code([*TINY, *flags.split(), "--out", "x"], capsys)
+        assert exit_code == 3 and len(err.splitlines()) == 1 and not os.path.exists("x")
     script.main([*TINY, "--stage", "eval", "--out", str(road)])
     few = "warning: a score of 16 samples is off, mostly high; pass --samples 1024 or more"
     assert f"to train: nothing, existing nets are drawn and scored (again)\n{few}\nstage 4 of 4" in capsys.readouterr().out
@@ -822,13 +818,9 @@ def test_a_flag_of_a_stage_that_is_not_trained_is_named(monkeypatch, capsys):
     script.fid.stages_of(script, flags.split())
     said = capsys.readouterr().err
     assert "--pretrain.lr has no effect" in said and "--mid.steps has" in said and said.count("no effect") == 2
-    script.fid.stages_of(script, "--data digits --post.q 7 --post.init random".split())
-    said = capsys.readouterr().err
-    assert "--post.init has" in said and said.count("no effect") == 1
-    monkeypatch.setattr(script.fid, "SOON", [])
     script.fid.stages_of(script, "--data digits --stage pretrain --mid.lr 1e-3".split())
-    assert script.fid.SOON == ["pretrain reads no --mid.lr"] and not capsys.readouterr().err
-    for flag in "--mid.q", "--post.nfe", "--mid.seeds", "--eval.steps":        # what that stage never reads is refused
+    assert capsys.readouterr() == ("pretrain reads no --mid.lr\n", "")
+    for flag in "--mid.q", "--post.nfe", "--mid.seeds", "--eval.steps", "--post.init":        # what that stage never reads is refused; after mid-training post starts from it
         with pytest.raises(SystemExit) as stop:
             script.fid.stages_of(script, ["--data", "digits", f"{flag}=3"])
         assert stop.value.code == 2 and f"{flag}: {flag[2:].split('.')[0]} never reads it" in capsys.readouterr().err
@@ -841,11 +833,11 @@ def test_a_flag_of_a_stage_that_is_not_trained_is_named(monkeypatch, capsys):
         assert said.count("no effect") == bool(idle) and f"warning: {idle}" in said + "warning: " * (not idle), (flags, said)
     for flags in "--stage mid --mid none", "--stage pretrain --teacher t.pt --steps 5":      # left out whole: a line of its own says so
         script.fid.stages_of(script, ["--data", "digits", *flags.split()])
-        assert not script.fid.SOON and not capsys.readouterr().err
+        assert capsys.readouterr() == ("", "")
     for flags, unread in (("--stage post --loss l2 --nfe 8 --q 7", ["post reads no --loss", "post reads no --nfe"]), ("--stage eval --lr 1 --nfe 3", ["eval reads no --lr"]),
                           ("--seeds 0-3 --stage sample", [])):                # a stage alone: in a line of the log, when it begins
         script.fid.stages_of(script, ["--data", "digits", *flags.split()])
-        assert script.fid.SOON == unread and not capsys.readouterr().err
+        assert capsys.readouterr() == ("".join(line + "\n" for line in unread), "")
     for post, idle in ("ect", True), ("ecd", False):                                                     # of one method
         monkeypatch.setitem(script.READ_BY, "P_std", "post, not post ect")
         with pytest.raises(SystemExit) if idle else contextlib.nullcontext():
@@ -914,7 +906,7 @@ def test_mid_training_asks_no_teacher_of_other_images(road, capsys):
         Image.new("RGB", (16, 16), (60 * k, 0, 0)).save(f"own/{k}.png")
     for stage in ("mid", "all"):
         exit_code, err = code(f"--data own --res 16 --loss huber --stage {stage} --teacher {road}/pretrain.pt --steps 2 --out x".split(), capsys)
-        assert exit_code == 3 and "its img_channels is 1, that of --data own is 3" in err
+        assert exit_code == 3 and "its img_channels is 1, not 3; pass a teacher of --data own" in err
 
 
 def test_a_folder_with_mid_training_is_none_of_a_road_without(road, capsys):

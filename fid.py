@@ -13,7 +13,7 @@
   pictures with words       read without the README: save_stages, save_trajectory, save_chart, about
   a run of a script         its lines, lock and flags, and refusals to begin, in one line: log, say,
                             words_of, fail, one_line, parse, begin_run, same_folder, stages_of,
-                            check_values, check_solve, check_pairs, finished_mid, seed_range
+                            check_values, check_solve, finished_mid, seed_range
   processes and stages      what they share, compared by content: agree, from_first, wait_for_first,
                             patient_group, same_data, same_names, say_changed, made_by, steps_left,
                             check_teacher, check_init, same_guidance, guidance_note
@@ -34,8 +34,8 @@ The resize is part of the protocol; the two differ by 8.6 grey levels on CIFAR-1
 Precision, recall and the like: reuse net(images). Exit codes: 0 done, 2 usage, 3 data or weights.
 From the running script fid takes Config and its tables: PRESETS (values), LIMITS (allowed values), READ_BY
 (which stages read a knob; default: all), NO_WEIGHT (knobs that change no weight), ABOUT (a stage in words),
-DECAYS, ENDLESS, STAGES, INITS, NO_TEACHER, FILES, RUN, NEED_STAGE; DEVICE and nets; it calls parse,
-data_name, check, solve_size, resume, candidates and set_up, and looks for the words of --post in loss_of.
+ENDLESS, STAGES, INITS, NO_TEACHER, FILES, RUN, NEED_STAGE; DEVICE and nets; it calls parse, data_name,
+check, solve_size, resume, candidates and set_up. tests/test_forks.py looks at the tables of a fork.
 """
 import argparse
 import collections
@@ -1593,17 +1593,6 @@ def fail(code, message):
     raise SystemExit(code)
 
 
-SLIPS = {"implicitly created only for scalar": "a loss is one number: end it in .mean()",        # of forks
-         "required positional argument": "an argument more is passed wherever the function is called",
-         "'Config' object has no attribute": "a knob is a field of Config (docs/forking.md)",
-         "does not require grad": "a loss has no gradient: was the net called under no_grad, or detached?",
-         "'float' object has no attribute 'backward'": "a loss is a tensor: leave .item() out",
-         "0-d tensor": "loss_of of a Mean Flow returns two: the loss, and the squared error of each row",
-         "out of bounds for dimension 0": "has each feature of a distance a row for each image?",
-         "NoneType": "does each function return? Does set_up read what is asked for: images (needs_data), "
-                     "the teacher (NO_TEACHER)?"}
-
-
 @contextlib.contextmanager
 def one_line(cfg, *errors):
     """Turns errors that a user can fix into one line and an exit code; all others remain crashes.
@@ -1632,9 +1621,6 @@ def one_line(cfg, *errors):
         if calls and isinstance(e, RuntimeError):
             fail(1, f"{calls[0]}: {first_line(e)}; if another process died, it says why; run again")
         write_line("log.txt", traceback.format_exc().rstrip())
-        if hint := "".join(text for words, text in SLIPS.items() if words in str(e)):
-            traceback.print_exc()                            # shows where; the hint comes last
-            fail(1, f"hint: {hint}")
         raise
 
 
@@ -1740,32 +1726,6 @@ def home_of(cfg):
     return sys.modules[type(cfg).__module__]
 
 
-def check_tables(home):
-    """Exit code 2 if a table of the script, in a fork, names what is not there or has an impossible value."""
-    fields = {f.name: f.type for f in dataclasses.fields(home.Config)}
-    names = " ".join([*home.LIMITS.values(), *home.READ_BY]).split()
-    odd = [name for name in (*names, *itertools.chain(*home.PRESETS.values())) if name not in fields]
-    where = ", ".join([*home.ABOUT, *home.READ_BY.values()]).split(", ")
-    odd += [key for key in where if " " not in key and key not in home.ABOUT]
-    keys = [key.removeprefix("not ").split() for key in where if " " in key]
-    for stage, method in keys + [key[1:] for key in home.PRESETS]:
-        odd += [word for word, field in ((stage, "stage"), (method, stage))
-                if word not in ("*", *typing.get_args(fields.get(field)))]
-    odd += [data for data, *_ in home.PRESETS
-            if data not in ("*", "own", "digits", home.Config.data, *home.FILES)]
-    odd += {*home.NO_TEACHER} - {*typing.get_args(fields["post"])}
-    if odd:
-        tables = "PRESETS", "LIMITS", "READ_BY", "ABOUT", "NO_TEACHER"
-        tables = [table for table in tables if odd[0] in str(vars(home)[table])]
-        fail(2, f"{' and '.join(tables)} name {odd[0]}, which is no field, stage, method or data set")
-    defaults = {f.name: f.default for f in dataclasses.fields(home.Config)}
-    for key, name, value in ((key, *item) for key, row in [("Config", defaults), *home.PRESETS.items()]
-                             for item in row.items()):
-        kind, choices = fields[name], typing.get_args(fields[name])
-        if value not in choices if choices else not isinstance(value, (kind, int) if kind is float else kind):
-            fail(2, f"{key}: {name} = {value!r} must be {', '.join(choices) or kind.__name__}")
-
-
 def words_of(cfg):
     """ABOUT's sentence on a stage: the one for its method, as "post mine", else for the stage."""
     about = home_of(cfg).ABOUT
@@ -1777,7 +1737,6 @@ def parse(home, argv):
 
     Weakest first: a field's default, the matching rows of PRESETS from top to bottom, --field, --stage.field.
     """
-    check_tables(home)
     config, presets = home.Config, home.PRESETS
     p = parser(home.__doc__, config, tuple(home.STAGES))
     if asks := {"-h", "--help"} & {*argv}:
@@ -1953,11 +1912,7 @@ def check_values(cfg, limits, world):
         fail(2, f"--batch_gpu {cfg.batch_gpu} must divide the {share} of --batch in a process; pass {fits}")
     if cfg.stage in ("sample", "eval"):
         check_named(cfg)
-    if cfg.stage == "post" and repr(cfg.post) not in str(home.loss_of.__code__.co_consts):
-        fail(2, f"--post {cfg.post}: loss_of does not name it, so it has no branch (docs/forking.md)")
     check_out(cfg.out)
-    if cfg.decay not in home.DECAYS:
-        fail(2, f"--decay {cfg.decay}: DECAYS of {os.path.basename(home.__file__)} has no such entry")
     for name in {"res", "vae", "encoders"} & {*vars(cfg)} if cfg.data == "digits" else ():
         if getattr(cfg, name) not in (8, getattr(type(cfg), name)):
             fail(2, f"--{name} {getattr(cfg, name)}: --data digits has 8x8 pixels; leave --{name} out")
@@ -1983,11 +1938,8 @@ def check_out(out):
         fail(2, f"--out {out}: {there} {why}; name another folder")
 
 
-def check_solve(cfg, n, used, world, solver=None, grid=None):
-    """Exit code 2 unless the pairs, `used` of each of n trajectories, fill whole batches on all processes.
-
-    solver, grid: of a consistency model's teacher; tried here on a net that answers with 0.
-    """
+def check_solve(cfg, n, used, world):
+    """Exit code 2 unless the pairs, `used` of each of n trajectories, fill whole batches on all processes."""
     if not n * used or n * used % cfg.batch:
         states = f"--nodes {cfg.nodes}" if hasattr(cfg, "nodes") else f"--nfe {cfg.nfe}"
         least = cfg.batch // math.gcd(cfg.batch, used)
@@ -1995,41 +1947,6 @@ def check_solve(cfg, n, used, world, solver=None, grid=None):
                 f"batches of --batch {cfg.batch}; pass --trajectories {least} or a multiple")
     if n % world:
         fail(2, f"the {n} --trajectories of a solve must be a multiple of the {world} processes")
-    if solver:
-        sigmas = grid(cfg.nfe)
-        if not torch.is_tensor(sigmas) or len(sigmas) != cfg.nfe + 1 or abs(sigmas[0] - 80) > 1e-6:
-            fail(2, f"teacher_sigmas returned no tensor of {cfg.nfe + 1} levels, falling from 80")
-        x_T = torch.full((2, 1, 4, 4), 80.0)
-        xs = solver(lambda x, sigma: 0 * x, x_T, sigmas)
-        if not torch.is_tensor(xs) or xs.shape != (cfg.nfe + 1, *x_T.shape) or (xs[0] - xs[-1] < 79).any():
-            fail(2, "teacher_solver returned no states from x_T to the end, (steps + 1, B, C, H, W)")
-
-
-def check_distance(distance, shape, device):
-    """Exit code 2 if a fork's distance does not work on two images of this shape, (C, H, W)."""
-    if missing := [name for name in ("features", "distance") if not callable(getattr(distance, name, None))]:
-        fail(2, f"a distance has no method {missing[0]}; it has two, features(x) and distance(a, b)")
-    features = distance.features(torch.rand((2, *shape), device=device) * 2 - 1)
-    if not isinstance(features, list):
-        fail(2, f"features of a distance are a {type(features).__name__}, not a list of tensors, as [x]")
-    if any(a.requires_grad for a in features):
-        fail(2, "features of a distance have a gradient: make its net .requires_grad_(False).eval()")
-    if (found := getattr(distance.distance(features, features), "shape", None)) != (2,):
-        fail(2, f"a distance of 2 images has shape {found and [*found]}, not a number for each of them; end "
-                "it in .flatten(1).mean(1), and return it")
-
-
-def check_pairs(pairs, expected, ends=None):
-    """pairs, what a solve returned; exit code 2 where a fork's do not fit solve_size or its ends."""
-    if {len(a) for a in pairs} != {expected}:
-        sizes = ", ".join(str(len(a)) for a in pairs)
-        fail(2, f"a solve returned {sizes} rows, solve_size says {expected} pairs; make them agree")
-    owner = pairs[-1]
-    if ends and owner.dtype != torch.int64:
-        fail(2, f"owner of a solve is {owner.dtype}, not int64; it says which of its ends is a pair's")
-    if ends and owner.is_cpu and (n := len(owner.unique())) != len(ends[0]):        # CUDA would wait
-        say(f"warning: of {len(ends[0])} ends of a solve {n} are a pair's; is owner right?")
-    return pairs
 
 
 def finished_mid(cfg, finished):

@@ -221,8 +221,7 @@ def solve(cfg, run, number):
         *pairs, x_0 = slow_pairs(cfg, run.teacher, run.images, g)
     else:
         *pairs, x_0 = teacher_pairs(cfg, run.teacher, run.shape, g)
-    targets = run.distance.features(x_0)
-    return fid.check_pairs(pairs, math.prod(solve_size(cfg)), targets), targets
+    return pairs, run.distance.features(x_0)
 
 
 def image_batch(cfg, run, step, mine):
@@ -253,7 +252,6 @@ def loss_of(cfg, run, step, f, rows, targets):
     x, t, eps = rows
     if cfg.stage == "pretrain":
         return loss_dm(f, x, t, eps, run.net.sigma_data)
-    # fid.check_values refuses, before a run, a --post that loss_of does not name
     assert cfg.post in ("ect", "annealed", "ecd", "ecd_euler"), f"{cfg.post}: no branch returns its loss"
     r = ect_step(t, cfg.q ** (1 + step // cfg.stair if cfg.post == "annealed" else 1))       # q, q^2, q^3 ...
     x_t, x_r = (x + s.view(-1, 1, 1, 1) * eps for s in (t, r))
@@ -589,7 +587,7 @@ def check(cfg):
     if cfg.stage == "post" and cfg.stair and cfg.q ** (1 + (cfg.steps - 1) // cfg.stair) > 2**20:
         fail(2, f"--stair {cfg.stair}: q passes 2^20 in {cfg.steps} steps, t - r is rounding; raise it")
     if cfg.stage == "mid" and trains:
-        fid.check_solve(cfg, *solve_size(cfg), WORLD, teacher_solver, teacher_sigmas)
+        fid.check_solve(cfg, *solve_size(cfg), WORLD)
         if cfg.loss == "huber" and not cfg.huber_c:
             fail(2, f"--loss huber --huber_c {cfg.huber_c}: huber needs a c above 0; or --loss l2")
     if trains and not os.path.exists(f"{cfg.out}/{cfg.stage}.pt"):
@@ -612,7 +610,7 @@ def check_files(cfg):
             fid.check_teacher(cfg, nets.finished, read_teacher, None, shape)
         if cfg.loss == "lpips" and (channels != 3 or side < 16):
             fail(2, f"--loss lpips needs 3x16x16 at least, not {channels}x{side}x{side}; pass --loss huber")
-        fid.check_distance(make_distance(cfg), (channels, side, side), DEVICE)    # VGG: fetched
+        make_distance(cfg)                            # its VGG: fetched
     if cfg.stage != "pretrain" and cfg.init not in INITS:
         candidates(cfg)                               # --init FILE: is it a net?
     if needs_data(cfg):                               # can it be read, and by the teacher and its net?

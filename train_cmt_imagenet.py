@@ -284,7 +284,7 @@ def solve(cfg, run, number):
     *pairs, x_0 = teacher_pairs(cfg, run.teacher, run.shape, g, run.classes)
     views = () if cfg.ensemble == "none" else run.distance.draw(pairs[0], g).values()        # of each pair
     targets = [x_0] if views else run.distance.features(x_0)             # once per end; of views: per pair
-    return [*fid.check_pairs(pairs, math.prod(solve_size(cfg)), targets), *views], targets
+    return [*pairs, *views], targets
 
 
 def image_batch(cfg, run, step, mine):
@@ -827,7 +827,7 @@ def check(cfg):
     if cfg.w != 1 and not cfg.guide:
         fail(2, f"--w {cfg.w}: there is no --guide whose answer it weighs; name one, or pass --w 1")
     if cfg.stage == "mid" and trains:
-        fid.check_solve(cfg, *solve_size(cfg), WORLD, teacher_solver, teacher_sigmas)
+        fid.check_solve(cfg, *solve_size(cfg), WORLD)
         if cfg.ensemble != "none" and cfg.loss != "elatent":
             fail(2, f"--ensemble {cfg.ensemble} belongs to --loss elatent; pass --ensemble none")
         if (cfg.res == 512) != (cfg.loss == "elatent") and cfg.loss in ("lpips", "elatent"):
@@ -857,8 +857,7 @@ def check_files(cfg, trains):
         check_nets(cfg)                               # one that has begun compares its data in train
     measures = cfg.stage == "mid" and trains and not wants_vgg(cfg)
     if measures and not begun and (cfg.dry_run or there):
-        shape = (1, 8, 8) if cfg.data == "digits" else (4, 64, 64) if cfg.res == 512 else (3, 64, 64)
-        fid.check_distance(make_distance(cfg), shape, DEVICE)                # its VGG: fetched
+        make_distance(cfg)                            # its VGG: fetched
     if cfg.res == 512 and cfg.data != "digits" and cfg.stage in ("encode", "sample", "eval"):
         vae_of(cfg)                                   # are diffusers and the VAE there?
     for file in (cfg.main, cfg.guide) if cfg.stage == "post" and cfg.post not in NO_TEACHER else ():

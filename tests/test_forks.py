@@ -3,8 +3,8 @@
     python -m pytest tests/test_forks.py
 
 It asks what Python tells late or never: is every name somewhere, every field there and read, every argument of a loss used?
-Then what the four scripts do not have, words and numbers of Config, is trained on digits for two steps, with it and without:
-the weights must differ.
+Do the tables name what exists? Do solver, noise levels, distances and solves return what the losses take? Then what the four
+scripts do not have, words and numbers of Config, is trained on digits for two steps, with it and without: the weights must differ.
 """
 import builtins
 import contextlib
@@ -12,12 +12,15 @@ import dis
 import importlib
 import inspect
 import io
+import math
 import re
 import shutil
+import traceback
 import typing
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -49,8 +52,103 @@ def faults(home):
     read = {*home.STAGES, *re.findall(r"\bc(?:fg)?\.(\w+)", code + Path(fid.__file__).read_text())}
     said += [f"--{name}: nothing reads cfg.{name}" for name in known if known[name] is not str and name not in read]
     said += [f"--{name}: no row of LIMITS says what it may be" for name in known if known[name] in (int, float) and name not in bounded]
-    return said + [f"{method}: no row of ABOUT says what to expect of it" for stage, word in words_of(home)
+    return said + faults_of_tables(home) + [f"{method}: no row of ABOUT says what to expect of it" for stage, word in words_of(home)
                    if stage in ("mid", "post") and (method := f"{stage} {word}") not in home.ABOUT]
+
+
+def faults_of_tables(home):
+    """Lines on a name in a table of a script that is nowhere, and on a value that its field cannot have."""
+    kinds, said = {f.name: f.type for f in fields(home.Config)}, []
+    words = {name: typing.get_args(kind) for name, kind in kinds.items()}
+    named = [("LIMITS", name) for names in home.LIMITS.values() for name in names.split()]
+    named += [("READ_BY", name) for names in home.READ_BY for name in names.split()]
+    named += [("PRESETS", name) for row in home.PRESETS.values() for name in row]
+    said += [f"{table} names {name}, which is no field of Config" for table, name in named if name not in kinds]
+
+    keys = [("ABOUT", key) for key in home.ABOUT]
+    keys += [("READ_BY", key.removeprefix("not ")) for where in home.READ_BY.values() for key in where.split(", ")]
+    methods = [(table, *key.partition(" ")[::2]) for table, key in keys]
+    methods += [("PRESETS", stage, method) for _, stage, method in home.PRESETS]
+    methods += [("NO_TEACHER", "post", method) for method in home.NO_TEACHER]
+    for table, stage, method in methods:
+        if stage not in ("*", *words["stage"]):
+            said.append(f"{table} names {stage}, which is no stage")
+        elif method not in ("", "*", *words.get(stage, ())):
+            said.append(f"{table} names {method}, which is no method of {stage}")
+    data = "*", "own", "digits", home.Config.data, *home.FILES
+    said += [f"PRESETS names {name}, which is no data set" for name, *_ in home.PRESETS if name not in data]
+
+    defaults = {"Config": {f.name: f.default for f in fields(home.Config)}}
+    for row, values in (defaults | {f"PRESETS {key}": row for key, row in home.PRESETS.items()}).items():
+        for name in values.keys() & kinds:
+            value, kind = values[name], (int, float) if kinds[name] is float else kinds[name]
+            if value not in words[name] if words[name] else not isinstance(value, kind):
+                said.append(f"{row}: {name} = {value!r} must be {', '.join(words[name]) or kinds[name].__name__}")
+    said += [f"DECAYS has no entry {word}, a word of --decay" for word in words.get("decay", ()) if word not in home.DECAYS]
+    return [*dict.fromkeys(said)]
+
+
+def ask_solver(home, steps=4):
+    """Fails unless the teacher's solver goes down its noise levels, tried on a net that answers with 0."""
+    sigmas = home.teacher_sigmas(steps)
+    falls = torch.is_tensor(sigmas) and len(sigmas) == steps + 1 and abs(sigmas[0] - 80) < 1e-6 and (sigmas.diff() < 0).all()
+    assert falls, f"teacher_sigmas returned no tensor of {steps + 1} levels, falling from 80"
+    x_T = torch.full((2, 1, 4, 4), 80.0)
+    xs = home.teacher_solver(lambda x, sigma: 0 * x, x_T, sigmas)
+    to_the_end = torch.is_tensor(xs) and xs.shape == (steps + 1, *x_T.shape) and (xs[0] - xs[-1] >= 79).all()
+    assert to_the_end, "teacher_solver returned no states from x_T to the end, (steps + 1, B, C, H, W)"
+
+
+def ask_distance(distance, shape):
+    """Fails unless a distance works on two images of this shape, (C, H, W)."""
+    for name in ("features", "distance"):
+        assert callable(getattr(distance, name, None)), f"a distance has no method {name}; it has two, features(x) and distance(a, b)"
+    features = distance.features(torch.rand(2, *shape) * 2 - 1)
+    assert isinstance(features, list), f"features of a distance are a {type(features).__name__}, not a list of tensors, as [x]"
+    assert not any(a.requires_grad for a in features), "features of a distance have a gradient: make its net .requires_grad_(False).eval()"
+    answer = distance.distance(features, features)
+    found = f"of shape {[*answer.shape]}" if torch.is_tensor(answer) else f"a {type(answer).__name__}"
+    assert found == "of shape [2]", f"a distance of 2 images is {found}, not a number for each of them; end it in .flatten(1).mean(1), and return it"
+
+
+def ask_pairs(pairs, expected, ends=None):
+    """Fails unless a solve returned so many pairs; with ends, the last of its tensors says which end is a pair's."""
+    sizes = [len(a) for a in pairs]
+    assert {*sizes} == {expected}, f"a solve returned {', '.join(map(str, sizes))} rows, solve_size says {expected} pairs; make them agree"
+    if ends:
+        owner = pairs[-1]
+        assert owner.dtype == torch.int64, f"owner of a solve is {owner.dtype}, not int64; it says which of its ends is a pair's"
+        used = len(owner.unique())
+        assert used == len(ends[0]), f"of {len(ends[0])} ends of a solve {used} are a pair's; is owner right?"
+
+
+def ask_mid(home, cfg):
+    """Fails unless the distance and the solve of a mid-training return what its loss takes."""
+    vgg = nets.VGG().requires_grad_(False).eval()          # in place of the one that is fetched
+    with fid.one_line(cfg, nets.WeightsError), mock.patch.object(nets, "pretrained_lpips", lambda: vgg):
+        run, measured = home.set_up(cfg), hasattr(home, "make_distance")
+        if measured:
+            ask_distance(run.distance, run.shape)
+        pairs, shared = home.solve(cfg, run, 0)
+        ask_pairs(pairs, math.prod(home.solve_size(cfg)), shared if measured else None)
+
+
+def why_not(home, work, *args):
+    """In a line why work(*args) fails, "" if it does not."""
+    said = io.StringIO()
+    fid.SAID.clear()                                       # what was said before is said again
+    try:
+        with contextlib.redirect_stderr(said):
+            work(*args)
+    except SystemExit:                                 # the last line begins with the program's name
+        return said.getvalue().strip().splitlines()[-1].partition(": ")[2]
+    except AssertionError as error:                    # of this file
+        return fid.first_line(error)
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == home.__file__]
+        where = f"{Path(home.__file__).name}, line {lines[-1]}: " if lines else ""
+        return f"{where}{type(error).__name__}: {fid.first_line(error)}"
+    return ""
 
 
 def other(value):
@@ -74,10 +172,9 @@ def idle(home, out):
         if stage != "pretrain":
             shutil.copytree(start, folder)
         own = [flag for flag in flags if flag.partition("=")[0] not in {f"--{s}" for s in STAGES} - {f"--{stage}"}]
-        with contextlib.redirect_stderr(said := io.StringIO()), contextlib.suppress(SystemExit):
-            home.main([*digits, "--stage", stage, "--out", folder, *["--mid", "none"] * (stage == "post"), *own])
+        failed = why_not(home, home.main, [*digits, "--stage", stage, "--out", folder, *["--mid", "none"] * (stage == "post"), *own])
         ckpt = nets.finished(f"{folder}/{stage}.pt")
-        return torch.cat([w.flatten() for w in ckpt["net"].values()]) if ckpt else said.getvalue()
+        return torch.cat([w.flatten() for w in ckpt["net"].values()]) if ckpt else failed
 
     def differ(stage, some, others):
         a, b = trained(stage, *some), trained(stage, *others)
@@ -87,8 +184,20 @@ def idle(home, out):
         return f"--{name}={value}" if not isinstance(value, bool) else f"--{name}" if value else f"--no-{name}"
 
     digits, start = ["--data", "digits", "--steps", "2"], f"{out}/start"
+    if hasattr(home, "teacher_solver") and (failed := why_not(home, ask_solver, home)):
+        return [failed]
     for stage in home.STAGES[:home.STAGES.index("mid")]:
         home.main([*digits, "--stage", stage, "--out", start])
+    choices = {f.name: typing.get_args(f.type) for f in fields(home.Config)}
+    mid = [f"--mid={word}" for word in choices["mid"] if word != "none"]
+    mid += [f"--loss={word}" for word in choices.get("loss", ())]
+    misfits = {}                                           # each once, with the first flag that shows it
+    for flag in mid:
+        cfg = home.parse([*digits, "--stage", "mid", "--out", start, "--trajectories", "4", "--dry_run", flag])
+        if failed := why_not(home, ask_mid, home, cfg):
+            misfits.setdefault(failed, flag)
+    if misfits:
+        return [f"{flag}: {failed}" for failed, flag in misfits.items()]
     ours = {f.name for name in OURS for f in fields(importlib.import_module(name).Config)}
     new, said = words_of(home), []
     for name, word in new:
@@ -97,7 +206,7 @@ def idle(home, out):
             was, now = (vars(fid.stages_of(home, ["--data", "digits", "--stage", stage, *own])[0]) for own in ([], [flag]))
             numbers = [flag_of(f"{stage}.{k}", v) for k, v in now.items() if type(v) in (int, float, bool) and v != was[k] and k != "steps"]
             if not torch.is_tensor(failed := trained(stage, flag)):
-                said.append(f"{flag}: {failed.strip().splitlines()[-1]}")
+                said.append(f"{flag}: {failed}")
             alike &= torch.is_tensor(failed) and not differ(stage, [flag], numbers)       # with its rows of PRESETS, without its name
         said += [f"{flag} trains just as without it"] * alike
     methods = [(f.name, word) for f in fields(home.Config) if f.name in ("mid", "post") for word in typing.get_args(f.type)

@@ -1002,13 +1002,15 @@ def square(image, res):
 
 def ahead(read, items, threads=1, more=1):
     """Yields read(item) for each of the items, in order; threads already read the next `more`."""
-    waiting = collections.deque()
-    with ThreadPoolExecutor(threads) as pool:
+    pool, waiting = ThreadPoolExecutor(threads), collections.deque()
+    try:
         for item in items:
             waiting.append(pool.submit(read, item))
             if len(waiting) > more:
                 yield waiting.popleft().result()
         yield from (one.result() for one in waiting)
+    finally:     # trap: waiting for threads here can hang; garbage collection in any thread may close this
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def read_ahead(read, batches):

@@ -7,6 +7,7 @@ import struct
 import sys
 import types
 import zipfile
+import threading
 import zlib
 from pathlib import Path
 
@@ -597,3 +598,13 @@ def test_a_finished_stage_reads_neither_data_nor_teacher(script, model, stage, m
     for name in "load_data", "teacher_state", "build":
         monkeypatch.setattr(script, name, lambda *a: pytest.fail("read"))
     assert script.set_up(cfg) is None and f"{stage}: finished, nothing to do" in capsys.readouterr().out
+
+
+def test_a_reader_that_is_left_waits_for_no_thread():
+    """Whatever thread collects garbage may close it, also one that a join would wait for: pytest hung there once."""
+    gate, read = threading.Event(), []
+    images = fid.ahead(lambda k: (k == 0 or gate.wait(2), read.append(k)), range(9))
+    next(images)
+    images.close()
+    assert read == [0]                                      # the second is still being read
+    gate.set()

@@ -298,12 +298,11 @@ def curves(args, device):
     fid.save_chart(f"{args.out}/scores.png", panels,
                    fid.beside("FD-digits", *ends, f"means of {len(runs)} seeds", "with a loss on pixels ")
                    + "\n"
-                   "8x8 digits; FD-digits: Frechet distance of 2,000 samples to the data, in a classifier's "
-                   "features (2,000 new real digits would score about 0.4).\n"
+                   "FD-digits: Frechet distance of 2,000 samples to the 8x8 digits, in a classifier's "
+                   "features.\nNew real digits: about 0.4. Bars: the best and the worst seed.\n"
                    "Blue: mid-training on pairs (a state of a trajectory, its end), then post-training on "
-                   "images. Red: images alone, by the best schedule that we found.\n"
-                   "Both begin with the teacher's weights. Compare the last dots: there both learning rates "
-                   "have reached 0. Bars: the best and the worst seed.\n"
+                   "images.\nRed: images alone, by the best schedule that we found. Both begin with the "
+                   "teacher's weights.\nCompare the last dots: there both learning rates have reached 0.\n"
                    "With a loss on features of a VGG, the paper's way, mid-training does not help here.",
                    "images or pairs that the student has seen", marks[0])
     print(f"open {args.out}/scores.png")
@@ -432,12 +431,11 @@ def photos(args, device):
         words = (f"{fid.beside('FD-photos', *ends, f'means of {number} seeds', 'with a loss on pixels ')}\n"
                  f"{n:,} new photos would score about {new:.2f}. Scores are means of {number} seeds, images "
                  f"are seed {seed}'s.\nMid-training has a loss on pixels, post-training the plain norm "
-                 "(pseudo-Huber, best on digits, was not run)"
-                 + "; post-training gains nothing in one step" * bool(ends[0]['one step'] >= mid)
-                 + f".\nWithout mid-training: post-training alone, {fid.RECIPES['annealed']}, on "
-                 f"{seen.get('ECT, annealed')} images, as many as the other side's images and pairs.\n"
-                 f"The data are {len(images):,} photos of {name}, shrunk; nets this small draw no clear "
-                 "objects.")
+                 "(pseudo-Huber, best on digits, was not run)."
+                 + "\nPost-training gains nothing in one step." * bool(ends[0]['one step'] >= mid)
+                 + f"\nWithout it: post-training alone, {fid.RECIPES['annealed']}, on "
+                 f"{seen.get('ECT, annealed')} images (with it, as many images and pairs).\n"
+                 f"{len(images):,} photos of {name}, shrunk; nets this small draw no clear objects.")
         fid.save_stages(f"{args.out}/{seed}", [*shown, real], (), words, [*table.values()], n)
 
 

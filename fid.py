@@ -1159,12 +1159,12 @@ RECIPES = dict(annealed="with a gap that shrinks step by step", vanilla="by Mean
 JUMPS = ("between any two states of the teacher's trajectory",             # Mean Flow; consistency model
          "from every state of the teacher's trajectory to its end")
 OF_SEEDS = {  # means of three seeds (defaults, digits), as in README, for sheets of one seed
-    "train_cmt_cifar": "3.66 / 2.61 with it, 5.58 / 3.37 without (it helps); with a loss on features of a "
-                       "VGG, as in the paper, 5.94 / 3.76 and 5.75 / 3.87 (level)",
-    "train_cmt_imagenet": "2.26 / 1.02 with it, 1.48 / 0.97 without (it hurts in one step, is level in two); "
-                          "with a loss on pixels 1.33 / 0.77 and 1.48 / 0.97 (level, helps)",
+    "train_cmt_cifar": "3.66 / 2.61 with it, 5.58 / 3.37 without (it helps).\nWith a loss on features of a "
+                       "VGG, as in the paper: 5.94 / 3.76 with it, 5.75 / 3.87 without (level)",
+    "train_cmt_imagenet": "2.26 / 1.02 with it, 1.48 / 0.97 without (it hurts in one step, level in two).\n"
+                          "With a loss on pixels: 1.33 / 0.77 with it, 1.48 / 0.97 without (level, helps)",
     "train_mf_imagenet256": "3.17 / 1.02 with it, 2.28 / 0.68 without (it hurts)",
-    "train_t2i_coco": "3.05 / 3.40 with it, 3.03 / 2.83 without (it is level in one step, hurts in two)"}
+    "train_t2i_coco": "3.05 / 3.40 with it, 3.03 / 2.83 without (level in one step, it hurts in two)"}
 FEW = {"1": "one step", "2": "two steps"}                # the steps of students that a heading tells
 INKS = {"without|scratch": "#c0392b", "flow": "#8e44ad", "mid|CMT": "#1f5fbf", "teacher|pre-": "#2e8b57",
         "post": "#d98a00", "VGG": "#555555"}             # what a name speaks of: its colour in every chart
@@ -1186,11 +1186,13 @@ def boxed(text, wide, font):
     """(text wrapped to at most `wide` pixels, its width, its height); nothing is cut off."""
     # no break before a number, a sign, / or %, after a sign, or inside "mid- and post-training"
     text = re.sub(r" (?=[-%/\d]|\+-)|(?<=[ +]-) |(?<=->) |(?<=[Mm]id-) |(?<=[Mm]id- and) ", "\0", plain(text))
-    for letters in range(int(wide / font.getlength(".")), 0, -1):
-        parts = [textwrap.wrap(part, letters, break_on_hyphens=False) or [""] for part in text.split("\n")]
-        lines = [line.replace("\0", " ") for part in parts for line in part]
-        if max(map(font.getlength, lines)) <= wide:
-            break
+    lines = []
+    for part in text.split("\n"):
+        for letters in range(int(wide / font.getlength(".")), 0, -1):
+            some = [line.replace("\0", " ") for line in textwrap.wrap(part, letters, break_on_hyphens=False)]
+            if max(map(font.getlength, some), default=0) <= wide:
+                break
+        lines += some or [""]
     text = "\n".join(lines)
     return text, *ImageDraw.Draw(Image.new("L", (1, 1))).multiline_textbbox((0, 0), text, font)[2:]
 
@@ -1297,11 +1299,11 @@ def about(cfg, found):
     scope, nets = f"with a loss on {COMPARED.get(loss, loss)} " * ("mid" in knobs), home_of(cfg).nets
     how = [RECIPES[k] for k in RECIPES if k == alone.get("post")]
     if alone.get("pretrain") == "fm" and (start := nets.finished(f"{cfg.out}/alone/pretrain.pt")):
-        how += [f"from a flow-matching net trained on {nets.cost(start)['images']} images"]
-        how += ["both sides in about equal time"] * (cfg.data == "digits")
+        how += [f"from flow matching on {nets.cost(start)['images']} images"]
+        how += ["in about equal time"] * (cfg.data == "digits")
     seen = {name: ckpt["step"] * knobs[name]["batch"] for name, *_, ckpt in found if knobs.get(name)}
     if alone and 2 * seen["alone"] == sum(seen.values()):
-        how += [f"on {seen['alone']:,} images, as many as the other side's images and pairs"]
+        how += [f"on {seen['alone']:,} images (with it, as many images and pairs)"]
     lines = [f"Mid-training teaches the jump {JUMPS[loss != 'velocities']}."] * ("mid" in knobs)
     lines += [f"Without it: {', '.join(['post-training alone', *how])}."] * bool(alone)
     script = os.path.basename(home_of(cfg).__file__).removesuffix(".py")
@@ -1353,16 +1355,16 @@ def headline(table, scope=""):
 def of_scores(table, samples):
     """For a caption: what the scores of a table are, and what does not help."""
     few = "; with so few it is off, mostly high" * (samples < 1_024)
-    few += f" ({HALVES.partition(';')[0]})" * (distance_of(table) == "FD-digits")
+    few += " (new real digits: about 0.4)" * (distance_of(table) == "FD-digits")
     text = (f"\n{distance_of(table)}, lower is better: Frechet distance of {samples:,} samples to the data, "
             f"in a classifier's features{few}.")
     nets = scores_of(table)
     if "mid" in nets and "alone" not in nets:
-        text += " Only a run without mid-training tells whether it helps (docs/usage.md)."
+        text += "\nOnly a run without mid-training tells whether it helps (docs/usage.md)."
     mid, post = nets.get("mid", {}), nets.get("post", {})
     if worse := [k for k in mid if k in post and effect(post[k], mid[k]) == "hurts"]:
-        text += f" Post-training makes scores worse in {' and in '.join(worse)}."
-    return text + (" Shows its digit: a classifier reads the image as that digit."
+        text += f"\nPost-training makes scores worse in {' and in '.join(worse)}."
+    return text + ("\nShows its digit: a classifier reads the image as that digit."
                    * any("shows its digit" in key for row in table for key in row))
 
 
@@ -1437,14 +1439,14 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
     means = "; ".join(f"{words_for[net]} {error[0].mean().item():.2f}" for net, error in errors.items())
     consistency = bool(levels.max() > 1)
     notes = [f"{len(some)} of {n} states"] * (len(some) < n)
-    notes += ["states above sigma 1 are divided by sigma"] * consistency
+    notes += ["above sigma 1 they are divided by sigma"] * consistency
     caption = (f"Mid-training teaches the jump {JUMPS[consistency]}\n"
                "First row: the trajectory, from noise to an image"
-               + f" ({'; '.join(notes)})" * bool(notes) + ". Below: each net's answer to each state.\n"
-               f"Error: root mean square distance from the end (two ends differ by {apart:.2f}). From pure "
-               f"noise, mean of {states.shape[1]} noises: {means}.\n"
+               + f" ({'; '.join(notes)})" * bool(notes) + ".\nBelow: each net's answer to each state. "
+               f"Error: root mean square distance from the end; two ends differ by {apart:.2f}.\n"
+               f"Mean error from {states.shape[1]} noises: {means}. "
                f"Shown: the noise of median error {words_for.get(last, last)}."
-               + " Post-training leaves this trajectory and is not shown." * ({"mid", "post"} <= nets.keys())
+               + "\nPost-training leaves this trajectory and is not shown." * ({"mid", "post"} <= nets.keys())
                + words)
     first, *middle, end = (f"{level:.2g}" for level in levels.tolist())
     header = [f"noise level {'sigma' if consistency else 't'}", f"noise\n{first}", *middle, f"the end\n{end}"]

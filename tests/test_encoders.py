@@ -257,7 +257,7 @@ def test_a_killed_encode_goes_on_and_two_processes_give_what_one_gives(case, tmp
     assert whole.keys() == both.keys() and all(np.array_equal(whole[name], both[name]) for name in whole)
     assert len(list(Path(shards_of(case)).glob("*0000*.npy"))) == (6 if case.coco else 3)
     assert first.stat().st_mtime_ns == made or case.coco                  # of COCO's two arrays one may have been missing
-    assert os.path.exists(LINES[case.kind][2]) and " a second, " in Path("log0").read_text()
+    assert os.path.exists(LINES[case.kind][2]) and "\nencode: " in Path("log0").read_text()
 
 
 def test_what_cannot_be_encoded_is_said_before_the_first_picture(case, capsys, monkeypatch):

@@ -816,8 +816,8 @@ def test_of_a_long_trajectory_nine_states_are_drawn_where_most_changes(tmp_path,
     assert late[0][1][:, 0, 0, 0].tolist() == [*range(9)] and len(short[0][1]) == 8
     assert [rows[0][0], short[0][0]] == ["the teacher's trajectory", "the teacher's trajectory\nclass 7"]
     assert rows[1][0] == "after mid-training\nin one step" and rows[1][2:] == tuple(f"error {e:.2f}" for e in range(16, -1, -2)) and len(rows[0]) == 2
-    assert said[0].startswith("Mid-training teaches the jump between any two states of the teacher's trajectory\nFirst row: the trajectory, from noise to an image (9 of 17 states). Below: each net's answer to each state.\nError: ")
-    assert "root mean square distance from the end (two ends differ by 0.00). From pure noise, mean of 2 noises: after mid-training 16.00.\nShown: the noise of median error after mid-training." in said[0] and "divided by sigma" not in said[0]
+    assert said[0].startswith("Mid-training teaches the jump between any two states of the teacher's trajectory\nFirst row: the trajectory, from noise to an image (9 of 17 states).\nBelow: each net's answer to each state. Error: ")
+    assert "root mean square distance from the end; two ends differ by 0.00.\nMean error from 2 noises: after mid-training 16.00. Shown: the noise of median error after mid-training." in said[0] and "divided by sigma" not in said[0]
     fid.save_trajectory("", x, torch.linspace(80, 0, 17), {"teacher": lambda x, level: x, "mid": lambda x, level: x + 9, "post": lambda x, level: x - 1})
     assert said[-1].startswith("Mid-training teaches the jump from every state of the teacher's trajectory to its end\n")
     assert [row[2:3] for row in drawn[-1][0]] == [(), ("error 16.00",), ("error 7.00",)] and "divided by sigma" in said[-1]
@@ -833,14 +833,14 @@ def test_the_heading_of_scored_images_has_the_last_net_in_one_step_and_two_and_t
             {"stage": "post", "1-step FID": "6.0 +- 1.0, min 5.0", "2-step FID": "3.0"}]
     fid.save_stages(str(tmp_path), shown, (), "\nSeed 0.", rows, 500)
     assert said[0] == ("after post-training: FID (lower is better) 6.00 in one step, 3.00 in two steps\n"
-                       "In each column every net draws from the same noise.\nFID, lower is better: Frechet distance of 500 samples to the data, in a classifier's features; with so few it is off, mostly high. Only a run without mid-training tells whether it helps (docs/usage.md). Post-training makes scores worse in one step.\nSeed 0.")
+                       "In each column every net draws from the same noise.\nFID, lower is better: Frechet distance of 500 samples to the data, in a classifier's features; with so few it is off, mostly high.\nOnly a run without mid-training tells whether it helps (docs/usage.md).\nPost-training makes scores worse in one step.\nSeed 0.")
     assert labels == [[("mid-training alone\n1 step", "5.0", "-"), ("after post-training\n1 step", "6.0 +- 1.0, min 5.0", "3.0")]]     # two look like one
     assert heads == [["", *[""] * 12, "FID of this row", "FID in two steps"]]
     fid.save_stages(str(tmp_path), shown, (), "", [{"stage": "teacher", "8-step FID": "2.0"}])
     fid.save_stages(str(tmp_path), shown, (), "A heading\nand more", rows)
     nearly = [{"stage": "mid", "1-step FID": "5.0", "2-step FID": "3.0"}, {"stage": "post", "1-step FID": "5.4", "2-step FID": "3.2"}]
     assert fid.headline(nearly) == "after post-training: FID (lower is better) 5.40 in one step, 3.20 in two steps"
-    for one, two, words in ("5.6", "3.4", " Post-training makes scores worse in one step and in two steps."), ("5.0", "3.4", " Post-training makes scores worse in two steps."), ("5.4", "3.2", "(docs/usage.md)."):
+    for one, two, words in ("5.6", "3.4", "\nPost-training makes scores worse in one step and in two steps."), ("5.0", "3.4", "\nPost-training makes scores worse in two steps."), ("5.4", "3.2", "(docs/usage.md)."):
         assert fid.of_scores([nearly[0], nearly[1] | {"1-step FID": one, "2-step FID": two}], 500).endswith(words)           # in either; within 10 % it is not told
     assert fid.headline([{"stage": "teacher", "1-step FID": "9.0", "8-step FID": "2.0"}]) == ""
     assert fid.headline([{"stage": "teacher", "8-step FID": "2.0"}]) == ""
@@ -883,11 +883,11 @@ def test_a_caption_names_seed_and_sizes(monkeypatch):
     assert fid.about(train_cmt_cifar.Config(seed=7), found[2:]) == "\nSeed 7."
     cfg = dict(lr=1e-4, q=4096, out="x", mid="cmt", batch=8)
     rival = [("post", found[0][1], dict(cfg=cfg, step=1)), ("alone", found[0][1], dict(step=1, cfg=cfg | dict(post="vanilla", out="y", mid="none")))]
-    assert fid.about(train_cmt_cifar.Config(seed=7), rival) == "\nWithout it: post-training alone, by Mean Flow's own recipe, on 8 images, as many as the other side's images and pairs.\nSeed 7."                # what it was trained by
+    assert fid.about(train_cmt_cifar.Config(seed=7), rival) == "\nWithout it: post-training alone, by Mean Flow's own recipe, on 8 images (with it, as many images and pairs).\nSeed 7."                # what it was trained by
     rival[1][2]["cfg"] |= dict(lr=1e-4, pretrain="fm")
-    for step, words in (3, ""), (20, ", from a flow-matching net trained on 160 images"):                        # not begun, or from a file; trained here
+    for step, words in (3, ""), (20, ", from flow matching on 160 images"):                        # not begun, or from a file; trained here
         monkeypatch.setattr(train_mf_imagenet256.nets, "finished", lambda path: {"step": 20, "seconds": 1, "cfg": {"batch": 8, "stage": "pretrain"}} if step == 20 else None)
-        assert fid.about(train_mf_imagenet256.Config(seed=7), rival) == f"\nWithout it: post-training alone, by Mean Flow's own recipe{words}, on 8 images, as many as the other side's images and pairs.\nSeed 7."
+        assert fid.about(train_mf_imagenet256.Config(seed=7), rival) == f"\nWithout it: post-training alone, by Mean Flow's own recipe{words}, on 8 images (with it, as many images and pairs).\nSeed 7."
 
 
 def test_sheets_of_one_seed_have_the_means_of_three_that_readme_has(monkeypatch):

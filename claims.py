@@ -433,8 +433,8 @@ def photos(args, device):
                  f"are seed {seed}'s.\nMid-training has a loss on pixels, post-training the plain norm "
                  "(pseudo-Huber, best on digits, was not run)."
                  + "\nPost-training gains nothing in one step." * bool(ends[0]['one step'] >= mid)
-                 + f"\nWithout it: post-training alone, {fid.RECIPES['annealed']}, on "
-                 f"{seen.get('ECT, annealed')} images (with it, as many images and pairs).\n"
+                 + f"\nWithout mid-training: post-training alone, {fid.RECIPES['annealed']}, on "
+                 f"{seen.get('ECT, annealed')} images (with it, images and pairs).\n"
                  f"{len(images):,} photos of {name}, shrunk; nets this small draw no clear objects.")
         fid.save_stages(f"{args.out}/{seed}", [*shown, real], (), words, [*table.values()], n)
 

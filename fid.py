@@ -1297,15 +1297,16 @@ def about(cfg, found):
     knobs = {name: ckpt.get("cfg", {}) for name, *_, ckpt in found if name in ("mid", "post", "alone")}
     loss, alone = knobs.get("mid", {}).get("loss", "velocities"), knobs.get("alone", {})
     scope, nets = f"with a loss on {COMPARED.get(loss, loss)} " * ("mid" in knobs), home_of(cfg).nets
+    rival = "post-training alone"
     how = [RECIPES[k] for k in RECIPES if k == alone.get("post")]
     if alone.get("pretrain") == "fm" and (start := nets.finished(f"{cfg.out}/alone/pretrain.pt")):
-        how += [f"from flow matching on {nets.cost(start)['images']} images"]
-        how += ["in about equal time"] * (cfg.data == "digits")
+        rival = f"flow matching on {nets.cost(start)['images']} images, then post-training"
+        how += ["in about equal time, teachers included"] * (cfg.data == "digits")
     seen = {name: ckpt["step"] * knobs[name]["batch"] for name, *_, ckpt in found if knobs.get(name)}
     if alone and 2 * seen["alone"] == sum(seen.values()):
-        how += [f"on {seen['alone']:,} images (with it, as many images and pairs)"]
+        how += [f"on {seen['alone']:,} images (with it, images and pairs)"]
     lines = [f"Mid-training teaches the jump {JUMPS[loss != 'velocities']}."] * ("mid" in knobs)
-    lines += [f"Without it: {', '.join(['post-training alone', *how])}."] * bool(alone)
+    lines += [f"Without mid-training: {', '.join([rival, *how])}."] * bool(alone)
     script = os.path.basename(home_of(cfg).__file__).removesuffix(".py")
     if cfg.data == "digits" and script in OF_SEEDS and "alone" in knobs:
         lines += [f"Means of three seeds (docs/results.md), one / two steps: {OF_SEEDS[script]}."]
@@ -1438,8 +1439,8 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
               *(f"error {e:.2f}" for e in errors[net][:, k].tolist())) for net, x in answers.items()]
     means = "; ".join(f"{words_for[net]} {error[0].mean().item():.2f}" for net, error in errors.items())
     consistency = bool(levels.max() > 1)
-    notes = [f"{len(some)} of {n} states"] * (len(some) < n)
-    notes += ["above sigma 1 they are divided by sigma"] * consistency
+    notes = [f"{len(some)} of {n} states; those left out look like their neighbours"] * (len(some) < n)
+    notes += ["above sigma 1, divided by sigma"] * consistency
     caption = (f"Mid-training teaches the jump {JUMPS[consistency]}\n"
                "First row: the trajectory, from noise to an image"
                + f" ({'; '.join(notes)})" * bool(notes) + ".\nBelow: each net's answer to each state. "

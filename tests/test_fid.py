@@ -816,7 +816,7 @@ def test_of_a_long_trajectory_nine_states_are_drawn_where_most_changes(tmp_path,
     assert late[0][1][:, 0, 0, 0].tolist() == [*range(9)] and len(short[0][1]) == 8
     assert [rows[0][0], short[0][0]] == ["the teacher's trajectory", "the teacher's trajectory\nclass 7"]
     assert rows[1][0] == "after mid-training\nin one step" and rows[1][2:] == tuple(f"error {e:.2f}" for e in range(16, -1, -2)) and len(rows[0]) == 2
-    assert said[0].startswith("Mid-training teaches the jump between any two states of the teacher's trajectory\nFirst row: the trajectory, from noise to an image (9 of 17 states).\nBelow: each net's answer to each state. Error: ")
+    assert said[0].startswith("Mid-training teaches the jump between any two states of the teacher's trajectory\nFirst row: the trajectory, from noise to an image (9 of 17 states; those left out look like their neighbours).\nBelow: each net's answer to each state. Error: ")
     assert "root mean square distance from the end; two ends differ by 0.00.\nMean error from 2 noises: after mid-training 16.00. Shown: the noise of median error after mid-training." in said[0] and "divided by sigma" not in said[0]
     fid.save_trajectory("", x, torch.linspace(80, 0, 17), {"teacher": lambda x, level: x, "mid": lambda x, level: x + 9, "post": lambda x, level: x - 1})
     assert said[-1].startswith("Mid-training teaches the jump from every state of the teacher's trajectory to its end\n")
@@ -883,11 +883,11 @@ def test_a_caption_names_seed_and_sizes(monkeypatch):
     assert fid.about(train_cmt_cifar.Config(seed=7), found[2:]) == "\nSeed 7."
     cfg = dict(lr=1e-4, q=4096, out="x", mid="cmt", batch=8)
     rival = [("post", found[0][1], dict(cfg=cfg, step=1)), ("alone", found[0][1], dict(step=1, cfg=cfg | dict(post="vanilla", out="y", mid="none")))]
-    assert fid.about(train_cmt_cifar.Config(seed=7), rival) == "\nWithout it: post-training alone, by Mean Flow's own recipe, on 8 images (with it, as many images and pairs).\nSeed 7."                # what it was trained by
+    assert fid.about(train_cmt_cifar.Config(seed=7), rival) == "\nWithout mid-training: post-training alone, by Mean Flow's own recipe, on 8 images (with it, images and pairs).\nSeed 7."                # what it was trained by
     rival[1][2]["cfg"] |= dict(lr=1e-4, pretrain="fm")
-    for step, words in (3, ""), (20, ", from flow matching on 160 images"):                        # not begun, or from a file; trained here
+    for step, words in (3, "post-training alone"), (20, "flow matching on 160 images, then post-training"):                        # not begun, or from a file; trained here
         monkeypatch.setattr(train_mf_imagenet256.nets, "finished", lambda path: {"step": 20, "seconds": 1, "cfg": {"batch": 8, "stage": "pretrain"}} if step == 20 else None)
-        assert fid.about(train_mf_imagenet256.Config(seed=7), rival) == f"\nWithout it: post-training alone, by Mean Flow's own recipe{words}, on 8 images (with it, as many images and pairs).\nSeed 7."
+        assert fid.about(train_mf_imagenet256.Config(seed=7), rival) == f"\nWithout mid-training: {words}, by Mean Flow's own recipe, on 8 images (with it, images and pairs).\nSeed 7."
 
 
 def test_sheets_of_one_seed_have_the_means_of_three_that_readme_has(monkeypatch):

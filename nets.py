@@ -299,8 +299,7 @@ class EDMPrecond(nn.Module):
                  use_fp16=None, sigma_min=None, sigma_max=None, **unet):         # in files, but not used
         super().__init__()
         for name, value in FIXED.items():
-            given = unet.pop(name, value)
-            if (list(given) if isinstance(given, tuple) else given) != value:
+            if (given := unet.pop(name, value)) != value:
                 raise WeightsError(f"{name}={given!r}: DDPM++ has {value!r}; no other SongUNet is here")
         self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
         self.sigma_data, self.sigma_shift = sigma_data, sigma_shift
@@ -472,13 +471,11 @@ def freeze(net):
         scale_rows(layers, net.compute_dtype)
     for m in layers:
         m.weight = None
-    net.register_state_dict_pre_hook(refuse_state)
+
+    def refuse(net, prefix, keep_vars):
+        raise WeightsError("this network is frozen, it has no weights to save or load; keep its file")
+    net.register_state_dict_pre_hook(refuse)
     return net.requires_grad_(False).eval()
-
-
-def refuse_state(net, prefix, keep_vars):
-    """Refuse state_dict() of a frozen net: it would load as weights other than its original ones."""
-    raise WeightsError("this network is frozen, without weights to save or load; keep the file it came from")
 
 
 class Block(nn.Module):
@@ -512,16 +509,13 @@ class Block(nn.Module):
         y = self.conv_res1(dropout(self, mp_silu(y * c[:, :, None, None]), kept))
         x = mp_sum(skip(x) if self.flavor == "dec" else x, y, self.res_balance)
         if self.heads:
-            x = mp_sum(x, self.attn_proj(self.attend(x)), self.attn_balance)
+            # trap: channel 3 (head channels_per_head + c) + {0, 1, 2} is q, k, v; no contiguous blocks
+            qkv = self.attn_qkv(x).unflatten(1, (self.heads, -1, 3)).flatten(4)         # (B, heads, C, 3, HW)
+            q, k, v = normalize(qkv.permute(3, 0, 1, 4, 2).contiguous(), -1)          # (B, heads, HW, C) each
+            a = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)     # (B, HW, heads C)
+            a = a.transpose(1, 2).unflatten(2, x.shape[2:])                            # channels_last
+            x = mp_sum(x, self.attn_proj(a), self.attn_balance)
         return x if self.clip_act is None else x.clip(-self.clip_act, self.clip_act)
-
-    def attend(self, x):
-        """Softmax attention of q, k, v with unit magnitude per head; the result is channels_last."""
-        # trap: channel 3 (head channels_per_head + c) + {0, 1, 2} is q, k, v; they are not contiguous blocks
-        qkv = self.attn_qkv(x).unflatten(1, (self.heads, -1, 3)).flatten(4)             # (B, heads, C, 3, HW)
-        q, k, v = normalize(qkv.permute(3, 0, 1, 4, 2).contiguous(), -1)              # (B, heads, HW, C) each
-        a = F.scaled_dot_product_attention(q, k, v)
-        return a.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, x.shape[2:])    # (B, heads C, H, W)
 
 
 class EDM2UNet(UNet):
@@ -709,11 +703,9 @@ def lpips_heads():
     The package is not imported, because that needs a torchvision built for exactly this torch.
     """
     spec = importlib.util.find_spec("lpips")
-    path = spec and os.path.join(os.path.dirname(spec.origin), "weights", "v0.1", "vgg.pth")
-    if not path or not os.path.exists(path):
-        raise FileNotFoundError("the lpips package holds the linear heads of LPIPS and is not installed; "
-                                "run: pip install lpips")
-    return path
+    if spec is None:
+        raise FileNotFoundError("the linear heads of LPIPS are in a package: pip install lpips")
+    return os.path.join(os.path.dirname(spec.origin), "weights", "v0.1", "vgg.pth")
 
 
 class ELatentLPIPS(VGG):
@@ -728,8 +720,6 @@ class ELatentLPIPS(VGG):
 
     def __init__(self, vgg_state=None, num_classes=0, ensemble="none"):
         super().__init__(4, LPIPS.WIDTHS, num_classes=0, pools=(3, 4), groups=32)
-        if ensemble not in self.ENSEMBLES:
-            raise ValueError(f"ensemble={ensemble!r}: it must be one of {', '.join(self.ENSEMBLES)}")
         self.parts = self.ENSEMBLES[ensemble]
         names = dict(affine="b", colour="c", gains="f", noise="n", mask="o")
         self.views = [name for name, part in names.items() if part in self.parts]      # what .draw returns
@@ -1404,13 +1394,9 @@ class DiT(FlowTransformer):
         self.blocks = nn.ModuleList([DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)])
         self.add_projector(hidden_size, repa_dim, repa_depth, projector_dim, depth)
         self.add_final_layer(hidden_size, in_channels)
-        self.reset()
-
-    def reset(self):
-        """DiT's initialisation: Xavier, small embeddings; zero scales, so no block acts and u = 0."""
-        for m in self.modules():
+        for m in self.modules():        # DiT's: Xavier, small embeddings; zero scales: no block acts and u = 0
             if isinstance(m, nn.Linear):
-                xavier_(m, 1.0)
+                xavier_(m)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))              # a view
         nn.init.zeros_(self.x_embedder.proj.bias)
         times = [e.mlp[i] for e in (self.t_embedder, self.r_embedder) if e is not None for i in (0, 2)]

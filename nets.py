@@ -128,8 +128,6 @@ def dropout(block, x, kept):
     if kept is None or not block.training or not block.dropout:
         return F.dropout(x, block.dropout, block.training)
     B, C, H, W = x.shape
-    if kept.shape[1] != C * H * W:
-        raise WeightsError(f"dropout of {C * H * W} numbers got {kept.shape[1]}: split masks by all `sizes`")
     return x * kept.view(B, H, W, C).permute(0, 3, 1, 2) / (1 - block.dropout)
 
 
@@ -1394,7 +1392,7 @@ class DiT(FlowTransformer):
         self.blocks = nn.ModuleList([DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)])
         self.add_projector(hidden_size, repa_dim, repa_depth, projector_dim, depth)
         self.add_final_layer(hidden_size, in_channels)
-        for m in self.modules():        # DiT's: Xavier, small embeddings; zero scales: no block acts and u = 0
+        for m in self.modules():           # Xavier, small embeddings; zero scales, so no block acts and u = 0
             if isinstance(m, nn.Linear):
                 xavier_(m)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))              # a view
@@ -1545,11 +1543,9 @@ def library(package, name):
     """A class of diffusers or transformers, which are not in requirements.txt; WeightsError without them."""
     try:
         return getattr(importlib.import_module(package), name)
-    except ModuleNotFoundError as e:
-        install = "pip install diffusers transformers accelerate"
-        raise WeightsError(f"{e.name or package} is not installed: {install}") from None
     except Exception as e:                            # say, a torchvision that was built for another torch
-        raise WeightsError(f"{package} cannot be imported: {' '.join(str(e).split())[:300]}") from e
+        raise WeightsError(f"{package} cannot be imported: {' '.join(str(e).split())[:300]}; "
+                           "pip install diffusers transformers accelerate") from e
 
 
 def local_first(kind, name, load):
@@ -1701,10 +1697,8 @@ def save_checkpoint(path, **state):
         with contextlib.suppress(FileNotFoundError):
             os.remove(path + ".tmp")
         size = sum(t.nbytes for t in tree_leaves(state) if torch.is_tensor(t))
-        why = f"cannot write {size:,} bytes ({type(e).__name__})"
-        gone = isinstance(e, FileNotFoundError)
-        remedy = "name a folder that is there" if gone else "free some space, run again"
-        raise OSError(f"{path}: {why}; {remedy}") from e
+        raise OSError(f"{path}: cannot write {size:,} bytes ({type(e).__name__}); free some space, or name "
+                      "a folder that is there") from e
     if os.path.exists(path) and path not in DAMAGED:
         os.replace(path, path + ".prev")
     os.replace(path + ".tmp", path)
@@ -1825,9 +1819,8 @@ if __name__ == "__main__":
     args = p.parse_args()
     if not args.made.endswith(".safetensors"):
         p.error(f"{args.made}: the file to write must end with .safetensors")
-    there = os.path.exists(args.made)
     try:
         save_checkpoint(args.made, **dict(zip(("ema", "model", "cfg"), read_weights(args.source))))
-        print(f"wrote {args.made}" + f"; the one before is {args.made}.prev" * there)
+        print(f"wrote {args.made}")
     except (WeightsError, OSError) as error:
         sys.exit(print(f"nets.py: {error}", file=sys.stderr) or 3)

@@ -280,10 +280,6 @@ class SongUNet(UNet):
         return conv(F.silu(norm(x)))
 
 
-FIXED = dict(model_type="SongUNet", embedding_type="positional", encoder_type="standard",
-             decoder_type="standard", channel_mult_noise=1, resample_filter=[1, 1])
-
-
 class EDMPrecond(nn.Module):
     """EDM preconditioning around DDPM++: D_x = c_skip x + c_out F(c_in x, c_noise)   (EDM Table 1, Eq. 7).
 
@@ -296,7 +292,9 @@ class EDMPrecond(nn.Module):
     def __init__(self, img_resolution, img_channels, label_dim=0, sigma_data=0.5, sigma_shift=0.0,
                  use_fp16=None, sigma_min=None, sigma_max=None, **unet):         # in files, but not used
         super().__init__()
-        for name, value in FIXED.items():
+        fixed = dict(model_type="SongUNet", embedding_type="positional", encoder_type="standard",
+                     decoder_type="standard", channel_mult_noise=1, resample_filter=[1, 1])
+        for name, value in fixed.items():
             if (given := unet.pop(name, value)) != value:
                 raise WeightsError(f"{name}={given!r}: DDPM++ has {value!r}; no other SongUNet is here")
         self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
@@ -696,11 +694,8 @@ def pretrained_lpips():
 
 
 def lpips_heads():
-    """Path of the linear heads in the installed lpips package; FileNotFoundError with the install line.
-
-    The package is not imported, because that needs a torchvision built for exactly this torch.
-    """
-    spec = importlib.util.find_spec("lpips")
+    """Path of the linear heads in the installed lpips package; FileNotFoundError with the install line."""
+    spec = importlib.util.find_spec("lpips")          # an import would need a torchvision of just this torch
     if spec is None:
         raise FileNotFoundError("the linear heads of LPIPS are in a package: pip install lpips")
     return os.path.join(os.path.dirname(spec.origin), "weights", "v0.1", "vgg.pth")
@@ -994,14 +989,12 @@ def read_nvidia(path):
     return state, {**named, **kwargs}
 
 
-INERT = [(Record, name) for name in ("argparse.Namespace", "numpy.dtype", "numpy.core.multiarray.scalar",
-                                     "numpy._core.multiarray.scalar")]      # in training settings
-
-
 def read_torch(path):
     """What a .pt holds, memory-mapped. Settings beside the weights (DiT, SiT, REPA) become Records."""
+    settings = ("argparse.Namespace", "numpy.dtype", "numpy.core.multiarray.scalar",
+                "numpy._core.multiarray.scalar")
     try:
-        with torch.serialization.safe_globals(INERT):
+        with torch.serialization.safe_globals([(Record, name) for name in settings]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as e:
         name = re.search(r"GLOBAL ([\w.]+)", str(e))
@@ -1453,8 +1446,7 @@ TURNED = ("final_layer.linear.weight", "final_layer.linear.bias", "t_embedder.ml
 class TwoProducts(TorchFunctionMode):
     """Inside, a linear layer's derivative is the layer without its bias: just two products.
 
-    Autograd's own rule adds the absent derivatives of weights and bias, empty tensors whose shapes it works
-    out in Python, which takes a third of a small net's time.
+    Autograd's own rule adds the absent derivatives of weights and bias: a third of a small net's time.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):

@@ -1092,6 +1092,9 @@ def read_weights(path_or_url):
     if path.startswith("edm2-") and not os.path.exists(path):
         path = EDM2_URL % path
     path = fetch(path) if "://" in path else path
+    if not os.path.isfile(path):
+        fault = "a folder, not a" if os.path.isdir(path) else "no such"
+        raise FileNotFoundError(f"{path or repr(path)}: {fault} file; give a file or a URL")
     try:
         if path.endswith(".pkl"):
             return *read_nvidia(path), {}
@@ -1528,35 +1531,33 @@ SD_VAE, CLIP, DINO = "stabilityai/sd-vae-ft-mse", "openai/clip-vit-large-patch14
 ENCODERS = {           # class: package, what its config.json calls it, the flag that takes a folder
     "AutoencoderKL": ("diffusers", [None], "--vae FOLDER/{}"),
     "CLIPTextModel": ("transformers", ["clip", "clip_text_model"], "--encoders FOLDER"),
+    "CLIPTokenizer": ("transformers", [None], "--encoders FOLDER"),
     "Dinov2Model": ("transformers", ["dinov2"], "--encoders FOLDER")}
 
 
-def library(package, name):
-    """A class of diffusers or transformers, which are not in requirements.txt; WeightsError without them."""
+def local_first(kind, name, **more):
+    """A class in ENCODERS from a folder or the hub's cache, else online; WeightsError says what to do."""
+    package, _, flag = ENCODERS[kind]
     try:
-        return getattr(importlib.import_module(package), name)
+        make = getattr(importlib.import_module(package), kind)
     except Exception as e:                            # say, a torchvision that was built for another torch
         raise WeightsError(f"{package} cannot be imported: {' '.join(str(e).split())[:300]}; "
                            "pip install diffusers transformers accelerate") from e
-
-
-def local_first(kind, name, load):
-    """load(True) from a folder or the hub's cache, else load(False) online; WeightsError if both fail."""
     try:
         logging.disable(logging.ERROR)                # report the fault in one line, not in fifty
         with contextlib.redirect_stderr(io.StringIO()):
-            return load(True)
+            return make.from_pretrained(name, local_files_only=True, **more)
     except Exception as e:
         if os.path.isdir(name):
             raise WeightsError(f"{name}: {' '.join(str(e).split())[:300]} ({type(e).__name__})") from e
     finally:
         logging.disable(logging.NOTSET)
-    last, flag = os.path.basename(name), ENCODERS[kind][2]
+    last = os.path.basename(name)
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         raise WeightsError(f"{name}: no such folder; pass {flag.format(last)}")
     try:                                              # trap: the hub's own client would try for half a minute
         urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=20).close()
-        return load(False)
+        return make.from_pretrained(name, local_files_only=False, **more)
     except Exception as e:
         raise WeightsError(f"{name}: not downloaded, and cannot be now ({' '.join(str(e).split())[:99]}); "
                            f"where there is network: hf download {name} --local-dir FOLDER/{last}; then pass "
@@ -1569,12 +1570,9 @@ def pretrained(kind, name, device):
     identity: its name and the checksum of its weights, without the decoder's, because sd-vae-ft-mse and -ema
     can each decode what either has encoded.
     """
-    package, types, _ = ENCODERS[kind]
-    make = library(package, kind)
-    model, info = local_first(kind, name, lambda local: make.from_pretrained(
-        name, local_files_only=local, output_loading_info=True))
+    model, info = local_first(kind, name, output_loading_info=True)
     lost, found = [*info["missing_keys"], *info["mismatched_keys"]], getattr(model.config, "model_type", None)
-    if lost or found not in types:                    # trap: the libraries would go on, with random weights
+    if lost or found not in ENCODERS[kind][1]:        # trap: the libraries would go on, with random weights
         raise WeightsError(f"{name}: no whole {kind}: its kind is {found}, it lacks {len(lost)} weights "
                            f"{lost[:2]}")
     model = model.float().requires_grad_(False).eval()
@@ -1610,14 +1608,11 @@ class CLIPText:
     def parts(self):
         """The model and its tokenizer."""
         model = pretrained("CLIPTextModel", self.name, self.device)
-        make = library("transformers", "CLIPTokenizer")
-
-        def load(local):
-            found, expected = make.from_pretrained(self.name, local_files_only=local), model.config.vocab_size
-            if len(found) != expected:                # trap: without its files the tokenizer knows 2 tokens
-                raise ValueError(f"{len(found)} tokens, not {expected}; are vocab.json and merges.txt there?")
-            return found
-        return model, local_first("CLIPTextModel", self.name, load)
+        tokenizer, expected = local_first("CLIPTokenizer", self.name), model.config.vocab_size
+        if len(tokenizer) != expected:                # trap: without its files the tokenizer knows 2 tokens
+            raise WeightsError(f"{self.name}: {len(tokenizer)} tokens, not {expected}; are vocab.json and "
+                               "merges.txt there?")
+        return model, tokenizer
 
     @property
     def identity(self):

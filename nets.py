@@ -128,8 +128,6 @@ def dropout(block, x, kept):
     if kept is None or not block.training or not block.dropout:
         return F.dropout(x, block.dropout, block.training)
     B, C, H, W = x.shape
-    if kept.shape[1] != C * H * W:
-        raise WeightsError(f"dropout of {C * H * W} numbers got {kept.shape[1]}: split masks by all `sizes`")
     return x * kept.view(B, H, W, C).permute(0, 3, 1, 2) / (1 - block.dropout)
 
 
@@ -282,10 +280,6 @@ class SongUNet(UNet):
         return conv(F.silu(norm(x)))
 
 
-FIXED = dict(model_type="SongUNet", embedding_type="positional", encoder_type="standard",
-             decoder_type="standard", channel_mult_noise=1, resample_filter=[1, 1])
-
-
 class EDMPrecond(nn.Module):
     """EDM preconditioning around DDPM++: D_x = c_skip x + c_out F(c_in x, c_noise)   (EDM Table 1, Eq. 7).
 
@@ -298,9 +292,10 @@ class EDMPrecond(nn.Module):
     def __init__(self, img_resolution, img_channels, label_dim=0, sigma_data=0.5, sigma_shift=0.0,
                  use_fp16=None, sigma_min=None, sigma_max=None, **unet):         # in files, but not used
         super().__init__()
-        for name, value in FIXED.items():
-            given = unet.pop(name, value)
-            if (list(given) if isinstance(given, tuple) else given) != value:
+        fixed = dict(model_type="SongUNet", embedding_type="positional", encoder_type="standard",
+                     decoder_type="standard", channel_mult_noise=1, resample_filter=[1, 1])
+        for name, value in fixed.items():
+            if (given := unet.pop(name, value)) != value:
                 raise WeightsError(f"{name}={given!r}: DDPM++ has {value!r}; no other SongUNet is here")
         self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
         self.sigma_data, self.sigma_shift = sigma_data, sigma_shift
@@ -472,13 +467,11 @@ def freeze(net):
         scale_rows(layers, net.compute_dtype)
     for m in layers:
         m.weight = None
-    net.register_state_dict_pre_hook(refuse_state)
+
+    def refuse(net, prefix, keep_vars):
+        raise WeightsError("this network is frozen, it has no weights to save or load; keep its file")
+    net.register_state_dict_pre_hook(refuse)
     return net.requires_grad_(False).eval()
-
-
-def refuse_state(net, prefix, keep_vars):
-    """Refuse state_dict() of a frozen net: it would load as weights other than its original ones."""
-    raise WeightsError("this network is frozen, without weights to save or load; keep the file it came from")
 
 
 class Block(nn.Module):
@@ -512,16 +505,13 @@ class Block(nn.Module):
         y = self.conv_res1(dropout(self, mp_silu(y * c[:, :, None, None]), kept))
         x = mp_sum(skip(x) if self.flavor == "dec" else x, y, self.res_balance)
         if self.heads:
-            x = mp_sum(x, self.attn_proj(self.attend(x)), self.attn_balance)
+            # trap: channel 3 (head channels_per_head + c) + {0, 1, 2} is q, k, v; no contiguous blocks
+            qkv = self.attn_qkv(x).unflatten(1, (self.heads, -1, 3)).flatten(4)         # (B, heads, C, 3, HW)
+            q, k, v = normalize(qkv.permute(3, 0, 1, 4, 2).contiguous(), -1)          # (B, heads, HW, C) each
+            a = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)     # (B, HW, heads C)
+            a = a.transpose(1, 2).unflatten(2, x.shape[2:])                            # channels_last
+            x = mp_sum(x, self.attn_proj(a), self.attn_balance)
         return x if self.clip_act is None else x.clip(-self.clip_act, self.clip_act)
-
-    def attend(self, x):
-        """Softmax attention of q, k, v with unit magnitude per head; the result is channels_last."""
-        # trap: channel 3 (head channels_per_head + c) + {0, 1, 2} is q, k, v; they are not contiguous blocks
-        qkv = self.attn_qkv(x).unflatten(1, (self.heads, -1, 3)).flatten(4)             # (B, heads, C, 3, HW)
-        q, k, v = normalize(qkv.permute(3, 0, 1, 4, 2).contiguous(), -1)              # (B, heads, HW, C) each
-        a = F.scaled_dot_product_attention(q, k, v)
-        return a.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, x.shape[2:])    # (B, heads C, H, W)
 
 
 class EDM2UNet(UNet):
@@ -700,23 +690,15 @@ class LPIPS(VGG):
 
 def pretrained_lpips():
     """LPIPS with torchvision's VGG-16, downloaded to the cache once."""
-    try:
-        return LPIPS(load_pretrained(fetch(VGG_URL))[0])
-    except OSError as e:
-        raise OSError(f"{e}, or measure pixels, without a VGG: --loss huber") from None
+    return LPIPS(load_pretrained(fetch(VGG_URL))[0])
 
 
 def lpips_heads():
-    """Path of the linear heads in the installed lpips package; FileNotFoundError with the install line.
-
-    The package is not imported, because that needs a torchvision built for exactly this torch.
-    """
-    spec = importlib.util.find_spec("lpips")
-    path = spec and os.path.join(os.path.dirname(spec.origin), "weights", "v0.1", "vgg.pth")
-    if not path or not os.path.exists(path):
-        raise FileNotFoundError("the lpips package holds the linear heads of LPIPS and is not installed; "
-                                "run: pip install lpips")
-    return path
+    """Path of the linear heads in the installed lpips package; FileNotFoundError with the install line."""
+    spec = importlib.util.find_spec("lpips")          # an import would need a torchvision of just this torch
+    if spec is None:
+        raise FileNotFoundError("the linear heads of LPIPS are in a package: pip install lpips")
+    return os.path.join(os.path.dirname(spec.origin), "weights", "v0.1", "vgg.pth")
 
 
 class ELatentLPIPS(VGG):
@@ -731,8 +713,6 @@ class ELatentLPIPS(VGG):
 
     def __init__(self, vgg_state=None, num_classes=0, ensemble="none"):
         super().__init__(4, LPIPS.WIDTHS, num_classes=0, pools=(3, 4), groups=32)
-        if ensemble not in self.ENSEMBLES:
-            raise ValueError(f"ensemble={ensemble!r}: it must be one of {', '.join(self.ENSEMBLES)}")
         self.parts = self.ENSEMBLES[ensemble]
         names = dict(affine="b", colour="c", gains="f", noise="n", mask="o")
         self.views = [name for name, part in names.items() if part in self.parts]      # what .draw returns
@@ -1009,14 +989,12 @@ def read_nvidia(path):
     return state, {**named, **kwargs}
 
 
-INERT = [(Record, name) for name in ("argparse.Namespace", "numpy.dtype", "numpy.core.multiarray.scalar",
-                                     "numpy._core.multiarray.scalar")]      # in training settings
-
-
 def read_torch(path):
     """What a .pt holds, memory-mapped. Settings beside the weights (DiT, SiT, REPA) become Records."""
+    settings = ("argparse.Namespace", "numpy.dtype", "numpy.core.multiarray.scalar",
+                "numpy._core.multiarray.scalar")
     try:
-        with torch.serialization.safe_globals(INERT):
+        with torch.serialization.safe_globals([(Record, name) for name in settings]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as e:
         name = re.search(r"GLOBAL ([\w.]+)", str(e))
@@ -1113,22 +1091,10 @@ def read_weights(path_or_url):
     path = str(path_or_url)
     if path.startswith("edm2-") and not os.path.exists(path):
         path = EDM2_URL % path
-    try:
-        path = fetch(path) if "://" in path else path
-    except OSError as e:
-        raise OSError(f"{e}, or pass --teacher FILE or --init FILE") from None
+    path = fetch(path) if "://" in path else path
     if not os.path.isfile(path):
-        kind = "a folder, not a" if os.path.isdir(path) else "no such"
-        raise FileNotFoundError(f"{path or repr(path)}: {kind} file; give a file or a URL")
-    with open(path, "rb") as f:
-        begin = f.read(99)
-    text, picture = re.fullmatch(rb"[\s!-~]*", begin), re.match(rb"\x89PNG|\xff\xd8\xff|GIF8", begin)
-    if text or picture:
-        what = "a picture" if picture else "text" if begin else "empty"
-        raise WeightsError(f"{path}: it is {what}, no weights; pass the .pt, .pkl or .safetensors itself")
-    with contextlib.suppress(zipfile.BadZipFile):         # a damaged .zip is named below
-        if zipfile.is_zipfile(path) and "/data.pkl" not in " ".join(zipfile.ZipFile(path).namelist()):
-            raise WeightsError(f"{path}: a .zip of other files, no weights; pass a .pt, .pkl or .safetensors")
+        fault = "a folder, not a" if os.path.isdir(path) else "no such"
+        raise FileNotFoundError(f"{path or repr(path)}: {fault} file; give a file or a URL")
     try:
         if path.endswith(".pkl"):
             return *read_nvidia(path), {}
@@ -1422,13 +1388,9 @@ class DiT(FlowTransformer):
         self.blocks = nn.ModuleList([DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)])
         self.add_projector(hidden_size, repa_dim, repa_depth, projector_dim, depth)
         self.add_final_layer(hidden_size, in_channels)
-        self.reset()
-
-    def reset(self):
-        """DiT's initialisation: Xavier, small embeddings; zero scales, so no block acts and u = 0."""
-        for m in self.modules():
+        for m in self.modules():           # Xavier, small embeddings; zero scales, so no block acts and u = 0
             if isinstance(m, nn.Linear):
-                xavier_(m, 1.0)
+                xavier_(m)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))              # a view
         nn.init.zeros_(self.x_embedder.proj.bias)
         times = [e.mlp[i] for e in (self.t_embedder, self.r_embedder) if e is not None for i in (0, 2)]
@@ -1487,8 +1449,7 @@ TURNED = ("final_layer.linear.weight", "final_layer.linear.bias", "t_embedder.ml
 class TwoProducts(TorchFunctionMode):
     """Inside, a linear layer's derivative is the layer without its bias: just two products.
 
-    Autograd's own rule adds the absent derivatives of weights and bias, empty tensors whose shapes it works
-    out in Python, which takes a third of a small net's time.
+    Autograd's own rule adds the absent derivatives of weights and bias: a third of a small net's time.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -1570,37 +1531,33 @@ SD_VAE, CLIP, DINO = "stabilityai/sd-vae-ft-mse", "openai/clip-vit-large-patch14
 ENCODERS = {           # class: package, what its config.json calls it, the flag that takes a folder
     "AutoencoderKL": ("diffusers", [None], "--vae FOLDER/{}"),
     "CLIPTextModel": ("transformers", ["clip", "clip_text_model"], "--encoders FOLDER"),
+    "CLIPTokenizer": ("transformers", [None], "--encoders FOLDER"),
     "Dinov2Model": ("transformers", ["dinov2"], "--encoders FOLDER")}
 
 
-def library(package, name):
-    """A class of diffusers or transformers, which are not in requirements.txt; WeightsError without them."""
+def local_first(kind, name, **more):
+    """A class in ENCODERS from a folder or the hub's cache, else online; WeightsError says what to do."""
+    package, _, flag = ENCODERS[kind]
     try:
-        return getattr(importlib.import_module(package), name)
-    except ModuleNotFoundError as e:
-        install = "pip install diffusers transformers accelerate"
-        raise WeightsError(f"{e.name or package} is not installed: {install}") from None
+        make = getattr(importlib.import_module(package), kind)
     except Exception as e:                            # say, a torchvision that was built for another torch
-        raise WeightsError(f"{package} cannot be imported: {' '.join(str(e).split())[:300]}") from e
-
-
-def local_first(kind, name, load):
-    """load(True) from a folder or the hub's cache, else load(False) online; WeightsError if both fail."""
+        raise WeightsError(f"{package} cannot be imported: {' '.join(str(e).split())[:300]}; "
+                           "pip install diffusers transformers accelerate") from e
     try:
         logging.disable(logging.ERROR)                # report the fault in one line, not in fifty
         with contextlib.redirect_stderr(io.StringIO()):
-            return load(True)
+            return make.from_pretrained(name, local_files_only=True, **more)
     except Exception as e:
         if os.path.isdir(name):
             raise WeightsError(f"{name}: {' '.join(str(e).split())[:300]} ({type(e).__name__})") from e
     finally:
         logging.disable(logging.NOTSET)
-    last, flag = os.path.basename(name), ENCODERS[kind][2]
+    last = os.path.basename(name)
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         raise WeightsError(f"{name}: no such folder; pass {flag.format(last)}")
     try:                                              # trap: the hub's own client would try for half a minute
         urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=20).close()
-        return load(False)
+        return make.from_pretrained(name, local_files_only=False, **more)
     except Exception as e:
         raise WeightsError(f"{name}: not downloaded, and cannot be now ({' '.join(str(e).split())[:99]}); "
                            f"where there is network: hf download {name} --local-dir FOLDER/{last}; then pass "
@@ -1613,12 +1570,9 @@ def pretrained(kind, name, device):
     identity: its name and the checksum of its weights, without the decoder's, because sd-vae-ft-mse and -ema
     can each decode what either has encoded.
     """
-    package, types, _ = ENCODERS[kind]
-    make = library(package, kind)
-    model, info = local_first(kind, name, lambda local: make.from_pretrained(
-        name, local_files_only=local, output_loading_info=True))
+    model, info = local_first(kind, name, output_loading_info=True)
     lost, found = [*info["missing_keys"], *info["mismatched_keys"]], getattr(model.config, "model_type", None)
-    if lost or found not in types:                    # trap: the libraries would go on, with random weights
+    if lost or found not in ENCODERS[kind][1]:        # trap: the libraries would go on, with random weights
         raise WeightsError(f"{name}: no whole {kind}: its kind is {found}, it lacks {len(lost)} weights "
                            f"{lost[:2]}")
     model = model.float().requires_grad_(False).eval()
@@ -1654,14 +1608,11 @@ class CLIPText:
     def parts(self):
         """The model and its tokenizer."""
         model = pretrained("CLIPTextModel", self.name, self.device)
-        make = library("transformers", "CLIPTokenizer")
-
-        def load(local):
-            found, expected = make.from_pretrained(self.name, local_files_only=local), model.config.vocab_size
-            if len(found) != expected:                # trap: without its files the tokenizer knows 2 tokens
-                raise ValueError(f"{len(found)} tokens, not {expected}; are vocab.json and merges.txt there?")
-            return found
-        return model, local_first("CLIPTextModel", self.name, load)
+        tokenizer, expected = local_first("CLIPTokenizer", self.name), model.config.vocab_size
+        if len(tokenizer) != expected:                # trap: without its files the tokenizer knows 2 tokens
+            raise WeightsError(f"{self.name}: {len(tokenizer)} tokens, not {expected}; are vocab.json and "
+                               "merges.txt there?")
+        return model, tokenizer
 
     @property
     def identity(self):
@@ -1733,10 +1684,8 @@ def save_checkpoint(path, **state):
         with contextlib.suppress(FileNotFoundError):
             os.remove(path + ".tmp")
         size = sum(t.nbytes for t in tree_leaves(state) if torch.is_tensor(t))
-        why = f"cannot write {size:,} bytes ({type(e).__name__})"
-        gone = isinstance(e, FileNotFoundError)
-        remedy = "name a folder that is there" if gone else "free some space, run again"
-        raise OSError(f"{path}: {why}; {remedy}") from e
+        raise OSError(f"{path}: cannot write {size:,} bytes ({type(e).__name__}); free some space, or name "
+                      "a folder that is there") from e
     if os.path.exists(path) and path not in DAMAGED:
         os.replace(path, path + ".prev")
     os.replace(path + ".tmp", path)
@@ -1857,9 +1806,8 @@ if __name__ == "__main__":
     args = p.parse_args()
     if not args.made.endswith(".safetensors"):
         p.error(f"{args.made}: the file to write must end with .safetensors")
-    there = os.path.exists(args.made)
     try:
         save_checkpoint(args.made, **dict(zip(("ema", "model", "cfg"), read_weights(args.source))))
-        print(f"wrote {args.made}" + f"; the one before is {args.made}.prev" * there)
+        print(f"wrote {args.made}")
     except (WeightsError, OSError) as error:
         sys.exit(print(f"nets.py: {error}", file=sys.stderr) or 3)

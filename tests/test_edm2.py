@@ -409,5 +409,5 @@ def test_trained_vgg_becomes_a_distance_without_its_head(distance):
     assert torch.equal(other(*latents()), distance(*latents()))
     with pytest.raises(ValueError, match="VGG"):
         nets.ELatentLPIPS({k: v for k, v in state.items() if "slices.4" not in k})
-    with pytest.raises(ValueError, match="bgcfnc"):
+    with pytest.raises(KeyError, match="bgx"):
         nets.ELatentLPIPS(ensemble="bgx")

@@ -349,7 +349,7 @@ def test_a_package_that_cannot_be_imported_is_one_line(monkeypatch):
         def __getattr__(self, name):
             raise RuntimeError("Failed to import diffusers.x because of the following error:\noperator torchvision::nms does not exist")
     monkeypatch.setitem(sys.modules, "diffusers", Broken("diffusers"))
-    with pytest.raises(nets.WeightsError, match="^diffusers cannot be imported: .*torchvision::nms does not exist$"):
+    with pytest.raises(nets.WeightsError, match="^diffusers cannot be imported: .*torchvision::nms does not exist; pip install diffusers"):
         nets.sd_vae("", "cpu")
 
 

@@ -379,8 +379,7 @@ def test_tensors_may_share_a_storage(nvidia, write):
 # ---- damaged and foreign files -----------------------------------------------------------------------
 def test_cut_files_are_one_clear_error(nvidia, write):
     whole = pickle.dumps(dict(ema=build_net(nvidia[0])), 4)
-    refuse(write(b""), "it is empty", ValueError)
-    for n in (1, 2, 50, len(whole) // 3, len(whole) // 2, len(whole) - 100, len(whole) - 1):
+    for n in (0, 1, 2, 50, len(whole) // 3, len(whole) // 2, len(whole) - 100, len(whole) - 1):
         refuse(write(whole[:n]), "damaged, cut short", ValueError)
 
 
@@ -460,13 +459,13 @@ def test_hostile_pt_is_refused_by_name(tmp_path, marker, zipped):
 def test_damaged_or_foreign_pt_is_one_clear_error(tmp_path, nvidia, write, marker):
     torch.save(dict(a=torch.ones(100)), tmp_path / "x.pt")
     whole = (tmp_path / "x.pt").read_bytes()
-    refuse(write(b"404: not found\n", name="x.pt"), "it is text, no weights", ValueError)
+    refuse(write(b"404: not found\n", name="x.pt"), "damaged, cut short or of another kind", ValueError)
     for head in b"\x89PNG\r\n", b"\xff\xd8\xff\xe0", b"GIF89a":
-        refuse(write(head + bytes(99), name="x.pt"), "it is a picture, no weights", ValueError)
+        refuse(write(head + bytes(99), name="x.pt"), "damaged, cut short or of another kind", ValueError)
     torch.save(dict(ema={"w": torch.randn(300, 300)}), tmp_path / "whole.pt")
     for size in 200, 5_000, 20_000, 300_000:          # torch's reader fails in another way at each
         refuse(write((tmp_path / "whole.pt").read_bytes()[:size], name="x.pt"), "x.pt: damaged, cut short", ValueError)
-    refuse(write(b"", name="x.pt"), "it is empty, no weights", ValueError)
+    refuse(write(b"", name="x.pt"), "damaged, cut short or of another kind", ValueError)
     for bad in (whole[:100], whole[:-30]):
         refuse(write(bad, name="x.pt"), "damaged, cut short", ValueError)
     for bad in (dict(epoch=3), dict(ema={}), [1, 2], torch.ones(2), dict(ema=3)):
@@ -629,8 +628,7 @@ DAMAGED = {
 @pytest.mark.parametrize("damage", DAMAGED)
 def test_damaged_safetensors_are_one_clear_error(tmp_path, damage):
     (tmp_path / "x.safetensors").write_bytes(DAMAGED[damage])
-    text = dict(text="is text", html="is text", empty="is empty").get(damage, "damaged, cut short or of another kind")
-    refuse(str(tmp_path / "x.safetensors"), text, nets.WeightsError)
+    refuse(str(tmp_path / "x.safetensors"), "damaged, cut short or of another kind", nets.WeightsError)
 
 
 def test_the_command_turns_any_weights_into_safetensors(tmp_path, nvidia, write, capsys, monkeypatch):
@@ -980,8 +978,8 @@ def test_no_network_names_url_file_and_remedy(server):
         with pytest.raises(OSError) as e:
             nets.load_pretrained(url)
         assert url in str(e.value) and str(server.cache) in str(e.value) and "\n" not in str(e.value)
-        assert "download it yourself" in str(e.value) and "--teacher FILE" in str(e.value)
-        target = re.search(r"save it as (\S+),", str(e.value))[1]
+        assert "download it yourself" in str(e.value)
+        target = re.search(r"save it as (\S+)", str(e.value))[1]
     pathlib.Path(target).write_bytes(b"here")         # the remedy works
     assert nets.fetch(url) == target and pathlib.Path(target).read_bytes() == b"here"
 

@@ -1460,7 +1460,7 @@ class TwoProducts(TorchFunctionMode):
 
 @torch.no_grad()
 def derivative(net, z, t, r, y, v):
-    """du/dt along the flow, v . du/dz + du/dt at fixed r, for u = net(z, t, r, y). Records no gradient."""
+    """du/dt along the flow: v . (gradient in z) + (partial derivative in t). Records no gradient."""
     one = torch.ones_like(t)                          # trap: r stays fixed (FID 61; moving, 138: MF Table 1b)
     if torch.compiler.is_compiling():
         return torch.func.jvp(lambda z, t: net(z, t, r, y, repa=False), (z, t), (v, one))[1]

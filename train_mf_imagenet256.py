@@ -126,7 +126,6 @@ NO_TEACHER = ["mf", "vanilla"]                        # post-trainings that ask 
 FILES = {"imagenet": "data/imagenet256-sd"}
 REFERENCE = {"imagenet": "imagenet256"}               # scored by ADM's statistics, others by their own
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# A knob is added to Config, LIMITS and READ_BY (docs/forking.md)
 parse = partial(fid.parse, sys.modules[__name__])     # (argv) -> Config
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 
@@ -169,35 +168,24 @@ def flow_of(cfg, net, null_y):
     return Flow(u, slope, null_y)
 
 
-@torch.no_grad()
 def guided_velocity(cfg, flow, v, u, at, guided):
-    """The velocity that loss_mf learns: v itself or, where `guided` (B,), mixed with what u answers.
+    """Where `guided` (B,): omega v + kappa u_own + (1 - omega - kappa) u_null; elsewhere v itself.
 
       u_own, u_null = u(z, t, t, y), u(z, t, t, null_y)
-      v = omega v + kappa u_own + (1 - omega - kappa) u_null
 
-    at: z, t, r, y. u (B, C, H, W): u(z, t, r, y), which is u_own where r = t. One call answers for
-    all rows that need u_null or u_own. t, r, guided: on the CPU, where reading them costs no wait.
+    at: z, t, r, y. u (B, C, H, W): u(z, t, r, y), which is u_own where r = t. One more call answers the
+    rows that lack u_null, and those that lack u_own. t, r, guided: on the CPU, to read without a wait.
     """
     (z, t, r, y), w_null = at, 1 - cfg.omega - cfg.kappa
     u_null, u_own = torch.zeros_like(z), u.to(z.dtype, copy=True)
-    needs = guided & (abs(w_null) > 1e-9), guided & (r < t) & (cfg.kappa > 0)
-    i, j = (mask.nonzero()[:, 0].to(z.device, non_blocking=True) for mask in needs)
-    if len(i) + len(j):
-        both, conditions = torch.cat([i, j]), torch.cat([flow.null_y.expand_as(y[i]), y[j]])
-        t = t.to(z.device, non_blocking=True)[both]
-        u_null[i], u_own[j] = flow.u(z[both], t, t, conditions).to(z.dtype).split([len(i), len(j)])
+    lack = guided & (abs(w_null) > 1e-9), guided & (r < t) & (cfg.kappa > 0)
+    i, j = (mask.nonzero()[:, 0].to(z.device, non_blocking=True) for mask in lack)
+    if len(rows := torch.cat([i, j])):
+        t = t.to(z.device, non_blocking=True)[rows]
+        answers = flow.u(z[rows], t, t, torch.cat([flow.null_y.expand_as(y[i]), y[j]]))
+        u_null[i], u_own[j] = answers.to(z.dtype).split([len(i), len(j)])
     guided = guided.to(z.device, non_blocking=True).view(-1, 1, 1, 1)
     return torch.where(guided, cfg.omega * v + w_null * u_null + cfg.kappa * u_own, v)
-
-
-@torch.no_grad()
-def slopes(flow, apart, *at):
-    """du/dt (B, C, H, W) at (z, t, r, y, v) where `apart` (B,), on the CPU, is true; else 0, as unused."""
-    dudt, i = torch.zeros_like(at[0]), apart.nonzero()[:, 0].to(at[0].device, non_blocking=True)
-    if len(i):
-        dudt[i] = flow.slope(*(a[i] for a in at))
-    return dudt
 
 
 def loss_mf(flow, z, v, t, r, y, guided, cfg):
@@ -211,11 +199,13 @@ def loss_mf(flow, z, v, t, r, y, guided, cfg):
     elsewhere it does not count. t, r, guided: on the CPU. Also returns square.
     """
     times = [a.to(z.device, non_blocking=True) for a in (t, r)]
-    gap = (times[0] - times[1]).view(-1, 1, 1, 1)
     u = flow.u(z, *times, y)
-    v = guided_velocity(cfg, flow, v, u, (z, t, r, y), guided)
-    dudt = slopes(flow, r < t, z, *times, y, v)
-    target = v - gap * dudt                           # sg: none of it was made with a gradient
+    with torch.no_grad():                             # sg
+        v = guided_velocity(cfg, flow, v, u, (z, t, r, y), guided)
+        dudt, apart = torch.zeros_like(z), (r < t).nonzero()[:, 0].to(z.device, non_blocking=True)
+        if len(apart):
+            dudt[apart] = flow.slope(*(a[apart] for a in (z, *times, y, v)))
+        target = v - (times[0] - times[1]).view(-1, 1, 1, 1) * dudt
     square = (u - target).square().flatten(1).sum(1)     # a sum (MF): the power p divides by its size
     loss = (square / (square.detach() + WEIGHT_C) ** cfg.power).mean()
     return loss, square.detach()
@@ -426,23 +416,22 @@ def lr_at(cfg, step):
 
 def set_up(cfg):
     """The stage's images, teacher, sizes, and begin's net and counts; None if there is nothing to do."""
-    if left_out(cfg) or (cfg.stage == "pretrain" and cfg.teacher):
+    if not trains(cfg):
         return log(f"{cfg.stage}: not trained, as --teacher or --mid none says")
     ckpt, to_go = resume(cfg)                         # steps that are left
-    if not to_go and fid.same_names(cfg, ckpt):            # finished; nothing need be read
-        return log(f"{cfg.stage}: finished, nothing to do")
     images, stamp, teacher = None, "none", None       # stamp: what identifies data and teacher
-    if cfg.stage != "mid":                                                    # CMT needs no data
-        images = load_data(cfg)
-        stamp, shape, classes = images.stamp, images.shape, images.classes
-    if cfg.stage == "mid" or (cfg.stage == "post" and cfg.post not in NO_TEACHER):
-        weights, kwargs = teacher_state(cfg)
-        teacher = build(cfg, kwargs, weights, cfg.teacher or "the teacher")
-        teacher.requires_grad_()      # else autocast casts weights at each call; it is called under no_grad
-        classes, shape = kwargs["num_classes"], (kwargs["in_channels"], *[kwargs["input_size"]] * 2)
-        stamp += f", teacher {nets.stamp(weights)}"
-    fid.same_data(ckpt, f"{cfg.out}/{cfg.stage}.pt", stamp)
-    if not to_go:                                     # finished, with other names of the same content
+    if to_go or not fid.same_names(cfg, ckpt):        # finished under the same names: nothing need be read
+        if cfg.stage != "mid":                        # CMT needs no data
+            images = load_data(cfg)
+            stamp, shape, classes = images.stamp, images.shape, images.classes
+        if cfg.stage == "mid" or (cfg.stage == "post" and cfg.post not in NO_TEACHER):
+            weights, kwargs = teacher_state(cfg)
+            teacher = build(cfg, kwargs, weights, cfg.teacher or "the teacher")
+            teacher.requires_grad_()  # else autocast casts weights at each call; it is called under no_grad
+            classes, shape = kwargs["num_classes"], (kwargs["in_channels"], *[kwargs["input_size"]] * 2)
+            stamp += f", teacher {nets.stamp(weights)}"
+        fid.same_data(ckpt, f"{cfg.out}/{cfg.stage}.pt", stamp)
+    if not to_go:
         return log(f"{cfg.stage}: finished, nothing to do")
     kwargs = dict(size_row(cfg, "weak" if cfg.stage == "pretrain" else "size", shape[-1]),
                  input_size=shape[-1], in_channels=shape[0], num_classes=classes,
@@ -652,10 +641,7 @@ def load_data(cfg):
 
 
 def read_batch(cfg, images, step):
-    """This process's share of a step's batch, on the CPU: moments or pixels, classes y, times t and r.
-
-    Pinned for a GPU, so that copying it does not wait for the GPU.
-    """
+    """This process's share of a step's batch: moments or pixels, classes y, t, r. Pinned: no copy waits."""
     g = torch.Generator().manual_seed(fold(cfg.seed, cfg.stage, step, "data"))
     index = torch.randint(len(images.labels), (cfg.batch,), generator=g)
     flips = torch.rand(cfg.batch, generator=g) < 0.5
@@ -805,27 +791,26 @@ LIMITS = {  # (a limit in words, its test): the fields it is for; read by fid.ch
 }
 
 
-def left_out(cfg):
-    """Whether --mid none leaves this stage out: pre-training too, unless post-training asks for its net."""
-    asked = cfg.init == "teacher" or cfg.post not in NO_TEACHER
-    return cfg.mid == "none" and (cfg.stage == "mid" or (cfg.stage == "pretrain" and not asked))
+def trains(cfg):
+    """Whether this stage trains: pre-training if its net is asked for and not given, mid unless none."""
+    if cfg.stage == "pretrain":
+        return not cfg.teacher and (cfg.mid != "none" or cfg.init == "teacher" or cfg.post not in NO_TEACHER)
+    return cfg.stage == "post" or (cfg.stage == "mid" and cfg.mid != "none")
 
 
 def check(cfg):
     """Whether this stage trains; before any does, bad values (exit code 2) or files (3) end the run."""
-    given = cfg.stage in RUN or (cfg.stage == "pretrain" and cfg.teacher)
-    trains = not given and not left_out(cfg)
-    fid.check_values(cfg, LIMITS, WORLD if trains else 0)
-    if cfg.stage == "pretrain" and cfg.teacher and not left_out(cfg):
+    fid.check_values(cfg, LIMITS, WORLD if trains(cfg) else 0)
+    if cfg.stage == "pretrain" and cfg.teacher:
         teacher_state(cfg)                            # read and checked, not trained
     if cfg.guide_from > cfg.guide_to:
         fail(2, f"--guide_from {cfg.guide_from} must not be above --guide_to {cfg.guide_to}")
-    if cfg.stage == "mid" and trains:
+    if cfg.stage == "mid" and trains(cfg):
         fid.check_solve(cfg, *solve_size(cfg), WORLD)
     if cfg.stage == "encode" and not os.path.exists(cfg.source):
         fail(3, f"--source {cfg.source or 'FOLDER'}: not there; name a folder with a folder for each class")
     side = 0                                          # not yet known
-    if trains and not os.path.exists(f"{cfg.out}/{cfg.stage}.pt"):
+    if trains(cfg) and not os.path.exists(f"{cfg.out}/{cfg.stage}.pt"):
         if cfg.stage != "mid":                        # not after days of mid-training, which needs no data
             images = load_data(cfg)
             channels, _, side = images.shape
@@ -842,7 +827,7 @@ def check(cfg):
         fid.prefetch(REFERENCE.get(cfg.data, cfg.data))
     if cfg.stage in ("eval", "encode") and cfg.data != "digits":
         vae_of(cfg)     # not after training: is the VAE there?
-    return trains
+    return trains(cfg)
 
 
 # ---- main -------------------------------------------------------------------------------------

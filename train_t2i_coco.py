@@ -126,7 +126,6 @@ INITS = "teacher", "random"                           # other values of --init a
 NO_TEACHER = ["mf", "vanilla", "xl"]                  # post-trainings that ask no teacher
 FILES = {"coco": "data/coco256-sd"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# A knob is added to Config, LIMITS and READ_BY (docs/forking.md)
 parse = partial(fid.parse, sys.modules[__name__])     # (argv) -> Config
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 
@@ -196,35 +195,24 @@ def loss_sit(u, z, v, t, text):
     return square.mean() / v[0].numel(), square.detach()
 
 
-@torch.no_grad()
 def guided_velocity(cfg, flow, v, u, at, guided):
-    """The velocity that loss_mf learns: v itself or, where `guided` (B,), mixed with what u answers.
+    """Where `guided` (B,): omega v + kappa u_own + (1 - omega - kappa) u_null; elsewhere v itself.
 
       u_own, u_null = u(z, t, t, y), u(z, t, t, null_y)
-      v = omega v + kappa u_own + (1 - omega - kappa) u_null
 
-    at: z, t, r, y. u (B, C, H, W): u(z, t, r, y), which is u_own where r = t. One call answers for
-    all rows that need u_null or u_own. t, r, guided: on the CPU, where reading them costs no wait.
+    at: z, t, r, y. u (B, C, H, W): u(z, t, r, y), which is u_own where r = t. One more call answers the
+    rows that lack u_null, and those that lack u_own. t, r, guided: on the CPU, to read without a wait.
     """
     (z, t, r, y), w_null = at, 1 - cfg.omega - cfg.kappa
     u_null, u_own = torch.zeros_like(z), u.to(z.dtype, copy=True)
-    needs = guided & (abs(w_null) > 1e-9), guided & (r < t) & (cfg.kappa > 0)
-    i, j = (mask.nonzero()[:, 0].to(z.device, non_blocking=True) for mask in needs)
-    if len(i) + len(j):
-        both, conditions = torch.cat([i, j]), torch.cat([flow.null_y.expand_as(y[i]), y[j]])
-        t = t.to(z.device, non_blocking=True)[both]
-        u_null[i], u_own[j] = flow.u(z[both], t, t, conditions).to(z.dtype).split([len(i), len(j)])
+    lack = guided & (abs(w_null) > 1e-9), guided & (r < t) & (cfg.kappa > 0)
+    i, j = (mask.nonzero()[:, 0].to(z.device, non_blocking=True) for mask in lack)
+    if len(rows := torch.cat([i, j])):
+        t = t.to(z.device, non_blocking=True)[rows]
+        answers = flow.u(z[rows], t, t, torch.cat([flow.null_y.expand_as(y[i]), y[j]]))
+        u_null[i], u_own[j] = answers.to(z.dtype).split([len(i), len(j)])
     guided = guided.to(z.device, non_blocking=True).view(-1, 1, 1, 1)
     return torch.where(guided, cfg.omega * v + w_null * u_null + cfg.kappa * u_own, v)
-
-
-@torch.no_grad()
-def slopes(flow, apart, *at):
-    """du/dt (B, C, H, W) at (z, t, r, y, v) where `apart` (B,), on the CPU, is true; else 0, as unused."""
-    dudt, i = torch.zeros_like(at[0]), apart.nonzero()[:, 0].to(at[0].device, non_blocking=True)
-    if len(i):
-        dudt[i] = flow.slope(*(a[i] for a in at))
-    return dudt
 
 
 def loss_mf(flow, z, v, t, r, y, guided, cfg):
@@ -238,11 +226,13 @@ def loss_mf(flow, z, v, t, r, y, guided, cfg):
     elsewhere it does not count. t, r, guided: on the CPU. Also returns square.
     """
     times = [a.to(z.device, non_blocking=True) for a in (t, r)]
-    gap = (times[0] - times[1]).view(-1, 1, 1, 1)
     u = flow.u(z, *times, y)
-    v = guided_velocity(cfg, flow, v, u, (z, t, r, y), guided)
-    dudt = slopes(flow, r < t, z, *times, y, v)
-    target = v - gap * dudt                           # sg: none of it was made with a gradient
+    with torch.no_grad():                             # sg
+        v = guided_velocity(cfg, flow, v, u, (z, t, r, y), guided)
+        dudt, apart = torch.zeros_like(z), (r < t).nonzero()[:, 0].to(z.device, non_blocking=True)
+        if len(apart):
+            dudt[apart] = flow.slope(*(a[apart] for a in (z, *times, y, v)))
+        target = v - (times[0] - times[1]).view(-1, 1, 1, 1) * dudt
     square = (u - target).square().flatten(1).sum(1)     # a sum (MF): the power p divides by its size
     loss = (square / (square.detach() + WEIGHT_C) ** cfg.power).mean()
     return loss, square.detach()
@@ -333,8 +323,10 @@ def features_of(run, words, drop):
 
 def solve(cfg, run, number):
     """Draw a solve's pairs: z, t, r, owner and target of each; and each caption's features, computed once."""
+    g = torch.Generator().manual_seed(fold(cfg.seed, "captions", number))
+    index, pick, drop = draw_captions(cfg, run.images, cfg.trajectories, g)
+    texts = features_of(run, *pinned([run.images.texts(index, pick), drop]))
     g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", number))
-    texts = features_of(run, *captions_of_solve(cfg, run.images, number))
     return teacher_pairs(cfg, run.teacher, texts, run.null, run.images.shape, g), texts
 
 
@@ -433,21 +425,22 @@ def lr_at(cfg, step):
 
 def set_up(cfg):
     """The stage's images, teacher, sizes, and begin's net and counts; None if there is nothing to do."""
-    if left_out(cfg) or (cfg.stage == "pretrain" and cfg.teacher):
+    if not trains(cfg):
         return log(f"{cfg.stage}: not trained, as --teacher or --mid none says")
     ckpt, to_go = resume(cfg)                         # steps that are left
-    if not to_go and fid.same_names(cfg, ckpt):            # finished; nothing need be read
+    if to_go or not fid.same_names(cfg, ckpt):        # finished under the same names: nothing need be read
+        images, teacher = load_data(cfg), None        # mid reads captions, never an image
+        stamp = images.stamp
+        if cfg.stage == "mid" or (cfg.stage == "post" and cfg.post not in NO_TEACHER):
+            weights, kwargs = teacher_state(cfg)
+            teacher = build(cfg, kwargs, weights, cfg.teacher or "the teacher")
+            teacher.requires_grad_()  # else autocast casts weights at each call; it is called under no_grad
+            stamp += f", teacher {nets.stamp(weights)}"
+        fid.same_data(ckpt, f"{cfg.out}/{cfg.stage}.pt", stamp)
+    if not to_go:
         return log(f"{cfg.stage}: finished, nothing to do")
-    images, encoder = load_data(cfg), text_encoder(cfg)                   # mid reads captions, never an image
-    stamp, null, teacher = images.stamp, encoder(images.null[None]), None
-    if cfg.stage == "mid" or (cfg.stage == "post" and cfg.post not in NO_TEACHER):
-        weights, kwargs = teacher_state(cfg)
-        teacher = build(cfg, kwargs, weights, cfg.teacher or "the teacher")
-        teacher.requires_grad_()      # else autocast casts weights at each call; it is called under no_grad
-        stamp += f", teacher {nets.stamp(weights)}"
-    fid.same_data(ckpt, f"{cfg.out}/{cfg.stage}.pt", stamp)
-    if not to_go:                                     # finished, with other names of the same content
-        return log(f"{cfg.stage}: finished, nothing to do")
+    encoder = text_encoder(cfg)
+    null = encoder(images.null[None])
     kwargs = model_size(cfg, images, null.shape[-1])
     state, what = (None, "") if ckpt else first_weights(cfg)
     net = build(cfg, kwargs, state, what, train=True)
@@ -786,18 +779,8 @@ def draw_captions(cfg, images, n, g):
     return index, torch.rand(n, generator=g), torch.rand(n, generator=g) < cfg.caption_dropout
 
 
-def captions_of_solve(cfg, images, solve):
-    """The captions, as words, of one solve's trajectories, and which of them are dropped."""
-    g = torch.Generator().manual_seed(fold(cfg.seed, "captions", solve))
-    index, pick, drop = draw_captions(cfg, images, cfg.trajectories, g)
-    return pinned([images.texts(index, pick), drop])
-
-
 def read_batch(cfg, images, step):
-    """This process's share of a step's batch: pixels or moments, tokens, words, drop, t, r, guided.
-
-    On the CPU, pinned for a GPU, so that copying it does not wait for what the GPU is at.
-    """
+    """This process's share of a step's batch: pixels or moments, tokens, words, drop, t, r, guided."""
     g = torch.Generator().manual_seed(fold(cfg.seed, cfg.stage, step, "data"))
     index, pick, drop = draw_captions(cfg, images, cfg.batch, g)
     t, r = draw_times(cfg.batch, g, cfg.ratio, cfg.P_mean, cfg.P_std)
@@ -983,18 +966,17 @@ LIMITS = {  # (a limit in words, its test): the fields it is for; read by fid.ch
 }
 
 
-def left_out(cfg):
-    """Whether --mid none leaves this stage out: pre-training too, unless post-training asks for its net."""
-    asked = cfg.init == "teacher" or cfg.post not in NO_TEACHER
-    return cfg.mid == "none" and (cfg.stage == "mid" or (cfg.stage == "pretrain" and not asked))
+def trains(cfg):
+    """Whether this stage trains: pre-training if its net is asked for and not given, mid unless none."""
+    if cfg.stage == "pretrain":
+        return not cfg.teacher and (cfg.mid != "none" or cfg.init == "teacher" or cfg.post not in NO_TEACHER)
+    return cfg.stage == "post" or (cfg.stage == "mid" and cfg.mid != "none")
 
 
 def check(cfg):
     """Whether this stage trains; before any does, bad values (exit code 2) or files (3) end the run."""
-    given = cfg.stage in RUN or (cfg.stage == "pretrain" and cfg.teacher)
-    trains = not given and not left_out(cfg)
-    fid.check_values(cfg, LIMITS, WORLD if trains else 0)
-    if cfg.stage == "pretrain" and cfg.teacher and not left_out(cfg):
+    fid.check_values(cfg, LIMITS, WORLD if trains(cfg) else 0)
+    if cfg.stage == "pretrain" and cfg.teacher:
         teacher_state(cfg)                            # read and checked, not trained
     for part in ("train2014", "val2014") if cfg.stage == "encode" else ():
         name = f"annotations/captions_{part}.json"
@@ -1003,9 +985,9 @@ def check(cfg):
     size_row(cfg)
     if cfg.guide_from > cfg.guide_to:
         fail(2, f"--guide_from {cfg.guide_from} must not be above --guide_to {cfg.guide_to}")
-    if cfg.stage == "mid" and trains:
+    if cfg.stage == "mid" and trains(cfg):
         fid.check_solve(cfg, *solve_size(cfg), WORLD)
-    if trains and not os.path.exists(f"{cfg.out}/{cfg.stage}.pt"):
+    if trains(cfg) and not os.path.exists(f"{cfg.out}/{cfg.stage}.pt"):
         images = load_data(cfg)                       # do they have what this stage needs, of this size?
         shape = model_size(cfg, images, text_encoder(cfg)(images.null[None]).shape[-1])
         if cfg.stage != "pretrain" and (cfg.mid != "none" or cfg.init == "teacher"):
@@ -1022,7 +1004,7 @@ def check(cfg):
         fid.prefetch(cfg.data)
         vae_of(cfg)
         text_encoder(cfg)
-    return trains
+    return trains(cfg)
 
 
 # ---- main -------------------------------------------------------------------------------------

@@ -316,21 +316,20 @@ def set_up(cfg):
         teacher_state(cfg)                            # fetched and checked
         return log(f"pretrain: not trained, the teacher is {cfg.teacher or 'there'}")
     ckpt, to_go = resume(cfg)                         # steps that are left
-    if not to_go and fid.same_names(cfg, ckpt):           # finished; nothing need be read
-        return log(f"{cfg.stage}: finished, nothing to do")
     images, stamp, teacher, weights = None, "none", None, None   # stamp: what identifies data and teacher
-    if needs_data(cfg):
-        images = load_data(cfg)
-        stamp, seen = fid.stamp(images), cfg.steps * cfg.batch / len(images)
-        log(f"{cfg.data}: {stamp}, each seen {seen:,.3g} times, unconditional")
-        if len(images) < 1_000:
-            fid.say(f"warning: images: {len(images)}; so few are learned by heart (docs/faq.md)")
-        images = images.to(DEVICE)
-    if cfg.stage == "mid" or (cfg.stage == "post" and cfg.post not in NO_TEACHER):
-        weights = teacher_state(cfg)                  # and the kwargs of its net
-        stamp += f", teacher {nets.stamp(weights[0])}"
-    fid.same_data(ckpt, f"{cfg.out}/{cfg.stage}.pt", stamp)
-    if not to_go:                                     # finished, with other names of the same content
+    if to_go or not fid.same_names(cfg, ckpt):        # finished under the same names: nothing need be read
+        if needs_data(cfg):
+            images = load_data(cfg)
+            stamp, seen = fid.stamp(images), cfg.steps * cfg.batch / len(images)
+            log(f"{cfg.data}: {stamp}, each seen {seen:,.3g} times, unconditional")
+            if len(images) < 1_000:
+                fid.say(f"warning: images: {len(images)}; so few are learned by heart (docs/faq.md)")
+            images = images.to(DEVICE)
+        if cfg.stage == "mid" or (cfg.stage == "post" and cfg.post not in NO_TEACHER):
+            weights = teacher_state(cfg)              # and the kwargs of its net
+            stamp += f", teacher {nets.stamp(weights[0])}"
+        fid.same_data(ckpt, f"{cfg.out}/{cfg.stage}.pt", stamp)
+    if not to_go:
         return log(f"{cfg.stage}: finished, nothing to do")
     if weights:
         # choice: the teacher too in --precision: bf16 moves its ends less than a finer solve would

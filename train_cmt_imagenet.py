@@ -135,7 +135,6 @@ INITS = "teacher", "random"                           # other values of --init a
 NO_TEACHER = ["ect"]                                  # post-trainings that ask no teacher
 FILES = {"imagenet64": "data/imagenet64.zip", "imagenet512": "data/imagenet512-sd.zip"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# A knob is added to Config, LIMITS and READ_BY (docs/forking.md)
 parse = partial(fid.parse, sys.modules[__name__])     # (argv) -> Config
 RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch() sets them
 
@@ -264,19 +263,6 @@ def new_vgg(cfg, classes):
     return nets.ELatentLPIPS(num_classes=classes, ensemble=cfg.ensemble).to(DEVICE)
 
 
-def vgg_noise(cfg, step, shape):
-    """Noise to add to a batch of digits, so that their VGG also knows noisy ones; one strength per batch."""
-    # "dropout" is only a name of a seed; scores in docs depend on it
-    g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step, "dropout", 0))
-    return 0.2 * torch.rand((), generator=g, device=DEVICE) * randn(shape, g)
-
-
-def loss_vgg(net, x, labels, seed):
-    """Cross-entropy of the VGG's logits (B.5: no augmentation). seed: of the dropout in its head."""
-    torch.manual_seed(seed)                           # trap: else every process has the same dropout mask
-    return F.cross_entropy(net.logits(x), labels)
-
-
 # ---- train ------------------------------------------------------------------------------------
 def solve(cfg, run, number):
     """Draw a solve's pairs: x_t, t, y, owner and views of each; and the ends' features, or the ends."""
@@ -294,8 +280,9 @@ def image_batch(cfg, run, step, mine):
     latent_noise, eps = randn((B, *run.shape), g)[mine], randn((B, *run.shape), g)[mine]
     x, labels = to_input(raw, latent_noise), labels.to(DEVICE, non_blocking=True)
     t, y = (cfg.P_mean + cfg.P_std * randn(B, g))[mine].exp(), one_hot(labels, run.classes)
-    if cfg.stage == "vgg" and cfg.data == "digits":
-        x = x + vgg_noise(cfg, step, (B, *run.shape))[mine]
+    if cfg.stage == "vgg" and cfg.data == "digits":   # their VGG is to know noisy ones; one strength a batch
+        g.manual_seed(fold(cfg.seed, cfg.stage, step, "dropout", 0))     # only a name: scores depend on it
+        x = x + 0.2 * torch.rand((), generator=g, device=DEVICE) * randn((B, *run.shape), g)[mine]
     return x, t, y, eps, labels
 
 
@@ -314,9 +301,10 @@ def batches(cfg, run, mine):
 
 def loss_of(cfg, run, seed, rows, targets):
     """The loss of a micro-batch: rows and targets come from batches; seed is for its first row's dropout."""
-    if cfg.stage == "vgg":
+    if cfg.stage == "vgg":                            # B.5: cross-entropy, images not augmented
         x, *_, labels = rows
-        return loss_vgg(run.net, x, labels, seed)
+        torch.manual_seed(seed)                       # trap: else every process has the same dropout mask
+        return F.cross_entropy(run.net.logits(x), labels)
     masks = nets.dropout_masks(run.net, range(seed, seed + len(rows[0])))
     f = partial(run.net, class_labels=rows[2], masks=masks)
     if cfg.stage == "mid":
@@ -400,23 +388,19 @@ def set_up(cfg):
     if cfg.stage == "mid" and cfg.mid == "none":
         return log("mid: left out by --mid none")
     if cfg.stage == "pretrain" and given_teacher(cfg):
-        state, kwargs = teacher_state(cfg)            # fetched and checked
-        if cfg.teacher and not os.path.exists(f"{cfg.out}/mid.pt"):
-            build(cfg, kwargs, state, cfg.teacher)    # does it fit? not after hours of training the VGG
+        build(cfg, *reversed(teacher_state(cfg)), cfg.teacher or "the teacher")     # fetched; does it fit?
         return log(f"pretrain: not trained, the teacher is {cfg.teacher or 'there'}")
     if cfg.stage == "vgg" and not wants_vgg(cfg):
         return log(f"vgg: not trained, --loss {cfg.loss} of --data {cfg.data} needs none")
     ckpt, to_go = resume(cfg)                         # steps that are left
-    if not to_go and fid.same_names(cfg, ckpt):            # finished; nothing need be read
-        return log(f"{cfg.stage}: finished, nothing to do")
-    images = load_data(cfg) if needs_data(cfg) else None
-    stamp = images.stamp if images else "none"
-    if images and len(images.labels) < 1_000:
-        fid.say(f"warning: images: {len(images.labels)}; so few are learned by heart (docs/faq.md)")
-    asked = asked_nets(cfg)
-    stamp += "".join(f", {name} {nets.stamp(state)}" for name, (state, _) in asked.items())
-    fid.same_data(ckpt, f"{cfg.out}/{cfg.stage}.pt", stamp)
-    if not to_go:                                     # finished, with other names of the same content
+    if to_go or not fid.same_names(cfg, ckpt):        # finished under the same names: nothing need be read
+        images, asked = load_data(cfg) if needs_data(cfg) else None, asked_nets(cfg)
+        stamp = images.stamp if images else "none"
+        if images and len(images.labels) < 1_000:
+            fid.say(f"warning: images: {len(images.labels)}; so few are learned by heart (docs/faq.md)")
+        stamp += "".join(f", {name} {nets.stamp(state)}" for name, (state, _) in asked.items())
+        fid.same_data(ckpt, f"{cfg.out}/{cfg.stage}.pt", stamp)
+    if not to_go:
         return log(f"{cfg.stage}: finished, nothing to do")
     frozen = {name: build(cfg, size, state, getattr(cfg, name) or "the teacher")
               for name, (state, size) in asked.items() if name != "guide" or cfg.w != 1}
@@ -474,14 +458,6 @@ def build(cfg, kwargs, state=None, what="", train=False):
     return net.train() if train else nets.freeze(net)
 
 
-def weak_model(cfg):
-    """The guide of the teacher's samples and of ECD's step, or None without --guide."""
-    if not cfg.guide or cfg.w == 1:
-        return None
-    state, kwargs = nets.load_pretrained(cfg.guide)
-    return build(cfg, kwargs, state, cfg.guide)
-
-
 def asked_nets(cfg):
     """{name: (weights, kwargs)} of the nets a stage uses: the teacher, or in ECD --main, and --guide."""
     names = ("main", "guide") if cfg.stage == "post" and cfg.post not in NO_TEACHER else ()
@@ -525,7 +501,10 @@ def prior(net, seeds, labels):
 
 def make_sampler(cfg, net, kind):
     """f(seeds) -> (B, C, H, W). kind: 1 or 2 steps of a consistency model, or "teacher": solved, guided."""
-    D = autoguided(net, weak_model(cfg), cfg.w) if kind == "teacher" else net
+    D = net
+    if kind == "teacher" and cfg.guide and cfg.w != 1:
+        state, kwargs = nets.load_pretrained(cfg.guide)
+        D = autoguided(net, build(cfg, kwargs, state, cfg.guide), cfg.w)
 
     @torch.no_grad()
     def sampler(seeds):
@@ -618,19 +597,21 @@ class Digits:
 
 
 def needs_data(cfg):
-    """Whether this stage reads images: CMT does not, it needs only its teacher."""
-    return dict(pretrain=not given_teacher(cfg), vgg=wants_vgg(cfg), post=True,
-                eval=data_name(cfg) not in fid.REFERENCES).get(cfg.stage, False)
+    """Whether this stage trains on images: CMT does not, it needs only its teacher."""
+    return dict(pretrain=not given_teacher(cfg), vgg=wants_vgg(cfg), post=True).get(cfg.stage, False)
 
 
 opened = cache(Images)                                # once for all checks, once for all stages
 
 
 def load_data(cfg):
-    """Images of --data; exit code 3, with the remedy, if their size is not --res."""
+    """Images of --data; exit code 3, with the remedy, if they are not there or their size is not --res."""
     if cfg.data == "digits":
         return Digits()
-    images = opened(FILES.get(data_name(cfg), cfg.data), cfg.out)
+    if not os.path.exists(path := FILES.get(data_name(cfg), cfg.data)):
+        fail(3, f"{path} is not there; pass --data PATH or digits, or make it from ImageNet: python "
+                f"train_cmt_imagenet.py --res {cfg.res} --stage encode --source FOLDER")
+    images = opened(path, cfg.out)
     channels, side = ([8], 64) if cfg.res == 512 else ([1, 3], cfg.res)
     if images.shape[0] not in channels or images.shape[1:] != (side, side):
         fail(3, f"--data {images.path} holds {tuple(images.shape)}; --res {cfg.res} needs "
@@ -836,47 +817,37 @@ def check(cfg):
             fail(2, f"--loss huber --huber_c {cfg.huber_c}: huber needs a c above 0; or --loss l2")
     if cfg.stage == "post" and cfg.precision in ("bf16", "fp16"):
         fid.say(f"warning: {cfg.precision} is too coarse for post-training (docs/faq.md); pass tf32")
-    check_files(cfg, trains)
+    if trains and not os.path.exists(f"{cfg.out}/{cfg.stage}.pt"):
+        check_files(cfg)                              # one that has begun compares its data in train
+    if cfg.stage in ("sample", "eval") and cfg.guide:
+        nets.load_pretrained(cfg.guide)
+    if cfg.stage in ("encode", "sample", "eval") and cfg.res == 512 and cfg.data != "digits":
+        vae_of(cfg)                                   # are diffusers and the VAE there?
+    if cfg.stage == "eval" and cfg.data != "digits":
+        fid.prefetch(data_name(cfg), must=data_name(cfg) != "own")
     return trains
 
 
-def check_files(cfg, trains):
-    """Check now, not after days of other stages, that --data, --teacher, VGG, VAE and guide are usable."""
-    name, begun = data_name(cfg), os.path.exists(f"{cfg.out}/{cfg.stage}.pt")
-    path, missing = FILES.get(name, cfg.data), []
-    there = cfg.data == "digits" or os.path.exists(path)
-    if needs_data(cfg) and not there:
-        missing.append(f"{path} is not there; pass --data PATH or digits, or make it from ImageNet: python "
-                       f"train_cmt_imagenet.py --res {cfg.res} --stage encode --source FOLDER")
-    for file in (cfg.teacher, cfg.main, cfg.guide):
-        if not (file in ("", "scratch") or file.startswith("edm2-") or "://" in file or os.path.exists(file)):
-            missing.append(f"{file}: no such file; pass weights, a URL, or a name as {GUIDED['guide']}")
-    if missing and not begun:
-        fail(3, "; ".join(missing))
-    if trains and cfg.stage in ("mid", "post") and there and not begun:
-        check_nets(cfg)                               # one that has begun compares its data in train
-    measures = cfg.stage == "mid" and trains and not wants_vgg(cfg)
-    if measures and not begun and (cfg.dry_run or there):
-        make_distance(cfg)                            # its VGG: fetched
-    if cfg.res == 512 and cfg.data != "digits" and cfg.stage in ("encode", "sample", "eval"):
-        vae_of(cfg)                                   # are diffusers and the VAE there?
-    for file in (cfg.main, cfg.guide) if cfg.stage == "post" and cfg.post not in NO_TEACHER else ():
-        if file.startswith("edm2-") and not os.path.exists(file):
-            nets.fetch(nets.EDM2_URL % file)          # not after days of mid-training
-    if cfg.stage == "eval" and cfg.data != "digits":
-        fid.prefetch(name, must=name != "own")
-
-
-def check_nets(cfg):
-    """Whether mid- and post-training can use --data with --teacher and --init."""
-    images = load_data(cfg)
-    size, (channels, side, _) = model_size(cfg, images), images.shape
-    read_teacher, wanted = teacher_state if given_teacher(cfg) else None, {k: size[k] for k in nets.INTERFACE}
-    fid.check_teacher(cfg, nets.finished, read_teacher, images.stamp, wanted)
-    if cfg.init not in INITS:
+def check_files(cfg):
+    """Check now, not after days of other stages, that --data, --teacher, --init, VGG and guide are usable."""
+    there = cfg.data == "digits" or os.path.exists(FILES.get(data_name(cfg), cfg.data))
+    if needs_data(cfg) or there:
+        images = load_data(cfg)
+        channels, side, _ = images.shape
+        by_vgg = cfg.stage == "mid" and cfg.loss == "lpips" and cfg.data != "digits"
+        if by_vgg and (channels != 3 or side < 16):
+            fail(2, f"--loss lpips needs 3x16x16 at least, not {channels}x{side}x{side}; pass --loss huber")
+        if cfg.stage in ("mid", "post"):
+            given, size = teacher_state if given_teacher(cfg) else None, model_size(cfg, images)
+            wanted = {k: size[k] for k in nets.INTERFACE}
+            fid.check_teacher(cfg, nets.finished, given, images.stamp, wanted)
+    if cfg.stage in ("mid", "post") and cfg.init not in INITS:
         candidates(cfg)                               # --init FILE: is it a net?
-    if cfg.data != "digits" and cfg.stage == "mid" and cfg.loss == "lpips" and (channels != 3 or side < 16):
-        fail(2, f"--loss lpips needs 3x16x16 at least, not {channels}x{side}x{side}; pass --loss huber")
+    if cfg.stage == "mid" and not wants_vgg(cfg) and (there or cfg.dry_run):
+        make_distance(cfg)                            # its VGG: fetched, if later stages have their data
+    for name in (cfg.main, cfg.guide) if cfg.stage == "post" and cfg.post not in NO_TEACHER else ():
+        if name:
+            nets.load_pretrained(name)
 
 
 # ---- main -------------------------------------------------------------------------------------

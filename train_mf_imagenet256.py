@@ -589,8 +589,6 @@ class Latents:
             raise fid.DataError(f"{self.path}: index.json says {index}; run --stage encode again")
         self.labels = torch.from_numpy(np.load(f"{self.path}/labels.npy"))
         self.shards = [np.load(f"{self.path}/{k:05d}.npy", mmap_mode="r") for k in range(index["shards"])]
-        if sum(map(len, self.shards)) != len(self.labels):
-            raise fid.DataError(f"{self.path}: {len(self.labels)} labels, but not as many latents")
         return json.dumps(index)
 
     def open_cache(self, out):
@@ -814,11 +812,10 @@ def check(cfg):
         if cfg.stage != "mid":                        # not after days of mid-training, which needs no data
             images = load_data(cfg)
             channels, _, side = images.shape
-            by_teacher = cfg.post not in NO_TEACHER
-            if cfg.stage == "post" and (cfg.mid != "none" or cfg.init == "teacher" or by_teacher):
-                shape = dict(in_channels=channels, input_size=side, num_classes=images.classes)
-                asked = cfg.teacher and (by_teacher or not os.path.exists(f"{cfg.out}/mid.pt"))
-                fid.check_teacher(cfg, nets.finished, teacher_state if asked else None, images.stamp, shape)
+        if cfg.stage == "post":
+            asked = cfg.teacher and (cfg.post not in NO_TEACHER or not os.path.exists(f"{cfg.out}/mid.pt"))
+            shape = dict(in_channels=channels, input_size=side, num_classes=images.classes)
+            fid.check_teacher(cfg, nets.finished, teacher_state if asked else None, images.stamp, shape)
         if cfg.stage != "pretrain" and cfg.init not in INITS:
             candidates(cfg)                           # --init FILE: is it a net?
     for flag in ("weak", "size"):

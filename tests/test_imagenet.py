@@ -391,8 +391,9 @@ def test_nothing_in_place_says_what_is_needed_and_mid_needs_no_data(capsys, monk
     monkeypatch.setattr(nets, "fetch", lambda url, *a: asked.append(url) or script.fail(3, url))
     exit_code, err = code(["--res", "64", "--stage", "mid"], capsys, script.main)
     assert exit_code == 3 and asked == [nets.PRETRAINED["imagenet64"]] and "edm2-img64-xl-0671088-0.040.pkl" in err
-    exit_code, err = code(["--res", "64", "--stage", "post", "--guide", "weak.pkl", "--post", "ecd"], capsys, script.main)
-    assert exit_code == 3 and "weak.pkl: no such file" in err and "imagenet64.zip" in err
+    for flags, text in (["--res", "64"], "imagenet64.zip is not there"), (["--data", "digits", "--w", "2"], "weak.pkl: no such file"):
+        exit_code, err = code([*flags, "--stage", "post", "--guide", "weak.pkl", "--post", "ecd"], capsys, script.main)
+        assert exit_code == 3 and text in err
 
 
 @pytest.mark.parametrize("line, text", [

@@ -388,7 +388,8 @@ def set_up(cfg):
     if cfg.stage == "mid" and cfg.mid == "none":
         return log("mid: left out by --mid none")
     if cfg.stage == "pretrain" and given_teacher(cfg):
-        build(cfg, *reversed(teacher_state(cfg)), cfg.teacher or "the teacher")     # fetched; does it fit?
+        state, kwargs = teacher_state(cfg)            # fetched
+        build(cfg, kwargs, state, cfg.teacher or "the teacher")       # does it fit?
         return log(f"pretrain: not trained, the teacher is {cfg.teacher or 'there'}")
     if cfg.stage == "vgg" and not wants_vgg(cfg):
         return log(f"vgg: not trained, --loss {cfg.loss} of --data {cfg.data} needs none")
@@ -903,16 +904,16 @@ def main(argv):
     cfg = parse(argv)
     opened.cache_clear()                              # a script may be called twice in one process
     launch(cfg)
-    configs = fid.stages_of(sys.modules[__name__], argv)
+    configs = fid.stages_of(sys.modules[__name__], argv)                # one for each stage
     if cfg.dry_run:
         raise SystemExit(fid.dry_run(sys.modules[__name__], argv, configs))
-    with fid.one_line(cfg, nets.WeightsError):
-        fid.same_folder(cfg, __file__, argv)
+    with fid.one_line(cfg, nets.WeightsError):        # an error that a user can mend ends in one line
+        fid.same_folder(cfg, __file__, argv)          # was it made by this script, with these knobs?
         # trap: where one process has a stage and another has not, they would wait for each other in check
         fid.agree(f"checkpoints in {cfg.out}", [s for s in STAGES if os.path.exists(f"{cfg.out}/{s}.pt")])
         trained = [c for c in configs if check(c)]
         with fid.begin_run(cfg, __file__, argv):      # its lock, its log
-            log(fid.overview([(resume(c)[1], c) for c in trained], DEVICE, cfg))
+            log(fid.overview([(resume(c)[1], c) for c in trained], DEVICE, cfg))         # steps, time left
             for c in configs:
                 if STOP:
                     fail(75, "stopped by a signal; run the same command again to go on")
@@ -920,8 +921,8 @@ def main(argv):
                 torch.backends.cudnn.allow_tf32 = c.precision != "fp32"
                 for number in SIGNALS:                # training saves first, the rest just ends
                     signal.signal(number, fid.leave if c.stage in RUN else on_signal)
-                if c.stage in fid.ROAD:
-                    log(fid.words_of(c))
+                if c.stage in fid.ROAD:               # has steps left
+                    log(fid.words_of(c))              # ABOUT, of its stage or method
                 RUN.get(c.stage, train)(c)
     if dist.is_initialized():
         dist.destroy_process_group()

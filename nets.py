@@ -1095,6 +1095,9 @@ def read_weights(path_or_url):
     if not os.path.isfile(path):
         fault = "a folder, not a" if os.path.isdir(path) else "no such"
         raise FileNotFoundError(f"{path or repr(path)}: {fault} file; give a file or a URL")
+    with open(path, "rb") as f:
+        if re.fullmatch(rb"[\s!-~]*", f.read(99)):    # a page of a site, a pointer of git-lfs
+            raise WeightsError(f"{path}: text or empty, no weights; pass the weights themselves")
     try:
         if path.endswith(".pkl"):
             return *read_nvidia(path), {}

@@ -40,7 +40,7 @@ class Config:                   # later ones win: default, matching rows of PRES
     stage: Literal["all", "pretrain", "mid", "post", "sample", "eval"] = "all"   # all: those not finished
     out: str = ""               # folder of the run; "" = out/<data>
     teacher: str = ""           # FILE, URL; "" = <out>/pretrain.pt, else the official one; scratch = train it
-    mid: Literal["cmt", "kd", "slow", "none"] = "cmt"    # kd: pairs (x_T, x_0) alone; slow: a solve per pair
+    mid: Literal["cmt", "kd", "slow", "none"] = "cmt"    # ablations: kd: from x_T alone; slow: a solve a pair
     post: Literal["ect", "ecd", "ecd_euler", "annealed"] = "ect"   # ecd: x_r by teacher; annealed: q grows
     init: str = "teacher"       # start of mid (--mid none: post): teacher | random | FILE; sample: show FILE
 
@@ -63,7 +63,7 @@ class Config:                   # later ones win: default, matching rows of PRES
     P_std: float = 2.0
 
     second_sigma: float = 0.821 # second noise level of 2-step sampling (ECT)
-    sigma_shift: float = 0.0    # choice: sample the net as trained; official: c_skip, c_out of sigma - 0.003
+    sigma_shift: float = 0.0    # choice: sample the net as trained (official: c_skip(sigma - 0.003))
     seeds: str = "0-63"         # sample: one image per seed, FIRST-LAST or FIRST-LAST:STEP
     samples: int = 50_000       # eval: images per score
     repeat: int = 1             # eval: scores with fresh seeds, reported as mean, deviation and minimum
@@ -270,9 +270,9 @@ def train(cfg):
     cast_net = in_precision(cfg, net)
     for step, (batch, targets) in enumerate(batches(cfg, run, mine), start):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
-        loss_sum, part = 0.0, micro / B * tally["scale"]      # part of the mean; scale: of fp16, else 1
+        loss_sum, part = 0.0, micro / B * tally["scale"]      # its part of the mean; fp16 scales it up
         for k in range(0, share, micro):
-            seed = fold(cfg.seed, cfg.stage, step, "dropout") + mine.start + k  # by row, however split
+            seed = fold(cfg.seed, cfg.stage, step, "dropout") + mine.start + k  # of the first row
             f = partial(cast_net, masks=nets.dropout_masks(net, range(seed, seed + micro)))
             loss = loss_of(cfg, run, step, f, [a[k:k + micro] for a in batch], targets)
             (loss * part).backward()
@@ -338,7 +338,7 @@ def set_up(cfg):
     net = build(cfg, kwargs, state, source, train=True)        # with a checkpoint begin loads its weights
     distance = make_distance(cfg) if cfg.stage == "mid" else None
     adam, radam = partial(torch.optim.Adam, fused=True), partial(torch.optim.RAdam, foreach=False)
-    optimizer = adam if cfg.stage == "pretrain" else radam                    # as EDM; B.2
+    optimizer = adam if cfg.stage == "pretrain" else radam          # Adam: EDM; RAdam: B.2
     return begin(cfg, ckpt, net, optimizer, stamp, kwargs, images=images, teacher=teacher, distance=distance,
                  shape=(net.img_channels, net.img_resolution, net.img_resolution))
 
@@ -488,7 +488,7 @@ SIGNALS += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)
 STOP = []                                             # signals received: the loop saves, then ends
 NO_WEIGHT = ("dry_run data stage out teacher seeds samples repeat second_sigma sigma_shift compile batch_gpu "
              "log_every save_every")                  # no weight depends on them: fid.steps_left
-READ_BY = {  # fid.never_read: trainings, or "stage method", that read a knob; all read one not here
+READ_BY = {  # which stages, or "stage method", read a knob; one that is not here is read by all
     "mid init huber_c": "mid, post",
     "nfe loss": "mid", "trajectories": "mid, not mid kd", "P_mean P_std": "pretrain, post",
     "post q stair": "post",
@@ -529,7 +529,7 @@ def begin(cfg, ckpt, net, optimizer, stamp, kwargs, **parts):
     """The run: net, ema, opt, tally, restored or new; flat, flat_ema, grad: each as one vector; and parts."""
     ema = deepcopy(net).requires_grad_(False).eval()
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
-    flat.grad = grad                                  # all weights are views of flat, one vector (flatten)
+    flat.grad = grad          # nets.flatten: all weights are views of flat, one vector with one learning rate
     opt, path = optimizer([flat]), f"{cfg.out}/{cfg.stage}.pt"
     tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
     fid.agree("data and sum of the first weights", (stamp, flat.sum(dtype=torch.float64).item()))

@@ -335,10 +335,10 @@ def train(cfg):
     run.ahead = fid.ahead(partial(read_batch, cfg, run.images), range(start, cfg.steps))  # lazy; mid: none
     for step, (batch, targets) in enumerate(batches(cfg, run, mine), start):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
-        loss_sum, part = 0.0, micro / B * tally["scale"]      # part of the mean; scale: of fp16, else 1
+        loss_sum, part = 0.0, micro / B * tally["scale"]      # its part of the mean; fp16 scales it up
         with nets.hoist(net, force=True):             # EDM2 Eq. 66: normalised once for all micro-batches
             for k in range(0, share, micro):
-                seed = fold(cfg.seed, cfg.stage, step, "dropout") + mine.start + k  # by row, however split
+                seed = fold(cfg.seed, cfg.stage, step, "dropout") + mine.start + k  # of the first row
                 loss = loss_of(cfg, run, seed, [a[k:k + micro] for a in batch], targets)
                 (loss * part).backward()
                 loss_sum += loss.detach() * part
@@ -711,7 +711,7 @@ STOP = []                                             # signals received: the lo
 NEED_STAGE = {"vgg": "steps batch lr"}                # flags that need the stage's name: --vgg.steps
 NO_WEIGHT = ("dry_run data stage out source teacher main guide vae seeds samples repeat second_sigma sampler "
              "labels compile batch_gpu log_every save_every")     # no weight depends on them: fid.steps_left
-READ_BY = {  # fid.never_read: trainings, or "stage method", that read a knob; all read one not here
+READ_BY = {  # which stages, or "stage method", read a knob; one that is not here is read by all
     "mid init huber_c": "mid, post",
     "nfe loss ensemble trajectories": "mid",
     "P_mean P_std": "pretrain, post", "dropout": "pretrain, mid, post",
@@ -753,7 +753,7 @@ def begin(cfg, ckpt, net, optimizer, stamp, kwargs, **parts):
     """The run: net, ema, opt, tally, restored or new; flat, flat_ema, grad: each as one vector; and parts."""
     ema = deepcopy(net).requires_grad_(False).eval()
     (flat, grad), flat_ema = nets.flatten(net), nets.flatten(ema)[0]
-    flat.grad = grad                                  # all weights are views of flat, one vector (flatten)
+    flat.grad = grad          # nets.flatten: all weights are views of flat, one vector with one learning rate
     opt, path = optimizer([flat]), f"{cfg.out}/{cfg.stage}.pt"
     tally = nets.restore(ckpt, path, net, ema, opt, fid.new_tally(cfg))
     fid.agree("data and sum of the first weights", (stamp, flat.sum(dtype=torch.float64).item()))

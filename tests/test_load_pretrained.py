@@ -379,7 +379,8 @@ def test_tensors_may_share_a_storage(nvidia, write):
 # ---- damaged and foreign files -----------------------------------------------------------------------
 def test_cut_files_are_one_clear_error(nvidia, write):
     whole = pickle.dumps(dict(ema=build_net(nvidia[0])), 4)
-    for n in (0, 1, 2, 50, len(whole) // 3, len(whole) // 2, len(whole) - 100, len(whole) - 1):
+    refuse(write(b""), "text or empty", ValueError)
+    for n in (1, 2, 50, len(whole) // 3, len(whole) // 2, len(whole) - 100, len(whole) - 1):
         refuse(write(whole[:n]), "damaged, cut short", ValueError)
 
 
@@ -459,13 +460,13 @@ def test_hostile_pt_is_refused_by_name(tmp_path, marker, zipped):
 def test_damaged_or_foreign_pt_is_one_clear_error(tmp_path, nvidia, write, marker):
     torch.save(dict(a=torch.ones(100)), tmp_path / "x.pt")
     whole = (tmp_path / "x.pt").read_bytes()
-    refuse(write(b"404: not found\n", name="x.pt"), "damaged, cut short or of another kind", ValueError)
+    refuse(write(b"404: not found\n", name="x.pt"), "text or empty, no weights", ValueError)
     for head in b"\x89PNG\r\n", b"\xff\xd8\xff\xe0", b"GIF89a":
         refuse(write(head + bytes(99), name="x.pt"), "damaged, cut short or of another kind", ValueError)
     torch.save(dict(ema={"w": torch.randn(300, 300)}), tmp_path / "whole.pt")
     for size in 200, 5_000, 20_000, 300_000:          # torch's reader fails in another way at each
         refuse(write((tmp_path / "whole.pt").read_bytes()[:size], name="x.pt"), "x.pt: damaged, cut short", ValueError)
-    refuse(write(b"", name="x.pt"), "damaged, cut short or of another kind", ValueError)
+    refuse(write(b"", name="x.pt"), "text or empty, no weights", ValueError)
     for bad in (whole[:100], whole[:-30]):
         refuse(write(bad, name="x.pt"), "damaged, cut short", ValueError)
     for bad in (dict(epoch=3), dict(ema={}), [1, 2], torch.ones(2), dict(ema=3)):
@@ -628,7 +629,8 @@ DAMAGED = {
 @pytest.mark.parametrize("damage", DAMAGED)
 def test_damaged_safetensors_are_one_clear_error(tmp_path, damage):
     (tmp_path / "x.safetensors").write_bytes(DAMAGED[damage])
-    refuse(str(tmp_path / "x.safetensors"), "damaged, cut short or of another kind", nets.WeightsError)
+    text = "text or empty" if damage in ("text", "html", "empty") else "damaged, cut short or of another kind"
+    refuse(str(tmp_path / "x.safetensors"), text, nets.WeightsError)
 
 
 def test_the_command_turns_any_weights_into_safetensors(tmp_path, nvidia, write, capsys, monkeypatch):

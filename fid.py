@@ -1301,7 +1301,7 @@ def about(cfg, found):
     how = [RECIPES[k] for k in RECIPES if k == alone.get("post")]
     if alone.get("pretrain") == "fm" and (start := nets.finished(f"{cfg.out}/alone/pretrain.pt")):
         rival = f"flow matching on {nets.cost(start)['images']} images, then post-training"
-        how += ["in about equal time, teachers included"] * (cfg.data == "digits")
+        how += ["in about equal time in all"] * (cfg.data == "digits")
     seen = {name: ckpt["step"] * knobs[name]["batch"] for name, *_, ckpt in found if knobs.get(name)}
     if alone and 2 * seen["alone"] == sum(seen.values()):
         how += [f"on {seen['alone']:,} images (with it, images and pairs)"]
@@ -1439,7 +1439,7 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
               *(f"error {e:.2f}" for e in errors[net][:, k].tolist())) for net, x in answers.items()]
     means = "; ".join(f"{words_for[net]} {error[0].mean().item():.2f}" for net, error in errors.items())
     consistency = bool(levels.max() > 1)
-    notes = [f"{len(some)} of {n} states; those left out look like their neighbours"] * (len(some) < n)
+    notes = [f"{len(some)} of {n} states; the others look alike"] * (len(some) < n)
     notes += ["above sigma 1, divided by sigma"] * consistency
     caption = (f"Mid-training teaches the jump {JUMPS[consistency]}\n"
                "First row: the trajectory, from noise to an image"

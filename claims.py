@@ -302,7 +302,8 @@ def curves(args, device):
                    "features.\nNew real digits: about 0.4. Bars: the best and the worst seed.\n"
                    "Blue: mid-training on pairs (a state of a trajectory, its end), then post-training on "
                    "images.\nRed: images alone, by the best schedule that we found. Both begin with the "
-                   "teacher's weights.\nCompare the last dots: there both learning rates have reached 0.\n"
+                   "teacher's weights.\nCompare the last dots: there both learning rates have reached 0. A "
+                   "pair costs as many passes as an image.\n"
                    "With a loss on features of a VGG, the paper's way, mid-training does not help here.",
                    "images or pairs that the student has seen", marks[0])
     print(f"open {args.out}/scores.png")
@@ -434,7 +435,7 @@ def photos(args, device):
                  "(pseudo-Huber, best on digits, was not run)."
                  + "\nPost-training gains nothing in one step." * bool(ends[0]['one step'] >= mid)
                  + f"\nWithout mid-training: post-training alone, {fid.RECIPES['annealed']}, on "
-                 f"{seen.get('ECT, annealed')} images (with it, images and pairs).\n"
+                 f"{seen.get('ECT, annealed')} images (with it: as many pairs and images).\n"
                  f"{len(images):,} photos of {name}, shrunk; nets this small draw no clear objects.")
         fid.save_stages(f"{args.out}/{seed}", [*shown, real], (), words, [*table.values()], n)
 

@@ -586,8 +586,8 @@ def fetch(urls, expected="", remedy=""):
                 os.remove(temporary)
     os.close(folder)
     if not os.path.exists(path):
-        raise DataError(f"no {path} (sha256 {expected or 'not published'}), no download from "
-                        f"{' or '.join(urls)} ({', '.join(problems)}): {remedy or 'save it there'}")
+        raise DataError(f"no {path}, no download from {urls[0]} ({', '.join(problems)}): "
+                        f"{remedy or 'save it there'}")
     if expected and sha256(path) != expected:
         raise DataError(f"{path}: sha256 is {sha256(path)}, not {expected}; delete it or {remedy}")
     return path
@@ -817,7 +817,7 @@ def array_images(path):
         array = array.transpose(0, 2, 3, 1)
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] not in (1, 3):
         raise DataError(f"{path}: is {array.dtype} {array.shape}; expected uint8 images (N, H, W, C) as "
-                        "arr_0 or images (floats: x * 255; grey: x[..., None])")
+                        "arr_0 or images (floats: (x * 255).round().astype('uint8'); grey: x[..., None])")
     return array
 
 
@@ -1155,8 +1155,10 @@ WIDE = 1_800                                             # pixels of a sheet
 VGG = "features of a VGG"
 COMPARED = dict(huber="pixels", l2="pixels", lpips=VGG, elatentlpips=VGG)                  # by --loss
 ROW = " of this row"
-RECIPES = dict(annealed="with a gap that shrinks step by step", vanilla="by Mean Flow's own recipe")
-JUMPS = ("between any two states of the teacher's trajectory",             # Mean Flow; consistency model
+RECIPES = dict(annealed="with two noise levels that draw closer", vanilla="by Mean Flow's own recipe")
+PAIRS = ("any two states of the teacher's trajectory",                    # Mean Flow; consistency model
+         "any state of the teacher's trajectory, and its end")
+JUMPS = ("between any two states of the teacher's trajectory",
          "from every state of the teacher's trajectory to its end")
 OF_SEEDS = {  # means of three seeds (defaults, digits), as in README, for sheets of one seed
     "train_cmt_cifar": "3.66 / 2.61 with it, 5.58 / 3.37 without (it helps).\nWith a loss on features of a "
@@ -1231,7 +1233,8 @@ def save_sheet(path, rows, caption, header=(), breaks=()):
     middles += [right + sum(wides[:k]) + wide // 2 for k, wide in enumerate(wides)]
     caption += f" Images of {w}x{h} pixels, smoothed." * (zoom > 3 and rows[0][1].shape[1] != 4)
     wide, large = max(WIDE, right + sum(wides)) - 4 * gap, ImageFont.load_default(em * 3 // 2)
-    title, words = map(boxed, headed(caption), (wide, wide), (large, font))
+    small = ImageFont.load_default(em * 5 // 6)
+    title, words = map(boxed, headed(caption), (wide, wide), (large, small))
     top = title[2] + 4 * gap * bool(title[0]) + max(high for *_, high in (corner, *heads, *ends)) + 3 * gap
     heights = [max(h * zoom, high) + gap + 4 * gap * (k in breaks) for k, (*_, high) in enumerate(labels, 1)]
     heights = [high + 5 * gap * bool(below and notes) for high, notes in zip(heights, texts)]
@@ -1251,7 +1254,7 @@ def save_sheet(path, rows, caption, header=(), breaks=()):
         for k, image in enumerate(enlarged(row[1], zoom, mode)):
             picture.paste(image, (left + k * cell, y))
         y += height
-    write((2 * gap, y + gap), words[0])
+    write((2 * gap, y + gap), words[0], font=small)
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     write_whole(path, lambda file: picture.save(file, format="PNG", compress_level=1))   # else slow
 
@@ -1304,8 +1307,8 @@ def about(cfg, found):
         how += ["in about equal time in all"] * (cfg.data == "digits")
     seen = {name: ckpt["step"] * knobs[name]["batch"] for name, *_, ckpt in found if knobs.get(name)}
     if alone and 2 * seen["alone"] == sum(seen.values()):
-        how += [f"on {seen['alone']:,} images (with it, images and pairs)"]
-    lines = [f"Mid-training teaches the jump {JUMPS[loss != 'velocities']}."] * ("mid" in knobs)
+        how += [f"on {seen['alone']:,} images (with it: as many pairs and images)"]
+    lines = [f"Mid-training learns from pairs: {PAIRS[loss != 'velocities']}."] * ("mid" in knobs)
     lines += [f"Without mid-training: {', '.join([rival, *how])}."] * bool(alone)
     script = os.path.basename(home_of(cfg).__file__).removesuffix(".py")
     if cfg.data == "digits" and script in OF_SEEDS and "alone" in knobs:
@@ -1440,14 +1443,15 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
     means = "; ".join(f"{words_for[net]} {error[0].mean().item():.2f}" for net, error in errors.items())
     consistency = bool(levels.max() > 1)
     notes = [f"{len(some)} of {n} states; the others look alike"] * (len(some) < n)
-    notes += ["above sigma 1, divided by sigma"] * consistency
+    notes += ["drawn divided by sigma, where it is above 1"] * consistency
     caption = (f"Mid-training teaches the jump {JUMPS[consistency]}\n"
                "First row: the trajectory, from noise to an image"
-               + f" ({'; '.join(notes)})" * bool(notes) + ".\nBelow: each net's answer to each state. "
-               f"Error: root mean square distance from the end; two ends differ by {apart:.2f}.\n"
-               f"Mean error from {states.shape[1]} noises: {means}. "
+               + f" ({'; '.join(notes)})" * bool(notes) + ".\nBelow: each net's answer to each state"
+               + "; the teacher's is the mean of all images that fit it" * (consistency and "teacher" in nets)
+               + f".\nError: root mean square distance from the end; two ends differ by {apart:.2f}. "
+               f"Mean error from {states.shape[1]} noises: {means}.\n"
                f"Shown: the noise of median error {words_for.get(last, last)}."
-               + "\nPost-training leaves this trajectory and is not shown." * ({"mid", "post"} <= nets.keys())
+               + "\nPost-training no longer aims at this end: not shown." * ({"mid", "post"} <= nets.keys())
                + words)
     first, *middle, end = (f"{level:.2g}" for level in levels.tolist())
     header = [f"noise level {'sigma' if consistency else 't'}", f"noise\n{first}", *middle, f"the end\n{end}"]
@@ -1638,7 +1642,10 @@ def leave(number, frame):
 def open_out(out, script, argv):
     """Makes the folder of a run, locks it (two runs would mix), begins its log. First process only."""
     global OUT, MADE_BY
-    os.makedirs(out, exist_ok=True)
+    try:
+        os.makedirs(out, exist_ok=True)
+    except OSError as error:
+        fail(2, f"--out {out}: {error.strerror}; name another folder")
     lock = open(f"{out}/.lock", "a+")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)    # released by the system, however the process ends
@@ -1788,8 +1795,8 @@ def stages_of(home, argv):
         if field not in home.STAGES and all(unread(s, field) for s in asked):
             if cfg.stage == "all":
                 say(f"warning: {flag} has no effect: no stage of this run reads it")
-            else:                                            # it may be given the flags of a whole run
-                log(f"{cfg.stage} reads no {flag}")
+            elif dot or cfg.stage not in home.RUN or field in SCORED:        # same_folder compares the others
+                log(f"{cfg.stage} reads no {flag}")          # it may be given the flags of a whole run
     for k, c in enumerate(configs):                          # --init FILE starts the first stage, not all
         later = cfg.stage == "all" and (c.stage == "eval" or (c.stage == "post" and c.mid != "none"))
         if later and c.init not in home.INITS:

@@ -690,7 +690,10 @@ class LPIPS(VGG):
 
 def pretrained_lpips():
     """LPIPS with torchvision's VGG-16, downloaded to the cache once."""
-    return LPIPS(load_pretrained(fetch(VGG_URL))[0])
+    try:
+        return LPIPS(load_pretrained(fetch(VGG_URL))[0])
+    except OSError as e:
+        raise OSError(f"{e}, or measure pixels, without a VGG: --loss huber") from None
 
 
 def lpips_heads():

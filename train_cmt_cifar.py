@@ -217,6 +217,7 @@ def slow_pairs(cfg, teacher, images, g):
 def solve(cfg, run, number):
     """Draw a solve's pairs: x_t, t and owner of each, and the features of the ends, computed once per end."""
     g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", number))
+    assert cfg.mid in ("cmt", "kd", "slow"), f"{cfg.mid}: no branch draws its pairs"
     if cfg.mid == "slow":
         *pairs, x_0 = slow_pairs(cfg, run.teacher, run.images, g)
     else:
@@ -226,7 +227,8 @@ def solve(cfg, run, number):
 
 def image_batch(cfg, run, step, mine):
     """The rows `mine` of a batch of images x (B, C, H, W), noise levels t (B,) and noises eps."""
-    g, B = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step)), cfg.batch
+    B = cfg.batch
+    g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
     x, eps = draw(run.images, B, g)[mine], randn((B, *run.shape), g)[mine]
     return x, (cfg.P_mean + cfg.P_std * randn(B, g))[mine].exp(), eps
 

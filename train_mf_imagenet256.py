@@ -278,6 +278,7 @@ def rollout(cfg, net, z, y, times):
     if net.r_embedder is not None:                    # two clocks, t and r: a Mean Flow
         states = solvers.mean_flow(u, z, times)
         return states, torch.stack(answers)
+    # trap: flow_heun asks twice a step and goes by the mean; another solver needs another last line
     # where loss_mf is 0, u = omega v + kappa u + (1 - omega - kappa) plain: so u = plain + scale (v - plain)
     scale, both = cfg.omega / (1 - cfg.kappa), torch.cat([torch.full_like(y, net.num_classes), y])
 

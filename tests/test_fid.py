@@ -816,11 +816,11 @@ def test_of_a_long_trajectory_nine_states_are_drawn_where_most_changes(tmp_path,
     assert late[0][1][:, 0, 0, 0].tolist() == [*range(9)] and len(short[0][1]) == 8
     assert [rows[0][0], short[0][0]] == ["the teacher's trajectory", "the teacher's trajectory\nclass 7"]
     assert rows[1][0] == "after mid-training\nin one step" and rows[1][2:] == tuple(f"error {e:.2f}" for e in range(16, -1, -2)) and len(rows[0]) == 2
-    assert said[0].startswith("Mid-training teaches the jump between any two states of the teacher's trajectory\nFirst row: the trajectory, from noise to an image (9 of 17 states; the others look alike).\nBelow: each net's answer to each state. Error: ")
-    assert "root mean square distance from the end; two ends differ by 0.00.\nMean error from 2 noises: after mid-training 16.00. Shown: the noise of median error after mid-training." in said[0] and "divided by sigma" not in said[0]
+    assert said[0].startswith("Mid-training teaches the jump between any two states of the teacher's trajectory\nFirst row: the trajectory, from noise to an image (9 of 17 states; the others look alike).\nBelow: each net's answer to each state.\nError: ")
+    assert "root mean square distance from the end; two ends differ by 0.00. Mean error from 2 noises: after mid-training 16.00.\nShown: the noise of median error after mid-training." in said[0] and "divided by sigma" not in said[0] and "mean of all images" not in said[0]
     fid.save_trajectory("", x, torch.linspace(80, 0, 17), {"teacher": lambda x, level: x, "mid": lambda x, level: x + 9, "post": lambda x, level: x - 1})
     assert said[-1].startswith("Mid-training teaches the jump from every state of the teacher's trajectory to its end\n")
-    assert [row[2:3] for row in drawn[-1][0]] == [(), ("error 16.00",), ("error 7.00",)] and "divided by sigma" in said[-1]
+    assert [row[2:3] for row in drawn[-1][0]] == [(), ("error 16.00",), ("error 7.00",)] and "divided by sigma" in said[-1] and "; the teacher's is the mean of all images that fit it.\nError" in said[-1] and said[-1].endswith("Post-training no longer aims at this end: not shown.")
 
 
 def test_the_heading_of_scored_images_has_the_last_net_in_one_step_and_two_and_the_teacher(tmp_path, monkeypatch):
@@ -875,19 +875,19 @@ def test_a_caption_names_seed_and_sizes(monkeypatch):
     losses = dict(huber="pixels", elatentlpips="features of a VGG", edges="edges")                     # of a fork
     found = [("teacher", torch.nn.Linear(999, 1000), {}), ("mid", torch.nn.Linear(1999, 1000), dict(cfg=dict(batch=8), step=1)), ("post", torch.nn.Linear(1999, 1000), {})]
     assert fid.about(train_mf_imagenet256.Config(seed=7), found) == (
-        "with a loss on velocities \nMid-training teaches the jump between any two states of the teacher's trajectory.\nSeed 7. Students are 2.0 times as large as the teacher.")
+        "with a loss on velocities \nMid-training learns from pairs: any two states of the teacher's trajectory.\nSeed 7. Students are 2.0 times as large as the teacher.")
     for loss, words in losses.items():
         found[1][2]["cfg"]["loss"] = loss
         assert fid.about(train_cmt_cifar.Config(seed=7), found[1:]) == (
-            f"with a loss on {words} \nMid-training teaches the jump from every state of the teacher's trajectory to its end.\nSeed 7.")
+            f"with a loss on {words} \nMid-training learns from pairs: any state of the teacher's trajectory, and its end.\nSeed 7.")
     assert fid.about(train_cmt_cifar.Config(seed=7), found[2:]) == "\nSeed 7."
     cfg = dict(lr=1e-4, q=4096, out="x", mid="cmt", batch=8)
     rival = [("post", found[0][1], dict(cfg=cfg, step=1)), ("alone", found[0][1], dict(step=1, cfg=cfg | dict(post="vanilla", out="y", mid="none")))]
-    assert fid.about(train_cmt_cifar.Config(seed=7), rival) == "\nWithout mid-training: post-training alone, by Mean Flow's own recipe, on 8 images (with it, images and pairs).\nSeed 7."                # what it was trained by
+    assert fid.about(train_cmt_cifar.Config(seed=7), rival) == "\nWithout mid-training: post-training alone, by Mean Flow's own recipe, on 8 images (with it: as many pairs and images).\nSeed 7."                # what it was trained by
     rival[1][2]["cfg"] |= dict(lr=1e-4, pretrain="fm")
     for step, words in (3, "post-training alone"), (20, "flow matching on 160 images, then post-training"):                        # not begun, or from a file; trained here
         monkeypatch.setattr(train_mf_imagenet256.nets, "finished", lambda path: {"step": 20, "seconds": 1, "cfg": {"batch": 8, "stage": "pretrain"}} if step == 20 else None)
-        assert fid.about(train_mf_imagenet256.Config(seed=7), rival) == f"\nWithout mid-training: {words}, by Mean Flow's own recipe, on 8 images (with it, images and pairs).\nSeed 7."
+        assert fid.about(train_mf_imagenet256.Config(seed=7), rival) == f"\nWithout mid-training: {words}, by Mean Flow's own recipe, on 8 images (with it: as many pairs and images).\nSeed 7."
 
 
 def test_sheets_of_one_seed_have_the_means_of_three_that_readme_has(monkeypatch):

@@ -99,15 +99,16 @@ def test_what_is_written_and_means_nothing_is_told(old, new, words, here, monkey
     assert faults(changed(monkeypatch, (old, new))) == words
 
 
+DRAWN = 'assert cfg.mid in (', 'assert cfg.mid in ("mine", '
 KNOB = "    dry_run: bool", "    lam: float = 0.1\n    dry_run: bool"
 MID, POST, LOSS = ('"none"] = "cmt"', '"none", "mine"] = "cmt"'), ('] = "ect"', ', "mine"] = "ect"'), ('"l2"] = "lpips"', '"l2", "mine"] = "lpips"')
 
 
 @pytest.mark.parametrize("edits, words", [
-    ([MID], ["--mid=mine trains just as without it"]),
-    ([MID, ("        return loss_cmt(f", "        if cfg.mid == 'mine':\n            loss_cmt(f, x_t, t, [a[owner] for a in targets], run.distance) * 2\n        return loss_cmt(f")],
+    ([MID], ["--mid=mine: mine: no branch draws its pairs; is a return missing? (docs/forking.md)"]),
+    ([MID, DRAWN, ("        return loss_cmt(f", "        if cfg.mid == 'mine':\n            loss_cmt(f, x_t, t, [a[owner] for a in targets], run.distance) * 2\n        return loss_cmt(f")],
      ["--mid=mine trains just as without it"]),
-    ([MID, ("        return loss_cmt(f", "        if cfg.mid == 'mine':\n            return loss_cmt(f, x_t, t, [a[owner] for a in targets], run.distance) * 2\n        return loss_cmt(f")], []),
+    ([MID, DRAWN, ("        return loss_cmt(f", "        if cfg.mid == 'mine':\n            return loss_cmt(f, x_t, t, [a[owner] for a in targets], run.distance) * 2\n        return loss_cmt(f")], []),
     ([POST, ('"ecd", "ecd_euler"), f', '"ecd", "ecd_euler", "mine"), f')], ["--post=mine trains just as without it"]),
     ([POST, ('"ecd", "ecd_euler"), f', '"ecd", "ecd_euler", "mine"), f'), ("    (\"digits\", \"post\", \"annealed\"", "    (\"digits\", \"post\", \"mine\"): dict(lr=1e-3),\n    (\"digits\", \"post\", \"annealed\"")],
      ["--post=mine trains just as without it"]),
@@ -125,6 +126,14 @@ def test_what_is_new_and_trains_nothing_of_its_own_is_told(edits, words, here, m
     """A branch forgotten, or without return; numbers of PRESETS under a new name; a knob that is nowhere used."""
     said = idle(changed(monkeypatch, *edits), "tried")
     assert sorted(said) == words
+
+
+@pytest.mark.parametrize("loss, wrong", [("(t.view(-1, 1) * (f(x, t) - x).square().flatten(1).mean(1)).mean()", True), ("(f(x, t) - x).square().sum()", True),
+                                         ("(t * (f(x, t) - x).square().flatten(1).mean(1)).mean()", False)])
+def test_a_loss_that_is_no_mean_over_rows_is_told(loss, wrong, here, monkeypatch):
+    """Its gradient would depend on --batch_gpu and on the number of processes."""
+    said = idle(changed(monkeypatch, POST, ("    assert cfg.post", f"    if cfg.post == 'mine':\n        return {loss}\n    assert cfg.post")), "tried")
+    assert any("--batch_gpu changes what is learned" in line for line in said) == wrong
 
 
 def test_a_solve_whose_ends_are_not_all_a_pairs_is_told():

@@ -32,6 +32,7 @@ from conftest import ROOT
 OURS = ["train_cmt_cifar", "train_cmt_imagenet", "train_mf_imagenet256", "train_t2i_coco"]
 FORKS = sorted(p.stem for p in ROOT.glob("*.py") if "\nPRESETS = {" in p.read_text() and p.stem not in OURS)
 STAGES = "pretrain", "mid", "post"
+NO_MEAN = "--batch_gpu changes what is learned: is the loss a mean over rows, each weight of the shape of what it weighs?"
 LOOKED_UP = "stage decay precision ensemble".split()   # choices that are keys of a table: a wrong one ends in an error
 
 
@@ -156,9 +157,15 @@ def other(value):
     return not value if isinstance(value, bool) else value // 2 or 1 if isinstance(value, int) and value != 1 else value / 2 or 0.5
 
 
+def origin(home):
+    """The Config of the script that this one was copied from: the one whose knobs are most like it."""
+    mine = {f.name for f in fields(home.Config)}
+    return min((importlib.import_module(name).Config for name in OURS), key=lambda config: len(mine ^ {f.name for f in fields(config)}))
+
+
 def words_of(home):
-    """[(field, word)]: choices of Config that none of the four scripts has."""
-    known = {(f.name, word) for name in OURS for f in fields(importlib.import_module(name).Config) for word in typing.get_args(f.type)}
+    """[(field, word)]: choices of Config that the script it was copied from has not."""
+    known = {(f.name, word) for f in fields(origin(home)) for word in typing.get_args(f.type)}
     return [(f.name, word) for f in fields(home.Config) for word in typing.get_args(f.type)
             if word != f.default and (f.name, word) not in known and f.name not in LOOKED_UP]
 
@@ -180,6 +187,11 @@ def idle(home, out):
         a, b = trained(stage, *some), trained(stage, *others)
         return torch.is_tensor(a) and torch.is_tensor(b) and not torch.equal(a, b)
 
+    def depends_on_batch_gpu(stage, flag):
+        """Whether a step learns otherwise in parts of 8 rows; rounding moves it little, and the first weights are those of no step."""
+        whole, parts, first = (trained(stage, flag, *more) for more in ([], ["--batch_gpu=8"], [f"--{stage}.lr=1e-12"]))
+        return all(map(torch.is_tensor, (whole, parts, first))) and (whole - parts).norm() > 1e-3 * (whole - first).norm()
+
     def flag_of(name, value):
         return f"--{name}={value}" if not isinstance(value, bool) else f"--{name}" if value else f"--no-{name}"
 
@@ -198,8 +210,7 @@ def idle(home, out):
             misfits.setdefault(failed, flag)
     if misfits:
         return [f"{flag}: {failed}" for failed, flag in misfits.items()]
-    ours = {f.name for name in OURS for f in fields(importlib.import_module(name).Config)}
-    new, said = words_of(home), []
+    ours, new, said = {f.name for f in fields(origin(home))}, words_of(home), []
     for name, word in new:
         flag, alike = f"--{name}={word}", True
         for stage in [name] if name in STAGES else STAGES:
@@ -207,6 +218,8 @@ def idle(home, out):
             numbers = [flag_of(f"{stage}.{k}", v) for k, v in now.items() if type(v) in (int, float, bool) and v != was[k] and k != "steps"]
             if not torch.is_tensor(failed := trained(stage, flag)):
                 said.append(f"{flag}: {failed}")
+            elif depends_on_batch_gpu(stage, flag):
+                said.append(f"{flag}: {NO_MEAN}")
             alike &= torch.is_tensor(failed) and not differ(stage, [flag], numbers)       # with its rows of PRESETS, without its name
         said += [f"{flag} trains just as without it"] * alike
     methods = [(f.name, word) for f in fields(home.Config) if f.name in ("mid", "post") for word in typing.get_args(f.type)
@@ -218,6 +231,7 @@ def idle(home, out):
             read = [stage for stage in STAGES if differ(stage, [flag], [])]
             read += [f"{stage} {word}" for stage, word in methods if stage not in read
                      and differ(stage, [f"--{stage}={word}", flag], [f"--{stage}={word}"])]
+            said += [f"{flag}: {NO_MEAN}" for stage in STAGES if stage in read and depends_on_batch_gpu(stage, flag)]
             if not read or (f.name not in named and read != [*STAGES]):
                 said.append(f'{flag} changes the weights of {", ".join(read)} alone: READ_BY needs "{f.name}": "{", ".join(read)}",' if read
                             else f"{flag} changes no weight")

@@ -1359,7 +1359,7 @@ def headline(table, scope=""):
 def of_scores(table, samples):
     """For a caption: what the scores of a table are, and what does not help."""
     few = "; with so few it is off, mostly high" * (samples < 1_024)
-    few += " (new real digits: about 0.4)" * (distance_of(table) == "FD-digits")
+    few += " (2,000 new real digits: about 0.4)" * (distance_of(table) == "FD-digits")
     text = (f"\n{distance_of(table)}, lower is better: Frechet distance of {samples:,} samples to the data, "
             f"in a classifier's features{few}.")
     nets = scores_of(table)
@@ -2317,8 +2317,8 @@ def overview(road, device, cfg):
         images += math.ceil(left * c.batch / (n * used)) * calls / 3         # a call: a third of an image
     n, least = processes()[1], images / (1000 if cfg.data == "digits" else 250)
     text = f"{n} process{'es' * (n > 1)} on {device.type}; to train: {text or 'nothing'}"
-    then = dict(all=", existing nets are drawn and scored (again)", sample=", existing nets are drawn")
-    text += then.get(cfg.stage.replace("eval", "all"), "") * (not ROAD)
+    text += ", existing nets are drawn" * (not ROAD and cfg.stage in ("all", "eval", "sample"))
+    text += " and scored (again)" * (not ROAD and cfg.stage in ("all", "eval"))
     if ROAD and device.type == "cpu":
         small = cfg.data == "digits" or getattr(cfg, "res", 0) == 16
         scores = f", and {'half a minute of ' * (cfg.data == 'digits')}scores" * (cfg.stage == "all")
@@ -2354,14 +2354,14 @@ def dry_run(home, argv, configs):
     os.environ["HF_HUB_OFFLINE"] = "1"
     codes, road, KEEP = {}, {}, False
     for c in configs:
-        left, works = c.steps * (c.stage not in home.RUN), home.set_up
+        left, prepare = c.steps * (c.stage not in home.RUN), home.set_up
         if c.stage in home.RUN:
-            works = (lambda c: list_pictures(c.source)) if c.stage == "encode" else home.candidates
+            prepare = (lambda c: list_pictures(c.source)) if c.stage == "encode" else home.candidates
         try:
             with contextlib.redirect_stdout(io.StringIO()), one_line(c, home.nets.WeightsError):
                 left = home.resume(c)[1] if home.check(c) else 0
                 if not codes and not any(steps for steps, _ in road.values()):    # later ones start there
-                    works(c)
+                    prepare(c)
         except SystemExit as stopped:                        # refused; or it wants a download: a line, code 0
             codes |= {c.stage: stopped.code} if stopped.code else {}
             if stopped.code == 2:                            # but what lacks a file still has to be trained

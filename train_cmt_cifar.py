@@ -150,7 +150,8 @@ def teacher_pairs(cfg, teacher, shape, g):
     shape: one image's. Every process draws its share and gets all. Returns shuffled x_t (P, C, H, W), t
     and owner (P,), and the ends x_0 (n, C, H, W): pair p's end is x_0[owner[p]].
     """
-    (n, used), sigmas = solve_size(cfg), teacher_sigmas(cfg.nfe)              # (nfe+1,), from 80 to 0.002
+    n, used = solve_size(cfg)
+    sigmas = teacher_sigmas(cfg.nfe)                  # (nfe+1,), from 80 to 0.002
     levels = sigmas.to(g.device, torch.float32, non_blocking=True)
     mine = slice(RANK * n // WORLD, (RANK + 1) * n // WORLD)
     # choice: x_T is pure noise (Eq. 7, the authors' 512-pixel code); their CIFAR code adds a training image

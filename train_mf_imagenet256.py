@@ -176,7 +176,8 @@ def guided_velocity(cfg, flow, v, u, at, guided):
     at: z, t, r, y. u (B, C, H, W): u(z, t, r, y), which is u_own where r = t. One more call answers the
     rows that lack u_null, and those that lack u_own. t, r, guided: on the CPU, to read without a wait.
     """
-    (z, t, r, y), w_null = at, 1 - cfg.omega - cfg.kappa
+    z, t, r, y = at
+    w_null = 1 - cfg.omega - cfg.kappa
     u_null, u_own = torch.zeros_like(z), u.to(z.dtype, copy=True)
     lack = guided & (abs(w_null) > 1e-9), guided & (r < t) & (cfg.kappa > 0)
     i, j = (mask.nonzero()[:, 0].to(z.device, non_blocking=True) for mask in lack)
@@ -236,7 +237,8 @@ def pairs_of_states(states, velocities, times):
     P = (N+1) N / 2, and the target (z_t - z_r) / (t - r), the mean velocity between them.
     """
     first, second = torch.triu_indices(len(states), len(states), 1, device=states.device)
-    times, wide = times.to(states, non_blocking=True), (-1, 1, 1, 1, 1)
+    times = times.to(states, non_blocking=True)
+    wide = -1, 1, 1, 1, 1
     steps = velocities * -times.diff().view(wide)
     path = torch.cat([torch.zeros_like(states[:1]), steps.cumsum(0)])      # z_t - z_r would lose digits
     target = (path[second] - path[first]) / (times[first] - times[second]).view(wide)

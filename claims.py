@@ -425,15 +425,15 @@ def photos(args, device):
         table = {row: {"stage": CALLED.get(row, row)} for row, _ in scores}
         for (row, steps), values in scores.items():
             table[row][f"{steps}-step FD-photos"] = f"{np.mean(values):.2f}"
-        mid, *ends = [np.mean(scores.get((row, 1), np.nan)) for row in CALLED]
+        mid, *ends = [{words: np.mean(scores.get((row, steps), np.nan)) for steps, words in
+                       ((1, "one step"), (2, "two steps"))} for row in CALLED]
         new = features.apart * (1 / n + 1 / len(images)) / (4 / len(images))     # docs/results.md: 1/n + 1/m
         name = os.path.splitext(os.path.basename(args.data))[0]
-        ends = [{"one step": end} for end in ends]
         words = (f"{fid.beside('FD-photos', *ends, f'means of {number} seeds', 'with a loss on pixels ')}\n"
                  f"{n:,} new photos would score about {new:.2f}. Scores are means of {number} seeds, images "
                  f"are seed {seed}'s.\nMid-training has a loss on pixels, post-training the plain norm "
                  "(pseudo-Huber, best on digits, was not run)."
-                 + "\nPost-training gains nothing in one step." * bool(ends[0]['one step'] >= mid)
+                 + "\nPost-training gains nothing in one step." * bool(ends[0]['one step'] >= mid['one step'])
                  + f"\nWithout mid-training: post-training alone, {fid.RECIPES['annealed']}, on "
                  f"{seen.get('ECT, annealed')} images (with it: as many pairs and images).\n"
                  f"{len(images):,} photos of {name}, shrunk; nets this small draw no clear objects.")

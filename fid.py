@@ -586,8 +586,8 @@ def fetch(urls, expected="", remedy=""):
                 os.remove(temporary)
     os.close(folder)
     if not os.path.exists(path):
-        raise DataError(f"no {path}, no download from {urls[0]} ({', '.join(problems)}): "
-                        f"{remedy or 'save it there'}")
+        raise DataError(f"no {path} (sha256 {expected or 'not published'}), no download from "
+                        f"{' or '.join(urls)} ({', '.join(problems)}): {remedy or 'save it there'}")
     if expected and sha256(path) != expected:
         raise DataError(f"{path}: sha256 is {sha256(path)}, not {expected}; delete it or {remedy}")
     return path
@@ -972,7 +972,8 @@ def prefetch(name, must=True):
     except DataError as error:
         if must:
             raise
-        say(f"warning: pictures will be drawn, but not scored: {error}")
+        short = re.sub(r" \(sha256 \w+\)| or http\S+", "", str(error))               # one address will do
+        say(f"warning: pictures will be drawn, but not scored: {short}")
         return True
     return False
 
@@ -1304,7 +1305,7 @@ def about(cfg, found):
     how = [RECIPES[k] for k in RECIPES if k == alone.get("post")]
     if alone.get("pretrain") == "fm" and (start := nets.finished(f"{cfg.out}/alone/pretrain.pt")):
         rival = f"flow matching on {nets.cost(start)['images']} images, then post-training"
-        how += ["in about equal time in all"] * (cfg.data == "digits")
+        how += ["in about equal time, all training counted"] * (cfg.data == "digits")
     seen = {name: ckpt["step"] * knobs[name]["batch"] for name, *_, ckpt in found if knobs.get(name)}
     if alone and 2 * seen["alone"] == sum(seen.values()):
         how += [f"on {seen['alone']:,} images (with it: as many pairs and images)"]
@@ -1312,7 +1313,7 @@ def about(cfg, found):
     lines += [f"Without mid-training: {', '.join([rival, *how])}."] * bool(alone)
     script = os.path.basename(home_of(cfg).__file__).removesuffix(".py")
     if cfg.data == "digits" and script in OF_SEEDS and "alone" in knobs:
-        lines += [f"Means of three seeds (docs/results.md), one / two steps: {OF_SEEDS[script]}."]
+        lines += [f"With the defaults, means of three seeds, one / two steps: {OF_SEEDS[script]}."]
     last = f"Seed {cfg.seed}."
     if sizes.get("students", 0) > 1.2 * sizes.get("teacher", math.inf):
         last += f" Students are {sizes['students'] / sizes['teacher']:.1f} times as large as the teacher."
@@ -1326,11 +1327,13 @@ def effect(now, without):
 
 def beside(distance, now, without, seeds="one seed", scope=""):
     """For a heading: scores {"one step": ..., "two steps": ...} with mid-training of a scope, and without."""
-    one, *two = [(k, now[k], without[k]) for k in without if k in now]
-    more = "".join(f"{k}: {a:.2f}, {b:.2f}; " for k, a, b in two)
-    k, a, b = one                                        # its verdict alone: in two steps seeds differ more
-    return (f"Mid-training {scope}{effect(a, b)} in {k}: {distance} {a:.2f} with it, {b:.2f} without "
-            f"({more}{seeds})")
+    steps = [k for k in without if k in now]
+    verdicts = [effect(now[k], without[k]) for k in steps]
+    told = f"{verdicts[0]} in {' and in '.join(steps)}"                    # of each, or once
+    if len({*verdicts}) > 1:
+        told = ", ".join(f"{verdict} in {k}" for verdict, k in zip(verdicts, steps))
+    ours, others = (" / ".join(f"{side[k]:.2f}" for k in steps) for side in (now, without))
+    return f"Mid-training {scope}{told}: {distance} {ours} with it, {others} without ({seeds})"
 
 
 def distance_of(table):
@@ -1442,14 +1445,14 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
               *(f"error {e:.2f}" for e in errors[net][:, k].tolist())) for net, x in answers.items()]
     means = "; ".join(f"{words_for[net]} {error[0].mean().item():.2f}" for net, error in errors.items())
     consistency = bool(levels.max() > 1)
-    notes = [f"{len(some)} of {n} states; the others look alike"] * (len(some) < n)
+    notes = [f"{len(some)} of {n} states; the others look like their neighbours"] * (len(some) < n)
     notes += ["drawn divided by sigma, where it is above 1"] * consistency
     caption = (f"Mid-training teaches the jump {JUMPS[consistency]}\n"
                "First row: the trajectory, from noise to an image"
                + f" ({'; '.join(notes)})" * bool(notes) + ".\nBelow: each net's answer to each state"
                + "; the teacher's is the mean of all images that fit it" * (consistency and "teacher" in nets)
                + f".\nError: root mean square distance from the end; two ends differ by {apart:.2f}. "
-               f"Mean error from {states.shape[1]} noises: {means}.\n"
+               f"Mean error in the first column, of {states.shape[1]} noises: {means}.\n"
                f"Shown: the noise of median error {words_for.get(last, last)}."
                + "\nPost-training no longer aims at this end: not shown." * ({"mid", "post"} <= nets.keys())
                + words)

@@ -59,7 +59,7 @@ class Config:                   # later ones win: default, matching rows of PRES
     trajectories: int = 128     # choice: per solve; their pairs serve several steps; 0 = batch/nfe (paper)
     q: int = 4096               # post: the gap t - r is n(t) t / q, see ect_step (B.2: 1/4096)
     stair: int = 0              # post annealed: steps at each of q, q^2, q^3, ... (q 2: 2, 4, 8); else 0
-    P_mean: float = -1.1        # ln sigma ~ N(P_mean, P_std^2), not cut off (ECT)
+    P_mean: float = -1.1        # ln sigma ~ N(P_mean, P_std^2), not truncated (ECT)
     P_std: float = 2.0
 
     second_sigma: float = 0.821 # second noise level of 2-step sampling (ECT)
@@ -370,7 +370,7 @@ def build(cfg, kwargs, state=None, what="", train=False):
     """A DDPM++ from kwargs (of an official file or SIZES), with weights by name if given."""
     torch.manual_seed(fold(cfg.seed, cfg.stage, "init"))    # choice: a random student has a start of its own
     net = nets.make(nets.EDMPrecond, kwargs, what, augment_dim=0, dropout=cfg.dropout if train else 0.0,
-                    sigma_shift=(cfg.stage in RUN) * cfg.sigma_shift)      # trap: else a teacher's ends move
+                    sigma_shift=cfg.sigma_shift if cfg.stage in RUN else 0.0)    # trap: no teacher is shifted
     if state is not None:
         nets.load_weights(net, state, what)
     net = net.to(DEVICE, memory_format=torch.channels_last)
@@ -485,7 +485,7 @@ def draw(images, n, g):
 
 
 # ---- plumbing ---------------------------------------------------------------------------------
-# launch, gather, resume, begin, total, on_signal, main, lr_at, batches: the same text in all four scripts.
+# launch, gather, resume, begin, total, on_signal, main, lr_at, batches: one text in all four (test_house).
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]                      # USR1: Slurm's --signal
 SIGNALS += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)      # trap: nohup ignores it
 STOP = []                                             # signals received: the loop saves, then ends

@@ -875,7 +875,7 @@ def encode_data(cfg):
 
 
 # ---- plumbing ---------------------------------------------------------------------------------
-# launch, gather, resume, begin, total, on_signal, main, lr_at, batches: the same text in all four scripts.
+# launch, gather, resume, begin, total, on_signal, main, lr_at, batches: one text in all four (test_house).
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]                      # USR1: Slurm's --signal
 SIGNALS += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)      # trap: nohup ignores it
 STOP = []                                             # signals received: the loop saves, then ends

@@ -816,8 +816,8 @@ def test_of_a_long_trajectory_nine_states_are_drawn_where_most_changes(tmp_path,
     assert late[0][1][:, 0, 0, 0].tolist() == [*range(9)] and len(short[0][1]) == 8
     assert [rows[0][0], short[0][0]] == ["the teacher's trajectory", "the teacher's trajectory\nclass 7"]
     assert rows[1][0] == "after mid-training\nin one step" and rows[1][2:] == tuple(f"error {e:.2f}" for e in range(16, -1, -2)) and len(rows[0]) == 2
-    assert said[0].startswith("Mid-training teaches the jump between any two states of the teacher's trajectory\nFirst row: the trajectory, from noise to an image (9 of 17 states; the others look alike).\nBelow: each net's answer to each state.\nError: ")
-    assert "root mean square distance from the end; two ends differ by 0.00. Mean error from 2 noises: after mid-training 16.00.\nShown: the noise of median error after mid-training." in said[0] and "divided by sigma" not in said[0] and "mean of all images" not in said[0]
+    assert said[0].startswith("Mid-training teaches the jump between any two states of the teacher's trajectory\nFirst row: the trajectory, from noise to an image (9 of 17 states; the others look like their neighbours).\nBelow: each net's answer to each state.\nError: ")
+    assert "root mean square distance from the end; two ends differ by 0.00. Mean error in the first column, of 2 noises: after mid-training 16.00.\nShown: the noise of median error after mid-training." in said[0] and "divided by sigma" not in said[0] and "mean of all images" not in said[0]
     fid.save_trajectory("", x, torch.linspace(80, 0, 17), {"teacher": lambda x, level: x, "mid": lambda x, level: x + 9, "post": lambda x, level: x - 1})
     assert said[-1].startswith("Mid-training teaches the jump from every state of the teacher's trajectory to its end\n")
     assert [row[2:3] for row in drawn[-1][0]] == [(), ("error 16.00",), ("error 7.00",)] and "divided by sigma" in said[-1] and "; the teacher's is the mean of all images that fit it.\nError" in said[-1] and said[-1].endswith("Post-training no longer aims at this end: not shown.")
@@ -845,11 +845,11 @@ def test_the_heading_of_scored_images_has_the_last_net_in_one_step_and_two_and_t
     assert fid.headline([{"stage": "teacher", "1-step FID": "9.0", "8-step FID": "2.0"}]) == ""
     assert fid.headline([{"stage": "teacher", "8-step FID": "2.0"}]) == ""
     alone = {"stage": "alone", "1-step FID": "1.48", "2-step FID": "9.00"}
-    assert fid.headline([*nearly, alone]) == "Mid-training hurts in one step: FID 5.40 with it, 1.48 without (two steps: 3.20, 9.00; one seed)"
+    assert fid.headline([*nearly, alone]) == "Mid-training hurts in one step, helps in two steps: FID 5.40 / 3.20 with it, 1.48 / 9.00 without (one seed)"
     fid.save_stages(str(tmp_path), shown, (), fid.beside("FID", {"one step": 1.0}, {"one step": 2.0}) + "\nand more", rows)        # claims.py: a title, no scope
     assert said.pop().startswith("Mid-training helps in one step: FID 1.00 with it, 2.00 without (one seed)\nIn each column")
     for without, effect in (5.9, "changes little"), (5.0, "changes little"), (6.1, "helps"), (4.9, "hurts"):                # within 10 %
-        assert f"Mid-training with it {effect} in one step: " in fid.headline([*nearly, alone | {"1-step FID": f"{without}"}], "with it ")
+        assert f"Mid-training with it {effect} in one step" in fid.headline([*nearly, alone | {"1-step FID": f"{without}"}], "with it ")
     assert fid.headline([nearly[1], alone]).startswith("after post-training: FID (lower is better) 5.40 in one step")      # the student had none either
     assert "mid-training" not in fid.of_scores([nearly[1], alone], 500)
     assert "Only a run without mid-training tells" in fid.of_scores(nearly, 500) and "Only a run" not in fid.of_scores([*nearly, alone], 500)

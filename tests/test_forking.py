@@ -67,7 +67,7 @@ def test_the_network_of_the_forking_guide_trains(here, monkeypatch):
     """docs/forking.md: its class and its two edits, in a copy of the script, through every stage."""
     own = re.search(r"```python\n(class Small.*?)```.*?`(net = nets.make.*?)`.*?`(return dict.*?)`", (ROOT / "docs/forking.md").read_text(), re.S)
     text = (ROOT / "train_cmt_cifar.py").read_text()
-    for old, new in (("def build(", own[1] + "\n\ndef build("), (re.search(r"net = nets.make\(.*?sigma_shift\)", text, re.S)[0], own[2]),
+    for old, new in (("def build(", own[1] + "\n\ndef build("), (re.search(r"net = nets.make\(.*?else 0.0\)", text, re.S)[0], own[2]),
                      (re.search(r'return \{\*\*nets.SIZES.*', text)[0], own[3])):
         assert text.count(old) == 1
         text = text.replace(old, new)
@@ -116,6 +116,8 @@ MID, POST, LOSS = ('"none"] = "cmt"', '"none", "mine"] = "cmt"'), ('] = "ect"', 
      ["--post=mine trains just as without it"]),
     ([POST, ("    assert cfg.post", "    if cfg.post == 'mine':\n        return loss_dm(f, x, t, eps)\n    assert cfg.post")],
      ['post mine does not read huber_c: READ_BY needs "huber_c": "mid, post, not post mine",', 'post mine does not read q: READ_BY needs "q": "post, not post mine",']),
+    ([POST, ("    assert cfg.post", "    if cfg.post == 'mine':\n        x_t = x + t.view(-1, 1, 1, 1) * eps\n        return (f(x_t, t) - run.teacher(x_t, t)).square().mean()\n    assert cfg.post")],
+     ['post mine does not read huber_c: READ_BY needs "huber_c": "mid, post, not post mine",', 'post mine does not read q: READ_BY needs "q": "post, not post mine",']),      # but P_mean, P_std
     ([LOSS], ["--loss=mine: mine: make_distance returns nothing for it; is a return missing? (docs/forking.md)"]),
     ([LOSS, ('if cfg.loss in ("huber", "l2")', 'if cfg.loss in ("huber", "l2", "mine")')], []),
     ([KNOB], ["--lam=0.05 changes no weight"]),

@@ -179,7 +179,8 @@ def idle(home, out):
         if stage != "pretrain":
             shutil.copytree(start, folder)
         own = [flag for flag in flags if flag.partition("=")[0] not in {f"--{s}" for s in STAGES} - {f"--{stage}"}]
-        failed = why_not(home, home.main, [*digits, "--stage", stage, "--out", folder, *["--mid", "none"] * (stage == "post"), *own])
+        alone = ["--mid", "none", "--init", "random"] if stage == "post" else []       # where the student is the teacher, a loss between them is 0
+        failed = why_not(home, home.main, [*digits, "--stage", stage, "--out", folder, *alone, *own])
         ckpt = nets.finished(f"{folder}/{stage}.pt")
         return torch.cat([w.flatten() for w in ckpt["net"].values()]) if ckpt else failed
 
@@ -208,9 +209,10 @@ def idle(home, out):
         cfg = home.parse([*digits, "--stage", "mid", "--out", start, "--trajectories", "4", "--dry_run", flag])
         if failed := why_not(home, ask_mid, home, cfg):
             misfits.setdefault(failed, flag)
-    if misfits:
-        return [f"{flag}: {failed}" for failed, flag in misfits.items()]
-    ours, new, said = {f.name for f in fields(origin(home))}, words_of(home), []
+    new, said = words_of(home), [f"{flag}: {failed}" for failed, flag in misfits.items()]
+    if {*misfits.values()} - {f"--{name}={word}" for name, word in new}:               # the default, which all that follows trains by
+        return said
+    ours, new = {f.name for f in fields(origin(home))}, [(name, word) for name, word in new if f"--{name}={word}" not in misfits.values()]
     for name, word in new:
         flag, alike = f"--{name}={word}", True
         for stage in [name] if name in STAGES else STAGES:

@@ -1450,8 +1450,8 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
     caption = (f"Mid-training teaches the jump {JUMPS[consistency]}\n"
                "First row: the trajectory, from noise to an image"
                + f" ({'; '.join(notes)})" * bool(notes) + ".\nBelow: each net's answer to each state"
-               + "; the teacher's is the mean of all images that fit it" * (consistency and "teacher" in nets)
-               + f".\nError: root mean square distance from the end; two ends differ by {apart:.2f}.\n"
+               + "; the teacher's is nearly the mean of all that fit it" * (consistency and "teacher" in nets)
+               + f".\nError: root mean square distance from the end; two ends are {apart:.2f} apart.\n"
                f"Mean error in the first column, of {states.shape[1]} noises: {means}. "
                f"Shown: the noise of median error {words_for.get(last, last)}."
                + "\nPost-training no longer aims at this end: not shown." * ({"mid", "post"} <= nets.keys())

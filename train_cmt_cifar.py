@@ -17,7 +17,7 @@ import os
 import signal
 import sys
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from types import SimpleNamespace
 from typing import Literal
@@ -635,7 +635,7 @@ def candidates(cfg):
     ckpt = nets.finished(f"{cfg.out}/pretrain.pt") if cfg.teacher in ("", "scratch") else None
     if ckpt or given_teacher(cfg):
         state, kwargs = teacher_state(cfg)
-        teacher = build(cfg, kwargs, state, cfg.teacher or "the teacher")
+        teacher = build(replace(cfg, sigma_shift=0.0), kwargs, state, cfg.teacher or "the teacher")
         found = [("teacher", teacher, {1: 1, cfg.nfe: "teacher"}, ckpt)]
     for stage in ("mid", "post", "alone/post"):       # alone: a run without mid-training, to compare with
         if ckpt := nets.finished(f"{cfg.out}/{stage}.pt"):

@@ -179,8 +179,9 @@ def guided_velocity(cfg, flow, v, u, at, guided):
     z, t, r, y = at
     w_null = 1 - cfg.omega - cfg.kappa
     u_null, u_own = torch.zeros_like(z), u.to(z.dtype, copy=True)
-    lack = guided & (abs(w_null) > 1e-9), guided & (r < t) & (cfg.kappa > 0)
-    i, j = (mask.nonzero()[:, 0].to(z.device, non_blocking=True) for mask in lack)
+    lack_null = guided & (abs(w_null) > 1e-9)
+    lack_own = guided & (r < t) & (cfg.kappa > 0)
+    i, j = (mask.nonzero()[:, 0].to(z.device, non_blocking=True) for mask in (lack_null, lack_own))
     if len(rows := torch.cat([i, j])):
         t = t.to(z.device, non_blocking=True)[rows]
         answers = flow.u(z[rows], t, t, torch.cat([flow.null_y.expand_as(y[i]), y[j]]))
@@ -380,7 +381,8 @@ def train(cfg):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
         loss_sum, part = 0.0, micro / B * tally["scale"]      # its part of the mean; fp16 scales it up
         for k in range(0, share, micro):
-            z, t, r, *_ = rows = [a[k:k + micro] for a in batch]
+            rows = [a[k:k + micro] for a in batch]
+            z, t, r, *_ = rows
             loss, square = loss_of(cfg, run, flow, rows)
             (loss * part).backward()
             loss_sum += loss.detach() * part

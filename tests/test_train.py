@@ -460,7 +460,7 @@ def test_a_distance_that_is_not_per_image_is_told():
 
 
 def test_a_shift_of_sampling_moves_no_end_of_mid_training(road):
-    """--sigma_shift is no knob of training: the teacher of mid-training and of ECD draws by what it has learned."""
+    """--sigma_shift is no knob of training: the teacher of mid-training, of ECD and in samples draws by what it has learned."""
     teacher = ["--teacher", str(road / "pretrain.pt"), "--steps", "2", "--out"]
     for out, flags in ("plain", []), ("shifted", ["--sigma_shift", "0.3"]):
         script.main([*TINY, *flags, "--stage", "mid", *teacher, out])
@@ -468,6 +468,8 @@ def test_a_shift_of_sampling_moves_no_end_of_mid_training(road):
     assert all(torch.equal(one[k], two[k]) for k in one)
     nets_of = [script.candidates(script.parse([*TINY, "--stage", "sample", "--out", "plain", "--sigma_shift", s]))[-1][1] for s in ("0", "0.3")]
     assert [net.sigma_shift for net in nets_of] == [0, 0.3]
+    shifted = script.candidates(script.parse([*TINY, "--stage", "eval", "--out", str(road), "--sigma_shift", "0.3"]))
+    assert [(name, net.sigma_shift) for name, net, *_ in shifted] == [("teacher", 0), ("mid", 0.3), ("post", 0.3)]
 
 
 def test_first_weights_of_other_images_are_told_of_by_what_differs(road, capsys):

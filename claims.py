@@ -303,7 +303,7 @@ def curves(args, device):
                    "Blue: mid-training on pairs (a state of a trajectory, its end), then post-training on "
                    "images.\nRed: images alone, by the best schedule that we found. Both begin with the "
                    "teacher's weights.\nCompare the last dots: there both learning rates have reached 0; red "
-                   "was still improving. A pair costs as many passes as an image.\n"
+                   "was still improving.\nA pair costs as many passes as an image. "
                    "With a loss on features of a VGG, the paper's way, mid-training does not help here.",
                    "images or pairs that the student has seen", marks[0])
     print(f"open {args.out}/scores.png")

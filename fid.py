@@ -38,6 +38,7 @@ ENDLESS, STAGES, INITS, NO_TEACHER, FILES, RUN, NEED_STAGE; DEVICE and nets; it 
 check, solve_size, resume, candidates and set_up. tests/test_forks.py looks at the tables of a fork.
 """
 import argparse
+import atexit
 import collections
 import contextlib
 import dataclasses
@@ -1996,7 +1997,15 @@ def patient_group():
 @functools.cache
 def patient_group_of(world):
     """A patient_group, made once for each `world` that the processes form."""
+    atexit.register(leave_groups)
     return dist.new_group(timeout=datetime.timedelta(days=9), backend="gloo")
+
+
+def leave_groups():
+    """Ends this process's groups at its exit, also after a refusal; peers on GPUs may still be at work."""
+    patient_group_of.cache_clear()       # trap: Python ends in an abort, code -6, where it finds one alive
+    if dist.is_initialized() and not torch.cuda.is_available():
+        dist.destroy_process_group()
 
 
 def agree(what, facts):
@@ -2372,13 +2381,14 @@ def dry_run(home, argv, configs):
         road[c.stage] = left, c
     if processes()[0] == 0:
         first = next((c for c in configs if c.stage in codes), home.parse(argv))
-        text = overview(road.values(), home.DEVICE, first)
+        text = overview(road.values(), home.DEVICE, first) + "\n"
+        text *= bool(ROAD) or not codes                      # of what is refused whole nothing is "to train"
         cause = f"\nnothing starts until this is fixed (see above): {', '.join(codes)}" * bool(codes)
         idle = ", ".join(c.stage for c in configs if c.stage not in (*ROAD, *codes, *home.RUN)) or "none"
         bench = pathlib.Path(__file__).with_name("bench.py")             # it counts known scripts, no forks
         counted = bool(ROAD) and bench.is_file() and pathlib.Path(home.__file__).stem in bench.read_text()
         plan = ["plan", os.path.basename(home.__file__), *(a for a in argv if a != "--dry_run"), "--gpus"]
-        show(f"{text}\nfinished or not needed: {idle}\nfolder of the run, --out: {c.out}{cause}"
+        show(f"{text}finished or not needed: {idle}\nfolder of the run, --out: {c.out}{cause}"
              + f"\nmemory and hours on GPUs: python bench.py {shlex.join(plan)} {processes()[1]}" * counted,
              sys.stdout)
     if dist.is_initialized():

@@ -841,6 +841,18 @@ def test_f15_a_second_run_in_the_same_folder_is_refused():
     assert wait(fork(argv, "third", patch=stop_after(1))) == 75                        # a dead run holds no lock
 
 
+def test_no_group_of_processes_is_left_for_the_end_of_python(monkeypatch, tmp_path):
+    """Else one run of four under torchrun, or a refusal, ended in an abort (-6)."""
+    kept, fid = [], script.fid
+    monkeypatch.setattr(fid.atexit, "register", kept.append)
+    fid.patient_group_of.cache_clear()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    assert fid.patient_group() is fid.patient_group() and kept == [fid.leave_groups]
+    kept[0]()
+    assert not torch.distributed.is_initialized() and fid.patient_group_of.cache_info().currsize == 0
+    kept[0]()                                               # after a run that has ended its groups itself
+
+
 def test_a_folder_without_locks_is_used_with_a_warning(monkeypatch, capsys):
     """Some network file systems have none: that is not another run."""
     def no_locks(*a):

@@ -128,7 +128,8 @@ def test_a_dry_run_does_not_count_with_what_it_refuses(flags, trains, capsys):
     with pytest.raises(SystemExit) as stop:
         script.main(["--data", "digits", "--dry_run", *flags.split()])
     said = capsys.readouterr()
-    assert stop.value.code == 2 and said.err.count("\n") == 1 and f"to train: {trains or 'nothing'}" in said.out and "keeps" not in said.out
+    assert stop.value.code == 2 and said.err.count("\n") == 1 and (f"to train: {trains}" if trains else "finished or not needed: none") in said.out and "keeps" not in said.out
+    assert "to train: nothing" not in said.out
     odd = [s for s in script.STAGES if s in said.out.partition("(see above): ")[2].splitlines()[0].split(", ")]
     assert odd and f"(see above): {', '.join(odd)}\n" in said.out and "drawn and scored" not in said.out         # in their order
 

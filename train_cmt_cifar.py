@@ -17,7 +17,7 @@ import os
 import signal
 import sys
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from types import SimpleNamespace
 from typing import Literal
@@ -366,11 +366,11 @@ def teacher_state(cfg):
     return nets.load_pretrained(nets.PRETRAINED[data_name(cfg)])
 
 
-def build(cfg, kwargs, state=None, what="", train=False):
-    """A DDPM++ from kwargs (of an official file or SIZES), with weights by name if given."""
+def build(cfg, kwargs, state=None, what="", train=False, shift=0.0):
+    """A DDPM++ from kwargs (of an official file or SIZES), with weights by name if given; shift: of sigma."""
     torch.manual_seed(fold(cfg.seed, cfg.stage, "init"))    # choice: a random student has a start of its own
     net = nets.make(nets.EDMPrecond, kwargs, what, augment_dim=0, dropout=cfg.dropout if train else 0.0,
-                    sigma_shift=cfg.sigma_shift if cfg.stage in RUN else 0.0)    # trap: no teacher is shifted
+                    sigma_shift=shift)                # trap: of drawn students alone; else the ends move
     if state is not None:
         nets.load_weights(net, state, what)
     net = net.to(DEVICE, memory_format=torch.channels_last)
@@ -631,15 +631,15 @@ def candidates(cfg):
         state, kwargs = nets.load_pretrained(cfg.init)
         fid.check_init(cfg, kwargs)
         name = "init_" + os.path.splitext(os.path.basename(cfg.init))[0]
-        return [(name, build(cfg, kwargs, state, cfg.init), few, None)]
+        return [(name, build(cfg, kwargs, state, cfg.init, shift=cfg.sigma_shift), few, None)]
     ckpt = nets.finished(f"{cfg.out}/pretrain.pt") if cfg.teacher in ("", "scratch") else None
     if ckpt or given_teacher(cfg):
         state, kwargs = teacher_state(cfg)
-        teacher = build(replace(cfg, sigma_shift=0.0), kwargs, state, cfg.teacher or "the teacher")
+        teacher = build(cfg, kwargs, state, cfg.teacher or "the teacher")
         found = [("teacher", teacher, {1: 1, cfg.nfe: "teacher"}, ckpt)]
     for stage in ("mid", "post", "alone/post"):       # alone: a run without mid-training, to compare with
         if ckpt := nets.finished(f"{cfg.out}/{stage}.pt"):
-            net = build(cfg, ckpt["model"], ckpt["ema"], stage)
+            net = build(cfg, ckpt["model"], ckpt["ema"], stage, shift=cfg.sigma_shift)
             found.append((stage.partition("/")[0], net, few, ckpt))
     return found or fail(3, f"no finished stage in {cfg.out}: right --out? train without --stage, or --init")
 

@@ -67,7 +67,7 @@ def test_the_network_of_the_forking_guide_trains(here, monkeypatch):
     """docs/forking.md: its class and its two edits, in a copy of the script, through every stage."""
     own = re.search(r"```python\n(class Small.*?)```.*?`(net = nets.make.*?)`.*?`(return dict.*?)`", (ROOT / "docs/forking.md").read_text(), re.S)
     text = (ROOT / "train_cmt_cifar.py").read_text()
-    for old, new in (("def build(", own[1] + "\n\ndef build("), (re.search(r"net = nets.make\(.*?else 0.0\)", text, re.S)[0], own[2]),
+    for old, new in (("def build(", own[1] + "\n\ndef build("), (re.search(r"net = nets.make\(.*?sigma_shift=shift\)", text, re.S)[0], own[2]),
                      (re.search(r'return \{\*\*nets.SIZES.*', text)[0], own[3])):
         assert text.count(old) == 1
         text = text.replace(old, new)

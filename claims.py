@@ -425,8 +425,8 @@ def photos(args, device):
         table = {row: {"stage": CALLED.get(row, row)} for row, _ in scores}
         for (row, steps), values in scores.items():
             table[row][f"{steps}-step FD-photos"] = f"{np.mean(values):.2f}"
-        mid, *ends = [{words: np.mean(scores.get((row, steps), np.nan)) for steps, words in
-                       ((1, "one step"), (2, "two steps"))} for row in CALLED]
+        mid, *ends = [{words: np.mean(scores.get((row, int(steps)), np.nan))
+                       for steps, words in fid.FEW.items()} for row in CALLED]
         new = features.apart * (1 / n + 1 / len(images)) / (4 / len(images))     # docs/results.md: 1/n + 1/m
         name = os.path.splitext(os.path.basename(args.data))[0]
         words = (f"{fid.beside('FD-photos', *ends, f'means of {number} seeds', 'with a loss on pixels ')}\n"

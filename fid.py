@@ -2399,7 +2399,7 @@ def dry_run(home, argv, configs):
 def save_curve(cfg, table=()):
     """cfg.out's curve.png, a column per stage; a Mean Flow, whose loss stays near 1, shows squared error."""
     stages, drawn, scores = {}, "loss", headline(table)
-    for m in (m for m in read_metrics(cfg.out) if "images" in m):
+    for m in filter(lambda m: "images" in m, read_metrics(cfg.out)):       # of training, not of scores
         drawn = "squared error" if "mse_same" in m or "mse_gap1" in m else "loss"
         title = drawn + (", short jumps" if "mse_gap1" in m else ", r = t" if "mse_same" in m else "")
         _, losses, norms = stages.setdefault(SPOKEN[m["stage"]], (title, [], []))

@@ -389,8 +389,9 @@ def set_up(cfg):
     if cfg.stage == "mid" and cfg.mid == "none":
         return log("mid: left out by --mid none")
     if cfg.stage == "pretrain" and given_teacher(cfg):
-        state, kwargs = teacher_state(cfg)            # fetched
-        build(cfg, kwargs, state, cfg.teacher or "the teacher")       # does it fit?
+        state, kwargs = teacher_state(cfg)            # fetched and checked
+        if cfg.teacher and not os.path.exists(f"{cfg.out}/mid.pt"):
+            build(cfg, kwargs, state, cfg.teacher)    # does it fit? not after hours of training the VGG
         return log(f"pretrain: not trained, the teacher is {cfg.teacher or 'there'}")
     if cfg.stage == "vgg" and not wants_vgg(cfg):
         return log(f"vgg: not trained, --loss {cfg.loss} of --data {cfg.data} needs none")
@@ -415,9 +416,8 @@ def set_up(cfg):
     optimizer = partial(torch.optim.Adam, betas=(0.9, beta2), fused=True)
     if cfg.stage == "vgg" and data_name(cfg) == "imagenet512":
         optimizer = partial(torch.optim.SGD, momentum=0.9, weight_decay=1e-4, fused=True)     # B.5
-    shape = kwargs["img_channels"], *[kwargs["img_resolution"]] * 2           # the VGG's, too
     return begin(cfg, ckpt, net, optimizer, stamp, kwargs, images=images, teacher=teacher, distance=distance,
-                 shape=shape, classes=kwargs["label_dim"])
+                 shape=(kwargs["img_channels"], *[kwargs["img_resolution"]] * 2), classes=kwargs["label_dim"])
 
 
 # ---- nets -------------------------------------------------------------------------------------

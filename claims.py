@@ -4,6 +4,7 @@
   python claims.py claims --methods "CMT + ECT;ECT" --seeds 0       # some rows, one seed
   python claims.py curves                   # CMT + ECT beside ECT: score against images, half an hour
   python claims.py plot out/digits out/ect  # loss and gradient norm of any runs beside each other
+  python claims.py sheet out/digits out/digits-1 out/digits-2       # a run's stages.png, three seeds' scores
   python claims.py photos --data cifar10.zip --out out/photos       # CMT + ECT beside ECT on 16x16 photos
   python claims.py roads --data cifar10.zip --out out/roads         # Mean Flow's roads there: score, time
   python claims.py bias --out out/digits    # Theorem 5.1: the gradient bias at each start of a finished run
@@ -14,7 +15,9 @@ and roads take an EDM zip with labels. What a training pair costs: bench.py.
 import contextlib
 import difflib
 import importlib
+import json
 import os
+import pathlib
 import re
 import shutil
 import signal
@@ -226,6 +229,35 @@ def plot(args, device):
                    "The stages of each run against the images (or pairs) that the stage has been trained on. "
                    "Beside a run the score of its last net, by so many samples; lower is better.")
     print(f"open {args.out}/plot.png; the next plot replaces it, unless it has another --out")
+
+
+def sheet(args, device):
+    """Score runs that differ in their seed alone: <out>/stages.png, images of the first, means of all."""
+    drawn = []
+
+    def keep(out, *stages, table=(), samples=0):
+        drawn.extend([(stages, table, samples)] * bool(table))
+    for run in args.runs:
+        config = pathlib.Path(run, "config.json")
+        if not config.exists():
+            script.fail(3, f"sheet: {config} is not there; name the folder of a run")
+        made = [*json.loads(config.read_text()).values()][-1]
+        home = importlib.import_module(made["script"].removesuffix(".py"))
+        with quiet(), mock.patch.object(fid, "save_stages", keep):
+            home.main(["--data", made["data"], "--seed", str(made["seed"]), "--stage", "eval", "--out", run])
+    (shown, names, words), table, samples = drawn[0]
+    if len({tuple(row["stage"] for row in rows) for _, rows, _ in drawn}) > 1:
+        script.fail(3, f"sheet: {', '.join(args.runs)} have not the same nets; finish them, and their alone")
+    for k, row in enumerate(table):
+        for key in [key for key in row if "-step " in key and row[key] != "-"]:
+            unit, all_of = "%" * ("%" in row[key]), [rows[k][key].rstrip("%") for _, rows, _ in drawn]
+            row[key] = f"{np.mean([*map(float, all_of)]):.{1 if unit else 2}f}{unit}"
+    scope, below = words.split("\n", 1)
+    many = f"means of {len(drawn)} seeds"
+    below = re.sub(r"Seed (\d+)\.", f"Scores are {many}, images are seed \\1's.", below)
+    words = f"{fid.headline(table, scope, many)}\n{below}"
+    fid.save_stages(args.out, shown, names, words, table, samples)
+    print(f"open {args.out}/stages.png")
 
 
 @contextlib.contextmanager
@@ -568,8 +600,8 @@ def bias(args, device):
 # ---- command line -----------------------------------------------------------------------------
 USES = dict(  # command: its flags
     claims="out methods seeds device", curves="out seeds device", plot="runs out device",
-    photos="data out methods seeds samples device", roads="data out methods seeds size flags samples device",
-    bias="out samples device")
+    sheet="runs out device", photos="data out methods seeds samples device",
+    roads="data out methods seeds size flags samples device", bias="out samples device")
 FLAGS = dict(
     runs=dict(nargs="+", metavar="OUT", help="folders of runs, of any script"),
     out=dict(default="", help="folder of the runs; \"\" = out/claims; bias: out/digits"),

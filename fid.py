@@ -34,8 +34,8 @@ The resize is part of the protocol; the two differ by 8.6 grey levels on CIFAR-1
 Precision, recall and the like: reuse net(images). Exit codes: 0 done, 2 usage, 3 data or weights.
 From the running script fid takes Config and its tables: PRESETS (values), LIMITS (allowed values), READ_BY
 (which stages read a knob; default: all), NO_WEIGHT (knobs that change no weight), ABOUT (a stage in words),
-ENDLESS, STAGES, INITS, NO_TEACHER, FILES, RUN, NEED_STAGE; DEVICE and nets; it calls parse, data_name,
-check, solve_size, resume, candidates and set_up. tests/test_forks.py looks at the tables of a fork.
+STAGES, FILES, RUN, NEED_STAGE; DEVICE and nets; it calls data_name, lr_at, check, solve_size, resume,
+candidates and set_up. tests/test_forks.py looks at the tables of a fork.
 """
 import argparse
 import atexit
@@ -1158,17 +1158,12 @@ VGG = "features of a VGG"
 COMPARED = dict(huber="pixels", l2="pixels", lpips=VGG, elatentlpips=VGG)                  # by --loss
 ROW = " of this row"
 RECIPES = dict(annealed="with two noise levels that draw closer", vanilla="by Mean Flow's own recipe")
-PAIRS = ("any two states of the teacher's trajectory",                    # Mean Flow; consistency model
-         "any state of the teacher's trajectory, and its end")
+LEARNED = ("Mid-training: the mean velocity between any two states of a teacher's trajectory. "    # Mean Flow
+           "Post-training, on images: Mean Flow's own loss.",
+           "Mid-training: from any state of a teacher's trajectory to its end. "         # consistency model
+           "Post-training, on images: one answer at two close noise levels.")
 JUMPS = ("between any two states of the teacher's trajectory",
          "from every state of the teacher's trajectory to its end")
-OF_SEEDS = {  # means of three seeds (defaults, digits), as in README, for sheets of one seed
-    "train_cmt_cifar": "3.66 / 2.61 with it, 5.58 / 3.37 without (it helps).\nWith a loss on features of a "
-                       "VGG, as in the paper: 5.94 / 3.76 with it, 5.75 / 3.87 without (level)",
-    "train_cmt_imagenet": "2.26 / 1.02 with it, 1.48 / 0.97 without (it hurts in one step, level in two).\n"
-                          "With a loss on pixels: 1.33 / 0.77 with it, 1.48 / 0.97 without (level, helps)",
-    "train_mf_imagenet256": "3.17 / 1.02 with it, 2.28 / 0.68 without (it hurts)",
-    "train_t2i_coco": "3.05 / 3.40 with it, 3.03 / 2.83 without (level in one step, it hurts in two)"}
 FEW = {"1": "one step", "2": "two steps"}                # the steps of students that a heading tells
 INKS = {"without|scratch": "#c0392b", "flow": "#8e44ad", "mid|CMT": "#1f5fbf", "teacher|pre-": "#2e8b57",
         "post": "#d98a00", "VGG": "#555555"}             # what a name speaks of: its colour in every chart
@@ -1310,11 +1305,8 @@ def about(cfg, found):
     seen = {name: ckpt["step"] * knobs[name]["batch"] for name, *_, ckpt in found if knobs.get(name)}
     if alone and 2 * seen["alone"] == sum(seen.values()):
         how += [f"on {seen['alone']:,} images (with it: as many pairs and images)"]
-    lines = [f"Mid-training learns from pairs: {PAIRS[loss != 'velocities']}."] * ("mid" in knobs)
+    lines = [LEARNED[loss != "velocities"]] * ("mid" in knobs)
     lines += [f"Without mid-training: {', '.join([rival, *how])}."] * bool(alone)
-    script = os.path.basename(home_of(cfg).__file__).removesuffix(".py")
-    if cfg.data == "digits" and script in OF_SEEDS and "alone" in knobs:
-        lines += [f"With the defaults, means of three seeds, one / two steps: {OF_SEEDS[script]}."]
     last = f"Seed {cfg.seed}."
     if sizes.get("students", 0) > 1.2 * sizes.get("teacher", math.inf):
         last += f" Students are {sizes['students'] / sizes['teacher']:.1f} times as large as the teacher."
@@ -1326,7 +1318,7 @@ def effect(now, without):
     return "changes little" if abs(now - without) < 0.1 * without else "helps" if now < without else "hurts"
 
 
-def beside(distance, now, without, seeds="one seed", scope=""):
+def beside(distance, now, without, seeds, scope):
     """For a heading: scores {"one step": ..., "two steps": ...} with mid-training of a scope, and without."""
     steps = [k for k in without if k in now]
     verdicts = [effect(now[k], without[k]) for k in steps]
@@ -1349,12 +1341,12 @@ def scores_of(table):
         if key.startswith(("1-step F", "2-step F")) and value != "-"} for row in reversed(table)}
 
 
-def headline(table, scope=""):
+def headline(table, scope="", seeds="one seed"):
     """For a heading: scores with mid-training and without, if both are there; else of the last student."""
     nets = scores_of(table)
     mid, post, alone = (nets.get(net, {}) for net in ("mid", "post", "alone"))
     if mid and post.keys() & alone.keys():
-        return beside(distance_of(table), post, alone, scope=scope)
+        return beside(distance_of(table), post, alone, seeds, scope)
     return next((f"{called(net)}: {distance_of(table)} (lower is better) "
                  + ", ".join(f"{v:.2f} in {k}" for k, v in found.items())
                  for net, found in nets.items() if found and net not in ("alone", "teacher")), "")
@@ -1451,7 +1443,8 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
     caption = (f"Mid-training teaches the jump {JUMPS[consistency]}\n"
                "First row: the trajectory, from noise to an image"
                + f" ({'; '.join(notes)})" * bool(notes) + ".\nBelow: each net's answer to each state"
-               + "; the teacher's is nearly the mean of all that fit it" * (consistency and "teacher" in nets)
+               + "; the teacher's is nearly the mean of all images that this noisy one could have been"
+               * (consistency and "teacher" in nets)
                + f".\nError: root mean square distance from the end; two ends are {apart:.2f} apart.\n"
                f"Mean error in the first column, of {states.shape[1]} noises: {means}. "
                f"Shown: the noise of median error {words_for.get(last, last)}."
@@ -1679,6 +1672,7 @@ def open_out(out, script, argv):
 
 SCORED = "seeds samples repeat second_sigma".split()                       # knobs that no training reads
 DRAWN = "second_sigma sigma_shift labels sampler precision w"              # change samples of the same net
+INITS = "teacher", "random"                                  # all other values of --init are a FILE
 SAMPLED = f"init nfe nodes prompts omega kappa guide_from guide_to {DRAWN}"           # knobs of sampling, too
 
 
@@ -1803,7 +1797,7 @@ def stages_of(home, argv):
                 log(f"{cfg.stage} reads no {flag}")          # it may be given the flags of a whole run
     for k, c in enumerate(configs):                          # --init FILE starts the first stage, not all
         later = cfg.stage == "all" and (c.stage == "eval" or (c.stage == "post" and c.mid != "none"))
-        if later and c.init not in home.INITS:
+        if later and c.init not in INITS:
             configs[k] = dataclasses.replace(c, init=home.Config.init)
     # a number that READ_BY denies a stage has its default there, so a wrong row shows up
     plain = {f.name: f.default for f in dataclasses.fields(home.Config) if f.type in (int, float, bool)}
@@ -1940,7 +1934,7 @@ def check_named(cfg):
     """Exit code 3 for a --teacher or --init that is neither a file nor what can be fetched."""
     for flag in ("teacher", "init"):
         name = getattr(cfg, flag)
-        known = name in ("", "scratch", *home_of(cfg).INITS) or name.startswith("edm2-") or "://" in name
+        known = name in ("", "scratch", *INITS) or name.startswith("edm2-") or "://" in name
         if not known and not os.path.exists(name):
             fail(3, f"--{flag} {name}: no such file; give a file or a URL")
 
@@ -2066,10 +2060,12 @@ def steps_left(cfg, ckpt, path):
     if ckpt and ckpt.get("code", here["code"]) != here["code"]:
         say(f"warning: {made}, nets.py or solvers.py was changed since {cfg.out} was begun; to train that "
             "anew, use another --out")                       # once for all stages
-    may = {*never_read(cfg), *home.NO_WEIGHT.split(), *["steps"] * (cfg.decay in home.ENDLESS)}
+    may = {*never_read(cfg), *home.NO_WEIGHT.split()}
     old = {f.name: ckpt["cfg"].get(f.name, f.default) for f in dataclasses.fields(cfg)} if ckpt else {}
-    if old and (later or cfg.steps < ckpt["step"]):
-        may -= {"steps"}
+    if old and not later and cfg.steps >= (done := ckpt["step"]):              # were its steps the same?
+        rates = [[home.lr_at(dataclasses.replace(cfg, steps=n), s) for s in (0, done // 2, done - 1)]
+                 for n in (old["steps"], cfg.steps)]
+        may |= {"steps"} if rates[0] == rates[1] else set()
     if changed := [name for name, was in old.items() if was != getattr(cfg, name) and name not in may]:
         check_named(cfg)                              # the plainer cause first
         data, more, teacher = old["data"], cfg.steps - old["steps"], f"{cfg.out}/pretrain.pt"
@@ -2102,7 +2098,7 @@ def never_read(cfg):
 def command(cfg, stage, names, **new):
     """The command of a stage, with the new flags and those of `names` that differ from its defaults."""
     argv = ["--data", cfg.data, "--stage", stage]
-    plain = vars(home_of(cfg).parse(argv))
+    plain = vars(parse(home_of(cfg), argv))
     for name, value in {**vars(cfg), **new}.items():
         if name in new or (name in names and value != plain[name]):
             argv += [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", value]
@@ -2337,7 +2333,7 @@ def overview(road, device, cfg):
         scores += "; shorter runs: docs/usage.md, Your own images" * (cfg.data != "digits" and least > 600)
         text += (f"; {duration(least)} to {duration(4 * least)} on one core in fp32{scores}" if small else
                  "\nwarning: there is no GPU; a CPU trains --data digits in minutes, --res 16 in hours")
-    named = ROAD and cfg.init not in home_of(cfg).INITS
+    named = ROAD and cfg.init not in INITS
     text += f"\n{'mid' if 'mid' in ROAD else 'post'} starts from --init {cfg.init}" * bool(named)
     fork = os.path.basename(home_of(cfg).__file__)
     if ROAD and fork not in SCRIPTS and max(steps for steps, _ in ROAD.values()) > 2:
@@ -2380,7 +2376,7 @@ def dry_run(home, argv, configs):
                 continue
         road[c.stage] = left, c
     if processes()[0] == 0:
-        first = next((c for c in configs if c.stage in codes), home.parse(argv))
+        first = next((c for c in configs if c.stage in codes), parse(home, argv))
         text = overview(road.values(), home.DEVICE, first) + "\n"
         text *= bool(ROAD) or not codes                      # of what is refused whole nothing is "to train"
         cause = f"\nnothing starts until this is fixed (see above): {', '.join(codes)}" * bool(codes)
@@ -2449,7 +2445,7 @@ def say_missing(cfg, names):
 def samples_folder(cfg, name, steps, net=None):
     """<out>/samples/<net>_<steps>, plus knobs not at defaults. Exit code 2 if another net drew it."""
     own = {k: getattr(cfg, k) for k in ("data", "res") if hasattr(cfg, k)} | dict(stage="sample")
-    plain = vars(home_of(cfg).parse([f"--{k}={v}" for k, v in own.items()]))
+    plain = vars(parse(home_of(cfg), [f"--{k}={v}" for k, v in own.items()]))
     knobs = [k for k in DRAWN.split() if k != "second_sigma" or steps == 2]
     asked = [f"_{k}_{getattr(cfg, k)}" for k in knobs if plain.get(k) != vars(cfg).get(k)]
     folder = f"{cfg.out}/samples/{name}_{steps}{''.join(asked)}"

@@ -28,7 +28,7 @@ import torch.distributed as dist
 import fid                      # the score, and what runs share; it reads tables of this file (its docstring)
 import nets                     # networks, their weights, distances
 import solvers                  # trajectories, few-step samplers, seeds
-from fid import count, fail, log, report
+from fid import INITS, count, fail, log, report
 from solvers import fold, randn
 
 
@@ -40,9 +40,9 @@ class Config:                   # later ones win: default, matching rows of PRES
     stage: Literal["all", "pretrain", "mid", "post", "sample", "eval"] = "all"   # all: those not finished
     out: str = ""               # folder of the run; "" = out/<data>
     teacher: str = ""           # FILE, URL; "" = <out>/pretrain.pt, else the official one; scratch = train it
-    mid: Literal["cmt", "kd", "slow", "none"] = "cmt"    # ablations: kd: from x_T alone; slow: a solve a pair
-    post: Literal["ect", "ecd", "ecd_euler", "annealed"] = "ect"   # ecd: x_r by teacher; annealed: q grows
-    init: str = "teacher"       # start of mid (--mid none: post): teacher | random | FILE; sample: show FILE
+    mid: Literal["cmt", "kd", "slow", "none"] = "cmt"    # Eq. 7; kd, slow: the paper's ablations (4.3)
+    post: Literal["ect", "ecd", "ecd_euler", "annealed"] = "ect"  # ecd: x_r by the teacher; annealed: q grows
+    init: str = "teacher"       # first weights: teacher | random | FILE; sample: show FILE
 
     steps: int = 300_000        # of mid (others: PRESETS); x batch 128 = 38.4 million pairs (Sec. 4.2)
     batch: int = 128            # images or pairs (x_t, x_0) per step, over all processes (B.2)
@@ -112,7 +112,6 @@ ABOUT = {"pretrain": "stage 1 of 4, pre-training: the loss soon falls slowly, bu
          "post": "stage 3 of 4, post-training (Eq. 3): a large gradient and a level loss are normal",
          "eval": "stage 4 of 4, scores: every net's images compared with the data; lower is better"}
 STAGES = ["pretrain", "mid", "post", "eval"]          # what --stage all runs, in this order: fid.stages_of
-INITS = "teacher", "random"                           # other values of --init are a FILE: fid.check_named
 NO_TEACHER = ["ect", "annealed"]                      # post-trainings that ask no teacher
 FILES = {"cifar10": "data/cifar-10-python.tar.gz",
          "ffhq": "data/ffhq-64x64.zip", "afhqv2": "data/afhqv2-64x64.zip"}
@@ -193,7 +192,7 @@ def loss_ect(net, x_t, x_r, t, r, huber_c=0.0):
 
 
 def make_distance(cfg):
-    """d of Eq. 7 (l2: the mean square; App. D): features(x) -> [(B, ...)], distance(a, b) -> (B,)."""
+    """d of Eq. 7, by --loss: an object with features(x) -> [(B, ...)] and distance(a, b) -> (B,)."""
     if cfg.loss in ("huber", "l2"):
         return nets.PixelDistance(cfg.huber_c if cfg.loss == "huber" else 0.0)
     assert cfg.loss == "lpips", f"{cfg.loss}: make_distance returns nothing for it"
@@ -216,7 +215,7 @@ def slow_pairs(cfg, teacher, images, g):
 
 # ---- train ------------------------------------------------------------------------------------
 def solve(cfg, run, number):
-    """Draw a solve's pairs: x_t, t and owner of each, and the features of the ends, computed once per end."""
+    """A solve's pairs: x_t, t, owner of each; and what they share: features of the ends, computed once."""
     g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", number))
     assert cfg.mid in ("cmt", "kd", "slow"), f"{cfg.mid}: no branch draws its pairs"
     if cfg.mid == "slow":
@@ -247,16 +246,17 @@ def batches(cfg, run, mine):
             yield image_batch(cfg, run, step, mine), None
 
 
-def loss_of(cfg, run, step, f, rows, targets):
-    """The loss of a micro-batch: f(x, t) is the net in training; rows and targets come from batches."""
+def loss_of(cfg, run, step, f, rows, shared):
+    """The loss of a micro-batch: f(x, t) is the net in training; rows and shared come from batches."""
     if cfg.stage == "mid":
         x_t, t, owner = rows                          # owner: which end of the solve is a pair's
-        return loss_cmt(f, x_t, t, [a[owner] for a in targets], run.distance)                 # Eq. 7
+        return loss_cmt(f, x_t, t, [a[owner] for a in shared], run.distance)                 # Eq. 7
     x, t, eps = rows
     if cfg.stage == "pretrain":
         return loss_dm(f, x, t, eps, run.net.sigma_data)
     assert cfg.post in ("ect", "annealed", "ecd", "ecd_euler"), f"{cfg.post}: no branch returns its loss"
-    r = ect_step(t, cfg.q ** (1 + step // cfg.stair if cfg.post == "annealed" else 1))       # q, q^2, q^3 ...
+    q = cfg.q ** (1 + step // cfg.stair) if cfg.post == "annealed" else cfg.q           # q, q^2, q^3, ...
+    r = ect_step(t, q)
     x_t, x_r = (x + s.view(-1, 1, 1, 1) * eps for s in (t, r))
     if cfg.post in ("ecd", "ecd_euler"):              # by the frozen teacher: no gradient
         x_r = solvers.ode_step(run.teacher, x_t, t, r, 1 if cfg.post == "ecd_euler" else 2)
@@ -271,13 +271,13 @@ def train(cfg):
     share, micro = B // WORLD, cfg.batch_gpu or B // WORLD    # rows of a process, of a forward pass
     mine = slice(RANK * share, (RANK + 1) * share)
     cast_net = in_precision(cfg, net)
-    for step, (batch, targets) in enumerate(batches(cfg, run, mine), start):
+    for step, (batch, shared) in enumerate(batches(cfg, run, mine), start):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
         loss_sum, part = 0.0, micro / B * tally["scale"]      # its part of the mean; fp16 scales it up
         for k in range(0, share, micro):
             seed = fold(cfg.seed, cfg.stage, step, "dropout") + mine.start + k  # of the first row
             f = partial(cast_net, masks=nets.dropout_masks(net, range(seed, seed + micro)))
-            loss = loss_of(cfg, run, step, f, [a[k:k + micro] for a in batch], targets)
+            loss = loss_of(cfg, run, step, f, [a[k:k + micro] for a in batch], shared)
             (loss * part).backward()
             loss_sum += loss.detach() * part
         norm, mean, stop = total(run.grad, loss_sum, tally["scale"])          # the one wait of a step
@@ -303,7 +303,6 @@ def train(cfg):
 
 
 DECAYS = {"linear": lambda cfg, step: 1 - step / cfg.steps, "constant": lambda cfg, step: 1.0}        # B.2
-ENDLESS = ["constant"]                                # of any --steps: a finished stage can have more
 
 
 def lr_at(cfg, step):

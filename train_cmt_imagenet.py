@@ -35,7 +35,7 @@ import torch.nn.functional as F
 import fid                      # the score, and what runs share; it reads tables of this file (its docstring)
 import nets                     # networks, their weights, distances
 import solvers                  # trajectories, few-step samplers, seeds
-from fid import count, fail, log, report
+from fid import INITS, count, fail, log, report
 from solvers import fold, randn
 
 
@@ -50,7 +50,7 @@ class Config:                   # later ones win: default, matching rows of PRES
     teacher: str = ""           # FILE, URL, EDM2 snapshot; "" = pretrain.pt or official; scratch = train it
     mid: Literal["cmt", "none"] = "cmt"                  # Eq. 7
     post: Literal["ect", "ecd", "ecd_euler", "ecd_code"] = "ect"     # Eq. 3; ecd_code: as their 512 script
-    init: str = "teacher"       # start of mid (--mid none: post): teacher | random | FILE; sample: show FILE
+    init: str = "teacher"       # first weights: teacher | random | FILE; sample: show FILE
 
     steps: int = 50_000         # of mid, others: PRESETS; x batch 128 = 6.4 million pairs (B.3)
     batch: int = 128            # images or pairs (x_t, x_0) per step, over all processes (B.3)
@@ -131,7 +131,6 @@ ABOUT = {"pretrain": "stage 1 of 5, pre-training (EDM2): the loss falls while th
          "post": "stage 4 of 5, post-training (Eq. 3): the loss hardly falls; judge by scores",
          "eval": "stage 5 of 5, scores: every net's images compared with the data; lower is better"}
 STAGES = ["pretrain", "vgg", "mid", "post", "eval"]   # what --stage all runs, in this order: fid.stages_of
-INITS = "teacher", "random"                           # other values of --init are a FILE: fid.check_named
 NO_TEACHER = ["ect"]                                  # post-trainings that ask no teacher
 FILES = {"imagenet64": "data/imagenet64.zip", "imagenet512": "data/imagenet512-sd.zip"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -266,12 +265,12 @@ def new_vgg(cfg, classes):
 
 # ---- train ------------------------------------------------------------------------------------
 def solve(cfg, run, number):
-    """Draw a solve's pairs: x_t, t, y, owner and views of each; and the ends' features, or the ends."""
+    """A solve's pairs: x_t, t, y, owner, views of each; and what they share: its ends, mostly as features."""
     g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", number))
     *pairs, x_0 = teacher_pairs(cfg, run.teacher, run.shape, g, run.classes)
     views = () if cfg.ensemble == "none" else run.distance.draw(pairs[0], g).values()        # of each pair
-    targets = [x_0] if views else run.distance.features(x_0)             # once per end; of views: per pair
-    return [*pairs, *views], targets
+    shared = [x_0] if views else run.distance.features(x_0)              # once per end; of views: per pair
+    return [*pairs, *views], shared
 
 
 def image_batch(cfg, run, step, mine):
@@ -300,8 +299,8 @@ def batches(cfg, run, mine):
             yield image_batch(cfg, run, step, mine), None
 
 
-def loss_of(cfg, run, seed, rows, targets):
-    """The loss of a micro-batch: rows and targets come from batches; seed is for its first row's dropout."""
+def loss_of(cfg, run, seed, rows, shared):
+    """The loss of a micro-batch: rows and shared come from batches; seed is for its first row's dropout."""
     if cfg.stage == "vgg":                            # B.5: cross-entropy, images not augmented
         x, *_, labels = rows
         torch.manual_seed(seed)                       # trap: else every process has the same dropout mask
@@ -310,7 +309,7 @@ def loss_of(cfg, run, seed, rows, targets):
     f = partial(run.net, class_labels=rows[2], masks=masks)
     if cfg.stage == "mid":
         x_t, t, _, owner, *view = rows                # owner: which end of the solve is a pair's
-        target = [a[owner] for a in targets]
+        target = [a[owner] for a in shared]
         if view:
             return loss_cmt_views(f, x_t, t, *target, run.distance, view)
         return loss_cmt(f, x_t, t, target, run.distance)                                      # Eq. 7
@@ -334,13 +333,13 @@ def train(cfg):
     share, micro = B // WORLD, cfg.batch_gpu or B // WORLD    # rows of a process, of a forward pass
     mine = slice(RANK * share, (RANK + 1) * share)
     run.ahead = fid.ahead(partial(read_batch, cfg, run.images), range(start, cfg.steps))  # lazy; mid: none
-    for step, (batch, targets) in enumerate(batches(cfg, run, mine), start):
+    for step, (batch, shared) in enumerate(batches(cfg, run, mine), start):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
         loss_sum, part = 0.0, micro / B * tally["scale"]      # its part of the mean; fp16 scales it up
         with nets.hoist(net, force=True):             # EDM2 Eq. 66: normalised once for all micro-batches
             for k in range(0, share, micro):
                 seed = fold(cfg.seed, cfg.stage, step, "dropout") + mine.start + k  # of the first row
-                loss = loss_of(cfg, run, seed, [a[k:k + micro] for a in batch], targets)
+                loss = loss_of(cfg, run, seed, [a[k:k + micro] for a in batch], shared)
                 (loss * part).backward()
                 loss_sum += loss.detach() * part
         norm, mean, stop = total(run.grad, loss_sum, tally["scale"])          # the one wait of a step
@@ -368,7 +367,6 @@ SQRT_FROM = dict(imagenet64=35_000, imagenet512=70_000, own=5_000, digits=500)  
 DECAYS = {"linear": lambda cfg, step: 1 - step / cfg.steps, "constant": lambda cfg, step: 1.0,
           "sqrt": lambda cfg, step: max(step / SQRT_FROM[data_name(cfg)], 1) ** -0.5,          # EDM2 Eq. 67
           "steps": lambda cfg, step: 0.1 ** sum(step >= k * cfg.steps for k in (0.3, 0.6, 0.9))}         # B.5
-ENDLESS = ["constant", "sqrt"]                        # of any --steps: a finished stage can have more
 
 
 def lr_at(cfg, step):

@@ -37,7 +37,7 @@ import torch.distributed as dist
 import fid                      # the score, and what runs share; it reads tables of this file (its docstring)
 import nets                     # networks, their weights, distances
 import solvers                  # trajectories, few-step samplers, seeds
-from fid import count, fail, log, report
+from fid import INITS, count, fail, log, report
 from solvers import fold, randn
 
 
@@ -121,7 +121,6 @@ ABOUT = {"pretrain": "stage 1 of 4, pre-training: squared errors fall; the loss 
          "post teacher": "stage 3 of 4, post-training: the loss, a squared error, falls slowly",
          "eval": "stage 4 of 4, scores: every net's images compared with the data; lower is better"}
 STAGES = ["pretrain", "mid", "post", "eval"]          # what --stage all runs, in this order: fid.stages_of
-INITS = "teacher", "random"                           # other values of --init are a FILE: fid.check_named
 NO_TEACHER = ["mf", "vanilla"]                        # post-trainings that ask no teacher
 FILES = {"imagenet": "data/imagenet256-sd"}
 REFERENCE = {"imagenet": "imagenet256"}               # scored by ADM's statistics, others by their own
@@ -324,7 +323,7 @@ def teacher_pairs(cfg, teacher, shape, g):
 
 # ---- train ------------------------------------------------------------------------------------
 def solve(cfg, run, number):
-    """Draw a solve's pairs: z, t, r, y and target of each. The pairs share nothing."""
+    """A solve's pairs: z, t, r, y and target of each. They share nothing."""
     g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", number))
     return teacher_pairs(cfg, run.teacher, run.shape, g), None
 
@@ -411,7 +410,6 @@ def train(cfg):
 
 
 DECAYS = {"linear": lambda cfg, step: 1 - step / cfg.steps, "constant": lambda cfg, step: 1.0}
-ENDLESS = ["constant"]                                # of any --steps: a finished stage can have more
 
 
 def lr_at(cfg, step):

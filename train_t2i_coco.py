@@ -40,7 +40,7 @@ import torch.nn.functional as F
 import fid                      # the score, and what runs share; it reads tables of this file (its docstring)
 import nets                     # networks, their weights, distances
 import solvers                  # trajectories, few-step samplers, seeds
-from fid import count, fail, log, report
+from fid import INITS, count, fail, log, report
 from solvers import fold, randn
 
 
@@ -122,7 +122,6 @@ ABOUT = {"pretrain": "stage 1 of 4, pre-training: squared errors and the loss, l
          "post": "stage 3 of 4, post-training: squared errors fall slowly, the loss in the log hardly",
          "eval": "stage 4 of 4, scores: every net's images compared with the data; lower is better"}
 STAGES = ["pretrain", "mid", "post", "eval"]          # what --stage all runs, in this order: fid.stages_of
-INITS = "teacher", "random"                           # other values of --init are a FILE: fid.check_named
 NO_TEACHER = ["mf", "vanilla", "xl"]                  # post-trainings that ask no teacher
 FILES = {"coco": "data/coco256-sd"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -326,7 +325,7 @@ def features_of(run, words, drop):
 
 
 def solve(cfg, run, number):
-    """Draw a solve's pairs: z, t, r, owner and target of each; and each caption's features, computed once."""
+    """A solve's pairs: z, t, r, owner, target of each; and what they share: the captions' features."""
     g = torch.Generator().manual_seed(fold(cfg.seed, "captions", number))
     index, pick, drop = draw_captions(cfg, run.images, cfg.trajectories, g)
     texts = features_of(run, *pinned([run.images.texts(index, pick), drop]))
@@ -420,7 +419,6 @@ def train(cfg):
 
 
 DECAYS = {"linear": lambda cfg, step: 1 - step / cfg.steps, "constant": lambda cfg, step: 1.0}
-ENDLESS = ["constant"]                                # of any --steps: a finished stage can have more
 
 
 def lr_at(cfg, step):

@@ -34,6 +34,37 @@ def test_claims_run_every_row_once_and_print_what_they_scored(tmp_path, monkeypa
     assert f"eval: post 1-step FD-digits {table[1][1].split(' ')[0]}" in log and "mid: " not in log
 
 
+def test_a_sheet_has_the_means_of_its_runs_and_the_images_of_the_first(tmp_path, monkeypatch, capsys):
+    """Verdicts of one seed differ from those of three; the words of the runs stay, but for the seed. Other nets: refused."""
+    nets, told = ["teacher", "mid", "post", "alone"], {}
+    for seed, one in enumerate((1.0, 2.0, 6.0)):                               # alone: 2 in one step, 1 in two
+        (tmp_path / f"{seed}").mkdir()
+        (tmp_path / f"{seed}/config.json").write_text(json.dumps(dict(post=dict(script="train_cmt_cifar.py", data="digits", seed=seed))))
+        told[str(tmp_path / f"{seed}")] = [{"stage": name, "images": "9", "1-step FD-digits": f"{2.0 if name == 'alone' else one:.2f}",
+                                            "2-step FD-digits": "-" if name == "teacher" else "1.00", "1-step shows its digit": f"{90 + seed}.5%"} for name in nets]
+
+    def main(argv):
+        flags = dict(zip(argv[::2], argv[1::2]))
+        assert flags["--stage"] == "eval" and flags["--data"] == "digits" and flags["--out"].endswith(flags["--seed"])
+        for more in {}, dict(table=told[flags["--out"]], samples=7):
+            claims.fid.save_stages(flags["--out"], flags["--seed"], (), f"with it \nMore.\nSeed {flags['--seed']}. Large.", **more)
+    drawn = []
+    monkeypatch.setattr(claims.script, "main", main)
+    monkeypatch.setattr(claims.fid, "save_stages", lambda *a: drawn.append(a))
+    claims.main(["sheet", *told, "--out", str(tmp_path)])
+    (out, shown, names, words, table, samples), = drawn
+    assert (out, shown, names, samples) == (str(tmp_path), "0", (), 7) and [row["images"] for row in table] == ["9"] * 4
+    assert words == ("Mid-training with it hurts in one step, changes little in two steps: FD-digits 3.00 / 1.00 with it, 2.00 / 1.00 without (means of 3 seeds)"
+                     "\nMore.\nScores are means of 3 seeds, images are seed 0's. Large.")
+    assert [row["1-step FD-digits"] for row in table] == ["3.00", "3.00", "3.00", "2.00"]
+    assert table[0]["2-step FD-digits"] == "-" and {row["1-step shows its digit"] for row in table} == {"91.5%"}
+    told[str(tmp_path / "1")].pop()
+    for runs, words in ([*told], "have not the same nets"), ([str(tmp_path / "x")], "config.json is not there; name the folder of a run"):
+        with pytest.raises(SystemExit) as stopped:
+            claims.main(["sheet", *runs, "--out", str(tmp_path)])
+        assert stopped.value.code == 3 and words in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("row", claims.CLAIMS)
 def test_the_flags_of_every_row_exist(row):
     """Each call parses; a row goes on from one that has what it takes: a teacher, and mid-training."""

@@ -59,7 +59,7 @@ def test_the_weight_of_the_forking_guide_trains(here, monkeypatch):
     text = (ROOT / "docs/forking.md").read_text()
     field, head, body, call = re.search(r"`    (p: float.*?)`.*?(def loss_cmt.*?)\n(.*?)\n\n( *return.*?)\n", text, re.S).groups()
     fork = changed(monkeypatch, ("    dry_run: bool", f"    {field}\n    dry_run: bool"), ('"batch_gpu warmup', '"p batch_gpu warmup'), ('    "post q stair"', '    "p": "mid",\n    "post q stair"'),
-                   ("def loss_cmt(net, x_t, t, target, d):", head), ("    return d.distance(d.features(net(x_t, t)), target).mean()", body), ("        return loss_cmt(f, x_t, t, [a[owner] for a in targets], run.distance)", call))
+                   ("def loss_cmt(net, x_t, t, target, d):", head), ("    return d.distance(d.features(net(x_t, t)), target).mean()", body), ("        return loss_cmt(f, x_t, t, [a[owner] for a in shared], run.distance)", call))
     assert not faults(fork) and not idle(fork, "tried")
 
 
@@ -91,7 +91,7 @@ def changed(monkeypatch, *edits):
     ("    dry_run: bool", "    lam: Literal['one', 't'] = 'one'\n    dry_run: bool", ["--lam: nothing reads cfg.lam"]),
     ("    dry_run: bool", "    lam: str = ''\n    dry_run: bool", []),
     ("def loss_cmt(net, x_t, t, target, d):", "def loss_cmt(net, x_t, t, target, d, p=1.0):", ["loss_cmt does nothing with its argument p"]),
-    ("[a[owner] for a in targets], run.distance)  ", "[a[owner] for a in targets], run.distance) * cfg.lamb  ", ["cfg.lamb: Config has no such field"]),
+    ("[a[owner] for a in shared], run.distance)  ", "[a[owner] for a in shared], run.distance) * cfg.lamb  ", ["cfg.lamb: Config has no such field"]),
     ("        return loss_cmt(f", "        return loss_mine(f", ["loss_of uses loss_mine, which is nowhere"]),
     ('] = "ect"', ', "mine"] = "ect"', ["post mine: no row of ABOUT says what to expect of it"])])
 def test_what_is_written_and_means_nothing_is_told(old, new, words, here, monkeypatch):
@@ -106,9 +106,9 @@ MID, POST, LOSS = ('"none"] = "cmt"', '"none", "mine"] = "cmt"'), ('] = "ect"', 
 
 @pytest.mark.parametrize("edits, words", [
     ([MID], ["--mid=mine: mine: no branch draws its pairs; is a return missing? (docs/forking.md)"]),
-    ([MID, DRAWN, ("        return loss_cmt(f", "        if cfg.mid == 'mine':\n            loss_cmt(f, x_t, t, [a[owner] for a in targets], run.distance) * 2\n        return loss_cmt(f")],
+    ([MID, DRAWN, ("        return loss_cmt(f", "        if cfg.mid == 'mine':\n            loss_cmt(f, x_t, t, [a[owner] for a in shared], run.distance) * 2\n        return loss_cmt(f")],
      ["--mid=mine trains just as without it"]),
-    ([MID, DRAWN, ("        return loss_cmt(f", "        if cfg.mid == 'mine':\n            return loss_cmt(f, x_t, t, [a[owner] for a in targets], run.distance) * 2\n        return loss_cmt(f")], []),
+    ([MID, DRAWN, ("        return loss_cmt(f", "        if cfg.mid == 'mine':\n            return loss_cmt(f, x_t, t, [a[owner] for a in shared], run.distance) * 2\n        return loss_cmt(f")], []),
     ([POST, ('"ecd", "ecd_euler"), f', '"ecd", "ecd_euler", "mine"), f')], ["--post=mine trains just as without it"]),
     ([POST, ('"ecd", "ecd_euler"), f', '"ecd", "ecd_euler", "mine"), f'), ("    (\"digits\", \"post\", \"annealed\"", "    (\"digits\", \"post\", \"mine\"): dict(lr=1e-3),\n    (\"digits\", \"post\", \"annealed\"")],
      ["--post=mine trains just as without it"]),
@@ -121,7 +121,7 @@ MID, POST, LOSS = ('"none"] = "cmt"', '"none", "mine"] = "cmt"'), ('] = "ect"', 
     ([LOSS], ["--loss=mine: mine: make_distance returns nothing for it; is a return missing? (docs/forking.md)"]),
     ([LOSS, ('if cfg.loss in ("huber", "l2")', 'if cfg.loss in ("huber", "l2", "mine")')], []),
     ([KNOB], ["--lam=0.05 changes no weight"]),
-    ([KNOB, ("        return loss_cmt(f, x_t, t, [a[owner] for a in targets], run.distance)", "        return loss_cmt(f, x_t, t, [a[owner] for a in targets], run.distance) * cfg.lam")], ['--lam=0.05 changes the weights of mid alone: READ_BY needs "lam": "mid",']),
+    ([KNOB, ("        return loss_cmt(f, x_t, t, [a[owner] for a in shared], run.distance)", "        return loss_cmt(f, x_t, t, [a[owner] for a in shared], run.distance) * cfg.lam")], ['--lam=0.05 changes the weights of mid alone: READ_BY needs "lam": "mid",']),
     ([KNOB, ("    return loss_ect(f, x_t", "    return (1 if cfg.post == 'ect' else cfg.lam) * loss_ect(f, x_t")],
      ['--lam=0.05 changes the weights of post ecd, post ecd_euler, post annealed alone: READ_BY needs "lam": "post ecd, post ecd_euler, post annealed",'])])
 def test_what_is_new_and_trains_nothing_of_its_own_is_told(edits, words, here, monkeypatch):

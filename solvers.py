@@ -172,8 +172,8 @@ def flow_heun(v, x, times):
     grid = as_grid(times)
     xs = [x]
     for t, r in zip(grid, grid[1:]):
-        d = v(x, x.new_full((len(x),), t))
-        d_next = v(x - (t - r) * d, x.new_full((len(x),), r))
+        d = v(x, x.new_full((len(x),), t)).to(x.dtype)         # trap: else the step too is rounded to bf16
+        d_next = v(x - (t - r) * d, x.new_full((len(x),), r)).to(x.dtype)
         x = x - (t - r) * (d + d_next) / 2
         xs.append(x)
     return torch.stack(xs)
@@ -184,7 +184,7 @@ def mean_flow(u, x, times):
     grid = as_grid(times)
     xs = [x]
     for t, r in zip(grid, grid[1:]):
-        x = x - (t - r) * u(x, x.new_full((len(x),), t), x.new_full((len(x),), r))
+        x = x - (t - r) * u(x, x.new_full((len(x),), t), x.new_full((len(x),), r)).to(x.dtype)
         xs.append(x)
     return torch.stack(xs)
 

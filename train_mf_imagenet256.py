@@ -230,18 +230,15 @@ def teacher_velocity(cfg, teacher, z, t, y, guided):
     return v
 
 
-def pairs_of_states(states, velocities, times):
+def pairs_of_states(states, times):
     """Eq. 8: all pairs of the states of n trajectories, (N+1, n, C, H, W) at times (N+1,), noisiest first.
 
-    velocities (N, n, C, H, W): the mean velocity of each step. Returns z_t (P n, C, H, W), t and r (P n,),
-    P = (N+1) N / 2, and the target (z_t - z_r) / (t - r), the mean velocity between them.
+    Returns z_t (P n, C, H, W), t and r (P n,), P = (N+1) N / 2, and the target (z_t - z_r) / (t - r), the
+    mean velocity between them.
     """
     first, second = torch.triu_indices(len(states), len(states), 1, device=states.device)
     times = times.to(states, non_blocking=True)
-    wide = -1, 1, 1, 1, 1
-    steps = velocities * -times.diff().view(wide)
-    path = torch.cat([torch.zeros_like(states[:1]), steps.cumsum(0)])      # z_t - z_r would lose digits
-    target = (path[second] - path[first]) / (times[first] - times[second]).view(wide)
+    target = (states[first] - states[second]) / (times[first] - times[second]).view(-1, 1, 1, 1, 1)
     t, r = (times[k].repeat_interleave(states.shape[1]) for k in (first, second))
     return states[first].flatten(0, 1), t, r, target.flatten(0, 1)
 
@@ -266,34 +263,23 @@ def is_guided(cfg, step, t, y, null_class):
 
 @torch.no_grad()
 def rollout(cfg, net, z, y, times):
-    """States (N+1, B, ...) from z down `times` (N+1,), and the mean velocity of each step, (N, B, ...).
+    """States (N+1, B, ...) from z (B, ...) down `times` (N+1,).
 
     A Mean Flow net jumps. A flow-matching net is integrated by Heun's rule and guided by omega / (1 - kappa)
     at times in the interval; where there is no class, that changes nothing.
     """
-    answers = []                                      # in the order in which the solver asks
-
-    def u(x, t, r):
-        answers.append(net(x, t, r, y))
-        return answers[-1]
-
     if net.r_embedder is not None:                    # two clocks, t and r: a Mean Flow
-        states = solvers.mean_flow(u, z, times)
-        return states, torch.stack(answers)
-    # trap: flow_heun asks twice a step and goes by the mean; another solver needs another last line
+        return solvers.mean_flow(lambda x, t, r: net(x, t, r, y), z, times)
     # where loss_mf is 0, u = omega v + kappa u + (1 - omega - kappa) plain: so u = plain + scale (v - plain)
     scale, both = cfg.omega / (1 - cfg.kappa), torch.cat([torch.full_like(y, net.num_classes), y])
 
     def v(x, t):
         if scale == 1:
-            answers.append(net(x, t, y=y))
-        else:
-            plain, own = net(torch.cat([x, x]), torch.cat([t, t]), y=both).chunk(2)
-            inside = (t >= cfg.guide_from) & (t <= cfg.guide_to)
-            answers.append(plain.lerp(own, torch.where(inside, scale, 1.0).to(own).view(-1, 1, 1, 1)))
-        return answers[-1]
-    states = solvers.flow_heun(v, z, times)
-    return states, torch.stack(answers).unflatten(0, (len(times) - 1, 2)).mean(1)      # two calls a step
+            return net(x, t, y=y)
+        plain, own = net(torch.cat([x, x]), torch.cat([t, t]), y=both).chunk(2)
+        inside = (t >= cfg.guide_from) & (t <= cfg.guide_to)
+        return plain.lerp(own, torch.where(inside, scale, 1.0).to(own).view(-1, 1, 1, 1))
+    return solvers.flow_heun(v, z, times)
 
 
 def solve_size(cfg):
@@ -315,8 +301,8 @@ def teacher_pairs(cfg, teacher, shape, g):
     dropped = torch.rand(n, generator=g, device=g.device) < cfg.class_dropout
     y = torch.where(dropped, teacher.num_classes, y)  # choice: null trajectories too, for guidance in post
     with torch.autocast(DEVICE.type, HALF.get(cfg.precision), enabled=cfg.precision in HALF):
-        states, velocities = rollout(cfg, teacher, eps, y[mine], times)
-    z, t, r, target = pairs_of_states(gather(states), gather(velocities), times)
+        states = rollout(cfg, teacher, eps, y[mine], times)
+    z, t, r, target = pairs_of_states(gather(states), times)
     order = torch.randperm(len(z), generator=g, device=g.device)
     return [a[order] for a in (z, t, r, y.repeat(len(z) // n), target)]
 
@@ -532,7 +518,7 @@ def make_sampler(cfg, net, steps, decode=True):
 
     @torch.no_grad()
     def sampler(seeds):
-        x = rollout(cfg, net, *prior(net, seeds, cfg.labels), times)[0][-1]
+        x = rollout(cfg, net, *prior(net, seeds, cfg.labels), times)[-1]
         return to_images(cfg, x) if decode else x
     return sampler
 
@@ -547,9 +533,9 @@ def draw_sheets(cfg, found):
     if found[0][0] == "teacher":
         teacher, times = found[0][1], torch.linspace(1, 0, cfg.nodes, dtype=torch.float64)
         z, y = prior(teacher, range(12), "balanced")
-        states = rollout(cfg, teacher, z, y, times)[0]                               # (nodes, 12, C, H, W)
+        states = rollout(cfg, teacher, z, y, times)                                  # (nodes, 12, C, H, W)
         jumps = {name: lambda x, t, net=net:                                          # to 0 in one step
-                 rollout(cfg, net, x, y, torch.stack([t[0], 0 * t[0]]))[0][-1]
+                 rollout(cfg, net, x, y, torch.stack([t[0], 0 * t[0]]))[-1]
                  for name, net, *_ in found}
         fid.save_trajectory(cfg.out, states, times, jumps, partial(to_images, cfg),
                             [f"class {k}" for k in classes])

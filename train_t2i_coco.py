@@ -239,18 +239,15 @@ def loss_mf(flow, z, v, t, r, y, guided, cfg):
     return loss, square.detach()
 
 
-def pairs_of_states(states, velocities, times):
+def pairs_of_states(states, times):
     """Eq. 8: all pairs of the states of n trajectories, (N+1, n, C, H, W) at times (N+1,), noisiest first.
 
-    velocities (N, n, C, H, W): the mean velocity of each step. Returns z_t (P n, C, H, W), t and r (P n,),
-    P = (N+1) N / 2, and the target (z_t - z_r) / (t - r), the mean velocity between them.
+    Returns z_t (P n, C, H, W), t and r (P n,), P = (N+1) N / 2, and the target (z_t - z_r) / (t - r), the
+    mean velocity between them.
     """
     first, second = torch.triu_indices(len(states), len(states), 1, device=states.device)
     times = times.to(states, non_blocking=True)
-    wide = -1, 1, 1, 1, 1
-    steps = velocities * -times.diff().view(wide)
-    path = torch.cat([torch.zeros_like(states[:1]), steps.cumsum(0)])      # z_t - z_r would lose digits
-    target = (path[second] - path[first]) / (times[first] - times[second]).view(wide)
+    target = (states[first] - states[second]) / (times[first] - times[second]).view(-1, 1, 1, 1, 1)
     t, r = (times[k].repeat_interleave(states.shape[1]) for k in (first, second))
     return states[first].flatten(0, 1), t, r, target.flatten(0, 1)
 
@@ -266,34 +263,23 @@ def loss_cmt_mf(u, z, t, r, y, target):
 
 @torch.no_grad()
 def rollout(cfg, net, z, text, null, times):
-    """States (N+1, B, ...) from z down `times` (N+1,), and the mean velocity of each step, (N, B, ...).
+    """States (N+1, B, ...) from z (B, ...) down `times` (N+1,).
 
     A Mean Flow net jumps. A SiT is integrated by Heun's rule (B.6) and guided by omega / (1 - kappa) at times
     in the interval; for the null caption that changes nothing.
     """
-    answers = []                                      # in the order in which the solver asks
-
-    def u(x, t, r):
-        answers.append(net(x, t, text, r, repa=False))
-        return answers[-1]
-
     if net.r_embedder is not None:                    # two clocks, t and r: a Mean Flow
-        states = solvers.mean_flow(u, z, times)
-        return states, torch.stack(answers)
-    # trap: flow_heun asks twice a step and goes by the mean; another solver needs another last line
+        return solvers.mean_flow(lambda x, t, r: net(x, t, text, r, repa=False), z, times)
     # where loss_mf is 0, u = omega v + kappa u + (1 - omega - kappa) plain: so u = plain + scale (v - plain)
     scale, both = cfg.omega / (1 - cfg.kappa), torch.cat([null.expand_as(text), text])
 
     def v(x, t):
         if scale == 1:
-            answers.append(net(x, t, text, repa=False))
-        else:
-            plain, own = net(torch.cat([x, x]), torch.cat([t, t]), both, repa=False).chunk(2)
-            inside = (t >= cfg.guide_from) & (t <= cfg.guide_to)
-            answers.append(plain.lerp(own, torch.where(inside, scale, 1.0).to(own).view(-1, 1, 1, 1)))
-        return answers[-1]
-    states = solvers.flow_heun(v, z, times)
-    return states, torch.stack(answers).unflatten(0, (len(times) - 1, 2)).mean(1)      # two calls a step
+            return net(x, t, text, repa=False)
+        plain, own = net(torch.cat([x, x]), torch.cat([t, t]), both, repa=False).chunk(2)
+        inside = (t >= cfg.guide_from) & (t <= cfg.guide_to)
+        return plain.lerp(own, torch.where(inside, scale, 1.0).to(own).view(-1, 1, 1, 1))
+    return solvers.flow_heun(v, z, times)
 
 
 def solve_size(cfg):
@@ -312,8 +298,8 @@ def teacher_pairs(cfg, teacher, text, null, shape, g):
     mine = slice(RANK * n // WORLD, (RANK + 1) * n // WORLD)
     eps = randn((n, *shape), g)[mine]
     with torch.autocast(DEVICE.type, HALF.get(cfg.precision), enabled=cfg.precision in HALF):
-        states, velocities = rollout(cfg, teacher, eps, text[mine], null, times)
-    z, t, r, target = pairs_of_states(gather(states), gather(velocities), times)
+        states = rollout(cfg, teacher, eps, text[mine], null, times)
+    z, t, r, target = pairs_of_states(gather(states), times)
     owner, order = torch.arange(n, device=g.device), torch.randperm(len(z), generator=g, device=g.device)
     return [a[order] for a in (z, t, r, owner.repeat(len(z) // n), target)]
 
@@ -549,7 +535,7 @@ def make_sampler(cfg, net, steps, text, null, decode=True):
 
     @torch.no_grad()
     def sampler(seeds):
-        x = rollout(cfg, net, prior(net, seeds), text(seeds), null, times)[0][-1]
+        x = rollout(cfg, net, prior(net, seeds), text(seeds), null, times)[-1]
         return to_images(cfg, x) if decode else x
     return sampler
 
@@ -589,9 +575,9 @@ def draw_sheets(cfg, found, images, encoder):
     fid.save_stages(cfg.out, shown, captions, words)
     if found[0][0] == "teacher":
         teacher, times = found[0][1], torch.linspace(1, 0, cfg.nodes, dtype=torch.float64)
-        states = rollout(cfg, teacher, prior(teacher, range(len(text))), text, null, times)[0]
+        states = rollout(cfg, teacher, prior(teacher, range(len(text))), text, null, times)
         jumps = {name: lambda x, t, net=net:                                          # to 0 in one step
-                 rollout(cfg, net, x, text, null, torch.stack([t[0], 0 * t[0]]))[0][-1]
+                 rollout(cfg, net, x, text, null, torch.stack([t[0], 0 * t[0]]))[-1]
                  for name, net, *_ in found}
         fid.save_trajectory(cfg.out, states, times, jumps, partial(to_images, cfg), captions, heun)
     return shown, captions, words

@@ -154,3 +154,11 @@ def test_grids_that_do_not_fall_are_refused(grid):
 def test_unknown_order_is_refused():
     with pytest.raises(ValueError, match="order 4"):
         solvers.dpmpp(mixture, x_T, [2.0, 1.0], order=4)
+
+
+def test_a_step_is_not_rounded_to_the_precision_of_the_answer():
+    """Under autocast u and v are bf16; the difference of two states is the teacher's mean velocity (Eq. 8)."""
+    x, u, times = torch.zeros(2, 1, 4, 4), torch.linspace(0.1, 1, 16).view(1, 4, 4).bfloat16(), [1.0, 0.3, 0.0]
+    for states in solvers.mean_flow(lambda *a: u, x, times), solvers.flow_heun(lambda *a: u, x, times):
+        assert states.dtype == torch.float32 and torch.equal(states[1][1], -(1.0 - 0.3) * u.float())
+        assert torch.allclose((states[1] - states[2])[0] / 0.3, u.float(), atol=1e-6)

@@ -463,8 +463,7 @@ def photos(args, device):
         name = os.path.splitext(os.path.basename(args.data))[0]
         words = (f"{fid.beside('FD-photos', *ends, f'means of {number} seeds', 'with a loss on pixels ')}\n"
                  f"{n:,} new photos would score about {new:.2f}. Scores are means of {number} seeds, images "
-                 f"are seed {seed}'s.\nMid-training has a loss on pixels, post-training the plain norm "
-                 "(pseudo-Huber, best on digits, was not run)."
+                 f"are seed {seed}'s."
                  + "\nPost-training gains nothing in one step." * bool(ends[0]['one step'] >= mid['one step'])
                  + f"\nWithout mid-training: post-training alone, {fid.RECIPES['annealed']}, on "
                  f"{seen.get('ECT, annealed')} images (with it: as many pairs and images).\n"

@@ -1,4 +1,4 @@
-"""Two modules in one file: the score, FID; and from the banner `files` on, what the scripts' runs share.
+"""Two modules in one file: the score, FID; and from the banner `files` on, most of it, what runs share.
 
   part (its banner)         what it is: its main names
   Inception-v3              FID's net, the TF graph of 2015: InceptionV3, load_inception, resize_tf1
@@ -1157,7 +1157,7 @@ WIDE = 1_800                                             # pixels of a sheet
 VGG = "features of a VGG"
 COMPARED = dict(huber="pixels", l2="pixels", lpips=VGG, elatentlpips=VGG)                  # by --loss
 ROW = " of this row"
-RECIPES = dict(annealed="with two noise levels that draw closer", vanilla="by Mean Flow's own recipe")
+RECIPES = dict(annealed="with two noise levels whose gap shrinks", vanilla="by Mean Flow's own recipe")
 LEARNED = ("Mid-training: the mean velocity between any two states of a teacher's trajectory. "    # Mean Flow
            "Post-training, on images: Mean Flow's own loss.",
            "Mid-training: from any state of a teacher's trajectory to its end. "         # consistency model
@@ -1428,7 +1428,7 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
     # "alone", which has its own ends, and, beside mid-training, post-training, which left this trajectory
     answers = {net: torch.stack([f(x, level) if level.all() else x for x, level in along])
                for net, f in nets.items() if net not in ("alone", "post" * ("mid" in nets))}
-    words_for = {net: "after mid-training" if net == "mid" else called(net) for net in answers}
+    words_for = {net: "student after mid-training" if net == "mid" else called(net) for net in answers}
     errors = {net: (x - states[-1]).square().flatten(2).mean(2).sqrt() for net, x in answers.items()}
     last = [*errors][-1] if errors else ""               # the noise where its error is the median is drawn
     k = errors.get(last, torch.zeros(1, 1))[0].median(0).indices.item()
@@ -1447,7 +1447,7 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
                * (consistency and "teacher" in nets)
                + f".\nError: root mean square distance from the end; two ends are {apart:.2f} apart.\n"
                f"Mean error in the first column, of {states.shape[1]} noises: {means}. "
-               f"Shown: the noise of median error {words_for.get(last, last)}."
+               "Shown: the noise that has the median error in the last row."
                + "\nPost-training no longer aims at this end: not shown." * ({"mid", "post"} <= nets.keys())
                + words)
     first, *middle, end = (f"{level:.2g}" for level in levels.tolist())

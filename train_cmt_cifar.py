@@ -201,7 +201,7 @@ def make_distance(cfg):
 
 @torch.no_grad()
 def slow_pairs(cfg, teacher, images, g):
-    """Slow CMT (4.3): like teacher_pairs, but n images per level, each solved from there to its own end."""
+    """Ablation, Slow CMT (4.3): as teacher_pairs, but n images a level, each solved from there to its end."""
     (n, used), sigmas = solve_size(cfg), teacher_sigmas(cfg.nfe)
     levels = sigmas[:used].to(g.device, torch.float32, non_blocking=True)
     mine = slice(RANK * n // WORLD, (RANK + 1) * n // WORLD)
@@ -215,7 +215,7 @@ def slow_pairs(cfg, teacher, images, g):
 
 # ---- train ------------------------------------------------------------------------------------
 def solve(cfg, run, number):
-    """A solve's pairs: x_t, t, owner of each; and what they share: features of the ends, computed once."""
+    """A solve's pairs, x_t, t, owner (P, ...), and what they share: features of the n ends, made once."""
     g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", number))
     assert cfg.mid in ("cmt", "kd", "slow"), f"{cfg.mid}: no branch draws its pairs"
     if cfg.mid == "slow":
@@ -273,7 +273,7 @@ def train(cfg):
     cast_net = in_precision(cfg, net)
     for step, (batch, shared) in enumerate(batches(cfg, run, mine), start):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
-        loss_sum, part = 0.0, micro / B * tally["scale"]      # its part of the mean; fp16 scales it up
+        loss_sum, part = 0.0, micro / B * tally["scale"]      # of the mean over all processes; fp16 scales it
         for k in range(0, share, micro):
             seed = fold(cfg.seed, cfg.stage, step, "dropout") + mine.start + k  # of the first row
             f = partial(cast_net, masks=nets.dropout_masks(net, range(seed, seed + micro)))

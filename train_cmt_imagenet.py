@@ -335,7 +335,7 @@ def train(cfg):
     run.ahead = fid.ahead(partial(read_batch, cfg, run.images), range(start, cfg.steps))  # lazy; mid: none
     for step, (batch, shared) in enumerate(batches(cfg, run, mine), start):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
-        loss_sum, part = 0.0, micro / B * tally["scale"]      # its part of the mean; fp16 scales it up
+        loss_sum, part = 0.0, micro / B * tally["scale"]      # of the mean over all processes; fp16 scales it
         with nets.hoist(net, force=True):             # EDM2 Eq. 66: normalised once for all micro-batches
             for k in range(0, share, micro):
                 seed = fold(cfg.seed, cfg.stage, step, "dropout") + mine.start + k  # of the first row

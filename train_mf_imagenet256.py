@@ -130,9 +130,78 @@ RANK, WORLD, DEVICE = 0, 1, torch.device("cpu")       # of this process; launch(
 
 
 # ---- pairs and losses -------------------------------------------------------------------------
+# z: README's x_t, a state between an image, t = 0, and noise, t = 1; u(z, t, r): mean velocity from t to r
+def solve_size(cfg):
+    """(n, pairs): trajectories per solve, and how many pairs each gives: all pairs of its states."""
+    return cfg.trajectories, cfg.nodes * (cfg.nodes - 1) // 2
+
+
+@torch.no_grad()
+def teacher_pairs(cfg, teacher, shape, g):
+    """Eq. 8: all pairs of states from --trajectories roll-outs of the frozen teacher, with random classes.
+
+    Every process rolls out its share and gets all. Returns shuffled z, t, r, y and the target, the mean
+    velocity from z_t to z_r, each (P n, ...): see pairs_of_states.
+    """
+    n, times = cfg.trajectories, torch.linspace(1, 0, cfg.nodes, dtype=torch.float64)
+    mine = slice(RANK * n // WORLD, (RANK + 1) * n // WORLD)
+    eps = randn((n, *shape), g)[mine]
+    y = torch.randint(teacher.num_classes, (n,), generator=g, device=g.device)
+    dropped = torch.rand(n, generator=g, device=g.device) < cfg.class_dropout
+    y = torch.where(dropped, teacher.num_classes, y)  # choice: null trajectories too, for guidance in post
+    with torch.autocast(DEVICE.type, HALF.get(cfg.precision), enabled=cfg.precision in HALF):
+        states = rollout(cfg, teacher, eps, y[mine], times)
+    z, t, r, target = pairs_of_states(gather(states), times)
+    order = torch.randperm(len(z), generator=g, device=g.device)
+    return [a[order] for a in (z, t, r, y.repeat(len(z) // n), target)]
+
+
+@torch.no_grad()
+def rollout(cfg, net, z, y, times):
+    """States (N+1, B, ...) from z (B, ...) down `times` (N+1,).
+
+    A Mean Flow net jumps. A flow-matching net is integrated by Heun's rule and guided by omega / (1 - kappa)
+    at times in the interval; where there is no class, that changes nothing.
+    """
+    if net.r_embedder is not None:                    # two clocks, t and r: a Mean Flow
+        return solvers.mean_flow(lambda x, t, r: net(x, t, r, y), z, times)
+    # where loss_mf is 0, u = omega v + kappa u + (1 - omega - kappa) plain: so u = plain + scale (v - plain)
+    scale, both = cfg.omega / (1 - cfg.kappa), torch.cat([torch.full_like(y, net.num_classes), y])
+
+    def v(x, t):
+        if scale == 1:
+            return net(x, t, y=y)
+        plain, own = net(torch.cat([x, x]), torch.cat([t, t]), y=both).chunk(2)
+        inside = (t >= cfg.guide_from) & (t <= cfg.guide_to)
+        return plain.lerp(own, torch.where(inside, scale, 1.0).to(own).view(-1, 1, 1, 1))
+    return solvers.flow_heun(v, z, times)
+
+
+def pairs_of_states(states, times):
+    """Eq. 8: all pairs of the states of n trajectories, (N+1, n, C, H, W) at times (N+1,), noisiest first.
+
+    Returns z_t (P n, C, H, W), t and r (P n,), P = (N+1) N / 2, and the target (z_t - z_r) / (t - r), the
+    mean velocity between them.
+    """
+    first, second = torch.triu_indices(len(states), len(states), 1, device=states.device)
+    times = times.to(states, non_blocking=True)
+    target = (states[first] - states[second]) / (times[first] - times[second]).view(-1, 1, 1, 1, 1)
+    t, r = (times[k].repeat_interleave(states.shape[1]) for k in (first, second))
+    return states[first].flatten(0, 1), t, r, target.flatten(0, 1)
+
+
+def loss_cmt_mf(u, z, t, r, y, target):
+    """Eq. 8: |u(z, t, r, y) - target|^2 on pairs of a teacher's trajectory; and each one's square (B,).
+
+    Unit weight (B.4), mean over numbers and pairs. The target is fixed data: no stop-gradient is needed.
+    """
+    square = (u(z, t, r, y) - target).square().flatten(1).sum(1)
+    return square.mean() / target[0].numel(), square.detach()
+
+
 WEIGHT_C = 1e-3                                       # c of the adaptive weight (MF's text; its code: 1e-2)
 # What the losses ask of a network: u(z, t, r, y), its derivative slope(z, t, r, y, v) along the flow, and the
-# null condition, for "no class" or "no caption". z: README's x_t.
+# null condition, for "no class" or "no caption".
 Flow = namedtuple("Flow", "u slope null_y")
 
 
@@ -230,28 +299,6 @@ def teacher_velocity(cfg, teacher, z, t, y, guided):
     return v
 
 
-def pairs_of_states(states, times):
-    """Eq. 8: all pairs of the states of n trajectories, (N+1, n, C, H, W) at times (N+1,), noisiest first.
-
-    Returns z_t (P n, C, H, W), t and r (P n,), P = (N+1) N / 2, and the target (z_t - z_r) / (t - r), the
-    mean velocity between them.
-    """
-    first, second = torch.triu_indices(len(states), len(states), 1, device=states.device)
-    times = times.to(states, non_blocking=True)
-    target = (states[first] - states[second]) / (times[first] - times[second]).view(-1, 1, 1, 1, 1)
-    t, r = (times[k].repeat_interleave(states.shape[1]) for k in (first, second))
-    return states[first].flatten(0, 1), t, r, target.flatten(0, 1)
-
-
-def loss_cmt_mf(u, z, t, r, y, target):
-    """Eq. 8: |u(z, t, r, y) - target|^2 on pairs of a teacher's trajectory; and each one's square (B,).
-
-    Unit weight (B.4), mean over numbers and pairs. The target is fixed data: no stop-gradient is needed.
-    """
-    square = (u(z, t, r, y) - target).square().flatten(1).sum(1)
-    return square.mean() / target[0].numel(), square.detach()
-
-
 def is_guided(cfg, step, t, y, null_class):
     """Which samples (B,) have a guided target: those with a class, t in the interval, past --unguided."""
     from_teacher = cfg.stage == "post" and cfg.mid == "none" and cfg.init == "teacher"
@@ -259,52 +306,6 @@ def is_guided(cfg, step, t, y, null_class):
     if plain or (from_teacher and step < cfg.unguided):
         return torch.zeros_like(y, dtype=torch.bool)
     return (t >= cfg.guide_from) & (t <= cfg.guide_to) & (y != null_class)
-
-
-@torch.no_grad()
-def rollout(cfg, net, z, y, times):
-    """States (N+1, B, ...) from z (B, ...) down `times` (N+1,).
-
-    A Mean Flow net jumps. A flow-matching net is integrated by Heun's rule and guided by omega / (1 - kappa)
-    at times in the interval; where there is no class, that changes nothing.
-    """
-    if net.r_embedder is not None:                    # two clocks, t and r: a Mean Flow
-        return solvers.mean_flow(lambda x, t, r: net(x, t, r, y), z, times)
-    # where loss_mf is 0, u = omega v + kappa u + (1 - omega - kappa) plain: so u = plain + scale (v - plain)
-    scale, both = cfg.omega / (1 - cfg.kappa), torch.cat([torch.full_like(y, net.num_classes), y])
-
-    def v(x, t):
-        if scale == 1:
-            return net(x, t, y=y)
-        plain, own = net(torch.cat([x, x]), torch.cat([t, t]), y=both).chunk(2)
-        inside = (t >= cfg.guide_from) & (t <= cfg.guide_to)
-        return plain.lerp(own, torch.where(inside, scale, 1.0).to(own).view(-1, 1, 1, 1))
-    return solvers.flow_heun(v, z, times)
-
-
-def solve_size(cfg):
-    """(n, pairs): trajectories per solve, and how many pairs each gives: all pairs of its states."""
-    return cfg.trajectories, cfg.nodes * (cfg.nodes - 1) // 2
-
-
-@torch.no_grad()
-def teacher_pairs(cfg, teacher, shape, g):
-    """Eq. 8: all pairs of states from --trajectories roll-outs of the frozen teacher, with random classes.
-
-    Every process rolls out its share and gets all. Returns shuffled z, t, r, y and the target, the mean
-    velocity from z_t to z_r, each (P n, ...): see pairs_of_states.
-    """
-    n, times = cfg.trajectories, torch.linspace(1, 0, cfg.nodes, dtype=torch.float64)
-    mine = slice(RANK * n // WORLD, (RANK + 1) * n // WORLD)
-    eps = randn((n, *shape), g)[mine]
-    y = torch.randint(teacher.num_classes, (n,), generator=g, device=g.device)
-    dropped = torch.rand(n, generator=g, device=g.device) < cfg.class_dropout
-    y = torch.where(dropped, teacher.num_classes, y)  # choice: null trajectories too, for guidance in post
-    with torch.autocast(DEVICE.type, HALF.get(cfg.precision), enabled=cfg.precision in HALF):
-        states = rollout(cfg, teacher, eps, y[mine], times)
-    z, t, r, target = pairs_of_states(gather(states), times)
-    order = torch.randperm(len(z), generator=g, device=g.device)
-    return [a[order] for a in (z, t, r, y.repeat(len(z) // n), target)]
 
 
 # ---- train ------------------------------------------------------------------------------------
@@ -364,7 +365,7 @@ def train(cfg):
     run.ahead = fid.ahead(partial(read_batch, cfg, run.images), range(start, cfg.steps))  # lazy; mid: none
     for step, (batch, _) in enumerate(batches(cfg, run, mine), start):
         opt.param_groups[0]["lr"] = lr = lr_at(cfg, step)
-        loss_sum, part = 0.0, micro / B * tally["scale"]      # its part of the mean; fp16 scales it up
+        loss_sum, part = 0.0, micro / B * tally["scale"]      # of the mean over all processes; fp16 scales it
         for k in range(0, share, micro):
             rows = [a[k:k + micro] for a in batch]
             z, t, r, *_ = rows

@@ -464,8 +464,9 @@ def photos(args, device):
         words = (f"{fid.beside('FD-photos', *ends, f'means of {number} seeds', 'with a loss on pixels ')}\n"
                  f"{n:,} new photos would score about {new:.2f}. Scores are means of {number} seeds, images "
                  f"are seed {seed}'s."
-                 + "\nPost-training gains nothing in one step." * bool(ends[0]['one step'] >= mid['one step'])
-                 + f"\nWithout mid-training: post-training alone, {fid.RECIPES['annealed']}, on "
+                 f"\n{fid.LEARNED[1][:-1]}"
+                 + "; in one step it gains nothing" * bool(ends[0]['one step'] >= mid['one step'])
+                 + f".\nWithout mid-training: post-training alone, {fid.RECIPES['annealed']}, on "
                  f"{seen.get('ECT, annealed')} images (with it: as many pairs and images).\n"
                  f"{len(images):,} photos of {name}, shrunk; nets this small draw no clear objects.")
         fid.save_stages(f"{args.out}/{seed}", [*shown, real], (), words, [*table.values()], n)

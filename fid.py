@@ -1157,11 +1157,11 @@ WIDE = 1_800                                             # pixels of a sheet
 VGG = "features of a VGG"
 COMPARED = dict(huber="pixels", l2="pixels", lpips=VGG, elatentlpips=VGG)                  # by --loss
 ROW = " of this row"
-RECIPES = dict(annealed="with two noise levels whose gap shrinks", vanilla="by Mean Flow's own recipe")
-LEARNED = ("Mid-training: the mean velocity between any two states of a teacher's trajectory. "    # Mean Flow
-           "Post-training, on images: Mean Flow's own loss.",
-           "Mid-training: from any state of a teacher's trajectory to its end. "         # consistency model
-           "Post-training, on images: one answer at two close noise levels.")
+RECIPES = dict(annealed="with a shrinking gap between the two levels", vanilla="by Mean Flow's own recipe")
+LEARNED = ("Mid-training learns the mean velocity between any two states of a teacher's trajectory; "  # MF
+           "post-training learns it from images.",
+           "Mid-training learns the jump from any state of a teacher's trajectory to its end.\n"         # CM
+           "Post-training learns, from images, to give one answer at two close noise levels.")
 JUMPS = ("between any two states of the teacher's trajectory",
          "from every state of the teacher's trajectory to its end")
 FEW = {"1": "one step", "2": "two steps"}                # the steps of students that a heading tells
@@ -1362,10 +1362,11 @@ def of_scores(table, samples):
     if "mid" in nets and "alone" not in nets:
         text += "\nOnly a run without mid-training tells whether it helps (docs/usage.md)."
     mid, post = nets.get("mid", {}), nets.get("post", {})
-    if worse := [k for k in mid if k in post and effect(post[k], mid[k]) == "hurts"]:
-        text += f"\nPost-training makes scores worse in {' and in '.join(worse)}."
-    return text + ("\nShows its digit: a classifier reads the image as that digit."
-                   * any("shows its digit" in key for row in table for key in row))
+    worse = [k for k in mid if k in post and effect(post[k], mid[k]) == "hurts"]
+    notes = [f"Post-training makes scores worse in {' and in '.join(worse)}."] * bool(worse)
+    if any("shows its digit" in key for row in table for key in row):
+        notes += ["Shows its digit: a classifier reads the image as that digit."]
+    return text + "\n" * bool(notes) + " ".join(notes)
 
 
 def save_stages(out, shown, names=(), words="", table=(), samples=2_000):

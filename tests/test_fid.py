@@ -875,11 +875,11 @@ def test_a_caption_names_seed_and_sizes(monkeypatch):
     losses = dict(huber="pixels", elatentlpips="features of a VGG", edges="edges")                     # of a fork
     found = [("teacher", torch.nn.Linear(999, 1000), {}), ("mid", torch.nn.Linear(1999, 1000), dict(cfg=dict(batch=8), step=1)), ("post", torch.nn.Linear(1999, 1000), {})]
     assert fid.about(train_mf_imagenet256.Config(seed=7), found) == (
-        "with a loss on velocities \nMid-training: the mean velocity between any two states of a teacher's trajectory. Post-training, on images: Mean Flow's own loss.\nSeed 7. Students are 2.0 times as large as the teacher.")
+        "with a loss on velocities \nMid-training learns the mean velocity between any two states of a teacher's trajectory; post-training learns it from images.\nSeed 7. Students are 2.0 times as large as the teacher.")
     for loss, words in losses.items():
         found[1][2]["cfg"]["loss"] = loss
         assert fid.about(train_cmt_cifar.Config(seed=7), found[1:]) == (
-            f"with a loss on {words} \nMid-training: from any state of a teacher's trajectory to its end. Post-training, on images: one answer at two close noise levels.\nSeed 7.")
+            f"with a loss on {words} \nMid-training learns the jump from any state of a teacher's trajectory to its end.\nPost-training learns, from images, to give one answer at two close noise levels.\nSeed 7.")
     assert fid.about(train_cmt_cifar.Config(seed=7), found[2:]) == "\nSeed 7."
     cfg = dict(lr=1e-4, q=4096, out="x", mid="cmt", batch=8)
     rival = [("post", found[0][1], dict(cfg=cfg, step=1)), ("alone", found[0][1], dict(step=1, cfg=cfg | dict(post="vanilla", out="y", mid="none")))]

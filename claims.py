@@ -254,7 +254,7 @@ def sheet(args, device):
             row[key] = f"{np.mean([*map(float, all_of)]):.{1 if unit else 2}f}{unit}"
     scope, below = words.split("\n", 1)
     many = f"means of {len(drawn)} seeds"
-    below = re.sub(r"Seed (\d+)\.", f"Scores are {many}, images are seed \\1's.", below)
+    below = re.sub(r"Seed (\d+)\.", f"{made['script']}: scores are {many}, images are seed \\1's.", below)
     words = f"{fid.headline(table, scope, many)}\n{below}"
     fid.save_stages(args.out, shown, names, words, table, samples)
     print(f"open {args.out}/stages.png")
@@ -462,12 +462,12 @@ def photos(args, device):
         new = features.apart * (1 / n + 1 / len(images)) / (4 / len(images))     # docs/results.md: 1/n + 1/m
         name = os.path.splitext(os.path.basename(args.data))[0]
         words = (f"{fid.beside('FD-photos', *ends, f'means of {number} seeds', 'with a loss on pixels ')}\n"
-                 f"{n:,} new photos would score about {new:.2f}. Scores are means of {number} seeds, images "
-                 f"are seed {seed}'s."
-                 f"\n{fid.LEARNED[1][:-1]}"
+                 f"{n:,} new photos would score about {new:.2f}. train_cmt_cifar.py: scores are means of "
+                 f"{number} seeds, images are seed {seed}'s.\n{fid.LEARNED[1][:-1]}"
                  + "; in one step it gains nothing" * bool(ends[0]['one step'] >= mid['one step'])
-                 + f".\nWithout mid-training: post-training alone, {fid.RECIPES['annealed']}, on "
-                 f"{seen.get('ECT, annealed')} images (with it: as many pairs and images).\n"
+                 + f". {fid.BY_FEATURES}\nWithout mid-training: post-training alone, "
+                 f"{fid.RECIPES['annealed']}, on {seen.get('ECT, annealed')} images (with it: as many pairs "
+                 "and images).\n"
                  f"{len(images):,} photos of {name}, shrunk; nets this small draw no clear objects.")
         fid.save_stages(f"{args.out}/{seed}", [*shown, real], (), words, [*table.values()], n)
 

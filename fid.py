@@ -32,10 +32,10 @@ The resize is part of the protocol; the two differ by 8.6 grey levels on CIFAR-1
   tf1         pixel i reads from i in/299, then (x - 128) / 128; the default: TTUR, EDM, ECT, torch-fidelity
   half_pixel  pixel i reads from (i + 1/2) in/299 - 1/2, then x / 127.5 - 1: pytorch-fid
 Precision, recall and the like: reuse net(images). Exit codes: 0 done, 2 usage, 3 data or weights.
-From the running script fid takes Config and its tables: PRESETS (values), LIMITS (allowed values), READ_BY
-(which stages read a knob; default: all), NO_WEIGHT (knobs that change no weight), ABOUT (a stage in words),
-STAGES, FILES, RUN, NEED_STAGE; DEVICE and nets; it calls data_name, lr_at, check, solve_size, resume,
-candidates and set_up. tests/test_forks.py looks at the tables of a fork.
+From the running script fid takes Config and its tables: PRESETS (values), READ_BY (which stages read a knob;
+default: all), NO_WEIGHT (knobs that change no weight), ABOUT (a stage in words), STAGES, FILES, RUN,
+NEED_STAGE; DEVICE and nets; it calls data_name, lr_at, check, solve_size, resume, candidates and set_up.
+tests/test_forks.py looks at the tables of a fork.
 """
 import argparse
 import atexit
@@ -1155,13 +1155,15 @@ NAMES = dict(teacher="teacher", mid="mid-training alone", post="after post-train
 SPOKEN = dict(pretrain="pre-training", vgg="VGG", mid="mid-training", post="post-training")
 WIDE = 1_800                                             # pixels of a sheet
 VGG = "features of a VGG"
+BY_FEATURES = "The paper compares by features of a network, not by pixels."
 COMPARED = dict(huber="pixels", l2="pixels", lpips=VGG, elatentlpips=VGG)                  # by --loss
 ROW = " of this row"
-RECIPES = dict(annealed="with a shrinking gap between the two levels", vanilla="by Mean Flow's own recipe")
-LEARNED = ("Mid-training learns the mean velocity between any two states of a teacher's trajectory; "  # MF
-           "post-training learns it from images.",
-           "Mid-training learns the jump from any state of a teacher's trajectory to its end.\n"         # CM
-           "Post-training learns, from images, to give one answer at two close noise levels.")
+RECIPES = dict(annealed="with a shrinking gap between the two levels", vanilla="as in the Mean Flow paper")
+LEARNED = ("Students: Mean Flows. Mid-training learns the mean velocity between any two states of a "
+           "teacher's trajectory.\nPost-training learns it from images.",
+           "Students: consistency models. Mid-training learns the jump from any state of a teacher's "
+           "trajectory to its end.\nPost-training learns, from images, to give one answer at two close noise "
+           "levels.")
 JUMPS = ("between any two states of the teacher's trajectory",
          "from every state of the teacher's trajectory to its end")
 FEW = {"1": "one step", "2": "two steps"}                # the steps of students that a heading tells
@@ -1297,15 +1299,17 @@ def about(cfg, found):
     knobs = {name: ckpt.get("cfg", {}) for name, *_, ckpt in found if name in ("mid", "post", "alone")}
     loss, alone = knobs.get("mid", {}).get("loss", "velocities"), knobs.get("alone", {})
     scope, nets = f"with a loss on {COMPARED.get(loss, loss)} " * ("mid" in knobs), home_of(cfg).nets
+    seen = {name: ckpt["step"] * knobs[name]["batch"] for name, *_, ckpt in found if knobs.get(name)}
     rival = "post-training alone"
     how = [RECIPES[k] for k in RECIPES if k == alone.get("post")]
     if alone.get("pretrain") == "fm" and (start := nets.finished(f"{cfg.out}/alone/pretrain.pt")):
         rival = f"flow matching on {nets.cost(start)['images']} images, then post-training"
         how += ["in about equal time, all training counted"] * (cfg.data == "digits")
-    seen = {name: ckpt["step"] * knobs[name]["batch"] for name, *_, ckpt in found if knobs.get(name)}
-    if alone and 2 * seen["alone"] == sum(seen.values()):
-        how += [f"on {seen['alone']:,} images (with it: as many pairs and images)"]
+    if alone:
+        equal = 2 * seen["alone"] == sum(seen.values())
+        how += [f"on {seen['alone']:,} images" + " (with it: as many pairs and images)" * equal]
     lines = [LEARNED[loss != "velocities"]] * ("mid" in knobs)
+    lines += [BY_FEATURES] * (COMPARED.get(loss) == "pixels")
     lines += [f"Without mid-training: {', '.join([rival, *how])}."] * bool(alone)
     last = f"Seed {cfg.seed}."
     if sizes.get("students", 0) > 1.2 * sizes.get("teacher", math.inf):
@@ -1446,9 +1450,9 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
                + f" ({'; '.join(notes)})" * bool(notes) + ".\nBelow: each net's answer to each state"
                + "; the teacher's is nearly the mean of all images that this noisy one could have been"
                * (consistency and "teacher" in nets)
-               + f".\nError: root mean square distance from the end; two ends are {apart:.2f} apart.\n"
+               + f".\nError: root mean square distance from the end; ends of two noises: {apart:.2f}.\n"
                f"Mean error in the first column, of {states.shape[1]} noises: {means}. "
-               "Shown: the noise that has the median error in the last row."
+               "Shown: the noise whose error there is the last row's median."
                + "\nPost-training no longer aims at this end: not shown." * ({"mid", "post"} <= nets.keys())
                + words)
     first, *middle, end = (f"{level:.2g}" for level in levels.tolist())
@@ -2362,6 +2366,7 @@ def dry_run(home, argv, configs):
     os.environ.setdefault("CMT_OFFLINE", "dry run")          # a download is then a line, no error
     os.environ["HF_HUB_OFFLINE"] = "1"
     codes, road, KEEP = {}, {}, False
+    ROAD.update({c.stage: (c.steps, c.batch) for c in configs if c.stage not in home.RUN})    # disk for all
     for c in configs:
         left, prepare = c.steps * (c.stage not in home.RUN), home.set_up
         if c.stage in home.RUN:

@@ -227,8 +227,7 @@ def solve(cfg, run, number):
 
 def image_batch(cfg, run, step, mine):
     """The rows `mine` of a batch of images x (B, C, H, W), noise levels t (B,) and noises eps."""
-    B = cfg.batch
-    g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step))
+    g, B = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, cfg.stage, step)), cfg.batch
     x, eps = draw(run.images, B, g)[mine], randn((B, *run.shape), g)[mine]
     return x, (cfg.P_mean + cfg.P_std * randn(B, g))[mine].exp(), eps
 
@@ -264,7 +263,11 @@ def loss_of(cfg, run, step, f, rows, shared):
 
 
 def train(cfg):
-    """Run a stage from its last checkpoint to its end. As plain loops: docs/walkthrough.md, 3 and 5."""
+    """Run a stage from its last checkpoint to its end. Mid-training (docs/walkthrough.md, 3) is in short
+
+      for x_t, t, end in teacher_pairs, shuffled, solve after solve:
+          loss_cmt(net, x_t, t, features of end, distance).backward(); opt.step()
+    """
     if not (run := set_up(cfg)):      # run.flat: all weights of net as one vector, run.grad: its gradient
         return
     net, opt, tally, start, B = run.net, run.opt, run.tally, run.tally["step"], cfg.batch
@@ -453,9 +456,7 @@ def data_name(cfg):
 
 def needs_data(cfg):
     """Whether this stage trains on images: CMT does not, it needs only its teacher; Slow CMT does."""
-    if cfg.stage == "pretrain":
-        return not given_teacher(cfg)
-    return cfg.stage == "post" or (cfg.stage == "mid" and cfg.mid == "slow")
+    return dict(pretrain=not given_teacher(cfg), mid=cfg.mid == "slow", post=True).get(cfg.stage, False)
 
 
 @cache                                                # once for all checks, once for all stages

@@ -237,9 +237,10 @@ def flow_of(cfg, net, null_y):
 
 
 def guided_velocity(cfg, flow, v, u, at, guided):
-    """Where `guided` (B,): omega v + kappa u_own + (1 - omega - kappa) u_null; elsewhere v itself.
+    """The velocity that u is to learn: v itself, or where `guided` (B,)
 
       u_own, u_null = u(z, t, t, y), u(z, t, t, null_y)
+      v = omega * v + kappa * u_own + (1 - omega - kappa) * u_null
 
     at: z, t, r, y. u (B, C, H, W): u(z, t, r, y), which is u_own where r = t. One more call answers the
     rows that lack u_null, and those that lack u_own. t, r, guided: on the CPU, to read without a wait.

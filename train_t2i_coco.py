@@ -261,9 +261,10 @@ def loss_sit(u, z, v, t, text):
 
 
 def guided_velocity(cfg, flow, v, u, at, guided):
-    """Where `guided` (B,): omega v + kappa u_own + (1 - omega - kappa) u_null; elsewhere v itself.
+    """The velocity that u is to learn: v itself, or where `guided` (B,)
 
       u_own, u_null = u(z, t, t, y), u(z, t, t, null_y)
+      v = omega * v + kappa * u_own + (1 - omega - kappa) * u_null
 
     at: z, t, r, y. u (B, C, H, W): u(z, t, r, y), which is u_own where r = t. One more call answers the
     rows that lack u_null, and those that lack u_own. t, r, guided: on the CPU, to read without a wait.
@@ -571,7 +572,7 @@ def draw_sheets(cfg, found, images, encoder):
             path = f"{cfg.out}/samples_{name}_{steps}step.png"
             fid.save_captions(path, name, steps, rows, scores="; scores: results.md in this folder")
             shown.append((name, steps, torch.stack([row[0] for _, row in rows])))
-    heun = " A teacher's step is Heun's, two calls; one alone is too coarse."
+    heun = " A teacher's step is Heun's: four calls, two with the caption and two without."
     words = fid.about(cfg, found) + heun
     fid.save_stages(cfg.out, shown, captions, words)
     if found[0][0] == "teacher":

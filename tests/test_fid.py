@@ -817,7 +817,7 @@ def test_of_a_long_trajectory_nine_states_are_drawn_where_most_changes(tmp_path,
     assert [rows[0][0], short[0][0]] == ["the teacher's trajectory", "the teacher's trajectory\nclass 7"]
     assert rows[1][0] == "student after mid-training\nin one step" and rows[1][2:] == tuple(f"error {e:.2f}" for e in range(16, -1, -2)) and len(rows[0]) == 2
     assert said[0].startswith("Mid-training teaches the jump between any two states of the teacher's trajectory\nFirst row: the trajectory, from noise to an image (9 of 17 states; the others look like their neighbours).\nBelow: each net's answer to each state.\nError: ")
-    assert "root mean square distance from the end; two ends are 0.00 apart.\nMean error in the first column, of 2 noises: student after mid-training 16.00. Shown: the noise that has the median error in the last row." in said[0] and "divided by sigma" not in said[0] and "mean of all images" not in said[0]
+    assert "root mean square distance from the end; ends of two noises: 0.00.\nMean error in the first column, of 2 noises: student after mid-training 16.00. Shown: the noise whose error there is the last row's median." in said[0] and "divided by sigma" not in said[0] and "mean of all images" not in said[0]
     fid.save_trajectory("", x, torch.linspace(80, 0, 17), {"teacher": lambda x, level: x, "mid": lambda x, level: x + 9, "post": lambda x, level: x - 1})
     assert said[-1].startswith("Mid-training teaches the jump from every state of the teacher's trajectory to its end\n")
     assert [row[2:3] for row in drawn[-1][0]] == [(), ("error 16.00",), ("error 7.00",)] and "divided by sigma" in said[-1] and "; the teacher's is nearly the mean of all images that this noisy one could have been.\nError" in said[-1] and said[-1].endswith("Post-training no longer aims at this end: not shown.")
@@ -875,19 +875,20 @@ def test_a_caption_names_seed_and_sizes(monkeypatch):
     losses = dict(huber="pixels", elatentlpips="features of a VGG", edges="edges")                     # of a fork
     found = [("teacher", torch.nn.Linear(999, 1000), {}), ("mid", torch.nn.Linear(1999, 1000), dict(cfg=dict(batch=8), step=1)), ("post", torch.nn.Linear(1999, 1000), {})]
     assert fid.about(train_mf_imagenet256.Config(seed=7), found) == (
-        "with a loss on velocities \nMid-training learns the mean velocity between any two states of a teacher's trajectory; post-training learns it from images.\nSeed 7. Students are 2.0 times as large as the teacher.")
+        "with a loss on velocities \nStudents: Mean Flows. Mid-training learns the mean velocity between any two states of a teacher's trajectory.\nPost-training learns it from images.\nSeed 7. Students are 2.0 times as large as the teacher.")
     for loss, words in losses.items():
         found[1][2]["cfg"]["loss"] = loss
+        more = "\nThe paper compares by features of a network, not by pixels." * (words == "pixels")
         assert fid.about(train_cmt_cifar.Config(seed=7), found[1:]) == (
-            f"with a loss on {words} \nMid-training learns the jump from any state of a teacher's trajectory to its end.\nPost-training learns, from images, to give one answer at two close noise levels.\nSeed 7.")
+            f"with a loss on {words} \nStudents: consistency models. Mid-training learns the jump from any state of a teacher's trajectory to its end.\nPost-training learns, from images, to give one answer at two close noise levels.{more}\nSeed 7.")
     assert fid.about(train_cmt_cifar.Config(seed=7), found[2:]) == "\nSeed 7."
     cfg = dict(lr=1e-4, q=4096, out="x", mid="cmt", batch=8)
     rival = [("post", found[0][1], dict(cfg=cfg, step=1)), ("alone", found[0][1], dict(step=1, cfg=cfg | dict(post="vanilla", out="y", mid="none")))]
-    assert fid.about(train_cmt_cifar.Config(seed=7), rival) == "\nWithout mid-training: post-training alone, by Mean Flow's own recipe, on 8 images (with it: as many pairs and images).\nSeed 7."                # what it was trained by
+    assert fid.about(train_cmt_cifar.Config(seed=7), rival) == "\nWithout mid-training: post-training alone, as in the Mean Flow paper, on 8 images (with it: as many pairs and images).\nSeed 7."                # what it was trained by
     rival[1][2]["cfg"] |= dict(lr=1e-4, pretrain="fm")
     for step, words in (3, "post-training alone"), (20, "flow matching on 160 images, then post-training"):                        # not begun, or from a file; trained here
         monkeypatch.setattr(train_mf_imagenet256.nets, "finished", lambda path: {"step": 20, "seconds": 1, "cfg": {"batch": 8, "stage": "pretrain"}} if step == 20 else None)
-        assert fid.about(train_mf_imagenet256.Config(seed=7), rival) == f"\nWithout mid-training: {words}, by Mean Flow's own recipe, on 8 images (with it: as many pairs and images).\nSeed 7."
+        assert fid.about(train_mf_imagenet256.Config(seed=7), rival) == f"\nWithout mid-training: {words}, as in the Mean Flow paper, on 8 images (with it: as many pairs and images).\nSeed 7."
 
 
 def test_a_colour_means_one_thing_in_every_chart():

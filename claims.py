@@ -465,7 +465,7 @@ def photos(args, device):
                  f"{n:,} new photos would score about {new:.2f}. train_cmt_cifar.py: scores are means of "
                  f"{number} seeds, images are seed {seed}'s.\n{fid.LEARNED[1][:-1]}"
                  + "; in one step it gains nothing" * bool(ends[0]['one step'] >= mid['one step'])
-                 + f". {fid.BY_FEATURES}\nWithout mid-training: post-training alone, "
+                 + f".\n{fid.BY_FEATURES}\nWithout mid-training: post-training alone, "
                  f"{fid.RECIPES['annealed']}, on {seen.get('ECT, annealed')} images (with it: as many pairs "
                  "and images).\n"
                  f"{len(images):,} photos of {name}, shrunk; nets this small draw no clear objects.")

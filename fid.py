@@ -1155,7 +1155,7 @@ NAMES = dict(teacher="teacher", mid="mid-training alone", post="after post-train
 SPOKEN = dict(pretrain="pre-training", vgg="VGG", mid="mid-training", post="post-training")
 WIDE = 1_800                                             # pixels of a sheet
 VGG = "features of a VGG"
-BY_FEATURES = "The paper compares by features of a network, not by pixels."
+BY_FEATURES = "The paper compares by features, not by pixels."
 COMPARED = dict(huber="pixels", l2="pixels", lpips=VGG, elatentlpips=VGG)                  # by --loss
 ROW = " of this row"
 RECIPES = dict(annealed="with a shrinking gap between the two levels", vanilla="as in the Mean Flow paper")
@@ -1304,17 +1304,16 @@ def about(cfg, found):
     how = [RECIPES[k] for k in RECIPES if k == alone.get("post")]
     if alone.get("pretrain") == "fm" and (start := nets.finished(f"{cfg.out}/alone/pretrain.pt")):
         rival = f"flow matching on {nets.cost(start)['images']} images, then post-training"
-        how += ["in about equal time, all training counted"] * (cfg.data == "digits")
+        how += ["in about equal time"] * (cfg.data == "digits")
     if alone:
         equal = 2 * seen["alone"] == sum(seen.values())
         how += [f"on {seen['alone']:,} images" + " (with it: as many pairs and images)" * equal]
-    lines = [LEARNED[loss != "velocities"]] * ("mid" in knobs)
-    lines += [BY_FEATURES] * (COMPARED.get(loss) == "pixels")
-    lines += [f"Without mid-training: {', '.join([rival, *how])}."] * bool(alone)
-    last = f"Seed {cfg.seed}."
+    learned = LEARNED[loss != "velocities"] + f" {BY_FEATURES}" * (COMPARED.get(loss) == "pixels")
     if sizes.get("students", 0) > 1.2 * sizes.get("teacher", math.inf):
-        last += f" Students are {sizes['students'] / sizes['teacher']:.1f} times as large as the teacher."
-    return "\n".join([scope, *lines, last])
+        learned += f" Students are {sizes['students'] / sizes['teacher']:.1f} times as large as the teacher."
+    lines = [learned] * ("mid" in knobs)
+    lines += [f"Without mid-training: {', '.join([rival, *how])}."] * bool(alone)
+    return "\n".join([scope, *lines, f"Seed {cfg.seed}."])
 
 
 def effect(now, without):

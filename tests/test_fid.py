@@ -875,10 +875,10 @@ def test_a_caption_names_seed_and_sizes(monkeypatch):
     losses = dict(huber="pixels", elatentlpips="features of a VGG", edges="edges")                     # of a fork
     found = [("teacher", torch.nn.Linear(999, 1000), {}), ("mid", torch.nn.Linear(1999, 1000), dict(cfg=dict(batch=8), step=1)), ("post", torch.nn.Linear(1999, 1000), {})]
     assert fid.about(train_mf_imagenet256.Config(seed=7), found) == (
-        "with a loss on velocities \nStudents: Mean Flows. Mid-training learns the mean velocity between any two states of a teacher's trajectory.\nPost-training learns it from images.\nSeed 7. Students are 2.0 times as large as the teacher.")
+        "with a loss on velocities \nStudents: Mean Flows. Mid-training learns the mean velocity between any two states of a teacher's trajectory.\nPost-training learns it from images. Students are 2.0 times as large as the teacher.\nSeed 7.")
     for loss, words in losses.items():
         found[1][2]["cfg"]["loss"] = loss
-        more = "\nThe paper compares by features of a network, not by pixels." * (words == "pixels")
+        more = " The paper compares by features, not by pixels." * (words == "pixels")
         assert fid.about(train_cmt_cifar.Config(seed=7), found[1:]) == (
             f"with a loss on {words} \nStudents: consistency models. Mid-training learns the jump from any state of a teacher's trajectory to its end.\nPost-training learns, from images, to give one answer at two close noise levels.{more}\nSeed 7.")
     assert fid.about(train_cmt_cifar.Config(seed=7), found[2:]) == "\nSeed 7."

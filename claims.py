@@ -233,7 +233,7 @@ def plot(args, device):
 
 def sheet(args, device):
     """Score runs that differ in their seed alone: <out>/stages.png, images of the first, means of all."""
-    drawn = []
+    drawn, knobs = [], []
 
     def keep(out, *stages, table=(), samples=0):
         drawn.extend([(stages, table, samples)] * bool(table))
@@ -241,7 +241,11 @@ def sheet(args, device):
         config = pathlib.Path(run, "config.json")
         if not config.exists():
             script.fail(3, f"sheet: {config} is not there; name the folder of a run")
-        made = [*json.loads(config.read_text()).values()][-1]
+        stages = json.loads(config.read_text())
+        made = [*stages.values()][-1]
+        knobs.append([{**c, "seed": 0, "out": "", "teacher": ""} for c in stages.values()])
+        if knobs[-1] != knobs[0]:
+            script.fail(3, f"sheet: {run} differs from {args.runs[0]} in more than its seed; leave it out")
         home = importlib.import_module(made["script"].removesuffix(".py"))
         with quiet(), mock.patch.object(fid, "save_stages", keep):
             home.main(["--data", made["data"], "--seed", str(made["seed"]), "--stage", "eval", "--out", run])

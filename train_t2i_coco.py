@@ -572,7 +572,7 @@ def draw_sheets(cfg, found, images, encoder):
             path = f"{cfg.out}/samples_{name}_{steps}step.png"
             fid.save_captions(path, name, steps, rows, scores="; scores: results.md in this folder")
             shown.append((name, steps, torch.stack([row[0] for _, row in rows])))
-    heun = "\nA teacher's step is Heun's: four calls, two with the caption and two without."
+    heun = "\nA teacher's step is one of Heun's: two calls, each with the caption and without, if guided."
     words = fid.about(cfg, found) + heun
     fid.save_stages(cfg.out, shown, captions, words)
     if found[0][0] == "teacher":

@@ -59,7 +59,10 @@ def test_a_sheet_has_the_means_of_its_runs_and_the_images_of_the_first(tmp_path,
     assert [row["1-step FD-digits"] for row in table] == ["3.00", "3.00", "3.00", "2.00"]
     assert table[0]["2-step FD-digits"] == "-" and {row["1-step shows its digit"] for row in table} == {"91.5%"}
     told[str(tmp_path / "1")].pop()
-    for runs, words in ([*told], "have not the same nets"), ([str(tmp_path / "x")], "config.json is not there; name the folder of a run"):
+    (tmp_path / "y").mkdir()
+    (tmp_path / "y/config.json").write_text(json.dumps(dict(post=dict(script="train_cmt_cifar.py", data="digits", seed=0, q=7))))
+    for runs, words in (([*told], "have not the same nets"), ([str(tmp_path / "x")], "config.json is not there; name the folder of a run"),
+                        ([*told][:1] + [str(tmp_path / "y")], "in more than its seed; leave it out")):
         with pytest.raises(SystemExit) as stopped:
             claims.main(["sheet", *runs, "--out", str(tmp_path)])
         assert stopped.value.code == 3 and words in capsys.readouterr().err

@@ -1127,7 +1127,10 @@ def made_of(path):
     """The record of an encoded folder or .zip: what it was made of, and by which encoders. Else {}."""
     files = [f"{path}/index.json", f"{path}/dataset.json"] if os.path.isdir(path) else [path]
     file = next(filter(os.path.isfile, files), "")
-    return read_record(file, os.stat(file).st_mtime_ns) if file.endswith((".json", ".zip")) else {}
+    with blame(file):
+        text = zipfile.Path(file, "dataset.json") if file.endswith(".zip") else pathlib.Path(file)
+        record = json.loads(text.read_bytes()) if file.endswith((".json", ".zip")) and text.exists() else {}
+        return record if file.endswith("index.json") else record.get("made_of", {})
 
 
 def encoder_of(path, kind, load, name, device):
@@ -1137,16 +1140,6 @@ def encoder_of(path, kind, load, name, device):
     if stamp and not encoder.identity.endswith(stamp):
         fail(2, f"{path} was made by the {kind} {made}, {stamp}, not by {encoder.identity}; pass that one")
     return encoder
-
-
-@functools.cache
-def read_record(file, when):
-    """made_of's answer, read once from a file that was written at `when`."""
-    with blame(file):
-        if file.endswith("index.json"):
-            return json.loads(pathlib.Path(file).read_bytes())
-        root = pathlib.Path(file) if file.endswith(".json") else zipfile.Path(file, "dataset.json")
-        return json.loads(root.read_bytes()).get("made_of", {}) if root.exists() else {}
 
 
 # ---- pictures with words -----------------------------------------------------------------------

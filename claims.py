@@ -231,6 +231,11 @@ def plot(args, device):
     print(f"open {args.out}/plot.png; the next plot replaces it, unless it has another --out")
 
 
+def ranged(values):
+    """The mean of the scores of several seeds and, on a line below it, their range."""
+    return f"{np.mean(values):.2f}\n{min(values):.2f} to {max(values):.2f}"
+
+
 def sheet(args, device):
     """Score runs that differ in their seed alone: <out>/stages.png, images of the first, means of all."""
     drawn, knobs = [], []
@@ -254,11 +259,12 @@ def sheet(args, device):
         script.fail(3, f"sheet: {', '.join(args.runs)} have not the same nets; finish them, and their alone")
     for k, row in enumerate(table):
         for key in [key for key in row if "-step " in key and row[key] != "-"]:
-            unit, all_of = "%" * ("%" in row[key]), [rows[k][key].rstrip("%") for _, rows, _ in drawn]
-            row[key] = f"{np.mean([*map(float, all_of)]):.{1 if unit else 2}f}{unit}"
+            all_of = [float(rows[k][key].rstrip("%")) for _, rows, _ in drawn]
+            row[key] = f"{np.mean(all_of):.1f}%" if "%" in row[key] else ranged(all_of)
     scope, below = words.split("\n", 1)
     many = f"means of {len(drawn)} seeds"
-    below = re.sub(r"Seed (\d+)\.", f"{made['script']}: scores are {many}, images are seed \\1's.", below)
+    seen = f"{made['script']}: scores are {many}, with their range; images are seed \\1's."
+    below = re.sub(r"Seed (\d+)\.", seen, below)
     words = f"{fid.headline(table, scope, many)}\n{below}"
     fid.save_stages(args.out, shown, names, words, table, samples)
     print(f"open {args.out}/stages.png")
@@ -460,17 +466,17 @@ def photos(args, device):
             print(f"| {row} | {seed} | {' / '.join(found)} | {state['seconds']:.0f} |", flush=True)
         table = {row: {"stage": CALLED.get(row, row)} for row, _ in scores}
         for (row, steps), values in scores.items():
-            table[row][f"{steps}-step FD-photos"] = f"{np.mean(values):.2f}"
+            table[row][f"{steps}-step FD-photos"] = ranged(values)
         mid, *ends = [{words: np.mean(scores.get((row, int(steps)), np.nan))
                        for steps, words in fid.FEW.items()} for row in CALLED]
         new = features.apart * (1 / n + 1 / len(images)) / (4 / len(images))     # docs/results.md: 1/n + 1/m
         name = os.path.splitext(os.path.basename(args.data))[0]
         words = (f"{fid.beside('FD-photos', *ends, f'means of {number} seeds', 'with a loss on pixels ')}\n"
                  f"{n:,} new photos would score about {new:.2f}. train_cmt_cifar.py: scores are means of "
-                 f"{number} seeds, images are seed {seed}'s.\n{fid.LEARNED[1][:-1]}"
+                 f"{number} seeds, with their range; images are seed {seed}'s.\n{fid.LEARNED[1][:-1]}"
                  + "; in one step it gains nothing" * bool(ends[0]['one step'] >= mid['one step'])
                  + f".\n{fid.BY_FEATURES}\nWithout mid-training: post-training alone, "
-                 f"{fid.RECIPES['annealed']}, on {seen.get('ECT, annealed')} images (with it: as many pairs "
+                 f"{fid.ANNEALED}, on {seen.get('ECT, annealed')} images (with it: as many pairs "
                  "and images).\n"
                  f"{len(images):,} photos of {name}, shrunk; nets this small draw no clear objects.")
         fid.save_stages(f"{args.out}/{seed}", [*shown, real], (), words, [*table.values()], n)

@@ -1151,7 +1151,7 @@ VGG = "features of a VGG"
 BY_FEATURES = "The paper compares by features, not by pixels."
 COMPARED = dict(huber="pixels", l2="pixels", lpips=VGG, elatentlpips=VGG)                  # by --loss
 ROW = " of this row"
-RECIPES = dict(annealed="with a shrinking gap between the two levels", vanilla="as in the Mean Flow paper")
+ANNEALED = "with a shrinking gap between the two levels"
 LEARNED = ("Students: Mean Flows. Mid-training learns the mean velocity between any two states of a "
            "teacher's trajectory.\nPost-training learns it from images.",
            "Students: consistency models. Mid-training learns the jump from any state of a teacher's "
@@ -1294,18 +1294,19 @@ def about(cfg, found):
     scope, nets = f"with a loss on {COMPARED.get(loss, loss)} " * ("mid" in knobs), home_of(cfg).nets
     seen = {name: ckpt["step"] * knobs[name]["batch"] for name, *_, ckpt in found if knobs.get(name)}
     rival = "post-training alone"
-    how = [RECIPES[k] for k in RECIPES if k == alone.get("post")]
+    how = [ANNEALED] * (alone.get("post") == "annealed")
     if alone.get("pretrain") == "fm" and (start := nets.finished(f"{cfg.out}/alone/pretrain.pt")):
         rival = f"flow matching on {nets.cost(start)['images']} images, then post-training"
         how += ["in about equal time"] * (cfg.data == "digits")
     if alone:
-        equal = 2 * seen["alone"] == sum(seen.values())
-        how += [f"on {seen['alone']:,} images" + " (with it: as many pairs and images)" * equal]
+        ours = sum(seen.values()) - seen["alone"]
+        many = "as many" if ours == seen["alone"] else f"{ours:,}"
+        how += [f"on {seen['alone']:,} images" + f" (with it: {many} pairs and images)" * bool(ours)]
     learned = LEARNED[loss != "velocities"] + f" {BY_FEATURES}" * (COMPARED.get(loss) == "pixels")
     if sizes.get("students", 0) > 1.2 * sizes.get("teacher", math.inf):
         learned += f" Students are {sizes['students'] / sizes['teacher']:.1f} times as large as the teacher."
-    lines = [learned] * ("mid" in knobs)
-    lines += [f"Without mid-training: {', '.join([rival, *how])}."] * bool(alone)
+    lines = [f"Without mid-training: {', '.join([rival, *how])}."] * bool(alone)
+    lines += [learned] * ("mid" in knobs)
     return "\n".join([scope, *lines, f"Seed {cfg.seed}."])
 
 
@@ -1401,7 +1402,7 @@ def save_stages(out, shown, names=(), words="", table=(), samples=2_000):
         title = headline(table, title) or "What every net draws from the same noises"
     last = "; the last row is real" * (not shown[-1][1])
     caption = f"{title}\nIn each {line} every net draws from the same noise{last}."
-    caption += of_scores(table, samples) if table else ""
+    caption += " What looks alike can differ in score." + of_scores(table, samples) if table else ""
     path = f"{out}/stages" + f"_{shown[0][0]}" * shown[0][0].startswith("init_") + ".png"    # --init FILE
     if table or not (os.path.exists(path) and os.path.exists(f"{out}/results.md")):     # scores stay
         save_sheet(path, rows, f"{caption}\n{words}", header, breaks)
@@ -1442,9 +1443,9 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
                + f" ({'; '.join(notes)})" * bool(notes) + ".\nBelow: each net's answer to each state"
                + "; the teacher's is nearly the mean of all images that this noisy one could have been"
                * (consistency and "teacher" in nets)
-               + f".\nError: root mean square distance from the end; two noises end {apart:.2f} apart.\n"
+               + f".\nError: root mean square distance from the end; two ends differ by {apart:.2f}.\n"
                f"Mean error in the first column, of {states.shape[1]} noises: {means}. "
-               "Shown: the noise whose error there is the last row's median."
+               "Shown: the noise of the last row's median."
                + "\nPost-training no longer aims at this end: not shown." * ({"mid", "post"} <= nets.keys())
                + words)
     first, *middle, end = (f"{level:.2g}" for level in levels.tolist())

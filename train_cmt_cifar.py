@@ -42,7 +42,7 @@ class Config:                   # later ones win: default, matching rows of PRES
     teacher: str = ""           # FILE, URL; "" = <out>/pretrain.pt, else the official one; scratch = train it
     mid: Literal["cmt", "kd", "slow", "none"] = "cmt"    # Eq. 7; kd, slow: the paper's ablations (4.3)
     post: Literal["ect", "ecd", "ecd_euler", "annealed"] = "ect"  # ecd: x_r by the teacher; annealed: q grows
-    init: str = "teacher"       # first weights: teacher | random | FILE; sample: show FILE
+    init: str = "teacher"       # first weights: teacher | random | FILE; sample, eval: show FILE
 
     steps: int = 300_000        # of mid (others: PRESETS); x batch 128 = 38.4 million pairs (Sec. 4.2)
     batch: int = 128            # images or pairs (x_t, x_0) per step, over all processes (B.2)

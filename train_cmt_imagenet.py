@@ -50,7 +50,7 @@ class Config:                   # later ones win: default, matching rows of PRES
     teacher: str = ""           # FILE, URL, EDM2 snapshot; "" = pretrain.pt or official; scratch = train it
     mid: Literal["cmt", "none"] = "cmt"                  # Eq. 7
     post: Literal["ect", "ecd", "ecd_euler", "ecd_code"] = "ect"     # Eq. 3; ecd_code: as their 512 script
-    init: str = "teacher"       # first weights: teacher | random | FILE; sample: show FILE
+    init: str = "teacher"       # first weights: teacher | random | FILE; sample, eval: show FILE
 
     steps: int = 50_000         # of mid, others: PRESETS; x batch 128 = 6.4 million pairs (B.3)
     batch: int = 128            # images or pairs (x_t, x_0) per step, over all processes (B.3)
@@ -271,6 +271,15 @@ def solve(cfg, run, number):
     views = () if cfg.ensemble == "none" else run.distance.draw(pairs[0], g).values()        # of each pair
     shared = [x_0] if views else run.distance.features(x_0)              # once per end; of views: per pair
     return [*pairs, *views], shared
+
+
+def read_batch(cfg, images, step):
+    """This process's share of a step's batch: images as stored, labels. Pinned: no copy to a GPU waits."""
+    g = torch.Generator().manual_seed(fold(cfg.seed, cfg.stage, step, "data"))
+    index = torch.randint(len(images.labels), (cfg.batch,), generator=g)
+    index = index[RANK * cfg.batch // WORLD:(RANK + 1) * cfg.batch // WORLD]
+    share = images.read(index), images.labels[index]
+    return share if DEVICE.type == "cpu" else [a.pin_memory() for a in share]
 
 
 def image_batch(cfg, run, step, mine):
@@ -617,15 +626,6 @@ def load_data(cfg):
         fail(3, f"--data {images.path} holds {tuple(images.shape)}; --res {cfg.res} needs "
                 f"{(channels[-1], side, side)}: pass another --res, or run --stage encode")
     return images
-
-
-def read_batch(cfg, images, step):
-    """This process's share of a step's batch: images as stored, labels. Pinned: no copy to a GPU waits."""
-    g = torch.Generator().manual_seed(fold(cfg.seed, cfg.stage, step, "data"))
-    index = torch.randint(len(images.labels), (cfg.batch,), generator=g)
-    index = index[RANK * cfg.batch // WORLD:(RANK + 1) * cfg.batch // WORLD]
-    share = images.read(index), images.labels[index]
-    return share if DEVICE.type == "cpu" else [a.pin_memory() for a in share]
 
 
 @cache

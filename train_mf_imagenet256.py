@@ -52,7 +52,7 @@ class Config:                   # later ones win: default, matching rows of PRES
     pretrain: Literal["mf", "fm"] = "mf"     # teacher: Mean Flow (B.4) or flow matching (SiT)
     mid: Literal["cmt", "none"] = "cmt"                  # Eq. 8
     post: Literal["mf", "vanilla", "teacher"] = "mf"  # vanilla: by MF's own numbers; teacher: by its v
-    init: str = "random"        # first weights: random | teacher (B.4: SiT) | FILE; sample: show FILE
+    init: str = "random"        # first weights: random | teacher (B.4: SiT) | FILE; sample, eval: show FILE
     weak: str = "dit-b/4"       # size of the teacher: row of nets.SIZES, or PATCHxWIDTHxDEPTH[xHEADS]
     size: str = "dit-xl/2"      # size of the student
 
@@ -314,6 +314,21 @@ def solve(cfg, run, number):
     """A solve's pairs: z, t, r, y and target of each. They share nothing."""
     g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", number))
     return teacher_pairs(cfg, run.teacher, run.shape, g), None
+
+
+def read_batch(cfg, images, step):
+    """This process's share of a step's batch: moments or pixels, classes y, t, r. Pinned: no copy waits."""
+    g = torch.Generator().manual_seed(fold(cfg.seed, cfg.stage, step, "data"))
+    index = torch.randint(len(images.labels), (cfg.batch,), generator=g)
+    flips = torch.rand(cfg.batch, generator=g) < 0.5
+    dropped = torch.rand(cfg.batch, generator=g) < cfg.class_dropout
+    y = torch.where(dropped, images.classes, images.labels[index])
+    t, r = draw_times(cfg.batch, g, cfg.ratio, cfg.P_mean, cfg.P_std)
+    if cfg.stage == "pretrain" and cfg.pretrain == "fm":      # trap: one clock learns v, no average of it
+        t = r = torch.rand(cfg.batch, generator=g)            # SiT
+    mine = slice(RANK * cfg.batch // WORLD, (RANK + 1) * cfg.batch // WORLD)
+    batch = images.read(index[mine], flips[mine]), y[mine], t[mine], r[mine]
+    return [a.pin_memory() for a in batch] if DEVICE.type != "cpu" else batch
 
 
 def image_batch(cfg, run, step, mine):
@@ -627,21 +642,6 @@ opened = cache(Latents)                               # once for all checks, onc
 def load_data(cfg):
     """Latents of --data, or the digits. If missing: exit code 3, with the remedy."""
     return Pixels() if cfg.data == "digits" else opened(FILES.get(cfg.data, cfg.data), cfg.out)
-
-
-def read_batch(cfg, images, step):
-    """This process's share of a step's batch: moments or pixels, classes y, t, r. Pinned: no copy waits."""
-    g = torch.Generator().manual_seed(fold(cfg.seed, cfg.stage, step, "data"))
-    index = torch.randint(len(images.labels), (cfg.batch,), generator=g)
-    flips = torch.rand(cfg.batch, generator=g) < 0.5
-    dropped = torch.rand(cfg.batch, generator=g) < cfg.class_dropout
-    y = torch.where(dropped, images.classes, images.labels[index])
-    t, r = draw_times(cfg.batch, g, cfg.ratio, cfg.P_mean, cfg.P_std)
-    if cfg.stage == "pretrain" and cfg.pretrain == "fm":      # trap: one clock learns v, no average of it
-        t = r = torch.rand(cfg.batch, generator=g)            # SiT
-    mine = slice(RANK * cfg.batch // WORLD, (RANK + 1) * cfg.batch // WORLD)
-    batch = images.read(index[mine], flips[mine]), y[mine], t[mine], r[mine]
-    return [a.pin_memory() for a in batch] if DEVICE.type != "cpu" else batch
 
 
 def to_input(raw, noise):

@@ -56,7 +56,7 @@ class Config:                   # later ones win: default, matching rows of PRES
     pretrain: Literal["repa", "plain"] = "repa"          # the teacher: SiT with REPA (B.6), or without
     mid: Literal["cmt", "none"] = "cmt"                  # Eq. 8
     post: Literal["mf", "vanilla", "xl"] = "mf"          # after mid | MF's own length | xl: other kappa
-    init: str = "teacher"       # first weights: the teacher's (B.6: SiT) | random | FILE; sample: show FILE
+    init: str = "teacher"       # first weights: teacher's (B.6: SiT) | random | FILE; sample, eval: show FILE
     size: str = "mmdit/2"       # of teacher and student: mmdit/2, or PATCHxDEPTH (width 32 DEPTH)
 
     steps: int = 50_000         # optimiser steps (B.6: the teacher)
@@ -319,6 +319,18 @@ def solve(cfg, run, number):
     texts = features_of(run, *pinned([run.images.texts(index, pick), drop]))
     g = torch.Generator(DEVICE).manual_seed(fold(cfg.seed, "solve", number))
     return teacher_pairs(cfg, run.teacher, texts, run.null, run.images.shape, g), texts
+
+
+def read_batch(cfg, images, step):
+    """This process's share of a step's batch: pixels or moments, tokens, words, drop, t, r, guided."""
+    g = torch.Generator().manual_seed(fold(cfg.seed, cfg.stage, step, "data"))
+    index, pick, drop = draw_captions(cfg, images, cfg.batch, g)
+    t, r = draw_times(cfg.batch, g, cfg.ratio, cfg.P_mean, cfg.P_std)
+    if cfg.stage == "pretrain":
+        t = r = torch.rand(cfg.batch, generator=g)                                # SiT
+    guided = (t >= cfg.guide_from) & (t <= cfg.guide_to) & ~drop & (cfg.omega != 1 or cfg.kappa != 0)
+    mine = slice(RANK * cfg.batch // WORLD, (RANK + 1) * cfg.batch // WORLD)
+    return pinned([*images.read(index[mine], pick[mine]), drop[mine], t[mine], r[mine], guided[mine]])
 
 
 def image_batch(cfg, run, step, mine):
@@ -766,18 +778,6 @@ def draw_captions(cfg, images, n, g):
     """n image numbers; for each, a number in [0, 1) that picks its caption, and whether that is dropped."""
     index = torch.randint(images.count, (n,), generator=g)
     return index, torch.rand(n, generator=g), torch.rand(n, generator=g) < cfg.caption_dropout
-
-
-def read_batch(cfg, images, step):
-    """This process's share of a step's batch: pixels or moments, tokens, words, drop, t, r, guided."""
-    g = torch.Generator().manual_seed(fold(cfg.seed, cfg.stage, step, "data"))
-    index, pick, drop = draw_captions(cfg, images, cfg.batch, g)
-    t, r = draw_times(cfg.batch, g, cfg.ratio, cfg.P_mean, cfg.P_std)
-    if cfg.stage == "pretrain":
-        t = r = torch.rand(cfg.batch, generator=g)                                # SiT
-    guided = (t >= cfg.guide_from) & (t <= cfg.guide_to) & ~drop & (cfg.omega != 1 or cfg.kappa != 0)
-    mine = slice(RANK * cfg.batch // WORLD, (RANK + 1) * cfg.batch // WORLD)
-    return pinned([*images.read(index[mine], pick[mine]), drop[mine], t[mine], r[mine], guided[mine]])
 
 
 def pinned(batch):

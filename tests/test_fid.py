@@ -817,7 +817,7 @@ def test_of_a_long_trajectory_nine_states_are_drawn_where_most_changes(tmp_path,
     assert [rows[0][0], short[0][0]] == ["the teacher's trajectory", "the teacher's trajectory\nclass 7"]
     assert rows[1][0] == "student after mid-training\nin one step" and rows[1][2:] == tuple(f"error {e:.2f}" for e in range(16, -1, -2)) and len(rows[0]) == 2
     assert said[0].startswith("Mid-training teaches the jump between any two states of the teacher's trajectory\nFirst row: the trajectory, from noise to an image (9 of 17 states; the others look like their neighbours).\nBelow: each net's answer to each state.\nError: ")
-    assert "root mean square distance from the end; two noises end 0.00 apart.\nMean error in the first column, of 2 noises: student after mid-training 16.00. Shown: the noise whose error there is the last row's median." in said[0] and "divided by sigma" not in said[0] and "mean of all images" not in said[0]
+    assert "root mean square distance from the end; two ends differ by 0.00.\nMean error in the first column, of 2 noises: student after mid-training 16.00. Shown: the noise of the last row's median." in said[0] and "divided by sigma" not in said[0] and "mean of all images" not in said[0]
     fid.save_trajectory("", x, torch.linspace(80, 0, 17), {"teacher": lambda x, level: x, "mid": lambda x, level: x + 9, "post": lambda x, level: x - 1})
     assert said[-1].startswith("Mid-training teaches the jump from every state of the teacher's trajectory to its end\n")
     assert [row[2:3] for row in drawn[-1][0]] == [(), ("error 16.00",), ("error 7.00",)] and "divided by sigma" in said[-1] and "; the teacher's is nearly the mean of all images that this noisy one could have been.\nError" in said[-1] and said[-1].endswith("Post-training no longer aims at this end: not shown.")
@@ -833,7 +833,7 @@ def test_the_heading_of_scored_images_has_the_last_net_in_one_step_and_two_and_t
             {"stage": "post", "1-step FID": "6.0 +- 1.0, min 5.0", "2-step FID": "3.0"}]
     fid.save_stages(str(tmp_path), shown, (), "\nSeed 0.", rows, 500)
     assert said[0] == ("after post-training: FID (lower is better) 6.00 in one step, 3.00 in two steps\n"
-                       "In each column every net draws from the same noise.\nFID, lower is better: Frechet distance of 500 samples to the data, in a classifier's features; with so few it is off, mostly high.\nOnly a run without mid-training tells whether it helps (docs/usage.md).\nPost-training makes scores worse in one step.\nSeed 0.")
+                       "In each column every net draws from the same noise. What looks alike can differ in score.\nFID, lower is better: Frechet distance of 500 samples to the data, in a classifier's features; with so few it is off, mostly high.\nOnly a run without mid-training tells whether it helps (docs/usage.md).\nPost-training makes scores worse in one step.\nSeed 0.")
     assert labels == [[("mid-training alone\n1 step", "5.0", "-"), ("after post-training\n1 step", "6.0 +- 1.0, min 5.0", "3.0")]]     # two look like one
     assert heads == [["", *[""] * 12, "FID of this row", "FID in two steps"]]
     fid.save_stages(str(tmp_path), shown, (), "", [{"stage": "teacher", "8-step FID": "2.0"}])
@@ -884,11 +884,11 @@ def test_a_caption_names_seed_and_sizes(monkeypatch):
     assert fid.about(train_cmt_cifar.Config(seed=7), found[2:]) == "\nSeed 7."
     cfg = dict(lr=1e-4, q=4096, out="x", mid="cmt", batch=8)
     rival = [("post", found[0][1], dict(cfg=cfg, step=1)), ("alone", found[0][1], dict(step=1, cfg=cfg | dict(post="vanilla", out="y", mid="none")))]
-    assert fid.about(train_cmt_cifar.Config(seed=7), rival) == "\nWithout mid-training: post-training alone, as in the Mean Flow paper, on 8 images (with it: as many pairs and images).\nSeed 7."                # what it was trained by
+    assert fid.about(train_cmt_cifar.Config(seed=7), rival) == "\nWithout mid-training: post-training alone, on 8 images (with it: as many pairs and images).\nSeed 7."                # what it was trained by
     rival[1][2]["cfg"] |= dict(lr=1e-4, pretrain="fm")
     for step, words in (3, "post-training alone"), (20, "flow matching on 160 images, then post-training"):                        # not begun, or from a file; trained here
         monkeypatch.setattr(train_mf_imagenet256.nets, "finished", lambda path: {"step": 20, "seconds": 1, "cfg": {"batch": 8, "stage": "pretrain"}} if step == 20 else None)
-        assert fid.about(train_mf_imagenet256.Config(seed=7), rival) == f"\nWithout mid-training: {words}, as in the Mean Flow paper, on 8 images (with it: as many pairs and images).\nSeed 7."
+        assert fid.about(train_mf_imagenet256.Config(seed=7), rival) == f"\nWithout mid-training: {words}, on 8 images (with it: as many pairs and images).\nSeed 7."
 
 
 def test_a_colour_means_one_thing_in_every_chart():

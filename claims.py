@@ -238,7 +238,7 @@ def ranged(values):
 
 def sheet(args, device):
     """Score runs that differ in their seed alone: <out>/stages.png, images of the first, means of all."""
-    drawn, knobs = [], []
+    drawn, made_of = [], []
 
     def keep(out, *stages, table=(), samples=0):
         drawn.extend([(stages, table, samples)] * bool(table))
@@ -248,15 +248,15 @@ def sheet(args, device):
             script.fail(3, f"sheet: {config} is not there; name the folder of a run")
         stages = json.loads(config.read_text())
         made = [*stages.values()][-1]
-        knobs.append([{**c, "seed": 0, "out": "", "teacher": ""} for c in stages.values()])
-        if knobs[-1] != knobs[0]:
-            script.fail(3, f"sheet: {run} differs from {args.runs[0]} in more than its seed; leave it out")
+        nets_of_run = sorted(str(file.relative_to(run)) for file in config.parent.rglob("*.pt"))
+        made_of.append((nets_of_run, [{**c, "seed": 0, "out": "", "teacher": ""} for c in stages.values()]))
+        if made_of[-1] != made_of[0]:
+            script.fail(3, f"sheet: {run} differs from {args.runs[0]} in more than its seed; finish it, with "
+                           "its run in alone, or leave it out")
         home = importlib.import_module(made["script"].removesuffix(".py"))
         with quiet(), mock.patch.object(fid, "save_stages", keep):
             home.main(["--data", made["data"], "--seed", str(made["seed"]), "--stage", "eval", "--out", run])
     (shown, names, words), table, samples = drawn[0]
-    if len({tuple(row["stage"] for row in rows) for _, rows, _ in drawn}) > 1:
-        script.fail(3, f"sheet: {', '.join(args.runs)} have not the same nets; finish them, and their alone")
     for k, row in enumerate(table):
         for key in [key for key in row if "-step " in key and row[key] != "-"]:
             all_of = [float(rows[k][key].rstrip("%")) for _, rows, _ in drawn]

@@ -58,11 +58,11 @@ def test_a_sheet_has_the_means_of_its_runs_and_the_images_of_the_first(tmp_path,
                      "\nMore.\ntrain_cmt_cifar.py: scores are means of 3 seeds, with their range; images are seed 0's. Large.")
     assert [row["1-step FD-digits"] for row in table] == ["3.00\n1.00 to 6.00"] * 3 + ["2.00\n2.00 to 2.00"]
     assert table[0]["2-step FD-digits"] == "-" and {row["1-step shows its digit"] for row in table} == {"91.5%"}
-    told[str(tmp_path / "1")].pop()
+    (tmp_path / "1/post.pt").touch()
     (tmp_path / "y").mkdir()
     (tmp_path / "y/config.json").write_text(json.dumps(dict(post=dict(script="train_cmt_cifar.py", data="digits", seed=0, q=7))))
-    for runs, words in (([*told], "have not the same nets"), ([str(tmp_path / "x")], "config.json is not there; name the folder of a run"),
-                        ([*told][:1] + [str(tmp_path / "y")], "in more than its seed; leave it out")):
+    for runs, words in (([*told], "in more than its seed; finish it, with its run in alone, or leave it out"), ([str(tmp_path / "x")], "config.json is not there; name the folder of a run"),
+                        ([*told][:1] + [str(tmp_path / "y")], "in more than its seed; finish it")):
         with pytest.raises(SystemExit) as stopped:
             claims.main(["sheet", *runs, "--out", str(tmp_path)])
         assert stopped.value.code == 3 and words in capsys.readouterr().err

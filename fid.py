@@ -1147,7 +1147,7 @@ NAMES = dict(teacher="teacher", mid="mid-training alone", post="after post-train
              alone="without mid-training")
 SPOKEN = dict(pretrain="pre-training", vgg="VGG", mid="mid-training", post="post-training")
 WIDE = 1_800                                             # pixels of a sheet
-VGG = "features of a VGG"
+VGG = "VGG features"
 BY_FEATURES = "The paper compares by features, not by pixels."
 COMPARED = dict(huber="pixels", l2="pixels", lpips=VGG, elatentlpips=VGG)                  # by --loss
 ROW = " of this row"
@@ -1292,16 +1292,18 @@ def about(cfg, found):
     knobs = {name: ckpt.get("cfg", {}) for name, *_, ckpt in found if name in ("mid", "post", "alone")}
     loss, alone = knobs.get("mid", {}).get("loss", "velocities"), knobs.get("alone", {})
     scope, nets = f"with a loss on {COMPARED.get(loss, loss)} " * ("mid" in knobs), home_of(cfg).nets
-    seen = {name: ckpt["step"] * knobs[name]["batch"] for name, *_, ckpt in found if knobs.get(name)}
-    rival = "post-training alone"
+    seen = {name: ckpt["step"] * ckpt["cfg"]["batch"] for name, *_, ckpt in found if ckpt and ckpt.get("cfg")}
+    ours, rival = seen.get("mid", 0) + seen.get("post", 0), "post-training alone"
+    many = "as many" if ours == seen.get("alone") else f"{ours:,}"
+    with_it = f" (with it: {many} pairs and images)" * bool(ours)
     how = [ANNEALED] * (alone.get("post") == "annealed")
     if alone.get("pretrain") == "fm" and (start := nets.finished(f"{cfg.out}/alone/pretrain.pt")):
         rival = f"flow matching on {nets.cost(start)['images']} images, then post-training"
         how += ["in about equal time"] * (cfg.data == "digits")
+        first = f"a teacher on {seen.get('teacher', 0):,} images, then " * ("teacher" in seen)
+        with_it = f".\nWith it: {first}{ours:,} pairs and images"
     if alone:
-        ours = sum(seen.values()) - seen["alone"]
-        many = "as many" if ours == seen["alone"] else f"{ours:,}"
-        how += [f"on {seen['alone']:,} images" + f" (with it: {many} pairs and images)" * bool(ours)]
+        how += [f"on {seen['alone']:,} images{with_it}"]
     learned = LEARNED[loss != "velocities"] + f" {BY_FEATURES}" * (COMPARED.get(loss) == "pixels")
     if sizes.get("students", 0) > 1.2 * sizes.get("teacher", math.inf):
         learned += f" Students are {sizes['students'] / sizes['teacher']:.1f} times as large as the teacher."
@@ -1323,7 +1325,8 @@ def beside(distance, now, without, seeds, scope):
     if len({*verdicts}) > 1:
         told = ", ".join(f"{verdict} in {k}" for verdict, k in zip(verdicts, steps))
     ours, others = (" / ".join(f"{side[k]:.2f}" for k in steps) for side in (now, without))
-    return f"Mid-training {scope}{told}: {distance} {ours} with it, {others} without ({seeds})"
+    where = {"FD-digits": "On digits, mid", "FD-photos": "On small photos, mid"}.get(distance, "Mid")
+    return f"{where}-training {scope}{told}: {distance} {ours} with it, {others} without ({seeds})"
 
 
 def distance_of(table):
@@ -1443,7 +1446,7 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
                + f" ({'; '.join(notes)})" * bool(notes) + ".\nBelow: each net's answer to each state"
                + "; the teacher's is nearly the mean of all images that this noisy one could have been"
                * (consistency and "teacher" in nets)
-               + f".\nError: root mean square distance from the end; two ends differ by {apart:.2f}.\n"
+               + f".\nError: root mean square distance from the end; ends of two noises: {apart:.2f} apart.\n"
                f"Mean error in the first column, of {states.shape[1]} noises: {means}. "
                "Shown: the noise of the last row's median."
                + "\nPost-training no longer aims at this end: not shown." * ({"mid", "post"} <= nets.keys())

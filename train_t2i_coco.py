@@ -584,7 +584,8 @@ def draw_sheets(cfg, found, images, encoder):
             path = f"{cfg.out}/samples_{name}_{steps}step.png"
             fid.save_captions(path, name, steps, rows, scores="; scores: results.md in this folder")
             shown.append((name, steps, torch.stack([row[0] for _, row in rows])))
-    heun = "\nA teacher's step is one of Heun's: two calls, each with the caption and without, if guided."
+    guided = ", each with the caption and without" * (cfg.omega / (1 - cfg.kappa) != 1)
+    heun = f"\nA teacher's step is one of Heun's: two calls{guided}."
     words = fid.about(cfg, found) + heun
     fid.save_stages(cfg.out, shown, captions, words)
     if found[0][0] == "teacher":

@@ -54,7 +54,7 @@ def test_a_sheet_has_the_means_of_its_runs_and_the_images_of_the_first(tmp_path,
     claims.main(["sheet", *told, "--out", str(tmp_path)])
     (out, shown, names, words, table, samples), = drawn
     assert (out, shown, names, samples) == (str(tmp_path), "0", (), 7) and [row["images"] for row in table] == ["9"] * 4
-    assert words == ("Mid-training with it hurts in one step, changes little in two steps: FD-digits 3.00 / 1.00 with it, 2.00 / 1.00 without (means of 3 seeds)"
+    assert words == ("On digits, mid-training with it hurts in one step, changes little in two steps: FD-digits 3.00 / 1.00 with it, 2.00 / 1.00 without (means of 3 seeds)"
                      "\nMore.\ntrain_cmt_cifar.py: scores are means of 3 seeds, with their range; images are seed 0's. Large.")
     assert [row["1-step FD-digits"] for row in table] == ["3.00\n1.00 to 6.00"] * 3 + ["2.00\n2.00 to 2.00"]
     assert table[0]["2-step FD-digits"] == "-" and {row["1-step shows its digit"] for row in table} == {"91.5%"}

@@ -817,7 +817,7 @@ def test_of_a_long_trajectory_nine_states_are_drawn_where_most_changes(tmp_path,
     assert [rows[0][0], short[0][0]] == ["the teacher's trajectory", "the teacher's trajectory\nclass 7"]
     assert rows[1][0] == "student after mid-training\nin one step" and rows[1][2:] == tuple(f"error {e:.2f}" for e in range(16, -1, -2)) and len(rows[0]) == 2
     assert said[0].startswith("Mid-training teaches the jump between any two states of the teacher's trajectory\nFirst row: the trajectory, from noise to an image (9 of 17 states; the others look like their neighbours).\nBelow: each net's answer to each state.\nError: ")
-    assert "root mean square distance from the end; two ends differ by 0.00.\nMean error in the first column, of 2 noises: student after mid-training 16.00. Shown: the noise of the last row's median." in said[0] and "divided by sigma" not in said[0] and "mean of all images" not in said[0]
+    assert "root mean square distance from the end; ends of two noises: 0.00 apart.\nMean error in the first column, of 2 noises: student after mid-training 16.00. Shown: the noise of the last row's median." in said[0] and "divided by sigma" not in said[0] and "mean of all images" not in said[0]
     fid.save_trajectory("", x, torch.linspace(80, 0, 17), {"teacher": lambda x, level: x, "mid": lambda x, level: x + 9, "post": lambda x, level: x - 1})
     assert said[-1].startswith("Mid-training teaches the jump from every state of the teacher's trajectory to its end\n")
     assert [row[2:3] for row in drawn[-1][0]] == [(), ("error 16.00",), ("error 7.00",)] and "divided by sigma" in said[-1] and "; the teacher's is nearly the mean of all images that this noisy one could have been.\nError" in said[-1] and said[-1].endswith("Post-training no longer aims at this end: not shown.")
@@ -872,7 +872,7 @@ def test_a_picture_with_scores_stays_until_there_are_others(tmp_path, monkeypatc
 def test_a_caption_names_seed_and_sizes(monkeypatch):
     import train_cmt_cifar
     import train_mf_imagenet256
-    losses = dict(huber="pixels", elatentlpips="features of a VGG", edges="edges")                     # of a fork
+    losses = dict(huber="pixels", elatentlpips="VGG features", edges="edges")                     # of a fork
     found = [("teacher", torch.nn.Linear(999, 1000), {}), ("mid", torch.nn.Linear(1999, 1000), dict(cfg=dict(batch=8), step=1)), ("post", torch.nn.Linear(1999, 1000), {})]
     assert fid.about(train_mf_imagenet256.Config(seed=7), found) == (
         "with a loss on velocities \nStudents: Mean Flows. Mid-training learns the mean velocity between any two states of a teacher's trajectory.\nPost-training learns it from images. Students are 2.0 times as large as the teacher.\nSeed 7.")
@@ -888,7 +888,10 @@ def test_a_caption_names_seed_and_sizes(monkeypatch):
     rival[1][2]["cfg"] |= dict(lr=1e-4, pretrain="fm")
     for step, words in (3, "post-training alone"), (20, "flow matching on 160 images, then post-training"):                        # not begun, or from a file; trained here
         monkeypatch.setattr(train_mf_imagenet256.nets, "finished", lambda path: {"step": 20, "seconds": 1, "cfg": {"batch": 8, "stage": "pretrain"}} if step == 20 else None)
-        assert fid.about(train_mf_imagenet256.Config(seed=7), rival) == f"\nWithout mid-training: {words}, on 8 images (with it: as many pairs and images).\nSeed 7."
+        more = ".\nWith it: 8 pairs and images." if step == 20 else " (with it: as many pairs and images)."
+        assert fid.about(train_mf_imagenet256.Config(seed=7), rival) == f"\nWithout mid-training: {words}, on 8 images{more}\nSeed 7."
+    made = [("teacher", found[0][1], dict(step=2, cfg=cfg)), *rival]                                         # two trainings before the student's
+    assert "on 8 images.\nWith it: a teacher on 16 images, then 8 pairs and images.\n" in fid.about(train_mf_imagenet256.Config(data="x"), made)
 
 
 def test_a_colour_means_one_thing_in_every_chart():

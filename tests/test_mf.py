@@ -565,7 +565,7 @@ def test_the_walkthrough_runs_as_printed(road, capsys):
         for block in blocks:
             exec(block.replace("500", "20"), space)
             printed.append(len(capsys.readouterr().out.splitlines()))
-    assert printed == [0, 4, 4, 6, 3, 4, 3, 2, 4, 3, 3, 3, 4, 1, 1, 2, 2] and space["xs"].shape == (17, 20, 1, 8, 8)
+    assert printed == [0, 4, 4, 7, 3, 4, 3, 2, 4, 3, 3, 3, 4, 1, 1, 2, 2] and space["xs"].shape == (17, 20, 1, 8, 8)
 
 
 # ---- faults --------------------------------------------------------------------------------------

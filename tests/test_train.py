@@ -613,7 +613,7 @@ def test_a_run_without_mid_training_in_the_folder_alone_is_scored_beside(road, m
     rows = [line.split("|")[1:-1] for line in Path("x/results.md").read_text().partition("\n\n")[0].splitlines() if line.startswith(("| alone", "| post"))]
     assert len(rows) >= 2 and len(rows) % 2 == 0 and rows[0][1:] == rows[len(rows) // 2][1:]       # one net twice
     rows, caption = sheets["x/stages.png"]
-    assert re.match("Mid-training with a loss on pixels (helps|hurts|changes little) in one step(, (helps|hurts|changes little)| and) in two steps: FD-digits ", caption) and [label for label, *_ in rows if "without mid-training" in label]
+    assert re.match("On digits, mid-training with a loss on pixels (helps|hurts|changes little) in one step(, (helps|hurts|changes little)| and) in two steps: FD-digits ", caption) and [label for label, *_ in rows if "without mid-training" in label]
     assert not [label for label, *_ in sheets["x/trajectory.png"][0] if "without" in label]         # its ends are its own
 
 

@@ -1446,9 +1446,9 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
                + f" ({'; '.join(notes)})" * bool(notes) + ".\nBelow: each net's answer to each state"
                + "; the teacher's is nearly the mean of all images that this noisy one could have been"
                * (consistency and "teacher" in nets)
-               + f".\nError: root mean square distance from the end; ends of two noises: {apart:.2f} apart.\n"
+               + f".\nError: root mean square distance from the end; two ends are {apart:.2f} apart.\n"
                f"Mean error in the first column, of {states.shape[1]} noises: {means}. "
-               "Shown: the noise of the last row's median."
+               "Shown: the noise whose error in the last row is the median."
                + "\nPost-training no longer aims at this end: not shown." * ({"mid", "post"} <= nets.keys())
                + words)
     first, *middle, end = (f"{level:.2g}" for level in levels.tolist())

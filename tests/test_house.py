@@ -31,7 +31,7 @@ OWN = {"Config", "load_data", "data_name", "check", "teacher_pairs", "make_sampl
 # step at full size; claims: Mean Flow's roads, photos; scripts: what is refused before anything is trained, latents and encoders.
 BUDGET = {"train_cmt_cifar.py": 700, "train_cmt_imagenet.py": 933, "train_mf_imagenet256.py": 899,
           "train_t2i_coco.py": 1127, "nets.py": 1819, "fid.py": 2631, "solvers.py": 205, "bench.py": 966,
-          "claims.py": 651, "README.md": 218}
+          "claims.py": 651, "README.md": 220}
 FLAGS = {"train_cmt_cifar.py": 35, "train_cmt_imagenet.py": 42, "train_mf_imagenet256.py": 42, "train_t2i_coco.py": 43}
 README = (ROOT / "README.md").read_text()
 DOCS = {p.name: p.read_text() for p in sorted((ROOT / "docs").glob("*.md"))}

@@ -34,8 +34,8 @@ The resize is part of the protocol; the two differ by 8.6 grey levels on CIFAR-1
 Precision, recall and the like: reuse net(images). Exit codes: 0 done, 2 usage, 3 data or weights.
 From the running script fid takes Config and its tables: PRESETS (values), READ_BY (which stages read a knob;
 default: all), NO_WEIGHT (knobs that change no weight), ABOUT (a stage in words), STAGES, FILES, RUN,
-NEED_STAGE; DEVICE and nets; it calls data_name, lr_at, check, solve_size, resume, candidates and set_up.
-tests/test_forks.py looks at the tables of a fork.
+NEED_STAGE; DEVICE and nets; it calls data_name, lr_at, check, solve_size, resume, teacher_state,
+candidates and set_up. tests/test_forks.py looks at the tables of a fork.
 """
 import argparse
 import atexit
@@ -927,21 +927,23 @@ def load_images(path, res=0):
     """
     shape = image_shape(path, res)
     names, read = image_source(path)
-    images = np.empty((len(names), shape[2], *shape[:2]), np.uint8)
+    images, shapes = np.empty((len(names), shape[2], *shape[:2]), np.uint8), [shape] * len(names)
 
     def keep(k):
         image = read(names[k])
-        h, w, _ = image.shape
-        if min(h, w) < res:
-            raise DataError(f"{path}: {names[k]} is {w}x{h}, too small for --res {res}; "
-                            f"take it out, or pass --res {net_side(min(w, h))}")
-        image = np.asarray(square(rgb(image), res)) if res else image
-        if image.shape != shape:
-            raise DataError(f"{path}: {names[k]} is {image.shape}, {names[0]} is {shape} (H, W, C); pass "
-                            f"--res {net_side(min(h, w, *shape[:2]))}, which crops and resizes all")
-        images[k] = image.transpose(2, 0, 1)
+        shapes[k] = image.shape
+        if res and min(image.shape[:2]) >= res:
+            image = np.asarray(square(rgb(image), res))
+        if image.shape == shape:
+            images[k] = image.transpose(2, 0, 1)
         return image
     check_pictures(range(len(names)), keep, path)
+    if odd := [k for k, s in enumerate(shapes) if (min(s[:2]) < res if res else s != shape)]:
+        (h, w, _), fits = shapes[odd[0]], net_side(min(min(s[:2]) for s in shapes))
+        what = (f"are too small for --res {res}, such as {names[odd[0]]}, {w}x{h}; take them out, or pass "
+                f"--res {fits}" if res else f"are not {shape} (H, W, C) as {names[0]}, such as "
+                f"{names[odd[0]]}, {shapes[odd[0]]}; pass --res {fits}, which crops and resizes all")
+        raise DataError(f"{path}: {len(odd)} of {len(names)} pictures {what}")
     return torch.from_numpy(images)
 
 
@@ -1708,6 +1710,18 @@ def same_folder(cfg, script, argv):
         say(f"warning: its teacher is neither drawn nor scored; pass --teacher {told[-1]}")
 
 
+def check_start(cfg):
+    """Exit code 3 where --stage mid or --stage post, asked for alone, lacks what it starts from."""
+    home, out = home_of(cfg), pathlib.Path(cfg.out)
+    if cfg.mid == "none" or (out / f"{cfg.stage}.pt").exists():           # left out; or begun: it goes on
+        return
+    if cfg.stage == "post" and cfg.init in INITS:
+        finished_mid(cfg, home.nets.finished)
+    given = cfg.teacher not in ("", "scratch") or home.data_name(cfg) in home.nets.PRETRAINED
+    if cfg.stage == "mid" and not given and not (out / "pretrain.pt").exists():
+        home.teacher_state(cfg)
+
+
 @contextlib.contextmanager
 def begin_run(cfg, script, argv):
     """The first process calls open_out; all compare its log. A new folder is removed if nothing began."""
@@ -1721,6 +1735,7 @@ def begin_run(cfg, script, argv):
     agree(path, f"{len(seen)} bytes, crc32 {zlib.crc32(seen):08x}")
     with lock:
         try:
+            check_start(cfg)
             yield
             if os.path.exists(f"{out}/{cfg.stage}.pt"):       # after one stage; a full run ends with a table
                 names = {"res", *of_samples(home_of(cfg))} - {"data", "stage", "seeds", "init", "precision"}
@@ -2122,7 +2137,8 @@ def check_teacher(cfg, finished, given, data, wanted):
         fail(3, f"--teacher {cfg.teacher}: no {home_of(cfg).nets.NO_SIZE}")
     if said and (odd or not {*wanted} & {*said}):
         what = f"its {odd[0]} is {said[odd[0]]}, not {wanted[odd[0]]}" if odd else "no teacher of this script"
-        fail(3, f"--teacher {cfg.teacher}, a net{maker}: {what}; pass a teacher of --data {cfg.data}")
+        fail(3, f"--teacher {cfg.teacher}, a net{maker}: {what}; pass a teacher of this script and --data "
+                f"{cfg.data}")
     if ckpt := finished(cfg.teacher) if maker.startswith(" of train_") else None:
         name, stamp = ckpt["cfg"]["data"], ckpt["data"]
         if data != stamp if data else pathlib.Path(name).name != pathlib.Path(cfg.data).name:

@@ -249,12 +249,12 @@ def loss_of(cfg, run, step, f, rows, shared):
     """The loss of a micro-batch: f(x, t) is the net in training; rows and shared come from batches."""
     if cfg.stage == "mid":
         x_t, t, owner = rows                          # owner: which end of the solve is a pair's
-        return loss_cmt(f, x_t, t, [a[owner] for a in shared], run.distance)                 # Eq. 7
+        return loss_cmt(f, x_t, t, [a[owner] for a in shared], run.distance)                  # Eq. 7
     x, t, eps = rows
     if cfg.stage == "pretrain":
         return loss_dm(f, x, t, eps, run.net.sigma_data)
     assert cfg.post in ("ect", "annealed", "ecd", "ecd_euler"), f"{cfg.post}: no branch returns its loss"
-    q = cfg.q ** (1 + step // cfg.stair) if cfg.post == "annealed" else cfg.q           # q, q^2, q^3, ...
+    q = cfg.q ** (1 + step // cfg.stair) if cfg.post == "annealed" else cfg.q               # q, q^2, q^3, ...
     r = ect_step(t, q)
     x_t, x_r = (x + s.view(-1, 1, 1, 1) * eps for s in (t, r))
     if cfg.post in ("ecd", "ecd_euler"):              # by the frozen teacher: no gradient

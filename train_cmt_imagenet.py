@@ -623,8 +623,9 @@ def load_data(cfg):
     images = opened(path, cfg.out)
     channels, side = ([8], 64) if cfg.res == 512 else ([1, 3], cfg.res)
     if images.shape[0] not in channels or images.shape[1:] != (side, side):
+        fits = 512 if images.shape[0] == 8 else images.shape[1]
         fail(3, f"--data {images.path} holds {tuple(images.shape)}; --res {cfg.res} needs "
-                f"{(channels[-1], side, side)}: pass another --res, or run --stage encode")
+                f"{(channels[-1], side, side)}: pass --res {fits}, or run --stage encode")
     return images
 
 

@@ -515,7 +515,7 @@ def test_a_size_that_is_offered_is_one_of_the_nets(tmp_path):
     os.makedirs(tmp_path / "small")
     for name in "ab":
         (tmp_path / f"small/{name}.png").write_bytes(saved(np.zeros((20, 20, 3), np.uint8)))
-    with pytest.raises(fid.DataError, match="too small for --res 32; .*take it out, or pass --res 16"):
+    with pytest.raises(fid.DataError, match="2 of 2 pictures are too small for --res 32, such as a.png, 20x20; take them out, or pass --res 16"):
         fid.load_images(str(tmp_path / "small"), 32)
 
 
@@ -532,9 +532,9 @@ def test_pictures_of_other_sizes_are_named_and_the_middle_square_is_taken():
     for path in as_folder_and_zip(files):
         with pytest.raises(fid.DataError) as error:
             fid.load_images(path)
-        one_line(error, "b.png is (6, 4, 3), a.png is (6, 5, 3) (H, W, C); pass --res 4, which", "2 of 3")
+        one_line(error, "2 of 3 pictures are not (6, 5, 3) (H, W, C) as a.png, such as b.png, (6, 4, 3); pass --res 4, which")
         assert fid.load_images(path, 4).shape == (3, 3, 4, 4)
-        with pytest.raises(fid.DataError, match="b.png is 4x6, too small for --res 5.*1 of 3"):
+        with pytest.raises(fid.DataError, match="1 of 3 pictures are too small for --res 5, such as b.png, 4x6; take"):
             fid.load_images(path, 5)
         read = fid.list_pictures(path)[1]
         for k, name in enumerate(sorted(files)):
@@ -573,7 +573,7 @@ def test_a_teacher_of_other_pictures_or_classes_is_refused_before_any_training(s
         torch.save({"ema": state, "model": said}, "teacher.pt")
         code, lines = refused(script, capsys, "--teacher", "teacher.pt")
         assert code == (3 if name else 0) and len(lines) == bool(name)
-        assert not name or f": its {name} is {value}, not {model[name]}; pass a teacher of --data digits" in lines[0]
+        assert not name or f": its {name} is {value}, not {model[name]}; pass a teacher of this script and --data digits" in lines[0]
 
 
 @pytest.mark.parametrize("script, model", ROADS, ids=lambda v: getattr(v, "__name__", ""))

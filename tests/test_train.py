@@ -298,7 +298,7 @@ def test_larger_own_images_are_cropped_and_resized_smaller_ones_refused():
     make_zip("own.zip", [48, 40, 32])
     assert load("--data", "own.zip", "--res", "32").shape == (3, 3, 32, 32)
     make_zip("small.zip", [48, 40, 31])
-    with pytest.raises(ValueError, match=r"img00000002.png is 31x31, too small for --res 32"):
+    with pytest.raises(ValueError, match=r"1 of 3 pictures are too small for --res 32, such as \S+img00000002.png, 31x31; take"):
         load("--data", "small.zip", "--res", "32")
 
 
@@ -905,7 +905,7 @@ def test_mid_training_asks_no_teacher_of_other_images(road, capsys):
         Image.new("RGB", (16, 16), (60 * k, 0, 0)).save(f"own/{k}.png")
     for stage in ("mid", "all"):
         exit_code, err = code(f"--data own --res 16 --loss huber --stage {stage} --teacher {road}/pretrain.pt --steps 2 --out x".split(), capsys)
-        assert exit_code == 3 and "its img_channels is 1, not 3; pass a teacher of --data own" in err
+        assert exit_code == 3 and "its img_channels is 1, not 3; pass a teacher of this script and --data own" in err
 
 
 def test_a_folder_with_mid_training_is_none_of_a_road_without(road, capsys):
@@ -1048,6 +1048,18 @@ def test_a_teacher_that_is_not_finite_is_refused_before_anything_begins(name, ca
     torch.save(ckpt, "nan.pt")
     exit_code, err = code(["--data", "digits", "--teacher", "nan.pt", "--out", "new"], capsys, home.main)
     assert exit_code == 3 and re.search(r"--teacher nan.pt: 1 of its tensors are not finite, \S+; pass another\n", err) and not os.path.exists("new"), err
+
+
+@pytest.mark.parametrize("name", ["train_cmt_cifar", "train_cmt_imagenet", "train_mf_imagenet256", "train_t2i_coco"])
+def test_a_stage_alone_without_its_start_is_refused_before_its_plan(name, capsys, here):
+    """No line says what is to be trained, and a new folder does not stay; a log that is there gets the refusal."""
+    main = importlib.import_module(name).main
+    for stage, told in ("mid", "run --stage pretrain first"), ("post", "run --stage mid first"):
+        for folder in "new", "old":
+            Path("old").mkdir(exist_ok=True)
+            exit_code, err = code(["--data", "digits", "--stage", stage, "--out", folder], capsys, main)
+            assert exit_code == 3 and told in err and not os.path.exists("new"), err
+        assert told in (log := Path("old/log.txt").read_text()) and "to train" not in log and " of 4" not in log
 
 
 def test_what_starts_from_init_file_is_said(road):

@@ -1621,8 +1621,7 @@ def one_line(cfg, *errors):
         now = cfg.batch_gpu or cfg.batch // processes()[1]
         fail(1, f"{first_line(e)} Run again with a --batch_gpu smaller than {now}")
     except Exception as e:
-        *_, last = traceback.extract_tb(e.__traceback__)
-        if isinstance(e, AssertionError) and last.filename == home_of(cfg).__file__:
+        if isinstance(e, AssertionError) and re.search("no branch|returns nothing", str(e)):
             fail(2, f"{first_line(e)}; is a return missing? (docs/forking.md)")    # what a fork forgot
         if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
             fail(2, f"--compile: {' '.join(str(e).split()[:40])}; mend the compiler, or pass --no-compile")

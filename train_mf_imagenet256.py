@@ -252,11 +252,11 @@ def guided_velocity(cfg, flow, v, u, at, guided):
     lack_own = guided & (r < t) & (cfg.kappa > 0)
     i, j = (mask.nonzero()[:, 0].to(z.device, non_blocking=True) for mask in (lack_null, lack_own))
     if len(rows := torch.cat([i, j])):
-        t = t.to(z.device, non_blocking=True)[rows]
-        answers = flow.u(z[rows], t, t, torch.cat([flow.null_y.expand_as(y[i]), y[j]]))
+        now = t.to(z.device, non_blocking=True)[rows]
+        answers = flow.u(z[rows], now, now, torch.cat([flow.null_y.expand_as(y[i]), y[j]]))
         u_null[i], u_own[j] = answers.to(z.dtype).split([len(i), len(j)])
-    guided = guided.to(z.device, non_blocking=True).view(-1, 1, 1, 1)
-    return torch.where(guided, cfg.omega * v + w_null * u_null + cfg.kappa * u_own, v)
+    where = guided.to(z.device, non_blocking=True).view(-1, 1, 1, 1)
+    return torch.where(where, cfg.omega * v + w_null * u_null + cfg.kappa * u_own, v)
 
 
 def loss_mf(flow, z, v, t, r, y, guided, cfg):

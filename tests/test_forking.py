@@ -154,6 +154,7 @@ def test_a_branch_that_returns_nothing_does_not_train_as_another_method(road, mo
 
 @pytest.mark.parametrize("branch, words", [("return (f(x, t) - x).square().flatten(1).mean(1)", "RuntimeError: grad can be implicitly created only for scalar outputs"),
                                            ("return (f(x, t) - x).detach().square().mean()", "RuntimeError: element 0 of tensors does not require grad and does not have a grad_fn"),
+                                           ("assert x.ndim == 3, 'a shape'", "AssertionError: a shape"),
                                            ("return x[torch.tensor([99])].mean()", "IndexError: index 99 is out of bounds for dimension 0 with size"),
                                            ("return f(run.teacher(x, t), t).mean()", "TypeError: 'NoneType' object is not callable")])
 def test_a_slip_in_the_loss_of_a_fork_is_a_traceback_and_told(branch, words, road, monkeypatch):

@@ -143,10 +143,10 @@ def why_not(home, work, *args):
             work(*args)
     except SystemExit:                                 # the last line begins with the program's name
         return said.getvalue().strip().splitlines()[-1].partition(": ")[2]
-    except AssertionError as error:                    # of this file
-        return fid.first_line(error)
     except Exception as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == home.__file__]
+        if isinstance(error, AssertionError) and not lines:                   # of this file
+            return fid.first_line(error)
         where = f"{Path(home.__file__).name}, line {lines[-1]}: " if lines else ""
         return f"{where}{type(error).__name__}: {fid.first_line(error)}"
     return ""

@@ -30,7 +30,7 @@ OWN = {"Config", "load_data", "data_name", "check", "teacher_pairs", "make_sampl
 # stood in four scripts (flags over presets, what people type, log, lock, refusals, dry run, comparisons of data, knobs, teachers, samples); bench: a GPU without data, plan, a
 # step at full size; claims: Mean Flow's roads, photos; scripts: what is refused before anything is trained, latents and encoders.
 BUDGET = {"train_cmt_cifar.py": 700, "train_cmt_imagenet.py": 934, "train_mf_imagenet256.py": 899,
-          "train_t2i_coco.py": 1127, "nets.py": 1819, "fid.py": 2647, "solvers.py": 205, "bench.py": 966,
+          "train_t2i_coco.py": 1127, "nets.py": 1819, "fid.py": 2646, "solvers.py": 205, "bench.py": 966,
           "claims.py": 651, "README.md": 220}
 FLAGS = {"train_cmt_cifar.py": 35, "train_cmt_imagenet.py": 42, "train_mf_imagenet256.py": 42, "train_t2i_coco.py": 43}
 README = (ROOT / "README.md").read_text()

@@ -1127,11 +1127,16 @@ def write_zip(file, parts, record, labels):
 
 def made_of(path):
     """The record of an encoded folder or .zip: what it was made of, and by which encoders. Else {}."""
-    files = [f"{path}/index.json", f"{path}/dataset.json"] if os.path.isdir(path) else [path]
-    file = next(filter(os.path.isfile, files), "")
+    file = next(filter(os.path.isfile, (f"{path}/index.json", f"{path}/dataset.json", path)), "")
+    return read_record(file, os.stat(file).st_mtime_ns) if file.endswith((".json", ".zip")) else {}
+
+
+@functools.cache                     # trap: every batch of samples asks; ImageNet's has a million labels
+def read_record(file, when):
+    """made_of's answer, from a file that was written at `when`."""
     with blame(file):
         text = zipfile.Path(file, "dataset.json") if file.endswith(".zip") else pathlib.Path(file)
-        record = json.loads(text.read_bytes()) if file.endswith((".json", ".zip")) and text.exists() else {}
+        record = json.loads(text.read_bytes()) if text.exists() else {}
         return record if file.endswith("index.json") else record.get("made_of", {})
 
 
@@ -1149,9 +1154,8 @@ NAMES = dict(teacher="teacher", mid="mid-training alone", post="after post-train
              alone="without mid-training")
 SPOKEN = dict(pretrain="pre-training", vgg="VGG", mid="mid-training", post="post-training")
 WIDE = 1_800                                             # pixels of a sheet
-VGG = "VGG features"
 BY_FEATURES = "The paper compares by features, not by pixels."
-COMPARED = dict(huber="pixels", l2="pixels", lpips=VGG, elatentlpips=VGG)                  # by --loss
+COMPARED = dict(huber="pixels", l2="pixels", lpips="VGG features", elatentlpips="VGG features")    # by --loss
 ROW = " of this row"
 ANNEALED = "with a shrinking gap between the two levels"
 LEARNED = ("Students: Mean Flows. Mid-training learns the mean velocity between any two states of a "
@@ -1295,22 +1299,20 @@ def about(cfg, found):
     loss, alone = knobs.get("mid", {}).get("loss", "velocities"), knobs.get("alone", {})
     scope, nets = f"with a loss on {COMPARED.get(loss, loss)} " * ("mid" in knobs), home_of(cfg).nets
     seen = {name: ckpt["step"] * ckpt["cfg"]["batch"] for name, *_, ckpt in found if ckpt and ckpt.get("cfg")}
-    ours, rival = seen.get("mid", 0) + seen.get("post", 0), "post-training alone"
+    ours = seen.get("mid", 0) + seen.get("post", 0)
     many = "as many" if ours == seen.get("alone") else f"{ours:,}"
     with_it = f" (with it: {many} pairs and images)" * bool(ours)
-    how = [ANNEALED] * (alone.get("post") == "annealed")
+    how = ["post-training alone", *[ANNEALED] * (alone.get("post") == "annealed")]
     if alone.get("pretrain") == "fm" and (start := nets.finished(f"{cfg.out}/alone/pretrain.pt")):
-        rival = f"flow matching on {nets.cost(start)['images']} images, then post-training"
+        how[0] = f"flow matching on {nets.cost(start)['images']} images, then post-training"
         how += ["in about equal time"] * (cfg.data == "digits")
         first = f"a teacher on {seen.get('teacher', 0):,} images, then " * ("teacher" in seen)
         with_it = f".\nWith it: {first}{ours:,} pairs and images"
-    if alone:
-        how += [f"on {seen['alone']:,} images{with_it}"]
+    how += [f"on {seen.get('alone', 0):,} images{with_it}"]
     learned = LEARNED[loss != "velocities"] + f" {BY_FEATURES}" * (COMPARED.get(loss) == "pixels")
     if sizes.get("students", 0) > 1.2 * sizes.get("teacher", math.inf):
         learned += f" Students are {sizes['students'] / sizes['teacher']:.1f} times as large as the teacher."
-    lines = [f"Without mid-training: {', '.join([rival, *how])}."] * bool(alone)
-    lines += [learned] * ("mid" in knobs)
+    lines = [f"Without mid-training: {', '.join(how)}."] * bool(alone) + [learned] * ("mid" in knobs)
     return "\n".join([scope, *lines, f"Seed {cfg.seed}."])
 
 
@@ -1321,11 +1323,10 @@ def effect(now, without):
 
 def beside(distance, now, without, seeds, scope):
     """For a heading: scores {"one step": ..., "two steps": ...} with mid-training of a scope, and without."""
-    steps = [k for k in without if k in now]
-    verdicts = [effect(now[k], without[k]) for k in steps]
-    told = f"{verdicts[0]} in {' and in '.join(steps)}"                    # of each, or once
-    if len({*verdicts}) > 1:
-        told = ", ".join(f"{verdict} in {k}" for verdict, k in zip(verdicts, steps))
+    steps, said = [k for k in without if k in now], {}       # said: {verdict: its steps}
+    for k in steps:
+        said.setdefault(effect(now[k], without[k]), []).append(k)
+    told = ", ".join(f"{verdict} in {' and in '.join(these)}" for verdict, these in said.items())
     ours, others = (" / ".join(f"{side[k]:.2f}" for k in steps) for side in (now, without))
     where = {"FD-digits": "On digits, mid", "FD-photos": "On small photos, mid"}.get(distance, "Mid")
     return f"{where}-training {scope}{told}: {distance} {ours} with it, {others} without ({seeds})"
@@ -1433,8 +1434,7 @@ def save_trajectory(out, states, levels, nets, show=lambda x: x, names=(), words
                for net, f in nets.items() if net not in ("alone", "post" * ("mid" in nets))}
     words_for = {net: "student after mid-training" if net == "mid" else called(net) for net in answers}
     errors = {net: (x - states[-1]).square().flatten(2).mean(2).sqrt() for net, x in answers.items()}
-    last = [*errors][-1] if errors else ""               # the noise where its error is the median is drawn
-    k = errors.get(last, torch.zeros(1, 1))[0].median(0).indices.item()
+    k = [torch.zeros(1, 1), *errors.values()][-1][0].median(0).indices.item()      # the noise that is drawn
     name = f"\n{names[k % len(names)]}" if names else ""
     rows = [(f"the teacher's trajectory{name}", show((states / wide)[:, k]))]               # at unit scale
     rows += [(f"{words_for[net]}\nin one step", show(x[:, k]),

@@ -300,6 +300,9 @@ def test_stamps_follow_the_pictures_and_a_big_batch_is_its_own_flag(case, capsys
     picture(f"src/{case.folder}/1.bmp", 7)
     case.main("--data", f"./other{zipped}")
     made = [fid.made_of(f"{name}{zipped}") for name in ("d", "copy", "other")]
+    with monkeypatch.context() as m:                       # every batch of samples asks: a file is read once
+        m.setattr(fid.json, "loads", lambda *a, **k: pytest.fail("read again"))
+        assert made == [fid.made_of(f"{name}{zipped}") for name in ("d", "copy", "other")]
     assert made[0] == made[1] and made[0]["pictures"] != made[2]["pictures"]
     if case.kind == "mf":
         d, copy, other = (case.script.Latents(name, "o").stamp for name in ("d", "copy", "other"))
